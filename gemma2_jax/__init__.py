@@ -1,0 +1,1 @@
+"""Gemma 2 in JAX: train it, distil it, look at it."""

@@ -1,0 +1,74 @@
+"""Grouped-query attention over positions, segments and a window, with or without a key/value cache."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma2_jax.kernels.attention import attention, self_attention, visible_keys
+from gemma2_jax.model.cache import EMPTY, LayerCaches
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.layers import rotate, weight_for_use
+from gemma2_jax.sharding.layout import constrain
+
+
+class Attention(nnx.Module):
+    """Attention of one layer (Ainslie et al., arXiv 2305.13245); `window` None makes it global."""
+
+    def __init__(self, weights: Mapping[str, Any], config: ModelConfig, window: int | None):
+        self.query = nnx.Param(weights["query"])
+        self.key = nnx.Param(weights["key"])
+        self.value = nnx.Param(weights["value"])
+        self.output = nnx.Param(weights["output"])
+        self.config = config
+        self.window = window
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """A sequence attends to itself.
+
+        Args:
+            x: [B, T, D]; positions, segment_ids: [B, T].
+
+        Returns:
+            [B, T, D], and the keys and values [B, T, K, H] for a cache.
+        """
+        query, key, value = self._project(x, positions)
+        mixed = self_attention(
+            query, key, value, positions, segment_ids, self.window, self.config.attn_logit_softcap
+        )
+        return self._mix(mixed), (key, value)
+
+    def decode(
+        self, x: jax.Array, position: jax.Array, cache: LayerCaches, pair: jax.Array | int
+    ) -> tuple[jax.Array, LayerCaches]:
+        """One new token a row attends to the cache, which already gave it a slot (`LayerCaches.occupy`).
+
+        Args:
+            x: [B, 1, D]; position: [B]; pair: which of the stacked layers this is.
+
+        Returns:
+            [B, 1, D], and the cache with this layer's new key and value.
+        """
+        query, key, value = self._project(x, position[:, None])
+        cache = cache.write(pair, position, key[:, 0], value[:, 0])
+        filled = cache.positions != EMPTY
+        visible = visible_keys(
+            position[:, None], cache.positions, jnp.ones_like(position)[:, None], filled.astype(jnp.int32), self.window
+        )
+        mixed = attention(query, cache.keys[pair], cache.values[pair], visible, self.config.attn_logit_softcap)
+        return self._mix(mixed), cache
+
+    def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries [B, T, N, H], scaled, rotated keys and values [B, T, K, H]."""
+        query = jnp.einsum("BTD,DNH->BTNH", x, weight_for_use(self.query, "DNH", x.dtype))
+        key = jnp.einsum("BTD,DKH->BTKH", x, weight_for_use(self.key, "DKH", x.dtype))
+        value = jnp.einsum("BTD,DKH->BTKH", x, weight_for_use(self.value, "DKH", x.dtype))
+        query = rotate(query, positions, self.config.rope_base) * jnp.asarray(self.config.query_scale, x.dtype)
+        key = rotate(key, positions, self.config.rope_base)
+        return constrain(query, "BTNH"), constrain(key, "BTKH"), constrain(value, "BTKH")
+
+    def _mix(self, mixed: jax.Array) -> jax.Array:
+        """Heads [B, T, N, H] back to [B, T, D]."""
+        return jnp.einsum("BTNH,NHD->BTD", mixed, weight_for_use(self.output, "NHD", mixed.dtype))

@@ -1,0 +1,77 @@
+"""The key/value cache: all of a global layer's past, and only the window of a local layer's."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from gemma2_jax.model.config import ModelConfig
+
+EMPTY = -1  # the position of a slot that holds nothing
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "positions"], meta_fields=[])
+@dataclass(frozen=True)
+class LayerCaches:
+    """Keys and values of all local, or all global, layers. The token at position p lies in slot p mod S.
+
+    Attributes:
+        keys, values: [P, B, S, K, H].
+        positions: int32 [B, S], the position of the token in each slot, or EMPTY.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+
+    @classmethod
+    def from_prompt(cls, keys: jax.Array, values: jax.Array, lengths: jax.Array, size: int) -> "LayerCaches":
+        """Store right-padded prompts: of each row, the last `size` of its own tokens and no padding.
+
+        Args:
+            keys, values: [P, B, T, K, H]; lengths: [B], tokens of each row that are not padding.
+        """
+        P, B, T, K, H = keys.shape
+        position = jnp.broadcast_to(jnp.arange(T), (B, T))
+        kept = (position < lengths[:, None]) & (position >= lengths[:, None] - size)
+        slot = jnp.where(kept, position % size, size)  # slot `size` does not exist: the write is dropped
+        row = jnp.arange(B)[:, None]
+        empty = jnp.zeros((P, B, size, K, H), keys.dtype)
+        return cls(
+            keys=empty.at[:, row, slot].set(keys, mode="drop"),
+            values=empty.at[:, row, slot].set(values, mode="drop"),
+            positions=jnp.full((B, size), EMPTY, jnp.int32).at[row, slot].set(position, mode="drop"),
+        )
+
+    def occupy(self, position: jax.Array) -> "LayerCaches":
+        """Give the slot of `position` [B] to a new token, whose keys and values `write` then stores."""
+        rows, slot = self._slot(position)
+        return replace(self, positions=self.positions.at[rows, slot].set(position))
+
+    def write(self, pair: jax.Array | int, position: jax.Array, key: jax.Array, value: jax.Array) -> "LayerCaches":
+        """Store the new token's key and value [B, K, H] of one layer."""
+        rows, slot = self._slot(position)
+        return replace(
+            self,
+            keys=self.keys.at[pair, rows, slot].set(key),
+            values=self.values.at[pair, rows, slot].set(value),
+        )
+
+    def _slot(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        B, S = self.positions.shape
+        return jnp.arange(B), position % S
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["local_block", "global_block"], meta_fields=[])
+@dataclass(frozen=True)
+class Cache:
+    """The caches of both kinds of layer, named as their weights are."""
+
+    local_block: LayerCaches
+    global_block: LayerCaches
+
+
+def local_size(config: ModelConfig, size: int) -> int:
+    """Slots that a local layer needs when a global one has `size`."""
+    return size if config.sliding_window is None else min(size, config.sliding_window)

@@ -1,0 +1,57 @@
+"""Parameters and FLOPs of a model by formula, before any of it exists."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.weights import abstract_params
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameter counts as in the Gemma 2 report's table 2; the tied embedding counts once."""
+
+    embedding: int
+    non_embedding: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.non_embedding
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    """Count by abstract evaluation of the weights' table."""
+    params = abstract_params(config)
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    embedding = math.prod(params["embedder"]["embedding"].shape)
+    return ParameterCounts(embedding, total - embedding)
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Multiply-adds times two of one forward pass, for each token of a full sequence of `seq_len`.
+
+    Every weight is used once a token (2 FLOPs), the embedding as the LM head. Attention scores and the
+    weighted sum of values take 4*N*H FLOPs for each visible (query, key) pair: (T+1)/2 of them on average
+    in a global layer, at most the window in a local one. (Kaplan et al., arXiv 2001.08361, section 2.1,
+    with causal and windowed attention counted as they are. Norms and softmax are left out, as usual.)
+    """
+    weights = count_parameters(config).total
+    window = min(config.sliding_window or seq_len, seq_len)
+    global_keys = (seq_len + 1) / 2
+    local_keys = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+    pairs_of_scores = config.num_pairs * (global_keys + local_keys)
+    return 2.0 * weights + 4.0 * config.num_heads * config.head_dim * pairs_of_scores
+
+
+def training_flops_per_token(config: ModelConfig, seq_len: int, teacher: ModelConfig | None = None) -> float:
+    """Model FLOPs of one training step for each token: the backward pass costs twice the forward pass.
+
+    A teacher adds one forward pass. Recomputation (remat) is not counted: this is what model-FLOP
+    utilisation divides by (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B).
+    """
+    flops = 3.0 * forward_flops_per_token(config, seq_len)
+    if teacher is not None:
+        flops += forward_flops_per_token(teacher, seq_len)
+    return flops

@@ -1,0 +1,91 @@
+"""The parts of a block besides attention: RMSNorm, GeGLU, rotary positions, the tied embedder.
+
+Modules hold float32 weights and compute in the dtype of their input.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.sharding.layout import constrain
+
+
+def weight_for_use(weight: nnx.Param, dims: str, dtype: Any) -> jax.Array:
+    """A weight as it enters a product: cast first, so that what fsdp gathers is already small."""
+    return constrain(weight[...].astype(dtype), dims)
+
+
+def softcap(logits: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(logits / cap): bounds logits to (-cap, cap) (Gemma 2 report, section 2)."""
+    return cap * jnp.tanh(logits / cap)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in float32, scaled by (1 + w) (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, weights: Mapping[str, Any], config: ModelConfig):
+        self.scale = nnx.Param(weights["scale"])
+        self.eps = config.norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., D]."""
+        x32 = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(variance + self.eps) * (1.0 + self.scale[...])).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """GeGLU with the tanh approximation of GELU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, weights: Mapping[str, Any]):
+        self.gate = nnx.Param(weights["gate"])
+        self.up = nnx.Param(weights["up"])
+        self.down = nnx.Param(weights["down"])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
+        gate = jnp.einsum("BTD,DF->BTF", x, weight_for_use(self.gate, "DF", x.dtype))
+        up = jnp.einsum("BTD,DF->BTF", x, weight_for_use(self.up, "DF", x.dtype))
+        hidden = constrain(jax.nn.gelu(gate, approximate=True) * up, "BTF")
+        return jnp.einsum("BTF,FD->BTD", hidden, weight_for_use(self.down, "FD", x.dtype))
+
+
+def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding: halves i and i + H/2 are a pair, turned by position * base^(-2i/H).
+
+    (Su et al., arXiv 2104.09864.) Angles are float32: position 8191 has no room in bfloat16.
+
+    Args:
+        x: [B, T, N, H]; positions: [B, T].
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Embedder(nnx.Module):
+    """The embedding table, tied: tokens enter through it and logits leave through it."""
+
+    def __init__(self, weights: Mapping[str, Any], config: ModelConfig):
+        self.embedding = nnx.Param(weights["embedding"])
+        self.d_model = config.d_model
+        self.final_logit_softcap = config.final_logit_softcap
+
+    def encode(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        """[B, T] to [B, T, D]: rows of the table times sqrt(D), which is itself rounded to `dtype`."""
+        table = constrain(self.embedding[...], "VD")
+        x = table[tokens].astype(dtype)
+        return constrain(x * jnp.sqrt(jnp.float32(self.d_model)).astype(dtype), "BTD")
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """Final hidden states [..., D] to soft-capped float32 logits [..., V]."""
+        table = weight_for_use(self.embedding, "VD", x.dtype)
+        logits = jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
+        return softcap(logits, self.final_logit_softcap)

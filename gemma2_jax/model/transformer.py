@@ -1,0 +1,180 @@
+"""Gemma 2: a scan over (local, global) pairs of blocks between the two sides of a tied embedding.
+
+`Gemma2` and its parts are Flax NNX modules that hold nothing but weights and constants, so a model is a
+pytree: `jax.jit`, `jax.grad`, `jax.lax.scan` and optax take it as it is.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma2_jax.model.attention import Attention
+from gemma2_jax.model.cache import Cache, LayerCaches, local_size
+from gemma2_jax.model.config import ComputeConfig, ModelConfig
+from gemma2_jax.model.layers import MLP, Embedder, RMSNorm
+from gemma2_jax.model.weights import init_params, map_weights
+from gemma2_jax.sharding.layout import constrain
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each normed before and after, each added to the residual stream."""
+
+    def __init__(self, weights: Mapping[str, Any], config: ModelConfig, window: int | None):
+        self.pre_attention_norm = RMSNorm(weights["pre_attention_norm"], config)
+        self.attention = Attention(weights["attention"], config, window)
+        self.post_attention_norm = RMSNorm(weights["post_attention_norm"], config)
+        self.pre_mlp_norm = RMSNorm(weights["pre_mlp_norm"], config)
+        self.mlp = MLP(weights["mlp"])
+        self.post_mlp_norm = RMSNorm(weights["post_mlp_norm"], config)
+
+    def __call__(self, x: jax.Array, attend: Callable[[Attention, jax.Array], tuple[jax.Array, Any]]) -> Any:
+        """[B, T, D] to [B, T, D]; what `attend` gives beside its output is passed on."""
+        with jax.named_scope("attention"):
+            mixed, extra = attend(self.attention, self.pre_attention_norm(x))
+            x = constrain(x + self.post_attention_norm(mixed), "BTD")
+        with jax.named_scope("mlp"):
+            x = constrain(x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x))), "BTD")
+        return x, extra
+
+
+class Pair(nnx.Module):
+    """A local block and the global block after it; stacked, each weight has a leading axis P."""
+
+    def __init__(self, weights: Mapping[str, Any], config: ModelConfig):
+        self.local_block = Block(weights["local_block"], config, config.sliding_window)
+        self.global_block = Block(weights["global_block"], config, None)
+
+
+class Gemma2(nnx.Module):
+    """A Gemma 2 (arXiv 2408.00118).
+
+    Args:
+        config: its sizes.
+        params: its weights, laid out like `weights.WEIGHTS`; see `Gemma2.init` for new ones.
+    """
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any]):
+        self.config = config
+        self.embedder = Embedder(params["embedder"], config)
+        self.pairs = Pair(params["pairs"], config)
+        self.final_norm = RMSNorm(params["final_norm"], config)
+
+    @classmethod
+    def init(cls, config: ModelConfig, key: jax.Array) -> "Gemma2":
+        """A model with random float32 weights."""
+        return cls(config, init_params(config, key))
+
+    def params(self) -> dict[str, Any]:
+        """The weights as the nested dict that `Gemma2(config, params)` takes."""
+        return map_weights(lambda path, _: reduce(getattr, path.split("/"), self).get_value())
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        compute: ComputeConfig = ComputeConfig(),
+    ) -> jax.Array:
+        """Soft-capped float32 logits [B, T, V]. For losses over long batches take `hidden` instead.
+
+        Args:
+            tokens: int [B, T].
+            positions: [B, T], 0 .. T-1 by default.
+            segment_ids: [B, T]; a token sees only its own segment. One segment a row by default.
+        """
+        return self.embedder.decode(self.hidden(tokens, positions, segment_ids, compute))
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        compute: ComputeConfig = ComputeConfig(),
+    ) -> jax.Array:
+        """Final hidden states [B, T, D], normed, in compute's dtype; arguments as in `__call__`."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        x, _ = self._run_pairs(tokens, positions, segment_ids, compute, keep_key_values=False)
+        return x
+
+    def prefill(
+        self, tokens: jax.Array, lengths: jax.Array, cache_size: int, compute: ComputeConfig = ComputeConfig()
+    ) -> tuple[jax.Array, Cache]:
+        """Read right-padded prompts of different lengths.
+
+        Args:
+            tokens: [B, T]; lengths: [B], at least 1; cache_size: positions that the cache has to hold.
+
+        Returns:
+            The final hidden state of each prompt's last token [B, D], and the cache.
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+        x, (local, global_) = self._run_pairs(tokens, positions, segment_ids, compute, keep_key_values=True)
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return last, Cache(
+            local_block=LayerCaches.from_prompt(*local, lengths, local_size(self.config, cache_size)),
+            global_block=LayerCaches.from_prompt(*global_, lengths, cache_size),
+        )
+
+    def decode(
+        self, tokens: jax.Array, position: jax.Array, cache: Cache, compute: ComputeConfig = ComputeConfig()
+    ) -> tuple[jax.Array, Cache]:
+        """Read one more token a row.
+
+        Args:
+            tokens, position: [B]; cache: holds positions 0 .. position - 1 of each row.
+
+        Returns:
+            The token's final hidden state [B, D], and the cache with it.
+        """
+
+        def body(carry: Any, indexed_pair: tuple[jax.Array, Pair]) -> tuple[Any, None]:
+            x, local, global_ = carry
+            index, pair = indexed_pair
+            x, local = pair.local_block(x, lambda layer, x: layer.decode(x, position, local, index))
+            x, global_ = pair.global_block(x, lambda layer, x: layer.decode(x, position, global_, index))
+            return (x, local, global_), None
+
+        x = self.embedder.encode(tokens[:, None], compute.dtype)
+        carry = (x, cache.local_block.occupy(position), cache.global_block.occupy(position))
+        pairs = (jnp.arange(self.config.num_pairs), self.pairs)
+        (x, local, global_), _ = jax.lax.scan(body, carry, pairs, unroll=compute.unroll_layers)
+        return self.final_norm(x)[:, 0], Cache(local_block=local, global_block=global_)
+
+    def _run_pairs(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        compute: ComputeConfig,
+        keep_key_values: bool,
+    ) -> tuple[jax.Array, Any]:
+        """Embed, scan, norm: [B, T, D]; and, if kept, each kind's (keys, values) [P, B, T, K, H]."""
+
+        def attend(layer: Attention, x: jax.Array) -> tuple[jax.Array, Any]:
+            mixed, key_values = layer(x, positions, segment_ids)
+            return mixed, key_values if keep_key_values else None
+
+        def body(x: jax.Array, pair: Pair) -> tuple[jax.Array, Any]:
+            x, local = pair.local_block(x, attend)
+            x, global_ = pair.global_block(x, attend)
+            return x, (local, global_)
+
+        if compute.remat != "none":
+            body = jax.checkpoint(body, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
+        with jax.named_scope("embed"):
+            x = self.embedder.encode(tokens, compute.dtype)
+        x, key_values = jax.lax.scan(body, x, self.pairs, unroll=compute.unroll_layers)
+        return self.final_norm(x), key_values
