@@ -57,7 +57,7 @@ class Attention(nnx.Module):
         visible = visible_keys(
             position[:, None], cache.positions, jnp.ones_like(position)[:, None], filled.astype(jnp.int32), self.window
         )
-        mixed = attention(query, cache.keys[pair], cache.values[pair], visible, self.config.attn_logit_softcap)
+        mixed = attention(query, *cache.read(pair), visible, self.config.attn_logit_softcap)
         return self._mix(mixed), cache
 
     def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

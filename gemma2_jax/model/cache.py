@@ -17,7 +17,7 @@ class LayerCaches:
     """Keys and values of all local, or all global, layers. The token at position p lies in slot p mod S.
 
     Attributes:
-        keys, values: [P, B, S, K, H].
+        keys, values: [P, B, K, S, H]: heads before slots, the order in which attention multiplies them.
         positions: int32 [B, S], the position of the token in each slot, or EMPTY.
     """
 
@@ -39,8 +39,8 @@ class LayerCaches:
         row = jnp.arange(B)[:, None]
         empty = jnp.zeros((P, B, size, K, H), keys.dtype)
         return cls(
-            keys=empty.at[:, row, slot].set(keys, mode="drop"),
-            values=empty.at[:, row, slot].set(values, mode="drop"),
+            keys=empty.at[:, row, slot].set(keys, mode="drop").swapaxes(2, 3),
+            values=empty.at[:, row, slot].set(values, mode="drop").swapaxes(2, 3),
             positions=jnp.full((B, size), EMPTY, jnp.int32).at[row, slot].set(position, mode="drop"),
         )
 
@@ -54,9 +54,13 @@ class LayerCaches:
         rows, slot = self._slot(position)
         return replace(
             self,
-            keys=self.keys.at[pair, rows, slot].set(key),
-            values=self.values.at[pair, rows, slot].set(value),
+            keys=self.keys.at[pair, rows, :, slot].set(key),
+            values=self.values.at[pair, rows, :, slot].set(value),
         )
+
+    def read(self, pair: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, H] of one layer."""
+        return self.keys[pair].swapaxes(1, 2), self.values[pair].swapaxes(1, 2)
 
     def _slot(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         B, S = self.positions.shape

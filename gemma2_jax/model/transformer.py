@@ -4,7 +4,7 @@
 pytree: `jax.jit`, `jax.grad`, `jax.lax.scan` and optax take it as it is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma2_jax.model.attention import Attention
-from gemma2_jax.model.cache import Cache, LayerCaches, local_size
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.layers import MLP, Embedder, RMSNorm
 from gemma2_jax.model.weights import init_params, map_weights
@@ -105,76 +104,44 @@ class Gemma2(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        x, _ = self._run_pairs(tokens, positions, segment_ids, compute, keep_key_values=False)
-        return x
-
-    def prefill(
-        self, tokens: jax.Array, lengths: jax.Array, cache_size: int, compute: ComputeConfig = ComputeConfig()
-    ) -> tuple[jax.Array, Cache]:
-        """Read right-padded prompts of different lengths.
-
-        Args:
-            tokens: [B, T]; lengths: [B], at least 1; cache_size: positions that the cache has to hold.
-
-        Returns:
-            The final hidden state of each prompt's last token [B, D], and the cache.
-        """
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-        x, (local, global_) = self._run_pairs(tokens, positions, segment_ids, compute, keep_key_values=True)
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return last, Cache(
-            local_block=LayerCaches.from_prompt(*local, lengths, local_size(self.config, cache_size)),
-            global_block=LayerCaches.from_prompt(*global_, lengths, cache_size),
-        )
-
-    def decode(
-        self, tokens: jax.Array, position: jax.Array, cache: Cache, compute: ComputeConfig = ComputeConfig()
-    ) -> tuple[jax.Array, Cache]:
-        """Read one more token a row.
-
-        Args:
-            tokens, position: [B]; cache: holds positions 0 .. position - 1 of each row.
-
-        Returns:
-            The token's final hidden state [B, D], and the cache with it.
-        """
-
-        def body(carry: Any, indexed_pair: tuple[jax.Array, Pair]) -> tuple[Any, None]:
-            x, local, global_ = carry
-            index, pair = indexed_pair
-            x, local = pair.local_block(x, lambda layer, x: layer.decode(x, position, local, index))
-            x, global_ = pair.global_block(x, lambda layer, x: layer.decode(x, position, global_, index))
-            return (x, local, global_), None
-
-        x = self.embedder.encode(tokens[:, None], compute.dtype)
-        carry = (x, cache.local_block.occupy(position), cache.global_block.occupy(position))
-        pairs = (jnp.arange(self.config.num_pairs), self.pairs)
-        (x, local, global_), _ = jax.lax.scan(body, carry, pairs, unroll=compute.unroll_layers)
-        return self.final_norm(x)[:, 0], Cache(local_block=local, global_block=global_)
-
-    def _run_pairs(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        compute: ComputeConfig,
-        keep_key_values: bool,
-    ) -> tuple[jax.Array, Any]:
-        """Embed, scan, norm: [B, T, D]; and, if kept, each kind's (keys, values) [P, B, T, K, H]."""
-
-        def attend(layer: Attention, x: jax.Array) -> tuple[jax.Array, Any]:
-            mixed, key_values = layer(x, positions, segment_ids)
-            return mixed, key_values if keep_key_values else None
-
-        def body(x: jax.Array, pair: Pair) -> tuple[jax.Array, Any]:
-            x, local = pair.local_block(x, attend)
-            x, global_ = pair.global_block(x, attend)
-            return x, (local, global_)
-
-        if compute.remat != "none":
-            body = jax.checkpoint(body, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
         with jax.named_scope("embed"):
             x = self.embedder.encode(tokens, compute.dtype)
-        x, key_values = jax.lax.scan(body, x, self.pairs, unroll=compute.unroll_layers)
-        return self.final_norm(x), key_values
+        x, _ = read(self.pairs, x, positions, segment_ids, compute, keep_key_values=False)
+        return self.final_norm(x)
+
+
+def read(
+    pairs: Pair | Sequence[Pair],
+    x: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    compute: ComputeConfig,
+    keep_key_values: bool,
+) -> tuple[jax.Array, Any]:
+    """Embedded tokens through all pairs: [B, T, D]; and, if kept, each kind's (keys, values) [P, B, T, K, H]."""
+
+    def attend(layer: Attention, x: jax.Array) -> tuple[jax.Array, Any]:
+        mixed, key_values = layer(x, positions, segment_ids)
+        return mixed, key_values if keep_key_values else None
+
+    def body(x: jax.Array, pair: Pair) -> tuple[jax.Array, Any]:
+        x, local = pair.local_block(x, attend)
+        x, global_ = pair.global_block(x, attend)
+        return x, (local, global_)
+
+    if compute.remat != "none":
+        body = jax.checkpoint(body, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
+    return over_pairs(body, x, pairs, compute)
+
+
+def over_pairs(
+    body: Callable[[Any, Pair], tuple[Any, Any]], carry: Any, pairs: Pair | Sequence[Pair], compute: ComputeConfig
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` of `body` over pairs of layers, whether they are stacked or apart."""
+    if isinstance(pairs, Pair):
+        return jax.lax.scan(body, carry, pairs, unroll=compute.unroll_layers)
+    outputs = []
+    for pair in pairs:
+        carry, output = body(carry, pair)
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)

@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.sharding.layout import weight_sharding
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,20 @@ def map_weights(function: Callable[[str, Weight], Any]) -> dict[str, Any]:
     )
 
 
-def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The parameters' shapes and dtype as `jax.ShapeDtypeStruct`s, without memory."""
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> dict[str, Any]:
+    """The parameters' shapes, dtype and, on a mesh, shardings, as `jax.ShapeDtypeStruct`s, without memory.
+
+    Raises:
+        UserError: the mesh does not divide a dimension that lies along it.
+    """
     sizes = dim_sizes(config)
-    return map_weights(lambda _, weight: jax.ShapeDtypeStruct([sizes[d] for d in weight.dims], dtype))
+
+    def describe(path: str, weight: Weight) -> jax.ShapeDtypeStruct:
+        shape = [sizes[d] for d in weight.dims]
+        sharding = None if mesh is None else weight_sharding(mesh, path, weight.dims, sizes)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    return map_weights(describe)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

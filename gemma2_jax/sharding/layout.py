@@ -4,10 +4,11 @@ Weights split their model width over `fsdp`; activations split their batch over 
 kind of array has its own column. Letters that no row names are never split.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax.config import UserError
 
@@ -54,7 +55,21 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
 
     `dims` names x's axes by letter: `constrain(queries, "BTNH")`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    return _lay_out(x, PartitionSpec(*(ACTIVATION_AXES.get(d) for d in dims)))
+
+
+def batch_shares(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """How many devices split the batch, on `mesh` or else on the mesh in context; 1 without any."""
+    shape = (mesh or jax.sharding.get_abstract_mesh()).shape
+    return math.prod(shape.get(axis, 1) for axis in ACTIVATION_AXES["B"])
+
+
+def constrain_weight(x: jax.Array, dims: str) -> jax.Array:
+    """Fix that a gradient lies as its weight does; without a mesh, do nothing."""
+    return _lay_out(x, weight_spec(dims))
+
+
+def _lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(ACTIVATION_AXES.get(d) for d in dims)))
+    return jax.lax.with_sharding_constraint(x, spec)

@@ -53,8 +53,3 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     if devices == jax.devices():
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def batch_divisor(mesh: Mesh) -> int:
-    """How many shares a batch is split into: its size must be a multiple of it."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,0 +1,156 @@
+"""Checkpoints of a run: train state, data iterator and config as one, written by Orbax in the background.
+
+    RUN/checkpoints/<step>/params      nested dict of arrays, laid out like model/weights.py
+                          /optimizer   the optimizer's state
+                          /data        where the data iterator stands
+                          /_CHECKPOINT_METADATA   the resolved config, and the step
+
+Orbax writes into a temporary folder and renames it, so a checkpoint is whole or not there. Everything
+restores into an abstract target, which fixes shapes, dtypes and shardings: a checkpoint moves between meshes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from gemma2_jax.config import UserError, build, read_yaml
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+
+FOLDER = "checkpoints"
+_ITERATOR = "data"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and how much to keep. The last step of a run is always saved.
+
+    Attributes:
+        every: steps between checkpoints.
+        keep: the newest so many checkpoints stay; older ones are deleted.
+    """
+
+    every: int
+    keep: int
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"checkpoint.{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+class CheckpointStore:
+    """The checkpoints in one run folder. A context manager: leaving it waits for what is being written."""
+
+    def __init__(self, run_folder: str | Path, keep: int):
+        folder = Path(run_folder).absolute() / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        policy = ocp.training.preservation_policies.LatestN(keep)
+        self._checkpointer = ocp.training.Checkpointer(
+            folder, preservation_policy=policy, cleanup_tmp_directories=True
+        )
+
+    def __enter__(self) -> "CheckpointStore":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, trees: Mapping[str, Any], iterator: Any, config: Mapping[str, Any]) -> None:
+        """Start saving and return; arrays may be donated and the iterator moved on as soon as this returns."""
+        self._checkpointer.save_checkpointables_async(
+            step, {**trees, _ITERATOR: iterator}, force=True, custom_metadata={"config": dict(config)}
+        )
+
+    def restore(self, step: int, abstract_trees: Mapping[str, Any], iterator: Any) -> dict[str, Any]:
+        """The trees saved at `step`, laid out as their abstract versions; `iterator` is moved to where it stood.
+
+        Raises:
+            UserError: an array is missing, superfluous or of another shape.
+        """
+        path = Path(self._checkpointer.directory) / str(step)
+        _check_trees(path, abstract_trees)
+        restored = self._checkpointer.load_checkpointables(step, {**abstract_trees, _ITERATOR: iterator})
+        return {name: restored[name] for name in abstract_trees}
+
+
+def latest_step(run_folder: str | Path) -> int | None:
+    """The step of the newest whole checkpoint in a run folder, or None."""
+    folder = Path(run_folder) / FOLDER
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return max(steps, default=None)
+
+
+def load_params(run_folder: str | Path, target: Mapping[str, Any]) -> dict[str, Any]:
+    """The newest parameters of a run, as `target` has them: shapes, dtype and shardings.
+
+    Raises:
+        UserError: there is no checkpoint, or it holds other shapes.
+    """
+    step = latest_step(run_folder)
+    if step is None:
+        raise UserError(f"{run_folder} holds no checkpoint; expected one in {Path(run_folder) / FOLDER}/<step>.")
+    path = Path(run_folder).absolute() / FOLDER / str(step)
+    _check_trees(path, {"params": target})
+    loaded: dict[str, Any] = ocp.load_checkpointables(path, {"params": target})["params"]
+    return loaded
+
+
+def load_model_config(run_folder: str | Path) -> ModelConfig:
+    """The model section of a run's config.yaml."""
+    path = Path(run_folder) / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{run_folder} is not a run folder: it has no config.yaml.")
+    config = read_yaml(path)
+    if not isinstance(config.get("model"), dict):
+        raise UserError(f"{path} has no section `model`.")
+    return build(ModelConfig, config["model"], f"{path}, model")
+
+
+def load_model(run_folder: str | Path, dtype: Any = "float32", mesh: Mesh | None = None) -> Gemma2:
+    """A run's newest model.
+
+    Args:
+        dtype: that the weights are converted to; they are saved as float32.
+        mesh: that it is laid out on; by default the first device of this process alone.
+    """
+    config = load_model_config(run_folder)
+    if mesh is None:
+        mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
+    return Gemma2(config, load_params(run_folder, abstract_params(config, dtype, mesh)))
+
+
+def _check_trees(path: Path, targets: Mapping[str, Any]) -> None:
+    """Compare what a checkpoint holds with what is wanted, before any of it is read."""
+    found_trees = ocp.checkpointables_metadata(path).metadata
+    for tree, target in targets.items():
+        if tree not in found_trees:
+            raise UserError(f"{path} holds no {tree}; it may be another program's checkpoint.")
+        found = _shapes(found_trees[tree])
+        wanted = _shapes(target)
+        for name in sorted(wanted.keys() | found.keys()):
+            if name not in found:
+                raise UserError(f"{path}/{tree} lacks {name} of shape {wanted[name]}.")
+            if name not in wanted:
+                raise UserError(f"{path}/{tree} holds {name}, which this configuration does not have.")
+            if found[name] != wanted[name]:
+                raise UserError(
+                    f"{path}/{tree} holds {name} of shape {found[name]}, where this configuration has {wanted[name]}."
+                )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

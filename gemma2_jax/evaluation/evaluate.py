@@ -1,0 +1,69 @@
+"""How good a trained run is, on the whole validation split of its data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from gemma2_jax.checkpoints.store import latest_step, load_model
+from gemma2_jax.config import UserError, load
+from gemma2_jax.data.pipeline import validation_batches
+from gemma2_jax.distill.teacher import DistillConfig, load_teacher
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.model.counts import count_parameters
+from gemma2_jax.sharding.mesh import build_mesh
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.start import CONFIG_FILE
+from gemma2_jax.training.step import build_evaluation_step
+from gemma2_jax.training.validation import validate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one row of a study's table says.
+
+    Attributes:
+        parameters: of the model, its tied embedding counted once.
+        tokens_seen: training tokens, padding included.
+        loss: mean cross-entropy in nats; perplexity: exp of it.
+        agreement: share of positions where the run and the teacher find the same token most likely.
+        kl: KL(teacher || run) in nats; both are None without a teacher.
+    """
+
+    parameters: int
+    tokens_seen: int
+    loss: float
+    perplexity: float
+    agreement: float | None
+    kl: float | None
+
+
+def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = None) -> Evaluation:
+    """Evaluate the newest checkpoint of a run, and compare it with a teacher's.
+
+    Raises:
+        UserError: a folder holds no finished checkpoint, or the teacher has another vocabulary or tokenizer.
+    """
+    config = load(RunConfig, Path(run_folder) / CONFIG_FILE)
+    step = latest_step(run_folder)
+    if step is None:
+        raise UserError(f"{run_folder} holds no checkpoint; train it first.")
+    mesh = build_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        model = load_model(run_folder, mesh=mesh)
+        teacher = None
+        # The teacher is asked in the student's own precision here, whatever it taught in.
+        distill = DistillConfig(None if teacher_folder is None else str(teacher_folder), config.compute.dtype)
+        if teacher_folder is not None:
+            teacher = load_teacher(distill, config.model, Tokenizer.load(config.tokenizer.path), mesh)
+        step_function = build_evaluation_step(config.compute, distill, config.objective.block_tokens)
+        batches = validation_batches(config.data, jax.process_index(), jax.process_count())
+        metrics = validate(step_function, model, teacher, batches, mesh)
+    return Evaluation(
+        parameters=count_parameters(config.model).total,
+        tokens_seen=step * config.data.batch_size * config.data.seq_len,
+        loss=metrics["loss"],
+        perplexity=metrics["perplexity"],
+        agreement=metrics.get("agreement"),
+        kl=metrics.get("kl"),
+    )

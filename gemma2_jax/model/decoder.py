@@ -1,0 +1,87 @@
+"""Generation's forward pass: a prompt at once, then one token a row at a time, through the cache."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma2_jax.model.cache import Cache, LayerCaches, local_size
+from gemma2_jax.model.config import ComputeConfig
+from gemma2_jax.model.layers import Embedder, RMSNorm
+from gemma2_jax.model.transformer import Gemma2, Pair, over_pairs, read
+from gemma2_jax.model.weights import WEIGHTS
+
+
+class Decoder(nnx.Module):
+    """A Gemma 2 whose weights are laid out to be read once for every token.
+
+    Matrices are already in compute's dtype, and with `unroll_layers` each pair of layers has arrays of its
+    own: to cut a layer out of the stack for every token costs a CPU twice what its products cost.
+
+    Args:
+        model: whose weights these are; it stays as it is.
+        compute: how to execute. Build the decoder under `jax.jit`, so that only what changes is copied.
+    """
+
+    def __init__(self, model: Gemma2, compute: ComputeConfig):
+        params = jax.tree.map(
+            lambda weight, value: value.astype(compute.dtype) if weight.fan_in else value,
+            dict(WEIGHTS),
+            model.params(),
+        )
+        self.config = model.config
+        self.compute = compute
+        self.embedder = Embedder(params["embedder"], self.config)
+        self.pairs = self._pairs(params["pairs"])
+        self.final_norm = RMSNorm(params["final_norm"], self.config)
+
+    def prefill(self, tokens: jax.Array, lengths: jax.Array, cache_size: int) -> tuple[jax.Array, Cache]:
+        """Read right-padded prompts of different lengths.
+
+        Args:
+            tokens: [B, T]; lengths: [B], at least 1; cache_size: positions that the cache has to hold.
+
+        Returns:
+            Soft-capped float32 logits [B, V] after each prompt's last token, and the cache.
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+        x = self.embedder.encode(tokens, self.compute.dtype)
+        x, (local, global_) = read(self.pairs, x, positions, segment_ids, self.compute, keep_key_values=True)
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+        return self._logits(last), Cache(
+            local_block=LayerCaches.from_prompt(*local, lengths, local_size(self.config, cache_size)),
+            global_block=LayerCaches.from_prompt(*global_, lengths, cache_size),
+        )
+
+    def decode(self, tokens: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Read one more token a row.
+
+        Args:
+            tokens, position: [B]; cache: holds positions 0 .. position - 1 of each row.
+
+        Returns:
+            Soft-capped float32 logits [B, V] of the token after it, and the cache with it.
+        """
+
+        def body(carry: Any, pair: Pair) -> tuple[Any, None]:
+            x, index, local, global_ = carry
+            x, local = pair.local_block(x, lambda layer, x: layer.decode(x, position, local, index))
+            x, global_ = pair.global_block(x, lambda layer, x: layer.decode(x, position, global_, index))
+            return (x, index + 1, local, global_), None
+
+        x = self.embedder.encode(tokens[:, None], self.compute.dtype)
+        carry = (x, 0, cache.local_block.occupy(position), cache.global_block.occupy(position))
+        (x, _, local, global_), _ = over_pairs(body, carry, self.pairs, self.compute)
+        return self._logits(x), Cache(local_block=local, global_block=global_)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        """[B, 1, D] to [B, V]."""
+        return self.embedder.decode(self.final_norm(x)[:, 0])
+
+    def _pairs(self, stacked: Any) -> Pair | nnx.List[Pair]:
+        if not self.compute.unroll_layers:
+            return Pair(stacked, self.config)
+        apart = [jax.tree.map(lambda weight: weight[index], stacked) for index in range(self.config.num_pairs)]
+        return nnx.List([Pair(weights, self.config) for weights in apart])

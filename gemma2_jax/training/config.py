@@ -1,0 +1,86 @@
+"""Everything that one training run takes: the rooms' configurations, put together and checked as a whole."""
+
+from dataclasses import dataclass
+
+from gemma2_jax.checkpoints.store import CheckpointConfig
+from gemma2_jax.config import UserError
+from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.model.config import ComputeConfig, ModelConfig
+from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.sharding.mesh import MeshConfig
+from gemma2_jax.training.metrics import MetricsConfig
+from gemma2_jax.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long to train, and when to look.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        accumulation: microbatches that each step's batch is split into, one after another, to save memory.
+        log_every: steps between rows of metrics, each an average since the row before.
+        eval_every: steps between evaluations on the validation split; the last step is always evaluated.
+    """
+
+    steps: int
+    accumulation: int
+    log_every: int
+    eval_every: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation", "log_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training.{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run. Saved as config.yaml in its folder, from which alone it can be repeated.
+
+    Attributes:
+        name: how the run is called in tables.
+        output: the run folder.
+        seed: of the initial weights; the order of the data has its own, data.seed.
+    """
+
+    name: str
+    output: str
+    seed: int
+    model: ModelConfig
+    compute: ComputeConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    mesh: MeshConfig
+    objective: ObjectiveConfig
+    distill: DistillConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    metrics: MetricsConfig
+
+    def __post_init__(self) -> None:
+        if self.objective.needs_teacher and self.distill.teacher is None:
+            raise UserError("objective.forward_kl is above 0, which needs a teacher; set distill.teacher to its run.")
+        if self.distill.teacher is not None and not self.objective.needs_teacher:
+            raise UserError("distill.teacher is set, but objective.forward_kl is 0, so it would teach nothing.")
+        if self.data.batch_size % self.training.accumulation:
+            raise UserError(
+                f"training.accumulation is {self.training.accumulation}, which does not divide data.batch_size "
+                f"({self.data.batch_size})."
+            )
+        reserved = self.optimizer.warmup_steps
+        if self.optimizer.schedule == "wsd":
+            reserved += self.optimizer.decay_steps
+        if reserved > self.training.steps:
+            raise UserError(
+                f"optimizer.warmup_steps and decay_steps take {reserved} steps, more than training.steps "
+                f"({self.training.steps})."
+            )
+        for name, every in (("checkpoint.every", self.checkpoint.every), ("training.eval_every", self.training.eval_every)):
+            if every % self.training.log_every:
+                raise UserError(
+                    f"{name} is {every}; it must be a multiple of training.log_every ({self.training.log_every}), "
+                    "so that a resumed run logs the same averages."
+                )

@@ -1,0 +1,119 @@
+"""Where a run's metrics go: JSON lines always, TensorBoard by default, Weights & Biases if asked."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gemma2_jax.config import UserError
+from gemma2_jax.files import write_text
+
+JSON_LINES = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Writers beside the JSON lines.
+
+    Attributes:
+        tensorboard: write event files into RUN/tensorboard.
+        wandb_project: also log to this Weights & Biases project; null for none. Needs the extra `wandb`.
+    """
+
+    tensorboard: bool
+    wandb_project: str | None
+
+
+class Writer(Protocol):
+    """Takes one row of metrics of one split."""
+
+    def write(self, step: int, split: str, row: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLinesWriter:
+    """RUN/metrics.jsonl, one object a line; rows after `last_step`, of a run that was cut off there, are dropped."""
+
+    def __init__(self, run_folder: Path, last_step: int):
+        path = run_folder / JSON_LINES
+        if path.exists():
+            kept = [row for row in read_metrics(run_folder) if row["step"] <= last_step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, split: str, row: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "split": split, **row}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Event files in RUN/tensorboard, tags `train/loss` and so on."""
+
+    def __init__(self, run_folder: Path, last_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_folder / "tensorboard"), purge_step=last_step + 1)
+
+    def write(self, step: int, split: str, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """A Weights & Biases run, resumed under the run folder's name."""
+
+    def __init__(self, run_folder: Path, project: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "metrics.wandb_project is set but wandb is not installed; install the extra gemma2_jax[wandb]."
+            ) from None
+        identity = str(run_folder).strip("/").replace("/", "-")
+        self._run = wandb.init(
+            project=project, id=identity, name=run_folder.name, dir=run_folder, resume="allow", config=dict(config)
+        )
+
+    def write(self, step: int, split: str, row: Mapping[str, float]) -> None:
+        self._run.log({f"{split}/{name}": value for name, value in row.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_writers(
+    config: MetricsConfig, run_folder: Path, last_step: int, run_config: Mapping[str, Any]
+) -> list[Writer]:
+    """The writers that the configuration asks for, each continuing after `last_step`."""
+    writers: list[Writer] = [JsonLinesWriter(run_folder, last_step)]
+    if config.tensorboard:
+        writers.append(TensorBoardWriter(run_folder, last_step))
+    if config.wandb_project is not None:
+        writers.append(WandbWriter(run_folder, config.wandb_project, run_config))
+    return writers
+
+
+def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; a last line that was cut off is left out."""
+    path = Path(run_folder) / JSON_LINES
+    if not path.exists():
+        raise UserError(f"{path} does not exist; {run_folder} has not been trained yet.")
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def perplexity(cross_entropy: float) -> float:
+    """exp of the mean cross-entropy in nats; infinite rather than an overflow error."""
+    return math.exp(cross_entropy) if cross_entropy < 700 else math.inf

@@ -1,0 +1,82 @@
+"""AdamW with warm-up, a schedule, clipping, and no decay on norms."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optax
+
+from gemma2_jax.config import UserError
+from gemma2_jax.model.weights import map_weights
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and its learning rate over time.
+
+    Attributes:
+        learning_rate: the peak, reached after `warmup_steps` of linear growth from 0.
+        schedule: after the warm-up, `cosine` falls to the end of the run; `wsd` (warmup-stable-decay)
+            stays and falls linearly in the last `decay_steps`; `constant` stays.
+        decay_steps: of `wsd` only.
+        final_fraction: the last learning rate as a fraction of the peak.
+        weight_decay: of every weight but the norms' scales, times the learning rate.
+        clip_norm: gradients are scaled down to this global norm.
+    """
+
+    learning_rate: float
+    schedule: Literal["cosine", "wsd", "constant"]
+    warmup_steps: int
+    decay_steps: int
+    final_fraction: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0.")
+        for name in ("warmup_steps", "decay_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
+        if not 0 <= self.final_fraction <= 1:
+            raise UserError(f"optimizer.final_fraction is {self.final_fraction}; it must be from 0 to 1.")
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of each step of a run of `steps`."""
+    peak, last = config.learning_rate, config.learning_rate * config.final_fraction
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    rest = steps - config.warmup_steps
+    if config.schedule == "cosine":
+        return optax.join_schedules(
+            [warmup, optax.cosine_decay_schedule(peak, max(1, rest), alpha=config.final_fraction)],
+            [config.warmup_steps],
+        )
+    if config.schedule == "wsd":
+        decay = optax.linear_schedule(peak, last, config.decay_steps)
+        return optax.join_schedules(
+            [warmup, optax.constant_schedule(peak), decay], [config.warmup_steps, steps - config.decay_steps]
+        )
+    return optax.join_schedules([warmup, optax.constant_schedule(peak)], [config.warmup_steps])
+
+
+def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The whole update rule; its moments have the parameters' dtype, float32."""
+    decayed: Any = map_weights(lambda _, weight: bool(weight.fan_in))
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )

@@ -1,0 +1,73 @@
+"""The train state: what a step takes and gives back, and what a checkpoint holds."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.weights import abstract_params, init_params
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "optimizer"], meta_fields=[])
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes.
+
+    Attributes:
+        step: int32, optimizer steps done.
+        params: float32, laid out like model/weights.py.
+        optimizer: the optimizer's state.
+    """
+
+    step: jax.Array
+    params: dict[str, Any]
+    optimizer: Any
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a state, without memory: the target of initialisation and restore.
+
+    Each of the optimizer's copies of the parameters (its moments) lies on the mesh as the parameters do;
+    left to itself, the compiler would give every device all of them.
+
+    Raises:
+        UserError: the mesh does not divide a weight.
+    """
+    params = abstract_params(config, mesh=mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def on_all_devices(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
+
+    optimizer_state = optax.tree_map_params(
+        optimizer,
+        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=on_all_devices,
+    )
+    return TrainState(on_all_devices(jax.ShapeDtypeStruct((), jnp.int32)), params, optimizer_state)
+
+
+def state_shardings(abstract: TrainState) -> TrainState:
+    """The shardings alone, in the same tree."""
+    shardings: TrainState = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return shardings
+
+
+def init_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+) -> TrainState:
+    """A new state, each device making its own part of it."""
+
+    def init(key: jax.Array) -> TrainState:
+        params = init_params(config, key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    state: TrainState = jax.jit(init, out_shardings=state_shardings(abstract))(jax.random.key(seed))
+    return state

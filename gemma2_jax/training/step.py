@@ -1,0 +1,117 @@
+"""The one training step, for every objective, and the evaluation step beside it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gemma2_jax.data.batch import Batch
+from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.kernels.lm_head import LMHead, TokenLoss, blockwise_loss
+from gemma2_jax.model.config import ComputeConfig
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.weights import map_weights
+from gemma2_jax.objectives.objective import evaluation_loss, token_loss
+from gemma2_jax.sharding.layout import constrain_weight
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.state import TrainState, state_shardings
+
+TrainStep = Callable[[TrainState, Gemma2 | None, Batch], tuple[TrainState, dict[str, jax.Array]]]
+EvaluationStep = Callable[[Gemma2, Gemma2 | None, Batch], dict[str, jax.Array]]
+
+
+def build_train_step(config: RunConfig, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainStep:
+    """Compile-once `step(state, teacher, batch) -> (state, metrics)`; the state given in is used up.
+
+    Metrics are averages over the batch's targets (`loss`, `cross_entropy`, `kl`), `gradient_norm` before
+    clipping, and `tokens`, the number of targets.
+    """
+    loss = token_loss(config.objective)
+    teacher_compute = _teacher_compute(config.compute, config.distill)
+
+    def sums(params: Any, teacher: Gemma2 | None, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        student_head = _head(Gemma2(config.model, params), batch, config.compute)
+        teacher_head = None
+        if teacher is not None:
+            with jax.named_scope("teacher"):
+                teacher_head = jax.lax.stop_gradient(_head(teacher, batch, teacher_compute))
+        with jax.named_scope("loss"):
+            total, metrics = blockwise_loss(
+                loss, student_head, teacher_head, batch.targets, batch.loss_mask, config.objective.block_tokens
+            )
+        return total, {"loss": total, **metrics, "tokens": jnp.sum(batch.loss_mask)}
+
+    def gradients(params: Any, teacher: Gemma2 | None, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        grads, metrics = jax.grad(sums, has_aux=True)(params, teacher, batch)
+        return _constrain_params(grads), metrics
+
+    def step(state: TrainState, teacher: Gemma2 | None, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        grads, totals = _accumulate(gradients, config.training.accumulation, state.params, teacher, batch)
+        tokens = jnp.maximum(totals.pop("tokens"), 1.0)
+        grads = jax.tree.map(lambda grad: grad / tokens, grads)
+        metrics = {name: total / tokens for name, total in totals.items()}
+        metrics |= {"tokens": tokens, "gradient_norm": optax.global_norm(grads)}
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, optimizer_state), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(abstract), None))
+
+
+def build_evaluation_step(compute: ComputeConfig, distill: DistillConfig, block_tokens: int) -> EvaluationStep:
+    """Compile-once `step(model, teacher, batch) -> sums` of the metrics over the batch's targets, and `tokens`."""
+    compute = replace(compute, remat="none")
+    teacher_compute = _teacher_compute(compute, distill)
+
+    def step(model: Gemma2, teacher: Gemma2 | None, batch: Batch) -> dict[str, jax.Array]:
+        head = _head(model, batch, compute)
+        teacher_head = None if teacher is None else _head(teacher, batch, teacher_compute)
+        _, metrics = blockwise_loss(evaluation_loss, head, teacher_head, batch.targets, batch.loss_mask, block_tokens)
+        return {**metrics, "tokens": jnp.sum(batch.loss_mask)}
+
+    return jax.jit(step)
+
+
+def _head(model: Gemma2, batch: Batch, compute: ComputeConfig) -> LMHead:
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids, compute)
+    return LMHead(hidden, model.embedder.embedding[...], model.config.final_logit_softcap)
+
+
+def _teacher_compute(compute: ComputeConfig, distill: DistillConfig) -> ComputeConfig:
+    """A forward pass alone keeps nothing, so there is nothing for it to recompute."""
+    return replace(compute, dtype=distill.dtype, remat="none")
+
+
+def _accumulate(
+    gradients: Callable[[Any, Gemma2 | None, Batch], tuple[Any, dict[str, jax.Array]]],
+    microbatches: int,
+    params: Any,
+    teacher: Gemma2 | None,
+    batch: Batch,
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Sums of gradients and metrics over microbatches, one after another in memory."""
+    if microbatches == 1:
+        return gradients(params, teacher, batch)
+
+    def split(x: jax.Array) -> jax.Array:
+        # Every microbatch takes rows from each device's share: the batch axis stays split as it is.
+        return jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
+
+    def body(sums: Any, microbatch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradients(params, teacher, microbatch)), None
+
+    split_batch = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(gradients, params, teacher, jax.tree.map(lambda x: x[0], split_batch))
+    grads, metrics = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    sums, _ = jax.lax.scan(body, (_constrain_params(grads), metrics), split_batch)
+    return sums
+
+
+def _constrain_params(tree: Any) -> Any:
+    """Gradients lie where their parameters do: with fsdp, each device sums up only its own part."""
+    dims = map_weights(lambda _, weight: weight.dims)
+    return jax.tree.map(constrain_weight, tree, dims)

@@ -1,0 +1,66 @@
+"""Tokens per second and model-FLOP utilisation, timed up to the moment the devices have finished."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Peak dense bfloat16 FLOPs per second of one chip, by how JAX names it; from the vendors' data sheets
+# (cloud.google.com/tpu/docs/system-architecture-tpu-vm; NVIDIA's A100, H100, H200 and B200 data sheets).
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak FLOPs per second of one device: the data sheet's, a measurement on CPU, None if unknown."""
+    if device.platform == "cpu":
+        # All CPU devices of a process share its cores, so each has its share of what they reach together.
+        return measure_matmul_flops() / jax.local_device_count()
+    kind = device.device_kind
+    matches = [name for name in _PEAK_FLOPS if kind.startswith(name)]
+    return _PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def measure_matmul_flops(size: int = 1024, repetitions: int = 5) -> float:
+    """FLOPs per second of a float32 matrix product on this process's default device: the best of a few."""
+    x = jnp.ones((size, size), jnp.float32)
+    multiply = jax.jit(lambda x: x @ x)
+    multiply(x).block_until_ready()
+    best = float("inf")
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        multiply(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+class Stopwatch:
+    """Time spent in training steps: started and stopped around them, so that evaluation does not count."""
+
+    def __init__(self) -> None:
+        self._elapsed = 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._started is not None:
+            self._elapsed += time.perf_counter() - self._started
+            self._started = None
+
+    def take(self) -> float:
+        """Seconds since the last `take`, less the time it stood; it must be stopped."""
+        elapsed, self._elapsed = self._elapsed, 0.0
+        return elapsed
