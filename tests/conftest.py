@@ -1,7 +1,9 @@
-"""What all tests share: eight CPU devices, one compile cache, one tiny model."""
+"""What all tests share: eight CPU devices, one compile cache, one tiny model, one small corpus, one toy run."""
 
+import json
 import os
 import pathlib
+import random
 
 # Before JAX is imported: it reads both once.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -10,15 +12,31 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 
-from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.checkpoints.store import CheckpointConfig
+from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.data.prepare import prepare
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.sharding.mesh import MeshConfig
+from gemma2_jax.training.config import RunConfig, TrainingConfig
+from gemma2_jax.training.metrics import MetricsConfig
+from gemma2_jax.training.optimizer import OptimizerConfig
 
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+WORDS = (
+    "the a model teacher student learns from probability of every token in its context and then forgets "
+    "nothing that was said before 42 2024 attention window layer gradient"
+).split()
+
 
 @pytest.fixture(scope="session")
 def toy_config() -> ModelConfig:
+    """A Gemma 2 in which every size differs and windows are shorter than sequences."""
     return ModelConfig(
         vocab_size=97,
         num_layers=4,
@@ -35,3 +53,92 @@ def toy_config() -> ModelConfig:
 @pytest.fixture(scope="session")
 def toy_model(toy_config: ModelConfig) -> Gemma2:
     return Gemma2.init(toy_config, jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Documents from 1 to 400 words, all different."""
+    draw = random.Random(0)
+    return [
+        f"{number}: " + " ".join(draw.choices(WORDS, k=draw.choice([1, 5, 20, 60, 400])))
+        for number in range(120)
+    ]
+
+
+@pytest.fixture(scope="session")
+def corpus(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The documents as a JSONL file."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_config(corpus: pathlib.Path) -> TokenizerConfig:
+    """Of a tokenizer that is trained with the first preparation."""
+    return TokenizerConfig(path=str(corpus.parent / "tokenizer.model"), vocab_size=512)
+
+
+@pytest.fixture(scope="session")
+def data(corpus: pathlib.Path, tokenizer_config: TokenizerConfig) -> DataConfig:
+    """The corpus, prepared in several shards."""
+    config = DataConfig(
+        source=str(corpus),
+        folder=str(corpus.parent / "prepared"),
+        validation_fraction=0.2,
+        seq_len=32,
+        batch_size=4,
+        seed=0,
+        workers=1,
+        shard_characters=10_000,
+    )
+    prepare(config, tokenizer_config)
+    return config
+
+
+@pytest.fixture(scope="session")
+def tokenizer(data: DataConfig, tokenizer_config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of the prepared corpus."""
+    return Tokenizer.load(tokenizer_config.path)
+
+
+@pytest.fixture(scope="session")
+def toy_run(data: DataConfig, tokenizer_config: TokenizerConfig) -> RunConfig:
+    """A run of a few seconds, pretraining on one device; tests replace what they are about, and `output`."""
+    return RunConfig(
+        name="toy",
+        output="unset",
+        seed=0,
+        model=ModelConfig(
+            vocab_size=512,
+            num_layers=2,
+            d_model=32,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            d_ff=64,
+            sliding_window=8,
+            query_pre_attn_scalar=8,
+        ),
+        compute=ComputeConfig(),
+        data=data,
+        tokenizer=tokenizer_config,
+        mesh=MeshConfig(data=1, fsdp=1, tensor=1),
+        objective=ObjectiveConfig(cross_entropy=1.0, forward_kl=0.0, temperature=1.0, block_tokens=48),
+        distill=DistillConfig(teacher=None, dtype="float32"),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-2,
+            schedule="cosine",
+            warmup_steps=2,
+            decay_steps=0,
+            final_fraction=0.1,
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        training=TrainingConfig(steps=8, accumulation=1, log_every=1, eval_every=8),
+        checkpoint=CheckpointConfig(every=3, keep=2),
+        metrics=MetricsConfig(tensorboard=False, wandb_project=None),
+    )

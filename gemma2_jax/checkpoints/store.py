@@ -134,11 +134,13 @@ def load_model(run_folder: str | Path, dtype: Any = "float32", mesh: Mesh | None
 
 def _check_trees(path: Path, targets: Mapping[str, Any]) -> None:
     """Compare what a checkpoint holds with what is wanted, before any of it is read."""
-    found_trees = ocp.checkpointables_metadata(path).metadata
     for tree, target in targets.items():
-        if tree not in found_trees:
-            raise UserError(f"{path} holds no {tree}; it may be another program's checkpoint.")
-        found = _shapes(found_trees[tree])
+        try:
+            metadata = ocp.metadata(path, tree).metadata
+        except Exception as error:  # Orbax raises whatever the reader of the broken file does
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}/{tree} cannot be read as a checkpoint of ours: {reason}") from None
+        found = _shapes(metadata)
         wanted = _shapes(target)
         for name in sorted(wanted.keys() | found.keys()):
             if name not in found:

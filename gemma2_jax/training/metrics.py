@@ -93,12 +93,17 @@ class WandbWriter:
 def open_writers(
     config: MetricsConfig, run_folder: Path, last_step: int, run_config: Mapping[str, Any]
 ) -> list[Writer]:
-    """The writers that the configuration asks for, each continuing after `last_step`."""
-    writers: list[Writer] = [JsonLinesWriter(run_folder, last_step)]
+    """The writers that the configuration asks for, each continuing after `last_step`.
+
+    Raises:
+        UserError: a writer's package is not installed.
+    """
+    writers: list[Writer] = []
+    if config.wandb_project is not None:  # first, since it is the one that can fail
+        writers.append(WandbWriter(run_folder, config.wandb_project, run_config))
     if config.tensorboard:
         writers.append(TensorBoardWriter(run_folder, last_step))
-    if config.wandb_project is not None:
-        writers.append(WandbWriter(run_folder, config.wandb_project, run_config))
+    writers.append(JsonLinesWriter(run_folder, last_step))
     return writers
 
 

@@ -51,4 +51,4 @@ class TrainingProgress:
             self.say(f"{self._name}  step {step}/{self._steps}  {status}")
 
     def say(self, line: str) -> None:
-        self._console.print(line, highlight=False)
+        self._console.print(line, highlight=False, soft_wrap=True)

@@ -53,7 +53,7 @@ def build_train_step(config: RunConfig, optimizer: optax.GradientTransformation,
         tokens = jnp.maximum(totals.pop("tokens"), 1.0)
         grads = jax.tree.map(lambda grad: grad / tokens, grads)
         metrics = {name: total / tokens for name, total in totals.items()}
-        metrics |= {"tokens": tokens, "gradient_norm": optax.global_norm(grads)}
+        metrics |= {"tokens": tokens, "gradient_norm": optax.tree.norm(grads)}
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
             params: Any = optax.apply_updates(state.params, updates)

@@ -1,0 +1,200 @@
+"""Plain data to typed configuration and back, with every mistake told in one sentence.
+
+Each room keeps its own frozen dataclass beside the code that it configures. This module knows none of
+them: it builds any such dataclass from a mapping, and saves and loads it as YAML.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from gemma2_jax.files import write_text
+
+Config = TypeVar("Config")
+
+
+class UserError(ValueError):
+    """Something that the user gave is wrong; the message is one sentence that says what and what is accepted."""
+
+
+def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
+    """Returns the dataclass `cls` made from `data`, nested mappings becoming nested dataclasses.
+
+    Types are taken at their word: a whole number may stand for a float, but nothing else is converted
+    (no true for 1, no "3" for 3). Lists become tuples where the dataclass says so.
+
+    Args:
+        where: what the data came from (a file, "the command line"); begins the sentence of an error.
+
+    Raises:
+        UserError: an unknown or missing key, a wrong type or value, or a combination that a dataclass refuses.
+    """
+    try:
+        # JSON is what makes strict types bearable: it knows lists only, so a list may become a tuple.
+        document = json.dumps({"root": data}, default=_to_plain)
+    except TypeError as error:
+        raise UserError(f"{where} holds something that is no plain value: {error}.") from None
+    try:
+        built: Config = _adapter(cls).validate_json(document)["root"]  # type: ignore[arg-type]  # classes are hashable
+        return built
+    except ValidationError as error:
+        raise UserError(f"{where}: {_sentence(cls, data, error)}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns the dataclass as nested dicts, lists and scalars: what YAML and JSON can hold."""
+    plain: dict[str, Any] = _to_plain(config)
+    return plain
+
+
+def save(config: Any, path: str | os.PathLike[str]) -> None:
+    """Writes the dataclass to `path` as YAML; `load` gives an equal one back."""
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def load(cls: type[Config], path: str | os.PathLike[str]) -> Config:
+    """Returns the dataclass `cls` from the YAML file at `path`. Raises UserError as `build` does."""
+    return build(cls, read_yaml(path), str(path))
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the mapping in a YAML file. Raises UserError if there is no such file or it holds no mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file in UTF-8.") from None
+    try:
+        data = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds {_shown(data)} where keys and values are expected.")
+    return data
+
+
+def suggest(name: str, accepted: Iterable[str]) -> str:
+    """Returns "did you mean A (accepted: A, B, …)", nearest name first, to end the sentence about a wrong name."""
+    names = sorted(accepted)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    listed = ", ".join(names) if names else "none"
+    return f"did you mean {near[0]} (accepted: {listed})" if near else f"accepted: {listed}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in YAML 1.2 (PyYAML asks for 1.0e-3)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+@cache
+def _adapter(cls: Any) -> TypeAdapter[dict[str, Any]]:
+    # The dict around the class is there because pydantic takes settings for a stdlib dataclass only from outside.
+    return TypeAdapter(dict[str, cls], config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+
+
+def _to_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"{value!r} of type {type(value).__name__}")
+
+
+def _sentence(cls: type, data: Mapping[str, Any], error: ValidationError) -> str:
+    """The most telling of the errors: an unknown key first, since a misspelt key is also a missing one."""
+    errors = error.errors(include_url=False)
+    order = {"unexpected_keyword_argument": 0, "missing": 2}
+    first = min(errors, key=lambda item: order.get(item["type"], 1))
+    keys, kind, value = _resolve(cls, data, [str(part) for part in first["loc"][1:]])
+    key = ".".join(keys)
+    if first["type"] == "unexpected_keyword_argument":
+        names = [field.name for field in dataclasses.fields(kind)]
+        unknown = str(first["loc"][-1])
+        return f"there is no key {'.'.join([*keys, unknown])}, {suggest(unknown, names)}."
+    if first["type"] == "missing":
+        missing = ".".join([*keys, str(first["loc"][-1])])
+        return f"{missing} is missing; accepted: {_accepted(_hints(kind)[str(first['loc'][-1])])}."
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])  # a dataclass's own words, which name the key in full
+    return f"{key or 'the whole'} is {_shown(value)}; accepted: {_accepted(kind)}."
+
+
+def _resolve(cls: type, data: Any, location: list[str]) -> tuple[list[str], Any, Any]:
+    """Follows an error's location as far as it names keys; the rest is pydantic's note on which type it tried."""
+    keys: list[str] = []
+    kind: Any = cls
+    for part in location:
+        inner = next((option for option in _options(kind) if dataclasses.is_dataclass(option)), None)
+        if get_origin(kind) is dict and isinstance(data, Mapping) and part in data:
+            kind = get_args(kind)[1]
+        elif inner is not None and isinstance(data, Mapping) and part in data and part in _hints(inner):
+            kind = _hints(inner)[part]
+        else:
+            kind = inner or kind
+            break
+        keys.append(part)
+        data = data[part]
+    return keys, kind, data
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _options(kind: Any) -> Iterator[Any]:
+    """The members of a union, or the type itself."""
+    if get_origin(kind) in (Union, types.UnionType):
+        yield from get_args(kind)
+    else:
+        yield kind
+
+
+def _accepted(kind: Any) -> str:
+    """A type in words."""
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
+    told = []
+    for option in _options(kind):
+        if get_origin(option) is Literal:
+            told.append(" or ".join(str(choice) for choice in get_args(option)))
+        elif get_origin(option) in (tuple, list):
+            told.append(f"a list of {_accepted(get_args(option)[0])}")
+        elif dataclasses.is_dataclass(option):
+            told.append("keys " + ", ".join(field.name for field in dataclasses.fields(option)))
+        elif get_origin(option) is dict:
+            told.append("names, each with " + _accepted(get_args(option)[1]))
+        else:
+            told.append(words.get(option, str(option)))
+    return " or ".join(told)
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else json.dumps(value, ensure_ascii=False, default=str)

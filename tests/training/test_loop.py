@@ -1,0 +1,161 @@
+"""Whole toy runs: what they leave behind, and that a run cut off goes on as if it never had been."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gemma2_jax.checkpoints.store import latest_step, load_model
+from gemma2_jax.config import UserError, load, save
+from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.training import loop
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.loop import train
+from gemma2_jax.training.metrics import read_metrics
+
+TIMES = ("tokens_per_second", "mfu")  # all that may differ between two runs of the same configuration
+
+
+def without_times(folder: Path) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(folder)]
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run takes all devices there are; these take one, to be fast."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+
+
+@pytest.fixture(scope="module")
+def finished(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run that was never interrupted."""
+    config = replace(toy_run, output=str(tmp_path_factory.mktemp("runs") / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda: first)
+        train(config)
+    return config
+
+
+def test_what_a_run_leaves(finished: RunConfig) -> None:
+    folder = Path(finished.output)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "tokenizer.model", "metrics.jsonl", "checkpoints"
+    }  # fmt: skip
+    assert load(RunConfig, folder / "config.yaml") == finished
+    assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir()) == [6, 8]  # the newest two
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 9))
+    assert [row["step"] for row in rows if row["split"] == "validation"] == [8]
+    first, last = rows[0], rows[-1]
+    assert first["perplexity"] == pytest.approx(np.exp(first["cross_entropy"]))
+    assert first["learning_rate"] == 0 and rows[2]["learning_rate"] == pytest.approx(1e-2)
+    assert all(row[name] > 0 for row in rows[:8] for name in (*TIMES, "gradient_norm"))
+    assert rows[7]["tokens"] == 8 * 4 * 32
+    assert last["loss"] < first["loss"] - 0.5
+
+
+@pytest.mark.parametrize("cut_after", [2, 3, 5, 7])  # before any checkpoint, at one, between two, near the end
+def test_a_resumed_run_is_bit_identical(
+    finished: RunConfig, cut_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(finished, output=str(tmp_path / "cut"))
+    log = loop._Trainer._log
+
+    def log_and_die(self: loop._Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
+        log(self, rows, seconds)
+        if self.step == cut_after + 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_log", log_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert latest_step(config.output) == (cut_after // 3 * 3 or None)
+    with open(Path(config.output) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "spl')  # killed in the middle of a line
+    train(config)
+    assert without_times(Path(config.output)) == without_times(Path(finished.output))
+    resumed, whole = load_model(config.output), load_model(finished.output)
+    jax.tree.map(np.testing.assert_array_equal, resumed.params(), whole.params())
+
+
+def test_a_finished_run_is_left_alone(finished: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (Path(finished.output) / "metrics.jsonl").read_text()
+    monkeypatch.setattr(loop, "train_batches", None)  # nothing is started
+    train(finished)
+    assert (Path(finished.output) / "metrics.jsonl").read_text() == before
+
+
+def test_repeated_from_its_own_config_file_alone(finished: RunConfig, tmp_path: Path) -> None:
+    saved = load(RunConfig, Path(finished.output) / "config.yaml")
+    train(replace(saved, output=str(tmp_path / "again")))
+    assert without_times(tmp_path / "again") == without_times(Path(finished.output))
+
+
+def test_another_configuration_in_the_same_folder_is_refused(finished: RunConfig) -> None:
+    other = replace(finished, optimizer=replace(finished.optimizer, learning_rate=5e-3))
+    with pytest.raises(UserError, match=r"optimizer.learning_rate=0.01, and 0.005 is asked for"):
+        train(other)
+
+
+def test_logged_averages_cover_every_step_once(finished: RunConfig, tmp_path: Path) -> None:
+    training = replace(finished.training, log_every=2, eval_every=8)
+    config = replace(
+        finished, output=str(tmp_path), training=training, checkpoint=replace(finished.checkpoint, every=4)
+    )
+    train(config)
+    each = [row["loss"] for row in read_metrics(finished.output) if row["split"] == "train"]
+    pairs = [row["loss"] for row in read_metrics(tmp_path) if row["split"] == "train"]
+    assert pairs == pytest.approx([(each[i] + each[i + 1]) / 2 for i in range(0, 8, 2)], rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = train_batches(finished.data)
+
+    class Poisoned:
+        def __next__(self) -> object:
+            batch = next(batches)
+            return replace(batch, loss_mask=batch.loss_mask * np.float32("nan"))
+
+    monkeypatch.setattr(loop, "train_batches", lambda *_: Poisoned())
+    with pytest.raises(UserError, match="the loss is nan"):
+        train(replace(finished, output=str(tmp_path)))
+    assert latest_step(tmp_path) is None
+
+
+def test_data_prepared_with_another_tokenizer_is_refused(finished: RunConfig, tmp_path: Path) -> None:
+    manifest = json.loads((Path(finished.data.folder) / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "0" * 64}))
+    config = replace(
+        finished, output=str(tmp_path / "run"), data=replace(finished.data, folder=str(tmp_path))
+    )
+    with pytest.raises(UserError, match="was prepared with tokenizer 000000000000"):
+        train(config)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(finished: RunConfig, tmp_path: Path) -> None:
+    config = replace(finished, output=str(tmp_path), model=replace(finished.model, vocab_size=400))
+    with pytest.raises(UserError, match=r"has 512 tokens, more than model.vocab_size \(400\)"):
+        train(config)
+
+
+def test_a_batch_that_does_not_divide_over_the_mesh_is_refused(
+    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # all eight devices
+    config = replace(finished, output=str(tmp_path), mesh=replace(finished.mesh, data=8))
+    with pytest.raises(UserError, match="4 rows, which the 8 devices"):
+        train(config)
+
+
+def test_a_foreign_config_file_is_refused(finished: RunConfig, tmp_path: Path) -> None:
+    save(finished.model, tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="config.yaml"):
+        train(replace(finished, output=str(tmp_path)))

@@ -1,0 +1,203 @@
+"""The step: the same numbers on every mesh, and only what should move moves."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from gemma2_jax.data.batch import Batch
+from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.kernels.lm_head import LMHead, dense_loss
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.weights import abstract_params, map_weights
+from gemma2_jax.objectives.objective import ObjectiveConfig, token_loss
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.optimizer import build_optimizer
+from gemma2_jax.training.state import TrainState, abstract_state, init_state
+from gemma2_jax.training.step import build_train_step
+from gemma2_jax.training.validation import on_mesh
+
+DISTILLATION = ObjectiveConfig(cross_entropy=0.25, forward_kl=0.75, temperature=2.0, block_tokens=48)
+ONE_DEVICE = MeshConfig(1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def run(toy_run: RunConfig) -> RunConfig:
+    return replace(toy_run, data=replace(toy_run.data, batch_size=16))
+
+
+@pytest.fixture(scope="module")
+def batches(run: RunConfig) -> list[Batch]:
+    iterator = train_batches(run.data)
+    return [next(iterator) for _ in range(3)]
+
+
+def with_teacher(run: RunConfig, objective: ObjectiveConfig) -> RunConfig:
+    return replace(run, objective=objective, distill=replace(run.distill, teacher="given to the step"))
+
+
+def mesh_of(config: MeshConfig) -> Mesh:
+    devices = config.data * config.fsdp * config.tensor
+    return build_mesh(config, jax.devices()[:devices])
+
+
+def steps(
+    run: RunConfig, mesh_config: MeshConfig, batches: list[Batch], teacher: bool = False
+) -> tuple[TrainState, list[dict[str, float]]]:
+    """Train on the batches, one step each."""
+    mesh = mesh_of(mesh_config)
+    optimizer = build_optimizer(run.optimizer, run.training.steps)
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(run.model, optimizer, mesh)
+        state = init_state(run.model, optimizer, abstract, run.seed)
+        teacher_model = None
+        if teacher:
+            teacher_config = replace(run.model, d_model=48, num_layers=4)
+            initial = Gemma2.init(teacher_config, jax.random.key(7)).params()
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(teacher_config, mesh=mesh))
+            teacher_model = Gemma2(teacher_config, jax.device_put(initial, shardings))
+        step = build_train_step(run, optimizer, abstract)
+        rows = []
+        for batch in batches:
+            state, row = step(state, teacher_model, on_mesh(batch, mesh))
+            rows.append({name: float(value) for name, value in row.items()})
+    return state, rows
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)], ids=["data", "fsdp", "all-three"]
+)
+@pytest.mark.parametrize("distilled", [False, True], ids=["pretraining", "distillation"])
+def test_same_losses_on_one_device_and_on_eight(
+    run: RunConfig, batches: list[Batch], mesh: MeshConfig, distilled: bool
+) -> None:
+    if distilled:
+        run = with_teacher(run, DISTILLATION)
+    _, one = steps(run, ONE_DEVICE, batches, teacher=distilled)
+    _, eight = steps(run, mesh, batches, teacher=distilled)
+    for expected, found in zip(one, eight, strict=True):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            # Only the order of float32 additions differs (about 1e-7 each). Adam divides by gradients' size,
+            # which can turn that into a visible change of a weight whose gradient is all rounding, so after
+            # an update losses agree to 1e-5 rather than 1e-7.
+            assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_tensor_axis_alone(run: RunConfig, batches: list[Batch]) -> None:
+    run = replace(run, model=replace(run.model, num_heads=8, num_kv_heads=8))
+    _, one = steps(run, ONE_DEVICE, batches)
+    _, eight = steps(run, MeshConfig(1, 1, 8), batches)
+    assert [row["loss"] for row in eight] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+
+
+def test_moments_are_sharded_like_their_parameters(run: RunConfig, batches: list[Batch]) -> None:
+    state, _ = steps(run, MeshConfig(2, 2, 2), batches[:1])
+    moments = optax.tree.get(state.optimizer, "mu"), optax.tree.get(state.optimizer, "nu")
+    split = 0
+    for tree in moments:
+        for moment, param in zip(jax.tree.leaves(tree), jax.tree.leaves(state.params), strict=True):
+            assert moment.sharding.is_equivalent_to(param.sharding, moment.ndim)
+            on_this_device = moment.addressable_shards[0].data.size
+            assert on_this_device == param.addressable_shards[0].data.size
+            split += on_this_device < moment.size
+    assert split == 2 * len(jax.tree.leaves(state.params))  # every weight has an axis along fsdp
+
+
+def test_accumulation_changes_nothing(run: RunConfig, batches: list[Batch]) -> None:
+    # Rows of a real batch differ in how many targets they have; make that sure here.
+    thinned = np.arange(32) % (np.arange(16)[:, None] + 1) == 0
+    uneven = [replace(batch, loss_mask=batch.loss_mask * thinned) for batch in batches]
+    whole_state, whole = steps(run, ONE_DEVICE, uneven)
+    accumulating = replace(run, training=replace(run.training, accumulation=4))
+    parts_state, parts = steps(accumulating, ONE_DEVICE, uneven)
+    for expected, found in zip(whole, parts, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), whole_state.params, parts_state.params
+    )  # 3 Adam steps of 1e-2
+
+
+def test_accumulation_on_a_mesh(run: RunConfig, batches: list[Batch]) -> None:
+    accumulating = replace(run, training=replace(run.training, accumulation=2))
+    _, one = steps(run, ONE_DEVICE, batches)
+    _, eight = steps(accumulating, MeshConfig(2, 4, 1), batches)
+    assert [row["loss"] for row in eight] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+
+
+def test_the_first_loss_is_that_of_all_logits_at_once(run: RunConfig, batches: list[Batch]) -> None:
+    run = with_teacher(run, DISTILLATION)
+    _, rows = steps(run, ONE_DEVICE, batches[:1], teacher=True)
+    batch = batches[0]
+    student = Gemma2.init(run.model, jax.random.key(run.seed))
+    teacher = Gemma2.init(replace(run.model, d_model=48, num_layers=4), jax.random.key(7))
+
+    def head(model: Gemma2) -> LMHead:
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
+        return LMHead(hidden, model.embedder.embedding[...], 30.0)
+
+    total, metrics = dense_loss(token_loss(DISTILLATION), head(student), head(teacher), batch.targets, batch.loss_mask)
+    assert rows[0]["loss"] == pytest.approx(float(total / batch.loss_mask.sum()), rel=1e-5)
+    assert rows[0]["kl"] == pytest.approx(float(metrics["kl"] / batch.loss_mask.sum()), rel=1e-5)
+
+
+def test_masked_targets_do_not_count(run: RunConfig, batches: list[Batch]) -> None:
+    batch = batches[0]
+    mask = np.array(batch.loss_mask)
+    mask[:, 10:20] = 0
+    targets = np.array(batch.targets)
+    targets[:, 10:20] = 5
+    _, (masked,) = steps(run, ONE_DEVICE, [replace(batch, loss_mask=mask)])
+    _, (changed,) = steps(run, ONE_DEVICE, [replace(batch, loss_mask=mask, targets=targets)])
+    _, (whole,) = steps(run, ONE_DEVICE, [batch])
+    assert masked == changed
+    assert masked["tokens"] == mask.sum() < whole["tokens"]
+    assert masked["loss"] != whole["loss"]
+
+
+def test_a_batch_without_targets_is_no_nan(run: RunConfig, batches: list[Batch]) -> None:
+    empty = replace(batches[0], loss_mask=np.zeros_like(batches[0].loss_mask))
+    state, (row,) = steps(run, ONE_DEVICE, [empty])
+    assert row["loss"] == 0
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
+
+
+def test_norms_do_not_decay(run: RunConfig) -> None:
+    optimizer = build_optimizer(replace(run.optimizer, warmup_steps=0, schedule="constant"), run.training.steps)
+    params = jax.tree.map(jnp.ones_like, Gemma2.init(run.model, jax.random.key(0)).params())
+    no_gradient = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(no_gradient, optimizer.init(params), params)
+    is_norm = map_weights(lambda path, _: path.endswith("norm/scale"))
+    for update, norm in zip(jax.tree.leaves(updates), jax.tree.leaves(is_norm), strict=True):
+        expected = 0.0 if norm else -run.optimizer.learning_rate * run.optimizer.weight_decay
+        np.testing.assert_allclose(update, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(run: RunConfig, batches: list[Batch], remat: Any) -> None:
+    _, kept = steps(run, ONE_DEVICE, batches[:2])
+    _, recomputed = steps(replace(run, compute=replace(run.compute, remat=remat)), ONE_DEVICE, batches[:2])
+    for expected, found in zip(kept, recomputed, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_parameters_stay_float32_when_computing_in_bfloat16(run: RunConfig, batches: list[Batch]) -> None:
+    _, exact = steps(run, ONE_DEVICE, batches)
+    state, rounded = steps(replace(run, compute=replace(run.compute, dtype="bfloat16")), ONE_DEVICE, batches)
+    for leaf in jax.tree.leaves((state.params, optax.tree.get(state.optimizer, "mu"))):
+        assert leaf.dtype == jnp.float32
+    assert [row["loss"] for row in rounded] == pytest.approx([row["loss"] for row in exact], rel=1e-2)
+    assert [row["loss"] for row in rounded] != [row["loss"] for row in exact]
+
+
+def test_distillation_reaches_the_teacher(run: RunConfig, batches: list[Batch]) -> None:
+    """Pure forward KL on one batch, again and again: the student ends near a teacher of its own shape."""
+    run = with_teacher(run, ObjectiveConfig(0.0, 1.0, 1.0, 48))
+    _, rows = steps(run, ONE_DEVICE, batches[:1] * 30, teacher=True)
+    assert rows[-1]["kl"] < 0.5 * rows[0]["kl"]
