@@ -1,6 +1,7 @@
 """Whole toy runs: what they leave behind, and that a run cut off goes on as if it never had been."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,11 +132,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 
 def test_data_prepared_with_another_tokenizer_is_refused(finished: RunConfig, tmp_path: Path) -> None:
-    manifest = json.loads((Path(finished.data.folder) / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "0" * 64}))
-    config = replace(
-        finished, output=str(tmp_path / "run"), data=replace(finished.data, folder=str(tmp_path))
-    )
+    folder = shutil.copytree(finished.data.folder, tmp_path / "data")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "0" * 64}))
+    config = replace(finished, output=str(tmp_path / "run"), data=replace(finished.data, folder=str(folder)))
     with pytest.raises(UserError, match="was prepared with tokenizer 000000000000"):
         train(config)
 

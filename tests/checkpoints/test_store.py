@@ -1,0 +1,161 @@
+"""Checkpoints move between meshes unchanged, are whole or absent, and tell what does not fit."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma2_jax.checkpoints.store import CheckpointConfig, CheckpointStore, latest_step, load_model, load_params
+from gemma2_jax.config import UserError, save
+from gemma2_jax.data.config import DataConfig
+from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.optimizer import build_optimizer
+from gemma2_jax.training.state import TrainState, abstract_state, init_state
+
+
+def new_state(run: RunConfig, mesh: MeshConfig) -> tuple[TrainState, TrainState]:
+    """A state on a mesh over all eight devices, and its abstract twin."""
+    built = build_mesh(mesh)
+    optimizer = build_optimizer(run.optimizer, run.training.steps)
+    abstract = abstract_state(run.model, optimizer, built)
+    return init_state(run.model, optimizer, abstract, seed=3), abstract
+
+
+def trees(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "optimizer": state.optimizer}
+
+
+@pytest.fixture(scope="module")
+def saved(toy_run: RunConfig, data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
+    """A run folder with checkpoints 1 .. 3 of one state, saved from a 2 x 2 x 2 mesh."""
+    folder = tmp_path_factory.mktemp("run")
+    state, _ = new_state(toy_run, MeshConfig(2, 2, 2))
+    iterator = train_batches(data)
+    with CheckpointStore(folder, keep=2) as store:
+        for step in (1, 2, 3):
+            next(iterator)
+            store.save(step, trees(state), iterator, {"seed": 3})
+            next(iterator)  # what is saved is where the iterator stood, wherever it goes meanwhile
+    save(replace(toy_run, output=str(folder)), folder / "config.yaml")
+    return folder, state
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 8, 1), MeshConfig(8, 1, 1), MeshConfig(4, 1, 2)])
+def test_restores_bit_equal_on_another_mesh(
+    saved: tuple[Path, TrainState], toy_run: RunConfig, data: DataConfig, mesh: MeshConfig
+) -> None:
+    folder, state = saved
+    _, abstract = new_state(toy_run, mesh)
+    with CheckpointStore(folder, keep=2) as store:
+        assert store.latest_step == 3
+        restored = store.restore(3, trees(abstract), train_batches(data))
+    for found, expected, wanted in zip(
+        jax.tree.leaves(restored), jax.tree.leaves(trees(state)), jax.tree.leaves(trees(abstract)), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+        assert found.sharding.is_equivalent_to(wanted.sharding, found.ndim)
+    assert jax.tree.structure(restored) == jax.tree.structure(trees(state))
+
+
+def test_the_iterator_goes_on_where_it_stood(
+    saved: tuple[Path, TrainState], toy_run: RunConfig, data: DataConfig
+) -> None:
+    folder, _ = saved
+    _, abstract = new_state(toy_run, MeshConfig(8, 1, 1))
+    iterator = train_batches(data)
+    with CheckpointStore(folder, keep=2) as store:
+        store.restore(3, trees(abstract), iterator)
+    uninterrupted = train_batches(data)
+    for _ in range(5):
+        next(uninterrupted)
+    jax.tree.map(np.testing.assert_array_equal, next(iterator), next(uninterrupted))
+
+
+def test_only_the_newest_are_kept(saved: tuple[Path, TrainState]) -> None:
+    folder, _ = saved
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "3"]
+    assert latest_step(folder) == 3
+
+
+def test_pure_nested_dicts_on_disk(saved: tuple[Path, TrainState], toy_run: RunConfig) -> None:
+    folder, state = saved
+    assert {path.name for path in (folder / "checkpoints" / "3").iterdir() if path.is_dir()} == {
+        "params", "optimizer", "data"
+    }  # fmt: skip
+    assert not list(folder.rglob("*.pkl"))
+    loaded = load_params(folder, abstract_params(toy_run.model, mesh=build_mesh(MeshConfig(8, 1, 1))))
+    jax.tree.map(np.testing.assert_array_equal, loaded, state.params)
+
+
+def test_a_model_in_another_dtype(saved: tuple[Path, TrainState]) -> None:
+    folder, state = saved
+    model = load_model(folder, "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params())} == {jnp.dtype("bfloat16")}
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype("bfloat16"), state.params)
+    jax.tree.map(np.testing.assert_array_equal, model.params(), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"d_ff": 80}, r"pairs/global_block/mlp/down of shape \(1, 64, 32\), where .* \(1, 80, 32\)"),
+        ({"num_layers": 4}, r"of shape \(1, .* where this configuration has \(2, "),
+    ],
+)
+def test_another_shape(
+    saved: tuple[Path, TrainState], toy_run: RunConfig, changes: dict[str, int], named: str
+) -> None:
+    folder, _ = saved
+    config = replace(toy_run.model, **changes)
+    with pytest.raises(UserError, match=named):
+        load_params(folder, abstract_params(config, mesh=build_mesh(MeshConfig())))
+
+
+def test_a_missing_and_a_superfluous_array(saved: tuple[Path, TrainState], toy_run: RunConfig) -> None:
+    folder, _ = saved
+    target = abstract_params(toy_run.model, mesh=build_mesh(MeshConfig()))
+    with pytest.raises(UserError, match="lacks extra of shape"):
+        load_params(folder, {**target, "extra": target["final_norm"]["scale"]})
+    del target["final_norm"]
+    with pytest.raises(UserError, match="holds final_norm/scale, which this configuration does not have"):
+        load_params(folder, target)
+
+
+def test_a_damaged_checkpoint(saved: tuple[Path, TrainState], tmp_path: Path) -> None:
+    folder = shutil.copytree(saved[0], tmp_path / "run")
+    (folder / "checkpoints" / "3" / "params" / "_METADATA").unlink()
+    with pytest.raises(UserError, match="checkpoints/3/params cannot be read as a checkpoint"):
+        load_model(folder)
+
+
+def test_a_half_written_checkpoint_does_not_count(saved: tuple[Path, TrainState], tmp_path: Path) -> None:
+    folder = shutil.copytree(saved[0], tmp_path / "run")
+    (folder / "checkpoints" / "4.orbax-checkpoint-tmp-0").mkdir()
+    assert latest_step(folder) == 3
+    with CheckpointStore(folder, keep=2) as store:
+        assert store.latest_step == 3
+
+
+def test_no_run_folder(tmp_path: Path, toy_config: ModelConfig) -> None:
+    with pytest.raises(UserError, match="is not a run folder: it has no config.yaml"):
+        load_model(tmp_path)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_params(tmp_path, abstract_params(toy_config, mesh=build_mesh(MeshConfig())))
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    with pytest.raises(UserError, match="has no section `model`"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["every", "keep"])
+def test_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"checkpoint.{name} is 0"):
+        CheckpointConfig(**{"every": 1, "keep": 1, name: 0})

@@ -1,0 +1,107 @@
+"""Distilling from a run folder: the student learns, alone is saved, and strangers are refused."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gemma2_jax.checkpoints.store import load_model_config
+from gemma2_jax.config import UserError
+from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
+from gemma2_jax.distill.teacher import DistillConfig, load_teacher
+from gemma2_jax.evaluation.evaluate import evaluate_run
+from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.loop import train
+from gemma2_jax.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A trained teacher, wider than the student, on all eight devices."""
+    config = replace(
+        toy_run,
+        output=str(tmp_path_factory.mktemp("runs") / "teacher"),
+        model=replace(toy_run.model, d_model=48, num_layers=4),
+        mesh=MeshConfig(2, 2, 2),
+    )
+    train(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def distilled(toy_run: RunConfig, teacher: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A student on another mesh than its teacher was trained on."""
+    config = replace(
+        toy_run,
+        output=str(tmp_path_factory.mktemp("runs") / "distilled"),
+        mesh=MeshConfig(1, 4, 2),
+        objective=ObjectiveConfig(0.0, 1.0, 1.0, 48),
+        distill=DistillConfig(teacher.output, "bfloat16"),
+        training=replace(toy_run.training, steps=12, eval_every=6),
+    )
+    train(config)
+    return config
+
+
+def test_the_student_approaches_the_teacher(distilled: RunConfig, teacher: RunConfig) -> None:
+    rows = [row for row in read_metrics(distilled.output) if row["split"] == "validation"]
+    assert [row["step"] for row in rows] == [6, 12]
+    assert rows[1]["kl"] < rows[0]["kl"]
+    train_rows = [row for row in read_metrics(distilled.output) if row["split"] == "train"]
+    assert [row["loss"] for row in train_rows] == pytest.approx([row["kl"] for row in train_rows], rel=1e-6)
+    assert train_rows[-1]["kl"] < 0.7 * train_rows[0]["kl"]
+    compared = evaluate_run(distilled.output, teacher.output)
+    assert compared.kl == pytest.approx(rows[1]["kl"], rel=0.02)  # in float32 here, with a bfloat16 teacher there
+    assert compared.agreement is not None and 0 < compared.agreement <= 1
+
+
+def test_the_student_alone_is_checkpointed(distilled: RunConfig) -> None:
+    assert load_model_config(distilled.output) == distilled.model
+    size = sum(path.stat().st_size for path in Path(distilled.output, "checkpoints", "12").rglob("*"))
+    student = Path(distilled.output, "checkpoints", "12", "params")
+    assert student.is_dir() and size < 2e6
+
+
+def test_the_teacher_has_its_own_dtype_and_the_students_mesh(
+    distilled: RunConfig, toy_run: RunConfig
+) -> None:
+    mesh = build_mesh(MeshConfig(2, 2, 2))
+    tokenizer = Tokenizer.load(toy_run.tokenizer.path)
+    teacher = load_teacher(distilled.distill, toy_run.model, tokenizer, mesh)
+    leaves = jax.tree.leaves(teacher.params())
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in leaves)
+    embedding = teacher.params()["embedder"]["embedding"]
+    assert embedding.addressable_shards[0].data.size == embedding.size // 4  # fsdp x tensor
+
+
+def test_another_vocabulary_is_refused(distilled: RunConfig, toy_run: RunConfig) -> None:
+    student = replace(toy_run.model, vocab_size=600)
+    with pytest.raises(UserError, match=r"vocabulary of 512 and the student \(model\) one of 600"):
+        load_teacher(distilled.distill, student, Tokenizer.load(toy_run.tokenizer.path), build_mesh(MeshConfig()))
+
+
+def test_another_tokenizer_is_refused(
+    teacher: RunConfig, toy_run: RunConfig, texts: list[str], tmp_path: Path
+) -> None:
+    other = train_tokenizer(texts[::2], tmp_path / "other.model", 512)
+    with pytest.raises(UserError, match=f"and the student's .tokenizer.path. is {other.fingerprint[:12]}"):
+        load_teacher(DistillConfig(teacher.output, "float32"), toy_run.model, other, build_mesh(MeshConfig()))
+
+
+def test_no_teacher_there(toy_run: RunConfig, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(toy_run.tokenizer.path)
+    with pytest.raises(UserError, match="is not a run folder"):
+        load_teacher(DistillConfig(str(tmp_path), "float32"), toy_run.model, tokenizer, build_mesh(MeshConfig()))
+
+
+def test_a_teacher_that_was_never_trained(teacher: RunConfig, toy_run: RunConfig, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher.output, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
+    tokenizer = Tokenizer.load(toy_run.tokenizer.path)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_teacher(DistillConfig(str(folder), "float32"), toy_run.model, tokenizer, build_mesh(MeshConfig()))

@@ -1,0 +1,61 @@
+"""Evaluation against an independent computation from all logits."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma2_jax.checkpoints.store import load_model
+from gemma2_jax.config import UserError, save
+from gemma2_jax.data.pipeline import validation_batches
+from gemma2_jax.evaluation.evaluate import evaluate_run
+from gemma2_jax.sharding.mesh import MeshConfig
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.loop import train
+from gemma2_jax.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def finished(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    config = replace(
+        toy_run,
+        output=str(tmp_path_factory.mktemp("runs") / "run"),
+        mesh=MeshConfig(4, 1, 2),
+        training=replace(toy_run.training, steps=3),
+    )
+    train(config)
+    return config
+
+
+def test_equals_the_mean_over_every_target(finished: RunConfig) -> None:
+    model = load_model(finished.output)
+    total, count = 0.0, 0
+    for batch in validation_batches(finished.data):
+        logits = model(jnp.asarray(batch.tokens), jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids))
+        log_probabilities = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        real = np.asarray(batch.segment_ids) > 0
+        total -= np.take_along_axis(log_probabilities, np.asarray(batch.targets)[..., None], -1)[..., 0][real].sum()
+        count += real.sum()
+    found = evaluate_run(finished.output)
+    assert found.loss == pytest.approx(total / count, rel=1e-5)
+    assert found.perplexity == pytest.approx(np.exp(total / count), rel=1e-4)
+    assert (found.agreement, found.kl) == (None, None)
+    assert found.tokens_seen == 3 * 4 * 32
+    assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(model.params()))
+    logged = read_metrics(finished.output)[-1]
+    assert logged["loss"] == pytest.approx(found.loss, rel=1e-6) and logged["tokens"] == count
+
+
+def test_a_run_agrees_with_itself(finished: RunConfig) -> None:
+    found = evaluate_run(finished.output, finished.output)
+    assert found.agreement == 1.0
+    assert found.kl == pytest.approx(0, abs=1e-6)
+
+
+def test_a_run_that_was_never_trained(finished: RunConfig, tmp_path: Path) -> None:
+    save(finished, tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="holds no checkpoint; train it first"):
+        evaluate_run(tmp_path)
