@@ -101,7 +101,9 @@ def load_params(run_folder: str | Path, target: Mapping[str, Any]) -> dict[str, 
     """
     step = latest_step(run_folder)
     if step is None:
-        raise UserError(f"{run_folder} holds no checkpoint; expected one in {Path(run_folder) / FOLDER}/<step>.")
+        raise UserError(
+            f"{run_folder} holds no checkpoint; expected one in {Path(run_folder) / FOLDER}/<step>."
+        )
     path = Path(run_folder).absolute() / FOLDER / str(step)
     _check_trees(path, {"params": target})
     loaded: dict[str, Any] = ocp.load_checkpointables(path, {"params": target})["params"]
@@ -155,4 +157,6 @@ def _check_trees(path: Path, targets: Mapping[str, Any]) -> None:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves
+    }

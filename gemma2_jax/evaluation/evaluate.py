@@ -8,8 +8,8 @@ import jax
 from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.config import UserError, load
 from gemma2_jax.data.pipeline import validation_batches
-from gemma2_jax.distill.teacher import DistillConfig, load_teacher
 from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.teacher import DistillConfig, load_teacher
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig

@@ -30,7 +30,9 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("cross_entropy", "forward_kl"):
             if getattr(self, name) < 0:
-                raise UserError(f"objective.{name} is {getattr(self, name)}; a term's weight must not be negative.")
+                raise UserError(
+                    f"objective.{name} is {getattr(self, name)}; a term's weight must not be negative."
+                )
         if self.cross_entropy == 0 and self.forward_kl == 0:
             raise UserError(
                 "objective has weight 0 for both cross_entropy and forward_kl; at least one must be above 0."

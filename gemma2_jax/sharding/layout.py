@@ -14,7 +14,13 @@ from gemma2_jax.config import UserError
 
 MeshAxes = str | tuple[str, ...]
 
-WEIGHT_AXES: Mapping[str, MeshAxes] = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+WEIGHT_AXES: Mapping[str, MeshAxes] = {
+    "D": "fsdp",
+    "N": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+    "V": "tensor",
+}
 ACTIVATION_AXES: Mapping[str, MeshAxes] = {
     "B": ("data", "fsdp"),
     "N": "tensor",

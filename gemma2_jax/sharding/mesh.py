@@ -32,9 +32,13 @@ class MeshConfig:
         sizes = [getattr(self, axis) for axis in AXES]
         for axis, size in zip(AXES, sizes, strict=True):
             if size < 1 and size != -1:
-                raise UserError(f"mesh.{axis} is {size}; it must be at least 1, or -1 for the devices that are left.")
+                raise UserError(
+                    f"mesh.{axis} is {size}; it must be at least 1, or -1 for the devices that are left."
+                )
         if sizes.count(-1) > 1:
-            raise UserError(f"mesh has -1 for more than one of {', '.join(AXES)}; only one of them can be -1.")
+            raise UserError(
+                f"mesh has -1 for more than one of {', '.join(AXES)}; only one of them can be -1."
+            )
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -49,7 +53,9 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     shape = [len(devices) // given if size == -1 else size for size in sizes]
     if math.prod(shape) != len(devices):
         asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise UserError(f"mesh {asked} does not fit {len(devices)} device(s); the axes must multiply to that number.")
+        raise UserError(
+            f"mesh {asked} does not fit {len(devices)} device(s); the axes must multiply to that number."
+        )
     if devices == jax.devices():
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))

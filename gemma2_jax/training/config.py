@@ -62,9 +62,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.objective.needs_teacher and self.distill.teacher is None:
-            raise UserError("objective.forward_kl is above 0, which needs a teacher; set distill.teacher to its run.")
+            raise UserError(
+                "objective.forward_kl is above 0, which needs a teacher; set distill.teacher to its run."
+            )
         if self.distill.teacher is not None and not self.objective.needs_teacher:
-            raise UserError("distill.teacher is set, but objective.forward_kl is 0, so it would teach nothing.")
+            raise UserError(
+                "distill.teacher is set, but objective.forward_kl is 0, so it would teach nothing."
+            )
         if self.data.batch_size % self.training.accumulation:
             raise UserError(
                 f"training.accumulation is {self.training.accumulation}, which does not divide data.batch_size "
@@ -78,7 +82,11 @@ class RunConfig:
                 f"optimizer.warmup_steps and decay_steps take {reserved} steps, more than training.steps "
                 f"({self.training.steps})."
             )
-        for name, every in (("checkpoint.every", self.checkpoint.every), ("training.eval_every", self.training.eval_every)):
+        intervals = {
+            "checkpoint.every": self.checkpoint.every,
+            "training.eval_every": self.training.eval_every,
+        }
+        for name, every in intervals.items():
             if every % self.training.log_every:
                 raise UserError(
                     f"{name} is {every}; it must be a multiple of training.log_every ({self.training.log_every}), "

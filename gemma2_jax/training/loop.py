@@ -76,8 +76,12 @@ class _Trainer:
         mask = jax.ShapeDtypeStruct(batch.shape, jnp.float32, sharding=batch.sharding)
         train_step = build_train_step(config, optimizer, abstract)
         # Compiled ahead, so that no step's time contains it.
-        self.train_step = train_step.lower(abstract, self.teacher, Batch(batch, batch, batch, batch, mask)).compile()
-        self.evaluation_step = build_evaluation_step(config.compute, config.distill, config.objective.block_tokens)
+        self.train_step = train_step.lower(
+            abstract, self.teacher, Batch(batch, batch, batch, batch, mask)
+        ).compile()
+        self.evaluation_step = build_evaluation_step(
+            config.compute, config.distill, config.objective.block_tokens
+        )
         self.learning_rate = learning_rate_schedule(config.optimizer, config.training.steps)
         teacher_config = None if self.teacher is None else self.teacher.config
         self.flops_per_token = training_flops_per_token(config.model, config.data.seq_len, teacher_config)
@@ -94,7 +98,9 @@ class _Trainer:
         rows: list[dict[str, jax.Array]] = []
         while self.step < training.steps:
             stopwatch.start()
-            self.state, row = self.train_step(self.state, self.teacher, on_mesh(next(self.batches), self.mesh))
+            self.state, row = self.train_step(
+                self.state, self.teacher, on_mesh(next(self.batches), self.mesh)
+            )
             rows.append(row)
             self.step += 1
             self.progress.advance(self.step)

@@ -80,7 +80,12 @@ class WandbWriter:
             ) from None
         identity = str(run_folder).strip("/").replace("/", "-")
         self._run = wandb.init(
-            project=project, id=identity, name=run_folder.name, dir=run_folder, resume="allow", config=dict(config)
+            project=project,
+            id=identity,
+            name=run_folder.name,
+            dir=run_folder,
+            resume="allow",
+            config=dict(config),
         )
 
     def write(self, step: int, split: str, row: Mapping[str, float]) -> None:

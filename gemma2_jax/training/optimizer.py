@@ -43,7 +43,9 @@ class OptimizerConfig:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
+                raise UserError(
+                    f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and below 1."
+                )
         if not 0 <= self.final_fraction <= 1:
             raise UserError(f"optimizer.final_fraction is {self.final_fraction}; it must be from 0 to 1.")
 

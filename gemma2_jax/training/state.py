@@ -19,12 +19,12 @@ class TrainState:
     """Everything that training changes.
 
     Attributes:
-        step: int32, optimizer steps done.
+        step: int32 scalar, optimizer steps done.
         params: float32, laid out like model/weights.py.
         optimizer: the optimizer's state.
     """
 
-    step: jax.Array
+    step: Any
     params: dict[str, Any]
     optimizer: Any
 

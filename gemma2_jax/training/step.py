@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.stages import Wrapped
 
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.teacher import DistillConfig
-from gemma2_jax.kernels.lm_head import LMHead, TokenLoss, blockwise_loss
+from gemma2_jax.kernels.lm_head import LMHead, blockwise_loss
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import map_weights
@@ -19,11 +20,10 @@ from gemma2_jax.sharding.layout import constrain_weight
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.state import TrainState, state_shardings
 
-TrainStep = Callable[[TrainState, Gemma2 | None, Batch], tuple[TrainState, dict[str, jax.Array]]]
-EvaluationStep = Callable[[Gemma2, Gemma2 | None, Batch], dict[str, jax.Array]]
 
-
-def build_train_step(config: RunConfig, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainStep:
+def build_train_step(
+    config: RunConfig, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> Wrapped:
     """Compile-once `step(state, teacher, batch) -> (state, metrics)`; the state given in is used up.
 
     Metrics are averages over the batch's targets (`loss`, `cross_entropy`, `kl`), `gradient_norm` before
@@ -40,7 +40,12 @@ def build_train_step(config: RunConfig, optimizer: optax.GradientTransformation,
                 teacher_head = jax.lax.stop_gradient(_head(teacher, batch, teacher_compute))
         with jax.named_scope("loss"):
             total, metrics = blockwise_loss(
-                loss, student_head, teacher_head, batch.targets, batch.loss_mask, config.objective.block_tokens
+                loss,
+                student_head,
+                teacher_head,
+                batch.targets,
+                batch.loss_mask,
+                config.objective.block_tokens,
             )
         return total, {"loss": total, **metrics, "tokens": jnp.sum(batch.loss_mask)}
 
@@ -48,7 +53,9 @@ def build_train_step(config: RunConfig, optimizer: optax.GradientTransformation,
         grads, metrics = jax.grad(sums, has_aux=True)(params, teacher, batch)
         return _constrain_params(grads), metrics
 
-    def step(state: TrainState, teacher: Gemma2 | None, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, teacher: Gemma2 | None, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, totals = _accumulate(gradients, config.training.accumulation, state.params, teacher, batch)
         tokens = jnp.maximum(totals.pop("tokens"), 1.0)
         grads = jax.tree.map(lambda grad: grad / tokens, grads)
@@ -62,7 +69,7 @@ def build_train_step(config: RunConfig, optimizer: optax.GradientTransformation,
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(abstract), None))
 
 
-def build_evaluation_step(compute: ComputeConfig, distill: DistillConfig, block_tokens: int) -> EvaluationStep:
+def build_evaluation_step(compute: ComputeConfig, distill: DistillConfig, block_tokens: int) -> Wrapped:
     """Compile-once `step(model, teacher, batch) -> sums` of the metrics over the batch's targets, and `tokens`."""
     compute = replace(compute, remat="none")
     teacher_compute = _teacher_compute(compute, distill)
@@ -70,7 +77,9 @@ def build_evaluation_step(compute: ComputeConfig, distill: DistillConfig, block_
     def step(model: Gemma2, teacher: Gemma2 | None, batch: Batch) -> dict[str, jax.Array]:
         head = _head(model, batch, compute)
         teacher_head = None if teacher is None else _head(teacher, batch, teacher_compute)
-        _, metrics = blockwise_loss(evaluation_loss, head, teacher_head, batch.targets, batch.loss_mask, block_tokens)
+        _, metrics = blockwise_loss(
+            evaluation_loss, head, teacher_head, batch.targets, batch.loss_mask, block_tokens
+        )
         return {**metrics, "tokens": jnp.sum(batch.loss_mask)}
 
     return jax.jit(step)

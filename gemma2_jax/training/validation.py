@@ -4,12 +4,12 @@ from collections.abc import Iterable
 
 import jax
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sharding.layout import batch_sharding
 from gemma2_jax.training.metrics import perplexity
-from gemma2_jax.training.step import EvaluationStep
 
 
 def on_mesh(batch: Batch, mesh: Mesh) -> Batch:
@@ -20,7 +20,7 @@ def on_mesh(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def validate(
-    step: EvaluationStep, model: Gemma2, teacher: Gemma2 | None, batches: Iterable[Batch], mesh: Mesh
+    step: Wrapped, model: Gemma2, teacher: Gemma2 | None, batches: Iterable[Batch], mesh: Mesh
 ) -> dict[str, float]:
     """Averages over every target of `batches`: `loss` and `cross_entropy` (nats), `perplexity`, and against a
     teacher `kl` and `agreement`; and `tokens`, the number of targets.

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma2_jax.checkpoints.store import CheckpointConfig, CheckpointStore, latest_step, load_model, load_params
+from gemma2_jax.checkpoints.store import (
+    CheckpointConfig,
+    CheckpointStore,
+    latest_step,
+    load_model,
+    load_params,
+)
 from gemma2_jax.config import UserError, save
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import train_batches
@@ -35,7 +41,9 @@ def trees(state: TrainState) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def saved(toy_run: RunConfig, data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
+def saved(
+    toy_run: RunConfig, data: DataConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, TrainState]:
     """A run folder with checkpoints 1 .. 3 of one state, saved from a 2 x 2 x 2 mesh."""
     folder = tmp_path_factory.mktemp("run")
     state, _ = new_state(toy_run, MeshConfig(2, 2, 2))
@@ -59,11 +67,14 @@ def test_restores_bit_equal_on_another_mesh(
         assert store.latest_step == 3
         restored = store.restore(3, trees(abstract), train_batches(data))
     for found, expected, wanted in zip(
-        jax.tree.leaves(restored), jax.tree.leaves(trees(state)), jax.tree.leaves(trees(abstract)), strict=True
+        jax.tree.leaves(restored),
+        jax.tree.leaves(trees(state)),
+        jax.tree.leaves(trees(abstract)),
+        strict=True,
     ):
         np.testing.assert_array_equal(found, expected)
         assert found.sharding.is_equivalent_to(wanted.sharding, found.ndim)
-    assert jax.tree.structure(restored) == jax.tree.structure(trees(state))
+    assert jax.tree.map(jnp.shape, restored) == jax.tree.map(jnp.shape, trees(state))
 
 
 def test_the_iterator_goes_on_where_it_stood(
@@ -146,7 +157,7 @@ def test_a_half_written_checkpoint_does_not_count(saved: tuple[Path, TrainState]
 
 
 def test_no_run_folder(tmp_path: Path, toy_config: ModelConfig) -> None:
-    with pytest.raises(UserError, match="is not a run folder: it has no config.yaml"):
+    with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml"):
         load_model(tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint"):
         load_params(tmp_path, abstract_params(toy_config, mesh=build_mesh(MeshConfig())))

@@ -56,15 +56,19 @@ def test_the_student_approaches_the_teacher(distilled: RunConfig, teacher: RunCo
     assert [row["loss"] for row in train_rows] == pytest.approx([row["kl"] for row in train_rows], rel=1e-6)
     assert train_rows[-1]["kl"] < 0.7 * train_rows[0]["kl"]
     compared = evaluate_run(distilled.output, teacher.output)
-    assert compared.kl == pytest.approx(rows[1]["kl"], rel=0.02)  # in float32 here, with a bfloat16 teacher there
-    assert compared.agreement is not None and 0 < compared.agreement <= 1
+    assert compared.kl == pytest.approx(
+        rows[1]["kl"], rel=0.02
+    )  # in float32 here, with a bfloat16 teacher there
+    assert compared.agreement is not None
+    assert 0 < compared.agreement <= 1
 
 
 def test_the_student_alone_is_checkpointed(distilled: RunConfig) -> None:
     assert load_model_config(distilled.output) == distilled.model
     size = sum(path.stat().st_size for path in Path(distilled.output, "checkpoints", "12").rglob("*"))
     student = Path(distilled.output, "checkpoints", "12", "params")
-    assert student.is_dir() and size < 2e6
+    assert student.is_dir()
+    assert size < 2e6  # the student and its moments take 0.6 MB; with its teacher they would take 3 MB more
 
 
 def test_the_teacher_has_its_own_dtype_and_the_students_mesh(
@@ -83,7 +87,9 @@ def test_the_teacher_has_its_own_dtype_and_the_students_mesh(
 def test_another_vocabulary_is_refused(distilled: RunConfig, toy_run: RunConfig) -> None:
     student = replace(toy_run.model, vocab_size=600)
     with pytest.raises(UserError, match=r"vocabulary of 512 and the student \(model\) one of 600"):
-        load_teacher(distilled.distill, student, Tokenizer.load(toy_run.tokenizer.path), build_mesh(MeshConfig()))
+        load_teacher(
+            distilled.distill, student, Tokenizer.load(toy_run.tokenizer.path), build_mesh(MeshConfig())
+        )
 
 
 def test_another_tokenizer_is_refused(
@@ -97,11 +103,15 @@ def test_another_tokenizer_is_refused(
 def test_no_teacher_there(toy_run: RunConfig, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(toy_run.tokenizer.path)
     with pytest.raises(UserError, match="is not a run folder"):
-        load_teacher(DistillConfig(str(tmp_path), "float32"), toy_run.model, tokenizer, build_mesh(MeshConfig()))
+        load_teacher(
+            DistillConfig(str(tmp_path), "float32"), toy_run.model, tokenizer, build_mesh(MeshConfig())
+        )
 
 
 def test_a_teacher_that_was_never_trained(teacher: RunConfig, toy_run: RunConfig, tmp_path: Path) -> None:
     folder = shutil.copytree(teacher.output, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
     tokenizer = Tokenizer.load(toy_run.tokenizer.path)
     with pytest.raises(UserError, match="holds no checkpoint"):
-        load_teacher(DistillConfig(str(folder), "float32"), toy_run.model, tokenizer, build_mesh(MeshConfig()))
+        load_teacher(
+            DistillConfig(str(folder), "float32"), toy_run.model, tokenizer, build_mesh(MeshConfig())
+        )

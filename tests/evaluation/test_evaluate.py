@@ -34,10 +34,14 @@ def test_equals_the_mean_over_every_target(finished: RunConfig) -> None:
     model = load_model(finished.output)
     total, count = 0.0, 0
     for batch in validation_batches(finished.data):
-        logits = model(jnp.asarray(batch.tokens), jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids))
+        logits = model(
+            jnp.asarray(batch.tokens), jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids)
+        )
         log_probabilities = np.asarray(jax.nn.log_softmax(logits), np.float64)
         real = np.asarray(batch.segment_ids) > 0
-        total -= np.take_along_axis(log_probabilities, np.asarray(batch.targets)[..., None], -1)[..., 0][real].sum()
+        total -= np.take_along_axis(log_probabilities, np.asarray(batch.targets)[..., None], -1)[..., 0][
+            real
+        ].sum()
         count += real.sum()
     found = evaluate_run(finished.output)
     assert found.loss == pytest.approx(total / count, rel=1e-5)
@@ -46,7 +50,8 @@ def test_equals_the_mean_over_every_target(finished: RunConfig) -> None:
     assert found.tokens_seen == 3 * 4 * 32
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(model.params()))
     logged = read_metrics(finished.output)[-1]
-    assert logged["loss"] == pytest.approx(found.loss, rel=1e-6) and logged["tokens"] == count
+    assert logged["loss"] == pytest.approx(found.loss, rel=1e-6)
+    assert logged["tokens"] == count
 
 
 def test_a_run_agrees_with_itself(finished: RunConfig) -> None:

@@ -22,7 +22,9 @@ def softmax64(logits: np.ndarray) -> np.ndarray:
 @given(logits=LOGITS, targets=hnp.arrays(np.int32, (3,), elements=st.integers(0, 10)))
 def test_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> None:
     expected = -np.log(np.take_along_axis(softmax64(logits), targets[:, None], axis=-1)[:, 0])
-    np.testing.assert_allclose(terms.cross_entropy(jnp.asarray(logits), jnp.asarray(targets)), expected, atol=2e-5)
+    np.testing.assert_allclose(
+        terms.cross_entropy(jnp.asarray(logits), jnp.asarray(targets)), expected, atol=2e-5
+    )
 
 
 @settings(max_examples=30, deadline=None)

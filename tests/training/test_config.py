@@ -10,7 +10,7 @@ from gemma2_jax.training.config import RunConfig
 
 
 def test_a_term_that_needs_a_teacher(toy_run: RunConfig) -> None:
-    with pytest.raises(UserError, match="objective.forward_kl is above 0, which needs a teacher"):
+    with pytest.raises(UserError, match=r"objective\.forward_kl is above 0, which needs a teacher"):
         replace(toy_run, objective=ObjectiveConfig(0.5, 0.5, 1.0, 8))
 
 
@@ -20,7 +20,9 @@ def test_a_teacher_that_no_term_needs(toy_run: RunConfig) -> None:
 
 
 def test_accumulation_must_divide_the_batch(toy_run: RunConfig) -> None:
-    with pytest.raises(UserError, match=r"training.accumulation is 3, which does not divide data.batch_size \(4\)"):
+    with pytest.raises(
+        UserError, match=r"training.accumulation is 3, which does not divide data.batch_size \(4\)"
+    ):
         replace(toy_run, training=replace(toy_run.training, accumulation=3))
 
 
@@ -40,5 +42,5 @@ def test_checkpoints_fall_on_logged_steps(toy_run: RunConfig, name: str) -> None
 
 
 def test_steps_must_be_positive(toy_run: RunConfig) -> None:
-    with pytest.raises(UserError, match="training.steps is 0"):
+    with pytest.raises(UserError, match=r"training\.steps is 0"):
         replace(toy_run.training, steps=0)

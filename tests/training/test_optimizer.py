@@ -40,6 +40,6 @@ def test_learning_rate(toy_run: RunConfig, changes: dict[str, Any], expected: di
         ("final_fraction", 1.5),
     ],
 )
-def test_refused(toy_run: RunConfig, name: str, value: float) -> None:
+def test_refused(toy_run: RunConfig, name: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"optimizer.{name} is {value}"):
         replace(toy_run.optimizer, **{name: value})

@@ -142,7 +142,9 @@ def test_the_first_loss_is_that_of_all_logits_at_once(run: RunConfig, batches: l
         hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
         return LMHead(hidden, model.embedder.embedding[...], 30.0)
 
-    total, metrics = dense_loss(token_loss(DISTILLATION), head(student), head(teacher), batch.targets, batch.loss_mask)
+    total, metrics = dense_loss(
+        token_loss(DISTILLATION), head(student), head(teacher), batch.targets, batch.loss_mask
+    )
     assert rows[0]["loss"] == pytest.approx(float(total / batch.loss_mask.sum()), rel=1e-5)
     assert rows[0]["kl"] == pytest.approx(float(metrics["kl"] / batch.loss_mask.sum()), rel=1e-5)
 
@@ -169,7 +171,9 @@ def test_a_batch_without_targets_is_no_nan(run: RunConfig, batches: list[Batch])
 
 
 def test_norms_do_not_decay(run: RunConfig) -> None:
-    optimizer = build_optimizer(replace(run.optimizer, warmup_steps=0, schedule="constant"), run.training.steps)
+    optimizer = build_optimizer(
+        replace(run.optimizer, warmup_steps=0, schedule="constant"), run.training.steps
+    )
     params = jax.tree.map(jnp.ones_like, Gemma2.init(run.model, jax.random.key(0)).params())
     no_gradient = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(no_gradient, optimizer.init(params), params)
