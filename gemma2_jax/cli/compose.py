@@ -1,0 +1,217 @@
+"""Configuration from YAML groups, experiments and key=value overrides; the only module that knows Hydra.
+
+    from gemma2_jax.cli.compose import compose
+    config = compose(["experiment=quickstart/teacher", "training.steps=100"])
+
+Hydra composes the files (groups, an experiment) and reads the grammar of the overrides. Values are then set
+on the result and checked by the dataclasses, so that a wrong key or value is told in the same words
+wherever it came from.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, get_type_hints
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType, ValueType
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from gemma2_jax.cli.roots import EXPERIMENTS, choices, config_roots, experiment_roots
+from gemma2_jax.config import UserError, build, read_yaml, suggest
+from gemma2_jax.training.config import RunConfig
+
+ROOT = "train"  # the name of the root file, configs/train.yaml
+COMMAND_LINE = "the configuration"
+
+
+def compose(
+    overrides: Sequence[str] = (),
+    config_dir: str | os.PathLike[str] | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Returns the configuration of a run.
+
+    Args:
+        overrides: `group=NAME` (`model=gemma2_2b`, `experiment=quickstart/teacher`) and `key=value`
+            (`training.steps=100`), in Hydra's grammar.
+        config_dir: a folder of the user's own with groups and experiments; its files win over ours.
+        values: more values by dotted key, set last, as they are.
+
+    Raises:
+        UserError: an override that is no key=value, a name that no group has, or what `build` refuses.
+    """
+    chosen, given = _split(overrides)
+    for group, name in chosen.items():
+        accepted = choices(group, config_dir)
+        if name not in accepted:
+            raise UserError(f"there is no {group} {name}, {suggest(name, accepted)}.")
+    return _finish(_compose_files(chosen, config_dir), {**given, **(values or {})}, COMMAND_LINE)
+
+
+def compose_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Returns the configuration saved at `path` (a run's config.yaml) with `key=value` overrides set on it."""
+    chosen, values = _split(overrides)
+    if chosen:
+        group = next(iter(chosen))
+        raise UserError(
+            f"{group}={chosen[group]} chooses a file, but {path} is already composed; override its keys."
+        )
+    return _finish(read_yaml(path), values, str(path))
+
+
+def combinations(overrides: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
+    """Takes the overrides that list several values apart from those that have one.
+
+    Returns:
+        Every combination of the former, the last one changing fastest (`["a=1,2", "c=x,y"]` gives
+        `{"a": "1", "c": "x"}`, `{"a": "1", "c": "y"}`, …; one empty combination if nothing is listed), and
+        the latter as they are. Choices (`a=1,2`) and ranges (`a=range(1,4)`) are read by Hydra's grammar.
+    """
+    lists: list[list[tuple[str, str]]] = []
+    shared: list[str] = []
+    for override in _parse(overrides):
+        if not override.is_sweep_override():
+            shared.append(str(override.input_line))
+        elif override.value_type in (
+            ValueType.CHOICE_SWEEP,
+            ValueType.SIMPLE_CHOICE_SWEEP,
+            ValueType.RANGE_SWEEP,
+        ):
+            lists.append([(override.key_or_group, text) for text in override.sweep_string_iterator()])
+        else:
+            raise UserError(
+                f"{override.input_line} is not a list of values; accepted: key=A,B or key=range(1,4)."
+            )
+    return [dict(combination) for combination in itertools.product(*lists)], shared
+
+
+def pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """Returns the key and the value of each override, in order. Raises UserError if one lists several values."""
+    parsed = _parse(overrides)
+    for override in parsed:
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line} lists several values, which only `gemma2 sweep` takes.")
+    return [(override.key_or_group, override.value()) for override in parsed]
+
+
+@cache
+def groups() -> tuple[str, ...]:
+    """Returns the names that choose a file: `experiment`, and every part of a run's configuration."""
+    hints = get_type_hints(RunConfig)
+    parts = [
+        field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(hints[field.name])
+    ]
+    return ("experiment", *parts)
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parsed = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            override = None
+        plain = override is not None and override.type is OverrideType.CHANGE and override.package is None
+        if override is None or not plain or not override.key_or_group:
+            raise UserError(
+                f"{text!r} cannot be read; accepted: key=value, as in training.steps=100, "
+                "where a value with blanks or signs is put in quotes, as in 'name=\"a b\"'."
+            )
+        parsed.append(override)
+    return parsed
+
+
+def _split(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Takes apart what chooses a file and what sets a value."""
+    chosen: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    for key, value in pairs(overrides):
+        if key in groups() and not isinstance(value, dict):
+            chosen[key] = str(value)
+        else:
+            values[key] = value
+    return chosen, values
+
+
+def _compose_files(chosen: dict[str, str], config_dir: str | os.PathLike[str] | None) -> dict[str, Any]:
+    # Experiments lie beside the groups, so that a study's YAML and its README share a folder.
+    arguments = [
+        f"{EXPERIMENTS if group == 'experiment' else group}={name}" for group, name in chosen.items()
+    ]
+    Plugins.instance()  # as a side effect, makes Hydra's own kinds of sources known
+    search = ConfigSearchPathImpl()
+    search.append("hydra", "pkg://hydra.conf")
+    for root in [*config_roots(config_dir), *experiment_roots(config_dir)]:  # the first that has a file wins
+        search.append("gemma2", f"file://{root}")
+    search.append("schema", "structured://")
+    try:
+        # The loader by itself, rather than hydra.compose: that keeps its state in a global, of which a notebook
+        # may have its own, and puts a user's folder behind ours.
+        config = ConfigLoaderImpl(search).load_configuration(ROOT, arguments, RunMode.RUN, from_shell=False)
+        with open_dict(config):
+            del config["hydra"]
+        data: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+        return data
+    except MissingConfigException as error:
+        wanted = f"the file {error.missing_cfg_file}.yaml" if error.missing_cfg_file else _one_line(error)
+        hint = (
+            f", {suggest(str(error.missing_cfg_file).split('/')[-1], error.options)}" if error.options else ""
+        )
+        raise UserError(f"the configuration asks for {wanted}, which does not exist{hint}.") from None
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the configuration cannot be composed: {_one_line(error)}.") from None
+
+
+def _finish(data: dict[str, Any], values: dict[str, Any], where: str) -> RunConfig:
+    for key, value in values.items():
+        _set(data, key, value)
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(data), resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{where}: {error.full_key} refers to something that is not there: {reason}."
+        ) from None
+    assert isinstance(resolved, dict)
+    for key in _missing(resolved):
+        raise UserError(f"{key} has no value yet; give one, as in {key}=….")
+    return build(RunConfig, {str(key): value for key, value in resolved.items()}, where)
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key; whether it exists and fits is for the dataclasses to say."""
+    *parents, last = key.split(".")
+    inner = data
+    for depth, parent in enumerate(parents):
+        below = inner.setdefault(parent, {})
+        if not isinstance(below, dict):
+            above = ".".join(parents[: depth + 1])
+            raise UserError(f"there is no key {key}, since {above} is a single value ({below}).")
+        inner = below
+    if isinstance(value, dict) and isinstance(inner.get(last), dict):
+        for name, item in value.items():
+            _set(inner[last], str(name), item)
+    else:
+        inner[last] = value
+
+
+def _missing(data: dict[Any, Any], above: str = "") -> Iterable[str]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _missing(value, f"{above}{key}.")
+        elif value == "???":
+            yield f"{above}{key}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

@@ -1,0 +1,72 @@
+"""`gemma2 data`: prepare the text of a configuration, and look at what came of it."""
+
+import argparse
+
+from gemma2_jax.cli.parsers import Verbs, add_actions, add_overrides, add_verb
+
+DESCRIPTION = """\
+Works with the data that a configuration names: text (data.source) is tokenised once into shards in data.folder.
+
+  gemma2 data prepare         makes the shards, and the tokenizer if there is none; training does so by itself
+  gemma2 data show            what the folder holds, and the beginning of a training batch
+"""
+KEYS = """\
+the commonest keys:
+  data=files data.source='my/*.txt'   text of your own: globs of .txt .md .rst .jsonl .parquet, also .gz .zst
+  data.folder=data/mine               where the shards go; each source needs a folder of its own
+  data.validation_fraction=0.02       share of the documents that are held out
+  tokenizer.path=my.model             the SentencePiece model; trained if it does not exist yet
+  tokenizer.vocab_size=8192           the size that it is trained to
+"""
+PREPARE = """\
+Tokenises data.source into data.folder, in parallel, and trains the tokenizer first if tokenizer.path does not
+exist. Goes on where it was after a stop, and does nothing if the folder is complete.
+
+  gemma2 data prepare
+  gemma2 data prepare data=files data.source='notes/**/*.md' data.folder=data/notes tokenizer.path=data/notes.model
+"""
+SHOW = """\
+Prints how many documents, tokens and characters each split holds, and how the first training batch is packed.
+
+  gemma2 data show
+  gemma2 data show data=files data.source='notes/**/*.md' data.folder=data/notes
+"""
+
+
+def add_parser(verbs: Verbs) -> None:
+    actions = add_actions(verbs, "data", "prepare text for training, look at it", DESCRIPTION)
+    help_prepare = "tokenise the source, if that is not done yet"
+    add_overrides(add_verb(actions, "prepare", prepare, help_prepare, PREPARE, KEYS, resumes=True))
+    add_overrides(add_verb(actions, "show", show, "print what a prepared folder holds", SHOW, KEYS))
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    from gemma2_jax.cli.compose import compose
+    from gemma2_jax.data import prepare as preparation
+
+    config = compose(arguments.overrides, arguments.config_dir)
+    preparation.prepare(config.data, config.tokenizer)
+    print(f"{config.data.folder} is prepared; `gemma2 data show` tells what it holds.")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from gemma2_jax.cli.compose import compose
+    from gemma2_jax.data.pipeline import train_batches
+    from gemma2_jax.data.shards import read_manifest
+    from gemma2_jax.data.tokenizer import Tokenizer
+    from gemma2_jax.studies.tables import Table
+
+    config = compose(arguments.overrides, arguments.config_dir)
+    manifest = read_manifest(config.data.folder)
+    rows = [
+        [split, *(f"{number:,}" for number in (counts.documents, counts.tokens, counts.characters))]
+        for split, counts in (("train", manifest.train), ("validation", manifest.validation))
+    ]
+    Table(["split", "documents", "tokens", "characters"], rows).print(Console(), config.data.folder)
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    batch = next(train_batches(config.data))
+    print("\nthe first training batch, row by row: documents in it, and how it begins")
+    for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
+        print(f"  {segments.max():>3}  {tokenizer.decode(tokens[:40].tolist())!r}")

@@ -1,0 +1,59 @@
+"""The console script `gemma2`: reads the command line, runs one verb, tells mistakes in one sentence."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from gemma2_jax.cli import config, data, generate, run, sweep, tokenizer, train
+
+DESCRIPTION = """\
+Gemma 2 in JAX: train it, distil it, look at it.
+
+  gemma2 run quickstart                    the first thing to try: a teacher, a student, a report, in minutes
+  gemma2 train model=small_6m name=mine    one run, put together from config files and key=value
+  gemma2 generate --checkpoint runs/mine --prompt "The function returns"
+  gemma2 VERB --help                       what a verb does, with examples
+"""
+VERBS = (run, train, sweep, generate, data, tokenizer, config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (that of the process by default).
+
+    Returns the exit code: 0 done, 1 failed, 130 interrupted. A wrong command line exits with 2, as argparse does.
+    """
+    parser = argparse.ArgumentParser(
+        "gemma2", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb in VERBS:
+        verb.add_parser(verbs)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one piece; key=value after an option lands in the rest.
+    if rest and ("overrides" not in arguments or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from gemma2_jax.config import UserError  # brings pydantic, which --help does without
+
+    try:
+        return int(arguments.run(arguments) or 0)
+    except UserError as error:
+        print(f"gemma2: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        hint = "; the same command goes on where this one was" if arguments.resumes else ""
+        print(f"\ngemma2: stopped{hint}.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

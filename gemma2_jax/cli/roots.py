@@ -1,0 +1,67 @@
+"""Where configs and experiments lie: in a checkout, in an installed wheel, in a folder of the user's own."""
+
+import os
+from pathlib import Path
+
+import gemma2_jax
+from gemma2_jax.config import UserError, suggest
+
+EXPERIMENTS = "experiments"
+
+
+def config_roots(config_dir: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Returns the folders that hold groups (model/, data/, …), the user's own first."""
+    return [*_own(config_dir), _home() / "configs"]
+
+
+def experiment_roots(config_dir: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Returns the folders that hold an `experiments` folder, the user's own first."""
+    return [*_own(config_dir), _home()]
+
+
+def choices(group: str, config_dir: str | os.PathLike[str] | None = None) -> list[str]:
+    """Returns the names that `group=` accepts, sorted; `experiment` is a group like the others."""
+    if group == "experiment":
+        folders = [root / EXPERIMENTS for root in experiment_roots(config_dir)]
+    else:
+        folders = [root / group for root in config_roots(config_dir)]
+    names = {
+        file.relative_to(folder).with_suffix("").as_posix()
+        for folder in folders
+        for file in folder.rglob("*.yaml")
+    }
+    return sorted(name for name in names if Path(name).name != "study")
+
+
+def studies(config_dir: str | os.PathLike[str] | None = None) -> dict[str, Path]:
+    """Returns the studies by name, each with its study.yaml; the user's own win over ours."""
+    found: dict[str, Path] = {}
+    for root in reversed(experiment_roots(config_dir)):
+        folder = root / EXPERIMENTS
+        found |= {file.parent.relative_to(folder).as_posix(): file for file in folder.rglob("study.yaml")}
+    return found
+
+
+def find_study(name: str, config_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Returns the study.yaml of the study `name`. Raises UserError if there is none."""
+    known = studies(config_dir)
+    if name not in known:
+        raise UserError(f"there is no study {name}, {suggest(name, known)}.")
+    return known[name]
+
+
+def _home() -> Path:
+    """The folder that holds configs/ and experiments/: the package itself in a wheel, its parent in a checkout."""
+    package = Path(gemma2_jax.__file__).resolve().parent
+    return package if (package / "configs" / "train.yaml").is_file() else package.parent
+
+
+def _own(config_dir: str | os.PathLike[str] | None) -> list[Path]:
+    if config_dir is None:
+        return []
+    folder = Path(config_dir).resolve()
+    if not folder.is_dir():
+        raise UserError(
+            f"--config-dir is {config_dir}, which is no folder; it holds groups such as model/NAME.yaml."
+        )
+    return [folder]

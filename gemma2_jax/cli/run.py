@@ -1,0 +1,80 @@
+"""`gemma2 run`: a study, from its text to its report."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
+
+if TYPE_CHECKING:
+    from gemma2_jax.studies.config import StudyConfig
+    from gemma2_jax.training.config import RunConfig
+
+DESCRIPTION = """\
+Carries out a study: prepares the data, trains its runs in order, evaluates all of them on the same text, and
+writes a report with one table, a sample of each run and the loss curves. Stages that are done are skipped, so
+the same command goes on after a stop.
+
+  gemma2 run quickstart                                     into runs/quickstart
+  gemma2 run quickstart seed=1 output=runs/quickstart-1     another seed for every run
+  gemma2 run quickstart distilled.training.steps=1000       a key of one run, by the run's name
+  gemma2 config list study                                  the studies that there are
+
+A study is a folder under experiments/ with a study.yaml; its README tells the question and what came out.
+"""
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs, "run", run, "carry out a study, such as quickstart", DESCRIPTION, KEYS, resumes=True
+    )
+    parser.add_argument("study", metavar="STUDY", help="the study's name, such as quickstart")
+    add_overrides(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from gemma2_jax.cli.roots import find_study
+    from gemma2_jax.config import load
+    from gemma2_jax.studies.config import StudyConfig
+    from gemma2_jax.studies.study import run_study
+
+    study = load(StudyConfig, find_study(arguments.study, arguments.config_dir))
+    runs, output = compose_study(arguments.study, study, arguments.overrides, arguments.config_dir)
+    run_study(study, runs, output, Console())
+
+
+def compose_study(
+    name: str, study: "StudyConfig", overrides: Sequence[str], config_dir: str | None
+) -> tuple[dict[str, "RunConfig"], str]:
+    """Returns the configuration of each run of a study, and the study's folder.
+
+    `key=value` goes to every run, `RUN.key=value` to that run; `output=` is the study's own.
+    """
+    from gemma2_jax.cli.compose import compose, pairs
+    from gemma2_jax.config import UserError
+
+    output = f"runs/{name}"
+    shared: list[str] = []
+    own: dict[str, list[str]] = {run: [] for run in study.runs}
+    for (key, value), text in zip(pairs(overrides), overrides, strict=True):
+        first, _, rest = key.partition(".")
+        if key == "output":
+            output = str(value)
+        elif first not in own:
+            shared.append(text)
+        elif rest:
+            own[first].append(text[len(first) + 1 :])
+        else:
+            raise UserError(f"{text} names a run of the study; accepted: {first}.KEY=VALUE.")
+    runs = {}
+    for run_name, run in study.runs.items():
+        values: dict[str, Any] = {"name": run_name, "output": str(Path(output) / run_name)}
+        if run.teacher is not None:
+            values["distill.teacher"] = str(Path(output) / run.teacher)
+        runs[run_name] = compose(
+            [f"experiment={run.experiment}", *shared, *own[run_name]], config_dir, values
+        )
+    return runs, output

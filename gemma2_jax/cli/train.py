@@ -1,0 +1,43 @@
+"""`gemma2 train`: one run."""
+
+import argparse
+
+from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
+
+DESCRIPTION = """\
+Trains one model, from text alone or from a teacher, and goes on where it was if the run has begun already.
+The data and the tokenizer are made first if they do not exist.
+
+  gemma2 train experiment=quickstart/teacher output=runs/teacher
+  gemma2 train model=small_1m objective=distillation distill=online distill.teacher=runs/teacher name=student
+  gemma2 train --config runs/student/config.yaml                  repeats a run, or goes on with it
+  gemma2 train --config runs/student/config.yaml seed=1 output=runs/student-1
+
+The run's folder gets config.yaml (all keys and values), metrics.jsonl, tensorboard/ and checkpoints/.
+"""
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs, "train", run, "train one model, or go on with it", DESCRIPTION, KEYS, resumes=True
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="start from a run's config.yaml instead of the config groups"
+    )
+    add_overrides(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from gemma2_jax.checkpoints.store import latest_step
+    from gemma2_jax.cli.compose import compose, compose_file
+    from gemma2_jax.data.prepare import prepare
+    from gemma2_jax.training.loop import train
+
+    if arguments.config:
+        config = compose_file(arguments.config, arguments.overrides)
+    else:
+        config = compose(arguments.overrides, arguments.config_dir)
+    prepare(config.data, config.tokenizer)
+    done = latest_step(config.output) == config.training.steps
+    train(config)
+    print(f"{config.output} {'was' if done else 'is'} trained to step {config.training.steps}.")

@@ -1,0 +1,60 @@
+"""What a study is made of: study.yaml as a dataclass."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from gemma2_jax.config import UserError
+from gemma2_jax.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study.
+
+    Attributes:
+        experiment: the experiment that configures it, as in `gemma2 train experiment=NAME`.
+        teacher: an earlier run of the study to distil from: distill.teacher is set to its folder.
+    """
+
+    experiment: str
+    teacher: str | None = None
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A study: runs that are trained in order and reported together.
+
+    Attributes:
+        title: the question that the study asks.
+        runs: the runs by name; each gets a folder of that name inside the study's.
+        reference: a run with which the others' predictions are compared (agreement, KL); None: no comparison.
+        prompts: texts that every run continues in the report.
+        sample_tokens: how many tokens each continuation has at most.
+    """
+
+    title: str
+    runs: dict[str, StudyRun]
+    reference: str | None = None
+    prompts: tuple[str, ...] = ()
+    sample_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UserError("runs is empty; a study has at least one run.")
+        if self.sample_tokens < 1:
+            raise UserError(f"sample_tokens is {self.sample_tokens}; it must be at least 1.")
+        names = list(self.runs)
+        if self.reference is not None and self.reference not in names:
+            raise UserError(f"reference is {self.reference}; it must be one of the runs {', '.join(names)}.")
+        keys = [field.name for field in dataclasses.fields(RunConfig)]
+        for position, (name, run) in enumerate(self.runs.items()):
+            if name in keys or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise UserError(
+                    f"runs.{name} is no name for a run; accepted: letters, digits, _ and -, and no key of a run."
+                )
+            if run.teacher is not None and run.teacher not in names[:position]:
+                earlier = ", ".join(names[:position]) or "none"
+                raise UserError(
+                    f"runs.{name}.teacher is {run.teacher}; it must be an earlier run ({earlier})."
+                )

@@ -1,0 +1,38 @@
+"""What machine a result was measured on."""
+
+import os
+import platform
+import resource
+from pathlib import Path
+
+import jax
+
+
+def describe_machine() -> str:
+    """Returns one line: processor, cores, memory, device, and the versions that matter."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    devices = jax.devices()
+    return (
+        f"{_processor()}, {_cores()} cores, {memory:.0f} GiB; "
+        f"{len(devices)} x {devices[0].device_kind}; "
+        f"Python {platform.python_version()}, JAX {jax.__version__}, {platform.system()}"
+    )
+
+
+def peak_memory_gib() -> float:
+    """Returns the most memory that this process has held so far, in GiB."""
+    # Linux tells kibibytes, macOS bytes.
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _cores() -> int:
+    """The cores that this process may use, which in a container are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,104 @@
+"""The report of a study: one table on the terminal, report.md, loss.png and results.json."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from gemma2_jax.files import write_text
+from gemma2_jax.studies.config import StudyConfig
+from gemma2_jax.studies.machine import describe_machine, peak_memory_gib
+from gemma2_jax.studies.plots import plot_losses
+from gemma2_jax.studies.stages import Measurement, read_times
+from gemma2_jax.studies.tables import Table, say
+from gemma2_jax.training.config import RunConfig
+
+
+def write_report(
+    study: StudyConfig,
+    runs: Mapping[str, RunConfig],
+    measurements: Mapping[str, Measurement],
+    folder: Path,
+    console: Console,
+) -> None:
+    """Prints the study's table and samples, and writes report.md, loss.png and results.json into `folder`."""
+    table = _table(study, measurements)
+    seconds = read_times(folder)
+    table.print(console, f"Results of {folder}")
+    for number, prompt in enumerate(study.prompts):
+        say(console, f"{prompt!r} goes on", "bold")
+        for name, measurement in measurements.items():
+            say(console, f"  {name + ':':<11} {measurement.samples[number]!r}")
+    plot_losses({name: config.output for name, config in runs.items()}, folder / "loss.png")
+    write_text(folder / "report.md", _markdown(study, table, measurements, seconds))
+    results = {
+        "title": study.title,
+        "machine": describe_machine(),
+        "seconds": seconds,
+        "runs": {
+            name: {**dataclasses.asdict(measurement.evaluation), "samples": list(measurement.samples)}
+            for name, measurement in measurements.items()
+        },
+    }
+    write_text(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1))
+    spent = _duration(sum(seconds.values()))
+    say(console, f"{spent} of work in all, at most {peak_memory_gib():.1f} GiB of memory in this command")
+    say(console, f"report in {folder / 'report.md'}, curves in {folder / 'loss.png'}")
+
+
+def _table(study: StudyConfig, measurements: Mapping[str, Measurement]) -> Table:
+    columns = ["run", "parameters", "tokens seen", "validation loss", "perplexity"]
+    if study.reference is not None:
+        columns += [f"agrees with {study.reference}", f"KL from {study.reference}"]
+    rows = []
+    for name, measurement in measurements.items():
+        found = measurement.evaluation
+        row = [
+            name,
+            f"{found.parameters:,}",
+            f"{found.tokens_seen:,}",
+            f"{found.loss:.4f}",
+            f"{found.perplexity:.2f}",
+        ]
+        if study.reference is not None:
+            row.append("–" if found.agreement is None else f"{100 * found.agreement:.1f} %")
+            row.append("–" if found.kl is None else f"{found.kl:.4f}")
+        rows.append(row)
+    return Table(columns, rows)
+
+
+def _markdown(
+    study: StudyConfig, table: Table, measurements: Mapping[str, Measurement], seconds: Mapping[str, float]
+) -> str:
+    parts = [f"# {study.title}", table.markdown(), "![Loss against steps](loss.png)"]
+    notes = [
+        "Loss is the mean cross-entropy of the validation split's tokens in nats; perplexity is its exponential."
+    ]
+    if study.reference is not None:
+        notes.append(f"A run agrees with {study.reference} where both find the same next token most likely.")
+    parts.append(" ".join(notes))
+    for number, prompt in enumerate(study.prompts):
+        samples = [
+            f"- {name}: {_code(measurement.samples[number])}" for name, measurement in measurements.items()
+        ]
+        parts.append("\n".join([f"## {_code(prompt)} goes on", "", *samples]))
+    stages = Table(["stage", "time"], [[stage, _duration(spent)] for stage, spent in seconds.items()])
+    total = _duration(sum(seconds.values()))
+    parts += ["## Machine and time", describe_machine() + f". {total} in all:", stages.markdown()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _code(text: str) -> str:
+    """Text of a model as Markdown code on one line, whatever it holds."""
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {text.replace(chr(10), '⏎')} {fence}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,138 @@
+"""The stages of a run inside a study or sweep: prepare its data, train it, measure it; each done only once."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from rich.console import Console
+
+from gemma2_jax.checkpoints.store import latest_step, load_model
+from gemma2_jax.config import UserError, load, save, to_dict
+from gemma2_jax.data.prepare import prepare
+from gemma2_jax.data.shards import find_manifest
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.teacher import TOKENIZER_FILE
+from gemma2_jax.evaluation.evaluate import Evaluation, evaluate_run
+from gemma2_jax.files import write_text
+from gemma2_jax.sampling.config import SamplingConfig
+from gemma2_jax.sampling.sampler import Sampler
+from gemma2_jax.studies.tables import say
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.loop import train
+from gemma2_jax.training.start import check_same_run
+
+TEACHER_FILE = "teacher.yaml"  # in a distilled run's folder: the configuration that its teacher had
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a finished run came to; `samples` holds one continuation for each prompt."""
+
+    evaluation: Evaluation
+    samples: tuple[str, ...] = ()
+
+
+def check_unchanged(config: RunConfig, teacher: RunConfig | None = None) -> None:
+    """Refuses to go on with a run folder that another configuration, or another teacher, has begun.
+
+    Raises:
+        UserError: says what differs and what to do.
+    """
+    check_same_run(config)
+    file = Path(config.output) / TEACHER_FILE
+    if teacher is None or not file.exists():
+        return
+    then = load(RunConfig, file)
+    # Where the teacher lay, and what it ran on and reported to, does not change what it taught.
+    same = {name: getattr(teacher, name) for name in ("name", "output", "mesh", "metrics", "checkpoint")}
+    if dataclasses.replace(then, **same) != teacher:
+        raise UserError(
+            f"{config.output} was distilled from a teacher of another configuration (its {TEACHER_FILE}) than "
+            f"{teacher.output} is of now; give another output, or delete that folder to train it again."
+        )
+
+
+def prepare_all(configs: Sequence[RunConfig], console: Console) -> None:
+    """Prepares the data of all runs, each distinct set once."""
+    for data, tokenizer in dict.fromkeys((config.data, config.tokenizer) for config in configs):
+        manifest = find_manifest(data.folder)
+        done = manifest is not None and manifest.complete
+        _say(console, "data", data.folder, "already prepared, skipped" if done else "preparing")
+        prepare(data, tokenizer)
+
+
+def train_run(config: RunConfig, console: Console, teacher: RunConfig | None = None) -> None:
+    """Trains a run, or what is left of it; `teacher` is the configuration of the run that it learns from."""
+    check_unchanged(config, teacher)
+    if latest_step(config.output) == config.training.steps:
+        _say(console, "train", config.name, "already done, skipped")
+        return
+    _say(console, "train", config.name, f"{config.training.steps} steps in {config.output}")
+    if teacher is not None:
+        save(teacher, Path(config.output) / TEACHER_FILE)
+    train(config)
+
+
+def measure_run(
+    config: RunConfig,
+    console: Console,
+    reference: RunConfig | None = None,
+    prompts: Sequence[str] = (),
+    sample_tokens: int = 1,
+) -> Measurement:
+    """Evaluates a trained run and lets it continue the prompts; an equal measurement is read back instead.
+
+    Args:
+        reference: the run whose predictions it is compared with.
+    """
+    file = Path(config.output) / "evaluation.json"
+    conditions = {
+        "step": latest_step(config.output),
+        "reference": None if reference is None else to_dict(reference),
+        "prompts": list(prompts),
+        "sample_tokens": sample_tokens,
+    }
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    if stored.get("conditions") == conditions:
+        _say(console, "evaluate", config.name, "already done, skipped")
+        return Measurement(Evaluation(**stored["evaluation"]), tuple(stored["samples"]))
+    _say(console, "evaluate", config.name, "on the validation split")
+    evaluation = evaluate_run(config.output, None if reference is None else reference.output)
+    samples = _continue(config, prompts, sample_tokens) if prompts else []
+    record = {"conditions": conditions, "evaluation": dataclasses.asdict(evaluation), "samples": samples}
+    write_text(file, json.dumps(record, ensure_ascii=False, indent=1))
+    return Measurement(evaluation, tuple(samples))
+
+
+@contextmanager
+def timed(folder: Path, stage: str) -> Iterator[None]:
+    """Adds the seconds spent inside to those of `stage` in the folder's times.json."""
+    start = monotonic()
+    try:
+        yield
+    finally:
+        seconds = read_times(folder)
+        seconds[stage] = seconds.get(stage, 0.0) + monotonic() - start
+        write_text(folder / "times.json", json.dumps(seconds, indent=1))
+
+
+def read_times(folder: Path) -> dict[str, float]:
+    """Returns the seconds of each stage of the study in `folder`, over all the commands that worked on it."""
+    file = folder / "times.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _continue(config: RunConfig, prompts: Sequence[str], sample_tokens: int) -> list[str]:
+    tokenizer = Tokenizer.load(Path(config.output) / TOKENIZER_FILE)
+    sampler = Sampler(load_model(config.output), tokenizer, config.compute)
+    return sampler.generate(
+        list(prompts), SamplingConfig(max_new_tokens=sample_tokens, temperature=0.7, seed=0)
+    )
+
+
+def _say(console: Console, stage: str, what: str, text: str) -> None:
+    say(console, f"{stage:<10} {what}: {text}")

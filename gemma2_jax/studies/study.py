@@ -1,0 +1,41 @@
+"""A study: its runs trained in order, measured on the same text, and reported together."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from gemma2_jax.studies.config import StudyConfig
+from gemma2_jax.studies.report import write_report
+from gemma2_jax.studies.stages import check_unchanged, measure_run, prepare_all, timed, train_run
+from gemma2_jax.studies.tables import say
+from gemma2_jax.training.config import RunConfig
+
+
+def run_study(study: StudyConfig, runs: Mapping[str, RunConfig], output: str, console: Console) -> None:
+    """Carries out what is left of a study and writes its report.
+
+    Args:
+        runs: the configuration of each of `study.runs`, whose output folders lie in `output`.
+        output: the study's folder; gets report.md, loss.png, results.json and times.json.
+
+    Raises:
+        UserError: a folder in `output` was begun with another configuration.
+    """
+    folder = Path(output)
+    teachers = {name: runs[run.teacher] if run.teacher else None for name, run in study.runs.items()}
+    for name, config in runs.items():  # before hours go into the first of them
+        check_unchanged(config, teachers[name])
+    say(console, study.title, "bold")
+    with timed(folder, "data"):
+        prepare_all(list(runs.values()), console)
+    for name, config in runs.items():
+        with timed(folder, f"train {name}"):
+            train_run(config, console, teachers[name])
+    reference = runs[study.reference] if study.reference else None
+    measurements = {}
+    for name, config in runs.items():
+        with timed(folder, f"evaluate {name}"):
+            other = reference if name != study.reference else None
+            measurements[name] = measure_run(config, console, other, study.prompts, study.sample_tokens)
+    write_report(study, runs, measurements, folder, console)

@@ -1,0 +1,241 @@
+"""From groups, experiments and key=value to a run's configuration."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gemma2_jax.cli.compose import combinations, compose, compose_file, groups, pairs
+from gemma2_jax.cli.roots import choices, find_study, studies
+from gemma2_jax.config import UserError, save, to_dict
+from gemma2_jax.training.config import RunConfig
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_every_experiment_composes(name):
+    assert isinstance(compose([f"experiment={name}"]), RunConfig)
+
+
+@pytest.mark.parametrize("group", [group for group in groups() if group != "experiment"])
+def test_every_choice_of_every_group_composes(group):
+    needs = {
+        "distill": ["distill.teacher=runs/x", "objective=distillation"],
+        "objective": ["distill=online", "distill.teacher=runs/x"],
+        "data": ["data.source=x.txt"],
+        "tokenizer": ["model.vocab_size=4096"],
+    }
+    for name in choices(group):
+        without = name in ("none", "cross_entropy") or group not in needs
+        assert isinstance(compose([f"{group}={name}", *([] if without else needs[group])]), RunConfig)
+
+
+def test_every_group_is_a_part_of_the_run_and_has_choices():
+    assert set(groups()) - {"experiment"} == {
+        field.name for field in dataclasses.fields(RunConfig) if field.name not in ("name", "output", "seed")
+    }
+    assert all(choices(group) for group in groups())
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "scalar"),
+    [
+        ("gemma2_2b", (26, 2304, 8, 4, 256, 9216), 256),
+        ("gemma2_9b", (42, 3584, 16, 8, 256, 14336), 256),
+        ("gemma2_27b", (46, 4608, 32, 16, 128, 36864), 144),
+    ],
+)
+def test_the_three_gemmas_are_the_reports(name, sizes, scalar):
+    shown = list(to_dict(compose([f"model={name}"]).model).values())
+    assert shown == [256128, *sizes, 4096, scalar, 50.0, 30.0, 10000.0, 1e-6]
+
+
+def test_overrides_win_over_the_experiment_and_the_experiment_over_the_groups():
+    assert compose(["experiment=quickstart/teacher"]).model == compose(["model=small_6m"]).model
+    config = compose(
+        ["experiment=quickstart/teacher", "model=toy", "model.num_layers=4", "training.steps=77"]
+    )
+    assert (config.model.d_model, config.model.num_layers, config.training.steps) == (32, 4, 77)
+
+
+def test_references_follow_what_they_refer_to():
+    config = compose(["name=mine", "seed=7", "tokenizer.vocab_size=600"])
+    assert (config.output, config.data.seed, config.model.vocab_size) == ("runs/mine", 7, 600)
+
+
+def test_a_mapping_changes_only_the_keys_that_it_names():
+    config = compose(["optimizer={learning_rate: 0.5, clip_norm: 2}"])
+    base = compose().optimizer
+    assert config.optimizer == dataclasses.replace(base, learning_rate=0.5, clip_norm=2.0)
+
+
+def test_distilled_and_scratch_differ_in_the_objective_alone():
+    scratch = to_dict(compose(["experiment=quickstart/scratch"]))
+    distilled = to_dict(compose(["experiment=quickstart/distilled"]))
+    assert {key for key in scratch if scratch[key] != distilled[key]} == {
+        "name",
+        "output",
+        "objective",
+        "distill",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model=gemm2_2b"], "there is no model gemm2_2b, did you mean gemma2_2b (accepted: gemma2_27b, "),
+        (
+            ["experiment=quickstart/teach"],
+            "did you mean quickstart/teacher (accepted: quickstart/distilled, ",
+        ),
+        (
+            ["optimizer.learning_rat=1"],
+            "no key optimizer.learning_rat, did you mean learning_rate (accepted: beta1,",
+        ),
+        (["optimiser.learning_rate=1"], "no key optimiser, did you mean optimizer (accepted: checkpoint, "),
+        (["seeds=1"], "no key seeds, did you mean seed (accepted: "),
+        (["seed.x=1"], "no key seed.x, since seed is a single value (0)."),
+        (["training.steps=1.5"], "training.steps is 1.5; accepted: a whole number."),
+        (["training.steps=true"], "training.steps is true; accepted: a whole number."),
+        (["compute.dtype=float16"], 'compute.dtype is "float16"; accepted: float32 or bfloat16.'),
+        (["model.num_layers=3"], "model.num_layers is 3; it must be even"),
+        (["objective=distillation"], "objective.forward_kl is above 0, which needs a teacher"),
+        (["objective=distillation", "distill=online"], "distill.teacher has no value yet"),
+        (["training.steps=1,2"], "training.steps=1,2 lists several values, which only `gemma2 sweep` takes."),
+        (
+            ["seed=${nothing}"],
+            "seed refers to something that is not there: Interpolation key 'nothing' not found.",
+        ),
+        (["steps"], "'steps' cannot be read; accepted: key=value"),
+        (["=1"], "'=1' cannot be read; accepted: key=value"),
+        (["+seed=1"], "'+seed=1' cannot be read; accepted: key=value"),
+        (["~seed"], "'~seed' cannot be read; accepted: key=value"),
+        (["name=[a"], "'name=[a' cannot be read; accepted: key=value"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(overrides, sentence):
+    with pytest.raises(UserError) as caught:
+        compose(overrides)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "hydra" not in str(caught.value).lower()
+
+
+def test_a_saved_run_is_repeated_from_its_file_alone(tmp_path, monkeypatch):
+    config = compose(["experiment=quickstart/distilled", "seed=3", "data.source=[a.txt,b.md]"])
+    save(config, tmp_path / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert compose_file("config.yaml") == config
+    changed = compose_file("config.yaml", ["training.steps=900", "model.sliding_window=null"])
+    assert (changed.training.steps, changed.model.sliding_window) == (900, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.step=1", "there is no key training.step, did you mean steps (accepted: "),
+        ("model=toy", "model=toy chooses a file, but config.yaml is already composed"),
+        ("experiment=quickstart/teacher", "chooses a file, but config.yaml is already composed"),
+    ],
+)
+def test_a_saved_run_refuses_what_it_does_not_know(tmp_path, monkeypatch, override, sentence):
+    monkeypatch.chdir(tmp_path)
+    save(compose(), "config.yaml")
+    with pytest.raises(UserError, match=r"\A[^\n]*\Z") as caught:
+        compose_file("config.yaml", [override])
+    assert sentence in str(caught.value)
+
+
+def test_a_folder_of_the_users_own_adds_and_wins(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "experiments" / "deep").mkdir(parents=True)
+    toy = to_dict(compose(["model=toy"]).model)
+    (tmp_path / "model" / "mine.yaml").write_text(yaml.safe_dump({**toy, "num_layers": 6}))
+    (tmp_path / "model" / "toy.yaml").write_text(yaml.safe_dump({**toy, "num_layers": 8}))
+    (tmp_path / "experiments" / "deep" / "one.yaml").write_text(
+        "# @package _global_\ndefaults: [override /model: mine]\nname: one\n"
+    )
+    (tmp_path / "experiments" / "deep" / "study.yaml").write_text("title: x\n")
+    assert compose(["model=mine"], tmp_path).model.num_layers == 6
+    assert compose(["model=toy"], tmp_path).model.num_layers == 8
+    assert compose(["experiment=deep/one"], tmp_path).model.num_layers == 6
+    assert compose(["experiment=quickstart/teacher"], tmp_path).name == "quickstart/teacher"
+    assert {"mine", "toy", "gemma2_2b"} <= set(choices("model", tmp_path))
+    assert "deep/one" in choices("experiment", tmp_path)
+    assert "deep/study" not in choices("experiment", tmp_path)
+    assert find_study("deep", tmp_path) == tmp_path / "experiments" / "deep" / "study.yaml"
+    with pytest.raises(UserError, match="there is no study deap, did you mean deep"):
+        find_study("deap", tmp_path)
+
+
+def test_an_experiment_that_asks_for_a_missing_file_is_told(tmp_path):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "bad.yaml").write_text(
+        "# @package _global_\ndefaults: [override /model: toyy]\n"
+    )
+    (tmp_path / "experiments" / "worse.yaml").write_text("defaults: [override /modell: toy]\n")
+    with pytest.raises(
+        UserError, match=r"asks for the file model/toyy.yaml, which does not exist, did you mean toy "
+    ):
+        compose(["experiment=bad"], tmp_path)
+    with pytest.raises(UserError, match=r"\Athe configuration cannot be composed: [^\n]*modell[^\n]*\Z"):
+        compose(["experiment=worse"], tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"a: [1\n", b"- 1\n", b"\xff\xfe", b"a: 1\na: 2\n", b""])
+def test_a_broken_file_of_the_users_own_is_told(tmp_path, content):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"\Athe configuration[^\n]*\Z"):
+        compose(["model=mine"], tmp_path)
+
+
+def test_a_config_dir_that_is_no_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--config-dir is .*nowhere, which is no folder"):
+        compose([], tmp_path / "nowhere")
+
+
+def test_composing_leaves_no_trace(tmp_path, monkeypatch):
+    from hydra.core.global_hydra import GlobalHydra
+
+    monkeypatch.chdir(tmp_path)
+    environment = dict(os.environ)
+    compose(["experiment=quickstart/teacher"])
+    assert list(tmp_path.iterdir()) == []
+    assert not GlobalHydra.instance().is_initialized()
+    assert {**os.environ} == environment
+
+
+def test_works_from_a_folder_whose_name_needs_quotes(tmp_path):
+    odd = tmp_path / "it's a, [folder]"
+    (odd / "model").mkdir(parents=True)
+    (odd / "model" / "mine.yaml").write_text(yaml.safe_dump(to_dict(compose(["model=toy"]).model)))
+    assert compose(["model=mine"], odd).model == compose(["model=toy"]).model
+
+
+def test_combinations_are_the_product_in_order():
+    listed, shared = combinations(["a=1,2", "b=3", "c=range(0,2)", "d='x y',null"])
+    assert shared == ["b=3"]
+    assert len(listed) == 8
+    assert listed[0] == {"a": "1", "c": "0", "d": "'x y'"}
+    assert listed[1] == {"a": "1", "c": "0", "d": "null"}
+    assert listed[-1] == {"a": "2", "c": "1", "d": "null"}
+    assert combinations(["b=3"]) == ([{}], ["b=3"])
+    with pytest.raises(UserError, match=r"accepted: key=A,B or key=range\(1,4\)"):
+        combinations(["a=glob(*)"])
+
+
+def test_pairs_are_typed():
+    assert pairs(["a=1", "b=x", "c='1'", "d=[1,e]", "e.f=null"]) == [
+        ("a", 1),
+        ("b", "x"),
+        ("c", "1"),
+        ("d", [1, "e"]),
+        ("e.f", None),
+    ]
+
+
+def test_the_studies_lie_where_their_experiments_lie():
+    assert "quickstart" in studies()
+    assert all(isinstance(path, Path) and path.is_file() for path in studies().values())

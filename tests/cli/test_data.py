@@ -1,0 +1,75 @@
+"""The verbs data and tokenizer on a few small files."""
+
+import argparse
+import ast
+import inspect
+import re
+
+import pytest
+
+from gemma2_jax.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory):
+    """A prepared folder of real text, cut into documents, as the arguments that name it."""
+    folder = tmp_path_factory.mktemp("data")
+    paragraphs = inspect.getsource(argparse).split("\n\n")
+    for number in range(0, len(paragraphs), 8):
+        (folder / f"{number:04}.txt").write_text(
+            "\n\n".join(paragraphs[number : number + 8]), encoding="utf-8"
+        )
+    arguments = [
+        "data=files",
+        f"data.source={folder}/*.txt",
+        f"data.folder={folder}/prepared",
+        "data.validation_fraction=0.2",
+        "data.seq_len=64",
+        "data.batch_size=4",
+        "data.workers=1",
+        "tokenizer.vocab_size=600",
+    ]
+    assert main(["data", "prepare", *arguments]) == 0
+    return arguments
+
+
+def test_what_was_prepared_is_shown(overrides, capsys):
+    assert main(["data", "show", *overrides]) == 0
+    shown = capsys.readouterr().out
+    assert "train" in shown
+    assert "validation" in shown
+    assert len(re.findall(r"^ +\d+  ['\"]", shown, re.MULTILINE)) == 4  # the rows of a batch
+
+
+def test_the_tokenizer_is_trained_once(overrides, capsys):
+    assert main(["tokenizer", "train", *overrides]) == 0
+    assert "has 600 tokens" in capsys.readouterr().out
+    assert main(["tokenizer", "show", *overrides]) == 0
+    assert "tokens        600\n" in capsys.readouterr().out
+
+
+def test_encoded_and_decoded_is_the_same(overrides, capsys):
+    text = "def parse(self):\n    return 12"
+    assert main(["tokenizer", "encode", text, *overrides]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert "".join(ast.literal_eval(piece) for _, piece in rows) == text
+    assert main(["tokenizer", "decode", " ".join(number for number, _ in rows), *overrides]) == 0
+    assert capsys.readouterr().out == text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["tokenizer", "decode", "12 x"], "'x' is not a token id; accepted: whole numbers"),
+        (["tokenizer", "decode", "600"], "Token id 600 is not in"),
+        (["tokenizer", "show", "tokenizer.path=nowhere.model"], "nowhere.model cannot be read"),
+        (["data", "show", "data.folder=nowhere"], "nowhere"),
+        (["data", "prepare", "data.text_field=body"], "data.text_field"),
+    ],
+)
+def test_a_mistake_is_told(overrides, command, sentence, capsys):
+    words = [text for text in command if "=" not in text]
+    assert main([*words, *overrides, *(text for text in command if "=" in text)]) == 1
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert told.count("\n") == 1

@@ -1,0 +1,181 @@
+"""The command line as a whole: help at once, exit codes, mistakes in one sentence."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from gemma2_jax.cli import main as cli
+from gemma2_jax.cli import train as train_verb
+from gemma2_jax.cli.compose import compose
+from gemma2_jax.cli.main import main
+from gemma2_jax.config import UserError, build, save
+from gemma2_jax.training.config import RunConfig
+
+COMMANDS = [
+    [],
+    ["run"],
+    ["train"],
+    ["sweep"],
+    ["generate"],
+    ["data"],
+    ["data", "prepare"],
+    ["data", "show"],
+    ["tokenizer"],
+    ["tokenizer", "train"],
+    ["tokenizer", "show"],
+    ["tokenizer", "encode"],
+    ["tokenizer", "decode"],
+    ["config"],
+    ["config", "show"],
+    ["config", "list"],
+]
+
+ASK_ALL = """
+import contextlib, io, json, sys
+from gemma2_jax.cli.main import main
+helps = []
+for command in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    helps.append(told.getvalue())
+print(json.dumps([helps, sorted({name.split(".")[0] for name in sys.modules})]))
+"""
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """What every --help prints, and the libraries that one process has loaded after answering all of them."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_ALL, json.dumps(COMMANDS)], capture_output=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_help_loads_nothing_heavy(helps):
+    loaded = set(helps[1])
+    assert "argparse" in loaded
+    heavy = {
+        "jax",
+        "flax",
+        "hydra",
+        "omegaconf",
+        "numpy",
+        "pydantic",
+        "yaml",
+        "rich",
+        "matplotlib",
+        "grain",
+        "orbax",
+    }
+    assert loaded & heavy == set()
+
+
+def test_every_help_says_what_it_does_with_an_example(helps):
+    for command, text in zip(COMMANDS, helps[0], strict=True):
+        assert text.startswith("usage: gemma2 " + " ".join(command)), command
+        assert text.count(f"  gemma2 {' '.join(command)}") >= 1, command
+        assert all(len(line) <= 120 for line in text.splitlines()), command
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["trian"],
+        ["run"],
+        ["data"],
+        ["config", "list", "model", "x"],
+        ["generate"],
+        ["train", "--confg", "x"],
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 2
+    assert "usage: gemma2" in capsys.readouterr().err
+
+
+def test_a_user_error_is_one_line_and_exits_with_1(capsys):
+    assert main(["config", "show", "model=gemm2_2b"]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("gemma2: there is no model gemm2_2b, did you mean gemma2_2b")
+    assert told.err.count("\n") == 1
+
+
+def test_config_show_prints_what_train_would_take(capsys):
+    assert main(["config", "show", "experiment=quickstart/teacher", "--config-dir", ".", "seed=4"]) == 0
+    shown = build(RunConfig, yaml.safe_load(capsys.readouterr().out), "shown")
+    assert shown == compose(["experiment=quickstart/teacher", "seed=4"])
+
+
+def test_config_list(capsys):
+    assert main(["config", "list"]) == 0
+    listed = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert "gemma2_27b" in listed["model"].split()
+    assert "quickstart/distilled" in listed["experiment"].split()
+    assert "quickstart" in listed["study"].split()
+    assert main(["config", "list", "optimizer"]) == 0
+    assert capsys.readouterr().out.split() == ["constant", "cosine", "wsd"]
+    assert main(["config", "list", "optimiser"]) == 1
+    assert "did you mean optimizer" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The configurations that `gemma2 train` would have prepared and trained."""
+    calls: list[RunConfig] = []
+    monkeypatch.setattr("gemma2_jax.data.prepare.prepare", lambda data, tokenizer: None)
+    monkeypatch.setattr("gemma2_jax.training.loop.train", calls.append)
+    return calls
+
+
+def test_train_takes_overrides_before_and_after_options(trained, tmp_path):
+    assert main(["train", "model=toy", "--config-dir", str(tmp_path), "seed=3"]) == 0
+    assert trained == [compose(["model=toy", "seed=3"])]
+
+
+def test_train_repeats_a_run_from_its_file(trained, tmp_path):
+    config = compose(["model=toy", "output=runs/there"])
+    save(config, tmp_path / "config.yaml")
+    assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 0
+    assert trained == [config]
+
+
+@pytest.mark.parametrize(("resumes", "hint"), [(True, "the same command goes on"), (False, "stopped.")])
+def test_an_interrupt_exits_with_130_and_says_how_to_go_on(monkeypatch, capsys, resumes, hint):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    if resumes:
+        monkeypatch.setattr(train_verb, "run", interrupted)
+        command = ["train"]
+    else:
+        monkeypatch.setattr(cli.config, "show", interrupted)
+        command = ["config", "show"]
+    assert main(command) == 130
+    told = capsys.readouterr().err
+    assert hint in told
+    assert "Traceback" not in told
+
+
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
+    def broken(arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train_verb, "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["train"])
+
+
+def test_any_user_error_of_a_verb_is_told(monkeypatch, capsys):
+    def refused(arguments):
+        raise UserError("no.")
+
+    monkeypatch.setattr(train_verb, "run", refused)
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "gemma2: no.\n"

@@ -1,0 +1,121 @@
+"""From a command line to the runs of a study and the combinations of a sweep."""
+
+import pytest
+
+from gemma2_jax.cli.main import main
+from gemma2_jax.cli.roots import find_study, studies
+from gemma2_jax.cli.run import compose_study
+from gemma2_jax.cli.sweep import compose_sweep
+from gemma2_jax.config import UserError, load
+from gemma2_jax.studies.config import StudyConfig
+from gemma2_jax.studies.sweep import Combination
+from gemma2_jax.training.config import RunConfig
+
+
+@pytest.mark.parametrize("name", sorted(studies()))
+def test_every_study_composes_and_has_a_readme(name):
+    study = load(StudyConfig, find_study(name))
+    runs, output = compose_study(name, study, [], None)
+    assert list(runs) == list(study.runs)
+    assert output == f"runs/{name}"
+    assert (find_study(name).parent / "README.md").is_file()
+
+
+@pytest.fixture
+def quickstart():
+    return load(StudyConfig, find_study("quickstart"))
+
+
+def test_the_study_places_its_runs_and_their_teacher(quickstart):
+    runs, _ = compose_study("quickstart", quickstart, ["output='runs/a b'", "seed=1"], None)
+    assert [run.output for run in runs.values()] == [f"runs/a b/{name}" for name in runs]
+    assert [run.name for run in runs.values()] == list(runs)
+    assert {run.seed for run in runs.values()} == {run.data.seed for run in runs.values()} == {1}
+    assert runs["distilled"].distill.teacher == "runs/a b/teacher"
+    assert runs["scratch"].distill.teacher is None
+
+
+def test_a_key_goes_to_every_run_or_to_one(quickstart):
+    overrides = ["training.steps=300", "distilled.training.steps=200", "scratch.model=toy"]
+    runs, _ = compose_study("quickstart", quickstart, overrides, None)
+    assert [run.training.steps for run in runs.values()] == [300, 300, 200]
+    assert runs["scratch"].model.d_model == 32
+    assert runs["distilled"].model.d_model == 96
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("distilled=3", "distilled=3 names a run of the study; accepted: distilled.KEY=VALUE."),
+        ("distiled.seed=3", "there is no key distiled, did you mean distill"),
+        ("distilled.sed=3", "there is no key sed, did you mean seed"),
+        ("seed=1,2", "seed=1,2 lists several values"),
+    ],
+)
+def test_a_wrong_key_of_a_study_is_told(quickstart, override, sentence):
+    with pytest.raises(UserError) as caught:
+        compose_study("quickstart", quickstart, [override], None)
+    assert sentence in str(caught.value)
+
+
+def test_an_unknown_study_is_told(capsys):
+    assert main(["run", "quikstart"]) == 1
+    assert "there is no study quikstart, did you mean quickstart (accepted: " in capsys.readouterr().err
+
+
+def composed(combination: Combination) -> RunConfig:
+    assert isinstance(combination.config, RunConfig)
+    return combination.config
+
+
+def test_a_sweep_is_the_product_with_a_folder_for_each():
+    overrides = [
+        "experiment=quickstart/scratch",
+        "optimizer.learning_rate=1e-3,3e-4",
+        "seed=range(0,2)",
+        "model=toy",
+    ]
+    found, output = compose_sweep(overrides, None)
+    assert output == "runs/sweeps/quickstart/scratch"
+    assert [composed(combination).output for combination in found] == [
+        f"{output}/optimizer.learning_rate={rate},seed={seed}"
+        for rate in ("0.001", "0.0003")
+        for seed in (0, 1)
+    ]
+    assert [composed(combination).seed for combination in found] == [0, 1, 0, 1]
+    assert {composed(combination).model.d_model for combination in found} == {32}
+    assert found[0].values == {"optimizer.learning_rate": "0.001", "seed": "0"}
+
+
+def test_a_sweep_over_experiments_and_groups():
+    overrides = ["experiment=quickstart/teacher,quickstart/scratch", "model=toy,small_1m", "output=out"]
+    found, output = compose_sweep(overrides, None)
+    assert output == "out"
+    assert composed(found[0]).output == "out/experiment=quickstart-teacher,model=toy"
+    assert [composed(combination).model.d_model for combination in found] == [32, 96, 32, 96]
+
+
+def test_a_combination_that_cannot_be_composed_is_kept_for_the_table():
+    found, _ = compose_sweep(["model.num_layers=3,4"], None)
+    assert isinstance(found[0].config, UserError)
+    assert composed(found[1]).model.num_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["seed=1"], "no key lists several values"),
+        (["sed=1,2"], "there is no key sed, did you mean seed"),
+        (["experiment=quickstart/teachr", "seed=1,2"], "did you mean quickstart/teacher"),
+    ],
+)
+def test_a_sweep_that_is_no_sweep_is_told(overrides, sentence):
+    with pytest.raises(UserError) as caught:
+        compose_sweep(overrides, None)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(("succeeds", "code"), [(True, 0), (False, 1)])
+def test_a_sweep_with_a_failure_exits_with_1(monkeypatch, succeeds, code):
+    monkeypatch.setattr("gemma2_jax.studies.sweep.run_sweep", lambda combinations, output, console: succeeds)
+    assert main(["sweep", "seed=1,2"]) == code

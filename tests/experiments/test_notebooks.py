@@ -1,0 +1,31 @@
+"""Notebooks run from top to bottom, and show what they say they show."""
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).parents[2] / "experiments" / "notebooks"
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All text of the notebook, run as it is in the repository with the kernel's own devices."""
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    notebook = nbformat.read(NOTEBOOKS / "build_and_distil.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": os.fspath(tmp_path)}}).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+    return "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+
+
+def test_build_and_distil(outputs: str) -> None:
+    assert "2,614,636,800 parameters" in outputs
+    (line,) = [line for line in outputs.splitlines() if line.startswith("KL ")]
+    first, last = (float(word) for word in line.split() if word.replace(".", "").isdigit())
+    assert last < 0.5 * first
+    assert outputs.count("student: ") == 2

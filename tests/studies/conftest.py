@@ -1,0 +1,73 @@
+"""Runs that train in no time: what surrounds the training is the subject here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gemma2_jax.cli.compose import compose
+from gemma2_jax.config import save
+from gemma2_jax.evaluation.evaluate import Evaluation
+from gemma2_jax.studies import stages
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.start import CONFIG_FILE
+
+
+class Stage:
+    """Stands in for preparing, training, evaluating and sampling; notes what was asked of it.
+
+    A run's loss is its learning rate, so that a test can say which is best.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.fails: dict[str, BaseException] = {}
+
+    def prepare(self, data, tokenizer):
+        self.calls.append(("prepare", data.folder))
+
+    def train(self, config: RunConfig) -> None:
+        self.calls.append(("train", config.name))
+        folder = Path(config.output)
+        save(config, folder / CONFIG_FILE)
+        if config.name in self.fails:
+            raise self.fails[config.name]
+        (folder / "checkpoints" / str(config.training.steps)).mkdir(parents=True)
+        rows = [
+            {"step": step, "split": split, "cross_entropy": config.optimizer.learning_rate + 1 / step}
+            for step in range(10, config.training.steps + 1, 10)
+            for split in ("train", "validation")
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def evaluate(self, folder: str, teacher: str | None = None) -> Evaluation:
+        self.calls.append(("evaluate", Path(folder).name))
+        loss = stages.load(RunConfig, Path(folder) / CONFIG_FILE).optimizer.learning_rate
+        compared = (None, None) if teacher is None else (0.75, 0.125)
+        return Evaluation(12345, 67890, loss, 2.0, *compared)
+
+    def sample(self, config, prompts, sample_tokens):
+        self.calls.append(("sample", config.name))
+        return [f"{config.name} goes `on`|\nhere [bold]" for _ in prompts]
+
+
+@pytest.fixture
+def stage(monkeypatch, tmp_path) -> Stage:
+    stand_in = Stage()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stages, "prepare", stand_in.prepare)
+    monkeypatch.setattr(stages, "train", stand_in.train)
+    monkeypatch.setattr(stages, "evaluate_run", stand_in.evaluate)
+    monkeypatch.setattr(stages, "_continue", stand_in.sample)
+    return stand_in
+
+
+@pytest.fixture
+def toy():
+    """Composes a small run; its output folder lies in the current one."""
+
+    def make(name: str, *overrides: str) -> RunConfig:
+        small = ["model=toy", "training.steps=40", "optimizer.warmup_steps=1", "training.eval_every=10"]
+        return compose([*small, *overrides], values={"name": name, "output": f"out/{name}"})
+
+    return make

@@ -1,0 +1,125 @@
+"""Building configuration from plain data: what is accepted, and the one sentence for what is not."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from gemma2_jax.config import UserError, build, load, read_yaml, save, suggest, to_dict
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: int
+    rate: float = 0.5
+    kind: Literal["flat", "round"] = "flat"
+    files: str | tuple[str, ...] = "a.txt"
+    window: int | None = None
+    on: bool = False
+
+    def __post_init__(self) -> None:
+        if self.width % 2:
+            raise UserError(f"inner.width is {self.width}; it must be even.")
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    other: Inner | None = None
+    named: dict[str, Inner] = field(default_factory=dict)
+
+
+def test_nested_data_becomes_nested_dataclasses():
+    data = {
+        "inner": {"width": 2, "rate": 3, "files": ["x", "y"], "window": 4, "on": True},
+        "named": {"a": {"width": 4}},
+    }
+    built = build(Outer, data, "here")
+    assert built == Outer(Inner(2, 3.0, files=("x", "y"), window=4, on=True), named={"a": Inner(4)})
+    assert isinstance(built.inner.rate, float)
+    assert isinstance(built.inner.files, tuple)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ({"inner": {"width": True}}, "here: inner.width is true; accepted: a whole number."),
+        ({"inner": {"width": 2.0}}, "here: inner.width is 2.0; accepted: a whole number."),
+        ({"inner": {"width": "2"}}, 'here: inner.width is "2"; accepted: a whole number.'),
+        ({"inner": {"width": 2, "rate": "fast"}}, 'here: inner.rate is "fast"; accepted: a number.'),
+        ({"inner": {"width": 2, "rate": True}}, "here: inner.rate is true; accepted: a number."),
+        ({"inner": {"width": 2, "rate": float("nan")}}, "here: inner.rate is NaN; accepted: a number."),
+        ({"inner": {"width": 2, "kind": "flatt"}}, 'here: inner.kind is "flatt"; accepted: flat or round.'),
+        ({"inner": {"width": 2, "files": 3}}, "here: inner.files is 3; accepted: text or a list of text."),
+        ({"inner": {"width": 2, "files": ["a", 3]}}, "accepted: text or a list of text."),
+        (
+            {"inner": {"width": 2, "window": "x"}},
+            'here: inner.window is "x"; accepted: a whole number or null.',
+        ),
+        ({"inner": {"width": 2, "on": 1}}, "here: inner.on is 1; accepted: true or false."),
+        ({"inner": 3}, "here: inner is 3; accepted: keys width, rate, kind, files, window, on."),
+        ({}, "here: inner is missing; accepted: keys width, rate"),
+        ({"inner": {}}, "here: inner.width is missing; accepted: a whole number."),
+        (
+            {"inner": {"widht": 2}},
+            "here: there is no key inner.widht, did you mean width (accepted: files, kind,",
+        ),
+        (
+            {"iner": {"width": 2}},
+            "here: there is no key iner, did you mean inner (accepted: inner, named, other).",
+        ),
+        ({"inner": {"width": 2}, "other": {"xyz": 2}}, "here: there is no key other.xyz, accepted: files,"),
+        (
+            {"inner": {"width": 2}, "named": {"a": {"width": "x"}}},
+            'named.a.width is "x"; accepted: a whole number.',
+        ),
+        ({"inner": {"width": 2}, "named": {"a": 5}}, "here: named.a is 5; accepted: keys width"),
+        ({"inner": {"width": 3}}, "here: inner.width is 3; it must be even."),
+        ({"inner": {"width": object()}}, "here holds something that is no plain value"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(data, sentence):
+    with pytest.raises(UserError) as caught:
+        build(Outer, data, "here")
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_saved_and_loaded_is_equal(tmp_path):
+    config = Outer(Inner(2, 1e-5, files=("é", "b: c"), window=None), named={"x": Inner(4, on=True)})
+    save(config, tmp_path / "new" / "config.yaml")
+    assert load(Outer, tmp_path / "new" / "config.yaml") == config
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.yaml"]
+    assert build(Outer, to_dict(config), "here") == config
+
+
+def test_an_exponent_without_a_point_is_a_number(tmp_path):
+    (tmp_path / "c.yaml").write_text("inner: {width: 2, rate: 1e-3}\n")
+    assert load(Outer, tmp_path / "c.yaml").inner.rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read: No such file or directory."),
+        (b"a: [1", "is not valid YAML"),
+        (b"- 1\n", "holds [1] where keys and values are expected."),
+        (b"", "holds null where keys and values are expected."),
+        (b"\xff\xfe", "is not a text file in UTF-8."),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, content, sentence):
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_yaml(path)
+    assert str(caught.value).startswith(str(path))
+    assert sentence in str(caught.value)
+
+
+def test_suggestion_names_the_nearest_first():
+    assert suggest("widht", ["height", "width"]) == "did you mean width (accepted: height, width)"
+    assert suggest("zzz", ["height", "width"]) == "accepted: height, width"
+    assert suggest("zzz", []) == "accepted: none"

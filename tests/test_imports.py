@@ -1,0 +1,118 @@
+"""Imports flow one way: a room knows only the rooms below it, and none but the command line knows Hydra."""
+
+import ast
+import configparser
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "gemma2_jax"
+
+BOTTOM = {"config", "files"}
+# What each room may import beside itself and the bottom. A room that is not named here fails the test.
+ALLOWED = {
+    "files": set(),
+    "config": {"files"},
+    "model": {"kernels", "sharding"},
+    "kernels": {"model", "sharding"},
+    "sharding": {"model", "kernels"},
+    "data": set(),
+    "objectives": {"model", "kernels", "sharding"},
+    "checkpoints": {"model", "sharding"},
+    "sampling": {"model", "kernels", "sharding", "data"},
+    "distill": {"model", "kernels", "sharding", "data", "objectives", "sampling", "checkpoints"},
+}
+ALLOWED["training"] = set(ALLOWED) - BOTTOM
+ALLOWED["evaluation"] = ALLOWED["training"] | {"training"}
+ALLOWED["studies"] = ALLOWED["evaluation"] | {"evaluation"}
+ALLOWED["cli"] = ALLOWED["studies"] | {"studies"}
+
+# Libraries that one room only may know.
+ONLY_IN = {
+    "hydra": "cli",
+    "omegaconf": "cli",
+    "argparse": "cli",
+    "orbax": "checkpoints",
+    "matplotlib": "studies",
+}
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every module that a source text imports, at the top, inside functions, or for type checking."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "gemma2_jax":  # names a room by what it imports
+                yield from (f"gemma2_jax.{name.name}" for name in node.names)
+            else:
+                yield str(node.module)
+
+
+def violations(room: str, source: str) -> list[str]:
+    """The imports of `source`, a file of `room`, that it should not have."""
+    bad = []
+    for module in imports(source):
+        first, *rest = module.split(".")
+        allowed = ALLOWED[room] | {room} | (BOTTOM if room not in BOTTOM else set())
+        if (first == "gemma2_jax" and rest and rest[0] not in allowed) or ONLY_IN.get(first, room) != room:
+            bad.append(module)
+    return bad
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_a_file_imports_only_from_below(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert violations(room, path.read_text(encoding="utf-8")) == []
+
+
+def test_only_one_file_knows_hydra():
+    knowing = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in FILES
+        if any(
+            module.split(".")[0] in ("hydra", "omegaconf")
+            for module in imports(path.read_text(encoding="utf-8"))
+        )
+    }
+    assert knowing == {"cli/compose.py"}
+
+
+def test_the_check_sees_what_it_should():
+    assert violations("model", "from gemma2_jax.training.loop import train") == ["gemma2_jax.training.loop"]
+    assert violations("studies", "def f():\n    from gemma2_jax import cli") == ["gemma2_jax.cli"]
+    assert violations("training", "import hydra.utils") == ["hydra.utils"]
+    assert violations("config", "import gemma2_jax.model") == ["gemma2_jax.model"]
+    assert violations("model", "import jax\nfrom gemma2_jax.config import UserError") == []
+
+
+def read_setup() -> configparser.ConfigParser:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return setup
+
+
+def test_what_is_imported_is_required_and_the_other_way_round():
+    setup = read_setup()
+    lines = setup["options"]["install_requires"] + setup["options.extras_require"]["parquet"]
+    lines += setup["options.extras_require"]["wandb"]
+    required = {re.split(r"[^A-Za-z0-9_.-]", line)[0].replace("-", "_") for line in lines.split("\n") if line}
+    named_otherwise = {"yaml": "pyyaml", "hydra": "hydra_core", "orbax": "orbax_checkpoint"}
+    first = {module.split(".")[0] for path in FILES for module in imports(path.read_text(encoding="utf-8"))}
+    libraries = first - set(sys.stdlib_module_names) - {"gemma2_jax"}
+    assert {named_otherwise.get(name, name) for name in libraries} == required
+
+
+def test_every_room_is_packaged():
+    setup = read_setup()
+    rooms = {f"gemma2_jax.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
+    listed = set(setup["options"]["packages"].split())
+    assert listed == {"gemma2_jax", "gemma2_jax.configs", "gemma2_jax.experiments", *rooms}
