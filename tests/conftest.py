@@ -74,7 +74,7 @@ def corpus(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> pathli
 @pytest.fixture(scope="session")
 def tokenizer_config(corpus: pathlib.Path) -> TokenizerConfig:
     """Of a tokenizer that is trained with the first preparation."""
-    return TokenizerConfig(path=str(corpus.parent / "tokenizer.model"), vocab_size=512)
+    return TokenizerConfig(path=str(corpus.parent / "tokenizer.model"), vocab_size=400)
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +108,7 @@ def toy_run(data: DataConfig, tokenizer_config: TokenizerConfig) -> RunConfig:
         output="unset",
         seed=0,
         model=ModelConfig(
-            vocab_size=512,
+            vocab_size=400,
             num_layers=2,
             d_model=32,
             num_heads=4,

@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from gemma2_jax.files import write_text
+from gemma2_jax.machine import describe_machine, peak_memory_gib
 from gemma2_jax.studies.config import StudyConfig
-from gemma2_jax.studies.machine import describe_machine, peak_memory_gib
 from gemma2_jax.studies.plots import plot_losses
 from gemma2_jax.studies.stages import Measurement, read_times
 from gemma2_jax.studies.tables import Table, say
@@ -37,7 +38,7 @@ def write_report(
     write_text(folder / "report.md", _markdown(study, table, measurements, seconds))
     results = {
         "title": study.title,
-        "machine": describe_machine(),
+        "machine": describe_machine(jax.devices()),
         "seconds": seconds,
         "runs": {
             name: {**dataclasses.asdict(measurement.evaluation), "samples": list(measurement.samples)}
@@ -88,7 +89,11 @@ def _markdown(
         parts.append("\n".join([f"## {_code(prompt)} goes on", "", *samples]))
     stages = Table(["stage", "time"], [[stage, _duration(spent)] for stage, spent in seconds.items()])
     total = _duration(sum(seconds.values()))
-    parts += ["## Machine and time", describe_machine() + f". {total} in all:", stages.markdown()]
+    parts += [
+        "## Machine and time",
+        describe_machine(jax.devices()) + f". {total} in all:",
+        stages.markdown(),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -86,7 +86,7 @@ def test_the_teacher_has_its_own_dtype_and_the_students_mesh(
 
 def test_another_vocabulary_is_refused(distilled: RunConfig, toy_run: RunConfig) -> None:
     student = replace(toy_run.model, vocab_size=600)
-    with pytest.raises(UserError, match=r"vocabulary of 512 and the student \(model\) one of 600"):
+    with pytest.raises(UserError, match=r"vocabulary of 400 and the student \(model\) one of 600"):
         load_teacher(
             distilled.distill, student, Tokenizer.load(toy_run.tokenizer.path), build_mesh(MeshConfig())
         )
@@ -95,7 +95,7 @@ def test_another_vocabulary_is_refused(distilled: RunConfig, toy_run: RunConfig)
 def test_another_tokenizer_is_refused(
     teacher: RunConfig, toy_run: RunConfig, texts: list[str], tmp_path: Path
 ) -> None:
-    other = train_tokenizer(texts[::2], tmp_path / "other.model", 512)
+    other = train_tokenizer(texts[::2], tmp_path / "other.model", 400)
     with pytest.raises(UserError, match=f"and the student's .tokenizer.path. is {other.fingerprint[:12]}"):
         load_teacher(DistillConfig(teacher.output, "float32"), toy_run.model, other, build_mesh(MeshConfig()))
 

@@ -144,8 +144,8 @@ def test_data_prepared_with_another_tokenizer_is_refused(finished: RunConfig, tm
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(finished: RunConfig, tmp_path: Path) -> None:
-    config = replace(finished, output=str(tmp_path), model=replace(finished.model, vocab_size=400))
-    with pytest.raises(UserError, match=r"has 512 tokens, more than model.vocab_size \(400\)"):
+    config = replace(finished, output=str(tmp_path), model=replace(finished.model, vocab_size=300))
+    with pytest.raises(UserError, match=r"has 400 tokens, more than model.vocab_size \(300\)"):
         train(config)
 
 

@@ -1,21 +1,21 @@
-"""What machine a result was measured on."""
+"""The machine that a process runs on: what it may use, and what a result was measured on."""
 
 import os
 import platform
 import resource
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import jax
 
-
-def describe_machine() -> str:
-    """Returns one line: processor, cores, memory, device, and the versions that matter."""
+def describe_machine(devices: Sequence[Any]) -> str:
+    """Returns one line: processor, cores, memory, JAX's `devices`, and the versions that matter."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    devices = jax.devices()
     return (
-        f"{_processor()}, {_cores()} cores, {memory:.0f} GiB; "
+        f"{_processor()}, {cores()} cores, {memory:.0f} GiB; "
         f"{len(devices)} x {devices[0].device_kind}; "
-        f"Python {platform.python_version()}, JAX {jax.__version__}, {platform.system()}"
+        f"Python {platform.python_version()}, JAX {version('jax')}, {platform.system()}"
     )
 
 
@@ -26,7 +26,7 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores that this process may use, which in a container are fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

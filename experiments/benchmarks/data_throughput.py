@@ -1,0 +1,89 @@
+"""How fast text becomes shards and shards become batches.
+
+    python experiments/benchmarks/data_throughput.py
+
+The built-in corpus is repeated, each document with a number in front, so that starting processes does not
+count for much. Figures are medians over repetitions, in tokens per second: of tokenising (reading JSONL,
+tokenising, writing shards; a given tokenizer), with one worker and with one for each CPU, and of feeding
+(reading shards, shuffling, packing, batching), for a small and a large shape of batch.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.data.prepare import prepare
+from gemma2_jax.data.sources import PYTHON_DOCS, open_source
+from gemma2_jax.machine import cores
+
+SHAPES = [(16, 128), (32, 1024)]  # (B, T)
+FED_TOKENS = 2_000_000  # in one repetition
+
+
+def tokenising(data: DataConfig, tokenizer: TokenizerConfig, repetitions: int) -> float:
+    """Tokens per second of `prepare`, each time into a new folder."""
+    rates = []
+    for repetition in range(repetitions):
+        fresh = replace(data, folder=f"{data.folder}-{data.workers}-{repetition}")
+        begun = time.perf_counter()
+        manifest = prepare(fresh, tokenizer)
+        rates.append((manifest.train.tokens + manifest.validation.tokens) / (time.perf_counter() - begun))
+    return statistics.median(rates)
+
+
+def feeding(data: DataConfig, repetitions: int) -> float:
+    """Tokens per second of `train_batches`, after the first batch."""
+    batches = train_batches(data)
+    next(batches)
+    count = max(1, FED_TOKENS // (data.batch_size * data.seq_len))
+    rates = []
+    for _ in range(repetitions):
+        begun = time.perf_counter()
+        for _ in range(count):
+            next(batches)
+        rates.append(count * data.batch_size * data.seq_len / (time.perf_counter() - begun))
+    return statistics.median(rates)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=8, help="how often the corpus is repeated")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = DataConfig(PYTHON_DOCS, str(folder / "corpus"), 0.05, 128, 16, seed=0)
+        tokenizer = TokenizerConfig(str(folder / "tokenizer.model"), vocab_size=4096)
+        prepare(data, tokenizer)
+        with (folder / "repeated.jsonl").open("w") as file:
+            for copy in range(arguments.copies):
+                for text, _ in open_source(data.sources, data.text_field):
+                    file.write(json.dumps({"text": f"{copy} {text}"}) + "\n")
+        repeated = replace(data, source=str(folder / "repeated.jsonl"), folder=str(folder / "repeated"))
+
+        workers = cores()
+        rows = [
+            (
+                f"tokenising, workers: {count}",
+                tokenising(replace(repeated, workers=count), tokenizer, arguments.repetitions),
+            )
+            for count in sorted({1, workers})
+        ]
+        for batch_size, seq_len in SHAPES:
+            shaped = replace(data, batch_size=batch_size, seq_len=seq_len)
+            rows.append((f"feeding, B x T: {batch_size} x {seq_len}", feeding(shaped, arguments.repetitions)))
+    print(f"{'':30}{'tokens/s':>12}")
+    for label, rate in rows:
+        print(f"{label:30}{rate:>12,.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What text is trained on (`DataConfig`) and the tokenizer that reads it (`TokenizerConfig`)."""
+
+from dataclasses import dataclass
+
+from gemma2_jax.config import UserError
+
+SMALLEST_VOCABULARY = 300  # of a tokenizer to train: 256 bytes, special tokens, and a little room to learn
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from, how it is stored, and how it becomes batches.
+
+    Attributes:
+        source: "python-docs" (the documentation in Python's own standard library), or one or several globs
+            of .txt, .md, .rst, .jsonl or .parquet files, each optionally .gz or .zst.
+        folder: where the tokenised shards and their manifest are kept; runs may share it.
+        validation_fraction: share of the documents held out, in [0, 1); the content of a document decides.
+        seq_len: T, tokens in a row of a batch.
+        batch_size: B, rows of an optimizer step over all processes.
+        seed: order of the documents.
+        text_field: the field of JSONL objects, or the column of Parquet files, that holds the text.
+        workers: processes that tokenise; None is one for each CPU.
+        shard_characters: a shard is closed after this many characters of text.
+    """
+
+    source: str | tuple[str, ...]
+    folder: str
+    validation_fraction: float
+    seq_len: int
+    batch_size: int
+    seed: int
+    text_field: str = "text"
+    workers: int | None = None
+    shard_characters: int = 64_000_000
+
+    def __post_init__(self) -> None:
+        if not self.sources or not all(self.sources):
+            raise UserError(
+                f"data.source is {self.source!r}; accepted: python-docs, or one or several globs of files."
+            )
+        if not self.folder:
+            raise UserError("data.folder is empty; it must name the folder that the prepared data goes to.")
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(
+                f"data.validation_fraction is {self.validation_fraction}; accepted: at least 0, below 1."
+            )
+        if self.seq_len < 2:
+            raise UserError(f"data.seq_len is {self.seq_len}; it must be at least 2.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"data.seed is {self.seed}; it must be at least 0 and below 2**32.")
+        for name in ("batch_size", "workers", "shard_characters"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} is {value}; it must be at least 1.")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`source` as a tuple, whichever way it was written."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer's file.
+
+    Attributes:
+        path: a SentencePiece model file, such as Gemma's own tokenizer.model.
+        vocab_size: if there is no file at `path` yet, one of this size is trained on the training documents;
+            None only loads.
+    """
+
+    path: str
+    vocab_size: int | None
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise UserError("tokenizer.path is empty; it must name a SentencePiece model file.")
+        if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
+            raise UserError(
+                f"tokenizer.vocab_size is {self.vocab_size}; it must be at least {SMALLEST_VOCABULARY} "
+                "(256 bytes, special tokens, and room to learn), or null to load only."
+            )

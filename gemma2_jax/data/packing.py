@@ -1,0 +1,94 @@
+"""Documents to rows of fixed length, as a Grain transformation whose state survives JSON.
+
+Grain has a transformation of the same kind (ConcatThenSplitIterDataset), but in 0.2.18 its state does not
+survive the JSON that checkpoints are written in: tuples come back as lists, and where a row happened to end
+with a document, the next document is lost on resumption.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+Row = dict[str, np.ndarray]  # tokens, targets, positions, segment_ids: int32 [T]
+
+
+class PackedRows(grain.IterDataset):
+    """Rows of `seq_len` tokens made of the documents of `parent`, one after another.
+
+    Tokens and targets are made of each document before it is packed (all but its last token, all but its
+    first), so that no target belongs to another document and none is lost where a document is cut: what did
+    not fit into a row goes on in the next, as a new segment with positions from 0. Only the last row of a
+    finite parent is padded, with zeros.
+
+    Args:
+        parent: yields arrays of at least two token ids.
+        seq_len: T.
+    """
+
+    def __init__(self, parent: grain.IterDataset, seq_len: int) -> None:
+        super().__init__(parent)
+        self._seq_len = seq_len
+
+    def __iter__(self) -> "_PackedRowsIterator":
+        return _PackedRowsIterator(self._parent.__iter__(), self._seq_len)
+
+
+class _PackedRowsIterator(grain.DatasetIterator):
+    """State: the parent's state before the document in hand, and how much of that document is used up."""
+
+    def __init__(self, parent: grain.DatasetIterator, seq_len: int) -> None:
+        super().__init__(parent)
+        self._seq_len = seq_len
+        self._document: np.ndarray | None = None
+        self._before = parent.get_state()
+        self._used = 0
+
+    def __next__(self) -> Row:
+        row = {
+            name: np.zeros(self._seq_len, np.int32)
+            for name in ("tokens", "targets", "positions", "segment_ids")
+        }
+        for segment, (start, piece) in enumerate(self._pieces(), 1):
+            place = slice(start, start + len(piece) - 1)
+            row["tokens"][place] = piece[:-1]
+            row["targets"][place] = piece[1:]
+            row["positions"][place] = np.arange(len(piece) - 1)
+            row["segment_ids"][place] = segment
+        if not row["segment_ids"][0]:
+            raise StopIteration
+        return row
+
+    def get_state(self) -> dict[str, Any]:
+        if self._document is None:
+            return {"parent": self._parent.get_state(), "used": 0}
+        return {"parent": self._before, "used": self._used}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._document = None
+        if state["used"]:
+            self._take_document()
+            self._used = state["used"]
+
+    def _pieces(self) -> Iterator[tuple[int, np.ndarray]]:
+        """What fills one row: where each piece starts, and its tokens with the one more that is a target only."""
+        filled = 0
+        while filled < self._seq_len:
+            if self._document is None and not self._take_document():
+                return
+            document = self._document
+            assert document is not None
+            count = min(self._seq_len - filled, len(document) - 1 - self._used)
+            yield filled, document[self._used : self._used + count + 1]
+            filled += count
+            self._used += count
+            if self._used == len(document) - 1:
+                self._document = None
+
+    def _take_document(self) -> bool:
+        self._before = self._parent.get_state()
+        self._document = next(self._parent, None)
+        self._used = 0
+        return self._document is not None

@@ -1,0 +1,120 @@
+"""The documentation inside Python's own standard library: real text that is on every machine.
+
+Documents are the language reference's topics (those of `help("LAMBDA")`), and the docstrings of every module,
+of every class with its methods, and of every function. Source files are parsed, never imported: importing
+some modules of the standard library has effects.
+"""
+
+import ast
+import platform
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+# Tests are code about code; site-packages is whatever somebody installed.
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+class PythonDocs:
+    """The corpus of the Python that runs; another Python version is another corpus.
+
+    Attributes:
+        identity: what the documents are, in words.
+        size: bytes of all source files, the measure of progress.
+    """
+
+    def __init__(self) -> None:
+        self.identity = f"{platform.python_implementation()} {platform.python_version()}"
+        # The standard library of the base installation, also from within a virtual environment.
+        self._root = Path(sysconfig.get_path("stdlib"))
+
+    @property
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in self._files)
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        """Yields each document with the bytes of source files read so far, in a fixed order, no text twice."""
+        yield from self._documents
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        files = [
+            path
+            for path in self._root.rglob("*.py")
+            if not _SKIPPED & set(path.relative_to(self._root).parts)
+        ]
+        return sorted(files, key=lambda path: path.relative_to(self._root).as_posix())
+
+    @cached_property
+    def _documents(self) -> list[tuple[str, int]]:
+        # Kept, for once: it is a few megabytes, and parsing takes longer than everything done with the result.
+        seen: dict[str, int] = {}
+        done = 0
+        for path in self._files:
+            done += path.stat().st_size
+            for text in _documents_of(path, self._module_name(path)):
+                seen.setdefault(text, done)
+        return list(seen.items())
+
+    def _module_name(self, path: Path) -> str:
+        parts = path.relative_to(self._root).with_suffix("").parts
+        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _documents_of(path: Path, module: str) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # a template that merely ends in .py
+    if module == "pydoc_data.topics":
+        yield from _topics(tree)
+        return
+    if docstring := ast.get_docstring(tree):
+        yield f"{module}\n\n{docstring}"
+    yield from _definitions(tree, module)
+
+
+def _topics(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            topics: dict[str, str] = ast.literal_eval(node.value)
+            yield from (text.strip() for text in topics.values())
+
+
+def _definitions(node: ast.AST, owner: str) -> Iterator[str]:
+    """Classes and functions at any depth outside classes (under `if` and `try` too), a document each."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            sections = list(_class_sections(child, f"{owner}.{child.name}"))
+            if sections:
+                yield "\n\n".join(sections)
+        elif isinstance(child, _Function):
+            if docstring := ast.get_docstring(child):
+                yield f"{owner}.{_signature(child)}\n\n{docstring}"
+        elif isinstance(child, ast.stmt | ast.ExceptHandler):
+            yield from _definitions(child, owner)
+
+
+def _class_sections(node: ast.ClassDef, name: str) -> Iterator[str]:
+    """The class's own docstring, then those of its methods and inner classes, each under a heading."""
+    methods = []
+    for child in node.body:
+        if isinstance(child, _Function) and (docstring := ast.get_docstring(child)):
+            methods.append(f"{_signature(child)}\n\n{docstring}")
+        elif isinstance(child, ast.ClassDef):
+            methods += _class_sections(child, f"{name}.{child.name}")
+    docstring = ast.get_docstring(node)
+    if docstring or methods:
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        yield "\n\n".join(filter(None, [f"class {name}({bases})" if bases else f"class {name}", docstring]))
+        yield from methods
+
+
+def _signature(node: _Function) -> str:
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"{node.name}({ast.unparse(node.args)}){returns}"

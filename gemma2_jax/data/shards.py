@@ -1,0 +1,210 @@
+"""Shards: ArrayRecord files of tokenised documents, and the manifest that describes a folder of them.
+
+A record is the token ids of one document (bos, text, eos), little-endian, in the narrowest unsigned type
+that holds the vocabulary.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from pydantic import TypeAdapter, ValidationError
+
+from gemma2_jax.config import UserError
+from gemma2_jax.files import write_text
+
+FORMAT = 1  # of the folder; raised when a reader of the old one would misread the new one
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much text. `tokens` include bos and eos; `bytes` are of the text in UTF-8."""
+
+    documents: int = 0
+    tokens: int = 0
+    characters: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.documents + other.documents,
+            self.tokens + other.tokens,
+            self.characters + other.characters,
+            self.bytes + other.bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its name in the folder, its size in bytes, its sha256, and what it holds."""
+
+    file: str
+    size: int
+    sha256: str
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the source that was tokenised as a whole.
+
+    Attributes:
+        documents: how many documents of the source it took, and
+        sha256: of their texts in order: what an interrupted preparation recognises its source by.
+        train, validation: where they went; None if none of them went there.
+    """
+
+    documents: int
+    sha256: str
+    train: Shard | None
+    validation: Shard | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds; its manifest.json.
+
+    Attributes:
+        format: version of the folder's layout.
+        complete: whether the whole source was tokenised.
+        source, text_field, validation_fraction: as configured.
+        identity: of the documents, see `sources.Source`.
+        tokenizer: fingerprint of its model file.
+        vocab_size: V of that tokenizer.
+        parts: stretches of the source, in order.
+    """
+
+    format: int
+    complete: bool
+    source: tuple[str, ...]
+    text_field: str
+    validation_fraction: float
+    identity: str
+    tokenizer: str
+    vocab_size: int
+    parts: tuple[Part, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of a token id in a record."""
+        return token_dtype(self.vocab_size)
+
+    @property
+    def train_shards(self) -> tuple[Shard, ...]:
+        """Files of the training split, in order."""
+        return tuple(part.train for part in self.parts if part.train)
+
+    @property
+    def validation_shards(self) -> tuple[Shard, ...]:
+        """Files of the validation split, in order."""
+        return tuple(part.validation for part in self.parts if part.validation)
+
+    @property
+    def train(self) -> Counts:
+        """How much text there is to train on."""
+        return sum((shard.counts for shard in self.train_shards), Counts())
+
+    @property
+    def validation(self) -> Counts:
+        """How much text is held out."""
+        return sum((shard.counts for shard in self.validation_shards), Counts())
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Returns the narrowest little-endian type that holds the ids 0 to vocab_size - 1."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Puts `manifest` in the place of the folder's manifest."""
+    write_text(folder / MANIFEST, _ADAPTER.dump_json(manifest, indent=1).decode() + "\n")
+
+
+def find_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
+    """Returns the folder's manifest, complete or not, None if it has none.
+
+    Raises:
+        UserError: it cannot be read, is of another format, or files that it names are gone or cut.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = _ADAPTER.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError):
+        raise UserError(
+            f"{path} is not a manifest of prepared data; delete {folder} to prepare it anew."
+        ) from None
+    if manifest.format != FORMAT:
+        raise UserError(
+            f"{path} has format {manifest.format}, but this version reads format {FORMAT}; "
+            f"delete {folder} to prepare it anew."
+        )
+    for shard in (*manifest.train_shards, *manifest.validation_shards):
+        file = path.parent / shard.file
+        if not file.is_file() or file.stat().st_size != shard.size:
+            raise UserError(f"{file} is missing or not whole; delete {folder} to prepare it anew.")
+    return manifest
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """Returns the manifest of a folder that was prepared completely.
+
+    Raises:
+        UserError: the folder was not prepared, or only in part; or as `find_manifest`.
+    """
+    manifest = find_manifest(folder)
+    if manifest is None or not manifest.complete:
+        state = "is not prepared" if manifest is None else "is prepared only in part"
+        raise UserError(f"data.folder {folder} {state}; run `gemma2 data` with the same configuration.")
+    return manifest
+
+
+def verify(folder: str | os.PathLike[str]) -> None:
+    """Reads every shard of a prepared folder. Raises UserError naming the first that is not as it was written."""
+    manifest = read_manifest(folder)
+    for shard in (*manifest.train_shards, *manifest.validation_shards):
+        if _sha256(Path(folder) / shard.file) != shard.sha256:
+            file = Path(folder) / shard.file
+            raise UserError(f"{file} has changed since it was written; delete {folder} to prepare it anew.")
+
+
+class ShardWriter:
+    """Writes one shard, which appears under its name only when it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")  # 1: made for random access
+        self._counts = Counts()
+
+    def write(self, record: bytes, counts: Counts) -> None:
+        """Appends the record of one document."""
+        self._writer.write(record)
+        self._counts += counts
+
+    def finish(self) -> Shard:
+        """Closes the file and moves it to its place."""
+        self._writer.close()
+        with self._temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        shard = Shard(self._path.name, self._temporary.stat().st_size, _sha256(self._temporary), self._counts)
+        os.replace(self._temporary, self._path)
+        return shard
+
+    def abandon(self) -> None:
+        """Closes the file and removes it."""
+        self._writer.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

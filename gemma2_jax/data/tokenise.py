@@ -1,0 +1,118 @@
+"""Documents to token ids, in several processes.
+
+Nothing here imports JAX, nor does what it imports: a worker is to start in no time, and to leave the
+accelerator alone.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma2_jax.config import UserError
+from gemma2_jax.data.shards import Counts, token_dtype
+from gemma2_jax.data.tokenizer import Tokenizer
+
+Task = tuple[list[str], int]  # documents, and the bytes of source read up to their end
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """One document, ready to be written: its record, the split that it belongs to, and its sizes."""
+
+    record: bytes
+    validation: bool
+    counts: Counts
+
+
+def chance(text: str, purpose: str) -> float:
+    """Returns a number in [0, 1) drawn by the content alone: the same in any order, run and machine."""
+    digest = hashlib.sha256(f"{purpose}\0{text}".encode()).digest()
+    return int.from_bytes(digest[:6]) / 2**48  # 48 bits: a float holds them exactly, so never 1.0
+
+
+def is_validation(text: str, validation_fraction: float) -> bool:
+    """Returns whether a document is held out."""
+    return chance(text, "validation") < validation_fraction
+
+
+def tokenise(tokenizer: Tokenizer, text: str, validation_fraction: float) -> Tokenised:
+    """Returns the record of a document: bos, its tokens, eos."""
+    ids = tokenizer.encode(text, bos=True, eos=True)
+    return Tokenised(
+        record=np.array(ids, token_dtype(tokenizer.vocab_size)).tobytes(),
+        validation=is_validation(text, validation_fraction),
+        counts=Counts(documents=1, tokens=len(ids), characters=len(text), bytes=len(text.encode())),
+    )
+
+
+def tokenise_all(
+    tasks: Iterable[Task], tokenizer_path: str, validation_fraction: float, workers: int
+) -> Iterator[tuple[Task, list[Tokenised]]]:
+    """Yields each task with its tokenised documents, in order, reading only a few tasks ahead.
+
+    One worker is this process itself; more are processes of their own.
+    """
+    if workers > 1:
+        yield from _in_workers(tasks, tokenizer_path, validation_fraction, workers)
+        return
+    tokenizer = Tokenizer.load(tokenizer_path)
+    for task in tasks:
+        yield task, [tokenise(tokenizer, text, validation_fraction) for text in task[0]]
+
+
+def _in_workers(
+    tasks: Iterable[Task], tokenizer_path: str, validation_fraction: float, workers: int
+) -> Iterator[tuple[Task, list[Tokenised]]]:
+    pending: deque[tuple[Task, Future[list[Tokenised]]]] = deque()
+    # spawn: a process that has loaded JAX has threads, and a fork of it may hang.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer_path, validation_fraction)
+    )
+    try:
+        for task in tasks:
+            pending.append((task, pool.submit(_work, task[0])))
+            if len(pending) == 2 * workers:  # enough to keep them busy; the source must not pile up here
+                task, future = pending.popleft()
+                yield task, future.result()
+        for task, future in pending:
+            yield task, future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "A process that tokenises has died; if this is a script, call prepare under "
+            '`if __name__ == "__main__":`, else set data.workers to 1.'
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Tokenizer, float] | None = None
+
+
+def _start_worker(tokenizer_path: str, validation_fraction: float) -> None:
+    global _worker
+    _worker = (Tokenizer.load(tokenizer_path), validation_fraction)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this, a worker whose parent was killed would wait for its next task for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(texts: list[str]) -> list[Tokenised]:
+    assert _worker is not None
+    tokenizer, validation_fraction = _worker
+    return [tokenise(tokenizer, text, validation_fraction) for text in texts]

@@ -1,0 +1,168 @@
+import itertools
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from gemma2_jax.config import UserError
+from gemma2_jax.data.batch import Batch
+from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.data.pipeline import train_batches, validation_batches
+from gemma2_jax.data.prepare import prepare
+from gemma2_jax.data.shards import read_manifest
+
+Document = tuple[int, ...]
+
+
+def stored(data: DataConfig, split: str) -> list[Document]:
+    manifest = read_manifest(data.folder)
+    shards = manifest.train_shards if split == "train" else manifest.validation_shards
+    source = ArrayRecordDataSource([str(Path(data.folder) / shard.file) for shard in shards])
+    return [tuple(np.frombuffer(record, manifest.dtype).tolist()) for record in source]
+
+
+def unpacked(batches: list[Batch], bos: int = 2, eos: int = 1) -> list[Document]:
+    """Documents of consecutive batches, whole or cut at the two ends: segments joined at the ends of rows."""
+    documents: list[Document] = []
+    open_document: list[int] = []
+    for batch in batches:
+        for tokens, targets, ids in zip(batch.tokens, batch.targets, batch.segment_ids, strict=True):
+            for segment in range(1, int(ids.max()) + 1):
+                inside = ids == segment
+                assert tokens[inside][1:].tolist() == targets[inside][:-1].tolist()
+                if not open_document:
+                    open_document = [int(tokens[inside][0])]
+                assert tokens[inside][0] == open_document[-1]  # it goes on where it was cut
+                open_document += targets[inside].tolist()
+                if open_document[-1] == eos:
+                    assert open_document[0] == bos
+                    documents.append(tuple(open_document))
+                    open_document = []
+    return documents
+
+
+def batches_of_epochs(data: DataConfig, epochs: int, tokens: int) -> int:
+    return -(-epochs * tokens // (data.batch_size * data.seq_len))
+
+
+def assert_same(left: Batch, right: Batch) -> None:
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_batches_are_full_rows_of_int32(data: DataConfig):
+    iterator = train_batches(data)
+    assert isinstance(iterator, grain.DatasetIterator)  # what a checkpoint can hold
+    for batch in itertools.islice(iterator, 50):
+        assert isinstance(batch, Batch)
+        for name in ("tokens", "targets", "positions", "segment_ids"):
+            assert getattr(batch, name).shape == (4, 32)
+            assert getattr(batch, name).dtype == np.int32
+        assert batch.loss_mask.dtype == np.float32
+        assert batch.segment_ids.min() == 1  # no padding
+        assert (batch.loss_mask == 1).all()
+
+
+def test_batch_is_a_pytree(data: DataConfig):
+    batch = next(train_batches(data))
+    assert len(jax.tree.leaves(batch)) == 5
+    doubled = jax.jit(lambda batch: jax.tree.map(lambda leaf: 2 * leaf, batch))(batch)
+    assert isinstance(doubled, Batch)
+    np.testing.assert_array_equal(doubled.targets, 2 * batch.targets)
+
+
+def test_every_document_comes_once_an_epoch_in_another_order(data: DataConfig):
+    documents = stored(data, "train")
+    tokens = sum(len(document) - 1 for document in documents)
+    seen = unpacked(list(itertools.islice(train_batches(data), batches_of_epochs(data, 3, tokens))))
+    epochs = [seen[epoch * len(documents) : (epoch + 1) * len(documents)] for epoch in range(3)]
+    for epoch in epochs:
+        assert Counter(epoch) == Counter(documents)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[0] != documents
+
+
+def test_seed_decides_the_order(data: DataConfig):
+    first = next(train_batches(data))
+    assert_same(next(train_batches(data)), first)
+    assert not np.array_equal(next(train_batches(replace(data, seed=1))).tokens, first.tokens)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2, 3, 17, 60])
+def test_resumed_is_uninterrupted(data: DataConfig, taken: int):
+    iterator = train_batches(data)
+    for _ in range(taken):
+        next(iterator)
+    state = json.dumps(iterator.get_state())
+    assert len(state) < 200
+    expected = list(itertools.islice(iterator, 20))
+    resumed = train_batches(data)
+    resumed.set_state(json.loads(state))
+    for batch in expected:
+        assert_same(next(resumed), batch)
+
+
+def test_processes_have_documents_of_their_own(data: DataConfig):
+    documents = stored(data, "train")
+    tokens = sum(len(document) - 1 for document in documents)
+    shares = []
+    for index in range(2):
+        batches = list(itertools.islice(train_batches(data, index, 2), batches_of_epochs(data, 3, tokens)))
+        assert batches[0].tokens.shape == (2, 32)
+        share = unpacked(batches)
+        size = len(documents[index::2])
+        assert Counter(share[:size]) == Counter(share[size : 2 * size])  # the same ones in the next epoch
+        shares.append(share[:size])
+    assert Counter(shares[0] + shares[1]) == Counter(documents)
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 10])
+def test_validation_is_every_document_once(data: DataConfig, batch_size: int):
+    batches = list(validation_batches(replace(data, batch_size=batch_size)))
+    assert unpacked(batches) == stored(data, "validation")
+    for batch in batches:
+        assert batch.tokens.shape == (batch_size, 32)
+        np.testing.assert_array_equal(batch.loss_mask, batch.segment_ids > 0)
+    padding = np.concatenate([batch.loss_mask.ravel() for batch in batches]) == 0
+    assert 0 < padding.sum() < batch_size * 32
+    assert padding[-padding.sum() :].all()
+
+
+def test_validation_can_be_repeated_and_divided(data: DataConfig):
+    data = replace(data, batch_size=14)
+    dataset = validation_batches(data)
+    once, again = list(dataset), list(dataset)
+    assert once[-1].segment_ids[-1].max() == 0  # rows of padding alone are divided too
+    halves = [list(validation_batches(data, index, 2)) for index in range(2)]
+    assert len(once) == len(again) == len(halves[0]) == len(halves[1])
+    for batch, same, upper, lower in zip(once, again, *halves, strict=True):
+        assert_same(batch, same)
+        assert_same(batch, jax.tree.map(lambda *rows: np.concatenate(rows), upper, lower))
+
+
+def test_impossible_shares_are_refused(data: DataConfig):
+    with pytest.raises(
+        UserError, match=r"data\.batch_size is 4; it must be a multiple of .* processes \(3\)"
+    ):
+        train_batches(data, 0, 3)
+    with pytest.raises(UserError, match=r"There is no process 2 of 2"):
+        validation_batches(data, 2, 2)
+    with pytest.raises(UserError, match=r"\d+ documents to train on, which do not suffice for 400 processes"):
+        train_batches(replace(data, batch_size=400), 0, 400)
+
+
+def test_unprepared_folders_and_empty_splits_are_refused(
+    data: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
+):
+    with pytest.raises(UserError, match=r"is not prepared; run `gemma2 data`"):
+        train_batches(replace(data, folder=str(tmp_path / "nothing")))
+    everything = replace(data, folder=str(tmp_path / "data"), validation_fraction=0.0)
+    prepare(everything, tokenizer_config)
+    next(train_batches(everything))
+    with pytest.raises(UserError, match=r"has no validation documents; .* data\.validation_fraction above 0"):
+        validation_batches(everything)

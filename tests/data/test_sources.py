@@ -1,0 +1,196 @@
+import builtins
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from gemma2_jax.config import UserError
+from gemma2_jax.data import sources
+from gemma2_jax.data.python_docs import PythonDocs
+from gemma2_jax.data.sources import open_source
+
+TEXTS = ["First, with an é.\nTwo lines.\n", "Second 😀", "Third"]
+
+
+def documents(pattern: str | Path, text_field: str = "text") -> list[str]:
+    return [text for text, _ in open_source((str(pattern),), text_field)]
+
+
+def jsonl(texts: list[Any]) -> bytes:
+    return "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts).encode()
+
+
+def parquet_bytes(texts: list[Any]) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({"text": texts, "id": [1] * len(texts)}), sink)
+    return bytes(sink.getvalue())
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    # Two frames, as tools that append write them.
+    ".zst": lambda content: b"".join(zstandard.compress(half) for half in (content[:9], content[9:])),
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize(("kind", "write"), [(".jsonl", jsonl), (".parquet", parquet_bytes)])
+def test_structured_files(tmp_path: Path, kind: str, write: Callable[[list[Any]], bytes], compression: str):
+    (tmp_path / f"file{kind}{compression}").write_bytes(COMPRESSIONS[compression](write([*TEXTS, "", " \n"])))
+    assert documents(tmp_path / f"*{kind}*") == TEXTS  # blank documents are none
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("kind", [".txt", ".md", ".rst", ".TXT"])
+def test_text_files_are_one_document_each(tmp_path: Path, kind: str, compression: str):
+    content = "\ufeffCarriage\r\n\nreturns stay; the byte order mark does not".encode()
+    (tmp_path / f"file{kind}{compression}").write_bytes(COMPRESSIONS[compression](content))
+    assert documents(tmp_path / "*") == [content.decode("utf-8-sig")]
+
+
+def test_long_text_files_are_cut_at_the_ends_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "LONGEST_DOCUMENT", 10)
+    (tmp_path / "file.txt").write_text("12345678\n12345678\nrest")
+    assert documents(tmp_path / "file.txt") == ["12345678\n12345678\n", "rest"]
+
+
+def test_globs_are_recursive_sorted_and_count_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("b.txt", "a/c.txt", "a/d/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = open_source(("~/**/*.txt", f"{tmp_path}/a/*.txt"), "text")
+    assert [text for text, _ in source] == ["a/c.txt", "a/d/a.txt", "b.txt"]
+    assert [done for _, done in source][-1] == source.size
+
+
+def test_identity_tells_other_content(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one")
+    before = open_source((str(tmp_path / "*.txt"),), "text").identity
+    assert open_source((str(tmp_path / "*.txt"),), "text").identity == before
+    (tmp_path / "a.txt").write_text("three")
+    assert open_source((str(tmp_path / "*.txt"),), "text").identity != before
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n\n{"text"\n', r"a\.jsonl, line 3: not valid JSON"),
+        ("a.jsonl", b'["x"]\n', r"a\.jsonl, line 1: not a JSON object"),
+        (
+            "a.jsonl",
+            b'{"body": "x", "id": 1}\n',
+            r"a\.jsonl, line 1: no text in the field 'text'.*\(.*body, id\)",
+        ),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: the field 'text' holds int"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: the text holds a lone surrogate"),
+        ("a.txt", b"fine\nbad \xff\n", r"a\.txt, line 2: not valid UTF-8 \(byte 0xff at 4\)"),
+        ("a.txt.gz", b"not gzip", r"a\.txt\.gz, after line 0: cannot be read on"),
+        (
+            "a.jsonl.gz",
+            truncated(gzip.compress(jsonl(TEXTS * 99))),
+            r"a\.jsonl\.gz, after line \d+: cannot be read on",
+        ),
+        ("a.txt.zst", b"not zstandard", r"a\.txt\.zst, after line 0: cannot be read on"),
+        (
+            "a.jsonl.zst",
+            truncated(zstandard.compress(jsonl(TEXTS * 99))),
+            r"a\.jsonl\.zst, after line \d+: cannot",
+        ),
+        ("a.parquet", b"not parquet", r"a\.parquet is not a whole Parquet file"),
+        ("a.parquet.gz", b"not gzip", r"a\.parquet\.gz cannot be decompressed"),
+        ("a.parquet", parquet_bytes(["x", None]), r"a\.parquet, row 2: no text in the field 'text'"),
+        ("a.parquet", parquet_bytes([1, 2]), r"a\.parquet, row 1: the field 'text' holds int"),
+        ("a.csv", b"a,b", r"matches .*a\.csv, which is of no known kind; accepted: \.txt"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, sentence: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=sentence) as caught:
+        documents(tmp_path / "a*")
+    assert str(caught.value).count("\n") == 0
+
+
+def test_missing_columns_files_and_folders_are_named(tmp_path: Path):
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(["x"]))
+    with pytest.raises(
+        UserError, match=r"a\.parquet: no text in the field 'body'.*\(fields there: text, id\)"
+    ):
+        documents(tmp_path / "a.parquet", "body")
+    with pytest.raises(UserError, match=r"'.*none\.txt' matches no file; accepted: python-docs, or globs"):
+        documents(tmp_path / "none.txt")
+    with pytest.raises(UserError, match=r"matches no file \(a folder: its files are .*/\*\*/\*\.txt\)"):
+        documents(tmp_path)
+
+
+def test_parquet_without_pyarrow_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(["x"]))
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'gemma2_jax\[parquet\]'\.$"):
+        documents(tmp_path / "a.parquet")
+
+
+def test_files_are_read_as_a_stream(tmp_path: Path):
+    # The bad line is never reached.
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["x"] * 10_000) + b"bad\n")
+    assert next(iter(open_source((str(tmp_path / "a.jsonl"),), "text")))[0] == "x"
+
+
+@pytest.fixture(scope="module")
+def python_docs() -> list[str]:
+    return [text for text, _ in PythonDocs()]
+
+
+def test_python_docs_are_several_megabytes_of_different_text(python_docs: list[str]):
+    assert sum(map(len, python_docs)) > 1_500_000
+    assert len(set(python_docs)) == len(python_docs) > 2000
+    assert all(text.strip() for text in python_docs)
+    "".join(python_docs).encode()  # no lone surrogates
+
+
+def test_python_docs_hold_modules_classes_functions_and_topics(python_docs: list[str]):
+    assert any(text.startswith("textwrap\n\nText wrapping and filling.") for text in python_docs)
+    assert any(
+        text.startswith("class textwrap.TextWrapper\n\n") and "fill(self, text)\n\n" in text
+        for text in python_docs
+    )
+    assert any(text.startswith("textwrap.dedent(text)\n\nRemove any common") for text in python_docs)
+    assert any(text.startswith("Lambdas\n*******") for text in python_docs)
+    assert not any(text.startswith(("test.", "class test.", "site-packages")) for text in python_docs)
+
+
+def test_python_docs_are_the_same_in_another_process_and_import_nothing(python_docs: list[str]):
+    code = (
+        "import hashlib, sys; from gemma2_jax.data.python_docs import PythonDocs; before = set(sys.modules)\n"
+        "texts = [text for text, _ in PythonDocs()]\n"
+        "print(hashlib.sha256(repr(texts).encode()).hexdigest(), *(set(sys.modules) - before))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}  # another order of sets
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    digest, *imported = ran.stdout.split()
+    assert digest == hashlib.sha256(repr(python_docs).encode()).hexdigest()
+    assert not {"antigravity", "this", "pydoc_data", "tkinter", "textwrap"} & set(imported)
