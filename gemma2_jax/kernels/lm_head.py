@@ -74,7 +74,12 @@ def blockwise_loss(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blockwise(
-    token_loss: TokenLoss, blocks: int, student: LMHead, teacher: LMHead | None, targets: jax.Array, mask: jax.Array
+    token_loss: TokenLoss,
+    blocks: int,
+    student: LMHead,
+    teacher: LMHead | None,
+    targets: jax.Array,
+    mask: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     embedding = _for_use(student)
 
@@ -84,12 +89,19 @@ def _blockwise(
         block_teacher = _replace_hidden(teacher, teacher_hidden)
         return _add(sums, dense_loss(token_loss, head, block_teacher, block_targets, block_mask)), None
 
-    sums, _ = jax.lax.scan(body, _zero_sums(token_loss, teacher), _split(blocks, student, teacher, targets, mask))
+    sums, _ = jax.lax.scan(
+        body, _zero_sums(token_loss, teacher), _split(blocks, student, teacher, targets, mask)
+    )
     return sums
 
 
 def _blockwise_forward(
-    token_loss: TokenLoss, blocks: int, student: LMHead, teacher: LMHead | None, targets: jax.Array, mask: jax.Array
+    token_loss: TokenLoss,
+    blocks: int,
+    student: LMHead,
+    teacher: LMHead | None,
+    targets: jax.Array,
+    mask: jax.Array,
 ) -> tuple[Any, Any]:
     embedding = _for_use(student)
     dtype = student.hidden.dtype
@@ -109,18 +121,21 @@ def _blockwise_forward(
         d_products, block_sums = jax.grad(masked_loss, has_aux=True)(products)
         d_products = constrain(d_products.astype(dtype), "BTV")
         d_hidden = constrain(jnp.einsum("BTV,VD->BTD", d_products, embedding), "BTD")
-        d_embedding += jnp.einsum("BTV,BTD->VD", d_products, hidden, preferred_element_type=jnp.float32)
-        return (_add(sums, block_sums), constrain(d_embedding, "VD")), d_hidden
+        # [D, V]: to sum it as [V, D] would have d_products, the largest array here, transposed on CPU.
+        d_embedding += jnp.einsum("BTD,BTV->DV", hidden, d_products, preferred_element_type=jnp.float32)
+        return (_add(sums, block_sums), constrain(d_embedding, "DV")), d_hidden
 
-    zeros = constrain(jnp.zeros(student.embedding.shape, jnp.float32), "VD")
+    zeros = constrain(jnp.zeros(student.embedding.shape[::-1], jnp.float32), "DV")
     carry = (_zero_sums(token_loss, teacher), zeros)
     (sums, d_embedding), d_hidden = jax.lax.scan(body, carry, _split(blocks, student, teacher, targets, mask))
     T = targets.shape[1]
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(targets.shape[0], -1, student.hidden.shape[-1])[:, :T]
-    return sums, (d_hidden, d_embedding.astype(student.embedding.dtype), student.softcap, teacher)
+    return sums, (d_hidden, d_embedding.T.astype(student.embedding.dtype), student.softcap, teacher)
 
 
-def _blockwise_backward(token_loss: TokenLoss, blocks: int, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+def _blockwise_backward(
+    token_loss: TokenLoss, blocks: int, residuals: Any, cotangents: Any
+) -> tuple[Any, ...]:
     d_hidden, d_embedding, softcap, teacher = residuals
     scale = cotangents[0]
     d_student = LMHead(d_hidden * scale.astype(d_hidden.dtype), d_embedding * scale, softcap)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma2_jax.kernels.attention import attention, self_attention, visible_keys
+from gemma2_jax.kernels.attention import self_attention, visible_keys
+from gemma2_jax.kernels.cached_attention import cached_attention
 from gemma2_jax.model.cache import EMPTY, LayerCaches
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.layers import rotate, weight_for_use
+from gemma2_jax.model.layers import product, rotate, weight_for_use
 from gemma2_jax.sharding.layout import constrain
 
 
@@ -25,7 +26,9 @@ class Attention(nnx.Module):
         self.config = config
         self.window = window
 
-    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """A sequence attends to itself.
 
         Args:
@@ -53,22 +56,25 @@ class Attention(nnx.Module):
         """
         query, key, value = self._project(x, position[:, None])
         cache = cache.write(pair, position, key[:, 0], value[:, 0])
-        filled = cache.positions != EMPTY
-        visible = visible_keys(
-            position[:, None], cache.positions, jnp.ones_like(position)[:, None], filled.astype(jnp.int32), self.window
+        filled = (cache.positions != EMPTY).astype(jnp.int32)
+        segment = jnp.ones_like(position)
+        visible = visible_keys(position[:, None], cache.positions, segment[:, None], filled, self.window)
+        mixed = cached_attention(
+            query[:, 0], cache.keys[pair], cache.values[pair], visible[:, 0], self.config.attn_logit_softcap
         )
-        mixed = attention(query, *cache.read(pair), visible, self.config.attn_logit_softcap)
-        return self._mix(mixed), cache
+        return self._mix(mixed[:, None]), cache
 
     def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, N, H], scaled, rotated keys and values [B, T, K, H]."""
-        query = jnp.einsum("BTD,DNH->BTNH", x, weight_for_use(self.query, "DNH", x.dtype))
-        key = jnp.einsum("BTD,DKH->BTKH", x, weight_for_use(self.key, "DKH", x.dtype))
-        value = jnp.einsum("BTD,DKH->BTKH", x, weight_for_use(self.value, "DKH", x.dtype))
-        query = rotate(query, positions, self.config.rope_base) * jnp.asarray(self.config.query_scale, x.dtype)
+        query = product("BTD,DNH->BTNH", x, weight_for_use(self.query, "DNH", x.dtype))
+        key = product("BTD,DKH->BTKH", x, weight_for_use(self.key, "DKH", x.dtype))
+        value = product("BTD,DKH->BTKH", x, weight_for_use(self.value, "DKH", x.dtype))
+        query = rotate(query, positions, self.config.rope_base) * jnp.asarray(
+            self.config.query_scale, x.dtype
+        )
         key = rotate(key, positions, self.config.rope_base)
         return constrain(query, "BTNH"), constrain(key, "BTKH"), constrain(value, "BTKH")
 
     def _mix(self, mixed: jax.Array) -> jax.Array:
         """Heads [B, T, N, H] back to [B, T, D]."""
-        return jnp.einsum("BTNH,NHD->BTD", mixed, weight_for_use(self.output, "NHD", mixed.dtype))
+        return product("BTNH,NHD->BTD", mixed, weight_for_use(self.output, "NHD", mixed.dtype))

@@ -58,10 +58,6 @@ class LayerCaches:
             values=self.values.at[pair, rows, :, slot].set(value),
         )
 
-    def read(self, pair: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, S, K, H] of one layer."""
-        return self.keys[pair].swapaxes(1, 2), self.values[pair].swapaxes(1, 2)
-
     def _slot(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         B, S = self.positions.shape
         return jnp.arange(B), position % S

@@ -49,10 +49,11 @@ class Decoder(nnx.Module):
         segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
         x = self.embedder.encode(tokens, self.compute.dtype)
         x, (local, global_) = read(self.pairs, x, positions, segment_ids, self.compute, keep_key_values=True)
+        local_slots = local_size(self.config, cache_size)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
         return self._logits(last), Cache(
-            local_block=LayerCaches.from_prompt(*local, lengths, local_size(self.config, cache_size)),
-            global_block=LayerCaches.from_prompt(*global_, lengths, cache_size),
+            local_block=LayerCaches.from_prompt(local[0], local[1], lengths, local_slots),
+            global_block=LayerCaches.from_prompt(global_[0], global_[1], lengths, cache_size),
         )
 
     def decode(self, tokens: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -83,5 +84,8 @@ class Decoder(nnx.Module):
     def _pairs(self, stacked: Any) -> Pair | nnx.List[Pair]:
         if not self.compute.unroll_layers:
             return Pair(stacked, self.config)
-        apart = [jax.tree.map(lambda weight: weight[index], stacked) for index in range(self.config.num_pairs)]
-        return nnx.List([Pair(weights, self.config) for weights in apart])
+
+        def pair(index: int) -> Pair:
+            return Pair(jax.tree.map(lambda weight: weight[index], stacked), self.config)
+
+        return nnx.List([pair(index) for index in range(self.config.num_pairs)])

@@ -74,7 +74,8 @@ class Gemma2(nnx.Module):
 
     def params(self) -> dict[str, Any]:
         """The weights as the nested dict that `Gemma2(config, params)` takes."""
-        return map_weights(lambda path, _: reduce(getattr, path.split("/"), self).get_value())
+        whole: Any = self
+        return map_weights(lambda path, _: reduce(getattr, path.split("/"), whole).get_value())
 
     def __call__(
         self,

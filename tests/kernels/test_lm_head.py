@@ -24,7 +24,9 @@ def heads(B: int, T: int, dtype: Any = jnp.float32) -> tuple[LMHead, LMHead, jax
         jax.random.normal(keys[0], (B, T, D), dtype), 4 * jax.random.normal(keys[1], (V, D)), softcap=30.0
     )
     teacher = LMHead(
-        jax.random.normal(keys[2], (B, T, D_TEACHER), dtype), 3 * jax.random.normal(keys[3], (V, D_TEACHER)), 30.0
+        jax.random.normal(keys[2], (B, T, D_TEACHER), dtype),
+        3 * jax.random.normal(keys[3], (V, D_TEACHER)),
+        30.0,
     )
     targets = jax.random.randint(keys[4], (B, T), 0, V)
     mask = (jax.random.uniform(keys[5], (B, T)) > 0.3).astype(jnp.float32)
@@ -112,7 +114,9 @@ def test_no_array_over_all_tokens_and_the_vocabulary() -> None:
 
     def largest(loss: Any) -> int:
         def total(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-            return loss(token_loss(objective(0.5, 0.5)), LMHead(hidden, embedding, 30.0), teacher, targets, mask)[0]
+            return loss(
+                token_loss(objective(0.5, 0.5)), LMHead(hidden, embedding, 30.0), teacher, targets, mask
+            )[0]
 
         jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(student.hidden, student.embedding)
         return max(size for shape, size in _arrays(jaxpr.jaxpr) if V in shape and D not in shape)

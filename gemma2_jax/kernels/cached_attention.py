@@ -1,0 +1,33 @@
+"""Soft-capped, grouped-query attention of one new token a row to a cache."""
+
+import jax
+import jax.numpy as jnp
+
+
+def cached_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float
+) -> jax.Array:
+    """`attention.attention` for a single query a row; its keys and values have heads before slots.
+
+    In that order both products run over a head's slots as they lie in memory. In the other, or through
+    `einsum`, which is free to swap its operands, a CPU copies the whole cache for every token.
+
+    Args:
+        query: [B, N, H], already scaled. Query heads k*G .. k*G + G - 1 share key/value head k.
+        key, value: [B, K, S, H].
+        visible: bool [B, S].
+        softcap: scores become softcap * tanh(scores / softcap) before the mask.
+
+    Returns:
+        [B, N, H] in query's dtype.
+    """
+    B, N, H = query.shape
+    K = key.shape[1]
+    heads = ((0, 1), (0, 1))
+    scores = jax.lax.dot_general(
+        query.reshape(B, K, N // K, H), key, (((3,), (3,)), heads), preferred_element_type=jnp.float32
+    )
+    scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    return jax.lax.dot_general(weights, value, (((3,), (2,)), heads)).reshape(B, N, H)

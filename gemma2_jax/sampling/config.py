@@ -1,0 +1,46 @@
+"""What a user may ask of a generation."""
+
+from dataclasses import dataclass
+
+from gemma2_jax.config import UserError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How text is continued.
+
+    Attributes:
+        max_new_tokens: at most so many tokens are added to each prompt.
+        temperature: logits are divided by it; 0 always takes the most likely token (greedy).
+        top_k: choose among the k most likely tokens only; null for all of them.
+        top_p: then choose among the fewest most likely tokens that together have this probability; null for all.
+        seed: the same seed, prompts and settings give the same text.
+        stop_tokens: ids that end a row and are not part of its text; null for the tokenizer's end of text
+            and end of turn, an empty list for none.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stop_tokens: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"sampling.max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(
+                f"sampling.temperature is {self.temperature}; it must be a number from 0 (greedy) upwards."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"sampling.top_k is {self.top_k}; it must be at least 1, or null for all tokens.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(
+                f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1, or null for all tokens."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"sampling.seed is {self.seed}; it must be from 0 to 4294967295.")
+        for token in self.stop_tokens or ():
+            if token < 0:
+                raise UserError(f"sampling.stop_tokens holds {token}; token ids begin at 0.")

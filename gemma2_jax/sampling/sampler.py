@@ -1,0 +1,164 @@
+"""Prompts in, text out: batching, padding and streaming around the functions of `decoding`."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma2_jax.config import UserError
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.model.config import ComputeConfig
+from gemma2_jax.model.decoder import Decoder
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.sampling.choice import Choice
+from gemma2_jax.sampling.config import SamplingConfig
+from gemma2_jax.sampling.decoding import advance, begin, row_keys
+from gemma2_jax.sampling.text import TextStream
+
+_ROOM = 64  # tokens a row that one dispatch can give
+_FIRST_STEPS = 8  # tokens of the first dispatch, before it is known how long one takes
+_SECONDS = 0.1  # between two pieces of streamed text, if a token takes no longer
+
+_make_decoder = jax.jit(Decoder, static_argnums=1)
+_begin = jax.jit(begin, static_argnames=("cache_size", "choice"))
+_advance = jax.jit(advance, static_argnames=("room", "choice"), donate_argnames="progress")
+
+
+class Sampler:
+    """Continues prompts with a model's samples.
+
+    The weights are laid out anew for decoding (see `Decoder`), so the model itself can be dropped.
+
+    Args:
+        compute: its dtype is that of the weights and the cache; `unroll_layers` is twice as fast on CPU.
+
+    Raises:
+        UserError: the tokenizer has more ids than the model has rows.
+    """
+
+    def __init__(self, model: Gemma2, tokenizer: Tokenizer, compute: ComputeConfig = ComputeConfig()):
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"The tokenizer has {tokenizer.vocab_size} ids and the model only {model.config.vocab_size} "
+                "rows (model.vocab_size); take the tokenizer that the model was trained with."
+            )
+        self._decoder: Decoder = _make_decoder(model, compute)
+        self._tokenizer = tokenizer
+
+    def generate(self, prompts: Sequence[str], config: SamplingConfig) -> list[str]:
+        """The continuation of each prompt, without the prompt.
+
+        Prompts may differ in length. Turn tokens in them are control tokens, as `data.chat.render` writes
+        them; the beginning-of-text token is put in front.
+        """
+        texts = [""] * len(prompts)
+        for pieces in self.stream_batch(prompts, config):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return texts
+
+    def stream(self, prompt: str, config: SamplingConfig) -> Iterator[str]:
+        """Yields the continuation of one prompt piece by piece, whole characters only."""
+        for (piece,) in self.stream_batch([prompt], config):
+            if piece:
+                yield piece
+
+    def stream_batch(self, prompts: Sequence[str], config: SamplingConfig) -> Iterator[list[str]]:
+        """Yields, again and again, the next piece of every row ("" where there is none)."""
+        rows = [TextStream(self._tokenizer) for _ in prompts]
+        ids = [self._tokenizer.encode(prompt, bos=True, control=True) for prompt in prompts]
+        stop = self._stop_tokens(config)
+        for new in self.stream_tokens(ids, config):
+            yield [row.push(id for id in ids if id not in stop) for row, ids in zip(rows, new, strict=True)]
+        yield [row.finish() for row in rows]
+
+    def generate_tokens(self, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> list[list[int]]:
+        """The new tokens of each prompt of tokens, with the stop token that ended it, if one did."""
+        rows: list[list[int]] = [[] for _ in prompts]
+        for new in self.stream_tokens(prompts, config):
+            for row, ids in zip(rows, new, strict=True):
+                row.extend(ids)
+        return rows
+
+    def stream_tokens(
+        self, prompts: Sequence[Sequence[int]], config: SamplingConfig
+    ) -> Iterator[list[list[int]]]:
+        """Yields, again and again, the next tokens of every row (none after its stop token).
+
+        Raises:
+            UserError: a prompt is empty, or holds an id that the model has no row for.
+        """
+        if not prompts:
+            return
+        self._check(prompts)
+        lengths = [len(prompt) for prompt in prompts]
+        padded = np.zeros((len(prompts), bucket(max(lengths))), np.int32)
+        for row, prompt in zip(padded, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        stop = self._stop_tokens(config)
+        choice = Choice(config.temperature, config.top_k, config.top_p, self._tokenizer.vocab_size)
+        keys = row_keys(config.seed, len(prompts))
+        stop_ids = jnp.array(sorted(stop), jnp.int32)
+
+        size = bucket(max(lengths) + config.max_new_tokens)
+        progress = _begin(
+            self._decoder, padded, np.array(lengths, np.int32), keys, stop_ids, cache_size=size, choice=choice
+        )
+        new = np.asarray(progress.tokens)[:, None]
+        finished = np.zeros(len(prompts), bool)
+        left, steps = config.max_new_tokens, _FIRST_STEPS
+        while True:
+            rows = [
+                [] if done else _until_stop(row, stop)
+                for row, done in zip(new.tolist(), finished, strict=True)
+            ]
+            yield rows
+            left -= new.shape[1]
+            finished |= np.isin(new, list(stop)).any(axis=1)
+            if left == 0 or finished.all():
+                return
+            steps = min(steps, left)
+            start = time.perf_counter()
+            progress, written = _advance(
+                self._decoder, progress, keys, stop_ids, steps=np.int32(steps), room=_ROOM, choice=choice
+            )
+            new = np.asarray(written)[:, :steps]
+            steps = _pace(steps, time.perf_counter() - start)
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        V = self._decoder.config.vocab_size
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise UserError(
+                    f"Prompt {index} has no tokens; it needs at least the beginning-of-text token."
+                )
+            if not 0 <= min(prompt) <= max(prompt) < V:
+                raise UserError(
+                    f"Prompt {index} holds a token id that the model lacks; it has ids 0 to {V - 1}."
+                )
+
+    def _stop_tokens(self, config: SamplingConfig) -> frozenset[int]:
+        if config.stop_tokens is None:
+            return frozenset((self._tokenizer.eos_id, self._tokenizer.end_of_turn_id))
+        return frozenset(config.stop_tokens)
+
+
+def bucket(length: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, …: few sizes to compile for, at most half of one unused."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def _pace(steps: int, seconds: float) -> int:
+    """How many tokens to ask for next, after so many took so long."""
+    if seconds > _SECONDS:
+        return max(1, steps // 2)
+    return min(_ROOM, steps * 2) if seconds < _SECONDS / 2 else steps
+
+
+def _until_stop(ids: list[int], stop: frozenset[int]) -> list[int]:
+    end = next((index for index, token in enumerate(ids) if token in stop), len(ids))
+    return ids[: end + 1]

@@ -1,0 +1,29 @@
+"""Sizes that make no model are refused in one sentence that names the key."""
+
+from dataclasses import replace
+
+import pytest
+
+from gemma2_jax.config import UserError
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"num_layers": 3}, "model.num_layers is 3; it must be even"),
+        ({"num_heads": 5}, r"model.num_heads is 5; it must be a multiple of model.num_kv_heads \(2\)"),
+        ({"head_dim": 7}, "model.head_dim is 7; it must be even"),
+        ({"sliding_window": 0}, "model.sliding_window is 0; it must be at least 1, or null"),
+        ({"d_ff": 0}, "model.d_ff is 0; it must be at least 1"),
+        ({"final_logit_softcap": 0.0}, "model.final_logit_softcap is 0.0; it must be above 0"),
+        ({"query_pre_attn_scalar": float("nan")}, "model.query_pre_attn_scalar is nan; it must be above 0"),
+    ],
+)
+def test_refused(toy_config, change, sentence):
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        replace(toy_config, **change)
+
+
+def test_derived_sizes(toy_config):
+    assert toy_config.num_pairs == 2
+    assert toy_config.query_scale == 8**-0.5

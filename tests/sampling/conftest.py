@@ -1,0 +1,23 @@
+"""A tokenizer with byte fallback, and a tiny model with room for it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.transformer import Gemma2
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path: Path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_tokenizer(["the model learns the text of the books"] * 20, path, vocab_size=310)
+
+
+@pytest.fixture(scope="session")
+def model(toy_config: ModelConfig) -> Gemma2:
+    """One pair of layers, and more rows than the tokenizer has ids, as in Gemma's own checkpoints."""
+    return Gemma2.init(replace(toy_config, num_layers=2, vocab_size=320), jax.random.key(0))

@@ -1,0 +1,100 @@
+"""The next token's distribution, against plain Python and against Hugging Face."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma2_jax.sampling.choice import Choice
+
+distribution = jax.jit(Choice.distribution, static_argnums=0)
+
+
+def cut(logits: list[float], choice: Choice) -> set[int]:
+    """Which ids stay: sorted and walked through, best first."""
+    ranked = sorted(range(len(logits)), key=lambda i: -logits[i])[: choice.top_k]
+    weights = [np.exp((logits[i] - max(logits)) / choice.temperature) for i in ranked]
+    kept: set[int] = set()
+    before = 0.0
+    for index, weight in zip(ranked, weights, strict=True):
+        if before / sum(weights) < (choice.top_p or 1.0):
+            kept.add(index)
+        before += weight
+    return kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    order=st.permutations(range(12)),
+    choice=st.sampled_from(
+        [
+            Choice(1.0),
+            Choice(0.3, top_k=5),
+            Choice(1.0, top_k=100),
+            Choice(1.0, top_p=1e-6),
+            Choice(2.0, top_p=0.77),
+            Choice(1.0, top_p=1.0),
+            Choice(2.0, top_k=5, top_p=0.77),
+            Choice(2.0, top_k=12, top_p=0.31),
+        ]
+    ),
+)
+def test_what_is_cut(order, choice):
+    logits = [0.37 * i - 2 for i in order]
+    found = distribution(choice, jnp.array([logits]))[0]
+    assert set(np.isfinite(found).nonzero()[0]) == cut(logits, choice)
+    kept = np.isfinite(found)
+    np.testing.assert_allclose(found[kept], np.array(logits)[kept] / choice.temperature, rtol=1e-6)
+
+
+def test_rows_are_cut_on_their_own():
+    logits = jnp.array([[0.0, 1.0, 2.0], [9.0, 1.0, 2.0]])
+    found = np.isfinite(distribution(Choice(1.0, top_k=1), logits))
+    assert found.tolist() == [[False, False, True], [True, False, False]]
+
+
+def test_equals_are_kept_together():
+    found = np.isfinite(distribution(Choice(1.0, top_k=2), jnp.array([[-1.0, -1.0, -1.0, 3.0]])))
+    assert found.all()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(0.7, None, None), (1.3, 40, None), (0.9, None, 0.8), (0.7, 40, 0.8), (2.0, 7, 0.5)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_equals_hugging_face(temperature, top_k, top_p):
+    torch = pytest.importorskip("torch", reason="needs the extra `reference`: pip install -e '.[reference]'")
+    transformers = pytest.importorskip("transformers", reason="needs the extra `reference`")
+    logits = np.array(5 * jax.random.normal(jax.random.key(0), (6, 500)))
+    warpers = [transformers.TemperatureLogitsWarper(temperature)]
+    warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [transformers.TopPLogitsWarper(top_p)] if top_p else []
+    expected = torch.tensor(logits)
+    for warper in warpers:
+        expected = warper(None, expected)
+    found = distribution(Choice(temperature, top_k, top_p), jnp.asarray(logits))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+def test_samples_follow_the_distribution():
+    logits = jnp.log(jnp.array([0.05, 0.15, 0.3, 0.5]))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    many = jnp.broadcast_to(logits, (20_000, 4))
+    share = np.bincount(Choice(1.0)(many, keys), minlength=4) / 20_000
+    np.testing.assert_allclose(share, [0.05, 0.15, 0.3, 0.5], atol=0.015)  # four standard deviations
+    share = np.bincount(Choice(0.5, top_k=2)(many, keys), minlength=4) / 20_000
+    np.testing.assert_allclose(share, [0, 0, 9 / 34, 25 / 34], atol=0.015)
+
+
+def test_greedy_takes_the_first_of_the_best():
+    logits = jnp.array([[1.0, 7.0, 7.0], [-3.0, -5.0, -9.0]])
+    assert Choice(0.0)(logits, jax.random.split(jax.random.key(0), 2)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_the_tokenizer_lacks_are_never_chosen(temperature):
+    logits = jnp.array([[1.0, 2.0, 50.0]])
+    assert Choice(temperature, vocab_size=2)(logits, jax.random.split(jax.random.key(0), 1))[0] < 2

@@ -1,0 +1,190 @@
+"""Prompts in, text out: equal to sampling one token after another from the full forward pass."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma2_jax.config import UserError
+from gemma2_jax.model.config import ComputeConfig
+from gemma2_jax.model.decoder import Decoder
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.sampling import sampler as room
+from gemma2_jax.sampling.choice import Choice
+from gemma2_jax.sampling.config import SamplingConfig
+from gemma2_jax.sampling.decoding import complete, row_keys
+from gemma2_jax.sampling.sampler import Sampler, bucket
+
+NEVER = (900, 901)  # as many stop tokens as there are by default, so that no test compiles for fewer
+GREEDY = SamplingConfig(max_new_tokens=55, temperature=0.0, stop_tokens=NEVER)
+# Shorter than the window of 8 and far longer, in one batch.
+PROMPTS = [[2, 40], [2, *range(30, 70)], [2, 9, 11, 13, 17, 19, 23, 29]]
+
+
+@pytest.fixture(scope="module")
+def sampler(model, tokenizer):
+    return Sampler(model, tokenizer, ComputeConfig(unroll_layers=True))
+
+
+@pytest.fixture(scope="module")
+def greedy(sampler):
+    return sampler.generate_tokens(PROMPTS, GREEDY)
+
+
+def test_greedy_tokens_are_those_of_the_full_forward(model, tokenizer, greedy):
+    """Each continuation, read at once, is at every step what the full forward holds most likely."""
+    forward = jax.jit(Gemma2.__call__)
+    for prompt, new in zip(PROMPTS, greedy, strict=True):
+        assert len(new) == 55
+        row = np.zeros((1, 96), np.int32)
+        row[0, : len(prompt) + 55] = prompt + new
+        logits = forward(model, row)[0, len(prompt) - 1 :, : tokenizer.vocab_size]
+        assert np.argmax(logits, axis=-1)[:55].tolist() == new
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 50, "top_p": 0.9}], ids=str)
+def test_a_row_samples_the_same_alone_and_in_a_batch(sampler, settings):
+    config = replace(GREEDY, temperature=1.0, seed=3, **settings)
+    together = sampler.generate_tokens(PROMPTS, config)
+    assert sampler.generate_tokens(PROMPTS[:1], config) == together[:1]
+    assert sampler.generate_tokens([PROMPTS[0], PROMPTS[2], PROMPTS[1]], config)[0] == together[0]
+
+
+def test_seeds_and_rows_differ_and_repeat(sampler):
+    config = replace(GREEDY, temperature=1.0)
+    same = [PROMPTS[1]] * 3
+    found = sampler.generate_tokens(same, config)
+    assert found[0] != found[1] != found[2]
+    assert sampler.generate_tokens(same, config) == found
+    assert sampler.generate_tokens(same, replace(config, seed=1))[0] != found[0]
+
+
+def test_top_k_of_one_is_greedy(sampler, greedy):
+    assert sampler.generate_tokens(PROMPTS, replace(GREEDY, temperature=0.7, top_k=1)) == greedy
+
+
+def test_a_row_ends_at_its_stop_token_and_others_go_on(sampler, greedy):
+    stop = next(token for token in greedy[0] if token not in greedy[1] + greedy[2])
+    found = sampler.generate_tokens(PROMPTS, replace(GREEDY, stop_tokens=(stop, 900)))
+    assert found[0] == greedy[0][: greedy[0].index(stop) + 1]
+    assert found[1:] == greedy[1:]
+
+
+def test_it_stops_when_all_rows_have(sampler, greedy, monkeypatch):
+    """And no token is computed after the dispatch that ended the last row."""
+    calls = []
+    monkeypatch.setattr(room, "_advance", lambda *args, **kwargs: calls.append(args))
+    stop = greedy[0][0]
+    assert sampler.generate_tokens(PROMPTS[:1], replace(GREEDY, stop_tokens=(stop, 900))) == [[stop]]
+    assert calls == []
+
+
+@pytest.mark.parametrize("new", [1, 30])
+def test_as_many_tokens_as_asked(sampler, greedy, new):
+    found = sampler.generate_tokens(PROMPTS, replace(GREEDY, max_new_tokens=new))
+    assert found == [row[:new] for row in greedy]
+
+
+def test_text_streams_as_it_is_generated(sampler, tokenizer):
+    config = replace(GREEDY, temperature=1.0, stop_tokens=None)
+    prompts = ["the model", "é"]
+    texts = sampler.generate(prompts, config)
+    assert "".join(sampler.stream(prompts[0], config)) == texts[0]
+    pieces = list(sampler.stream_batch(prompts, config))
+    assert len(pieces) > 3
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == texts
+    ids = sampler.generate_tokens([tokenizer.encode(prompt, bos=True) for prompt in prompts], config)
+    assert [tokenizer.decode(row) for row in ids] == texts
+
+
+@pytest.mark.parametrize("name", ["eos_id", "end_of_turn_id"])
+def test_by_default_text_ends_where_document_or_turn_do(model, tokenizer, sampler, greedy, name, monkeypatch):
+    """The stop token, here one that the model says anyway, is no part of the text."""
+    stop = next(token for token in greedy[0] if token not in greedy[1] + greedy[2])
+    monkeypatch.setattr(type(tokenizer), name, stop)
+    monkeypatch.setattr(tokenizer, "encode", lambda prompt, **_: PROMPTS[int(prompt)])
+    texts = sampler.generate(["0", "1", "2"], replace(GREEDY, stop_tokens=None))
+    assert texts[0] == tokenizer.decode(greedy[0][: greedy[0].index(stop)])
+    assert texts[1:] == [tokenizer.decode(row) for row in greedy[1:]]
+
+
+def test_turns_in_a_prompt_are_control_tokens(sampler, tokenizer, monkeypatch):
+    asked = []
+
+    def stream_tokens(prompts, config):
+        asked.extend(prompts)
+        return iter(())
+
+    monkeypatch.setattr(sampler, "stream_tokens", stream_tokens)
+    sampler.generate(["<start_of_turn>user\n"], GREEDY)
+    assert asked[0][:2] == [tokenizer.bos_id, tokenizer.encode("<start_of_turn>", control=True)[0]]
+
+
+def test_within_a_jitted_program(model, sampler, tokenizer, greedy):
+    """Sampling as training on own samples needs it: one program from weights to tokens and their number."""
+    stop = next(token for token in greedy[0] if token not in greedy[1] + greedy[2])
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    prompts = np.zeros((3, 45), np.int32)
+    for row, prompt in zip(prompts, PROMPTS, strict=True):
+        row[: len(prompt)] = prompt
+
+    @jax.jit
+    def program(model, prompts, lengths):
+        decoder = Decoder(model, ComputeConfig(unroll_layers=True))
+        choice = Choice(0.0, vocab_size=tokenizer.vocab_size)
+        return complete(decoder, prompts, lengths, row_keys(0, 3), jnp.array([stop, 900]), 30, choice)
+
+    tokens, own = program(model, prompts, lengths)
+    expected = sampler.generate_tokens(PROMPTS, replace(GREEDY, max_new_tokens=30, stop_tokens=(stop, 900)))
+    assert own.tolist() == [len(row) for row in expected]
+    assert [row[:n].tolist() for row, n in zip(tokens, own, strict=True)] == expected
+    assert all(not row[n:].any() for row, n in zip(tokens, own, strict=True))
+
+
+def test_no_prompts(sampler):
+    assert sampler.generate([], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sentence"),
+    [
+        ([[2], []], "Prompt 1 has no tokens"),
+        ([[2, 320]], "Prompt 0 holds a token id that the model lacks; it has ids 0 to 319"),
+    ],
+)
+def test_prompts_that_cannot_be_read(sampler, prompts, sentence):
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        sampler.generate_tokens(prompts, GREEDY)
+
+
+def test_a_foreign_tokenizer_is_refused(toy_model, tokenizer):
+    with pytest.raises(UserError, match=r"^The tokenizer has 310 ids and the model only 97 rows"):
+        Sampler(toy_model, tokenizer)
+
+
+def test_few_sizes_to_compile_for():
+    sizes = {bucket(length) for length in range(1, 8193)}
+    assert sizes == {
+        16,
+        24,
+        32,
+        48,
+        64,
+        96,
+        128,
+        192,
+        256,
+        384,
+        512,
+        768,
+        1024,
+        1536,
+        2048,
+        3072,
+        4096,
+        6144,
+        8192,
+    }
+    assert all(length <= bucket(length) <= max(16, length * 1.5) for length in range(1, 8193))
