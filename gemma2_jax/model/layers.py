@@ -10,9 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.sharding.layout import constrain
+
+WEIGHT_PRODUCT = "weight_product"  # what remat policies know the results of `product` by
 
 
 def weight_for_use(weight: nnx.Param, dims: str, dtype: Any) -> jax.Array:
@@ -20,7 +23,6 @@ def weight_for_use(weight: nnx.Param, dims: str, dtype: Any) -> jax.Array:
     return constrain(weight[...].astype(dtype), dims)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """`jnp.einsum(spec, x, weight)`, where x's last letters are summed over and are the weight's first.
 
@@ -28,6 +30,11 @@ def product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     takes a matrix product three times slower than for the gradient as written here. Nor does it choose
     an order for the letters summed over, which for "BTNH,NHD->BTD" can cost a copy of the weight.
     """
+    return checkpoint_name(_product(spec, x, weight), WEIGHT_PRODUCT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     x_dims, weight_dims, _ = _letters(spec)
     return jnp.tensordot(x, weight, axes=len(set(x_dims) & set(weight_dims)))
 
@@ -35,7 +42,7 @@ def product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 def _product_forward(
     spec: str, x: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return product(spec, x, weight), (x, weight)
+    return _product(spec, x, weight), (x, weight)
 
 
 def _product_backward(
@@ -48,7 +55,7 @@ def _product_backward(
     return d_x, d_weight
 
 
-product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _letters(spec: str) -> tuple[str, str, str]:

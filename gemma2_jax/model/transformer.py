@@ -14,12 +14,12 @@ from flax import nnx
 
 from gemma2_jax.model.attention import Attention
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
-from gemma2_jax.model.layers import MLP, Embedder, RMSNorm
+from gemma2_jax.model.layers import WEIGHT_PRODUCT, MLP, Embedder, RMSNorm
 from gemma2_jax.model.weights import init_params, map_weights
 from gemma2_jax.sharding.layout import constrain
 
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -53,7 +53,9 @@ class Stopwatch:
         self._started: float | None = None
 
     def start(self) -> None:
-        self._started = time.perf_counter()
+        """Starts it, or leaves it running: steps are dispatched ahead, so many of them pass before a stop."""
+        if self._started is None:
+            self._started = time.perf_counter()
 
     def stop(self) -> None:
         if self._started is not None:
