@@ -49,7 +49,9 @@ class LayerCaches:
         rows, slot = self._slot(position)
         return replace(self, positions=self.positions.at[rows, slot].set(position))
 
-    def write(self, pair: jax.Array | int, position: jax.Array, key: jax.Array, value: jax.Array) -> "LayerCaches":
+    def write(
+        self, pair: jax.Array | int, position: jax.Array, key: jax.Array, value: jax.Array
+    ) -> "LayerCaches":
         """Store the new token's key and value [B, K, H] of one layer."""
         rows, slot = self._slot(position)
         return replace(

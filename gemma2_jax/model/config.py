@@ -37,7 +37,13 @@ class ModelConfig:
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("query_pre_attn_scalar", "attn_logit_softcap", "final_logit_softcap", "rope_base", "norm_eps"):
+        for name in (
+            "query_pre_attn_scalar",
+            "attn_logit_softcap",
+            "final_logit_softcap",
+            "rope_base",
+            "norm_eps",
+        ):
             if not getattr(self, name) > 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be above 0.")
         if self.num_layers % 2:
@@ -50,9 +56,13 @@ class ModelConfig:
                 f"({self.num_kv_heads})."
             )
         if self.head_dim % 2:
-            raise UserError(f"model.head_dim is {self.head_dim}; it must be even, since RoPE rotates its two halves.")
+            raise UserError(
+                f"model.head_dim is {self.head_dim}; it must be even, since RoPE rotates its two halves."
+            )
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise UserError(f"model.sliding_window is {self.sliding_window}; it must be at least 1, or null for none.")
+            raise UserError(
+                f"model.sliding_window is {self.sliding_window}; it must be at least 1, or null for none."
+            )
 
     @property
     def num_pairs(self) -> int:

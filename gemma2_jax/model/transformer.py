@@ -14,7 +14,7 @@ from flax import nnx
 
 from gemma2_jax.model.attention import Attention
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
-from gemma2_jax.model.layers import WEIGHT_PRODUCT, MLP, Embedder, RMSNorm
+from gemma2_jax.model.layers import MLP, WEIGHT_PRODUCT, Embedder, RMSNorm
 from gemma2_jax.model.weights import init_params, map_weights
 from gemma2_jax.sharding.layout import constrain
 
@@ -136,7 +136,10 @@ def read(
 
 
 def over_pairs(
-    body: Callable[[Any, Pair], tuple[Any, Any]], carry: Any, pairs: Pair | Sequence[Pair], compute: ComputeConfig
+    body: Callable[[Any, Pair], tuple[Any, Any]],
+    carry: Any,
+    pairs: Pair | Sequence[Pair],
+    compute: ComputeConfig,
 ) -> tuple[Any, Any]:
     """`jax.lax.scan` of `body` over pairs of layers, whether they are stacked or apart."""
     if isinstance(pairs, Pair):

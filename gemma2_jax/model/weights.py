@@ -83,7 +83,9 @@ def map_weights(function: Callable[[str, Weight], Any]) -> dict[str, Any]:
     )
 
 
-def abstract_params(config: ModelConfig, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> dict[str, Any]:
+def abstract_params(
+    config: ModelConfig, dtype: Any = jnp.float32, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """The parameters' shapes, dtype and, on a mesh, shardings, as `jax.ShapeDtypeStruct`s, without memory.
 
     Raises:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +89,7 @@ def test_the_iterator_goes_on_where_it_stood(
     uninterrupted = train_batches(data)
     for _ in range(5):
         next(uninterrupted)
-    jax.tree.map(np.testing.assert_array_equal, next(iterator), next(uninterrupted))
+    chex.assert_trees_all_equal(next(iterator), next(uninterrupted))
 
 
 def test_only_the_newest_are_kept(saved: tuple[Path, TrainState]) -> None:
@@ -104,7 +105,7 @@ def test_pure_nested_dicts_on_disk(saved: tuple[Path, TrainState], toy_run: RunC
     }  # fmt: skip
     assert not list(folder.rglob("*.pkl"))
     loaded = load_params(folder, abstract_params(toy_run.model, mesh=build_mesh(MeshConfig(8, 1, 1))))
-    jax.tree.map(np.testing.assert_array_equal, loaded, state.params)
+    chex.assert_trees_all_equal(loaded, state.params)
 
 
 def test_a_model_in_another_dtype(saved: tuple[Path, TrainState]) -> None:
@@ -112,7 +113,7 @@ def test_a_model_in_another_dtype(saved: tuple[Path, TrainState]) -> None:
     model = load_model(folder, "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params())} == {jnp.dtype("bfloat16")}
     expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype("bfloat16"), state.params)
-    jax.tree.map(np.testing.assert_array_equal, model.params(), expected)
+    chex.assert_trees_all_equal(model.params(), expected)
 
 
 @pytest.mark.parametrize(

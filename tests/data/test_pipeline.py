@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import chex
 import grain
 import jax
 import numpy as np
@@ -52,7 +53,7 @@ def batches_of_epochs(data: DataConfig, epochs: int, tokens: int) -> int:
 
 
 def assert_same(left: Batch, right: Batch) -> None:
-    jax.tree.map(np.testing.assert_array_equal, left, right)
+    chex.assert_trees_all_equal(left, right)
 
 
 def test_batches_are_full_rows_of_int32(data: DataConfig):

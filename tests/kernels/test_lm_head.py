@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def test_equals_dense(B: int, T: int, block_tokens: int, config: ObjectiveConfig
     dense = value_and_gradients(dense_loss)
     blockwise = value_and_gradients(partial(blockwise_loss, block_tokens=block_tokens))
     # float32 sums over up to 57 tokens in another order: a few roundings of 6e-8 each.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), dense, blockwise)
+    chex.assert_trees_all_close(dense, blockwise, rtol=2e-5, atol=2e-5)
 
 
 def test_without_gradient_the_value_is_the_same() -> None:

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +88,7 @@ def test_bfloat16_is_close_to_float32(toy_model, full):
 def test_the_model_is_left_as_it_is(toy_model):
     before = jax.tree.map(np.asarray, toy_model.params())
     jax.block_until_ready(jax.jit(partial(Decoder, compute=ComputeConfig(dtype="bfloat16")))(toy_model))
-    jax.tree.map(np.testing.assert_array_equal, before, toy_model.params())
+    chex.assert_trees_all_equal(before, toy_model.params())
 
 
 def test_a_prompt_longer_than_the_cache_keeps_its_end():

@@ -107,6 +107,18 @@ def test_how_it_is_executed_changes_nothing(toy_model, plain, remat, unroll_laye
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)
 
 
+def test_remat_recomputes_what_it_says(toy_model):
+    """`dots` recomputes fewer products than `full`, since it keeps those with weights; `none` recomputes none."""
+
+    def products(remat):
+        def loss(model):
+            return model.hidden(TOKENS, compute=ComputeConfig(remat=remat)).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(toy_model)).count("dot_general")
+
+    assert products("none") < products("dots") < products("full")
+
+
 def test_bfloat16_is_close_to_float32(toy_model, plain):
     half = ComputeConfig(dtype="bfloat16")
     assert jax.eval_shape(lambda model: model.hidden(TOKENS, compute=half), toy_model).dtype == jnp.bfloat16

@@ -4,6 +4,7 @@ from functools import reduce
 from operator import getitem
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,4 +57,4 @@ def test_abstract_and_real_parameters_agree(toy_config, toy_model):
 
 def test_a_model_is_its_parameters(toy_config, toy_model):
     again = Gemma2(toy_config, toy_model.params())
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(toy_model))
+    chex.assert_trees_all_equal(jax.tree.leaves(again), jax.tree.leaves(toy_model))

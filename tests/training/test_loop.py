@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_a_resumed_run_is_bit_identical(
     train(config)
     assert without_times(Path(config.output)) == without_times(Path(finished.output))
     resumed, whole = load_model(config.output), load_model(finished.output)
-    jax.tree.map(np.testing.assert_array_equal, resumed.params(), whole.params())
+    chex.assert_trees_all_equal(resumed.params(), whole.params())
 
 
 def test_a_finished_run_is_left_alone(finished: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,258 @@
+"""Time one training step, and greedy decoding, of gemma2_jax against Hugging Face transformers on CPU.
+
+    pip install -e '.[reference]'
+    python experiments/benchmarks/step_vs_transformers.py --threads 1
+    python experiments/benchmarks/step_vs_transformers.py --threads 2
+
+Both sides hold the same float32 weights of a small Gemma 2 and take the same 4 x 512 tokens. A step is
+forward, backward and AdamW; ours is the trainer's own, with its default configuration for CPU, and so also
+clips by the global norm and computes metrics. Decoding is 128 new tokens for one prompt, by our sampler
+and by transformers' `generate`, each with its cache. The sides run in one process, on the same cores, in
+turns; the table shows medians over the rounds. Compilation (ours), first steps and first generations
+(both) are left out. Before the clock starts, both have to agree on the loss and on the tokens they generate.
+
+Of transformers it is the eager attention: its "sdpa" drops Gemma 2's soft cap, and so computes another
+model. Its optimizer is torch.optim.AdamW with fused=True.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+BATCH, LENGTH, PROMPT, NEW_TOKENS = 4, 512, 32, 128
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
+# Two float32 implementations of ~10^10 operations: their mean losses differ by rounding, some 1e-7 of 9.
+LOSS_TOLERANCE = 1e-5
+SIZES: dict[str, Any] = dict(
+    vocab_size=8192, num_layers=4, d_model=256, num_heads=4, num_kv_heads=2, head_dim=64, d_ff=1024,
+    sliding_window=128, query_pre_attn_scalar=64,
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1, help="cores and threads for each side (1)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (7)")
+    parser.add_argument("--steps", type=int, default=2, help="training steps a turn (2)")
+    options = parser.parse_args()
+
+    # XLA sizes its thread pool by the cores it may use when it starts, so this comes before the imports.
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < options.threads:
+        sys.exit(f"--threads is {options.threads}, but this process may use only {len(cores)} cores.")
+    os.sched_setaffinity(0, set(cores[: options.threads]))
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        sys.exit(f"This benchmark compares with {error.name}: pip install -e '.[reference]'.")
+    torch.set_num_threads(options.threads)
+
+    theirs = TheirSide()
+    ours = OurSide(theirs.model.state_dict())
+    print(
+        f"jax {ours.version}, transformers {transformers.__version__}, torch {torch.__version__}; "
+        f"{options.threads} thread(s), {options.rounds} rounds"
+    )
+    check_agreement(ours, theirs)
+
+    steps = alternate([ours.step, theirs.step], options.rounds, options.steps)
+    decodes = alternate([ours.decode, theirs.decode], options.rounds, 1)
+    print(f"{'':24}{'gemma2_jax':>20}{'transformers':>20}{'ratio':>8}  (of each round)")
+    print_row("training, tokens/s", BATCH * LENGTH, steps)
+    print_row("decoding, tokens/s", NEW_TOKENS, decodes)
+
+
+def alternate(sides: list[Callable[[], Any]], rounds: int, repeats: int) -> list[list[float]]:
+    """Seconds of one call of each side in each round, after one untimed call."""
+    for side in sides:
+        side()
+    seconds: list[list[float]] = [[] for _ in sides]
+    for _ in range(rounds):
+        for side, taken in zip(sides, seconds, strict=True):
+            time.sleep(0.3)  # the other side's threads spin for a while before they sleep
+            start = time.perf_counter()
+            for _ in range(repeats):
+                side()
+            taken.append((time.perf_counter() - start) / repeats)
+    return seconds
+
+
+def print_row(name: str, tokens: int, seconds: list[list[float]]) -> None:
+    ours, theirs = (statistics.median(taken) for taken in seconds)
+    ratios = [their / our for our, their in zip(*seconds, strict=True)]
+    print(
+        f"{name:24}{tokens / ours:>11.0f} ({ours:5.3f} s){tokens / theirs:>11.0f} ({theirs:5.3f} s)"
+        f"{theirs / ours:>8.2f}  ({min(ratios):.2f} .. {max(ratios):.2f})"
+    )
+
+
+def check_agreement(ours: "OurSide", theirs: "TheirSide") -> None:
+    """Both sides compute the same thing, or the figures mean nothing."""
+    our_loss, their_loss = ours.loss(), theirs.loss()
+    print(
+        f"loss before training: {our_loss:.6f} and {their_loss:.6f} (tolerance {LOSS_TOLERANCE:g}, relative)"
+    )
+    if abs(our_loss - their_loss) > LOSS_TOLERANCE * their_loss:
+        sys.exit("The two sides compute different losses.")
+    if ours.decode() != theirs.decode():
+        sys.exit("The two sides generate different tokens.")
+    print(f"greedy continuation: the same {NEW_TOKENS} tokens on both sides")
+
+
+def batch_tokens() -> Any:
+    """int32 [BATCH, LENGTH + 1]: random, since speed does not depend on which tokens they are."""
+    return np.random.default_rng(0).integers(0, SIZES["vocab_size"], (BATCH, LENGTH + 1), dtype=np.int32)
+
+
+class TheirSide:
+    """Hugging Face transformers."""
+
+    def __init__(self) -> None:
+        import torch
+        from transformers import Gemma2Config, Gemma2ForCausalLM
+
+        config = Gemma2Config(
+            vocab_size=SIZES["vocab_size"], num_hidden_layers=SIZES["num_layers"], hidden_size=SIZES["d_model"],
+            num_attention_heads=SIZES["num_heads"], num_key_value_heads=SIZES["num_kv_heads"],
+            head_dim=SIZES["head_dim"], intermediate_size=SIZES["d_ff"], sliding_window=SIZES["sliding_window"],
+            query_pre_attn_scalar=SIZES["query_pre_attn_scalar"], attn_implementation="eager",
+            pad_token_id=0, eos_token_id=None, bos_token_id=1,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        self.model = Gemma2ForCausalLM(config)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        tokens = torch.from_numpy(batch_tokens()).long()
+        self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def _loss(self) -> Any:
+        # shift_labels: the targets are shifted already, so all LENGTH positions count, as on our side.
+        return self.model(self.inputs, labels=self.targets, shift_labels=self.targets, use_cache=False).loss
+
+    def loss(self) -> float:
+        import torch
+
+        with torch.no_grad():
+            return float(self._loss())
+
+    def step(self) -> None:
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss().backward()
+        self.optimizer.step()
+
+    def decode(self) -> list[int]:
+        import torch
+
+        self.model.eval()
+        with torch.inference_mode():
+            prompt = self.inputs[:1, :PROMPT]
+            out = self.model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+            )  # fmt: skip
+        return out[0, PROMPT:].tolist()
+
+
+def our_params(state: Any) -> dict[str, Any]:
+    """A Gemma2ForCausalLM's state dict as our nested dict, laid out like `gemma2_jax.model.weights.WEIGHTS`."""
+    D, N, K, H = (SIZES[name] for name in ("d_model", "num_heads", "num_kv_heads", "head_dim"))
+    # Linear layers hold [outputs, inputs], with the heads of a projection in one axis.
+    names = {
+        "pre_attention_norm/scale": ("input_layernorm", lambda w: w),
+        "attention/query": ("self_attn.q_proj", lambda w: w.T.reshape(D, N, H)),
+        "attention/key": ("self_attn.k_proj", lambda w: w.T.reshape(D, K, H)),
+        "attention/value": ("self_attn.v_proj", lambda w: w.T.reshape(D, K, H)),
+        "attention/output": ("self_attn.o_proj", lambda w: w.T.reshape(N, H, D)),
+        "post_attention_norm/scale": ("post_attention_layernorm", lambda w: w),
+        "pre_mlp_norm/scale": ("pre_feedforward_layernorm", lambda w: w),
+        "mlp/gate": ("mlp.gate_proj", lambda w: w.T),
+        "mlp/up": ("mlp.up_proj", lambda w: w.T),
+        "mlp/down": ("mlp.down_proj", lambda w: w.T),
+        "post_mlp_norm/scale": ("post_feedforward_layernorm", lambda w: w),
+    }
+
+    def weight(path: str) -> Any:
+        if path == "embedder/embedding":
+            return state["model.embed_tokens.weight"].numpy()
+        if path == "final_norm/scale":
+            return state["model.norm.weight"].numpy()
+        _, kind, rest = path.split("/", 2)
+        name, convert = names[rest]
+        layers = range(kind == "global_block", SIZES["num_layers"], 2)
+        return np.stack([convert(state[f"model.layers.{layer}.{name}.weight"].numpy()) for layer in layers])
+
+    from gemma2_jax.model.weights import map_weights
+
+    return map_weights(lambda path, _: weight(path))
+
+
+class OurSide:
+    """gemma2_jax, as it trains and samples by default on a CPU."""
+
+    def __init__(self, state: Any) -> None:
+        import jax
+
+        from gemma2_jax.cli.compose import compose
+        from gemma2_jax.data.batch import Batch
+        from gemma2_jax.model.transformer import Gemma2
+        from gemma2_jax.sampling.config import SamplingConfig
+        from gemma2_jax.sampling.sampler import Sampler
+        from gemma2_jax.sharding.mesh import build_mesh
+        from gemma2_jax.training.optimizer import build_optimizer
+        from gemma2_jax.training.state import TrainState, abstract_state, state_shardings
+        from gemma2_jax.training.step import build_evaluation_step, build_train_step
+
+        self.version = jax.__version__
+        values = {f"model.{name}": value for name, value in SIZES.items()}
+        values |= {"optimizer.learning_rate": LEARNING_RATE, "optimizer.weight_decay": WEIGHT_DECAY}
+        config = compose(["optimizer=constant"], values=values)
+        jax.set_mesh(mesh := build_mesh(config.mesh))
+        optimizer = build_optimizer(config.optimizer, config.training.steps)
+        abstract = abstract_state(config.model, optimizer, mesh)
+
+        def init(params: Any) -> TrainState:
+            return TrainState(jax.numpy.int32(0), params, optimizer.init(params))
+
+        self.state = jax.jit(init, out_shardings=state_shardings(abstract))(our_params(state))
+        tokens = batch_tokens()
+        self.batch = Batch(
+            tokens=tokens[:, :-1],
+            targets=tokens[:, 1:],
+            positions=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH)),
+            segment_ids=np.ones((BATCH, LENGTH), np.int32),
+            loss_mask=np.ones((BATCH, LENGTH), np.float32),
+        )
+        self._step = build_train_step(config, optimizer, abstract)
+        self._evaluate = build_evaluation_step(config.compute, config.distill, config.objective.block_tokens)
+        self._model = lambda: Gemma2(config.model, self.state.params)
+        # Ids in, ids out: of a tokenizer, the sampler then asks only how many ids there are.
+        ids_only: Any = SimpleNamespace(vocab_size=SIZES["vocab_size"])
+        self._sampler = Sampler(self._model(), ids_only, config.compute)
+        self._greedy = SamplingConfig(max_new_tokens=NEW_TOKENS, temperature=0.0, stop_tokens=())
+
+    def loss(self) -> float:
+        sums = self._evaluate(self._model(), None, self.batch)
+        return float(sums["cross_entropy"] / sums["tokens"])
+
+    def step(self) -> None:
+        self.state, metrics = self._step(self.state, None, self.batch)
+        metrics["loss"].block_until_ready()
+
+    def decode(self) -> list[int]:
+        return self._sampler.generate_tokens([self.batch.tokens[0, :PROMPT].tolist()], self._greedy)[0]
+
+
+if __name__ == "__main__":
+    main()
