@@ -59,7 +59,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save(config: Any, path: str | os.PathLike[str]) -> None:
     """Writes the dataclass to `path` as YAML; `load` gives an equal one back."""
-    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    write_text(path, to_yaml(config))
+
+
+def to_yaml(config: Any) -> str:
+    """Returns the dataclass as the YAML that `save` writes."""
+    text: str = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def load(cls: type[Config], path: str | os.PathLike[str]) -> Config:
@@ -96,11 +102,16 @@ class _Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as in YAML 1.2 (PyYAML asks for 1.0e-3)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: it puts the text 1e-3 in quotes."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 @cache

@@ -1,6 +1,10 @@
-"""Files that are either whole or absent: every small file of a run is written through here."""
+"""Files that are either whole or absent, and folders that one process at a time works in."""
 
+import fcntl
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -13,10 +17,23 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes `content` to `path`, making its folder; a reader never sees half of it."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two writers of the same file apart; the last one to finish wins.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # The random part keeps two writers of the same file apart, on whatever hosts; the last one to finish wins.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str], wait: bool) -> Iterator[None]:
+    """Holds the lock of `folder`, making the folder; a process that ends in any way lets go of it.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with (Path(folder) / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield

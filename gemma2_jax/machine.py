@@ -20,10 +20,11 @@ def describe_machine(devices: Sequence[Any]) -> str:
 
 
 def peak_memory_gib() -> float:
-    """Returns the most memory that this process has held so far, in GiB."""
+    """Returns the most memory that this process, or one of its children that have ended, held at a time, in GiB."""
     # Linux tells kibibytes, macOS bytes.
     unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(who).ru_maxrss for who in processes) * unit / 2**30
 
 
 def cores() -> int:

@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from gemma2_jax.config import UserError, build, load, read_yaml, save, suggest, to_dict
+from gemma2_jax.config import UserError, build, load, read_yaml, save, suggest, to_dict, to_yaml
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,27 @@ def test_saved_and_loaded_is_equal(tmp_path):
     assert load(Outer, tmp_path / "new" / "config.yaml") == config
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.yaml"]
     assert build(Outer, to_dict(config), "here") == config
+
+
+# What could be text, number, date or null; and every text that UTF-8 can express.
+YAML_LIKE = st.one_of(
+    st.from_regex(r"[-+]?[0-9_]+(\.[0-9_]*)?([eE][-+]?[0-9]+)?", fullmatch=True),
+    st.sampled_from(
+        ["null", "~", "yes", "2026-01-01", "0x1f", "1:30", ".inf", "=", "<<", "- a", "a: b", "#"]
+    ),
+    st.text(st.characters(exclude_categories=["Cs"])),
+)
+
+
+@given(text=YAML_LIKE, name=YAML_LIKE)
+@example(text="1e5", name="1E-5")
+@example(text="a\r\nb\u2028\x85 \ufeff", name="\t\0")
+def test_every_text_is_saved_and_loaded_as_text(tmp_path_factory, text, name):
+    config = Outer(Inner(2, files=text), named={name: Inner(4, files=(text, name))})
+    path = tmp_path_factory.getbasetemp() / "text.yaml"
+    save(config, path)
+    assert load(Outer, path) == config
+    assert path.read_text() == to_yaml(config)
 
 
 def test_an_exponent_without_a_point_is_a_number(tmp_path):

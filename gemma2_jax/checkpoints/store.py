@@ -25,6 +25,8 @@ from gemma2_jax.model.weights import abstract_params
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 FOLDER = "checkpoints"
+CONFIG_FILE = "config.yaml"  # the whole configuration of the run
+TOKENIZER_FILE = "tokenizer.model"  # a copy of its tokenizer
 _ITERATOR = "data"
 
 
@@ -112,9 +114,9 @@ def load_params(run_folder: str | Path, target: Mapping[str, Any]) -> dict[str, 
 
 def load_model_config(run_folder: str | Path) -> ModelConfig:
     """The model section of a run's config.yaml."""
-    path = Path(run_folder) / "config.yaml"
+    path = Path(run_folder) / CONFIG_FILE
     if not path.exists():
-        raise UserError(f"{run_folder} is not a run folder: it has no config.yaml.")
+        raise UserError(f"{run_folder} is not a run folder: it has no {CONFIG_FILE}.")
     config = read_yaml(path)
     if not isinstance(config.get("model"), dict):
         raise UserError(f"{path} has no section `model`.")

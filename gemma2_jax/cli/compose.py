@@ -33,6 +33,9 @@ from gemma2_jax.training.config import RunConfig
 ROOT = "train"  # the name of the root file, configs/train.yaml
 COMMAND_LINE = "the configuration"
 
+# ${or:${key},other} in a YAML file: the key's value, or the other where that is null.
+OmegaConf.register_new_resolver("or", lambda value, other: other if value is None else value, replace=True)
+
 
 def compose(
     overrides: Sequence[str] = (),

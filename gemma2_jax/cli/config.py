@@ -35,13 +35,11 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    import yaml
-
     from gemma2_jax.cli.compose import compose
-    from gemma2_jax.config import to_dict
+    from gemma2_jax.config import to_yaml
 
     config = compose(arguments.overrides, arguments.config_dir)
-    print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
+    print(to_yaml(config), end="")
 
 
 def list_choices(arguments: argparse.Namespace) -> None:

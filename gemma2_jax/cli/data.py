@@ -1,4 +1,4 @@
-"""`gemma2 data`: prepare the text of a configuration, and look at what came of it."""
+"""`gemma2 data`: prepare the text of a configuration, look at what came of it, and check it."""
 
 import argparse
 
@@ -9,6 +9,7 @@ Works with the data that a configuration names: text (data.source) is tokenised 
 
   gemma2 data prepare         makes the shards, and the tokenizer if there is none; training does so by itself
   gemma2 data show            what the folder holds, and the beginning of a training batch
+  gemma2 data verify          reads every shard, and tells whether it is as it was written
 """
 KEYS = """\
 the commonest keys:
@@ -31,13 +32,21 @@ Prints how many documents, tokens and characters each split holds, and how the f
   gemma2 data show
   gemma2 data show data=files data.source='notes/**/*.md' data.folder=data/notes
 """
+VERIFY = """\
+Reads every shard of data.folder and compares it with the checksum taken when it was written: after a copy, or
+when a disk is in doubt. Names the first shard that differs, and then exits with 1.
+
+  gemma2 data verify
+  gemma2 data verify data.folder=data/notes
+"""
 
 
 def add_parser(verbs: Verbs) -> None:
-    actions = add_actions(verbs, "data", "prepare text for training, look at it", DESCRIPTION)
+    actions = add_actions(verbs, "data", "prepare text for training, look at it, check it", DESCRIPTION)
     help_prepare = "tokenise the source, if that is not done yet"
     add_overrides(add_verb(actions, "prepare", prepare, help_prepare, PREPARE, KEYS, resumes=True))
     add_overrides(add_verb(actions, "show", show, "print what a prepared folder holds", SHOW, KEYS))
+    add_overrides(add_verb(actions, "verify", verify, "check the shards of a prepared folder", VERIFY, KEYS))
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -70,3 +79,12 @@ def show(arguments: argparse.Namespace) -> None:
     print("\nthe first training batch, row by row: documents in it, and how it begins")
     for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
         print(f"  {segments.max():>3}  {tokenizer.decode(tokens[:40].tolist())!r}")
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    from gemma2_jax.cli.compose import compose
+    from gemma2_jax.data import shards
+
+    config = compose(arguments.overrides, arguments.config_dir)
+    count = shards.verify(config.data.folder)
+    print(f"{config.data.folder}: {count} shards were read and are whole.")

@@ -47,10 +47,9 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gemma2_jax.checkpoints.store import load_model
+    from gemma2_jax.checkpoints.store import TOKENIZER_FILE, load_model
     from gemma2_jax.data.chat import render
     from gemma2_jax.data.tokenizer import Tokenizer
-    from gemma2_jax.distill.teacher import TOKENIZER_FILE
     from gemma2_jax.model.config import ComputeConfig
     from gemma2_jax.sampling.config import SamplingConfig
     from gemma2_jax.sampling.sampler import Sampler
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    model = load_model(arguments.checkpoint)
+    model = load_model(arguments.checkpoint, arguments.dtype)
     tokenizer = Tokenizer.load(Path(arguments.checkpoint) / TOKENIZER_FILE)
     sampler = Sampler(model, tokenizer, ComputeConfig(dtype=arguments.dtype, unroll_layers=True))
     prompts = arguments.prompt or [_from_standard_input()]

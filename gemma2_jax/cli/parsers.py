@@ -10,8 +10,8 @@ KEYS = """\
 the commonest keys:
   experiment=quickstart/teacher   a named experiment; the keys after it override it
   model=small_6m                  the model's sizes; model.num_layers=8 changes one of them
-  data.source='my/*.txt'          text of your own (.txt .md .jsonl .parquet, also .gz .zst); give a new
-                                  data.folder with it
+  data.source='my/*.txt'          text of your own (.txt .md .rst .jsonl .parquet, also .gz .zst); give a
+                                  new data.folder with it
   training.steps=1000             optimizer steps
   optimizer.learning_rate=1e-3    the peak of the schedule
   seed=1                          initial weights and order of the data

@@ -21,6 +21,7 @@ the same command goes on after a stop.
   gemma2 run quickstart distilled.training.steps=1000       a key of one run, by the run's name
   gemma2 config list study                                  the studies that there are
 
+The study itself sets the name and the folder of each run, and distill.teacher where study.yaml names a teacher.
 A study is a folder under experiments/ with a study.yaml; its README tells the question and what came out.
 """
 
@@ -52,6 +53,9 @@ def compose_study(
     """Returns the configuration of each run of a study, and the study's folder.
 
     `key=value` goes to every run, `RUN.key=value` to that run; `output=` is the study's own.
+
+    Raises:
+        UserError: an override that `compose` refuses, or one of a key that the study sets itself.
     """
     from gemma2_jax.cli.compose import compose, pairs
     from gemma2_jax.config import UserError
@@ -64,8 +68,10 @@ def compose_study(
         if key == "output":
             output = str(value)
         elif first not in own:
+            _refuse_own_keys(text, key, value, study, list(study.runs))
             shared.append(text)
         elif rest:
+            _refuse_own_keys(text, rest, value, study, [first])
             own[first].append(text[len(first) + 1 :])
         else:
             raise UserError(f"{text} names a run of the study; accepted: {first}.KEY=VALUE.")
@@ -78,3 +84,26 @@ def compose_study(
             [f"experiment={run.experiment}", *shared, *own[run_name]], config_dir, values
         )
     return runs, output
+
+
+def _refuse_own_keys(text: str, key: str, value: Any, study: "StudyConfig", runs: Sequence[str]) -> None:
+    """Refuses the override `text`, of `key` in `runs`, if the study sets that key and so would ignore it."""
+    from gemma2_jax.config import UserError
+
+    if key == "name":
+        raise UserError(
+            f"{text} has no effect, since the study names each run as its study.yaml does; leave it out."
+        )
+    if key == "output":
+        raise UserError(
+            f"{text} has no effect, since the study puts each run into a folder of its name; "
+            "give output=FOLDER, the study's own."
+        )
+    taught = [name for name in runs if study.runs[name].teacher is not None]
+    if taught and (
+        key == "distill.teacher" or (key == "distill" and isinstance(value, dict) and "teacher" in value)
+    ):
+        raise UserError(
+            f"{text} has no effect, since the study's study.yaml makes {study.runs[taught[0]].teacher} the teacher "
+            f"of {taught[0]}; leave it out, or train with another teacher by `gemma2 train`."
+        )

@@ -20,8 +20,9 @@ stop; one that fails is reported, and the others go on.
   gemma2 sweep experiment=quickstart/scratch 'seed=range(0,5)' training.steps=200          five runs
   gemma2 sweep model=small_1m,small_6m output=runs/sweeps/sizes                            groups, too
 
-The runs lie in runs/sweeps/EXPERIMENT, or in the folder output=, each named by its values, with table.md and
-results.json beside them.
+The runs lie in runs/sweeps/EXPERIMENT/KEYS (the first of these sweeps: runs/sweeps/quickstart/scratch/
+optimizer.learning_rate+seed; without an experiment runs/sweeps/train/KEYS), or in the folder output=, each named
+by its values, with table.md and results.json beside them.
 """
 
 
@@ -45,7 +46,8 @@ def compose_sweep(overrides: list[str], config_dir: str | None) -> tuple[list["C
     """Returns the combinations of a sweep, each with its configuration, and the sweep's folder.
 
     Raises:
-        UserError: no key lists several values, or none of the combinations can be composed.
+        UserError: no key lists several values, one is set by the sweep itself, or none of the combinations can
+            be composed.
     """
     from gemma2_jax.cli.compose import combinations, compose, pairs
     from gemma2_jax.config import UserError
@@ -55,7 +57,12 @@ def compose_sweep(overrides: list[str], config_dir: str | None) -> tuple[list["C
     if not listed[0]:
         raise UserError("no key lists several values; accepted: at least one key=A,B or key=range(1,4).")
     given = dict(pairs(shared))
-    output = str(given.get("output", f"runs/sweeps/{given.get('experiment', 'train')}"))
+    if "name" in given or "name" in listed[0]:
+        raise UserError("name= has no effect, since a sweep names each run by its values; leave it out.")
+    if "output" in listed[0]:
+        raise UserError("output= lists several values, but a sweep has one folder; give one value.")
+    keys = "+".join(listed[0])
+    output = str(given.get("output", f"runs/sweeps/{given.get('experiment', 'train')}/{keys}"))
     found = []
     for values in listed:
         name = ",".join(f"{key}={value}" for key, value in values.items())

@@ -32,7 +32,7 @@ Prints the tokenizer's file, size, fingerprint and control tokens.
   gemma2 tokenizer show tokenizer.path=my.model
 """
 ENCODE = """\
-Prints the tokens of a text, one a line: id and piece.
+Prints the tokens of a text, one a line: id and piece, in which ▁ is a space and <0xC3> a single byte.
 
   gemma2 tokenizer encode "def add(a, b):"
   gemma2 tokenizer encode - < file.txt
@@ -84,7 +84,7 @@ def show(arguments: argparse.Namespace) -> None:
 def encode(arguments: argparse.Namespace) -> None:
     tokenizer, _ = _load(arguments)
     for token in tokenizer.encode(_argument(arguments.text)):
-        print(f"{token}\t{tokenizer.decode([token])!r}")
+        print(f"{token}\t{tokenizer.piece(token)!r}")
 
 
 def decode(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,9 @@ class DataConfig:
 
     Attributes:
         source: "python-docs" (the documentation in Python's own standard library), or one or several globs
-            of .txt, .md, .rst, .jsonl or .parquet files, each optionally .gz or .zst.
+            of .txt, .md, .rst, .jsonl or .parquet files, each optionally .gz or .zst. A line of JSONL and a row
+            of Parquet are a document; a text file is cut at blank lines into documents of 4,000 characters or
+            a little more, and is one if it is shorter.
         folder: where the tokenised shards and their manifest are kept; runs may share it.
         validation_fraction: share of the documents held out, in [0, 1); the content of a document decides.
         seq_len: T, tokens in a row of a batch.

@@ -6,13 +6,11 @@ The source is read as a stream. It is cut into parts, each of which becomes one 
 manifest is rewritten after every part, so that a preparation that was stopped goes on with the part it was in.
 """
 
-import fcntl
 import hashlib
 import multiprocessing
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from gemma2_jax.data.shards import (
 from gemma2_jax.data.sources import Source, open_source
 from gemma2_jax.data.tokenise import Task, Tokenised, chance, is_validation, tokenise_all
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
+from gemma2_jax.files import locked
 from gemma2_jax.machine import cores
 
 TRAINING_BYTES = 100_000_000  # of source that a tokenizer is trained on; of a larger one, a sample by content
@@ -56,8 +55,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
     if manifest is not None and manifest.complete and Path(tokenizer.path).exists():
         _refuse_other(manifest, data, _load(tokenizer), _identity_now(data))
         return manifest
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), _progress() as progress:
+    with locked(folder, wait=True), _progress() as progress:
         return _prepare(data, tokenizer, folder, progress)
 
 
@@ -241,14 +239,6 @@ def _add_text(digest: "hashlib._Hash", text: str) -> None:
     content = text.encode()
     digest.update(len(content).to_bytes(8))
     digest.update(content)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process prepares this folder."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _progress() -> Progress:

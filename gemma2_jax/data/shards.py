@@ -163,17 +163,25 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     manifest = find_manifest(folder)
     if manifest is None or not manifest.complete:
         state = "is not prepared" if manifest is None else "is prepared only in part"
-        raise UserError(f"data.folder {folder} {state}; run `gemma2 data` with the same configuration.")
+        raise UserError(
+            f"data.folder {folder} {state}; run `gemma2 data prepare` with the same configuration."
+        )
     return manifest
 
 
-def verify(folder: str | os.PathLike[str]) -> None:
-    """Reads every shard of a prepared folder. Raises UserError naming the first that is not as it was written."""
+def verify(folder: str | os.PathLike[str]) -> int:
+    """Reads every shard of a prepared folder, and returns how many there are.
+
+    Raises:
+        UserError: a shard, which is named, is not as it was written; or as `read_manifest`.
+    """
     manifest = read_manifest(folder)
-    for shard in (*manifest.train_shards, *manifest.validation_shards):
+    shards = (*manifest.train_shards, *manifest.validation_shards)
+    for shard in shards:
         if _sha256(Path(folder) / shard.file) != shard.sha256:
             file = Path(folder) / shard.file
             raise UserError(f"{file} has changed since it was written; delete {folder} to prepare it anew.")
+    return len(shards)
 
 
 class ShardWriter:

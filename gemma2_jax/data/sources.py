@@ -1,5 +1,6 @@
 """Where documents come from: the built-in corpus, or files of the user's own, read as a stream."""
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -9,6 +10,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -18,7 +20,10 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.python_docs import PythonDocs
 
 PYTHON_DOCS = "python-docs"
-LONGEST_DOCUMENT = 1_000_000  # characters: a longer text file is cut, so that memory stays bounded
+# Characters of a text file that make a document, about a thousand tokens: enough for context to matter, and
+# few enough that one book is documents to shuffle, and to hold some out of.
+TEXT_DOCUMENT = 4_000
+LONGEST_DOCUMENT = 1_000_000  # characters: text without blank lines is cut here, so that memory stays bounded
 
 _TEXT = (".txt", ".md", ".rst")
 _FORMATS = (*_TEXT, ".jsonl", ".parquet")
@@ -51,9 +56,10 @@ def open_source(sources: tuple[str, ...], text_field: str) -> Source:
 class Files:
     """Text, JSONL and Parquet files, in the order of their paths.
 
-    A text file is one document (beyond a million characters it is cut at the ends of lines), a line of a
-    JSONL file is one, a row of a Parquet file is one. Reading raises UserError, naming file and line, at
-    whatever cannot be read.
+    A line of a JSONL file is one document, a row of a Parquet file is one. A text file is cut at blank lines:
+    paragraphs make a document once they have 4,000 characters together, and a shorter file is one. What goes
+    on for a million characters without a blank line is cut between lines, or within a line that is longer.
+    Reading raises UserError, naming file and line, at whatever cannot be read.
     """
 
     def __init__(self, patterns: Iterable[str], text_field: str) -> None:
@@ -121,12 +127,16 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
 def _text(path: Path, stream: IO[bytes]) -> Iterator[str]:
     lines: list[str] = []
     length = 0
-    for _, line in _lines(path, stream):
-        lines.append(line)
-        length += len(line)
-        if length >= LONGEST_DOCUMENT:
+    after_blank = False
+    for _, line in _lines(path, stream, LONGEST_DOCUMENT):
+        blank = line.isspace()
+        between_paragraphs = after_blank and not blank  # blank lines, however many, stay with what they end
+        if (between_paragraphs and length >= TEXT_DOCUMENT) or length + len(line) > LONGEST_DOCUMENT:
             yield "".join(lines)
             lines, length = [], 0
+        lines.append(line)
+        length += len(line)
+        after_blank = blank
     yield "".join(lines)
 
 
@@ -188,16 +198,28 @@ def _checked(text: Any, names: Iterable[str], place: str, text_field: str) -> st
     return text
 
 
-def _lines(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, str]]:
-    """Lines with their ends, numbered from 1; a byte order mark is left out."""
-    number = 0
+def _lines(path: Path, stream: IO[bytes], longest: int = -1) -> Iterator[tuple[int, str]]:
+    """Lines with their ends, numbered from 1; a byte order mark is left out.
+
+    A line of more than `longest` bytes comes in several pieces under one number; -1 keeps every line whole.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()  # a piece may end within a character
+    number = length = 0  # lines read to their ends, and bytes read of the line after them
     try:
-        for number, line in enumerate(stream, 1):
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        for piece in iter(partial(stream.readline, longest), b""):
+            first = number == length == 0
+            length += len(piece)
+            ends = piece.endswith(b"\n") or len(piece) != longest
+            text = decoder.decode(piece, final=ends)
+            yield number + 1, text.removeprefix("\ufeff") if first else text
+            if ends:
+                number, length = number + 1, 0
+        decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
+        place = length - len(error.object) + error.start
         raise UserError(
-            f"{path}, line {number}: not valid UTF-8 (byte 0x{byte:02x} at {error.start})."
+            f"{path}, line {number + 1}: not valid UTF-8 (byte 0x{byte:02x} at {place})."
         ) from None
     except _CORRUPT as error:
         raise UserError(
@@ -223,7 +245,7 @@ class _Zstandard(io.RawIOBase):
         self._raw = raw
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._begun = False
-        self._ready = b""
+        self._ready = memoryview(b"")  # a view, since what is left of much must not be copied at every read
 
     def readable(self) -> bool:
         return True
@@ -241,7 +263,7 @@ class _Zstandard(io.RawIOBase):
                     raise EOFError("compressed file ended before the end of a frame")
                 return 0
             self._begun = True
-            self._ready = self._frame.decompress(compressed)
+            self._ready = memoryview(self._frame.decompress(compressed))
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]

@@ -124,13 +124,22 @@ class Tokenizer:
         Raises:
             UserError: an id is not in the vocabulary.
         """
-        numbers = [int(number) for number in ids]
-        for number in numbers:
-            if not 0 <= number < self.vocab_size:
-                raise UserError(
-                    f"Token id {number} is not in {self._name}, which has ids 0 to {self.vocab_size - 1}."
-                )
-        return str(self._pieces.decode(numbers))
+        return str(self._pieces.decode([self._known(number) for number in ids]))
+
+    def piece(self, number: int) -> str:
+        """Returns a token id's piece as the file has it: `▁` for a space, `<0xC3>` for a byte.
+
+        Raises:
+            UserError: the id is not in the vocabulary.
+        """
+        return str(self._pieces.id_to_piece(self._known(number)))
+
+    def _known(self, number: int) -> int:
+        if not 0 <= number < self.vocab_size:
+            raise UserError(
+                f"Token id {number} is not in {self._name}, which has ids 0 to {self.vocab_size - 1}."
+            )
+        return int(number)
 
     def _find(self, piece: str) -> list[int] | None:
         number = self._pieces.piece_to_id(piece)

@@ -6,13 +6,11 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
-from gemma2_jax.checkpoints.store import load_model, load_model_config
+from gemma2_jax.checkpoints.store import TOKENIZER_FILE, load_model, load_model_config
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-
-TOKENIZER_FILE = "tokenizer.model"  # every run folder holds its tokenizer under this name
 
 
 @dataclass(frozen=True)

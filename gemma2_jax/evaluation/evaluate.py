@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from gemma2_jax.checkpoints.store import latest_step, load_model
+from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, latest_step, load_model
 from gemma2_jax.config import UserError, load
 from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.data.tokenizer import Tokenizer
@@ -13,7 +13,7 @@ from gemma2_jax.distill.teacher import DistillConfig, load_teacher
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig
-from gemma2_jax.training.start import CONFIG_FILE
+from gemma2_jax.training.start import check_same_data
 from gemma2_jax.training.step import build_evaluation_step
 from gemma2_jax.training.validation import validate
 
@@ -42,12 +42,14 @@ def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = Non
     """Evaluate the newest checkpoint of a run, and compare it with a teacher's.
 
     Raises:
-        UserError: a folder holds no finished checkpoint, or the teacher has another vocabulary or tokenizer.
+        UserError: a folder holds no checkpoint, the data is not what the run was trained on, or the teacher has
+            another vocabulary or tokenizer.
     """
     config = load(RunConfig, Path(run_folder) / CONFIG_FILE)
     step = latest_step(run_folder)
     if step is None:
         raise UserError(f"{run_folder} holds no checkpoint; train it first.")
+    check_same_data(run_folder, config.data)
     mesh = build_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = load_model(run_folder, mesh=mesh)
@@ -55,7 +57,9 @@ def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = Non
         # The teacher is asked in the student's own precision here, whatever it taught in.
         distill = DistillConfig(None if teacher_folder is None else str(teacher_folder), config.compute.dtype)
         if teacher_folder is not None:
-            teacher = load_teacher(distill, config.model, Tokenizer.load(config.tokenizer.path), mesh)
+            teacher = load_teacher(
+                distill, config.model, Tokenizer.load(Path(run_folder) / TOKENIZER_FILE), mesh
+            )
         step_function = build_evaluation_step(config.compute, distill, config.objective.block_tokens)
         batches = validation_batches(config.data, jax.process_index(), jax.process_count())
         metrics = validate(step_function, model, teacher, batches, mesh)

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma2_jax.kernels.softcap import softcap as apply_softcap
+
 # Queries are taken in blocks of at least this many, and in at most so many blocks: smaller blocks skip
 # more hidden keys, but each is compiled on its own.
 _MIN_BLOCK = 128
@@ -62,7 +64,7 @@ def attention(
     K = key.shape[2]
     grouped = query.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=jnp.float32)
-    scores = softcap * jnp.tanh(scores / softcap)
+    scores = apply_softcap(scores, softcap)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value).reshape(B, T, N, H)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from gemma2_jax.kernels.softcap import softcap as apply_softcap
+
 
 def cached_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float
@@ -27,7 +29,7 @@ def cached_attention(
     scores = jax.lax.dot_general(
         query.reshape(B, K, N // K, H), key, (((3,), (3,)), heads), preferred_element_type=jnp.float32
     )
-    scores = softcap * jnp.tanh(scores / softcap)
+    scores = apply_softcap(scores, softcap)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     return jax.lax.dot_general(weights, value, (((3,), (2,)), heads)).reshape(B, N, H)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma2_jax.kernels.softcap import softcap
 from gemma2_jax.sharding.layout import batch_shares, constrain
 
 # (student logits [.., V], teacher logits [.., V] or None, targets [..]) -> (loss [..], {metric: [..]}),
@@ -113,7 +114,7 @@ def _blockwise_forward(
         teacher_logits = None if block_teacher is None else _logits(block_teacher)
 
         def masked_loss(products: jax.Array) -> tuple[jax.Array, Any]:
-            loss, metrics = token_loss(_softcap(products, student.softcap), teacher_logits, block_targets)
+            loss, metrics = token_loss(softcap(products, student.softcap), teacher_logits, block_targets)
             total = jnp.sum(loss * block_mask)
             return total, (total, {name: jnp.sum(metric * block_mask) for name, metric in metrics.items()})
 
@@ -173,12 +174,8 @@ def _products(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
     return constrain(products, "BTV")
 
 
-def _softcap(logits: jax.Array, cap: float) -> jax.Array:
-    return cap * jnp.tanh(logits / cap)
-
-
 def _logits(head: LMHead) -> jax.Array:
-    return _softcap(_products(head.hidden, _for_use(head)), head.softcap)
+    return softcap(_products(head.hidden, _for_use(head)), head.softcap)
 
 
 def _zero_sums(token_loss: TokenLoss, teacher: LMHead | None) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from gemma2_jax.kernels.softcap import softcap
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.sharding.layout import constrain
 
@@ -62,11 +63,6 @@ def _letters(spec: str) -> tuple[str, str, str]:
     operands, out = spec.split("->")
     x, weight = operands.split(",")
     return x, weight, out
-
-
-def softcap(logits: jax.Array, cap: float) -> jax.Array:
-    """cap * tanh(logits / cap): bounds logits to (-cap, cap) (Gemma 2 report, section 2)."""
-    return cap * jnp.tanh(logits / cap)
 
 
 class RMSNorm(nnx.Module):

@@ -18,7 +18,7 @@ class ObjectiveConfig:
     Attributes:
         cross_entropy: weight of the cross-entropy with the data's next token.
         forward_kl: weight of KL(teacher || student), times temperature squared; needs a teacher.
-        temperature: softens both distributions of forward_kl.
+        temperature: softens both distributions of forward_kl; 1 without it.
         block_tokens: tokens that each device computes logits of at a time; less needs less memory.
     """
 
@@ -39,6 +39,11 @@ class ObjectiveConfig:
             )
         if not self.temperature > 0:
             raise UserError(f"objective.temperature is {self.temperature}; it must be above 0.")
+        if self.temperature != 1 and self.forward_kl == 0:
+            raise UserError(
+                f"objective.temperature is {self.temperature}, which nothing uses while objective.forward_kl is 0; "
+                "it must be 1, or forward_kl above 0."
+            )
         if self.block_tokens < 1:
             raise UserError(f"objective.block_tokens is {self.block_tokens}; it must be at least 1.")
 

@@ -91,31 +91,6 @@ def advance(
     return progress, written
 
 
-def complete(
-    decoder: Decoder,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    keys: jax.Array,
-    stop: jax.Array,
-    max_new_tokens: int,
-    choice: Choice,
-) -> tuple[jax.Array, jax.Array]:
-    """Continue every prompt to its end; arguments as for `begin`.
-
-    Returns:
-        The new tokens, int32 [B, max_new_tokens], and how many of each row are its own [B]: all up to and
-        with the first stop token. The rest is 0.
-    """
-    cache_size = prompts.shape[1] + max_new_tokens
-    progress = begin(decoder, prompts, lengths, keys, stop, cache_size, choice)
-    first = progress.tokens[:, None]
-    _, more = advance(decoder, progress, keys, stop, max_new_tokens - 1, max_new_tokens - 1, choice)
-    tokens = jnp.concatenate([first, more], axis=1)
-    stopped = jnp.cumsum(_is_stop(tokens, stop), axis=1)
-    own = jnp.sum(stopped == 0, axis=1) + (stopped[:, -1] > 0)
-    return jnp.where(jnp.arange(max_new_tokens) < own[:, None], tokens, 0), own
-
-
 def _choose(
     logits: jax.Array,
     cache: Cache,

@@ -47,7 +47,8 @@ def write_report(
     }
     write_text(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1))
     spent = _duration(sum(seconds.values()))
-    say(console, f"{spent} of work in all, at most {peak_memory_gib():.1f} GiB of memory in this command")
+    memory = f"{peak_memory_gib():.1f} GiB of memory"
+    say(console, f"{spent} of work in all, at most {memory} in any one process of this command")
     say(console, f"report in {folder / 'report.md'}, curves in {folder / 'loss.png'}")
 
 

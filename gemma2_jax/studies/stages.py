@@ -10,12 +10,11 @@ from time import monotonic
 
 from rich.console import Console
 
-from gemma2_jax.checkpoints.store import latest_step, load_model
+from gemma2_jax.checkpoints.store import TOKENIZER_FILE, latest_step, load_model
 from gemma2_jax.config import UserError, load, save, to_dict
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import find_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.teacher import TOKENIZER_FILE
 from gemma2_jax.evaluation.evaluate import Evaluation, evaluate_run
 from gemma2_jax.files import write_text
 from gemma2_jax.sampling.config import SamplingConfig
@@ -23,7 +22,7 @@ from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.studies.tables import say
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
-from gemma2_jax.training.start import check_same_run
+from gemma2_jax.training.start import check_same_run, data_identity
 
 TEACHER_FILE = "teacher.yaml"  # in a distilled run's folder: the configuration that its teacher had
 
@@ -95,6 +94,7 @@ def measure_run(
         "reference": None if reference is None else to_dict(reference),
         "prompts": list(prompts),
         "sample_tokens": sample_tokens,
+        "data": data_identity(config.data),
     }
     stored = json.loads(file.read_text()) if file.exists() else {}
     if stored.get("conditions") == conditions:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gemma2_jax.checkpoints.store import CheckpointStore, latest_step
 from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import train_batches, validation_batches
+from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.teacher import load_teacher
+from gemma2_jax.files import locked
 from gemma2_jax.model.counts import training_flops_per_token
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sharding.layout import batch_sharding
@@ -20,7 +23,7 @@ from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.metrics import Writer, open_writers, perplexity
 from gemma2_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from gemma2_jax.training.progress import TrainingProgress
-from gemma2_jax.training.start import check_batch, check_same_run, check_tokenizer, write_inputs
+from gemma2_jax.training.start import check_batch, check_data, check_same_run, write_inputs
 from gemma2_jax.training.state import TrainState, abstract_state, init_state
 from gemma2_jax.training.step import build_evaluation_step, build_train_step
 from gemma2_jax.training.throughput import Stopwatch, peak_flops
@@ -30,7 +33,8 @@ from gemma2_jax.training.validation import on_mesh, validate
 def train(config: RunConfig) -> None:
     """Train to `config.training.steps`, going on from the newest checkpoint in the run folder if there is one.
 
-    Writes config.yaml, tokenizer.model, metrics.jsonl, tensorboard/ and checkpoints/ into config.output.
+    Writes config.yaml, tokenizer.model, data.json, metrics.jsonl, tensorboard/ and checkpoints/ into
+    config.output.
     A run that is done already is left as it is.
 
     Raises:
@@ -41,23 +45,31 @@ def train(config: RunConfig) -> None:
         return
     mesh = build_mesh(config.mesh)
     check_batch(config, mesh)
-    check_tokenizer(config)
+    tokenizer = check_data(config)
     with jax.set_mesh(mesh), ExitStack() as stack:
-        trainer = _Trainer(config, mesh, stack)
-        write_inputs(config)
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(locked(config.output, wait=False))
+            except BlockingIOError:
+                raise UserError(
+                    f"{config.output} is being trained by another process; wait for it, or choose another output."
+                ) from None
+        trainer = _Trainer(config, tokenizer, mesh, stack)
+        if jax.process_index() == 0:
+            write_inputs(config)  # now that nothing was refused
         trainer.run()
 
 
 class _Trainer:
     """A run in progress: its state, its data, and whom it reports to."""
 
-    def __init__(self, config: RunConfig, mesh: jax.sharding.Mesh, stack: ExitStack) -> None:
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh, stack: ExitStack) -> None:
         self.config, self.mesh = config, mesh
         optimizer = build_optimizer(config.optimizer, config.training.steps)
         abstract = abstract_state(config.model, optimizer, mesh)
         self.teacher: Gemma2 | None = None
         if config.distill.teacher is not None:
-            self.teacher = load_teacher(config.distill, config.model, check_tokenizer(config), mesh)
+            self.teacher = load_teacher(config.distill, config.model, tokenizer, mesh)
         self.batches = train_batches(config.data, jax.process_index(), jax.process_count())
         self.store = stack.enter_context(CheckpointStore(config.output, config.checkpoint.keep))
         self.step = self.store.latest_step or 0
@@ -120,11 +132,13 @@ class _Trainer:
         values = {name: [float(row[name]) for row in rows] for name in rows[0]}
         tokens = sum(values.pop("tokens"))
         averages = {name: sum(steps) / len(steps) for name, steps in values.items()}
-        if not math.isfinite(averages["loss"]):
-            raise UserError(
-                f"{self.config.output} stopped before step {self.step}: the loss is {averages['loss']}; lower "
-                "optimizer.learning_rate or optimizer.clip_norm and start again from its last checkpoint."
-            )
+        for name, average in averages.items():
+            # Before anything is saved: a checkpoint of broken weights would replace the last good one.
+            if not math.isfinite(average):
+                raise UserError(
+                    f"{self.config.output} stopped before step {self.step}: {name} is {average}; try a lower "
+                    "optimizer.learning_rate or optimizer.clip_norm in another output."
+                )
         speed = tokens / seconds
         row = {
             **averages,

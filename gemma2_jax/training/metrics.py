@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,10 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A Weights & Biases run, resumed under the run folder's name."""
+    """A Weights & Biases run, resumed under the id in RUN/wandb.id.
+
+    It takes no step twice: rows after a checkpoint that a cut-off run had sent already are equal to their repeats.
+    """
 
     def __init__(self, run_folder: Path, project: str, config: Mapping[str, Any]):
         try:
@@ -78,10 +82,12 @@ class WandbWriter:
             raise UserError(
                 "metrics.wandb_project is set but wandb is not installed; install the extra gemma2_jax[wandb]."
             ) from None
-        identity = str(run_folder).strip("/").replace("/", "-")
+        file = run_folder / "wandb.id"  # drawn once, since two runs may lie under the same path elsewhere
+        if not file.exists():
+            write_text(file, secrets.token_hex(8))
         self._run = wandb.init(
             project=project,
-            id=identity,
+            id=file.read_text(),
             name=run_folder.name,
             dir=run_folder,
             resume="allow",

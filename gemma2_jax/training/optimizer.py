@@ -17,8 +17,8 @@ class OptimizerConfig:
         learning_rate: the peak, reached after `warmup_steps` of linear growth from 0.
         schedule: after the warm-up, `cosine` falls to the end of the run; `wsd` (warmup-stable-decay)
             stays and falls linearly in the last `decay_steps`; `constant` stays.
-        decay_steps: of `wsd` only.
-        final_fraction: the last learning rate as a fraction of the peak.
+        decay_steps: of `wsd`, which needs at least 1; 0 with the others.
+        final_fraction: the last learning rate as a fraction of the peak; 1 with `constant`.
         weight_decay: of every weight but the norms' scales, times the learning rate.
         clip_norm: gradients are scaled down to this global norm.
     """
@@ -48,6 +48,20 @@ class OptimizerConfig:
                 )
         if not 0 <= self.final_fraction <= 1:
             raise UserError(f"optimizer.final_fraction is {self.final_fraction}; it must be from 0 to 1.")
+        if self.schedule == "wsd" and self.decay_steps < 1:
+            raise UserError(
+                f"optimizer.decay_steps is {self.decay_steps}; it must be at least 1 with the schedule wsd."
+            )
+        if self.schedule != "wsd" and self.decay_steps > 0:
+            raise UserError(
+                f"optimizer.decay_steps is {self.decay_steps}, which the schedule {self.schedule} does not use; "
+                "it must be 0, or optimizer.schedule wsd."
+            )
+        if self.schedule == "constant" and self.final_fraction != 1:
+            raise UserError(
+                f"optimizer.final_fraction is {self.final_fraction}, which the schedule constant does not use; "
+                "it must be 1, or optimizer.schedule cosine or wsd."
+            )
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

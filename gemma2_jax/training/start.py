@@ -1,26 +1,34 @@
 """What is checked, and written into the run folder, before anything is computed."""
 
-import os
-import shutil
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
+from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE
 from gemma2_jax.config import UserError, load, save, to_dict
+from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.shards import read_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.teacher import TOKENIZER_FILE
+from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.sharding.layout import batch_shares
 from gemma2_jax.training.config import RunConfig
 
-CONFIG_FILE = "config.yaml"
+DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
 
-# What may differ between the configuration that a run began with and the one that goes on with it.
-_MAY_CHANGE = ("mesh", "metrics", "checkpoint", "output", "name")
+# What may differ between the configuration that a run began with and the one that goes on with it: where
+# things lie and what watches them. That the data and the tokenizer are the same is checked by content.
+_MAY_CHANGE = {
+    "name", "output", "mesh", "metrics", "checkpoint", "training.log_every",
+    "data.folder", "data.workers", "data.shard_characters", "tokenizer.path",
+}  # fmt: skip
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:
-    """Raises UserError if a microbatch cannot be split evenly over the mesh."""
+    """Raises UserError if a microbatch cannot be split evenly over the mesh, or the mesh over the processes."""
     rows = config.data.batch_size // config.training.accumulation
     shares = batch_shares(mesh)
     if rows % shares:
@@ -28,13 +36,19 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
             f"data.batch_size / training.accumulation is {rows} rows, which the {shares} devices along the mesh's "
             f"data and fsdp axes do not divide; choose a multiple of {shares}."
         )
+    if shares % jax.process_count():
+        raise UserError(
+            f"mesh.data x mesh.fsdp is {shares}, which is not a multiple of the {jax.process_count()} processes; "
+            "each of them feeds rows of its own."
+        )
 
 
-def check_tokenizer(config: RunConfig) -> Tokenizer:
-    """The run's tokenizer.
+def check_data(config: RunConfig) -> Tokenizer:
+    """The run's tokenizer, after its data was found to be there and to fit.
 
     Raises:
-        UserError: it has more tokens than the model, or the data was prepared with another one.
+        UserError: the tokenizer has more tokens than the model, the data was prepared with another one or has
+            no validation documents, or the run was begun on other data.
     """
     tokenizer = Tokenizer.load(config.tokenizer.path)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -42,12 +56,19 @@ def check_tokenizer(config: RunConfig) -> Tokenizer:
             f"tokenizer.path {config.tokenizer.path} has {tokenizer.vocab_size} tokens, more than "
             f"model.vocab_size ({config.model.vocab_size})."
         )
-    prepared_with = read_manifest(config.data.folder).tokenizer
-    if prepared_with != tokenizer.fingerprint:
+    manifest = read_manifest(config.data.folder)
+    if manifest.tokenizer != tokenizer.fingerprint:
         raise UserError(
-            f"data.folder {config.data.folder} was prepared with tokenizer {prepared_with[:12]}, and tokenizer.path "
-            f"{config.tokenizer.path} is {tokenizer.fingerprint[:12]}; prepare the data again into another folder."
+            f"data.folder {config.data.folder} was prepared with tokenizer {manifest.tokenizer[:12]}, and "
+            f"tokenizer.path {config.tokenizer.path} is {tokenizer.fingerprint[:12]}; prepare the data again into "
+            "another folder."
         )
+    if not manifest.validation.documents:
+        raise UserError(
+            f"data.folder {config.data.folder} has no validation documents, which runs are evaluated on; prepare "
+            "it with data.validation_fraction above 0."
+        )
+    check_same_data(config.output, config.data)
     return tokenizer
 
 
@@ -56,28 +77,43 @@ def check_same_run(config: RunConfig) -> None:
     path = Path(config.output) / CONFIG_FILE
     if not path.exists():
         return
-    begun, wanted = to_dict(load(RunConfig, path)), to_dict(config)
-    for section in wanted:
-        if section not in _MAY_CHANGE and begun[section] != wanted[section]:
-            key, old, new = _first_difference(section, begun[section], wanted[section])
+    begun = dict(_flat(to_dict(load(RunConfig, path))))
+    for key, value in _flat(to_dict(config)):
+        if not {key, key.split(".")[0]} & _MAY_CHANGE and begun[key] != value:
             raise UserError(
-                f"{config.output} holds a run with {key}={old}, and {new} is asked for; choose another output, or "
-                "delete that folder to train again."
+                f"{config.output} holds a run with {key}={begun[key]}, and {value} is asked for; choose another "
+                "output, or delete that folder to train again."
             )
 
 
+def check_same_data(run_folder: str | Path, data: DataConfig) -> None:
+    """Raises UserError if `data.folder` holds other documents or tokens than the run was trained on."""
+    path = Path(run_folder) / DATA_FILE
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != data_identity(data):
+        raise UserError(
+            f"{run_folder} was trained on other documents or with another tokenizer ({DATA_FILE}) than data.folder "
+            f"{data.folder} holds now; choose another output, or delete that folder to train again."
+        )
+
+
+def data_identity(data: DataConfig) -> dict[str, str]:
+    """What tells one prepared data set from another, wherever it lies."""
+    manifest = read_manifest(data.folder)
+    return {"documents": manifest.identity, "tokenizer": manifest.tokenizer}
+
+
 def write_inputs(config: RunConfig) -> None:
-    """Save the resolved configuration and a copy of the tokenizer, so that the run folder stands alone."""
+    """Save the resolved configuration, a copy of the tokenizer and the data's identity in the run folder."""
     folder = Path(config.output)
     save(config, folder / CONFIG_FILE)
-    partial = folder / f".{TOKENIZER_FILE}.tmp"
-    shutil.copyfile(config.tokenizer.path, partial)
-    os.replace(partial, folder / TOKENIZER_FILE)
+    write_bytes(folder / TOKENIZER_FILE, Path(config.tokenizer.path).read_bytes())
+    write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
 
 
-def _first_difference(key: str, old: object, new: object) -> tuple[str, object, object]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in new:
-            if old.get(name) != new[name]:
-                return _first_difference(f"{key}.{name}", old.get(name), new[name])
-    return key, old, new
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value under its dotted key."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value

@@ -64,6 +64,15 @@ def test_references_follow_what_they_refer_to():
     assert (config.output, config.data.seed, config.model.vocab_size) == ("runs/mine", 7, 600)
 
 
+@pytest.mark.parametrize("data", ["python_docs", "files"])
+def test_each_vocabulary_size_has_a_folder_and_a_tokenizer_of_its_own(data):
+    chosen = [f"data={data}", "data.source=x.txt"]
+    small, large = (compose([*chosen, f"tokenizer.vocab_size={size}"]) for size in (600, 800))
+    assert (small.data.folder, large.data.folder) == (f"runs/data/{data}_600", f"runs/data/{data}_800")
+    assert small.tokenizer.path == f"{small.data.folder}/tokenizer.model"
+    assert large.tokenizer.path == f"{large.data.folder}/tokenizer.model"
+
+
 def test_a_mapping_changes_only_the_keys_that_it_names():
     config = compose(["optimizer={learning_rate: 0.5, clip_norm: 2}"])
     base = compose().optimizer

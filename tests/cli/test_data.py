@@ -4,6 +4,7 @@ import argparse
 import ast
 import inspect
 import re
+import shutil
 
 import pytest
 
@@ -41,6 +42,23 @@ def test_what_was_prepared_is_shown(overrides, capsys):
     assert len(re.findall(r"^ +\d+  ['\"]", shown, re.MULTILINE)) == 4  # the rows of a batch
 
 
+def test_shards_are_verified(overrides, tmp_path, capsys):
+    (prepared,) = [text.removeprefix("data.folder=") for text in overrides if text.startswith("data.folder=")]
+    folder = tmp_path / "copied"
+    shutil.copytree(prepared, folder)
+    assert main(["data", "verify", *overrides, f"data.folder={folder}"]) == 0
+    assert capsys.readouterr().out == f"{folder}: 2 shards were read and are whole.\n"
+
+    shard = folder / "validation-00000.arrayrecord"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert main(["data", "verify", *overrides, f"data.folder={folder}"]) == 1
+    told = capsys.readouterr().err
+    assert f"{shard} has changed since it was written" in told
+    assert told.count("\n") == 1
+
+
 def test_the_tokenizer_is_trained_once(overrides, capsys):
     assert main(["tokenizer", "train", *overrides]) == 0
     assert "has 600 tokens" in capsys.readouterr().out
@@ -52,9 +70,15 @@ def test_encoded_and_decoded_is_the_same(overrides, capsys):
     text = "def parse(self):\n    return 12"
     assert main(["tokenizer", "encode", text, *overrides]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert "".join(ast.literal_eval(piece) for _, piece in rows) == text
+    assert "".join(ast.literal_eval(piece) for _, piece in rows) == text.replace(" ", "▁")
     assert main(["tokenizer", "decode", " ".join(number for number, _ in rows), *overrides]) == 0
     assert capsys.readouterr().out == text + "\n"
+
+
+def test_the_bytes_of_a_character_are_told_apart(overrides, capsys):
+    assert main(["tokenizer", "encode", "λ", *overrides]) == 0
+    pieces = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
+    assert pieces == ["'<0xCE>'", "'<0xBB>'"]
 
 
 @pytest.mark.parametrize(

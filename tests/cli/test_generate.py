@@ -15,7 +15,7 @@ def asked(monkeypatch):
 
     class Sampler:
         def __init__(self, model, tokenizer, compute):
-            assert (model, tokenizer) == ("model of RUN", "RUN/tokenizer.model")
+            assert (model, tokenizer) == ("bfloat16 model of RUN", "RUN/tokenizer.model")
             assert compute.dtype == "bfloat16"
 
         def generate(self, prompts, config):
@@ -26,7 +26,9 @@ def asked(monkeypatch):
             yield from self.generate([prompt], config)[0]
 
     monkeypatch.setattr("gemma2_jax.sampling.sampler.Sampler", Sampler)
-    monkeypatch.setattr("gemma2_jax.checkpoints.store.load_model", lambda folder: f"model of {folder}")
+    monkeypatch.setattr(
+        "gemma2_jax.checkpoints.store.load_model", lambda folder, dtype: f"{dtype} model of {folder}"
+    )
     monkeypatch.setattr("gemma2_jax.data.tokenizer.Tokenizer.load", str)
     return calls
 

@@ -50,12 +50,33 @@ def test_a_key_goes_to_every_run_or_to_one(quickstart):
         ("distiled.seed=3", "there is no key distiled, did you mean distill"),
         ("distilled.sed=3", "there is no key sed, did you mean seed"),
         ("seed=1,2", "seed=1,2 lists several values"),
+        ("name=mine", "name=mine has no effect, since the study names each run"),
+        ("scratch.name=mine", "scratch.name=mine has no effect, since the study names each run"),
+        (
+            "distilled.output=there",
+            "distilled.output=there has no effect, since the study puts each run into",
+        ),
+        ("distill.teacher=x", "distill.teacher=x has no effect, since the study's study.yaml makes teacher"),
+        ("distilled.distill.teacher=x", "makes teacher the teacher of distilled; leave it out"),
+        ("distilled.distill={teacher: x}", "makes teacher the teacher of distilled; leave it out"),
     ],
 )
 def test_a_wrong_key_of_a_study_is_told(quickstart, override, sentence):
     with pytest.raises(UserError) as caught:
         compose_study("quickstart", quickstart, [override], None)
     assert sentence in str(caught.value)
+
+
+def test_what_the_study_leaves_free_may_be_set(quickstart):
+    overrides = [
+        "scratch.objective=mixture",
+        "scratch.distill={teacher: x}",
+        "distilled.distill={dtype: bfloat16}",
+    ]
+    runs, _ = compose_study("quickstart", quickstart, overrides, None)
+    assert runs["scratch"].distill.teacher == "x"
+    assert runs["distilled"].distill.teacher == "runs/quickstart/teacher"
+    assert runs["distilled"].distill.dtype == "bfloat16"
 
 
 def test_an_unknown_study_is_told(capsys):
@@ -76,7 +97,7 @@ def test_a_sweep_is_the_product_with_a_folder_for_each():
         "model=toy",
     ]
     found, output = compose_sweep(overrides, None)
-    assert output == "runs/sweeps/quickstart/scratch"
+    assert output == "runs/sweeps/quickstart/scratch/optimizer.learning_rate+seed"
     assert [composed(combination).output for combination in found] == [
         f"{output}/optimizer.learning_rate={rate},seed={seed}"
         for rate in ("0.001", "0.0003")
@@ -95,6 +116,11 @@ def test_a_sweep_over_experiments_and_groups():
     assert [composed(combination).model.d_model for combination in found] == [32, 96, 32, 96]
 
 
+def test_sweeps_over_other_keys_lie_in_other_folders():
+    assert compose_sweep(["seed=1,2"], None)[1] == "runs/sweeps/train/seed"
+    assert compose_sweep(["model=toy,small_1m"], None)[1] == "runs/sweeps/train/model"
+
+
 def test_a_combination_that_cannot_be_composed_is_kept_for_the_table():
     found, _ = compose_sweep(["model.num_layers=3,4"], None)
     assert isinstance(found[0].config, UserError)
@@ -105,6 +131,9 @@ def test_a_combination_that_cannot_be_composed_is_kept_for_the_table():
     ("overrides", "sentence"),
     [
         (["seed=1"], "no key lists several values"),
+        (["seed=1,2", "name=mine"], "name= has no effect, since a sweep names each run by its values"),
+        (["name=a,b"], "name= has no effect, since a sweep names each run by its values"),
+        (["seed=1,2", "output=a,b"], "output= lists several values, but a sweep has one folder"),
         (["sed=1,2"], "there is no key sed, did you mean seed"),
         (["experiment=quickstart/teachr", "seed=1,2"], "did you mean quickstart/teacher"),
     ],

@@ -160,7 +160,7 @@ def test_impossible_shares_are_refused(data: DataConfig):
 def test_unprepared_folders_and_empty_splits_are_refused(
     data: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
 ):
-    with pytest.raises(UserError, match=r"is not prepared; run `gemma2 data`"):
+    with pytest.raises(UserError, match=r"is not prepared; run `gemma2 data prepare` with"):
         train_batches(replace(data, folder=str(tmp_path / "nothing")))
     everything = replace(data, folder=str(tmp_path / "data"), validation_fraction=0.0)
     prepare(everything, tokenizer_config)

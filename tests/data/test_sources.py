@@ -3,8 +3,10 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from pyarrow import parquet
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data import sources
+from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.python_docs import PythonDocs
 from gemma2_jax.data.sources import open_source
 
@@ -53,16 +57,88 @@ def test_structured_files(tmp_path: Path, kind: str, write: Callable[[list[Any]]
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("kind", [".txt", ".md", ".rst", ".TXT"])
-def test_text_files_are_one_document_each(tmp_path: Path, kind: str, compression: str):
+def test_short_text_files_are_one_document_each(tmp_path: Path, kind: str, compression: str):
     content = "\ufeffCarriage\r\n\nreturns stay; the byte order mark does not".encode()
     (tmp_path / f"file{kind}{compression}").write_bytes(COMPRESSIONS[compression](content))
     assert documents(tmp_path / "*") == [content.decode("utf-8-sig")]
 
 
-def test_long_text_files_are_cut_at_the_ends_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def paragraphs(count: int) -> list[str]:
+    """Of 10 to 2,000 characters, with one or more blank lines after each."""
+    draw = random.Random(0)
+    return [
+        f"{number}é " + "word\nline " * draw.randrange(200) + draw.choice(["\n\n", "\r\n\r\n", "\n \n\n"])
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_text_files_are_cut_at_blank_lines(tmp_path: Path, compression: str):
+    written = paragraphs(100)
+    content = "".join(written).encode()
+    (tmp_path / f"file.txt{compression}").write_bytes(COMPRESSIONS[compression](content))
+    cut = documents(tmp_path / "file*")
+    assert "".join(cut).encode() == content
+    assert all(4000 <= len(text) <= 4000 + max(map(len, written)) for text in cut[:-1])
+    assert all(any(text.startswith(start) for start in written) for text in cut)  # no paragraph is divided
+
+
+def test_a_text_file_shorter_than_a_document_stays_whole(tmp_path: Path):
+    text = "A paragraph.\n\n" * 280  # 3,920 characters
+    (tmp_path / "file.md").write_text(text)
+    assert documents(tmp_path / "file.md") == [text]
+
+
+def test_a_long_paragraph_is_cut_at_the_ends_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "LONGEST_DOCUMENT", 20)
+    (tmp_path / "file.txt").write_text("12345678\n12345678\n12345678\nrest\n\nnext")
+    assert documents(tmp_path / "file.txt") == ["12345678\n12345678\n", "12345678\nrest\n\nnext"]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_an_endless_line_is_cut_between_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
+):
     monkeypatch.setattr(sources, "LONGEST_DOCUMENT", 10)
-    (tmp_path / "file.txt").write_text("12345678\n12345678\nrest")
-    assert documents(tmp_path / "file.txt") == ["12345678\n12345678\n", "rest"]
+    text = "aé😀" * 50 + "\nend"
+    content = b"\xef\xbb\xbf" + text.encode()
+    (tmp_path / f"file.txt{compression}").write_bytes(COMPRESSIONS[compression](content))
+    cut = documents(tmp_path / "file*")
+    assert "".join(cut) == text
+    assert max(map(len, cut)) <= 10
+
+
+def test_an_endless_line_is_read_in_pieces(tmp_path: Path):
+    path = tmp_path / "file.txt"
+    path.write_bytes(b"x" * 40_000_000)
+    tracemalloc.start()
+    try:
+        lengths = [len(text) for text, _ in open_source((str(path),), "text")]
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
+    assert lengths == [1_000_000] * 40
+
+
+def test_one_text_file_gives_both_splits(tmp_path: Path):
+    draw = random.Random(0)
+    words = [f"{first}{last}" for first in ("lo", "ka", "min", "se") for last in ("ra", "tu", "vel", "pi")]
+    text = "\n\n".join(" ".join(draw.choices(words, k=80)) + "." for _ in range(470))
+    assert 190_000 < len(text) < 210_000
+    (tmp_path / "book.txt").write_text(text)
+    data = DataConfig(
+        source=str(tmp_path / "book.txt"),
+        folder=str(tmp_path / "prepared"),
+        validation_fraction=0.05,
+        seq_len=32,
+        batch_size=4,
+        seed=0,
+        workers=1,
+    )
+    manifest = prepare(data, TokenizerConfig(str(tmp_path / "book.model"), vocab_size=300))
+    assert manifest.train.documents > 40
+    assert manifest.validation.documents > 0
+    assert manifest.train.characters + manifest.validation.characters == len(text)
 
 
 def test_globs_are_recursive_sorted_and_count_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -100,6 +176,10 @@ def truncated(content: bytes) -> bytes:
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: the field 'text' holds int"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: the text holds a lone surrogate"),
         ("a.txt", b"fine\nbad \xff\n", r"a\.txt, line 2: not valid UTF-8 \(byte 0xff at 4\)"),
+        ("a.txt", b"fine\ncut off \xc3", r"a\.txt, line 2: not valid UTF-8 \(byte 0xc3 at 8\)"),
+        ("a.txt", b"x\n" + b"y" * 1_500_000 + b"\xff", r"line 2: not valid UTF-8 \(byte 0xff at 1500000\)"),
+        ("a.txt", b"y" * 999_999 + b"\xc3", r"line 1: not valid UTF-8 \(byte 0xc3 at 999999\)"),
+        ("a.jsonl", b'{"text": "x"}\n\xc3', r"a\.jsonl, line 2: not valid UTF-8 \(byte 0xc3 at 0\)"),
         ("a.txt.gz", b"not gzip", r"a\.txt\.gz, after line 0: cannot be read on"),
         (
             "a.jsonl.gz",

@@ -48,6 +48,19 @@ def test_ids_are_those_of_gemma(tokenizer: Tokenizer):
     assert tokenizer.encode("", bos=True, eos=True) == [2, 1]
 
 
+def test_pieces_are_those_of_the_file(tokenizer: Tokenizer):
+    assert [tokenizer.piece(number) for number in tokenizer.encode("  λ\n")] == [
+        "▁▁",
+        "<0xCE>",
+        "<0xBB>",
+        "\n",
+    ]
+    assert tokenizer.piece(tokenizer.bos_id) == "<bos>"
+    for number in (-1, tokenizer.vocab_size):
+        with pytest.raises(UserError, match=f"Token id {number} is not in"):
+            tokenizer.piece(number)
+
+
 def test_turns_are_control_tokens_on_demand(tokenizer: Tokenizer):
     turn = "<start_of_turn>user\nhi<end_of_turn>\n"
     ids = tokenizer.encode(turn, control=True)

@@ -5,7 +5,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from gemma2_jax.kernels.lm_head import LMHead, blockwise_loss, dense_loss
 from gemma2_jax.objectives.objective import ObjectiveConfig, token_loss
+from tests.programs import arrays
 
 D, D_TEACHER, V = 12, 20, 61
 
@@ -120,20 +120,10 @@ def test_no_array_over_all_tokens_and_the_vocabulary() -> None:
             )[0]
 
         jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(student.hidden, student.embedding)
-        return max(size for shape, size in _arrays(jaxpr.jaxpr) if V in shape and D not in shape)
+        return max(size for shape, size in arrays(jaxpr.jaxpr) if V in shape and D not in shape)
 
     assert largest(dense_loss) == B * T * V
     assert largest(partial(blockwise_loss, block_tokens=32)) <= 32 * V
-
-
-def _arrays(jaxpr: Any) -> Any:
-    """Shape and size of every array in a program, those inside its loops included."""
-    for equation in jaxpr.eqns:
-        for variable in equation.outvars:
-            if hasattr(variable.aval, "shape"):
-                yield variable.aval.shape, variable.aval.size
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from _arrays(inner)
 
 
 def test_bfloat16_states_give_close_gradients() -> None:

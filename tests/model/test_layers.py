@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma2_jax.model.layers import MLP, Embedder, RMSNorm, rotate, softcap
+from gemma2_jax.kernels.softcap import softcap
+from gemma2_jax.model.layers import MLP, Embedder, RMSNorm, rotate
 from tests.model import numpy_gemma2 as formulas
 
 

@@ -41,6 +41,10 @@ def test_evaluation_compares_at_temperature_one() -> None:
         ((-1.0, 1.0, 1.0, 8), "objective.cross_entropy is -1.0"),
         ((0.0, 0.0, 1.0, 8), "weight 0 for both"),
         ((0.0, 1.0, 0.0, 8), "objective.temperature is 0.0"),
+        (
+            (1.0, 0.0, 2.0, 8),
+            "objective.temperature is 2.0, which nothing uses while objective.forward_kl is 0",
+        ),
         ((1.0, 0.0, 1.0, 0), "objective.block_tokens is 0"),
     ],
 )

@@ -3,18 +3,14 @@
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gemma2_jax.config import UserError
 from gemma2_jax.model.config import ComputeConfig
-from gemma2_jax.model.decoder import Decoder
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sampling import sampler as room
-from gemma2_jax.sampling.choice import Choice
 from gemma2_jax.sampling.config import SamplingConfig
-from gemma2_jax.sampling.decoding import complete, row_keys
 from gemma2_jax.sampling.sampler import Sampler, bucket
 
 NEVER = (900, 901)  # as many stop tokens as there are by default, so that no test compiles for fewer
@@ -120,27 +116,6 @@ def test_turns_in_a_prompt_are_control_tokens(sampler, tokenizer, monkeypatch):
     monkeypatch.setattr(sampler, "stream_tokens", stream_tokens)
     sampler.generate(["<start_of_turn>user\n"], GREEDY)
     assert asked[0][:2] == [tokenizer.bos_id, tokenizer.encode("<start_of_turn>", control=True)[0]]
-
-
-def test_within_a_jitted_program(model, sampler, tokenizer, greedy):
-    """Sampling as training on own samples needs it: one program from weights to tokens and their number."""
-    stop = next(token for token in greedy[0] if token not in greedy[1] + greedy[2])
-    lengths = np.array([len(prompt) for prompt in PROMPTS])
-    prompts = np.zeros((3, 45), np.int32)
-    for row, prompt in zip(prompts, PROMPTS, strict=True):
-        row[: len(prompt)] = prompt
-
-    @jax.jit
-    def program(model, prompts, lengths):
-        decoder = Decoder(model, ComputeConfig(unroll_layers=True))
-        choice = Choice(0.0, vocab_size=tokenizer.vocab_size)
-        return complete(decoder, prompts, lengths, row_keys(0, 3), jnp.array([stop, 900]), 30, choice)
-
-    tokens, own = program(model, prompts, lengths)
-    expected = sampler.generate_tokens(PROMPTS, replace(GREEDY, max_new_tokens=30, stop_tokens=(stop, 900)))
-    assert own.tolist() == [len(row) for row in expected]
-    assert [row[:n].tolist() for row, n in zip(tokens, own, strict=True)] == expected
-    assert all(not row[n:].any() for row, n in zip(tokens, own, strict=True))
 
 
 def test_no_prompts(sampler):

@@ -59,6 +59,7 @@ def stage(monkeypatch, tmp_path) -> Stage:
     monkeypatch.setattr(stages, "train", stand_in.train)
     monkeypatch.setattr(stages, "evaluate_run", stand_in.evaluate)
     monkeypatch.setattr(stages, "_continue", stand_in.sample)
+    monkeypatch.setattr(stages, "data_identity", lambda data: {"documents": data.folder})
     return stand_in
 
 

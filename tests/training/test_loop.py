@@ -7,12 +7,15 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.config import UserError, load, save
 from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.data.prepare import prepare
+from gemma2_jax.files import locked
 from gemma2_jax.training import loop
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
@@ -46,7 +49,7 @@ def finished(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Ru
 def test_what_a_run_leaves(finished: RunConfig) -> None:
     folder = Path(finished.output)
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "tokenizer.model", "metrics.jsonl", "checkpoints"
+        ".lock", "config.yaml", "data.json", "tokenizer.model", "metrics.jsonl", "checkpoints"
     }  # fmt: skip
     assert load(RunConfig, folder / "config.yaml") == finished
     assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir()) == [6, 8]  # the newest two
@@ -130,7 +133,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
             return replace(batch, loss_mask=batch.loss_mask * np.float32("nan"))
 
     monkeypatch.setattr(loop, "train_batches", lambda *_: Poisoned())
-    with pytest.raises(UserError, match="the loss is nan"):
+    with pytest.raises(UserError, match=" is nan; try a lower"):
         train(replace(finished, output=str(tmp_path)))
     assert latest_step(tmp_path) is None
 
@@ -142,6 +145,71 @@ def test_data_prepared_with_another_tokenizer_is_refused(finished: RunConfig, tm
     config = replace(finished, output=str(tmp_path / "run"), data=replace(finished.data, folder=str(folder)))
     with pytest.raises(UserError, match="was prepared with tokenizer 000000000000"):
         train(config)
+
+
+def test_data_prepared_anew_from_other_text_is_refused(finished: RunConfig, tmp_path: Path) -> None:
+    run = shutil.copytree(finished.output, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "8")  # not finished, so that it would go on
+    folder = shutil.copytree(finished.data.folder, tmp_path / "data")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"identity": "other"}))
+    config = replace(finished, output=str(run), data=replace(finished.data, folder=str(folder)))
+    with pytest.raises(UserError, match="was trained on other documents or with another tokenizer"):
+        train(config)
+
+
+def test_no_validation_documents_is_refused_at_once(finished: RunConfig, tmp_path: Path) -> None:
+    data = replace(finished.data, folder=str(tmp_path / "data"), validation_fraction=0.0)
+    prepare(data, finished.tokenizer)
+    with pytest.raises(UserError, match="has no validation documents"):
+        train(replace(finished, output=str(tmp_path / "run"), data=data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_where_its_data_was_moved_to(finished: RunConfig, tmp_path: Path) -> None:
+    run = shutil.copytree(finished.output, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "8")
+    folder = shutil.copytree(finished.data.folder, tmp_path / "data")
+    data = replace(finished.data, folder=str(folder), workers=2)
+    train(replace(finished, output=str(run), data=data))
+    assert without_times(run) == without_times(Path(finished.output))
+
+
+def test_two_processes_in_one_folder(finished: RunConfig, tmp_path: Path) -> None:
+    config = replace(finished, output=str(tmp_path / "run"))
+    with (
+        locked(config.output, wait=False),
+        pytest.raises(UserError, match="is being trained by another process"),
+    ):
+        train(config)
+
+
+def test_a_refused_run_leaves_no_configuration(finished: RunConfig, tmp_path: Path) -> None:
+    """So that the corrected command is not refused for another reason."""
+    distilled = replace(
+        finished,
+        output=str(tmp_path / "run"),
+        objective=replace(finished.objective, forward_kl=1.0),
+        distill=replace(finished.distill, teacher=str(tmp_path / "nobody")),
+    )
+    with pytest.raises(UserError, match="is not a run folder"):
+        train(distilled)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_weights_that_broke_are_not_saved(
+    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss with a gradient that is not: the weights are broken after the step, the loss only later."""
+    log = loop._Trainer._log
+
+    def with_infinite_gradient(self: loop._Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
+        log(self, [row | {"gradient_norm": jnp.float32("inf")} for row in rows], seconds)
+
+    monkeypatch.setattr(loop._Trainer, "_log", with_infinite_gradient)
+    with pytest.raises(UserError, match="gradient_norm is inf"):
+        train(replace(finished, output=str(tmp_path), checkpoint=replace(finished.checkpoint, every=1)))
+    assert latest_step(tmp_path) is None
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(finished: RunConfig, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from gemma2_jax.training.optimizer import learning_rate_schedule
     [
         ({"schedule": "cosine"}, {0: 0.0, 5: 0.5, 10: 1.0, 55: 0.55, 100: 0.1}),
         ({"schedule": "wsd", "decay_steps": 20}, {0: 0.0, 10: 1.0, 50: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
-        ({"schedule": "constant"}, {0: 0.0, 10: 1.0, 99: 1.0}),
-        ({"schedule": "constant", "warmup_steps": 0}, {0: 1.0, 99: 1.0}),
+        ({"schedule": "constant", "final_fraction": 1.0}, {0: 0.0, 10: 1.0, 99: 1.0}),
+        ({"schedule": "constant", "final_fraction": 1.0, "warmup_steps": 0}, {0: 1.0, 99: 1.0}),
         ({"schedule": "cosine", "final_fraction": 0.0}, {55: 0.5, 100: 0.0}),
     ],
 )
@@ -43,3 +43,25 @@ def test_learning_rate(toy_run: RunConfig, changes: dict[str, Any], expected: di
 def test_refused(toy_run: RunConfig, name: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"optimizer.{name} is {value}"):
         replace(toy_run.optimizer, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"decay_steps": 5}, "decay_steps is 5, which the schedule cosine does not use; it must be 0"),
+        (
+            {"schedule": "constant", "final_fraction": 1.0, "decay_steps": 5},
+            "decay_steps is 5, which the schedule constant does not use; it must be 0",
+        ),
+        ({"schedule": "wsd"}, "decay_steps is 0; it must be at least 1 with the schedule wsd"),
+        (
+            {"schedule": "constant"},
+            "final_fraction is 0.1, which the schedule constant does not use; it must be 1",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_refused(
+    toy_run: RunConfig, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        replace(toy_run.optimizer, **changes)

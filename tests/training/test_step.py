@@ -23,6 +23,7 @@ from gemma2_jax.training.optimizer import build_optimizer
 from gemma2_jax.training.state import TrainState, abstract_state, init_state
 from gemma2_jax.training.step import build_train_step
 from gemma2_jax.training.validation import on_mesh
+from tests.programs import arrays
 
 DISTILLATION = ObjectiveConfig(cross_entropy=0.25, forward_kl=0.75, temperature=2.0, block_tokens=48)
 ONE_DEVICE = MeshConfig(1, 1, 1)
@@ -171,7 +172,7 @@ def test_a_batch_without_targets_is_no_nan(run: RunConfig, batches: list[Batch])
 
 def test_norms_do_not_decay(run: RunConfig) -> None:
     optimizer = build_optimizer(
-        replace(run.optimizer, warmup_steps=0, schedule="constant"), run.training.steps
+        replace(run.optimizer, warmup_steps=0, schedule="constant", final_fraction=1.0), run.training.steps
     )
     params = jax.tree.map(jnp.ones_like, Gemma2.init(run.model, jax.random.key(0)).params())
     no_gradient = jax.tree.map(jnp.zeros_like, params)
@@ -199,8 +200,20 @@ def test_parameters_stay_float32_when_computing_in_bfloat16(run: RunConfig, batc
     assert [row["loss"] for row in rounded] != [row["loss"] for row in exact]
 
 
-def test_distillation_reaches_the_teacher(run: RunConfig, batches: list[Batch]) -> None:
-    """Pure forward KL on one batch, again and again: the student ends near a teacher of its own shape."""
+def test_distillation_lowers_the_divergence(run: RunConfig, batches: list[Batch]) -> None:
+    """Pure forward KL on one batch, again and again."""
     run = with_teacher(run, ObjectiveConfig(0.0, 1.0, 1.0, 48))
     _, rows = steps(run, ONE_DEVICE, batches[:1] * 30, teacher=True)
     assert rows[-1]["kl"] < 0.5 * rows[0]["kl"]
+
+
+def test_no_step_holds_logits_of_all_tokens(run: RunConfig, batches: list[Batch]) -> None:
+    """Neither the student's nor the teacher's, forward or backward: the largest array has block_tokens rows."""
+    run = with_teacher(run, DISTILLATION)
+    optimizer = build_optimizer(run.optimizer, run.training.steps)
+    abstract = abstract_state(run.model, optimizer, mesh_of(ONE_DEVICE))
+    teacher = Gemma2.init(replace(run.model, d_model=48, num_layers=4), jax.random.key(7))
+    jaxpr = jax.make_jaxpr(build_train_step(run, optimizer, abstract))(abstract, teacher, batches[0])
+    V, tokens = run.model.vocab_size, batches[0].tokens.size
+    sizes = [size for shape, size in arrays(jaxpr.jaxpr) if V in shape and not {32, 48} & set(shape)]
+    assert max(sizes) <= DISTILLATION.block_tokens * V < tokens * V
