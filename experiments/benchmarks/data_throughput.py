@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/data_throughput.py
 
-The built-in corpus is repeated, each document with a number in front, so that starting processes does not
-count for much. Figures are medians over repetitions, in tokens per second: of tokenising (reading JSONL,
+The built-in corpus, or --source, is repeated, each document with a number in front, so that starting processes
+does not count for much. Figures are medians over repetitions, in tokens per second: of tokenising (reading JSONL,
 tokenising, writing shards; a given tokenizer), with one worker and with one for each CPU, and of feeding
 (reading shards, shuffling, packing, batching), for a small and a large shape of batch.
 """
@@ -23,7 +23,6 @@ from gemma2_jax.data.sources import PYTHON_DOCS, open_source
 from gemma2_jax.machine import cores
 
 SHAPES = [(16, 128), (32, 1024)]  # (B, T)
-FED_TOKENS = 2_000_000  # in one repetition
 
 
 def tokenising(data: DataConfig, tokenizer: TokenizerConfig, repetitions: int) -> float:
@@ -37,11 +36,11 @@ def tokenising(data: DataConfig, tokenizer: TokenizerConfig, repetitions: int) -
     return statistics.median(rates)
 
 
-def feeding(data: DataConfig, repetitions: int) -> float:
-    """Tokens per second of `train_batches`, after the first batch."""
+def feeding(data: DataConfig, tokens: int, repetitions: int) -> float:
+    """Tokens per second of `train_batches`, after the first batch, over `tokens` in each repetition."""
     batches = train_batches(data)
     next(batches)
-    count = max(1, FED_TOKENS // (data.batch_size * data.seq_len))
+    count = max(1, tokens // (data.batch_size * data.seq_len))
     rates = []
     for _ in range(repetitions):
         begun = time.perf_counter()
@@ -57,11 +56,14 @@ def main() -> None:
     )
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--copies", type=int, default=8, help="how often the corpus is repeated")
+    parser.add_argument("--source", default=PYTHON_DOCS, help="the corpus: a glob of files, as data.source")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer that is trained on it")
+    parser.add_argument("--fed-tokens", type=int, default=2_000_000, help="fed in one repetition")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = DataConfig(PYTHON_DOCS, str(folder / "corpus"), 0.05, 128, 16, seed=0)
-        tokenizer = TokenizerConfig(str(folder / "tokenizer.model"), vocab_size=4096)
+        data = DataConfig(arguments.source, str(folder / "corpus"), 0.05, 128, 16, seed=0)
+        tokenizer = TokenizerConfig(str(folder / "tokenizer.model"), vocab_size=arguments.vocab_size)
         prepare(data, tokenizer)
         with (folder / "repeated.jsonl").open("w") as file:
             for copy in range(arguments.copies):
@@ -79,7 +81,8 @@ def main() -> None:
         ]
         for batch_size, seq_len in SHAPES:
             shaped = replace(data, batch_size=batch_size, seq_len=seq_len)
-            rows.append((f"feeding, B x T: {batch_size} x {seq_len}", feeding(shaped, arguments.repetitions)))
+            rate = feeding(shaped, arguments.fed_tokens, arguments.repetitions)
+            rows.append((f"feeding, B x T: {batch_size} x {seq_len}", rate))
     print(f"{'':30}{'tokens/s':>12}")
     for label, rate in rows:
         print(f"{label:30}{rate:>12,.0f}")

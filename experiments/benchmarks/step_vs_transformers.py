@@ -21,12 +21,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-BATCH, LENGTH, PROMPT, NEW_TOKENS = 4, 512, 32, 128
+PROMPT = 32
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
 # Two float32 implementations of ~10^10 operations: their mean losses differ by rounding, some 1e-7 of 9.
 LOSS_TOLERANCE = 1e-5
@@ -36,6 +37,20 @@ SIZES: dict[str, Any] = dict(
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Work:
+    """What both sides do: train on `batch` x `length` tokens, and generate `new_tokens` after a prompt."""
+
+    batch: int
+    length: int
+    new_tokens: int
+
+    def tokens(self) -> Any:
+        """int32 [batch, length + 1]: random, since speed does not depend on which tokens they are."""
+        shape = (self.batch, self.length + 1)
+        return np.random.default_rng(0).integers(0, SIZES["vocab_size"], shape, dtype=np.int32)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,6 +58,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="cores and threads for each side (1)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (7)")
     parser.add_argument("--steps", type=int, default=2, help="training steps a turn (2)")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step (4)")
+    parser.add_argument("--length", type=int, default=512, help=f"their tokens, at least {PROMPT} (512)")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens to generate (128)")
     options = parser.parse_args()
 
     # XLA sizes its thread pool by the cores it may use when it starts, so this comes before the imports.
@@ -57,8 +75,9 @@ def main() -> None:
         sys.exit(f"This benchmark compares with {error.name}: pip install -e '.[reference]'.")
     torch.set_num_threads(options.threads)
 
-    theirs = TheirSide()
-    ours = OurSide(theirs.model.state_dict())
+    work = Work(options.batch, options.length, options.new_tokens)
+    theirs = TheirSide(work)
+    ours = OurSide(work, theirs.model.state_dict())
     print(
         f"jax {ours.version}, transformers {transformers.__version__}, torch {torch.__version__}; "
         f"{options.threads} thread(s), {options.rounds} rounds"
@@ -68,8 +87,8 @@ def main() -> None:
     steps = alternate([ours.step, theirs.step], options.rounds, options.steps)
     decodes = alternate([ours.decode, theirs.decode], options.rounds, 1)
     print(f"{'':24}{'gemma2_jax':>20}{'transformers':>20}{'ratio':>8}  (of each round)")
-    print_row("training, tokens/s", BATCH * LENGTH, steps)
-    print_row("decoding, tokens/s", NEW_TOKENS, decodes)
+    print_row("training, tokens/s", work.batch * work.length, steps)
+    print_row("decoding, tokens/s", work.new_tokens, decodes)
 
 
 def alternate(sides: list[Callable[[], Any]], rounds: int, repeats: int) -> list[list[float]]:
@@ -104,24 +123,20 @@ def check_agreement(ours: "OurSide", theirs: "TheirSide") -> None:
     )
     if abs(our_loss - their_loss) > LOSS_TOLERANCE * their_loss:
         sys.exit("The two sides compute different losses.")
-    if ours.decode() != theirs.decode():
+    continuation = ours.decode()
+    if continuation != theirs.decode():
         sys.exit("The two sides generate different tokens.")
-    print(f"greedy continuation: the same {NEW_TOKENS} tokens on both sides")
-
-
-def batch_tokens() -> Any:
-    """int32 [BATCH, LENGTH + 1]: random, since speed does not depend on which tokens they are."""
-    return np.random.default_rng(0).integers(0, SIZES["vocab_size"], (BATCH, LENGTH + 1), dtype=np.int32)
+    print(f"greedy continuation: the same {len(continuation)} tokens on both sides")
 
 
 class TheirSide:
     """Hugging Face transformers."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Work) -> None:
         import torch
         from transformers import Gemma2Config, Gemma2ForCausalLM
 
-        config = Gemma2Config(
+        values: dict[str, Any] = dict(
             vocab_size=SIZES["vocab_size"], num_hidden_layers=SIZES["num_layers"], hidden_size=SIZES["d_model"],
             num_attention_heads=SIZES["num_heads"], num_key_value_heads=SIZES["num_kv_heads"],
             head_dim=SIZES["head_dim"], intermediate_size=SIZES["d_ff"], sliding_window=SIZES["sliding_window"],
@@ -129,15 +144,16 @@ class TheirSide:
             pad_token_id=0, eos_token_id=None, bos_token_id=1,
         )  # fmt: skip
         torch.manual_seed(0)
-        self.model = Gemma2ForCausalLM(config)
+        self.model: Any = Gemma2ForCausalLM(Gemma2Config(**values))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
         )
-        tokens = torch.from_numpy(batch_tokens()).long()
+        tokens = torch.from_numpy(work.tokens()).long()
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        self.new_tokens = work.new_tokens
 
     def _loss(self) -> Any:
-        # shift_labels: the targets are shifted already, so all LENGTH positions count, as on our side.
+        # shift_labels: the targets are shifted already, so all positions count, as on our side.
         return self.model(self.inputs, labels=self.targets, shift_labels=self.targets, use_cache=False).loss
 
     def loss(self) -> float:
@@ -160,7 +176,7 @@ class TheirSide:
             prompt = self.inputs[:1, :PROMPT]
             out = self.model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+                max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens,
             )  # fmt: skip
         return out[0, PROMPT:].tolist()
 
@@ -201,7 +217,7 @@ def our_params(state: Any) -> dict[str, Any]:
 class OurSide:
     """gemma2_jax, as it trains and samples by default on a CPU."""
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, work: Work, state: Any) -> None:
         import jax
 
         from gemma2_jax.cli.compose import compose
@@ -226,13 +242,14 @@ class OurSide:
             return TrainState(jax.numpy.int32(0), params, optimizer.init(params))
 
         self.state = jax.jit(init, out_shardings=state_shardings(abstract))(our_params(state))
-        tokens = batch_tokens()
+        tokens = work.tokens()
+        shape = (work.batch, work.length)
         self.batch = Batch(
             tokens=tokens[:, :-1],
             targets=tokens[:, 1:],
-            positions=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH)),
-            segment_ids=np.ones((BATCH, LENGTH), np.int32),
-            loss_mask=np.ones((BATCH, LENGTH), np.float32),
+            positions=np.broadcast_to(np.arange(work.length, dtype=np.int32), shape),
+            segment_ids=np.ones(shape, np.int32),
+            loss_mask=np.ones(shape, np.float32),
         )
         self._step = build_train_step(config, optimizer, abstract)
         self._evaluate = build_evaluation_step(config.compute, config.distill, config.objective.block_tokens)
@@ -240,7 +257,7 @@ class OurSide:
         # Ids in, ids out: of a tokenizer, the sampler then asks only how many ids there are.
         ids_only: Any = SimpleNamespace(vocab_size=SIZES["vocab_size"])
         self._sampler = Sampler(self._model(), ids_only, config.compute)
-        self._greedy = SamplingConfig(max_new_tokens=NEW_TOKENS, temperature=0.0, stop_tokens=())
+        self._greedy = SamplingConfig(max_new_tokens=work.new_tokens, temperature=0.0, stop_tokens=())
 
     def loss(self) -> float:
         sums = self._evaluate(self._model(), None, self.batch)

@@ -1,0 +1,54 @@
+"""The benchmarks run, at the smallest size, and print every row of their tables."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma2_jax.machine import cores
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows(script: str, *arguments: str) -> dict[str, float]:
+    """Runs a benchmark as a user does; returns its rows' first figures by their labels."""
+    # As on a plain machine: one device, not the eight of the tests.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(ROOT / "experiments" / "benchmarks" / script), *arguments]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    table = ran.stdout.splitlines()
+    header = next(number for number, line in enumerate(table) if line.startswith(" "))
+    matches = [re.fullmatch(r"(\S.*?) {2,}([\d,]+)\b.*", line) for line in table[header + 1 :]]
+    return {match[1]: float(match[2].replace(",", "")) for match in matches if match}
+
+
+def test_data_throughput(corpus: Path):
+    figures = rows(
+        "data_throughput.py",
+        *("--repetitions=1", "--copies=1", f"--source={corpus}", "--vocab-size=400", "--fed-tokens=1000"),
+    )
+    assert list(figures) == [
+        *(f"tokenising, workers: {count}" for count in sorted({1, cores()})),
+        "feeding, B x T: 16 x 128",
+        "feeding, B x T: 32 x 1024",
+    ]
+    assert min(figures.values()) > 0
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("torch", "transformers")),
+    reason="compares with the extra `reference`: pip install -e '.[reference]'",
+)
+def test_step_vs_transformers():
+    figures = rows(
+        "step_vs_transformers.py",
+        *("--rounds=1", "--steps=1", "--batch=1", "--length=32", "--new-tokens=4"),
+    )
+    assert list(figures) == ["training, tokens/s", "decoding, tokens/s"]
+    assert min(figures.values()) > 0
