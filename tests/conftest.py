@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+from dataclasses import replace
 
 # Before JAX is imported: it reads both once.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -101,23 +102,13 @@ def tokenizer(data: DataConfig, tokenizer_config: TokenizerConfig) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def toy_run(data: DataConfig, tokenizer_config: TokenizerConfig) -> RunConfig:
+def toy_run(toy_config: ModelConfig, data: DataConfig, tokenizer_config: TokenizerConfig) -> RunConfig:
     """A run of a few seconds, pretraining on one device; tests replace what they are about, and `output`."""
     return RunConfig(
         name="toy",
         output="unset",
         seed=0,
-        model=ModelConfig(
-            vocab_size=400,
-            num_layers=2,
-            d_model=32,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=8,
-            d_ff=64,
-            sliding_window=8,
-            query_pre_attn_scalar=8,
-        ),
+        model=replace(toy_config, vocab_size=400, num_layers=2),
         compute=ComputeConfig(),
         data=data,
         tokenizer=tokenizer_config,
