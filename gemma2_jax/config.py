@@ -105,6 +105,13 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads back: it puts the text 1e-3 in quotes."""
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # In single quotes PyYAML folds the line breaks that only YAML 1.1 knows: double quotes escape them.
+        style = '"' if any(break_ in data for break_ in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver(

@@ -108,6 +108,7 @@ YAML_LIKE = st.one_of(
 
 @given(text=YAML_LIKE, name=YAML_LIKE)
 @example(text="1e5", name="1E-5")
+@example(text="null", name="\x85")
 @example(text="a\r\nb\u2028\x85 \ufeff", name="\t\0")
 def test_every_text_is_saved_and_loaded_as_text(tmp_path_factory, text, name):
     config = Outer(Inner(2, files=text), named={name: Inner(4, files=(text, name))})
