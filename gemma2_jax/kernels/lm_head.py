@@ -8,22 +8,26 @@ Doing so in the forward pass needs no second pass over the logits in the backwar
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.kernels.softcap import softcap
+from gemma2_jax.kernels.softcap import mask_padding, softcap
 from gemma2_jax.sharding.layout import batch_shares, constrain
 
 # (student logits [.., V], teacher logits [.., V] or None, targets [..]) -> (loss [..], {metric: [..]}),
-# all float32, logits soft-capped.
+# all float32, logits soft-capped and those of padding masked.
 TokenLoss = Callable[[jax.Array, jax.Array | None, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["hidden", "embedding"], meta_fields=["softcap"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["hidden", "embedding"],
+    meta_fields=["softcap", "vocab_padding"],
+)
 @dataclass(frozen=True)
 class LMHead:
     """A model's distributions over the vocabulary, not yet computed.
@@ -32,11 +36,13 @@ class LMHead:
         hidden: final hidden states [B, T, D].
         embedding: [V, D]; cast to hidden's dtype for the product.
         softcap: logits become softcap * tanh(logits / softcap).
+        vocab_padding: the last so many rows of the embedding belong to no token.
     """
 
     hidden: jax.Array
     embedding: jax.Array
     softcap: float
+    vocab_padding: int = 0
 
 
 def dense_loss(
@@ -86,7 +92,7 @@ def _blockwise(
 
     def body(sums: Any, block: Any) -> tuple[Any, None]:
         hidden, teacher_hidden, block_targets, block_mask = block
-        head = LMHead(hidden, embedding, student.softcap)
+        head = replace(student, hidden=hidden, embedding=embedding)
         block_teacher = _replace_hidden(teacher, teacher_hidden)
         return _add(sums, dense_loss(token_loss, head, block_teacher, block_targets, block_mask)), None
 
@@ -114,7 +120,7 @@ def _blockwise_forward(
         teacher_logits = None if block_teacher is None else _logits(block_teacher)
 
         def masked_loss(products: jax.Array) -> tuple[jax.Array, Any]:
-            loss, metrics = token_loss(softcap(products, student.softcap), teacher_logits, block_targets)
+            loss, metrics = token_loss(_cap(student, products), teacher_logits, block_targets)
             total = jnp.sum(loss * block_mask)
             return total, (total, {name: jnp.sum(metric * block_mask) for name, metric in metrics.items()})
 
@@ -131,15 +137,16 @@ def _blockwise_forward(
     (sums, d_embedding), d_hidden = jax.lax.scan(body, carry, _split(blocks, student, teacher, targets, mask))
     T = targets.shape[1]
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(targets.shape[0], -1, student.hidden.shape[-1])[:, :T]
-    return sums, (d_hidden, d_embedding.T.astype(student.embedding.dtype), student.softcap, teacher)
+    d_embedding = d_embedding.T.astype(student.embedding.dtype)
+    return sums, (replace(student, hidden=d_hidden, embedding=d_embedding), teacher)
 
 
 def _blockwise_backward(
     token_loss: TokenLoss, blocks: int, residuals: Any, cotangents: Any
 ) -> tuple[Any, ...]:
-    d_hidden, d_embedding, softcap, teacher = residuals
+    d_student, teacher = residuals
     scale = cotangents[0]
-    d_student = LMHead(d_hidden * scale.astype(d_hidden.dtype), d_embedding * scale, softcap)
+    d_student = jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), d_student)
     return d_student, jax.tree.map(jnp.zeros_like, teacher), None, None
 
 
@@ -162,7 +169,7 @@ def _split(
 
 
 def _replace_hidden(teacher: LMHead | None, hidden: jax.Array | None) -> LMHead | None:
-    return None if teacher is None or hidden is None else LMHead(hidden, teacher.embedding, teacher.softcap)
+    return None if teacher is None or hidden is None else replace(teacher, hidden=hidden)
 
 
 def _for_use(head: LMHead) -> jax.Array:
@@ -175,7 +182,11 @@ def _products(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
 
 
 def _logits(head: LMHead) -> jax.Array:
-    return softcap(_products(head.hidden, _for_use(head)), head.softcap)
+    return _cap(head, _products(head.hidden, _for_use(head)))
+
+
+def _cap(head: LMHead, products: jax.Array) -> jax.Array:
+    return mask_padding(softcap(products, head.softcap), head.vocab_padding)
 
 
 def _zero_sums(token_loss: TokenLoss, teacher: LMHead | None) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -1,9 +1,24 @@
-"""The soft cap of attention scores and final logits."""
+"""What becomes of scores after their product: the soft cap, and the mask of rows that are no tokens."""
 
 import jax
 import jax.numpy as jnp
+
+# Finite, since 0 * -inf is NaN in a KL term; far enough from float32's end to be divided by a temperature.
+_NEVER = -1e30
 
 
 def softcap(logits: jax.Array, cap: float) -> jax.Array:
     """cap * tanh(logits / cap): bounds logits to (-cap, cap) (Gemma 2 report, section 2)."""
     return cap * jnp.tanh(logits / cap)
+
+
+def mask_padding(logits: jax.Array, padding: int) -> jax.Array:
+    """Capped logits [..., V] whose last `padding` rows of the vocabulary get probability 0, and no gradient.
+
+    Masked rather than cut off, so that V stays divisible over the mesh.
+    """
+    if padding == 0:
+        return logits
+    V = logits.shape[-1]
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(ids < V - padding, logits, _NEVER)

@@ -14,9 +14,13 @@ class ModelConfig:
     together, which is twice this. Layers alternate (local, global) strictly from layer 0.
 
     Attributes:
+        vocab_size: V, the rows of the embedding.
         sliding_window: a query of a local layer sees itself and the `sliding_window - 1` tokens before
             it; None makes every layer global.
         query_pre_attn_scalar: queries are scaled by its -1/2 power (head_dim for 2B and 9B, 144 for 27B).
+        vocab_padding: the last so many rows of the embedding belong to no token: no logit, loss or sample
+            comes of them. Gemma 2's weights as DeepMind published them, and the report's parameter counts,
+            have 256,128 rows for 256,000 tokens.
     """
 
     vocab_size: int
@@ -32,6 +36,7 @@ class ModelConfig:
     final_logit_softcap: float = 30.0
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
+    vocab_padding: int = 0
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
@@ -46,6 +51,11 @@ class ModelConfig:
         ):
             if not getattr(self, name) > 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be above 0.")
+        if not 0 <= self.vocab_padding < self.vocab_size:
+            raise UserError(
+                f"model.vocab_padding is {self.vocab_padding}; it must be at least 0 and below model.vocab_size "
+                f"({self.vocab_size})."
+            )
         if self.num_layers % 2:
             raise UserError(
                 f"model.num_layers is {self.num_layers}; it must be even, since layers come in (local, global) pairs."
@@ -63,6 +73,11 @@ class ModelConfig:
             raise UserError(
                 f"model.sliding_window is {self.sliding_window}; it must be at least 1, or null for none."
             )
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens that there are: rows of the embedding, less its padding."""
+        return self.vocab_size - self.vocab_padding
 
     @property
     def num_pairs(self) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gemma2_jax.kernels.softcap import softcap
+from gemma2_jax.kernels.softcap import mask_padding, softcap
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.sharding.layout import constrain
 
@@ -121,6 +121,7 @@ class Embedder(nnx.Module):
         self.embedding = nnx.Param(weights["embedding"])
         self.d_model = config.d_model
         self.final_logit_softcap = config.final_logit_softcap
+        self.vocab_padding = config.vocab_padding
 
     def encode(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """[B, T] to [B, T, D]: rows of the table times sqrt(D), which is itself rounded to `dtype`."""
@@ -129,7 +130,7 @@ class Embedder(nnx.Module):
         return constrain(x * jnp.sqrt(jnp.float32(self.d_model)).astype(dtype), "BTD")
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """Final hidden states [..., D] to soft-capped float32 logits [..., V]."""
+        """Final hidden states [..., D] to soft-capped float32 logits [..., V]; -1e30 where rows are padding."""
         table = weight_for_use(self.embedding, "VD", x.dtype)
         logits = jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
-        return softcap(logits, self.final_logit_softcap)
+        return mask_padding(softcap(logits, self.final_logit_softcap), self.vocab_padding)

@@ -12,13 +12,11 @@ class Choice:
 
     Attributes:
         temperature, top_k, top_p: as in `SamplingConfig`.
-        vocab_size: ids from here on are never chosen: a model may have more rows than its tokenizer has ids.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    vocab_size: int | None = None
 
     def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
         """The next token of each row, int32 [B].
@@ -26,7 +24,6 @@ class Choice:
         Args:
             logits: float32 [B, V]; keys: random keys [B], each row's own.
         """
-        logits = logits[:, : self.vocab_size]
         if self.temperature == 0:
             return _argmax(logits)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)

@@ -12,6 +12,7 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.decoder import Decoder
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.sampling.choice import Choice
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.decoding import advance, begin, row_keys
@@ -35,15 +36,11 @@ class Sampler:
         compute: its dtype is that of the weights and the cache; `unroll_layers` is twice as fast on CPU.
 
     Raises:
-        UserError: the tokenizer has more ids than the model has rows.
+        UserError: the tokenizer has another number of tokens than the model.
     """
 
     def __init__(self, model: Gemma2, tokenizer: Tokenizer, compute: ComputeConfig = ComputeConfig()):
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"The tokenizer has {tokenizer.vocab_size} ids and the model only {model.config.vocab_size} "
-                "rows (model.vocab_size); take the tokenizer that the model was trained with."
-            )
+        check_tokens(model.config, tokenizer.vocab_size, "The tokenizer")
         self._decoder: Decoder = _make_decoder(model, compute)
         self._tokenizer = tokenizer
 
@@ -87,7 +84,7 @@ class Sampler:
         """Yields, again and again, the next tokens of every row (none after its stop token).
 
         Raises:
-            UserError: a prompt is empty, or holds an id that the model has no row for.
+            UserError: a prompt is empty, or holds an id that is none of the model's tokens.
         """
         if not prompts:
             return
@@ -97,7 +94,7 @@ class Sampler:
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
         stop = self._stop_tokens(config)
-        choice = Choice(config.temperature, config.top_k, config.top_p, self._tokenizer.vocab_size)
+        choice = Choice(config.temperature, config.top_k, config.top_p)
         keys = row_keys(config.seed, len(prompts))
         stop_ids = jnp.array(sorted(stop), jnp.int32)
 
@@ -127,15 +124,15 @@ class Sampler:
             steps = _pace(steps, time.perf_counter() - start)
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        V = self._decoder.config.vocab_size
+        tokens = self._decoder.config.num_tokens
         for index, prompt in enumerate(prompts):
             if not prompt:
                 raise UserError(
                     f"Prompt {index} has no tokens; it needs at least the beginning-of-text token."
                 )
-            if not 0 <= min(prompt) <= max(prompt) < V:
+            if not 0 <= min(prompt) <= max(prompt) < tokens:
                 raise UserError(
-                    f"Prompt {index} holds a token id that the model lacks; it has ids 0 to {V - 1}."
+                    f"Prompt {index} holds a token id that the model lacks; it has ids 0 to {tokens - 1}."
                 )
 
     def _stop_tokens(self, config: SamplingConfig) -> frozenset[int]:

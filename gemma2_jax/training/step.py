@@ -87,7 +87,9 @@ def build_evaluation_step(compute: ComputeConfig, distill: DistillConfig, block_
 
 def _head(model: Gemma2, batch: Batch, compute: ComputeConfig) -> LMHead:
     hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids, compute)
-    return LMHead(hidden, model.embedder.embedding[...], model.config.final_logit_softcap)
+    config = model.config
+    embedding = model.embedder.embedding[...]
+    return LMHead(hidden, embedding, config.final_logit_softcap, config.vocab_padding)
 
 
 def _teacher_compute(compute: ComputeConfig, distill: DistillConfig) -> ComputeConfig:

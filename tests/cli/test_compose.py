@@ -48,7 +48,7 @@ def test_every_group_is_a_part_of_the_run_and_has_choices():
 )
 def test_the_three_gemmas_are_the_reports(name, sizes, scalar):
     shown = list(to_dict(compose([f"model={name}"]).model).values())
-    assert shown == [256128, *sizes, 4096, scalar, 50.0, 30.0, 10000.0, 1e-6]
+    assert shown == [256128, *sizes, 4096, scalar, 50.0, 30.0, 10000.0, 1e-6, 128]
 
 
 def test_overrides_win_over_the_experiment_and_the_experiment_over_the_groups():

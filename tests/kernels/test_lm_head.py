@@ -1,5 +1,6 @@
 """Blockwise losses equal the dense ones, in values and gradients, and never hold [tokens, V]."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma2_jax.kernels.lm_head import LMHead, blockwise_loss, dense_loss
+from gemma2_jax.kernels.softcap import mask_padding
 from gemma2_jax.objectives.objective import ObjectiveConfig, token_loss
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from tests.programs import arrays
 
 D, D_TEACHER, V = 12, 20, 61
@@ -141,3 +144,71 @@ def test_bfloat16_states_give_close_gradients() -> None:
     assert rounded.dtype == jnp.float32
     # bfloat16 keeps 8 bits: logits of size 15 are off by up to 0.06, probabilities by that fraction.
     assert float(jnp.linalg.norm(exact - rounded) / jnp.linalg.norm(exact)) < 0.05
+
+
+BOTH_LOSSES = pytest.mark.parametrize(
+    "loss", [dense_loss, partial(blockwise_loss, block_tokens=8)], ids=["dense", "blockwise"]
+)
+PADDED = [objective(1, 0), objective(0, 1), objective(0.3, 0.7, temperature=0.01), objective(0, 1, 50.0)]
+
+
+def pad(head: LMHead, padding: int) -> LMHead:
+    """The same distributions, with rows behind them whose logits, unmasked, would be the largest."""
+    rows = 100 * jax.random.normal(jax.random.key(5), (padding, head.embedding.shape[1]))
+    return replace(head, embedding=jnp.concatenate([head.embedding, rows]), vocab_padding=padding)
+
+
+def loss_and_gradients(
+    loss: Any, config: ObjectiveConfig, student: LMHead, teacher: LMHead, targets: jax.Array, mask: jax.Array
+) -> Any:
+    """((loss, metrics), gradients in the form of an LMHead)."""
+    given_teacher = teacher if config.needs_teacher else None
+
+    def total(head: LMHead) -> Any:
+        return loss(token_loss(config), head, given_teacher, targets, mask)
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))(student)
+
+
+@BOTH_LOSSES
+@pytest.mark.parametrize("config", PADDED, ids=str)
+def test_rows_of_padding_take_no_part(loss: Any, config: ObjectiveConfig) -> None:
+    """Everything is as without them, and their own gradient is 0."""
+    student, teacher, targets, mask = heads(2, 9)
+    without, expected = loss_and_gradients(loss, config, student, teacher, targets, mask)
+    values, found = loss_and_gradients(loss, config, pad(student, 7), pad(teacher, 7), targets, mask)
+    chex.assert_trees_all_close(values, without, rtol=2e-6)
+    size = float(jnp.max(jnp.abs(expected.embedding)))
+    np.testing.assert_allclose(found.embedding[:V], expected.embedding, rtol=1e-5, atol=1e-6 * size)
+    np.testing.assert_allclose(found.hidden, expected.hidden, rtol=1e-5, atol=1e-5 * size)
+    assert found.embedding.shape == (V + 7, D)
+    assert not np.any(found.embedding[V:])
+
+
+def test_unmasked_those_rows_would_take_part() -> None:
+    student, teacher, targets, mask = heads(2, 9)
+    open_student = replace(pad(student, 7), vocab_padding=0)
+    (value, _), found = loss_and_gradients(dense_loss, objective(1, 0), open_student, teacher, targets, mask)
+    (without, _), _ = loss_and_gradients(dense_loss, objective(1, 0), student, teacher, targets, mask)
+    assert float(value) > float(without) + 10
+    assert np.all(np.any(found.embedding[V:], axis=1))
+
+
+@BOTH_LOSSES
+@pytest.mark.parametrize("config", PADDED, ids=str)
+def test_rows_of_padding_take_no_part_on_a_mesh(loss: Any, config: ObjectiveConfig) -> None:
+    """With the vocabulary split: of 96 rows, 24 a device, the last 35 are padding."""
+    student, teacher, targets, mask = heads(4, 9)
+    without, expected = loss_and_gradients(loss, config, student, teacher, targets, mask)
+    with jax.set_mesh(build_mesh(MeshConfig(1, 2, 4))):
+        values, found = loss_and_gradients(loss, config, pad(student, 35), pad(teacher, 35), targets, mask)
+    chex.assert_trees_all_close(values, without, rtol=1e-5)
+    size = float(jnp.max(jnp.abs(expected.embedding)))
+    np.testing.assert_allclose(found.embedding[:V], expected.embedding, rtol=1e-4, atol=1e-5 * size)
+    assert not np.any(found.embedding[V:])
+
+
+def test_without_padding_nothing_is_computed_for_it() -> None:
+    logits = jnp.zeros((2, 3))
+    assert mask_padding(logits, 0) is logits
+    assert mask_padding(logits, 2) is not logits

@@ -1,5 +1,6 @@
 """Reading token by token through the cache equals reading everything at once."""
 
+from dataclasses import replace
 from functools import partial
 
 import chex
@@ -11,6 +12,7 @@ import pytest
 from gemma2_jax.model.cache import EMPTY, LayerCaches, local_size
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.decoder import Decoder
+from gemma2_jax.model.transformer import Gemma2
 
 LENGTHS = np.array([3, 21, 8])  # shorter than the window of 8, far longer, and exactly it
 STEPS = 20
@@ -42,6 +44,15 @@ def test_equals_the_full_forward(toy_model, full, unroll_layers):
     for position in (LENGTHS + step for step in range(STEPS)):
         logits, cache = decode(decoder, TOKENS[rows, position], position, cache)
         np.testing.assert_allclose(logits, full[rows, position], atol=2e-5)
+
+
+def test_padding_of_the_vocabulary_is_masked(toy_config, toy_model, full):
+    decoder = Decoder(Gemma2(replace(toy_config, vocab_padding=7), toy_model.params()), ComputeConfig())
+    prompt, cache = prefill(decoder, right_padded(TOKENS, LENGTHS), LENGTHS, cache_size=48)
+    next_token, _ = decode(decoder, TOKENS[np.arange(3), LENGTHS], LENGTHS, cache)
+    for logits, expected in zip((prompt, next_token), (LENGTHS - 1, LENGTHS), strict=True):
+        np.testing.assert_allclose(logits[:, :90], full[np.arange(3), expected, :90], atol=2e-5)
+        assert not np.any(jax.nn.softmax(logits)[:, 90:])
 
 
 def test_a_row_does_not_feel_its_neighbours(toy_model):

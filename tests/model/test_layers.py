@@ -1,5 +1,7 @@
 """Each part against its formula in float64."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,18 @@ def test_embedder(toy_config):
     hidden = 10 * normal(1, 2, 32)
     expected = formulas.softcap(double(hidden) @ double(table).T, 30.0)
     np.testing.assert_allclose(embedder.decode(hidden), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_padding_of_the_vocabulary_has_probability_0(toy_config):
+    table = normal(0, 97, 32).at[90:].multiply(100)  # without the mask, one of these would win
+    hidden = normal(1, 20, 32)
+    whole = Embedder({"embedding": table}, toy_config).decode(hidden)
+    assert np.all(np.argmax(whole, axis=-1) >= 90)
+    logits = Embedder({"embedding": table}, replace(toy_config, vocab_padding=7)).decode(hidden)
+    np.testing.assert_array_equal(logits[:, :90], whole[:, :90])
+    for temperature in (1e-3, 1.0, 1e3):
+        assert np.all(np.isfinite(logits / temperature))
+        assert not np.any(jax.nn.softmax(logits / temperature)[:, 90:])
 
 
 def test_the_embedding_scale_is_rounded_to_the_activations(toy_config):

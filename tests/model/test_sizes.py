@@ -14,6 +14,11 @@ from gemma2_jax.config import UserError
         ({"num_heads": 5}, r"model.num_heads is 5; it must be a multiple of model.num_kv_heads \(2\)"),
         ({"head_dim": 7}, "model.head_dim is 7; it must be even"),
         ({"sliding_window": 0}, "model.sliding_window is 0; it must be at least 1, or null"),
+        (
+            {"vocab_padding": -1},
+            "model.vocab_padding is -1; it must be at least 0 and below model.vocab_size",
+        ),
+        ({"vocab_padding": 97}, r"model.vocab_padding is 97; .* below model.vocab_size \(97\)"),
         ({"d_ff": 0}, "model.d_ff is 0; it must be at least 1"),
         ({"final_logit_softcap": 0.0}, "model.final_logit_softcap is 0.0; it must be above 0"),
         ({"query_pre_attn_scalar": float("nan")}, "model.query_pre_attn_scalar is nan; it must be above 0"),
@@ -27,3 +32,4 @@ def test_refused(toy_config, change, sentence):
 def test_derived_sizes(toy_config):
     assert toy_config.num_pairs == 2
     assert toy_config.query_scale == 8**-0.5
+    assert (toy_config.num_tokens, replace(toy_config, vocab_padding=7).num_tokens) == (97, 90)

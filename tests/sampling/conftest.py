@@ -1,9 +1,10 @@
-"""A tokenizer with byte fallback, and a tiny model with room for it."""
+"""A tokenizer with byte fallback, and a tiny model for it."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -19,5 +20,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def model(toy_config: ModelConfig) -> Gemma2:
-    """One pair of layers, and more rows than the tokenizer has ids, as in Gemma's own checkpoints."""
-    return Gemma2.init(replace(toy_config, num_layers=2, vocab_size=320), jax.random.key(0))
+    """One pair of layers, and more rows than the tokenizer has tokens, as in Gemma's own checkpoints.
+
+    Unmasked, the largest logit would be that of such a row almost always.
+    """
+    config = replace(toy_config, num_layers=2, vocab_size=320, vocab_padding=10)
+    params = Gemma2.init(config, jax.random.key(0)).params()
+    params["embedder"]["embedding"] *= jnp.where(jnp.arange(320) < 310, 1.0, 100.0)[:, None]
+    return Gemma2(config, params)

@@ -10,6 +10,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sampling import sampler as room
+from gemma2_jax.sampling.choice import Choice
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler, bucket
 
@@ -29,15 +30,43 @@ def greedy(sampler):
     return sampler.generate_tokens(PROMPTS, GREEDY)
 
 
-def test_greedy_tokens_are_those_of_the_full_forward(model, tokenizer, greedy):
+def test_greedy_tokens_are_those_of_the_full_forward(model, greedy):
     """Each continuation, read at once, is at every step what the full forward holds most likely."""
     forward = jax.jit(Gemma2.__call__)
     for prompt, new in zip(PROMPTS, greedy, strict=True):
         assert len(new) == 55
         row = np.zeros((1, 96), np.int32)
         row[0, : len(prompt) + 55] = prompt + new
-        logits = forward(model, row)[0, len(prompt) - 1 :, : tokenizer.vocab_size]
+        logits = forward(model, row)[0, len(prompt) - 1 :]
         assert np.argmax(logits, axis=-1)[:55].tolist() == new
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(0.0),
+        Choice(1.0),
+        Choice(100.0),
+        Choice(1e-3),
+        Choice(1.0, top_k=3),
+        Choice(100.0, top_k=1000),
+        Choice(1.0, top_p=0.5),
+        Choice(100.0, top_p=1.0),
+    ],
+    ids=str,
+)
+def test_padding_of_the_vocabulary_is_never_chosen(model, choice):
+    """Though, unmasked, its logits are the largest."""
+    tokens = jax.random.randint(jax.random.key(0), (8, 64), 0, 310)
+    unmasked = Gemma2(replace(model.config, vocab_padding=0), model.params())
+    keys = jax.random.split(jax.random.key(1), tokens.size)
+    assert np.mean(Choice(0.0)(unmasked(tokens).reshape(-1, 320), keys) >= 310) > 0.99
+    assert np.max(choice(model(tokens).reshape(-1, 320), keys)) < 310
+
+
+def test_padding_of_the_vocabulary_is_never_generated(sampler, greedy):
+    drawn = sampler.generate_tokens(PROMPTS, replace(GREEDY, temperature=1.0))
+    assert max(max(row) for row in greedy + drawn) < 310
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 50, "top_p": 0.9}], ids=str)
@@ -126,7 +155,7 @@ def test_no_prompts(sampler):
     ("prompts", "sentence"),
     [
         ([[2], []], "Prompt 1 has no tokens"),
-        ([[2, 320]], "Prompt 0 holds a token id that the model lacks; it has ids 0 to 319"),
+        ([[2, 310]], "Prompt 0 holds a token id that the model lacks; it has ids 0 to 309"),
     ],
 )
 def test_prompts_that_cannot_be_read(sampler, prompts, sentence):
@@ -134,9 +163,11 @@ def test_prompts_that_cannot_be_read(sampler, prompts, sentence):
         sampler.generate_tokens(prompts, GREEDY)
 
 
-def test_a_foreign_tokenizer_is_refused(toy_model, tokenizer):
-    with pytest.raises(UserError, match=r"^The tokenizer has 310 ids and the model only 97 rows"):
-        Sampler(toy_model, tokenizer)
+@pytest.mark.parametrize("padding", [0, 9, 11])
+def test_a_foreign_tokenizer_is_refused(model, tokenizer, padding):
+    other = Gemma2(replace(model.config, vocab_padding=padding), model.params())
+    with pytest.raises(UserError, match=f"^The tokenizer has 310 tokens and the model {320 - padding}; "):
+        Sampler(other, tokenizer)
 
 
 def test_few_sizes_to_compile_for():

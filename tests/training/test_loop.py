@@ -212,10 +212,13 @@ def test_weights_that_broke_are_not_saved(
     assert latest_step(tmp_path) is None
 
 
-def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(finished: RunConfig, tmp_path: Path) -> None:
-    config = replace(finished, output=str(tmp_path), model=replace(finished.model, vocab_size=300))
-    with pytest.raises(UserError, match=r"has 400 tokens, more than model.vocab_size \(300\)"):
-        train(config)
+@pytest.mark.parametrize(("rows", "padding"), [(300, 0), (500, 0), (400, 1)])
+def test_another_number_of_tokens_than_the_tokenizers_is_refused(
+    finished: RunConfig, tmp_path: Path, rows: int, padding: int
+) -> None:
+    model = replace(finished.model, vocab_size=rows, vocab_padding=padding)
+    with pytest.raises(UserError, match=rf"has 400 tokens and the model {rows - padding}; model.vocab_size "):
+        train(replace(finished, output=str(tmp_path), model=model))
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh_is_refused(

@@ -1,0 +1,51 @@
+"""Tokens against rows: an embedding may have more rows than there are tokens (`ModelConfig.vocab_padding`)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma2_jax.config import UserError
+from gemma2_jax.model.config import ModelConfig
+
+
+def check_tokens(config: ModelConfig, tokens: int, tokenizer: str) -> None:
+    """Raises UserError unless the model has exactly the `tokens` of a tokenizer, which `tokenizer` names."""
+    if tokens != config.num_tokens:
+        raise UserError(
+            f"{tokenizer} has {tokens} tokens and the model {config.num_tokens}; model.vocab_size "
+            f"({config.vocab_size}) less model.vocab_padding ({config.vocab_padding}) must be the same number."
+        )
+
+
+def resize_rows(
+    params: Mapping[str, Any], config: ModelConfig, rows: int
+) -> tuple[dict[str, Any], ModelConfig]:
+    """The same model with an embedding of `rows` rows: padding is cut off, or rows of zeros are put behind.
+
+    Args:
+        params: laid out like `weights.WEIGHTS`; the embedding stays on its devices, split as it is.
+        rows: a multiple of the mesh's tensor axis, if there is a mesh.
+
+    Returns:
+        The parameters and their config.
+
+    Raises:
+        UserError: tokens would be cut off.
+    """
+    if rows < config.num_tokens:
+        raise UserError(
+            f"an embedding of {config.num_tokens} tokens cannot be cut to {rows} rows; only padding can be cut off."
+        )
+    embedding = params["embedder"]["embedding"]
+
+    def resize(table: jax.Array) -> jax.Array:
+        kept = table[:rows]
+        return jnp.pad(kept, ((0, rows - kept.shape[0]), (0, 0)))
+
+    if rows != config.vocab_size:
+        embedding = jax.jit(resize, out_shardings=embedding.sharding)(embedding)
+    resized = replace(config, vocab_size=rows, vocab_padding=rows - config.num_tokens)
+    return {**params, "embedder": {"embedding": embedding}}, resized
