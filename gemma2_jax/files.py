@@ -3,6 +3,7 @@
 import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +16,28 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes `content` to `path`, making its folder; a reader never sees half of it."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a path beside `path`, making its folder; the file or folder made there takes the place of `path`.
+
+    After an exception `path` is as it was, and what was made is gone. A folder replaces an empty one only.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # The random part keeps two writers of the same file apart, on whatever hosts; the last one to finish wins.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

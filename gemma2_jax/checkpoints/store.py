@@ -101,15 +101,28 @@ def load_params(run_folder: str | Path, target: Mapping[str, Any]) -> dict[str, 
     Raises:
         UserError: there is no checkpoint, or it holds other shapes.
     """
-    step = latest_step(run_folder)
-    if step is None:
-        raise UserError(
-            f"{run_folder} holds no checkpoint; expected one in {Path(run_folder) / FOLDER}/<step>."
-        )
-    path = Path(run_folder).absolute() / FOLDER / str(step)
+    path = _newest(run_folder)
     _check_trees(path, {"params": target})
     loaded: dict[str, Any] = ocp.load_checkpointables(path, {"params": target})["params"]
     return loaded
+
+
+def describe_params(run_folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of the newest parameters of a run as they are saved, by path, without reading them.
+
+    Raises:
+        UserError: there is no checkpoint, or none of ours.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(_metadata(_newest(run_folder), "params"))
+    return {_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
+
+
+def save_params(run_folder: str | Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write parameters alone, as step 0 of a run folder that has no checkpoint yet; returns when they are written."""
+    folder = Path(run_folder).absolute() / FOLDER
+    folder.mkdir(parents=True)
+    with ocp.training.Checkpointer(folder) as checkpointer:
+        checkpointer.save_checkpointables(0, {"params": params}, custom_metadata={"config": dict(config)})
 
 
 def load_model_config(run_folder: str | Path) -> ModelConfig:
@@ -136,15 +149,28 @@ def load_model(run_folder: str | Path, dtype: Any = "float32", mesh: Mesh | None
     return Gemma2(config, load_params(run_folder, abstract_params(config, dtype, mesh)))
 
 
+def _newest(run_folder: str | Path) -> Path:
+    step = latest_step(run_folder)
+    if step is None:
+        raise UserError(
+            f"{run_folder} holds no checkpoint; expected one in {Path(run_folder) / FOLDER}/<step>."
+        )
+    return Path(run_folder).absolute() / FOLDER / str(step)
+
+
+def _metadata(path: Path, tree: str) -> Any:
+    """What a checkpoint says about the arrays of one of its trees."""
+    try:
+        return ocp.metadata(path, tree).metadata
+    except Exception as error:  # Orbax raises whatever the reader of the broken file does
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}/{tree} cannot be read as a checkpoint of ours: {reason}") from None
+
+
 def _check_trees(path: Path, targets: Mapping[str, Any]) -> None:
     """Compare what a checkpoint holds with what is wanted, before any of it is read."""
     for tree, target in targets.items():
-        try:
-            metadata = ocp.metadata(path, tree).metadata
-        except Exception as error:  # Orbax raises whatever the reader of the broken file does
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path}/{tree} cannot be read as a checkpoint of ours: {reason}") from None
-        found = _shapes(metadata)
+        found = _shapes(_metadata(path, tree))
         wanted = _shapes(target)
         for name in sorted(wanted.keys() | found.keys()):
             if name not in found:
@@ -159,6 +185,8 @@ def _check_trees(path: Path, targets: Mapping[str, Any]) -> None:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves
-    }
+    return {_name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

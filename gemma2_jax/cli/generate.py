@@ -1,26 +1,32 @@
-"""`gemma2 generate`: text from a trained run."""
+"""`gemma2 generate`: text from a trained run, or from released weights."""
 
 import argparse
 import sys
-from pathlib import Path
 
 from gemma2_jax.cli.parsers import Verbs, add_verb
 
 DESCRIPTION = """\
-Continues prompts with a trained run, token by token as they are made. With several prompts all of them are
-continued together, and printed when they are done.
+Continues prompts with a trained run or released weights, token by token as they are made. With several prompts
+all of them are continued together, and printed when they are done.
 
   gemma2 generate --checkpoint runs/quickstart/distilled --prompt "Return a list of"
   gemma2 generate --checkpoint runs/quickstart/teacher --prompt "The file" --temperature 0    the likeliest tokens
   echo "The function" | gemma2 generate --checkpoint runs/quickstart/teacher --max-new-tokens 200 --top-p 0.9
-  gemma2 generate --checkpoint RUN --chat --prompt "Why is the sky blue?"                     as a chat's first turn
+  gemma2 generate --checkpoint google/gemma-2-2b-it --dtype bfloat16 --chat --prompt "Why is the sky blue?"
+
+RUN is a run folder, a Hugging Face folder or its name on the hub (extra `hub`), or DeepMind's Orbax checkpoint.
 """
 
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "generate", run, "continue prompts with a trained run", DESCRIPTION)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="RUN", help="the run's folder; its newest checkpoint is used")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="RUN",
+        help="what to continue with; of a run, its newest checkpoint",
+    )
     add(
         "--prompt",
         action="append",
@@ -47,9 +53,8 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gemma2_jax.checkpoints.store import TOKENIZER_FILE, load_model
     from gemma2_jax.data.chat import render
-    from gemma2_jax.data.tokenizer import Tokenizer
+    from gemma2_jax.formats.load import load
     from gemma2_jax.model.config import ComputeConfig
     from gemma2_jax.sampling.config import SamplingConfig
     from gemma2_jax.sampling.sampler import Sampler
@@ -61,8 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    model = load_model(arguments.checkpoint, arguments.dtype)
-    tokenizer = Tokenizer.load(Path(arguments.checkpoint) / TOKENIZER_FILE)
+    model, tokenizer = load(arguments.checkpoint, arguments.dtype)
     sampler = Sampler(model, tokenizer, ComputeConfig(dtype=arguments.dtype, unroll_layers=True))
     prompts = arguments.prompt or [_from_standard_input()]
     # What is shown before the continuation: in a chat, the answer stands by itself.

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gemma2_jax.cli import config, data, generate, run, sweep, tokenizer, train
+from gemma2_jax.cli import config, convert, data, generate, inspect, run, sweep, tokenizer, train
 
 DESCRIPTION = """\
 Gemma 2 in JAX: train it, distil it, look at it.
@@ -13,9 +13,10 @@ Gemma 2 in JAX: train it, distil it, look at it.
   gemma2 run quickstart                    the first thing to try: a teacher, a student, a report, in minutes
   gemma2 train model=small_6m name=mine    one run, put together from config files and key=value
   gemma2 generate --checkpoint runs/mine --prompt "The function returns"
+  gemma2 convert google/gemma-2-2b-it weights/2b-it     released weights as a run, and back again
   gemma2 VERB --help                       what a verb does, with examples
 """
-VERBS = (run, train, sweep, generate, data, tokenizer, config)
+VERBS = (run, train, sweep, generate, convert, inspect, data, tokenizer, config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

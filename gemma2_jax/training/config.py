@@ -22,12 +22,15 @@ class TrainingConfig:
         accumulation: microbatches that each step's batch is split into, one after another, to save memory.
         log_every: steps between rows of metrics, each an average since the row before.
         eval_every: steps between evaluations on the validation split; the last step is always evaluated.
+        init_from: the checkpoint whose weights a new run begins with, of any kind that `gemma2 convert` reads;
+            null for random ones. A run that goes on does so from its own newest checkpoint.
     """
 
     steps: int
     accumulation: int
     log_every: int
     eval_every: int
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation", "log_every", "eval_every"):

@@ -23,8 +23,8 @@ from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.metrics import Writer, open_writers, perplexity
 from gemma2_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from gemma2_jax.training.progress import TrainingProgress
-from gemma2_jax.training.start import check_batch, check_data, check_same_run, write_inputs
-from gemma2_jax.training.state import TrainState, abstract_state, init_state
+from gemma2_jax.training.start import check_batch, check_data, check_same_run, load_initial, write_inputs
+from gemma2_jax.training.state import TrainState, abstract_state, init_state, state_from_params
 from gemma2_jax.training.step import build_evaluation_step, build_train_step
 from gemma2_jax.training.throughput import Stopwatch, peak_flops
 from gemma2_jax.training.validation import on_mesh, validate
@@ -80,6 +80,9 @@ class _Trainer:
         if self.step:
             self.progress.say(f"{config.name} goes on from its checkpoint at step {self.step}")
             self.state = self._restore(abstract)
+        elif config.training.init_from is not None:
+            params = load_initial(config.training.init_from, config.model, tokenizer, mesh)
+            self.state = state_from_params(params, optimizer, abstract)
         else:
             self.state = init_state(config.model, optimizer, abstract, config.seed)
         batch = jax.ShapeDtypeStruct(

@@ -14,6 +14,9 @@ from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.shards import read_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import write_bytes, write_text
+from gemma2_jax.formats.load import load_params, open_for
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.sharding.layout import batch_shares
 from gemma2_jax.training.config import RunConfig
 
@@ -47,15 +50,11 @@ def check_data(config: RunConfig) -> Tokenizer:
     """The run's tokenizer, after its data was found to be there and to fit.
 
     Raises:
-        UserError: the tokenizer has more tokens than the model, the data was prepared with another one or has
-            no validation documents, or the run was begun on other data.
+        UserError: the tokenizer has another number of tokens than the model, the data was prepared with another
+            one or has no validation documents, or the run was begun on other data.
     """
     tokenizer = Tokenizer.load(config.tokenizer.path)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"tokenizer.path {config.tokenizer.path} has {tokenizer.vocab_size} tokens, more than "
-            f"model.vocab_size ({config.model.vocab_size})."
-        )
+    check_tokens(config.model, tokenizer.vocab_size, f"tokenizer.path {config.tokenizer.path}")
     manifest = read_manifest(config.data.folder)
     if manifest.tokenizer != tokenizer.fingerprint:
         raise UserError(
@@ -100,6 +99,15 @@ def data_identity(data: DataConfig) -> dict[str, str]:
     """What tells one prepared data set from another, wherever it lies."""
     manifest = read_manifest(data.folder)
     return {"documents": manifest.identity, "tokenizer": manifest.tokenizer}
+
+
+def load_initial(path: str, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
+    """The float32 parameters that training.init_from names, laid out on the mesh.
+
+    Raises:
+        UserError: they are not whole, or of another model or tokenizer than the run's.
+    """
+    return load_params(open_for(tokenizer, path, "training.init_from"), model, "float32", mesh)
 
 
 def write_inputs(config: RunConfig) -> None:

@@ -63,11 +63,23 @@ def state_shardings(abstract: TrainState) -> TrainState:
 def init_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
 ) -> TrainState:
-    """A new state, each device making its own part of it."""
+    """A new state with random parameters, each device making its own part of it."""
 
     def init(key: jax.Array) -> TrainState:
-        params = init_params(config, key)
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
+        return _state_at_start(init_params(config, key), optimizer)
 
     state: TrainState = jax.jit(init, out_shardings=state_shardings(abstract))(jax.random.key(seed))
     return state
+
+
+def state_from_params(
+    params: dict[str, Any], optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """A new state that begins with these parameters, which are used up."""
+    begin = partial(_state_at_start, optimizer=optimizer)
+    state: TrainState = jax.jit(begin, donate_argnums=0, out_shardings=state_shardings(abstract))(params)
+    return state
+
+
+def _state_at_start(params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.int32(0), params, optimizer.init(params))

@@ -15,7 +15,7 @@ def asked(monkeypatch):
 
     class Sampler:
         def __init__(self, model, tokenizer, compute):
-            assert (model, tokenizer) == ("bfloat16 model of RUN", "RUN/tokenizer.model")
+            assert (model, tokenizer) == ("bfloat16 model of RUN", "tokenizer of RUN")
             assert compute.dtype == "bfloat16"
 
         def generate(self, prompts, config):
@@ -27,9 +27,9 @@ def asked(monkeypatch):
 
     monkeypatch.setattr("gemma2_jax.sampling.sampler.Sampler", Sampler)
     monkeypatch.setattr(
-        "gemma2_jax.checkpoints.store.load_model", lambda folder, dtype: f"{dtype} model of {folder}"
+        "gemma2_jax.formats.load.load",
+        lambda folder, dtype: (f"{dtype} model of {folder}", f"tokenizer of {folder}"),
     )
-    monkeypatch.setattr("gemma2_jax.data.tokenizer.Tokenizer.load", str)
     return calls
 
 
@@ -68,6 +68,6 @@ def test_a_setting_that_makes_no_sense_is_told(asked, capsys):
     assert "top_p is 1.5; it must be above 0 and at most 1" in capsys.readouterr().err
 
 
-def test_a_folder_without_a_run_is_told(capsys, tmp_path):
+def test_a_folder_without_a_checkpoint_is_told(capsys, tmp_path):
     assert main(["generate", "--checkpoint", str(tmp_path), "--prompt", "x"]) == 1
-    assert "is not a run folder" in capsys.readouterr().err
+    assert "holds no checkpoint that is known" in capsys.readouterr().err

@@ -8,19 +8,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gemma2_jax.checkpoints.store import CheckpointStore, load_model
-from gemma2_jax.config import UserError
+from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, CheckpointStore, load_model, save_params
+from gemma2_jax.config import UserError, save, to_dict
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from gemma2_jax.distill.teacher import DistillConfig, load_teacher
 from gemma2_jax.evaluation.evaluate import evaluate_run
+from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.objectives.terms import forward_kl
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
 from gemma2_jax.training.optimizer import build_optimizer
 from gemma2_jax.training.state import abstract_state
+from gemma2_jax.training.step import build_evaluation_step
+from gemma2_jax.training.validation import on_mesh
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +97,39 @@ def test_the_teacher_has_its_own_dtype_and_the_students_mesh(
     assert embedding.addressable_shards[0].data.size == embedding.size // 4  # fsdp x tensor
 
 
+@pytest.mark.parametrize(("teachers", "students"), [(16, 0), (0, 24)])
+def test_rows_may_differ_where_tokens_do_not(
+    toy_run: RunConfig, tmp_path: Path, teachers: int, students: int
+) -> None:
+    """A teacher with rows of padding teaches a student without, and the other way round: KL is over the tokens."""
+
+    def model(seed: int, padding: int, **sizes: int) -> Gemma2:
+        config = replace(toy_run.model, vocab_size=400 + padding, vocab_padding=padding, **sizes)
+        return Gemma2.init(config, jax.random.key(seed))
+
+    teacher, student = model(0, teachers, d_model=48), model(1, students)
+    config = replace(toy_run, output=str(tmp_path), model=teacher.config)
+    save(config, tmp_path / CONFIG_FILE)
+    shutil.copy(toy_run.tokenizer.path, tmp_path / TOKENIZER_FILE)
+    save_params(tmp_path, teacher.params(), to_dict(config))
+
+    distill = DistillConfig(str(tmp_path), "float32")
+    mesh = build_mesh(MeshConfig(1, 4, 2))
+    batch = next(train_batches(toy_run.data))
+    with jax.set_mesh(mesh):
+        loaded = load_teacher(distill, student.config, Tokenizer.load(toy_run.tokenizer.path), mesh)
+        sums = build_evaluation_step(toy_run.compute, distill, 48)(student, loaded, on_mesh(batch, mesh))
+    assert loaded.config.vocab_size == student.config.vocab_size
+    assert len(loaded.params()["embedder"]["embedding"].sharding.device_set) == 8
+
+    read = jax.jit(lambda model: model(batch.tokens, batch.positions, batch.segment_ids)[..., :400])
+    kl = forward_kl(read(student), read(teacher), temperature=1.0)
+    assert float(sums["kl"]) == pytest.approx(float(jnp.sum(kl * batch.loss_mask)), rel=1e-5)
+
+
 def test_another_vocabulary_is_refused(distilled: RunConfig, toy_run: RunConfig) -> None:
-    student = replace(toy_run.model, vocab_size=600)
-    with pytest.raises(UserError, match=r"vocabulary of 400 and the student \(model\) one of 600"):
+    student = replace(toy_run.model, vocab_size=600, vocab_padding=100)
+    with pytest.raises(UserError, match=r"holds a model of 400 tokens, and the configuration's has 500"):
         load_teacher(
             distilled.distill, student, Tokenizer.load(toy_run.tokenizer.path), build_mesh(MeshConfig())
         )
@@ -105,13 +139,13 @@ def test_another_tokenizer_is_refused(
     teacher: RunConfig, toy_run: RunConfig, texts: list[str], tmp_path: Path
 ) -> None:
     other = train_tokenizer(texts[::2], tmp_path / "other.model", 400)
-    with pytest.raises(UserError, match=f"and the student's .tokenizer.path. is {other.fingerprint[:12]}"):
+    with pytest.raises(UserError, match=f"and tokenizer.path is {other.fingerprint[:12]} of 400; both"):
         load_teacher(DistillConfig(teacher.output, "float32"), toy_run.model, other, build_mesh(MeshConfig()))
 
 
 def test_no_teacher_there(toy_run: RunConfig, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(toy_run.tokenizer.path)
-    with pytest.raises(UserError, match="is not a run folder"):
+    with pytest.raises(UserError, match="holds no checkpoint that is known"):
         load_teacher(
             DistillConfig(str(tmp_path), "float32"), toy_run.model, tokenizer, build_mesh(MeshConfig())
         )

@@ -1,0 +1,100 @@
+"""How much memory it takes to read a released checkpoint.
+
+    python experiments/benchmarks/import_memory.py
+
+Writes a Hugging Face folder of random bfloat16 weights in the sizes of --model (by default the 2B's: 5.2 GB on
+disk, removed at the end), and reads it onto this machine's first device, once for each dtype, in processes of
+their own. The table gives the weights themselves (on a CPU they lie in the process's memory), the peak of the
+process above what it held before, and what the peak is beyond the weights, in units of the file's largest tensor.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gemma2_jax.config import load
+from gemma2_jax.formats.convert import SHARD_BYTES, without_padding
+from gemma2_jax.formats.huggingface import CONFIG_FILE, config_json, write_shards
+from gemma2_jax.formats.layouts import HUGGINGFACE, expand
+from gemma2_jax.formats.load import load_params, open_source
+from gemma2_jax.machine import peak_memory_gib
+from gemma2_jax.model.config import ModelConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
+DTYPES = ("bfloat16", "float32")
+
+
+def write(folder: Path, config: ModelConfig) -> None:
+    """A Hugging Face folder of this model, with random weights."""
+    shapes = {name: entry.shape for name, entry in expand(HUGGINGFACE, config).items()}
+    draw = np.random.default_rng(0)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, shape in shapes.items():
+            yield name, draw.standard_normal(shape, np.float32).astype("bfloat16")
+
+    write_shards(
+        folder, tensors(), {name: 2 * math.prod(shape) for name, shape in shapes.items()}, SHARD_BYTES
+    )
+    (folder / CONFIG_FILE).write_text(json.dumps(config_json(config, "bfloat16")))
+
+
+def read(folder: Path, dtype: str) -> dict[str, float]:
+    """GB of the weights and of the process's peak above what it held before, GB of the largest tensor, seconds."""
+    source = open_source(folder)
+    jax.block_until_ready(jax.numpy.zeros(1))
+    before = peak_memory_gib()
+    begun = time.perf_counter()
+    params = load_params(source, source.config, dtype)
+    jax.block_until_ready(params)
+    seconds = time.perf_counter() - begun
+    largest = max(math.prod(info.shape) * np.dtype(info.dtype).itemsize for info in source.tensors.values())
+    return {
+        "weights": sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9,
+        "peak": (peak_memory_gib() - before) * 2**30 / 1e9,
+        "largest": largest / 1e9,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="gemma2_2b", help="a name in configs/model")
+    # What the processes of their own are told; a process counts its parent's peak as its own, so that the parent
+    # does nothing but wait.
+    parser.add_argument("--write", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--read", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.write:
+        write(Path(arguments.write), without_padding(load(ModelConfig, CONFIGS / f"{arguments.model}.yaml")))
+        return
+    if arguments.read:
+        print(json.dumps(read(Path(arguments.read[0]), arguments.read[1])))
+        return
+    itself = [sys.executable, __file__, "--model", arguments.model]
+    with tempfile.TemporaryDirectory() as name:
+        subprocess.run([*itself, "--write", name], check=True)
+        print(f"{'':12}{'weights GB':>12}{'peak GB':>12}{'beyond':>12}{'seconds':>12}")
+        for dtype in DTYPES:
+            ran = subprocess.run([*itself, "--read", name, dtype], check=True, stdout=subprocess.PIPE)
+            figures = json.loads(ran.stdout)
+            beyond = (figures["peak"] - figures["weights"]) / figures["largest"]
+            print(
+                f"{dtype:12}{figures['weights']:>12.2f}{figures['peak']:>12.2f}{beyond:>11.2f}x"
+                f"{figures['seconds']:>12.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""`gemma2 convert`: a checkpoint from one tool's form to another's."""
+
+import argparse
+
+from gemma2_jax.cli.parsers import Verbs, add_verb
+
+DESCRIPTION = """\
+Writes a checkpoint in another form, reads it back and compares every weight, and only then puts it at TARGET.
+
+SOURCE is a Hugging Face folder (or its name on the hub, with the extra `hub`), DeepMind's Orbax checkpoint, or a
+run folder of ours. What TARGET becomes:
+  NAME.gguf       for a target that ends so: one file for llama.cpp (extra `gguf`)
+  Hugging Face    if SOURCE is a run folder: what transformers loads with AutoModelForCausalLM and AutoTokenizer
+  run folder      otherwise: what train (training.init_from), distill.teacher and generate take
+--to says otherwise. Weights stay as they are, bit for bit, unless --dtype asks for something smaller or larger.
+
+  gemma2 convert google/gemma-2-2b-it weights/2b-it
+  gemma2 convert downloads/gemma2-9b weights/9b --tokenizer downloads/tokenizer.model
+  gemma2 convert runs/student exported/student --dtype bfloat16
+  gemma2 convert runs/student student.gguf --dtype q8_0
+"""
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "convert", run, "write a checkpoint in another tool's form", DESCRIPTION)
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="what to read")
+    add("target", metavar="TARGET", help="what to write; must not exist yet")
+    add(
+        "--to",
+        choices=("run", "huggingface", "gguf"),
+        help="the form of TARGET, where its name does not tell",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "q8_0", "q4_0"),
+        help="of the weights in TARGET (as in SOURCE); q8_0 and q4_0 are for GGUF",
+    )
+    add("--tokenizer", metavar="FILE", help="a SentencePiece model, for a source that comes without one")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from gemma2_jax.formats.convert import convert
+
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} weights"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    tasks = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=total)
+        bar.update(tasks[stage], completed=done)
+
+    with bar:
+        done = convert(
+            arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.tokenizer, show
+        )
+    print(
+        f"{arguments.target}: {done.weights} weights from {arguments.source} ({done.source}) as {done.target}, "
+        f"{done.dtype}; read back and compared."
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints of other tools: read, written, converted and looked at."""

@@ -1,0 +1,186 @@
+"""From one kind of checkpoint to another: written beside the target, read back and compared, then put in place."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gemma2_jax.config import UserError
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.files import replacing, write_text
+from gemma2_jax.formats import gguf, huggingface
+from gemma2_jax.formats.layouts import EMBEDDING, GGUF, HUGGINGFACE, Entry, Place, expand
+from gemma2_jax.formats.load import load_params, load_tokenizer, open_source
+from gemma2_jax.formats.run import RunSource, write_run
+from gemma2_jax.formats.source import DTYPES, Source, all_places
+from gemma2_jax.formats.tokenizer_files import write_tokenizer_files
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+
+KINDS = ("run", "huggingface", "gguf")
+SHARD_BYTES = 2 * 10**9  # of safetensors: a shard is in memory while it is written
+
+_ENCODINGS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # what GGUF calls them
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What came of a conversion: the kinds, what numbers the weights are, and how many were compared."""
+
+    source: str
+    target: str
+    dtype: str
+    weights: int
+
+
+def convert(
+    source_path: str | Path,
+    target_path: str | Path,
+    kind: str | None = None,
+    dtype: str | None = None,
+    tokenizer_path: str | Path | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Conversion:
+    """Write the checkpoint at `source_path` as another kind at `target_path`, and verify what was written.
+
+    Args:
+        source_path: of any kind that `open_source` knows.
+        target_path: must not exist; it appears when all is written and compared, or not at all.
+        kind: one of KINDS. By default a target that ends in `.gguf` is GGUF, one of our runs becomes a Hugging
+            Face folder, and anything else a run folder.
+        dtype: one of DTYPES, or of GGUF's own encodings; the source's by default.
+        tokenizer_path: a SentencePiece model file, for a source without one.
+
+    Raises:
+        UserError: the source is not whole, the target exists, or what was written reads back differently.
+    """
+    target = Path(target_path)
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another target, or delete it.")
+    source = open_source(source_path)
+    source.check()
+    tokenizer = load_tokenizer(source, tokenizer_path)
+    kind = kind or _kind_of(target, source)
+    dtype = dtype or source.dtype
+    if dtype not in DTYPES and kind != "gguf":
+        raise UserError(f"dtype {dtype} is for GGUF only; accepted for a {kind} target: {', '.join(DTYPES)}.")
+    file = Path(tokenizer_path or source.tokenizer or "")
+    with replacing(target) as temporary:
+        if kind == "run":
+            _write_run(source, temporary, dtype, file, progress)
+            _compare(source, RunSource(temporary), dtype, progress)
+        elif kind == "huggingface":
+            _write_huggingface(source, temporary, dtype, tokenizer, file, progress)
+            _compare(source, huggingface.HuggingFaceSource(temporary), dtype, progress)
+        else:
+            _write_gguf(source, temporary, dtype, file, target.stem, progress)
+    weights = sum(1 for _ in all_places(source.config))
+    return Conversion(source.kind, kind, dtype, weights)
+
+
+def _kind_of(target: Path, source: Source) -> str:
+    if target.suffix == ".gguf":
+        return "gguf"
+    return "huggingface" if isinstance(source, RunSource) else "run"
+
+
+def _write_run(source: Source, folder: Path, dtype: str, tokenizer: Path, progress: Progress) -> None:
+    mesh = build_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
+    params = load_params(
+        source, source.config, dtype, mesh, lambda done, total: progress("reading", done, total)
+    )
+    progress("writing", 0, 1)
+    write_run(folder, source.config, params, tokenizer)
+
+
+def _write_huggingface(
+    source: Source, folder: Path, dtype: str, tokenizer: Tokenizer, file: Path, progress: Progress
+) -> None:
+    config = without_padding(source.config)
+    entries = expand(HUGGINGFACE, config)
+    folder.mkdir()
+    width = np.dtype(dtype).itemsize
+    sizes = {name: int(np.prod(entry.shape)) * width for name, entry in entries.items()}
+    tensors = _tensors(source, config, entries, progress)
+    cast = ((name, _cast(array, dtype, name)) for name, array in tensors)
+    huggingface.write_shards(folder, cast, sizes, SHARD_BYTES)
+    ids = huggingface.token_ids(tokenizer)
+    for name, content in (
+        (huggingface.CONFIG_FILE, {**huggingface.config_json(config, dtype), **ids}),
+        (huggingface.GENERATION_FILE, ids),
+    ):
+        write_text(folder / name, json.dumps(content, indent=2) + "\n")
+    write_tokenizer_files(folder, file.read_bytes())
+
+
+def _write_gguf(
+    source: Source, path: Path, dtype: str, tokenizer: Path, name: str, progress: Progress
+) -> None:
+    config = without_padding(source.config)
+    entries = expand(GGUF, config)
+    encoding = _ENCODINGS.get(dtype, dtype)
+    gguf.write_gguf(
+        path,
+        config,
+        _tensors(source, config, entries, progress),
+        tokenizer.read_bytes(),
+        encoding,
+        name,
+    )
+    gguf.compare_gguf(path, config, _tensors(source, config, entries, progress, "verifying"), encoding)
+
+
+def without_padding(config: ModelConfig) -> ModelConfig:
+    """The same model with no more rows of the embedding than tokens, as other tools expect it."""
+    return replace(config, vocab_size=config.num_tokens, vocab_padding=0)
+
+
+def _tensors(
+    source: Source,
+    config: ModelConfig,
+    entries: dict[str, Entry],
+    progress: Progress,
+    stage: str = "writing",
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of another layout, put together from the source's weights one at a time."""
+    for done, (name, entry) in enumerate(entries.items(), 1):
+        parts = [_weight(source, place, config) for place in entry.places]
+        yield name, entry.join(parts)
+        progress(stage, done, len(entries))
+
+
+def _weight(source: Source, place: Place, config: ModelConfig) -> np.ndarray:
+    weight = source.weight(place)
+    return weight[: config.vocab_size] if place.path == EMBEDDING else weight
+
+
+def _cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if dtype == "float16" and not np.isfinite(cast).all():
+        raise UserError(f"{name} has values beyond what float16 can hold; choose bfloat16 or float32.")
+    return cast
+
+
+def _compare(source: Source, written: Source, dtype: str, progress: Progress) -> None:
+    """Raises UserError unless every weight that was written reads back as the source's, bit for bit."""
+    written.check()
+    places = list(all_places(source.config))
+    for done, place in enumerate(places, 1):
+        expected = _cast(_weight(source, place, written.config), dtype, place.path)
+        found = written.weight(place)
+        if found.dtype != expected.dtype or not np.array_equal(_bits(found), _bits(expected)):
+            raise UserError(
+                f"{written.path} reads back another {place.path} than was written; is the disk in order?"
+            )
+        progress("verifying", done, len(places))
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    # As whole numbers: a NaN is equal to itself, and 0.0 is not -0.0.
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")

@@ -1,0 +1,131 @@
+"""DeepMind's form of Gemma 2: an Orbax checkpoint of one array a weight, without a configuration."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from gemma2_jax.config import UserError
+from gemma2_jax.formats.layouts import deepmind
+from gemma2_jax.formats.source import ForeignSource, TensorInfo
+from gemma2_jax.model.config import ModelConfig
+
+TOKENIZER_FILE = "tokenizer.model"
+_ARRAY = "/.zarray"
+_ROWS, _PADDING = 256_128, 128  # rows of the released embeddings, and how many of them belong to no token
+
+
+class DeepMindSource(ForeignSource):
+    """An Orbax checkpoint in DeepMind's layout, nested or in the flat form of the released files.
+
+    What its shapes do not tell is taken as in the released models: window 4096, soft caps 50 and 30, queries
+    scaled by head_dim^-1/2, except for the 27B's (d_model / heads)^-1/2.
+
+    Raises:
+        UserError: the folder holds no such checkpoint.
+    """
+
+    kind = "DeepMind Orbax"
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder)
+        self._store = _key_value_store(_arrays_folder(self.path))
+        self.tensors, self._stored_names = self._list()
+        self.config, transposed = _read_config(self.path, self.tensors)
+        # In the released archives the tokenizer lies beside the checkpoint's folder.
+        beside = [self.path / TOKENIZER_FILE, self.path.parent / TOKENIZER_FILE]
+        self.tokenizer = next((path for path in beside if path.exists()), None)
+        super().__init__(deepmind(transposed))
+
+    def read(self, name: str) -> np.ndarray:
+        try:
+            return np.asarray(self._open(self._stored_names[name]).read().result())
+        except ValueError as error:
+            raise UserError(f"{self.path} does not give up {name}: {_one_line(error)}") from None
+
+    def _list(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+        """What is there by the layout's names, and the names it is stored under."""
+        tensors, stored_names = {}, {}
+        try:
+            keys = [key.decode() for key in ts.KvStore.open(self._store).result().list().result()]
+            for key in keys:
+                if key.endswith(_ARRAY):
+                    stored = key.removesuffix(_ARRAY)
+                    array = self._open(stored)
+                    name = stored.replace(".", "/").removeprefix("transformer/").removesuffix("/w")
+                    tensors[name] = TensorInfo(tuple(array.shape), array.dtype.name, self.path)
+                    stored_names[name] = stored
+        except ValueError as error:
+            raise UserError(f"{self.path} is no whole Orbax checkpoint: {_one_line(error)}") from None
+        return tensors, stored_names
+
+    def _open(self, stored: str) -> Any:
+        return ts.open(
+            {"driver": "zarr", "kvstore": {**self._store, "path": f"{self._store.get('path', '')}{stored}/"}}
+        ).result()
+
+
+def is_orbax(folder: Path) -> bool:
+    """Whether a folder is an Orbax checkpoint's."""
+    return any((_arrays_folder(folder) / name).exists() for name in ("_METADATA", "manifest.ocdbt"))
+
+
+def _arrays_folder(folder: Path) -> Path:
+    """Newer versions of Orbax put the arrays into a folder of their own."""
+    inner = folder / "default"
+    return inner if inner.is_dir() else folder
+
+
+def _key_value_store(folder: Path) -> dict[str, Any]:
+    if (folder / "manifest.ocdbt").exists():
+        return {"driver": "ocdbt", "base": f"file://{folder.absolute()}/"}
+    return {"driver": "file", "path": f"{folder.absolute()}/"}
+
+
+def _read_config(folder: Path, tensors: dict[str, TensorInfo]) -> tuple[ModelConfig, bool]:
+    """The model that the shapes tell of, and whether gate and up are transposed."""
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in tensors:
+            raise UserError(f"{folder} is no Gemma 2 in DeepMind's layout: it lacks the tensor {name}.")
+        if len(tensors[name].shape) != axes:
+            raise UserError(
+                f"{folder} holds {name} of shape {list(tensors[name].shape)}; it must have {axes} axes."
+            )
+        return tensors[name].shape
+
+    V, D = shape("embedder/input_embedding", 2)
+    N, _, H = shape("layer_0/attn/q_einsum", 3)
+    _, K, _, _ = shape("layer_0/attn/kv_einsum", 4)
+    F, _ = shape("layer_0/mlp/linear", 2)
+    gating = shape("layer_0/mlp/gating_einsum", 3)
+    shape("layer_0/post_attention_norm/scale", 1)  # what the first Gemma does not have
+    if F == D:
+        raise UserError(
+            f"{folder} has d_ff {F} equal to d_model, so that its shapes do not tell whether layer_0/mlp/"
+            "gating_einsum is transposed; such a checkpoint cannot be read."
+        )
+    layers = {int(found[1]) for name in tensors if (found := re.match(r"layer_(\d+)/", name))}
+    num_layers = max(layers) + 1
+    try:
+        config = ModelConfig(
+            vocab_size=V,
+            vocab_padding=_PADDING if V == _ROWS else 0,
+            num_layers=num_layers,
+            d_model=D,
+            num_heads=N,
+            num_kv_heads=K,
+            head_dim=H,
+            d_ff=F,
+            sliding_window=4096,
+            query_pre_attn_scalar=D / N if num_layers == 46 else H,
+        )
+    except UserError as error:
+        raise UserError(f"{folder} is no Gemma 2: {error}") from None
+    return config, gating[1:] == (F, D)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".") + "."

@@ -1,0 +1,165 @@
+"""What a GGUF file says of its model, read without its weights or the pieces of its tokenizer."""
+
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemma2_jax.config import UserError, build
+from gemma2_jax.formats.source import TensorInfo
+from gemma2_jax.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from gguf.gguf_reader import ReaderField
+
+ARCHITECTURE = "gemma2"
+EMBEDDING = "token_embd.weight"
+_NUMPY_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file of a Gemma 2 says before its weights are read.
+
+    Attributes:
+        name: of the model, empty if it has none.
+        encoding: of most of its matrices; "unknown" if it does not say.
+        config: as llama.cpp takes it from the file.
+        num_tokens: of its tokenizer.
+        tensors: by name, shaped as numpy has them, (out, in).
+    """
+
+    name: str
+    encoding: str
+    config: ModelConfig
+    num_tokens: int
+    tensors: Mapping[str, TensorInfo]
+
+
+def read_header(path: str | Path) -> Header:
+    """Returns what a GGUF file says about its model.
+
+    Raises:
+        UserError: the extra `gguf` is missing; there is no such file, it is cut short or none of GGUF, or holds
+            another model than a Gemma 2.
+    """
+    return _header(package(), Path(path), open_reader(path))
+
+
+def open_reader(path: str | Path) -> "GGUFReader":
+    """The package's reader of a file, which maps the weights; lists in the metadata are passed over.
+
+    Raises:
+        UserError: as `read_header`.
+    """
+    try:
+        reader: GGUFReader = _header_reader(package())(path)
+        return reader
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError, struct.error):
+        # What the package raises wherever the bytes make no sense to it.
+        raise UserError(f"{path} is no GGUF file, or is cut short or damaged.") from None
+
+
+def package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("A GGUF file needs the extra gguf: pip install 'gemma2_jax[gguf]'.") from None
+    return gguf
+
+
+def query_pre_attn_scalar(num_layers: int, d_model: int, num_heads: int, head_dim: int) -> int:
+    """What llama.cpp scales queries by the -1/2 power of."""
+    return d_model // num_heads if num_layers == 46 else head_dim
+
+
+def _header_reader(gguf: Any) -> Any:
+    kinds = gguf.GGUFValueType
+
+    class HeaderReader(gguf.GGUFReader):
+        """Has a list's length for a list; the package makes arrays of each piece of a tokenizer, for many seconds."""
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != kinds.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            order = ">" if self.endianess == gguf.GGUFEndian.BIG else "<"
+            item, length = struct.unpack_from(f"{order}IQ", self.data, orig_offs)
+            end = orig_offs + struct.calcsize("<IQ")
+            if item == kinds.STRING:
+                size = struct.Struct(f"{order}Q")
+                for _ in range(length):
+                    end += size.size + size.unpack_from(self.data, end)[0]
+            else:
+                end += length * np.dtype(self.gguf_scalar_to_np[kinds(item)]).itemsize
+            if end > len(self.data):
+                raise ValueError("a list goes on behind the end of the file")
+            return end - orig_offs, [np.array([length])], [0], [kinds.UINT64]
+
+    return HeaderReader
+
+
+def _header(gguf: Any, path: Path, reader: "GGUFReader") -> Header:
+    values = {key: _value(field) for key, field in reader.fields.items()}
+    architecture = values.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise UserError(f"{path} holds a model of the architecture {architecture}; accepted: {ARCHITECTURE}.")
+    tensors = {
+        tensor.name: TensorInfo(
+            tuple(int(size) for size in reversed(tensor.shape)),
+            _NUMPY_NAMES.get(tensor.tensor_type.name, tensor.tensor_type.name.lower()),
+            path,
+        )
+        for tensor in reader.tensors
+    }
+    if EMBEDDING not in tensors:
+        raise UserError(f"{path} lacks the tensor {EMBEDDING}.")
+    encodings = {kind.value: re.sub("^(MOSTLY|ALL)_", "", kind.name).lower() for kind in gguf.LlamaFileType}
+    return Header(
+        name=values.get("general.name", ""),
+        encoding=encodings.get(values.get("general.file_type"), "unknown"),
+        config=_read_config(str(path), values, tensors[EMBEDDING].shape[0]),
+        num_tokens=values.get("tokenizer.ggml.tokens", 0),
+        tensors=tensors,
+    )
+
+
+def _value(field: "ReaderField") -> Any:
+    """A text or number, or a list's length; of a float32 the shortest number that it is nearest to, like 1e-06."""
+    value = field.contents()
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _read_config(path: str, values: Mapping[str, Any], rows: int) -> ModelConfig:
+    """The model's sizes and constants; where the file is silent, what llama.cpp takes."""
+
+    def get(key: str, default: Any = None) -> Any:
+        value = values.get(f"{ARCHITECTURE}.{key}", default)
+        if value is None:
+            raise UserError(f"{path} lacks the key {ARCHITECTURE}.{key}.")
+        return value
+
+    num_layers, d_model, num_heads = get("block_count"), get("embedding_length"), get("attention.head_count")
+    head_dim = get("attention.key_length", d_model // max(num_heads, 1))
+    data = {
+        "vocab_size": rows,
+        "num_layers": num_layers,
+        "d_model": d_model,
+        "num_heads": num_heads,
+        "num_kv_heads": get("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "d_ff": get("feed_forward_length"),
+        "sliding_window": get("attention.sliding_window", 4096),
+        "query_pre_attn_scalar": query_pre_attn_scalar(num_layers, d_model, max(num_heads, 1), head_dim),
+        "attn_logit_softcap": get("attn_logit_softcapping", 50.0),
+        "final_logit_softcap": get("final_logit_softcapping", 30.0),
+        "rope_base": get("rope.freq_base", 10_000.0),
+        "norm_eps": get("attention.layer_norm_rms_epsilon"),
+    }
+    return build(ModelConfig, data, path)

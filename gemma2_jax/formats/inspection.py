@@ -1,0 +1,131 @@
+"""What a checkpoint holds, told without reading its weights."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from gemma2_jax.checkpoints.store import latest_step
+from gemma2_jax.config import UserError
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.formats.gguf_header import Header, read_header
+from gemma2_jax.formats.layouts import GGUF, expand
+from gemma2_jax.formats.load import load_tokenizer, open_source
+from gemma2_jax.formats.run import RunSource
+from gemma2_jax.formats.source import Source, TensorInfo, misfits
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.counts import count_parameters
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Lines of a name and a text each, and what is wrong, a sentence each."""
+
+    lines: list[tuple[str, str]]
+    problems: list[str]
+
+
+def inspect(path: str | Path, published: Mapping[str, ModelConfig]) -> Inspection:
+    """Look at a checkpoint of any kind, GGUF included.
+
+    Args:
+        published: the models to compare sizes with, by name.
+
+    Raises:
+        UserError: there is no checkpoint at `path`, or what it says of itself is no Gemma 2.
+    """
+    if Path(path).suffix == ".gguf":
+        return _inspect_gguf(Path(path), read_header(path), published)
+    source = open_source(path)
+    problems = source.problems()
+    lines = [
+        ("kind", source.kind),
+        ("path", str(source.path)),
+        *([("step", f"{latest_step(source.path):,}")] if isinstance(source, RunSource) else []),
+        ("files", _files(source)),
+        *_model(source.config, source.tensors, published),
+    ]
+    try:
+        tokenizer = load_tokenizer(source)
+        lines.append(("tokenizer", f"{source.tokenizer}, {_describe(tokenizer)}"))
+    except UserError as error:
+        lines.append(("tokenizer", "none" if source.tokenizer is None else "does not fit"))
+        problems.append(str(error))
+    return Inspection(lines, problems)
+
+
+def _inspect_gguf(path: Path, header: Header, published: Mapping[str, ModelConfig]) -> Inspection:
+    lines = [
+        ("kind", "GGUF"),
+        ("path", str(path)),
+        ("name", header.name or "none"),
+        ("files", f"1 of {_size(path.stat().st_size)}"),
+        *_model(header.config, header.tensors, published),
+        ("tokenizer", f"in the file, {header.num_tokens:,} tokens"),
+    ]
+    problems = misfits(path, expand(GGUF, header.config), header.tensors)
+    if header.num_tokens != header.config.num_tokens:
+        problems.append(
+            f"{path} has a tokenizer of {header.num_tokens} tokens, and the model {header.config.num_tokens}."
+        )
+    return Inspection(lines, problems)
+
+
+def _model(
+    config: ModelConfig, tensors: Mapping[str, TensorInfo], published: Mapping[str, ModelConfig]
+) -> list[tuple[str, str]]:
+    counts = count_parameters(config)
+    dtypes = Counter(info.dtype for info in tensors.values())
+    lines = [
+        ("dtype", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.most_common())),
+        ("model", _sizes(config)),
+        (
+            "parameters",
+            f"{counts.total:,} ({counts.embedding:,} embedding + {counts.non_embedding:,} other)",
+        ),
+    ]
+    for name, other in published.items():
+        if (other.num_layers, other.d_model) == (config.num_layers, config.d_model):
+            lines.append((name, _compared(config, other)))
+            return lines
+    lines.append(("published", f"no model of these sizes; known: {', '.join(published)}"))
+    return lines
+
+
+def _compared(config: ModelConfig, other: ModelConfig) -> str:
+    counts = count_parameters(other)
+    text = f"{counts.total:,} parameters in the report ({counts.embedding:,} + {counts.non_embedding:,})"
+    differences = [
+        f"{field.name} {getattr(config, field.name)}, published {getattr(other, field.name)}"
+        for field in fields(ModelConfig)
+        if getattr(config, field.name) != getattr(other, field.name)
+    ]
+    return f"{text}; {'; '.join(differences) if differences else 'the same model'}"
+
+
+def _sizes(config: ModelConfig) -> str:
+    padding = f" of which {config.vocab_padding} padding" if config.vocab_padding else ""
+    return (
+        f"{config.num_layers} layers of width {config.d_model}, {config.num_heads}/{config.num_kv_heads} heads of "
+        f"{config.head_dim}, feed-forward {config.d_ff}, window {config.sliding_window}, "
+        f"{config.vocab_size:,} rows{padding}"
+    )
+
+
+def _files(source: Source) -> str:
+    places = {info.file for info in source.tensors.values()}
+    files = [file for place in places for file in (place.rglob("*") if place.is_dir() else [place])]
+    files = [file for file in files if file.is_file()]
+    return f"{len(files)} of {_size(sum(file.stat().st_size for file in files))}"
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:,.4g} {unit}"
+        count /= 1000
+    return f"{count:,.2f} GB"
+
+
+def _describe(tokenizer: Tokenizer) -> str:
+    return f"{tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]}"

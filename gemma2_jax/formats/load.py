@@ -1,0 +1,186 @@
+"""From a checkpoint of any kind to a model on devices, one weight of one layer at a time."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gemma2_jax.checkpoints import store
+from gemma2_jax.config import UserError
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.formats import hub
+from gemma2_jax.formats.deepmind import DeepMindSource, is_orbax
+from gemma2_jax.formats.huggingface import CONFIG_FILE, HuggingFaceSource
+from gemma2_jax.formats.run import RunSource
+from gemma2_jax.formats.source import Source, all_places
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.vocabulary import check_tokens, resize_rows
+from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+
+
+def open_source(path: str | Path) -> Source:
+    """The checkpoint at `path`, or of that name on the Hugging Face hub, whatever kind it is of.
+
+    Raises:
+        UserError: there is none, or none of a known kind.
+    """
+    folder = Path(path)
+    if not folder.exists() and hub.is_hub_name(str(path)):
+        folder = hub.download(str(path))
+    if (folder / store.CONFIG_FILE).exists():
+        return RunSource(folder)
+    if (folder / CONFIG_FILE).exists():
+        return HuggingFaceSource(folder)
+    if is_orbax(folder):
+        return DeepMindSource(folder)
+    what = "holds no checkpoint that is known" if folder.is_dir() else "is not a folder"
+    raise UserError(
+        f"{path} {what}; accepted: a run folder, a Hugging Face folder with config.json and *.safetensors or its "
+        "name on the hub, and DeepMind's Orbax checkpoint."
+    )
+
+
+def load(path: str | Path, dtype: Any = "float32", mesh: Mesh | None = None) -> tuple[Gemma2, Tokenizer]:
+    """The model and the tokenizer of a checkpoint of any kind.
+
+    Args:
+        path: its folder, or its name on the Hugging Face hub.
+        dtype: that the weights are converted to.
+        mesh: that they are laid out on; by default the first device of this process alone.
+
+    Raises:
+        UserError: the checkpoint is not whole, is no Gemma 2, or has no fitting tokenizer.
+    """
+    source = open_source(path)
+    tokenizer = load_tokenizer(source)
+    return Gemma2(source.config, load_params(source, source.config, dtype, mesh)), tokenizer
+
+
+def load_tokenizer(source: Source, path: str | Path | None = None) -> Tokenizer:
+    """The checkpoint's tokenizer, or the one at `path` for it. Raises UserError if its size is not the model's."""
+    path = source.tokenizer if path is None else path
+    if path is None:
+        raise UserError(f"{source.path} has no tokenizer.model, the SentencePiece file of Gemma's tokenizer.")
+    tokenizer = Tokenizer.load(path)
+    check_tokens(source.config, tokenizer.vocab_size, str(path))
+    return tokenizer
+
+
+def open_for(tokenizer: Tokenizer, path: str | Path, key: str) -> Source:
+    """The checkpoint at `path`, which the setting `key` names, for a run with this tokenizer.
+
+    Raises:
+        UserError: as `open_source`, or the checkpoint has another tokenizer.
+    """
+    source = open_source(path)
+    theirs = load_tokenizer(source)
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{key} {path} has the tokenizer {theirs.fingerprint[:12]} of {theirs.vocab_size} tokens, and "
+            f"tokenizer.path is {tokenizer.fingerprint[:12]} of {tokenizer.vocab_size}; both must be the same."
+        )
+    return source
+
+
+def load_params(
+    source: Source,
+    config: ModelConfig,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """The parameters of a checkpoint, laid out like `model/weights.py`, for a model of this configuration.
+
+    A host holds what its own devices get and one tensor of the file at a time.
+
+    Args:
+        config: the source's own, but for padding of the vocabulary, which is cut or filled with zeros.
+        dtype, mesh: as in `load`.
+        progress: told how many weights are read, and of how many.
+
+    Raises:
+        UserError: the checkpoint is not whole, or of another model.
+    """
+    source.check()
+    _check_same_model(source, config)
+    if mesh is None:
+        mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
+    target = abstract_params(source.config, dtype, mesh)
+    if isinstance(source, RunSource):
+        params = store.load_params(source.path, target)  # Orbax reads each device's part
+    else:
+        params = _load_weights(source, target, progress)
+    params, _ = resize_rows(params, source.config, config.vocab_size)
+    return params
+
+
+def _load_weights(source: Source, target: Any, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    places = list(all_places(source.config))
+    for done, place in enumerate(places, 1):
+        leaf, branch, name = _find(target, params, place.path)
+        part = source.weight(place)
+        if place.pair is None:
+            branch[name] = _converter(leaf.dtype, leaf.sharding)(_put(part, leaf.sharding))
+        else:
+            if name not in branch:
+                branch[name] = _zeros(leaf)
+            sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+            branch[name] = _setter(leaf.sharding)(branch[name], _put(part, sharding), place.pair)
+        progress(done, len(places))
+    return params
+
+
+def _check_same_model(source: Source, config: ModelConfig) -> None:
+    ours = replace(config, vocab_size=config.num_tokens, vocab_padding=0)
+    theirs = replace(source.config, vocab_size=source.config.num_tokens, vocab_padding=0)
+    for field in fields(ModelConfig):
+        wanted, found = getattr(ours, field.name), getattr(theirs, field.name)
+        if wanted != found:
+            if field.name == "vocab_size":
+                raise UserError(
+                    f"{source.path} holds a model of {found} tokens, and the configuration's has {wanted}."
+                )
+            raise UserError(
+                f"{source.path} holds a model of {field.name} {found}, and the configuration's has {wanted}."
+            )
+
+
+def _find(target: Any, params: dict[str, Any], path: str) -> tuple[Any, dict[str, Any], str]:
+    """The leaf of `target` at `path`, and where to put it in `params`, made if it is not there yet."""
+    *above, name = path.split("/")
+    for key in above:
+        target, params = target[key], params.setdefault(key, {})
+    return target[name], params, name
+
+
+def _put(part: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host's array on devices; each process gives its own devices their parts."""
+    return jax.make_array_from_callback(part.shape, sharding, lambda index: np.ascontiguousarray(part[index]))
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
+
+
+@cache
+def _converter(dtype: Any, sharding: NamedSharding) -> Any:
+    return jax.jit(lambda array: array.astype(dtype), out_shardings=sharding)
+
+
+@cache
+def _setter(sharding: NamedSharding) -> Any:
+    """Writes one pair's weight into a stack, in place."""
+
+    def write(stack: jax.Array, part: jax.Array, pair: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, part.astype(stack.dtype), pair, 0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)

@@ -1,0 +1,136 @@
+"""A checkpoint of any kind, as something that gives our weights one at a time."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gemma2_jax.config import UserError
+from gemma2_jax.formats.layouts import Entry, Place, Tensor, expand
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.weights import abstract_params
+
+DTYPES = ("float32", "bfloat16", "float16")  # that the weights of a checkpoint may have
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file says about a tensor before it is read.
+
+    Attributes:
+        dtype: its name as numpy has it, or as the file has it if numpy does not know it.
+        file: where it lies.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+
+class Source(ABC):
+    """A checkpoint that can be read.
+
+    Attributes:
+        kind: what this kind of checkpoint is called.
+        path: its folder.
+        config: of the model in it.
+        tokenizer: its SentencePiece model file, or None if it has none.
+        tensors: what its files hold, by the names used there.
+    """
+
+    kind: str
+    path: Path
+    config: ModelConfig
+    tokenizer: Path | None
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def dtype(self) -> str:
+        """The widest dtype among the tensors: what holds every weight as it is."""
+        return min((info.dtype for info in self.tensors.values()), key=DTYPES.index)
+
+    @abstractmethod
+    def problems(self) -> list[str]:
+        """What is wrong with the tensors, a sentence each; found without reading one."""
+
+    @abstractmethod
+    def weight(self, place: Place) -> np.ndarray:
+        """One weight of one layer, or of the whole model, in our layout and the checkpoint's dtype.
+
+        Raises:
+            UserError: the file does not give it up.
+        """
+
+    def check(self) -> None:
+        """Raises UserError with the first of the `problems`, and how many more there are."""
+        problems = self.problems()
+        if problems:
+            more = f" ({len(problems) - 1} more: see `gemma2 inspect {self.path}`)" if problems[1:] else ""
+            raise UserError(f"{problems[0].removesuffix('.')}{more}.")
+
+
+class ForeignSource(Source):
+    """A checkpoint whose tensors a table in `layouts.py` describes.
+
+    Args:
+        layout: the names and axes of its tensors.
+    """
+
+    def __init__(self, layout: Sequence[Tensor]) -> None:
+        self.entries = expand(layout, self.config)
+        self._entry_of: dict[Place, tuple[str, int]] = {
+            place: (name, position)
+            for name, entry in self.entries.items()
+            for position, place in enumerate(entry.places)
+        }
+
+    @abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """A tensor of the checkpoint as it is there."""
+
+    def weight(self, place: Place) -> np.ndarray:
+        name, position = self._entry_of[place]
+        return self.entries[name].split(self.read(name))[position]
+
+    def problems(self) -> list[str]:
+        found = misfits(self.path, self.entries, self.tensors)
+        return found + [
+            f"{info.file} holds {name} as {info.dtype}; accepted: {', '.join(DTYPES)}."
+            for name, info in self.tensors.items()
+            if info.dtype not in DTYPES
+        ]
+
+
+def misfits(path: Path, entries: Mapping[str, Entry], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Tensors that are missing, misshaped or superfluous at `path`, a sentence each."""
+    found = []
+    for name, entry in entries.items():
+        if name not in tensors:
+            found.append(f"{path} lacks the tensor {name} of shape {list(entry.shape)}.")
+        elif tensors[name].shape != entry.shape:
+            found.append(
+                f"{tensors[name].file} holds {name} of shape {list(tensors[name].shape)}, where the model has "
+                f"{list(entry.shape)}."
+            )
+    for name, info in tensors.items():
+        if name not in entries:
+            found.append(f"{info.file} holds the tensor {name}, which this model does not have.")
+    return found
+
+
+def all_places(config: ModelConfig) -> Iterator[Place]:
+    """Every weight of a model, the embedding first and then layer by layer."""
+    paths = [
+        "/".join(entry.key for entry in path)
+        for path, _ in jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
+    ]
+    stacked = [path for path in paths if path.startswith("pairs/")]
+    for path in paths:
+        if path not in stacked:
+            yield Place(path, None)
+    for pair in range(config.num_pairs):
+        for path in stacked:
+            yield Place(path, pair)

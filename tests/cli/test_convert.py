@@ -1,0 +1,67 @@
+"""The verbs convert and inspect as they are typed."""
+
+import shutil
+import sys
+
+import pytest
+
+from gemma2_jax.cli.main import main
+from gemma2_jax.formats.run import write_run
+from tests.model.models import vivid
+
+
+@pytest.fixture(scope="module")
+def run_folder(toy_run, tokenizer_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "run"
+    write_run(folder, toy_run.model, vivid(toy_run.model).params(), tokenizer_config.path)
+    return folder
+
+
+def test_a_run_goes_out_and_comes_back(run_folder, tmp_path, capsys):
+    assert main(["convert", str(run_folder), str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(
+        f"{tmp_path}/hf: 24 weights from {run_folder} (run folder) as huggingface, bfloat16;"
+    )
+    assert main(["inspect", str(tmp_path / "hf")]) == 0
+    shown = capsys.readouterr().out
+    assert "Hugging Face" in shown
+    assert "gemma2_27b" in shown
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
+    texts = set()
+    for folder in ("hf", "back"):
+        generate = [
+            "generate",
+            "--checkpoint",
+            str(tmp_path / folder),
+            "--prompt",
+            "the model",
+            "--temperature=0",
+        ]
+        capsys.readouterr()
+        assert main([*generate, "--max-new-tokens", "8"]) == 0
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 1
+    assert texts.pop().startswith("the model")
+
+
+def test_mistakes_are_one_sentence(run_folder, tmp_path, capsys):
+    assert main(["convert", str(run_folder), str(run_folder)]) == 1
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert main(["inspect", "google/gemma-2-2b-nowhere.gguf"]) == 1
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith("gemma2: ")
+
+
+def test_what_is_wrong_is_shown_and_the_exit_code_tells(run_folder, tmp_path, capsys):
+    shutil.copytree(run_folder, tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.model").unlink()
+    assert main(["inspect", str(tmp_path / "run")]) == 1
+    assert "problem      " in capsys.readouterr().out
+
+
+def test_without_the_extra_for_gguf(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert main(["convert", str(run_folder), str(tmp_path / "a.gguf")]) == 1
+    assert "needs the extra gguf" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

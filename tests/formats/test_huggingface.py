@@ -1,0 +1,182 @@
+"""Hugging Face folders: what is read, what is refused, what is written."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gemma2_jax.config import UserError
+from gemma2_jax.formats.huggingface import HuggingFaceSource, config_json, read_config, write_shards
+from gemma2_jax.formats.load import load, load_params, open_source
+
+WEIGHTS = "model.safetensors"
+
+
+def edit_config(folder, **values):
+    path = folder / "config.json"
+    data = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+    return path
+
+
+def edit_weights(folder, **changes):
+    tensors = load_file(folder / WEIGHTS)
+    for name, change in changes.items():
+        name = name.replace("__", ".")
+        tensors[name] = change(tensors.get(name))
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
+
+
+def test_read_as_written(exported, small, params):
+    source = open_source(exported)
+    assert isinstance(source, HuggingFaceSource)
+    assert (source.config, source.dtype, source.problems()) == (small, "bfloat16", [])
+    jax.tree.map(np.testing.assert_array_equal, load_params(source, small, "bfloat16"), params)
+
+
+@pytest.mark.parametrize("window", [7, None])
+def test_config_there_and_back(tmp_path, small, window):
+    config = replace(small, sliding_window=window, query_pre_attn_scalar=144, rope_base=5e4, norm_eps=1e-5)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_json(config, "float32")))
+    assert read_config(path) == config
+
+
+def test_an_older_config_without_constants(hf_folder, small):
+    """As transformers fills them in: those of the 2B and 9B."""
+    gone = dict.fromkeys(
+        ["query_pre_attn_scalar", "attn_logit_softcapping", "layer_types", "rope_theta", "hidden_activation"],
+        ...,
+    )
+    path = edit_config(hf_folder, **gone)
+    assert read_config(path) == replace(small, query_pre_attn_scalar=256)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"model_type": "gemma"}, "has model_type 'gemma'; accepted: 'gemma2'."),
+        ({"tie_word_embeddings": False}, "has tie_word_embeddings False; Gemma 2 has True."),
+        ({"attention_bias": True}, "has attention_bias True; Gemma 2 has False."),
+        ({"hidden_activation": "gelu"}, "has hidden_activation 'gelu'; Gemma 2 has 'gelu_pytorch_tanh'."),
+        ({"num_hidden_layers": ...}, "has num_hidden_layers None; it must be a whole number."),
+        ({"attn_logit_softcapping": None}, "has attn_logit_softcapping None; it must be a number."),
+        (
+            {"num_hidden_layers": 3, "layer_types": ...},
+            "is no Gemma 2: model.num_layers is 3; it must be even",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "has RoPE of type 'yarn'; Gemma 2 has 'default'."),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            "accepted: sliding_attention and full_attention in turns",
+        ),
+    ],
+)
+def test_a_config_that_is_no_gemma_2(hf_folder, values, sentence):
+    path = edit_config(hf_folder, **values)
+    with pytest.raises(UserError) as caught:
+        open_source(hf_folder)
+    assert str(caught.value).startswith(str(path))
+    assert sentence in str(caught.value)
+
+
+NORM, QUERY = "model__norm__weight", "model__layers__2__self_attn__q_proj__weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({NORM: lambda _: None}, "{folder} lacks the tensor model.norm.weight of shape [32]."),
+        (
+            {"model__bias": lambda _: np.zeros(3, np.float32)},
+            "{folder}/model.safetensors holds the tensor model.bias, which this model does not have.",
+        ),
+        (
+            {QUERY: lambda w: w.reshape(16, -1)},
+            "{folder}/model.safetensors holds model.layers.2.self_attn.q_proj.weight of shape [16, 64], where the "
+            "model has [32, 32].",
+        ),
+        (
+            {NORM: lambda w: w.astype(np.int8)},
+            "{folder}/model.safetensors holds model.norm.weight as I8; accepted: float32, bfloat16, float16.",
+        ),
+        (
+            {"lm_head__weight": lambda _: np.zeros((400, 32), np.float32)},
+            "{folder}/model.safetensors holds lm_head.weight apart from the embedding, which Gemma 2 ties to it.",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(hf_folder, small, changes, sentence):
+    edit_weights(hf_folder, **changes)
+    source = open_source(hf_folder)
+    assert source.problems() == [sentence.format(folder=hf_folder)]
+    with pytest.raises(UserError):
+        load_params(source, small, "float32")
+
+
+def test_an_embedding_saved_twice_is_taken(hf_folder):
+    embedding = load_file(hf_folder / WEIGHTS)["model.embed_tokens.weight"]
+    edit_weights(hf_folder, lm_head__weight=lambda _: embedding)
+    assert open_source(hf_folder).problems() == []
+
+
+def test_files_that_are_cut_or_missing(hf_folder):
+    weights = hf_folder / WEIGHTS
+    whole = weights.read_bytes()
+    for content in (whole[:-100], whole[:50], b"", b"PK\3\4 no safetensors at all"):
+        weights.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{weights} is cut off or no safetensors file: .*\.$"):
+            open_source(hf_folder)
+    weights.rename(hf_folder / "pytorch_model.bin")
+    with pytest.raises(
+        UserError, match=r"holds no \*.safetensors; other files of weights, which may run code"
+    ):
+        open_source(hf_folder)
+
+
+def test_shards(exported, hf_folder, small, params):
+    tensors = load_file(exported / WEIGHTS)
+    (hf_folder / WEIGHTS).unlink()
+    write_shards(hf_folder, iter(tensors.items()), {name: t.nbytes for name, t in tensors.items()}, 40_000)
+    index = json.loads((hf_folder / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in hf_folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files == sorted(set(index["weight_map"].values()))
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    jax.tree.map(
+        np.testing.assert_array_equal, load_params(open_source(hf_folder), small, "bfloat16"), params
+    )
+
+    last = hf_folder / files[-1]
+    kept = last.read_bytes()
+    last.unlink()
+    with pytest.raises(UserError, match=rf"{last} does not exist"):
+        open_source(hf_folder)
+    save_file({"other": np.zeros(2)}, last)
+    with pytest.raises(
+        UserError, match=rf"{last} lacks the tensor model.*, which .*index.json says is there"
+    ):
+        open_source(hf_folder)
+    last.write_bytes(kept[:-10])
+    with pytest.raises(UserError, match="cut off"):
+        open_source(hf_folder)
+
+
+def test_a_tokenizer_of_another_size(hf_folder):
+    edit_config(hf_folder, vocab_size=401)
+    edit_weights(hf_folder, model__embed_tokens__weight=lambda w: np.concatenate([w, w[:1]]))
+    with pytest.raises(UserError, match=r"tokenizer.model has 400 tokens and the model 401"):
+        load(hf_folder)
+    (hf_folder / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"hf has no tokenizer.model"):
+        load(hf_folder)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "\xff"])
+def test_a_config_that_is_no_json(hf_folder, content):
+    (hf_folder / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"config.json (is not valid JSON|holds no JSON object)\.$"):
+        open_source(hf_folder)

@@ -1,0 +1,85 @@
+"""A run that begins with the weights of a checkpoint of another kind."""
+
+from dataclasses import replace
+
+import jax
+import pytest
+
+from gemma2_jax.checkpoints.store import load_model
+from gemma2_jax.config import UserError
+from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.data.tokenizer import train_tokenizer
+from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.formats.convert import convert
+from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from gemma2_jax.training.loop import train
+from gemma2_jax.training.metrics import read_metrics
+from gemma2_jax.training.step import build_evaluation_step
+from gemma2_jax.training.validation import on_mesh
+
+
+@pytest.fixture(scope="module")
+def sharded(toy_run):
+    return replace(toy_run, mesh=MeshConfig(1, 4, 2), optimizer=replace(toy_run.optimizer, warmup_steps=1))
+
+
+@pytest.fixture(scope="module")
+def released(sharded, tmp_path_factory):
+    """A trained run and its Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("released")
+    train(
+        replace(
+            sharded, output=str(folder / "run"), training=replace(sharded.training, steps=3, eval_every=3)
+        )
+    )
+    convert(folder / "run", folder / "hf")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["run", "hf"])
+def test_the_first_loss_is_that_of_the_weights(sharded, released, tmp_path, kind):
+    mesh = build_mesh(sharded.mesh)
+    with jax.set_mesh(mesh):
+        model = load_model(released / "run", mesh=mesh)
+        batch = on_mesh(next(train_batches(sharded.data)), mesh)
+        sums = build_evaluation_step(sharded.compute, sharded.distill, 48)(model, None, batch)
+    config = replace(
+        sharded,
+        output=str(tmp_path / "continued"),
+        training=replace(sharded.training, steps=2, eval_every=2, init_from=str(released / kind)),
+    )
+    train(config)
+    first = read_metrics(config.output)[0]
+    assert first["loss"] == pytest.approx(float(sums["cross_entropy"] / sums["tokens"]), rel=1e-5)
+
+
+def test_a_teacher_of_another_kind(sharded, released, tmp_path):
+    """A student that begins as its teacher has nothing to learn."""
+    config = replace(
+        sharded,
+        output=str(tmp_path / "student"),
+        objective=ObjectiveConfig(0.0, 1.0, 1.0, 48),
+        distill=DistillConfig(str(released / "hf"), "float32"),
+        training=replace(sharded.training, steps=1, eval_every=1, init_from=str(released / "run")),
+    )
+    train(config)
+    assert abs(read_metrics(config.output)[0]["kl"]) < 1e-6
+
+
+def test_another_model_or_tokenizer_is_refused(sharded, released, texts, tmp_path):
+    other = replace(sharded.training, init_from=str(released / "hf"))
+    with pytest.raises(UserError, match=r"hf holds a model of d_ff 64, and the configuration's has 72"):
+        train(
+            replace(
+                sharded, output=str(tmp_path / "a"), training=other, model=replace(sharded.model, d_ff=72)
+            )
+        )
+    folder = tmp_path / "other"
+    convert(released / "run", folder, "run")
+    train_tokenizer(texts[:60], folder / "tokenizer.model", 400)
+    other = replace(sharded.training, init_from=str(folder))
+    with pytest.raises(
+        UserError, match=r"^training.init_from .* of 400 tokens, and tokenizer.path is .* same"
+    ):
+        train(replace(sharded, output=str(tmp_path / "b"), training=other))
