@@ -123,9 +123,18 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The content of config.json but for `token_ids`; `read_config` gives the same model back."""
+    """The content of config.json but for `token_ids`; `read_config` gives the same model back.
+
+    Raises:
+        UserError: queries are scaled by what transformers does not take.
+    """
+    if not float(config.query_pre_attn_scalar).is_integer():
+        raise UserError(
+            f"model.query_pre_attn_scalar is {config.query_pre_attn_scalar}, and transformers takes whole numbers only."
+        )
     values = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
     values |= {theirs: getattr(config, ours) for ours, (theirs, _) in _CONSTANTS.items()}
+    values["query_pre_attn_scalar"] = int(config.query_pre_attn_scalar)
     kinds = ("full_attention" if config.sliding_window is None else "sliding_attention", "full_attention")
     return {
         "architectures": ["Gemma2ForCausalLM"],

@@ -45,6 +45,13 @@ def test_config_there_and_back(tmp_path, small, window):
     assert read_config(path) == config
 
 
+def test_a_query_scale_that_transformers_does_not_take(small):
+    with pytest.raises(
+        UserError, match=r"query_pre_attn_scalar is 8.5, and transformers takes whole numbers"
+    ):
+        config_json(replace(small, query_pre_attn_scalar=8.5), "float32")
+
+
 def test_an_older_config_without_constants(hf_folder, small):
     """As transformers fills them in: those of the 2B and 9B."""
     gone = dict.fromkeys(

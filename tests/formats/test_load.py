@@ -32,7 +32,10 @@ def test_a_model_in_three_lines(exported, run_folder, params):
     for folder in (exported, run_folder):
         model, tokenizer = load(folder, dtype="bfloat16")
         jax.tree.map(np.testing.assert_array_equal, model.params(), params)
-        assert model(jax.numpy.array([tokenizer.encode("the model", bos=True)])).shape[-1] == tokenizer.vocab_size
+        assert (
+            model(jax.numpy.array([tokenizer.encode("the model", bos=True)])).shape[-1]
+            == tokenizer.vocab_size
+        )
 
 
 def test_rows_are_padded_and_cut(exported, small, params, tmp_path):
