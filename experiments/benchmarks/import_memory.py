@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -66,23 +67,39 @@ def read(folder: Path, dtype: str) -> dict[str, float]:
     }
 
 
+def _config(name: str, shrink: int) -> ModelConfig:
+    config = without_padding(load(ModelConfig, CONFIGS / f"{name}.yaml"))
+    if shrink == 1:
+        return config
+    return replace(
+        config, vocab_size=config.vocab_size // shrink, d_ff=config.d_ff // shrink, num_layers=4
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="gemma2_2b", help="a name in configs/model")
+    parser.add_argument(
+        "--shrink",
+        type=int,
+        default=1,
+        metavar="N",
+        help="to try the script: 4 layers, vocabulary and feed-forward width divided by N",
+    )
     # What the processes of their own are told; a process counts its parent's peak as its own, so that the parent
     # does nothing but wait.
     parser.add_argument("--write", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--read", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.write:
-        write(Path(arguments.write), without_padding(load(ModelConfig, CONFIGS / f"{arguments.model}.yaml")))
+        write(Path(arguments.write), _config(arguments.model, arguments.shrink))
         return
     if arguments.read:
         print(json.dumps(read(Path(arguments.read[0]), arguments.read[1])))
         return
-    itself = [sys.executable, __file__, "--model", arguments.model]
+    itself = [sys.executable, __file__, "--model", arguments.model, "--shrink", str(arguments.shrink)]
     with tempfile.TemporaryDirectory() as name:
         subprocess.run([*itself, "--write", name], check=True)
         print(f"{'':12}{'weights GB':>12}{'peak GB':>12}{'beyond':>12}{'seconds':>12}")

@@ -41,6 +41,10 @@ def test_data_throughput(corpus: Path):
     assert min(figures.values()) > 0
 
 
+def test_import_memory():
+    assert list(rows("import_memory.py", "--shrink=64")) == ["bfloat16", "float32"]
+
+
 @pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("torch", "transformers")),
     reason="compares with the extra `reference`: pip install -e '.[reference]'",
