@@ -71,9 +71,7 @@ def _config(name: str, shrink: int) -> ModelConfig:
     config = without_padding(load(ModelConfig, CONFIGS / f"{name}.yaml"))
     if shrink == 1:
         return config
-    return replace(
-        config, vocab_size=config.vocab_size // shrink, d_ff=config.d_ff // shrink, num_layers=4
-    )
+    return replace(config, vocab_size=config.vocab_size // shrink, d_ff=config.d_ff // shrink, num_layers=4)
 
 
 def main() -> None:

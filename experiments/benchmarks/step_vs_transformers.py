@@ -181,37 +181,18 @@ class TheirSide:
         return out[0, PROMPT:].tolist()
 
 
-def our_params(state: Any) -> dict[str, Any]:
+def our_params(state: Any, config: Any) -> dict[str, Any]:
     """A Gemma2ForCausalLM's state dict as our nested dict, laid out like `gemma2_jax.model.weights.WEIGHTS`."""
-    D, N, K, H = (SIZES[name] for name in ("d_model", "num_heads", "num_kv_heads", "head_dim"))
-    # Linear layers hold [outputs, inputs], with the heads of a projection in one axis.
-    names = {
-        "pre_attention_norm/scale": ("input_layernorm", lambda w: w),
-        "attention/query": ("self_attn.q_proj", lambda w: w.T.reshape(D, N, H)),
-        "attention/key": ("self_attn.k_proj", lambda w: w.T.reshape(D, K, H)),
-        "attention/value": ("self_attn.v_proj", lambda w: w.T.reshape(D, K, H)),
-        "attention/output": ("self_attn.o_proj", lambda w: w.T.reshape(N, H, D)),
-        "post_attention_norm/scale": ("post_attention_layernorm", lambda w: w),
-        "pre_mlp_norm/scale": ("pre_feedforward_layernorm", lambda w: w),
-        "mlp/gate": ("mlp.gate_proj", lambda w: w.T),
-        "mlp/up": ("mlp.up_proj", lambda w: w.T),
-        "mlp/down": ("mlp.down_proj", lambda w: w.T),
-        "post_mlp_norm/scale": ("post_feedforward_layernorm", lambda w: w),
-    }
-
-    def weight(path: str) -> Any:
-        if path == "embedder/embedding":
-            return state["model.embed_tokens.weight"].numpy()
-        if path == "final_norm/scale":
-            return state["model.norm.weight"].numpy()
-        _, kind, rest = path.split("/", 2)
-        name, convert = names[rest]
-        layers = range(kind == "global_block", SIZES["num_layers"], 2)
-        return np.stack([convert(state[f"model.layers.{layer}.{name}.weight"].numpy()) for layer in layers])
-
+    from gemma2_jax.formats.layouts import HUGGINGFACE, expand
     from gemma2_jax.model.weights import map_weights
 
-    return map_weights(lambda path, _: weight(path))
+    weights: dict[str, list[Any]] = {}  # by path; of a weight that every pair of layers has, in their order
+    for name, entry in expand(HUGGINGFACE, config).items():
+        for place, part in zip(entry.places, entry.split(state[name].numpy()), strict=True):
+            weights.setdefault(place.path, []).append(part)
+    return map_weights(
+        lambda path, _: np.stack(weights[path]) if path.startswith("pairs/") else weights[path][0]
+    )
 
 
 class OurSide:
@@ -241,7 +222,7 @@ class OurSide:
         def init(params: Any) -> TrainState:
             return TrainState(jax.numpy.int32(0), params, optimizer.init(params))
 
-        self.state = jax.jit(init, out_shardings=state_shardings(abstract))(our_params(state))
+        self.state = jax.jit(init, out_shardings=state_shardings(abstract))(our_params(state, config.model))
         tokens = work.tokens()
         shape = (work.batch, work.length)
         self.batch = Batch(
