@@ -23,12 +23,13 @@ import jax
 import numpy as np
 
 from gemma2_jax.config import load
-from gemma2_jax.formats.convert import SHARD_BYTES, without_padding
+from gemma2_jax.formats.convert import SHARD_BYTES
 from gemma2_jax.formats.huggingface import CONFIG_FILE, config_json, write_shards
 from gemma2_jax.formats.layouts import HUGGINGFACE, expand
 from gemma2_jax.formats.load import load_params, open_source
 from gemma2_jax.machine import peak_memory_gib
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.vocabulary import without_padding
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 DTYPES = ("bfloat16", "float32")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -18,9 +18,11 @@ from gemma2_jax.formats.run import RunSource, write_run
 from gemma2_jax.formats.source import DTYPES, Source, all_places
 from gemma2_jax.formats.tokenizer_files import write_tokenizer_files
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.vocabulary import without_padding
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 KINDS = ("run", "huggingface", "gguf")
+QUANTISED = ("q8_0", "q4_0")  # encodings that GGUF has beside DTYPES
 SHARD_BYTES = 2 * 10**9  # of safetensors: a shard is in memory while it is written
 
 _ENCODINGS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # what GGUF calls them
@@ -53,7 +55,7 @@ def convert(
         target_path: must not exist; it appears when all is written and compared, or not at all.
         kind: one of KINDS. By default a target that ends in `.gguf` is GGUF, one of our runs becomes a Hugging
             Face folder, and anything else a run folder.
-        dtype: one of DTYPES, or of GGUF's own encodings; the source's by default.
+        dtype: one of DTYPES, or of QUANTISED for GGUF; the source's by default.
         tokenizer_path: a SentencePiece model file, for a source without one.
 
     Raises:
@@ -67,8 +69,11 @@ def convert(
     tokenizer = load_tokenizer(source, tokenizer_path)
     kind = kind or _kind_of(target, source)
     dtype = dtype or source.dtype
-    if dtype not in DTYPES and kind != "gguf":
-        raise UserError(f"dtype {dtype} is for GGUF only; accepted for a {kind} target: {', '.join(DTYPES)}.")
+    if kind not in KINDS:
+        raise UserError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}.")
+    accepted = DTYPES + QUANTISED if kind == "gguf" else DTYPES
+    if dtype not in accepted:
+        raise UserError(f"dtype is {dtype!r}; accepted for a {kind} target: {', '.join(accepted)}.")
     file = Path(tokenizer_path or source.tokenizer or "")
     with replacing(target) as temporary:
         if kind == "run":
@@ -133,11 +138,6 @@ def _write_gguf(
         name,
     )
     gguf.compare_gguf(path, config, _tensors(source, config, entries, progress, "verifying"), encoding)
-
-
-def without_padding(config: ModelConfig) -> ModelConfig:
-    """The same model with no more rows of the embedding than tokens, as other tools expect it."""
-    return replace(config, vocab_size=config.num_tokens, vocab_padding=0)
 
 
 def _tensors(

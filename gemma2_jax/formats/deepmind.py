@@ -9,10 +9,9 @@ import tensorstore as ts
 
 from gemma2_jax.config import UserError
 from gemma2_jax.formats.layouts import deepmind
-from gemma2_jax.formats.source import ForeignSource, TensorInfo
+from gemma2_jax.formats.source import TOKENIZER_FILE, ForeignSource, TensorInfo
 from gemma2_jax.model.config import ModelConfig
 
-TOKENIZER_FILE = "tokenizer.model"
 _ARRAY = "/.zarray"
 _ROWS, _PADDING = 256_128, 128  # rows of the released embeddings, and how many of them belong to no token
 

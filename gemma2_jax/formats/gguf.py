@@ -8,7 +8,6 @@ them: norms stay float32; a matrix whose rows the encoding's blocks of 32 do not
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from gemma2_jax.formats.gguf_header import (
 from gemma2_jax.formats.layouts import CONTEXT, GGUF, expand
 from gemma2_jax.formats.tokenizer_files import parse_model
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.vocabulary import check_tokens
+from gemma2_jax.model.vocabulary import check_tokens, without_padding
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -104,8 +103,7 @@ def _plan(
     config: ModelConfig, encoding: str
 ) -> tuple[dict[str, tuple[int, ...]], "dict[str, GGMLQuantizationType]"]:
     """The shape and the encoding of each tensor of a file."""
-    tokens = replace(config, vocab_size=config.num_tokens, vocab_padding=0)
-    shapes = {tensor: entry.shape for tensor, entry in expand(GGUF, tokens).items()}
+    shapes = {tensor: entry.shape for tensor, entry in expand(GGUF, without_padding(config)).items()}
     return shapes, {tensor: _kind(package(), tensor, shape, encoding) for tensor, shape in shapes.items()}
 
 

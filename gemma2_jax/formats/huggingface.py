@@ -14,13 +14,12 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import write_text
 from gemma2_jax.formats.layouts import CONTEXT, HUGGINGFACE
-from gemma2_jax.formats.source import ForeignSource, TensorInfo
+from gemma2_jax.formats.source import DTYPES, TOKENIZER_FILE, ForeignSource, TensorInfo
 from gemma2_jax.model.config import ModelConfig
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILE = "tokenizer.model"
 
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -42,7 +41,7 @@ _CONSTANTS = {
 _FIXED = {"tie_word_embeddings": True, "attention_bias": False}
 _ACTIVATION = "gelu_pytorch_tanh"
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_LM_HEAD = "lm_head.weight"
+_LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class HuggingFaceSource(ForeignSource):
@@ -73,7 +72,10 @@ class HuggingFaceSource(ForeignSource):
             return found
         # Some tools save the tied embedding a second time.
         found = [problem for problem in found if f" {_LM_HEAD}," not in problem]
-        if not np.array_equal(self.read(_LM_HEAD), self.read("model.embed_tokens.weight")):
+        embedding = self.tensors.get(_EMBEDDING)
+        if embedding is None or not {head.dtype, embedding.dtype} <= {*DTYPES}:
+            return found
+        if not np.array_equal(self.read(_LM_HEAD), self.read(_EMBEDDING)):
             found.append(f"{head.file} holds {_LM_HEAD} apart from the embedding, which Gemma 2 ties to it.")
         return found
 
@@ -86,7 +88,9 @@ class HuggingFaceSource(ForeignSource):
                     f"{self.path} holds no *.safetensors; other files of weights, which may run code, are not read."
                 )
             return {name: info for file in files for name, info in _header(file).items()}
-        names: dict[str, str] = _read_json(index).get("weight_map", {})
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise UserError(f"{index} has no weight_map, from names of tensors to names of files.")
         headers = {file: _header(self.path / file) for file in sorted(set(names.values()))}
         for name, file in names.items():
             if name not in headers[file]:

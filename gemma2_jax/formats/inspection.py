@@ -59,11 +59,13 @@ def _inspect_gguf(path: Path, header: Header, published: Mapping[str, ModelConfi
         ("kind", "GGUF"),
         ("path", str(path)),
         ("name", header.name or "none"),
+        ("encoding", header.encoding),
         ("files", f"1 of {_size(path.stat().st_size)}"),
         *_model(header.config, header.tensors, published),
         ("tokenizer", f"in the file, {header.num_tokens:,} tokens"),
     ]
-    problems = misfits(path, expand(GGUF, header.config), header.tensors)
+    shapes = {name: entry.shape for name, entry in expand(GGUF, header.config).items()}
+    problems = misfits(path, shapes, header.tensors)
     if header.num_tokens != header.config.num_tokens:
         problems.append(
             f"{path} has a tokenizer of {header.num_tokens} tokens, and the model {header.config.num_tokens}."

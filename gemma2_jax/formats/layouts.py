@@ -7,13 +7,11 @@ shapes, and how to cut one of theirs into ours or put ours together into theirs.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import numpy as np
 
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import Weight, dim_sizes, map_weights
+from gemma2_jax.model.weights import dim_sizes, weights_by_path
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ class Entry:
 
 def expand(layout: Sequence[Tensor], config: ModelConfig) -> dict[str, Entry]:
     """Every tensor that a checkpoint of this model has, by name, in an order from the embedding upwards."""
-    dims = _dims_by_path()
+    weights = weights_by_path()
     sizes = dim_sizes(config)
     found = {}
     for tensor in layout:
@@ -157,7 +155,7 @@ def expand(layout: Sequence[Tensor], config: ModelConfig) -> dict[str, Entry]:
                 tensor,
                 tuple(shape),
                 places,
-                _dims=dims[places[0].path].removeprefix("P"),
+                _dims=weights[places[0].path].dims.removeprefix("P"),
                 _sizes=tuple(sizes[d] for d in foreign),
             )
     return found
@@ -167,10 +165,3 @@ def _place(path: str, layer: int | None) -> Place:
     if layer is None:
         return Place(path, None)
     return Place(f"pairs/{'global_block' if layer % 2 else 'local_block'}/{path}", layer // 2)
-
-
-def _dims_by_path() -> dict[str, str]:
-    named: Any = map_weights(lambda path, weight: (path, weight))
-    leaves = jax.tree.leaves(named, is_leaf=lambda leaf: isinstance(leaf, tuple))
-    pairs: list[tuple[str, Weight]] = leaves
-    return {path: weight.dims for path, weight in pairs}

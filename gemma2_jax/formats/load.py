@@ -1,7 +1,7 @@
 """From a checkpoint of any kind to a model on devices, one weight of one layer at a time."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from gemma2_jax.formats.run import RunSource
 from gemma2_jax.formats.source import Source, all_places
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.vocabulary import check_tokens, resize_rows
+from gemma2_jax.model.vocabulary import check_tokens, resize_rows, without_padding
 from gemma2_jax.model.weights import abstract_params
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
@@ -140,8 +140,7 @@ def _load_weights(source: Source, target: Any, progress: Callable[[int, int], No
 
 
 def _check_same_model(source: Source, config: ModelConfig) -> None:
-    ours = replace(config, vocab_size=config.num_tokens, vocab_padding=0)
-    theirs = replace(source.config, vocab_size=source.config.num_tokens, vocab_padding=0)
+    ours, theirs = without_padding(config), without_padding(source.config)
     for field in fields(ModelConfig):
         wanted, found = getattr(ours, field.name), getattr(theirs, field.name)
         if wanted != found:

@@ -12,9 +12,9 @@ from gemma2_jax.checkpoints import store
 from gemma2_jax.config import to_dict, to_yaml
 from gemma2_jax.files import write_text
 from gemma2_jax.formats.layouts import Place
-from gemma2_jax.formats.source import DTYPES, Source, TensorInfo
+from gemma2_jax.formats.source import Source, TensorInfo, misfits, wrong_dtypes
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import abstract_params, dim_sizes, weights_by_path
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 
@@ -39,25 +39,9 @@ class RunSource(Source):
         }
 
     def problems(self) -> list[str]:
-        wanted = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params(self.config))[0]
-        }
-        found = [
-            f"{self.path} lacks the weight {name} of shape {list(shape)}."
-            for name, shape in wanted.items()
-            if name not in self.tensors
-        ]
-        for name, info in self.tensors.items():
-            if name not in wanted:
-                found.append(f"{info.file} holds the weight {name}, which this model does not have.")
-            elif info.shape != wanted[name]:
-                found.append(
-                    f"{info.file} holds {name} of shape {list(info.shape)}, where the model has {list(wanted[name])}."
-                )
-            if info.dtype not in DTYPES:
-                found.append(f"{info.file} holds {name} as {info.dtype}; accepted: {', '.join(DTYPES)}.")
-        return found
+        sizes = dim_sizes(self.config)
+        shapes = {path: tuple(sizes[d] for d in weight.dims) for path, weight in weights_by_path().items()}
+        return misfits(self.path, shapes, self.tensors) + wrong_dtypes(self.tensors)
 
     def weight(self, place: Place) -> np.ndarray:
         leaf: Any = reduce(lambda tree, key: tree[key], place.path.split("/"), self._params)

@@ -5,14 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from gemma2_jax.config import UserError
-from gemma2_jax.formats.layouts import Entry, Place, Tensor, expand
+from gemma2_jax.formats.layouts import Place, Tensor, expand
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import weights_by_path
 
+TOKENIZER_FILE = "tokenizer.model"  # how other tools call a SentencePiece model file
 DTYPES = ("float32", "bfloat16", "float16")  # that the weights of a checkpoint may have
 
 
@@ -49,12 +49,13 @@ class Source(ABC):
 
     @property
     def dtype(self) -> str:
-        """The widest dtype among the tensors: what holds every weight as it is."""
-        return min((info.dtype for info in self.tensors.values()), key=DTYPES.index)
+        """What holds every weight as it is: the tensors' dtype, or float32 if they have several."""
+        found = {info.dtype for info in self.tensors.values()}
+        return found.pop() if len(found) == 1 else "float32"
 
     @abstractmethod
     def problems(self) -> list[str]:
-        """What is wrong with the tensors, a sentence each; found without reading one."""
+        """What is wrong with the tensors, a sentence each; found without reading the weights."""
 
     @abstractmethod
     def weight(self, place: Place) -> np.ndarray:
@@ -96,39 +97,43 @@ class ForeignSource(Source):
         return self.entries[name].split(self.read(name))[position]
 
     def problems(self) -> list[str]:
-        found = misfits(self.path, self.entries, self.tensors)
-        return found + [
-            f"{info.file} holds {name} as {info.dtype}; accepted: {', '.join(DTYPES)}."
-            for name, info in self.tensors.items()
-            if info.dtype not in DTYPES
-        ]
+        shapes = {name: entry.shape for name, entry in self.entries.items()}
+        return misfits(self.path, shapes, self.tensors) + wrong_dtypes(self.tensors)
 
 
-def misfits(path: Path, entries: Mapping[str, Entry], tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Tensors that are missing, misshaped or superfluous at `path`, a sentence each."""
+def misfits(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]
+) -> list[str]:
+    """Tensors that are missing, misshaped or superfluous at `path`, where these are expected; a sentence each."""
     found = []
-    for name, entry in entries.items():
+    for name, shape in shapes.items():
         if name not in tensors:
-            found.append(f"{path} lacks the tensor {name} of shape {list(entry.shape)}.")
-        elif tensors[name].shape != entry.shape:
+            found.append(f"{path} lacks the tensor {name} of shape {list(shape)}.")
+        elif tensors[name].shape != shape:
             found.append(
                 f"{tensors[name].file} holds {name} of shape {list(tensors[name].shape)}, where the model has "
-                f"{list(entry.shape)}."
+                f"{list(shape)}."
             )
     for name, info in tensors.items():
-        if name not in entries:
+        if name not in shapes:
             found.append(f"{info.file} holds the tensor {name}, which this model does not have.")
     return found
 
 
+def wrong_dtypes(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Tensors whose numbers are of no kind that is read, a sentence each."""
+    return [
+        f"{info.file} holds {name} as {info.dtype}; accepted: {', '.join(DTYPES)}."
+        for name, info in tensors.items()
+        if info.dtype not in DTYPES
+    ]
+
+
 def all_places(config: ModelConfig) -> Iterator[Place]:
     """Every weight of a model, the embedding first and then layer by layer."""
-    paths = [
-        "/".join(entry.key for entry in path)
-        for path, _ in jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
-    ]
-    stacked = [path for path in paths if path.startswith("pairs/")]
-    for path in paths:
+    weights = weights_by_path()
+    stacked = [path for path, weight in weights.items() if weight.dims.startswith("P")]
+    for path in weights:
         if path not in stacked:
             yield Place(path, None)
     for pair in range(config.num_pairs):

@@ -30,8 +30,8 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.chat import chat_template
 from gemma2_jax.data.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 from gemma2_jax.files import write_bytes, write_text
+from gemma2_jax.formats.source import TOKENIZER_FILE
 
-MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 
 _MESSAGES: Any = sentencepiece_model_pb2  # whose classes are made when it is imported
@@ -49,7 +49,7 @@ def write_tokenizer_files(folder: str | Path, model: bytes) -> None:
             differently. Nothing is written.
     """
     config = json.dumps(tokenizer_config(model), indent=2, ensure_ascii=False) + "\n"
-    write_bytes(Path(folder) / MODEL_FILE, model)
+    write_bytes(Path(folder) / TOKENIZER_FILE, model)
     write_text(Path(folder) / CONFIG_FILE, config)
 
 

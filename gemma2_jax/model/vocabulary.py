@@ -20,6 +20,11 @@ def check_tokens(config: ModelConfig, tokens: int, tokenizer: str) -> None:
         )
 
 
+def without_padding(config: ModelConfig) -> ModelConfig:
+    """The same model with no more rows of the embedding than tokens."""
+    return replace(config, vocab_size=config.num_tokens, vocab_padding=0)
+
+
 def resize_rows(
     params: Mapping[str, Any], config: ModelConfig, rows: int
 ) -> tuple[dict[str, Any], ModelConfig]:

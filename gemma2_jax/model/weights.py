@@ -83,6 +83,13 @@ def map_weights(function: Callable[[str, Weight], Any]) -> dict[str, Any]:
     )
 
 
+def weights_by_path() -> dict[str, Weight]:
+    """The table without its nesting; those of a pair have a leading P in their dims."""
+    found: dict[str, Weight] = {}
+    map_weights(found.__setitem__)
+    return found
+
+
 def abstract_params(
     config: ModelConfig, dtype: Any = jnp.float32, mesh: Mesh | None = None
 ) -> dict[str, Any]:

@@ -69,7 +69,12 @@ def test_a_source_without_tokenizer(hf_folder, tokenizer_config, tmp_path):
         ({"target_path": "taken"}, "taken exists already; choose another target, or delete it."),
         (
             {"dtype": "q8_0"},
-            "dtype q8_0 is for GGUF only; accepted for a run target: float32, bfloat16, float16.",
+            "dtype is 'q8_0'; accepted for a run target: float32, bfloat16, float16.",
+        ),
+        ({"kind": "gguff"}, "kind is 'gguff'; accepted: run, huggingface, gguf."),
+        (
+            {"kind": "gguf", "dtype": "q4_k"},
+            "dtype is 'q4_k'; accepted for a gguf target: float32, bfloat16, float16, q8_0, q4_0.",
         ),
         ({"source_path": "taken"}, "taken holds no checkpoint that is known; accepted: "),
     ],

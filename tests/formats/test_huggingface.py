@@ -130,6 +130,26 @@ def test_an_embedding_saved_twice_is_taken(hf_folder):
     assert open_source(hf_folder).problems() == []
 
 
+def test_a_second_embedding_without_the_first(hf_folder):
+    embedding = load_file(hf_folder / WEIGHTS)["model.embed_tokens.weight"]
+    edit_weights(hf_folder, lm_head__weight=lambda _: embedding, model__embed_tokens__weight=lambda _: None)
+    assert open_source(hf_folder).problems() == [
+        f"{hf_folder} lacks the tensor model.embed_tokens.weight of shape [400, 32]."
+    ]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"model.norm.weight": 3}}'])
+def test_an_index_without_its_map(hf_folder, content):
+    (hf_folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=r"index.json has no weight_map, from names of tensors"):
+        open_source(hf_folder)
+
+
+def test_several_dtypes_are_held_by_float32(hf_folder):
+    edit_weights(hf_folder, model__norm__weight=lambda w: w.astype(np.float16))
+    assert open_source(hf_folder).dtype == "float32"
+
+
 def test_files_that_are_cut_or_missing(hf_folder):
     weights = hf_folder / WEIGHTS
     whole = weights.read_bytes()

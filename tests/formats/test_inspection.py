@@ -66,7 +66,7 @@ def test_gguf(exported, small, tmp_path):
     found = inspect(tmp_path / "small.gguf", {"tiny": small})
     lines = dict(found.lines)
     assert found.problems == []
-    assert lines["kind"] == "GGUF"
+    assert (lines["kind"], lines["encoding"]) == ("GGUF", "q8_0")
     assert "q8_0" in lines["dtype"]
     assert lines["tiny"].endswith("; the same model")
     assert lines["tokenizer"] == "in the file, 400 tokens"

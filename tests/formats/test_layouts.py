@@ -5,12 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from gemma2_jax.config import load
 from gemma2_jax.formats.layouts import GGUF, HUGGINGFACE, deepmind, expand
 from gemma2_jax.formats.source import all_places
-from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.counts import count_parameters
-from tests.test_imports import ROOT
+from tests.model.models import released
 
 LAYOUTS = {
     "huggingface": HUGGINGFACE,
@@ -18,10 +16,6 @@ LAYOUTS = {
     "deepmind transposed": deepmind(True),
     "gguf": GGUF,
 }
-
-
-def published(name: str) -> ModelConfig:
-    return load(ModelConfig, ROOT / "configs" / "model" / f"{name}.yaml")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -44,15 +38,14 @@ def test_joined_and_split_is_the_same(toy_config, layout):
 @pytest.mark.parametrize(
     ("name", "transposed", "leaves", "shapes"),
     [
-        ("gemma2_2b", False, 236, {"q_einsum": (8, 2304, 256), "kv_einsum": (2, 4, 2304, 256)}),
-        ("gemma2_9b", True, 380, {"q_einsum": (16, 3584, 256), "kv_einsum": (2, 8, 3584, 256)}),
-        ("gemma2_27b", True, 416, {"q_einsum": (32, 4608, 128), "kv_einsum": (2, 16, 4608, 128)}),
+        ("2b", False, 236, {"q_einsum": (8, 2304, 256), "kv_einsum": (2, 4, 2304, 256)}),
+        ("9b", True, 380, {"q_einsum": (16, 3584, 256), "kv_einsum": (2, 8, 3584, 256)}),
+        ("27b", True, 416, {"q_einsum": (32, 4608, 128), "kv_einsum": (2, 16, 4608, 128)}),
     ],
 )
 def test_deepminds_shapes(name, transposed, leaves, shapes):
-    config = published(name)
+    config = released(name)
     entries = expand(deepmind(transposed), config)
-    # Theirs count one leaf more a layer: the table of the released files has the same arrays.
     assert len(entries) == 2 + 9 * config.num_layers == leaves
     assert entries["embedder/input_embedding"].shape == (256128, config.d_model)
     for tensor, shape in shapes.items():
@@ -67,7 +60,7 @@ def test_deepminds_shapes(name, transposed, leaves, shapes):
 
 
 def test_hugging_faces_shapes():
-    entries = expand(HUGGINGFACE, published("gemma2_2b"))
+    entries = expand(HUGGINGFACE, released("2b"))
     assert len(entries) == 2 + 11 * 26
     assert entries["model.layers.25.self_attn.q_proj.weight"].shape == (2048, 2304)
     assert entries["model.layers.25.self_attn.k_proj.weight"].shape == (1024, 2304)

@@ -73,13 +73,9 @@ def test_the_hub_cannot_be_reached(monkeypatch, tmp_path):
         "huggingface_hub", reason="needs the extra `hub`: pip install -e '.[hub]'"
     )
     monkeypatch.chdir(tmp_path)
-
-    def no_network(*_, **__):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    with pytest.raises(UserError, match=r"^google/gemma-2-2b is no folder here, and .* cannot be reached"):
-        open_source("google/gemma-2-2b")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # its own switch: nothing is faked
+    with pytest.raises(UserError, match=r"^nobody/has-this is no folder here, and .* cannot be reached"):
+        open_source("nobody/has-this")
 
 
 def test_without_the_extra(monkeypatch, tmp_path):
