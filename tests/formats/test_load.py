@@ -69,11 +69,11 @@ def test_names_on_the_hub():
 
 
 def test_the_hub_cannot_be_reached(monkeypatch, tmp_path):
-    huggingface_hub = pytest.importorskip(
-        "huggingface_hub", reason="needs the extra `hub`: pip install -e '.[hub]'"
+    constants = pytest.importorskip(
+        "huggingface_hub.constants", reason="needs the extra `hub`: pip install -e '.[hub]'"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # its own switch: nothing is faked
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # its own switch: nothing is faked
     with pytest.raises(UserError, match=r"^nobody/has-this is no folder here, and .* cannot be reached"):
         open_source("nobody/has-this")
 
