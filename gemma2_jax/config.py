@@ -144,8 +144,10 @@ def _to_plain(value: Any) -> Any:
 def _sentence(cls: type, data: Mapping[str, Any], error: ValidationError) -> str:
     """The most telling of the errors: an unknown key first, since a misspelt key is also a missing one."""
     errors = error.errors(include_url=False)
-    order = {"unexpected_keyword_argument": 0, "missing": 2}
-    first = min(errors, key=lambda item: order.get(item["type"], 1))
+    order = {"unexpected_keyword_argument": 0, "value_error": 1, "missing": 2}
+    # Keys and values where a single value could stand as well (a number or a schedule): what is wrong with them
+    # tells more than that they are no number.
+    first = min(errors, key=lambda item: order.get(item["type"], 3 if isinstance(item["input"], dict) else 1))
     keys, kind, value = _resolve(cls, data, [str(part) for part in first["loc"][1:]])
     key = ".".join(keys)
     if first["type"] == "unexpected_keyword_argument":
@@ -170,8 +172,12 @@ def _resolve(cls: type, data: Any, location: list[str]) -> tuple[list[str], Any,
             kind = get_args(kind)[1]
         elif inner is not None and isinstance(data, Mapping) and part in data and part in _hints(inner):
             kind = _hints(inner)[part]
+        elif inner is not None and isinstance(data, Mapping):
+            kind = inner  # of a union, whose member comes next in the location by its name
+            if part != getattr(inner, "__name__", None):
+                break
+            continue
         else:
-            kind = inner or kind
             break
         keys.append(part)
         data = data[part]

@@ -11,12 +11,23 @@ from gemma2_jax.config import UserError, build, load, read_yaml, save, suggest, 
 
 
 @dataclass(frozen=True)
+class Speed:
+    kind: Literal["slow", "fast"]
+    most: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.most < 0:
+            raise UserError(f"most is {self.most}; it must not be negative.")
+
+
+@dataclass(frozen=True)
 class Inner:
     width: int
     rate: float = 0.5
     kind: Literal["flat", "round"] = "flat"
     files: str | tuple[str, ...] = "a.txt"
     window: int | None = None
+    speed: "float | Speed" = 1.0
     on: bool = False
 
     def __post_init__(self) -> None:
@@ -59,7 +70,24 @@ def test_nested_data_becomes_nested_dataclasses():
             'here: inner.window is "x"; accepted: a whole number or null.',
         ),
         ({"inner": {"width": 2, "on": 1}}, "here: inner.on is 1; accepted: true or false."),
-        ({"inner": 3}, "here: inner is 3; accepted: keys width, rate, kind, files, window, on."),
+        ({"inner": 3}, "here: inner is 3; accepted: keys width, rate, kind, files, window, speed, on."),
+        (
+            {"inner": {"width": 2, "speed": "x"}},
+            'here: inner.speed is "x"; accepted: a number or keys kind, most.',
+        ),
+        (
+            {"inner": {"width": 2, "speed": {"kind": "x"}}},
+            'here: inner.speed.kind is "x"; accepted: slow or fast.',
+        ),
+        ({"inner": {"width": 2, "speed": {}}}, "here: inner.speed.kind is missing; accepted: slow or fast."),
+        (
+            {"inner": {"width": 2, "speed": {"knd": "slow"}}},
+            "here: there is no key inner.speed.knd, did you mean kind (accepted: kind, most).",
+        ),
+        (
+            {"inner": {"width": 2, "speed": {"kind": "slow", "most": -1}}},
+            "here: most is -1.0; it must not be",
+        ),
         ({}, "here: inner is missing; accepted: keys width, rate"),
         ({"inner": {}}, "here: inner.width is missing; accepted: a whole number."),
         (

@@ -27,7 +27,9 @@ class Evaluation:
         tokens_seen: training tokens, padding included.
         loss: mean cross-entropy in nats; perplexity: exp of it.
         agreement: share of positions where the run and the teacher find the same token most likely.
-        kl: KL(teacher || run) in nats; both are None without a teacher.
+        kl: KL(teacher || run) in nats.
+        entropy: mean entropy of the run's distributions in nats; teacher_entropy: of the teacher's. What is about
+            the teacher is None without one.
     """
 
     parameters: int
@@ -36,6 +38,8 @@ class Evaluation:
     perplexity: float
     agreement: float | None
     kl: float | None
+    entropy: float | None = None  # in files written before these were measured
+    teacher_entropy: float | None = None
 
 
 def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = None) -> Evaluation:
@@ -70,4 +74,6 @@ def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = Non
         perplexity=metrics["perplexity"],
         agreement=metrics.get("agreement"),
         kl=metrics.get("kl"),
+        entropy=metrics["entropy"],
+        teacher_entropy=metrics.get("teacher_entropy"),
     )

@@ -7,7 +7,7 @@ Doing so in the forward pass needs no second pass over the logits in the backwar
 (arXiv 2410.10989, section 3.2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from gemma2_jax.kernels.softcap import mask_padding, softcap
-from gemma2_jax.sharding.layout import batch_shares, constrain
+from gemma2_jax.sharding.layout import batch_shares, constrain, is_split
 
-# (student logits [.., V], teacher logits [.., V] or None, targets [..]) -> (loss [..], {metric: [..]}),
-# all float32, logits soft-capped and those of padding masked.
-TokenLoss = Callable[[jax.Array, jax.Array | None, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Coefficients = Mapping[str, jax.Array]  # float32 scalars that may change from step to step: no gradient
+Sums = tuple[jax.Array, dict[str, jax.Array]]  # of the loss and of each metric
 
 
 @partial(
@@ -45,30 +44,62 @@ class LMHead:
     vocab_padding: int = 0
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["ids", "log_weights", "tail"], meta_fields=[])
+@dataclass(frozen=True)
+class SparseTargets:
+    """A few tokens of a teacher's distribution at each position, and what is left: from a cache.
+
+    Attributes:
+        ids: int32 [B, T, K], the tokens of one position all different.
+        log_weights: float32 [B, T, K], logarithms of their weights; -1e30, or anything whose exp is 0, in a place
+            without a token.
+        tail: float32 [B, T], the weight of all other tokens together; 0 where the ids are all there are.
+    """
+
+    ids: jax.Array
+    log_weights: jax.Array
+    tail: jax.Array
+
+
+# (student logits [.., V], teacher, targets [..], coefficients) -> (loss [..], {metric: [..]}), all float32. The
+# teacher is its logits [.., V], SparseTargets or None; logits are soft-capped and those of padding masked.
+TokenLoss = Callable[
+    [jax.Array, jax.Array | SparseTargets | None, jax.Array, Coefficients],
+    tuple[jax.Array, dict[str, jax.Array]],
+]
+Teacher = LMHead | SparseTargets | None
+
+
 def dense_loss(
-    token_loss: TokenLoss, student: LMHead, teacher: LMHead | None, targets: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    token_loss: TokenLoss,
+    student: LMHead,
+    teacher: Teacher,
+    targets: jax.Array,
+    mask: jax.Array,
+    coefficients: Coefficients | None = None,
+) -> Sums:
     """The reference for `blockwise_loss`, with all logits at once. Arguments and results are the same."""
-    teacher_logits = None if teacher is None else jax.lax.stop_gradient(_logits(teacher))
-    loss, metrics = token_loss(_logits(student), teacher_logits, targets)
-    return jnp.sum(loss * mask), {name: jnp.sum(metric * mask) for name, metric in metrics.items()}
+    signal = jax.lax.stop_gradient(_signal(teacher))
+    return _masked_sums(token_loss, _logits(student), signal, targets, mask, coefficients or {})
 
 
 def blockwise_loss(
     token_loss: TokenLoss,
     student: LMHead,
-    teacher: LMHead | None,
+    teacher: Teacher,
     targets: jax.Array,
     mask: jax.Array,
     block_tokens: int,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    coefficients: Coefficients | None = None,
+) -> Sums:
     """Sum of `token_loss` over the tokens of a batch, differentiable in the student's states and embedding.
 
     Args:
         token_loss: the loss and metrics of each token from its logits.
-        student, teacher: where the logits come from. The teacher gets no gradient.
+        student, teacher: where the distributions come from. The teacher gets no gradient.
         targets: int32 [B, T]; mask: float32 [B, T], the weight of each token.
         block_tokens: tokens that each device has logits of at a time.
+        coefficients: what `token_loss` takes beside the tokens; none by default.
 
     Returns:
         The masked sum of the losses, and of each metric. Metrics carry no gradient.
@@ -76,7 +107,7 @@ def blockwise_loss(
     B, T = targets.shape
     blocks = -(-T // max(1, block_tokens * batch_shares() // B))
     frozen = jax.lax.stop_gradient(teacher)
-    return _blockwise(token_loss, blocks, student, frozen, targets, mask)
+    return _blockwise(token_loss, blocks, student, frozen, targets, mask, coefficients or {})
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -84,79 +115,132 @@ def _blockwise(
     token_loss: TokenLoss,
     blocks: int,
     student: LMHead,
-    teacher: LMHead | None,
+    teacher: Teacher,
     targets: jax.Array,
     mask: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    coefficients: Coefficients,
+) -> Sums:
     embedding = _for_use(student)
 
-    def body(sums: Any, block: Any) -> tuple[Any, None]:
-        hidden, teacher_hidden, block_targets, block_mask = block
+    def body(sums: Sums, block: Any) -> tuple[Sums, None]:
+        hidden, part, block_targets, block_mask = block
         head = replace(student, hidden=hidden, embedding=embedding)
-        block_teacher = _replace_hidden(teacher, teacher_hidden)
-        return _add(sums, dense_loss(token_loss, head, block_teacher, block_targets, block_mask)), None
+        signal = _with_tokens(teacher, part)
+        return _add(sums, dense_loss(token_loss, head, signal, block_targets, block_mask, coefficients)), None
 
-    sums, _ = jax.lax.scan(
-        body, _zero_sums(token_loss, teacher), _split(blocks, student, teacher, targets, mask)
-    )
+    split = _split(blocks, (student.hidden, _tokens_of(teacher), targets, mask))
+    sums, _ = jax.lax.scan(body, _zero_sums(token_loss, teacher, coefficients), split)
     return sums
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the blocks are gone through, which differs by platform.
+
+    Attributes:
+        sums_as: the embedding's gradient is summed as this. [V, D] is what is asked for, but there the CPU's product
+            has d_products, the largest array here, transposed; as [D, V] it takes some 2/3 of the time.
+        casts_blockwise: the embedding is cast anew for each block, as part of its product, which the TPU does while
+            it reads. All at once, the copy is larger than the logits of two blocks.
+    """
+
+    sums_as: str
+    casts_blockwise: bool
 
 
 def _blockwise_forward(
     token_loss: TokenLoss,
     blocks: int,
     student: LMHead,
-    teacher: LMHead | None,
+    teacher: Teacher,
     targets: jax.Array,
     mask: jax.Array,
-) -> tuple[Any, Any]:
-    embedding = _for_use(student)
+    coefficients: Coefficients,
+) -> tuple[Sums, LMHead]:
+    sums, gradients = jax.lax.platform_dependent(
+        student,
+        teacher,
+        targets,
+        mask,
+        coefficients,
+        cpu=partial(_sums_and_gradients, token_loss, blocks, _Plan("DV", False)),
+        tpu=partial(_sums_and_gradients, token_loss, blocks, _Plan("VD", True)),
+        default=partial(_sums_and_gradients, token_loss, blocks, _Plan("VD", False)),
+    )
+    return sums, gradients
+
+
+def _sums_and_gradients(
+    token_loss: TokenLoss,
+    blocks: int,
+    plan: _Plan,
+    student: LMHead,
+    teacher: Teacher,
+    targets: jax.Array,
+    mask: jax.Array,
+    coefficients: Coefficients,
+) -> tuple[Sums, LMHead]:
     dtype = student.hidden.dtype
+    # Where the embedding has to be gathered from its parts, less is sent of it cast, and a copy is made anyway.
+    casts_blockwise = plan.casts_blockwise and not is_split("D")
+    whole = student.embedding if casts_blockwise else _for_use(student)
 
     def body(carry: Any, block: Any) -> tuple[Any, jax.Array]:
         sums, d_embedding = carry
-        hidden, teacher_hidden, block_targets, block_mask = block
-        block_teacher = _replace_hidden(teacher, teacher_hidden)
-        teacher_logits = None if block_teacher is None else _logits(block_teacher)
+        hidden, part, block_targets, block_mask = block
+        embedding = _cast_within_loop(whole, dtype, block_targets) if casts_blockwise else whole
+        signal = _signal(_with_tokens(teacher, part))
 
-        def masked_loss(products: jax.Array) -> tuple[jax.Array, Any]:
-            loss, metrics = token_loss(_cap(student, products), teacher_logits, block_targets)
-            total = jnp.sum(loss * block_mask)
-            return total, (total, {name: jnp.sum(metric * block_mask) for name, metric in metrics.items()})
+        def masked_loss(products: jax.Array) -> tuple[jax.Array, Sums]:
+            logits = _cap(student, products)
+            block_sums = _masked_sums(token_loss, logits, signal, block_targets, block_mask, coefficients)
+            return block_sums[0], block_sums
 
         products = _products(hidden, embedding)
         d_products, block_sums = jax.grad(masked_loss, has_aux=True)(products)
         d_products = constrain(d_products.astype(dtype), "BTV")
         d_hidden = constrain(jnp.einsum("BTV,VD->BTD", d_products, embedding), "BTD")
-        # [D, V]: to sum it as [V, D] would have d_products, the largest array here, transposed on CPU.
-        d_embedding += jnp.einsum("BTD,BTV->DV", hidden, d_products, preferred_element_type=jnp.float32)
-        return (_add(sums, block_sums), constrain(d_embedding, "DV")), d_hidden
+        d_embedding += jnp.einsum(
+            f"BTD,BTV->{plan.sums_as}", hidden, d_products, preferred_element_type=jnp.float32
+        )
+        return (_add(sums, block_sums), constrain(d_embedding, plan.sums_as)), d_hidden
 
-    zeros = constrain(jnp.zeros(student.embedding.shape[::-1], jnp.float32), "DV")
-    carry = (_zero_sums(token_loss, teacher), zeros)
-    (sums, d_embedding), d_hidden = jax.lax.scan(body, carry, _split(blocks, student, teacher, targets, mask))
-    T = targets.shape[1]
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(targets.shape[0], -1, student.hidden.shape[-1])[:, :T]
-    d_embedding = d_embedding.T.astype(student.embedding.dtype)
-    return sums, (replace(student, hidden=d_hidden, embedding=d_embedding), teacher)
+    V, D = student.embedding.shape
+    zeros = jnp.zeros((V, D) if plan.sums_as == "VD" else (D, V), jnp.float32)
+    carry = (_zero_sums(token_loss, teacher, coefficients), constrain(zeros, plan.sums_as))
+    split = _split(blocks, (student.hidden, _tokens_of(teacher), targets, mask))
+    (sums, d_embedding), d_hidden = jax.lax.scan(body, carry, split)
+    B, T = targets.shape
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, D)[:, :T]
+    d_embedding = d_embedding if plan.sums_as == "VD" else d_embedding.T
+    return sums, replace(student, hidden=d_hidden, embedding=d_embedding.astype(student.embedding.dtype))
 
 
 def _blockwise_backward(
-    token_loss: TokenLoss, blocks: int, residuals: Any, cotangents: Any
-) -> tuple[Any, ...]:
-    d_student, teacher = residuals
+    token_loss: TokenLoss, blocks: int, d_student: LMHead, cotangents: Sums
+) -> tuple[LMHead, None, None, None, None]:
     scale = cotangents[0]
-    d_student = jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), d_student)
-    return d_student, jax.tree.map(jnp.zeros_like, teacher), None, None
+    scaled = jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), d_student)
+    return scaled, None, None, None, None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _split(
-    blocks: int, student: LMHead, teacher: LMHead | None, targets: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
-    """[B, T, ...] to [blocks, B, T / blocks, ...], padded with tokens of weight 0."""
+def _masked_sums(
+    token_loss: TokenLoss,
+    logits: jax.Array,
+    signal: jax.Array | SparseTargets | None,
+    targets: jax.Array,
+    mask: jax.Array,
+    coefficients: Coefficients,
+) -> Sums:
+    loss, metrics = token_loss(logits, signal, targets, coefficients)
+    return jnp.sum(loss * mask), {name: jnp.sum(metric * mask) for name, metric in metrics.items()}
+
+
+def _split(blocks: int, tree: Any) -> Any:
+    """Each [B, T, ...] to [blocks, B, T / blocks, ...], padded with zeros: tokens of weight 0."""
 
     def split(x: jax.Array) -> jax.Array:
         B, T, *rest = x.shape
@@ -164,16 +248,32 @@ def _split(
         padded = jnp.pad(x, [(0, 0), (0, blocks * per_block - T)] + [(0, 0)] * len(rest))
         return jnp.moveaxis(padded.reshape(B, blocks, per_block, *rest), 1, 0)
 
-    teacher_hidden = None if teacher is None else split(teacher.hidden)
-    return split(student.hidden), teacher_hidden, split(targets), split(mask)
+    return jax.tree.map(split, tree)
 
 
-def _replace_hidden(teacher: LMHead | None, hidden: jax.Array | None) -> LMHead | None:
-    return None if teacher is None or hidden is None else replace(teacher, hidden=hidden)
+def _tokens_of(teacher: Teacher) -> Any:
+    """The part of a teacher that has an entry for each token."""
+    return teacher.hidden if isinstance(teacher, LMHead) else teacher
+
+
+def _with_tokens(teacher: Teacher, part: Any) -> Teacher:
+    """The teacher of some tokens only, whose part `_tokens_of` gave."""
+    return replace(teacher, hidden=part) if isinstance(teacher, LMHead) else part
+
+
+def _signal(teacher: Teacher) -> jax.Array | SparseTargets | None:
+    """What a token loss takes of it."""
+    return _logits(teacher) if isinstance(teacher, LMHead) else teacher
 
 
 def _for_use(head: LMHead) -> jax.Array:
     return constrain(head.embedding.astype(head.hidden.dtype), "VD")
+
+
+def _cast_within_loop(embedding: jax.Array, dtype: Any, targets: jax.Array) -> jax.Array:
+    """The cast, times a 1 that depends on the block, or the compiler would do it once, before the loop."""
+    one = jnp.where(targets[0, 0] == jnp.iinfo(targets.dtype).min, 2.0, 1.0)
+    return (embedding * one).astype(dtype)
 
 
 def _products(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
@@ -189,11 +289,14 @@ def _cap(head: LMHead, products: jax.Array) -> jax.Array:
     return mask_padding(softcap(products, head.softcap), head.vocab_padding)
 
 
-def _zero_sums(token_loss: TokenLoss, teacher: LMHead | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _zero_sums(token_loss: TokenLoss, teacher: Teacher, coefficients: Coefficients) -> Sums:
     """The sums before the first block; which metrics there are is read off an abstract token."""
     logits = jax.ShapeDtypeStruct((2,), jnp.float32)
     target = jax.ShapeDtypeStruct((), jnp.int32)
-    shapes = jax.eval_shape(token_loss, logits, None if teacher is None else logits, target)
+    signal: Any = logits if isinstance(teacher, LMHead) else teacher
+    if isinstance(teacher, SparseTargets):
+        signal = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), teacher)
+    shapes = jax.eval_shape(token_loss, logits, signal, target, coefficients)
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, jnp.float32), shapes)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 # Finite, since 0 * -inf is NaN in a KL term; far enough from float32's end to be divided by a temperature.
-_NEVER = -1e30
+NEVER = -1e30
 
 
 def softcap(logits: jax.Array, cap: float) -> jax.Array:
@@ -21,4 +21,4 @@ def mask_padding(logits: jax.Array, padding: int) -> jax.Array:
         return logits
     V = logits.shape[-1]
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return jnp.where(ids < V - padding, logits, _NEVER)
+    return jnp.where(ids < V - padding, logits, NEVER)

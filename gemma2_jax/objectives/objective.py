@@ -1,79 +1,210 @@
 """The training objective: a weighted sum of named terms."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from gemma2_jax.config import UserError
-from gemma2_jax.kernels.lm_head import TokenLoss
+from gemma2_jax.kernels.lm_head import Coefficients, SparseTargets, TokenLoss
 from gemma2_jax.objectives import terms
+from gemma2_jax.objectives.schedule import ScheduleConfig, build_schedule, values_of
+
+Number = float | ScheduleConfig
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")  # from a teacher
+TERMS = ("cross_entropy", *DIVERGENCES, "z_loss")
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """The weight of each term, and how the terms are computed.
 
-    Gemma 2's pretraining is `cross_entropy: 1`; its distillation is `forward_kl: 1` alone.
+    Gemma 2's pretraining is `cross_entropy: 1`; its distillation is `forward_kl: 1` alone. With T the teacher's
+    distribution and S the student's, each divergence is scaled by temperature squared.
 
     Attributes:
         cross_entropy: weight of the cross-entropy with the data's next token.
-        forward_kl: weight of KL(teacher || student), times temperature squared; needs a teacher.
-        temperature: softens both distributions of forward_kl; 1 without it.
+        forward_kl: weight of KL(T || S).
+        temperature: softens T and S in every divergence; a number or a schedule, 1 without a divergence.
         block_tokens: tokens that each device computes logits of at a time; less needs less memory.
+        reverse_kl: weight of KL(S || T).
+        jsd: weight of beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S.
+        skew_kl: weight of KL(T || alpha T + (1 - alpha) S).
+        skew_reverse_kl: weight of KL(S || alpha S + (1 - alpha) T).
+        z_loss: weight of the squared logarithm of the sum of the student's exp(logits).
+        mix: lambda, a number or a schedule from 0 to 1: divergences are times lambda, cross-entropy times
+            1 - lambda, on top of their weights; null to leave the weights as they are.
+        jsd_beta: beta of jsd, above 0 and below 1.
+        skew_alpha: alpha of skew_kl and skew_reverse_kl, at least 0 and below 1.
     """
 
     cross_entropy: float
     forward_kl: float
-    temperature: float
+    temperature: Number
     block_tokens: int
+    reverse_kl: float = 0.0
+    jsd: float = 0.0
+    skew_kl: float = 0.0
+    skew_reverse_kl: float = 0.0
+    z_loss: float = 0.0
+    mix: Number | None = None
+    jsd_beta: float = 0.5
+    skew_alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("cross_entropy", "forward_kl"):
+        for name in TERMS:
             if getattr(self, name) < 0:
                 raise UserError(
                     f"objective.{name} is {getattr(self, name)}; a term's weight must not be negative."
                 )
-        if self.cross_entropy == 0 and self.forward_kl == 0:
+        if self.cross_entropy == 0 and not self.needs_teacher:
             raise UserError(
-                "objective has weight 0 for both cross_entropy and forward_kl; at least one must be above 0."
+                f"objective has weight 0 for cross_entropy and for every divergence ({', '.join(DIVERGENCES)}); at "
+                "least one must be above 0."
             )
-        if not self.temperature > 0:
-            raise UserError(f"objective.temperature is {self.temperature}; it must be above 0.")
-        if self.temperature != 1 and self.forward_kl == 0:
+        for value in values_of(self.temperature):
+            if not value > 0:
+                raise UserError(f"objective.temperature is {value}; it must be above 0.")
+        if self.temperature != 1 and not self.needs_teacher:
             raise UserError(
-                f"objective.temperature is {self.temperature}, which nothing uses while objective.forward_kl is 0; "
-                "it must be 1, or forward_kl above 0."
+                f"objective.temperature is {_shown(self.temperature)}, which nothing uses while no divergence has a "
+                f"weight ({', '.join(DIVERGENCES)}); it must be 1, or one of them above 0."
             )
+        if self.mix is not None:
+            for value in values_of(self.mix):
+                if not 0 <= value <= 1:
+                    raise UserError(f"objective.mix is {value}; it must be from 0 to 1.")
+            if self.cross_entropy == 0 or not self.needs_teacher:
+                raise UserError(
+                    f"objective.mix is {_shown(self.mix)}, which weighs cross_entropy against divergences; it must be "
+                    "null while either has weight 0."
+                )
+        if not 0 < self.jsd_beta < 1:
+            raise UserError(f"objective.jsd_beta is {self.jsd_beta}; it must be above 0 and below 1.")
+        if not 0 <= self.skew_alpha < 1:
+            raise UserError(f"objective.skew_alpha is {self.skew_alpha}; it must be at least 0 and below 1.")
+        for name, users in {"jsd_beta": ("jsd",), "skew_alpha": ("skew_kl", "skew_reverse_kl")}.items():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != default and not set(users) & set(self.divergences):
+                raise UserError(
+                    f"objective.{name} is {value}, which nothing uses while objective.{' and objective.'.join(users)} "
+                    f"have no weight; it must be {default}, or a weight above 0."
+                )
         if self.block_tokens < 1:
             raise UserError(f"objective.block_tokens is {self.block_tokens}; it must be at least 1.")
 
     @property
+    def divergences(self) -> tuple[str, ...]:
+        """The names of the divergences that have a weight."""
+        return tuple(name for name in DIVERGENCES if getattr(self, name) > 0)
+
+    @property
     def needs_teacher(self) -> bool:
-        return self.forward_kl > 0
+        return bool(self.divergences)
+
+    @property
+    def schedules(self) -> dict[str, ScheduleConfig]:
+        """What changes over the run, by its key."""
+        numbers = {"temperature": self.temperature, "mix": self.mix}
+        return {name: number for name, number in numbers.items() if isinstance(number, ScheduleConfig)}
 
 
 def token_loss(config: ObjectiveConfig) -> TokenLoss:
-    """The objective of each token, with `cross_entropy` and, with a teacher, `kl` as metrics."""
+    """The objective of each token; its coefficients are those of `build_coefficients`.
+
+    Metrics are each term that has a weight, unweighted, `forward_kl` by the name `kl`, and always
+    `cross_entropy`.
+    """
 
     def loss(
-        student: jax.Array, teacher: jax.Array | None, targets: jax.Array
+        student: jax.Array,
+        teacher: jax.Array | SparseTargets | None,
+        targets: jax.Array,
+        coefficients: Coefficients,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        metrics = {"cross_entropy": terms.cross_entropy(student, targets)}
-        total = config.cross_entropy * metrics["cross_entropy"]
-        if teacher is not None:
-            metrics["kl"] = terms.forward_kl(student, teacher, config.temperature)
-            total += config.forward_kl * metrics["kl"]
-        return total, metrics
+        found = {"cross_entropy": terms.cross_entropy(student, targets)}
+        if isinstance(teacher, SparseTargets):
+            found["forward_kl"] = _sparse_forward_kl(config, student, teacher)
+        elif teacher is not None:
+            found |= _divergences(config, student, teacher, coefficients["temperature"])
+        if config.z_loss > 0:
+            found["z_loss"] = terms.z_loss(student)
+        total = jnp.zeros(targets.shape, jnp.float32)
+        for name, value in found.items():
+            if getattr(config, name) > 0:
+                total += coefficients[name] * value
+        return total, {"kl" if name == "forward_kl" else name: value for name, value in found.items()}
 
     return loss
 
 
+def build_coefficients(config: ObjectiveConfig, steps: int) -> Callable[[jax.Array | int], Coefficients]:
+    """The weights of the terms and the temperature at each step of a run of `steps`, and `mix` where it is set.
+
+    They are arrays, so that a compiled step takes them as they change.
+    """
+    schedules = {name: build_schedule(schedule, steps) for name, schedule in config.schedules.items()}
+
+    def coefficients(step: jax.Array | int) -> Coefficients:
+        now = {name: schedule(step) for name, schedule in schedules.items()}
+        mix = now.get("mix", config.mix)
+        found = {"temperature": now.get("temperature", config.temperature)}
+        for name in TERMS:
+            weight = getattr(config, name)
+            if mix is not None and name != "z_loss":
+                weight *= mix if name in DIVERGENCES else 1 - mix
+            found[name] = weight
+        if mix is not None:
+            found["mix"] = mix
+        return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
+
+    return coefficients
+
+
 def evaluation_loss(
-    student: jax.Array, teacher: jax.Array | None, targets: jax.Array
+    student: jax.Array,
+    teacher: jax.Array | SparseTargets | None,
+    targets: jax.Array,
+    coefficients: Coefficients,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What models are compared by: cross-entropy and, against a teacher, KL at temperature 1 and agreement."""
-    metrics = {"cross_entropy": terms.cross_entropy(student, targets)}
+    """What models are compared by, at temperature 1: `cross_entropy` and `entropy`, and against a teacher `kl`
+    (forward), `agreement` and `teacher_entropy`.
+    """
+    metrics = {"cross_entropy": terms.cross_entropy(student, targets), "entropy": terms.entropy(student)}
+    if isinstance(teacher, SparseTargets):
+        raise ValueError("a model is compared with a teacher's whole distribution, not with sparse targets")
     if teacher is not None:
         metrics["kl"] = terms.forward_kl(student, teacher, temperature=1.0)
         metrics["agreement"] = terms.agreement(student, teacher)
+        metrics["teacher_entropy"] = terms.entropy(teacher)
     return metrics["cross_entropy"], metrics
+
+
+def _divergences(
+    config: ObjectiveConfig, student: jax.Array, teacher: jax.Array, temperature: jax.Array
+) -> dict[str, jax.Array]:
+    """The divergences that have a weight, from the whole distributions."""
+    functions: Mapping[str, Callable[[], jax.Array]] = {
+        "forward_kl": lambda: terms.forward_kl(student, teacher, temperature),
+        "reverse_kl": lambda: terms.reverse_kl(student, teacher, temperature),
+        "jsd": lambda: terms.jsd(student, teacher, temperature, config.jsd_beta),
+        "skew_kl": lambda: terms.skew_kl(student, teacher, temperature, config.skew_alpha),
+        "skew_reverse_kl": lambda: terms.skew_reverse_kl(student, teacher, temperature, config.skew_alpha),
+    }
+    return {name: functions[name]() for name in config.divergences}
+
+
+def _sparse_forward_kl(config: ObjectiveConfig, student: jax.Array, teacher: SparseTargets) -> jax.Array:
+    """The forward KL, the one divergence that can be had from a few of the teacher's tokens."""
+    if config.divergences != ("forward_kl",) or config.temperature != 1:
+        raise ValueError(
+            f"sparse targets give forward_kl at temperature 1; the objective has {', '.join(config.divergences)} at "
+            f"temperature {_shown(config.temperature)}"
+        )
+    return terms.sparse_forward_kl(student, teacher)
+
+
+def _shown(number: Number) -> str:
+    return f"a {number.kind} schedule" if isinstance(number, ScheduleConfig) else str(number)

@@ -6,6 +6,7 @@ kind of array has its own column. Letters that no row names are never split.
 
 import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -13,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from gemma2_jax.config import UserError
 
 MeshAxes = str | tuple[str, ...]
+Tree = TypeVar("Tree")
 
 WEIGHT_AXES: Mapping[str, MeshAxes] = {
     "D": "fsdp",
@@ -56,6 +58,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ACTIVATION_AXES["B"]))
 
 
+def on_mesh(rows: Tree, mesh: Mesh) -> Tree:
+    """This process's rows of some arrays [B, ...], such as a batch's, as its part of global ones over the mesh."""
+    sharding = batch_sharding(mesh)
+    placed: Tree = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), rows)
+    return placed
+
+
 def constrain(x: jax.Array, dims: str) -> jax.Array:
     """Fix how an activation (or a weight gathered for use) is laid out; without a mesh, do nothing.
 
@@ -68,6 +77,13 @@ def batch_shares(mesh: Mesh | AbstractMesh | None = None) -> int:
     """How many devices split the batch, on `mesh` or else on the mesh in context; 1 without any."""
     shape = (mesh or jax.sharding.get_abstract_mesh()).shape
     return math.prod(shape.get(axis, 1) for axis in ACTIVATION_AXES["B"])
+
+
+def is_split(dimension: str) -> bool:
+    """Whether weights have this dimension split over devices, on the mesh in context."""
+    axes = WEIGHT_AXES[dimension]
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in ([axes] if isinstance(axes, str) else axes)) > 1
 
 
 def constrain_weight(x: jax.Array, dims: str) -> jax.Array:

@@ -7,7 +7,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
-from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.objectives.objective import DIVERGENCES, ObjectiveConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.metrics import MetricsConfig
 from gemma2_jax.training.optimizer import OptimizerConfig
@@ -66,11 +66,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.objective.needs_teacher and self.distill.teacher is None:
             raise UserError(
-                "objective.forward_kl is above 0, which needs a teacher; set distill.teacher to its run."
+                f"objective.{self.objective.divergences[0]} is above 0, which needs a teacher; set distill.teacher to "
+                "its run."
             )
         if self.distill.teacher is not None and not self.objective.needs_teacher:
             raise UserError(
-                "distill.teacher is set, but objective.forward_kl is 0, so it would teach nothing."
+                "distill.teacher is set, but no divergence of the objective has a weight above 0 "
+                f"({', '.join(DIVERGENCES)}), so it would teach nothing."
             )
         if self.data.batch_size % self.training.accumulation:
             raise UserError(
@@ -85,6 +87,13 @@ class RunConfig:
                 f"optimizer.warmup_steps and decay_steps take {reserved} steps, more than training.steps "
                 f"({self.training.steps})."
             )
+        for name, schedule in self.objective.schedules.items():
+            reserved = schedule.warmup_steps + schedule.decay_steps
+            if reserved > self.training.steps:
+                raise UserError(
+                    f"objective.{name}.warmup_steps and decay_steps take {reserved} steps, more than training.steps "
+                    f"({self.training.steps})."
+                )
         intervals = {
             "checkpoint.every": self.checkpoint.every,
             "training.eval_every": self.training.eval_every,

@@ -17,7 +17,7 @@ from gemma2_jax.distill.teacher import load_teacher
 from gemma2_jax.files import locked
 from gemma2_jax.model.counts import training_flops_per_token
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.sharding.layout import batch_sharding
+from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.metrics import Writer, open_writers, perplexity
@@ -27,7 +27,7 @@ from gemma2_jax.training.start import check_batch, check_data, check_same_run, l
 from gemma2_jax.training.state import TrainState, abstract_state, init_state, state_from_params
 from gemma2_jax.training.step import build_evaluation_step, build_train_step
 from gemma2_jax.training.throughput import Stopwatch, peak_flops
-from gemma2_jax.training.validation import on_mesh, validate
+from gemma2_jax.training.validation import validate
 
 
 def train(config: RunConfig) -> None:

@@ -76,11 +76,10 @@ def check_same_run(config: RunConfig) -> None:
     path = Path(config.output) / CONFIG_FILE
     if not path.exists():
         return
-    begun = dict(_flat(to_dict(load(RunConfig, path))))
-    for key, value in _flat(to_dict(config)):
-        if not {key, key.split(".")[0]} & _MAY_CHANGE and begun[key] != value:
+    for key, begun, value in _differences(to_dict(load(RunConfig, path)), to_dict(config)):
+        if not {key, key.split(".")[0]} & _MAY_CHANGE:
             raise UserError(
-                f"{config.output} holds a run with {key}={begun[key]}, and {value} is asked for; choose another "
+                f"{config.output} holds a run with {key}={begun}, and {value} is asked for; choose another "
                 "output, or delete that folder to train again."
             )
 
@@ -118,10 +117,12 @@ def write_inputs(config: RunConfig) -> None:
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value under its dotted key."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
+def _differences(
+    begun: Mapping[str, Any], asked: Mapping[str, Any], above: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """The dotted key and both values of all that differs between two configurations."""
+    for name, value in asked.items():
+        if isinstance(value, dict) and isinstance(begun[name], dict):
+            yield from _differences(begun[name], value, f"{above}{name}.")
+        elif begun[name] != value:
+            yield f"{above}{name}", begun[name], value

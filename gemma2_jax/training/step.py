@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,11 +12,11 @@ from jax.stages import Wrapped
 
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.teacher import DistillConfig
-from gemma2_jax.kernels.lm_head import LMHead, blockwise_loss
+from gemma2_jax.kernels.lm_head import Coefficients, LMHead, blockwise_loss
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import map_weights
-from gemma2_jax.objectives.objective import evaluation_loss, token_loss
+from gemma2_jax.objectives.objective import build_coefficients, evaluation_loss, token_loss
 from gemma2_jax.sharding.layout import constrain_weight
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.state import TrainState, state_shardings
@@ -26,13 +27,17 @@ def build_train_step(
 ) -> Wrapped:
     """Compile-once `step(state, teacher, batch) -> (state, metrics)`; the state given in is used up.
 
-    Metrics are averages over the batch's targets (`loss`, `cross_entropy`, `kl`), `gradient_norm` before
-    clipping, and `tokens`, the number of targets.
+    Metrics are averages over the batch's targets (`loss`, `cross_entropy`, and each other term of the objective,
+    `kl` for the forward one), `gradient_norm` before clipping, what the objective schedules (`temperature`,
+    `mix`), and `tokens`, the number of targets.
     """
     loss = token_loss(config.objective)
+    coefficients_at = build_coefficients(config.objective, config.training.steps)
     teacher_compute = _teacher_compute(config.compute, config.distill)
 
-    def sums(params: Any, teacher: Gemma2 | None, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def sums(
+        params: Any, coefficients: Coefficients, teacher: Gemma2 | None, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         student_head = _head(Gemma2(config.model, params), batch, config.compute)
         teacher_head = None
         if teacher is not None:
@@ -46,20 +51,27 @@ def build_train_step(
                 batch.targets,
                 batch.loss_mask,
                 config.objective.block_tokens,
+                coefficients,
             )
         return total, {"loss": total, **metrics, "tokens": jnp.sum(batch.loss_mask)}
 
-    def gradients(params: Any, teacher: Gemma2 | None, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
-        grads, metrics = jax.grad(sums, has_aux=True)(params, teacher, batch)
+    def gradients(
+        coefficients: Coefficients, params: Any, teacher: Gemma2 | None, batch: Batch
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        grads, metrics = jax.grad(sums, has_aux=True)(params, coefficients, teacher, batch)
         return _constrain_params(grads), metrics
 
     def step(
         state: TrainState, teacher: Gemma2 | None, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, totals = _accumulate(gradients, config.training.accumulation, state.params, teacher, batch)
+        coefficients = coefficients_at(state.step)
+        grads, totals = _accumulate(
+            partial(gradients, coefficients), config.training.accumulation, state.params, teacher, batch
+        )
         tokens = jnp.maximum(totals.pop("tokens"), 1.0)
         grads = jax.tree.map(lambda grad: grad / tokens, grads)
         metrics = {name: total / tokens for name, total in totals.items()}
+        metrics |= {name: coefficients[name] for name in config.objective.schedules}
         metrics |= {"tokens": tokens, "gradient_norm": optax.tree.norm(grads)}
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)

@@ -32,7 +32,7 @@ def finished(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 def test_equals_the_mean_over_every_target(finished: RunConfig) -> None:
     model = load_model(finished.output)
-    total, count = 0.0, 0
+    total, entropy, count = 0.0, 0.0, 0
     for batch in validation_batches(finished.data):
         logits = model(
             jnp.asarray(batch.tokens), jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids)
@@ -42,11 +42,13 @@ def test_equals_the_mean_over_every_target(finished: RunConfig) -> None:
         total -= np.take_along_axis(log_probabilities, np.asarray(batch.targets)[..., None], -1)[..., 0][
             real
         ].sum()
+        entropy -= (np.exp(log_probabilities) * log_probabilities).sum(-1)[real].sum()
         count += real.sum()
     found = evaluate_run(finished.output)
     assert found.loss == pytest.approx(total / count, rel=1e-5)
     assert found.perplexity == pytest.approx(np.exp(total / count), rel=1e-4)
-    assert (found.agreement, found.kl) == (None, None)
+    assert found.entropy == pytest.approx(entropy / count, rel=1e-5)
+    assert (found.agreement, found.kl, found.teacher_entropy) == (None, None, None)
     assert found.tokens_seen == 3 * 4 * 32
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(model.params()))
     logged = read_metrics(finished.output)[-1]
@@ -58,6 +60,7 @@ def test_a_run_agrees_with_itself(finished: RunConfig) -> None:
     found = evaluate_run(finished.output, finished.output)
     assert found.agreement == 1.0
     assert found.kl == pytest.approx(0, abs=1e-6)
+    assert found.teacher_entropy == found.entropy
 
 
 def test_a_run_that_was_never_trained(finished: RunConfig, tmp_path: Path) -> None:

@@ -45,6 +45,26 @@ def test_import_memory():
     assert list(rows("import_memory.py", "--shrink=64")) == ["bfloat16", "float32"]
 
 
+def test_loss_memory():
+    figures = rows(
+        "loss_memory.py",
+        *("--tokens=512", "--vocabulary=2048", "--widths", "128", "256", "--blocks", "128"),
+        *(
+            "--cpu-tokens=256",
+            "--cpu-vocabulary=4096",
+            "--cpu-widths",
+            "64",
+            "96",
+            "--cpu-block=64",
+            "--rounds=1",
+        ),
+    )
+    times = ["forward_kl", "cross_entropy"]
+    compiled = [f"{name}, {side}" for name in times for side in ("block of 128", "dense")]
+    assert list(figures) == [*(compiled if importlib.util.find_spec("libtpu") else []), *times]
+    assert min(figures[name] for name in times) > 0
+
+
 @pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("torch", "transformers")),
     reason="compares with the extra `reference`: pip install -e '.[reference]'",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gemma2_jax.kernels.lm_head import LMHead, blockwise_loss, dense_loss
 from gemma2_jax.kernels.softcap import mask_padding
-from gemma2_jax.objectives.objective import ObjectiveConfig, token_loss
+from gemma2_jax.objectives.objective import ObjectiveConfig, build_coefficients, token_loss
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from tests.programs import arrays
 
@@ -41,6 +41,11 @@ def objective(cross_entropy: float, forward_kl: float, temperature: float = 1.0)
     return ObjectiveConfig(cross_entropy, forward_kl, temperature, block_tokens=8)
 
 
+def now(config: ObjectiveConfig) -> Any:
+    """The coefficients, none of which is scheduled."""
+    return build_coefficients(config, steps=1)(0)
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     B=st.integers(1, 3),
@@ -54,7 +59,8 @@ def test_equals_dense(B: int, T: int, block_tokens: int, config: ObjectiveConfig
 
     def value_and_gradients(loss: Any) -> Any:
         def total(hidden: jax.Array, embedding: jax.Array) -> Any:
-            return loss(token_loss(config), LMHead(hidden, embedding, 30.0), given_teacher, targets, mask)
+            head = LMHead(hidden, embedding, 30.0)
+            return loss(token_loss(config), head, given_teacher, targets, mask, coefficients=now(config))
 
         differentiated = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
         return differentiated(student.hidden, student.embedding)
@@ -67,7 +73,8 @@ def test_equals_dense(B: int, T: int, block_tokens: int, config: ObjectiveConfig
 
 def test_without_gradient_the_value_is_the_same() -> None:
     student, teacher, targets, mask = heads(2, 9)
-    loss = partial(blockwise_loss, token_loss(objective(0.5, 0.5)), block_tokens=4)
+    config = objective(0.5, 0.5)
+    loss = partial(blockwise_loss, token_loss(config), block_tokens=4, coefficients=now(config))
     value, metrics = loss(student, teacher, targets, mask)
     differentiated, _ = jax.value_and_grad(
         lambda hidden: loss(LMHead(hidden, student.embedding, 30.0), teacher, targets, mask)[0]
@@ -78,7 +85,8 @@ def test_without_gradient_the_value_is_the_same() -> None:
 
 def test_the_gradient_follows_what_is_done_with_the_loss() -> None:
     student, _, targets, mask = heads(2, 9)
-    loss = partial(blockwise_loss, token_loss(objective(1, 0)), block_tokens=4)
+    config = objective(1, 0)
+    loss = partial(blockwise_loss, token_loss(config), block_tokens=4, coefficients=now(config))
 
     def gradient(scale: float) -> jax.Array:
         return jax.grad(
@@ -90,10 +98,11 @@ def test_the_gradient_follows_what_is_done_with_the_loss() -> None:
 
 def test_the_teacher_gets_no_gradient() -> None:
     student, teacher, targets, mask = heads(2, 9)
+    config = objective(0, 1)
 
     def loss(embedding: jax.Array) -> jax.Array:
         head = LMHead(teacher.hidden, embedding, 30.0)
-        return blockwise_loss(token_loss(objective(0, 1)), student, head, targets, mask, block_tokens=4)[0]
+        return blockwise_loss(token_loss(config), student, head, targets, mask, 4, now(config))[0]
 
     assert float(loss(teacher.embedding)) > 0
     assert not np.any(jax.grad(loss)(teacher.embedding))
@@ -106,8 +115,10 @@ def test_both_soft_caps_count(caps: tuple[float, float]) -> None:
     def value(student_cap: float, teacher_cap: float) -> float:
         capped = LMHead(student.hidden, student.embedding, student_cap)
         capped_teacher = LMHead(teacher.hidden, teacher.embedding, teacher_cap)
-        loss = token_loss(objective(0, 1))
-        return float(blockwise_loss(loss, capped, capped_teacher, targets, mask, block_tokens=4)[0])
+        config = objective(0, 1)
+        return float(
+            blockwise_loss(token_loss(config), capped, capped_teacher, targets, mask, 4, now(config))[0]
+        )
 
     assert abs(value(*caps) - value(30.0, 30.0)) > 1e-2
 
@@ -118,9 +129,8 @@ def test_no_array_over_all_tokens_and_the_vocabulary() -> None:
 
     def largest(loss: Any) -> int:
         def total(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-            return loss(
-                token_loss(objective(0.5, 0.5)), LMHead(hidden, embedding, 30.0), teacher, targets, mask
-            )[0]
+            head, config = LMHead(hidden, embedding, 30.0), objective(0.5, 0.5)
+            return loss(token_loss(config), head, teacher, targets, mask, coefficients=now(config))[0]
 
         jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(student.hidden, student.embedding)
         return max(size for shape, size in arrays(jaxpr.jaxpr) if V in shape and D not in shape)
@@ -136,7 +146,8 @@ def test_bfloat16_states_give_close_gradients() -> None:
         def loss(embedding: jax.Array) -> jax.Array:
             head = LMHead(student.hidden.astype(dtype), embedding, 30.0)
             frozen = LMHead(teacher.hidden.astype(dtype), teacher.embedding, 30.0)
-            return blockwise_loss(token_loss(objective(0, 1)), head, frozen, targets, mask, block_tokens=8)[0]
+            config = objective(0, 1)
+            return blockwise_loss(token_loss(config), head, frozen, targets, mask, 8, now(config))[0]
 
         return jax.grad(loss)(student.embedding)
 
@@ -165,7 +176,7 @@ def loss_and_gradients(
     given_teacher = teacher if config.needs_teacher else None
 
     def total(head: LMHead) -> Any:
-        return loss(token_loss(config), head, given_teacher, targets, mask)
+        return loss(token_loss(config), head, given_teacher, targets, mask, coefficients=now(config))
 
     return jax.jit(jax.value_and_grad(total, has_aux=True))(student)
 

@@ -12,7 +12,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params
-from gemma2_jax.sharding.layout import batch_sharding, batch_shares, constrain, weight_spec
+from gemma2_jax.sharding.layout import batch_sharding, batch_shares, constrain, is_split, weight_spec
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 MESHES = [(1, 8, 1), (4, 1, 2), (2, 2, 2)]
@@ -38,6 +38,14 @@ def test_without_a_mesh_nothing_is_laid_out():
     x = jnp.ones((2, 3))
     assert constrain(x, "BT") is x
     assert batch_shares() == 1
+    assert not is_split("D")
+
+
+def test_which_dimensions_of_weights_are_split():
+    with jax.set_mesh(build_mesh(MeshConfig(data=2, fsdp=1, tensor=4))):
+        assert (is_split("D"), is_split("V")) == (False, True)
+    with jax.set_mesh(build_mesh(MeshConfig(data=2, fsdp=4, tensor=1))):
+        assert (is_split("D"), is_split("V")) == (True, False)
 
 
 def test_shares_of_a_batch():

@@ -16,6 +16,8 @@ from gemma2_jax.config import UserError, load, save
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.files import locked
+from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.objectives.schedule import ScheduleConfig
 from gemma2_jax.training import loop
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
@@ -90,6 +92,74 @@ def test_a_resumed_run_is_bit_identical(
     assert without_times(Path(config.output)) == without_times(Path(finished.output))
     resumed, whole = load_model(config.output), load_model(finished.output)
     chex.assert_trees_all_equal(resumed.params(), whole.params())
+
+
+def scheduled(finished: RunConfig, output: Path) -> RunConfig:
+    """Distilled from `finished` by a mixture whose weights and temperature change."""
+    objective = ObjectiveConfig(
+        cross_entropy=1.0,
+        forward_kl=0.0,
+        jsd=1.0,
+        temperature=ScheduleConfig("cosine", peak=2.0, end=1.0),
+        mix=ScheduleConfig("wsd", start=0.0, peak=1.0, end=0.0, warmup_steps=2, decay_steps=3),
+        block_tokens=48,
+    )
+    distill = replace(finished.distill, teacher=finished.output)
+    return replace(finished, objective=objective, distill=distill, seed=1, output=str(output))
+
+
+def test_a_scheduled_run_says_its_values_and_goes_on_with_them(
+    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = scheduled(finished, tmp_path / "whole")
+    train(whole)
+    rows = read_metrics(whole.output)
+    assert [row["mix"] for row in rows[:8]] == pytest.approx([0, 0.5, 1, 1, 1, 1, 2 / 3, 1 / 3])
+    assert rows[0]["temperature"] == 2.0
+    assert rows[4]["temperature"] == pytest.approx(1.5)
+    for row in rows[:8]:
+        expected = row["mix"] * row["jsd"] + (1 - row["mix"]) * row["cross_entropy"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+        assert "kl" not in row
+    assert {"kl", "agreement", "entropy", "teacher_entropy"} <= set(rows[8])
+
+    cut = replace(whole, output=str(tmp_path / "cut"))
+    log = loop._Trainer._log
+
+    def log_and_die(self: loop._Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
+        log(self, rows, seconds)
+        if self.step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_log", log_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    assert latest_step(cut.output) == 3
+    train(cut)
+    assert without_times(Path(cut.output)) == without_times(Path(whole.output))
+    chex.assert_trees_all_equal(load_model(cut.output).params(), load_model(whole.output).params())
+
+
+def test_another_schedule_in_the_same_folder_is_refused(finished: RunConfig, tmp_path: Path) -> None:
+    begun = scheduled(finished, tmp_path)
+    save(begun, tmp_path / "config.yaml")
+    with pytest.raises(UserError, match=r"objective.mix=\{'kind': 'wsd', .*\}, and 0.5 is asked for"):
+        train(replace(begun, objective=replace(begun.objective, mix=0.5)))
+    longer = ScheduleConfig("cosine", peak=3.0, end=1.0)
+    with pytest.raises(UserError, match=r"objective.temperature.peak=2.0, and 3.0 is asked for"):
+        train(replace(begun, objective=replace(begun.objective, temperature=longer)))
+
+
+def test_a_folder_from_before_there_were_other_terms(finished: RunConfig, tmp_path: Path) -> None:
+    run = shutil.copytree(finished.output, tmp_path / "run")
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    new = ("reverse_kl", "jsd", "skew", "z_loss", "mix")
+    (run / "config.yaml").write_text("".join(line for line in lines if not line.strip().startswith(new)))
+    assert len((run / "config.yaml").read_text().splitlines()) == len(lines) - 8
+    shutil.rmtree(run / "checkpoints" / "8")
+    train(replace(finished, output=str(run)))
+    assert without_times(run) == without_times(Path(finished.output))
 
 
 def test_a_finished_run_is_left_alone(finished: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.kernels.lm_head import LMHead, dense_loss
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params, map_weights
-from gemma2_jax.objectives.objective import ObjectiveConfig, token_loss
+from gemma2_jax.objectives.objective import ObjectiveConfig, build_coefficients, token_loss
+from gemma2_jax.objectives.schedule import ScheduleConfig
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer
@@ -143,7 +144,12 @@ def test_the_first_loss_is_that_of_all_logits_at_once(run: RunConfig, batches: l
         return LMHead(hidden, model.embedder.embedding[...], 30.0)
 
     total, metrics = dense_loss(
-        token_loss(DISTILLATION), head(student), head(teacher), batch.targets, batch.loss_mask
+        token_loss(DISTILLATION),
+        head(student),
+        head(teacher),
+        batch.targets,
+        batch.loss_mask,
+        build_coefficients(DISTILLATION, run.training.steps)(0),
     )
     assert rows[0]["loss"] == pytest.approx(float(total / batch.loss_mask.sum()), rel=1e-5)
     assert rows[0]["kl"] == pytest.approx(float(metrics["kl"] / batch.loss_mask.sum()), rel=1e-5)
@@ -205,6 +211,52 @@ def test_distillation_lowers_the_divergence(run: RunConfig, batches: list[Batch]
     run = with_teacher(run, ObjectiveConfig(0.0, 1.0, 1.0, 48))
     _, rows = steps(run, ONE_DEVICE, batches[:1] * 30, teacher=True)
     assert rows[-1]["kl"] < 0.5 * rows[0]["kl"]
+
+
+SCHEDULED = ObjectiveConfig(
+    cross_entropy=1.0,
+    forward_kl=0.5,
+    reverse_kl=0.5,
+    temperature=ScheduleConfig("linear", peak=3.0, end=1.0),
+    mix=ScheduleConfig("linear", start=0.0, peak=1.0, end=0.5, warmup_steps=1),
+    block_tokens=48,
+)
+
+
+def test_a_schedule_is_followed(run: RunConfig, batches: list[Batch]) -> None:
+    run = with_teacher(run, SCHEDULED)
+    _, rows = steps(run, ONE_DEVICE, batches, teacher=True)
+    assert [row["temperature"] for row in rows] == pytest.approx([3.0, 2.75, 2.5])  # of 8 steps
+    assert [row["mix"] for row in rows] == pytest.approx([0.0, 1.0, 1 - 0.5 / 7])
+    for row in rows:
+        divergence = 0.5 * row["kl"] + 0.5 * row["reverse_kl"]
+        expected = row["mix"] * divergence + (1 - row["mix"]) * row["cross_entropy"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_microbatches_share_what_is_scheduled(run: RunConfig, batches: list[Batch]) -> None:
+    run = with_teacher(run, SCHEDULED)
+    _, whole = steps(run, ONE_DEVICE, batches[:2], teacher=True)
+    accumulating = replace(run, training=replace(run.training, accumulation=4))
+    _, parts = steps(accumulating, ONE_DEVICE, batches[:2], teacher=True)
+    for expected, found in zip(whole, parts, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_schedule_compiles_nothing_again(run: RunConfig, batches: list[Batch]) -> None:
+    run = with_teacher(run, SCHEDULED)
+    optimizer = build_optimizer(run.optimizer, run.training.steps)
+    mesh = mesh_of(ONE_DEVICE)
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(run.model, optimizer, mesh)
+        state = init_state(run.model, optimizer, abstract, run.seed)
+        teacher = Gemma2.init(replace(run.model, d_model=48, num_layers=4), jax.random.key(7))
+        step = build_train_step(run, optimizer, abstract)
+        state, _ = step(state, teacher, on_mesh(batches[0], mesh))
+        with jax.no_tracing():
+            for batch in batches[1:]:
+                state, _ = step(state, teacher, on_mesh(batch, mesh))
+    assert int(state.step) == 3
 
 
 def test_no_step_holds_logits_of_all_tokens(run: RunConfig, batches: list[Batch]) -> None:
