@@ -12,7 +12,7 @@ from jax.stages import Wrapped
 
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.teacher import DistillConfig
-from gemma2_jax.kernels.lm_head import Coefficients, LMHead, blockwise_loss
+from gemma2_jax.kernels.lm_head import Coefficients, LMHead, SparseTargets, Teacher, blockwise_loss
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import map_weights
@@ -21,11 +21,17 @@ from gemma2_jax.sharding.layout import constrain_weight
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.state import TrainState, state_shardings
 
+# What a teacher has said about a batch: its final hidden states [B, T, D], a few entries of its distributions,
+# or, with None, nothing yet.
+Taught = jax.Array | SparseTargets | None
+
 
 def build_train_step(
     config: RunConfig, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> Wrapped:
-    """Compile-once `step(state, teacher, batch) -> (state, metrics)`; the state given in is used up.
+    """Compile-once `step(state, teacher, batch, taught=None) -> (state, metrics)`; the state given in is used up.
+
+    `taught` is what a teacher has said about the batch before, see `Taught`; without it, the teacher reads the batch.
 
     Metrics are averages over the batch's targets (`loss`, `cross_entropy`, and each other term of the objective,
     `kl` for the forward one), `gradient_norm` before clipping, what the objective schedules (`temperature`,
@@ -36,18 +42,16 @@ def build_train_step(
     teacher_compute = _teacher_compute(config.compute, config.distill)
 
     def sums(
-        params: Any, coefficients: Coefficients, teacher: Gemma2 | None, batch: Batch
+        params: Any, coefficients: Coefficients, teacher: Gemma2 | None, batch: Batch, taught: Taught
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         student_head = _head(Gemma2(config.model, params), batch, config.compute)
-        teacher_head = None
-        if teacher is not None:
-            with jax.named_scope("teacher"):
-                teacher_head = jax.lax.stop_gradient(_head(teacher, batch, teacher_compute))
+        with jax.named_scope("teacher"):
+            signal = jax.lax.stop_gradient(_signal(teacher, batch, taught, teacher_compute))
         with jax.named_scope("loss"):
             total, metrics = blockwise_loss(
                 loss,
                 student_head,
-                teacher_head,
+                signal,
                 batch.targets,
                 batch.loss_mask,
                 config.objective.block_tokens,
@@ -56,17 +60,19 @@ def build_train_step(
         return total, {"loss": total, **metrics, "tokens": jnp.sum(batch.loss_mask)}
 
     def gradients(
-        coefficients: Coefficients, params: Any, teacher: Gemma2 | None, batch: Batch
+        params: Any, coefficients: Coefficients, teacher: Gemma2 | None, batch: Batch, taught: Taught
     ) -> tuple[Any, dict[str, jax.Array]]:
-        grads, metrics = jax.grad(sums, has_aux=True)(params, coefficients, teacher, batch)
+        grads, metrics = jax.grad(sums, has_aux=True)(params, coefficients, teacher, batch, taught)
         return _constrain_params(grads), metrics
 
     def step(
-        state: TrainState, teacher: Gemma2 | None, batch: Batch
+        state: TrainState, teacher: Gemma2 | None, batch: Batch, taught: Taught = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         coefficients = coefficients_at(state.step)
         grads, totals = _accumulate(
-            partial(gradients, coefficients), config.training.accumulation, state.params, teacher, batch
+            partial(gradients, state.params, coefficients, teacher),
+            config.training.accumulation,
+            (batch, taught),
         )
         tokens = jnp.maximum(totals.pop("tokens"), 1.0)
         grads = jax.tree.map(lambda grad: grad / tokens, grads)
@@ -97,8 +103,30 @@ def build_evaluation_step(compute: ComputeConfig, distill: DistillConfig, block_
     return jax.jit(step)
 
 
+def build_reading(compute: ComputeConfig, distill: DistillConfig) -> Wrapped:
+    """Compile-once `read(teacher, batch) -> taught`: one forward pass of the teacher, for the steps of any students."""
+    teacher_compute = _teacher_compute(compute, distill)
+
+    def read(teacher: Gemma2, batch: Batch) -> jax.Array:
+        with jax.named_scope("teacher"):
+            return teacher.hidden(batch.tokens, batch.positions, batch.segment_ids, teacher_compute)
+
+    return jax.jit(read)
+
+
+def _signal(teacher: Gemma2 | None, batch: Batch, taught: Taught, compute: ComputeConfig) -> Teacher:
+    if isinstance(taught, SparseTargets):
+        return taught
+    if teacher is None:
+        return None
+    return _head(teacher, batch, compute) if taught is None else _head_on(teacher, taught)
+
+
 def _head(model: Gemma2, batch: Batch, compute: ComputeConfig) -> LMHead:
-    hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids, compute)
+    return _head_on(model, model.hidden(batch.tokens, batch.positions, batch.segment_ids, compute))
+
+
+def _head_on(model: Gemma2, hidden: jax.Array) -> LMHead:
     config = model.config
     embedding = model.embedder.embedding[...]
     return LMHead(hidden, embedding, config.final_logit_softcap, config.vocab_padding)
@@ -110,27 +138,23 @@ def _teacher_compute(compute: ComputeConfig, distill: DistillConfig) -> ComputeC
 
 
 def _accumulate(
-    gradients: Callable[[Any, Gemma2 | None, Batch], tuple[Any, dict[str, jax.Array]]],
-    microbatches: int,
-    params: Any,
-    teacher: Gemma2 | None,
-    batch: Batch,
+    gradients: Callable[..., tuple[Any, dict[str, jax.Array]]], microbatches: int, rows: tuple[Any, ...]
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Sums of gradients and metrics over microbatches, one after another in memory."""
+    """Sums of gradients and metrics over microbatches of `rows`, arrays [B, ...], one after another in memory."""
     if microbatches == 1:
-        return gradients(params, teacher, batch)
+        return gradients(*rows)
 
     def split(x: jax.Array) -> jax.Array:
         # Every microbatch takes rows from each device's share: the batch axis stays split as it is.
         return jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
 
-    def body(sums: Any, microbatch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, gradients(params, teacher, microbatch)), None
+    def body(sums: Any, microbatch: tuple[Any, ...]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradients(*microbatch)), None
 
-    split_batch = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(gradients, params, teacher, jax.tree.map(lambda x: x[0], split_batch))
+    split_rows = jax.tree.map(split, rows)
+    shapes = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], split_rows))
     grads, metrics = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    sums, _ = jax.lax.scan(body, (_constrain_params(grads), metrics), split_batch)
+    sums, _ = jax.lax.scan(body, (_constrain_params(grads), metrics), split_rows)
     return sums
 
 
