@@ -119,6 +119,7 @@ def test_what_is_imported_is_required_and_the_other_way_round():
 
 def test_every_room_is_packaged():
     setup = read_setup()
-    rooms = {f"gemma2_jax.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
+    found = (path.parent.relative_to(ROOT) for path in PACKAGE.glob("*/**/__init__.py"))
+    rooms = {".".join(folder.parts) for folder in found}
     listed = set(setup["options"]["packages"].split())
     assert listed == {"gemma2_jax", "gemma2_jax.configs", "gemma2_jax.experiments", *rooms}

@@ -5,7 +5,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gemma2_jax.cli import config, convert, data, generate, inspect, run, sweep, tokenizer, train
+from gemma2_jax.cli import (
+    config,
+    convert,
+    data,
+    generate,
+    inspect,
+    run,
+    sweep,
+    teacher_cache,
+    tokenizer,
+    train,
+)
 
 DESCRIPTION = """\
 Gemma 2 in JAX: train it, distil it, look at it.
@@ -16,7 +27,7 @@ Gemma 2 in JAX: train it, distil it, look at it.
   gemma2 convert google/gemma-2-2b-it weights/2b-it     released weights as a run, and back again
   gemma2 VERB --help                       what a verb does, with examples
 """
-VERBS = (run, train, sweep, generate, convert, inspect, data, tokenizer, config)
+VERBS = (run, train, teacher_cache, sweep, generate, convert, inspect, data, tokenizer, config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,12 +39,18 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One file: its name in the folder, its size in bytes, its sha256, and what it holds."""
+class File:
+    """One file of records: its name in the folder, its size in bytes, and its sha256."""
 
     file: str
     size: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Shard(File):
+    """A file of documents, and how much text it holds."""
+
     counts: Counts
 
 
@@ -148,10 +154,15 @@ def find_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
             f"delete {folder} to prepare it anew."
         )
     for shard in (*manifest.train_shards, *manifest.validation_shards):
-        file = path.parent / shard.file
-        if not file.is_file() or file.stat().st_size != shard.size:
-            raise UserError(f"{file} is missing or not whole; delete {folder} to prepare it anew.")
+        check_size(path.parent, shard, "prepare")
     return manifest
+
+
+def check_size(folder: Path, shard: File, verb: str) -> None:
+    """Raises UserError if a file is gone or cut; `verb` as in `check_content`."""
+    path = folder / shard.file
+    if not path.is_file() or path.stat().st_size != shard.size:
+        raise UserError(f"{path} is missing or not whole; delete {folder} to {verb} it anew.")
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -178,39 +189,64 @@ def verify(folder: str | os.PathLike[str]) -> int:
     manifest = read_manifest(folder)
     shards = (*manifest.train_shards, *manifest.validation_shards)
     for shard in shards:
-        if _sha256(Path(folder) / shard.file) != shard.sha256:
-            file = Path(folder) / shard.file
-            raise UserError(f"{file} has changed since it was written; delete {folder} to prepare it anew.")
+        check_content(Path(folder), shard, "prepare")
     return len(shards)
 
 
-class ShardWriter:
-    """Writes one shard, which appears under its name only when it is whole."""
+def check_content(folder: Path, shard: File, verb: str) -> None:
+    """Raises UserError if a file is not as it was written; `verb` says what to do once its folder is deleted."""
+    path = folder / shard.file
+    if _sha256(path) != shard.sha256:
+        raise UserError(f"{path} has changed since it was written; delete {folder} to {verb} it anew.")
 
-    def __init__(self, path: Path) -> None:
+
+class RecordWriter:
+    """Writes one file of records, which appears under its name only when it is whole."""
+
+    def __init__(self, path: Path, options: str = "") -> None:
         self._path = path
         self._temporary = path.with_name(f".{path.name}.tmp")
-        self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")  # 1: made for random access
-        self._counts = Counts()
+        # 1: made for random access.
+        self._writer = ArrayRecordWriter(str(self._temporary), f"group_size:1{options}")
 
-    def write(self, record: bytes, counts: Counts) -> None:
-        """Appends the record of one document."""
+    def write(self, record: bytes) -> None:
         self._writer.write(record)
-        self._counts += counts
 
-    def finish(self) -> Shard:
+    def finish(self) -> File:
         """Closes the file and moves it to its place."""
         self._writer.close()
         with self._temporary.open("rb") as file:
             os.fsync(file.fileno())
-        shard = Shard(self._path.name, self._temporary.stat().st_size, _sha256(self._temporary), self._counts)
+        written = File(self._path.name, self._temporary.stat().st_size, _sha256(self._temporary))
         os.replace(self._temporary, self._path)
-        return shard
+        return written
 
     def abandon(self) -> None:
         """Closes the file and removes it."""
         self._writer.close()
         self._temporary.unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Writes one shard of documents, and counts what it holds."""
+
+    def __init__(self, path: Path) -> None:
+        self._records = RecordWriter(path)
+        self._counts = Counts()
+
+    def write(self, record: bytes, counts: Counts) -> None:
+        """Appends the record of one document."""
+        self._records.write(record)
+        self._counts += counts
+
+    def finish(self) -> Shard:
+        """Closes the file and moves it to its place."""
+        written = self._records.finish()
+        return Shard(written.file, written.size, written.sha256, self._counts)
+
+    def abandon(self) -> None:
+        """Closes the file and removes it."""
+        self._records.abandon()
 
 
 def _sha256(path: Path) -> str:

@@ -47,7 +47,7 @@ class LMHead:
 @partial(jax.tree_util.register_dataclass, data_fields=["ids", "log_weights", "tail"], meta_fields=[])
 @dataclass(frozen=True)
 class SparseTargets:
-    """A few tokens of a teacher's distribution at each position, and what is left: from a cache.
+    """A few tokens of a teacher's distribution at each position, and what is left: from a cache. A pytree.
 
     Attributes:
         ids: int32 [B, T, K], the tokens of one position all different.
@@ -56,9 +56,9 @@ class SparseTargets:
         tail: float32 [B, T], the weight of all other tokens together; 0 where the ids are all there are.
     """
 
-    ids: jax.Array
-    log_weights: jax.Array
-    tail: jax.Array
+    ids: Any
+    log_weights: Any
+    tail: Any
 
 
 # (student logits [.., V], teacher, targets [..], coefficients) -> (loss [..], {metric: [..]}), all float32. The

@@ -126,7 +126,7 @@ def token_loss(config: ObjectiveConfig) -> TokenLoss:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         found = {"cross_entropy": terms.cross_entropy(student, targets)}
         if isinstance(teacher, SparseTargets):
-            found["forward_kl"] = _sparse_forward_kl(config, student, teacher)
+            found["forward_kl"] = terms.sparse_forward_kl(student, teacher, coefficients["temperature"])
         elif teacher is not None:
             found |= _divergences(config, student, teacher, coefficients["temperature"])
         if config.z_loss > 0:
@@ -194,16 +194,6 @@ def _divergences(
         "skew_reverse_kl": lambda: terms.skew_reverse_kl(student, teacher, temperature, config.skew_alpha),
     }
     return {name: functions[name]() for name in config.divergences}
-
-
-def _sparse_forward_kl(config: ObjectiveConfig, student: jax.Array, teacher: SparseTargets) -> jax.Array:
-    """The forward KL, the one divergence that can be had from a few of the teacher's tokens."""
-    if config.divergences != ("forward_kl",) or config.temperature != 1:
-        raise ValueError(
-            f"sparse targets give forward_kl at temperature 1; the objective has {', '.join(config.divergences)} at "
-            f"temperature {_shown(config.temperature)}"
-        )
-    return terms.sparse_forward_kl(student, teacher)
 
 
 def _shown(number: Number) -> str:

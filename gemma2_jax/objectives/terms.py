@@ -72,14 +72,15 @@ def skew_reverse_kl(student: jax.Array, teacher: jax.Array, temperature: Number,
     return temperature**2 * _kl(log_s, _log_mixture(log_s, log_t, alpha))
 
 
-def sparse_forward_kl(student: jax.Array, teacher: SparseTargets) -> jax.Array:
-    """KL(T || S) over the teacher's tokens, with all others as one more: their weights w_k and the tail's w_0,
+def sparse_forward_kl(student: jax.Array, teacher: SparseTargets, temperature: Number) -> jax.Array:
+    """tau^2 KL(T || S) over the teacher's tokens, with all others as one more: their weights w_k and the tail's w_0,
 
         sum_k w_k (log w_k - log S_k) + w_0 (log w_0 - log S_0),  S_0 = 1 - sum_k S_k
 
-    At temperature 1 only, since weights and tail at another cannot be had from those at 1. A token of weight 0
+    The weights have to be those of T at tau: they cannot be had from those at another. A token of weight 0
     counts among the others. S_0 is summed over them: 1 - sum_k S_k would lose a small one to rounding.
     """
+    student = student / temperature
     weights = jnp.exp(teacher.log_weights)
     used = weights > 0
     own = jnp.sum(jnp.where(used, weights * teacher.log_weights, 0.0), axis=-1)
@@ -92,7 +93,8 @@ def sparse_forward_kl(student: jax.Array, teacher: SparseTargets) -> jax.Array:
     log_others = jax.nn.logsumexp(jnp.where(dense > 0, NEVER, student), axis=-1) - log_z
     has_tail = teacher.tail > 0
     log_tail = jnp.log(jnp.where(has_tail, teacher.tail, 1.0))
-    return own - named + jnp.where(has_tail, teacher.tail * (log_tail - log_others), 0.0)
+    tail = jnp.where(has_tail, teacher.tail * (log_tail - log_others), 0.0)
+    return temperature**2 * (own - named + tail)
 
 
 def entropy(logits: jax.Array) -> jax.Array:

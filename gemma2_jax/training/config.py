@@ -64,16 +64,7 @@ class RunConfig:
     metrics: MetricsConfig
 
     def __post_init__(self) -> None:
-        if self.objective.needs_teacher and self.distill.teacher is None:
-            raise UserError(
-                f"objective.{self.objective.divergences[0]} is above 0, which needs a teacher; set distill.teacher to "
-                "its run."
-            )
-        if self.distill.teacher is not None and not self.objective.needs_teacher:
-            raise UserError(
-                "distill.teacher is set, but no divergence of the objective has a weight above 0 "
-                f"({', '.join(DIVERGENCES)}), so it would teach nothing."
-            )
+        self._check_teacher()
         if self.data.batch_size % self.training.accumulation:
             raise UserError(
                 f"training.accumulation is {self.training.accumulation}, which does not divide data.batch_size "
@@ -104,3 +95,30 @@ class RunConfig:
                     f"{name} is {every}; it must be a multiple of training.log_every ({self.training.log_every}), "
                     "so that a resumed run logs the same averages."
                 )
+
+    def _check_teacher(self) -> None:
+        """Raises UserError if the objective and what teaches do not fit together."""
+        teachers = {"distill.teacher": self.distill.teacher, "distill.cache": self.distill.cache}
+        given = [name for name, value in teachers.items() if value is not None]
+        divergences = self.objective.divergences
+        if divergences and not given:
+            raise UserError(
+                f"objective.{divergences[0]} is above 0, which needs a teacher; set distill.teacher to its run."
+            )
+        if given and not divergences:
+            raise UserError(
+                f"{given[0]} is set, but no divergence of the objective has a weight above 0 "
+                f"({', '.join(DIVERGENCES)}), so it would teach nothing."
+            )
+        if self.distill.cache is None:
+            return
+        if divergences != ("forward_kl",):
+            raise UserError(
+                "distill.cache holds a few tokens of each distribution, which give forward_kl alone, and the objective "
+                f"has {', '.join(divergences)}; set objective=distillation, or train without a cache."
+            )
+        if "temperature" in self.objective.schedules:
+            raise UserError(
+                "objective.temperature is a schedule, and distill.cache was made at one temperature; it must be that "
+                "number."
+            )

@@ -10,16 +10,14 @@ from jax.sharding import Mesh
 
 from gemma2_jax.checkpoints.store import CheckpointStore, latest_step
 from gemma2_jax.config import UserError, to_dict
-from gemma2_jax.data.batch import Batch
-from gemma2_jax.data.pipeline import train_batches, validation_batches
+from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.teacher import load_teacher
 from gemma2_jax.files import locked
 from gemma2_jax.model.counts import training_flops_per_token
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.inputs import Inputs
 from gemma2_jax.training.metrics import Writer, open_writers, perplexity
 from gemma2_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from gemma2_jax.training.progress import TrainingProgress
@@ -67,10 +65,7 @@ class _Trainer:
         self.config, self.mesh = config, mesh
         optimizer = build_optimizer(config.optimizer, config.training.steps)
         abstract = abstract_state(config.model, optimizer, mesh)
-        self.teacher: Gemma2 | None = None
-        if config.distill.teacher is not None:
-            self.teacher = load_teacher(config.distill, config.model, tokenizer, mesh)
-        self.batches = train_batches(config.data, jax.process_index(), jax.process_count())
+        self.inputs = Inputs(config, tokenizer, mesh)
         self.store = stack.enter_context(CheckpointStore(config.output, config.checkpoint.keep))
         self.step = self.store.latest_step or 0
         first_process = jax.process_index() == 0
@@ -85,20 +80,14 @@ class _Trainer:
             self.state = state_from_params(params, optimizer, abstract)
         else:
             self.state = init_state(config.model, optimizer, abstract, config.seed)
-        batch = jax.ShapeDtypeStruct(
-            (config.data.batch_size, config.data.seq_len), jnp.int32, sharding=batch_sharding(mesh)
-        )
-        mask = jax.ShapeDtypeStruct(batch.shape, jnp.float32, sharding=batch.sharding)
         train_step = build_train_step(config, optimizer, abstract)
         # Compiled ahead, so that no step's time contains it.
-        self.train_step = train_step.lower(
-            abstract, self.teacher, Batch(batch, batch, batch, batch, mask)
-        ).compile()
+        self.train_step = train_step.lower(abstract, self.inputs.teacher, *self.inputs.abstract()).compile()
         self.evaluation_step = build_evaluation_step(
             config.compute, config.distill, config.objective.block_tokens
         )
         self.learning_rate = learning_rate_schedule(config.optimizer, config.training.steps)
-        teacher_config = None if self.teacher is None else self.teacher.config
+        teacher_config = None if self.inputs.teacher is None else self.inputs.teacher.config
         self.flops_per_token = training_flops_per_token(config.model, config.data.seq_len, teacher_config)
         self.peak_flops = peak_flops(jax.devices()[0])
         self.writers: list[Writer] = []
@@ -113,9 +102,7 @@ class _Trainer:
         rows: list[dict[str, jax.Array]] = []
         while self.step < training.steps:
             stopwatch.start()
-            self.state, row = self.train_step(
-                self.state, self.teacher, on_mesh(next(self.batches), self.mesh)
-            )
+            self.state, row = self.train_step(self.state, self.inputs.teacher, *next(self.inputs))
             rows.append(row)
             self.step += 1
             self.progress.advance(self.step)
@@ -157,7 +144,8 @@ class _Trainer:
     def _evaluate(self) -> None:
         model = Gemma2(self.config.model, self.state.params)
         batches = validation_batches(self.config.data, jax.process_index(), jax.process_count())
-        self._write("validation", validate(self.evaluation_step, model, self.teacher, batches, self.mesh))
+        teacher = self.inputs.teacher
+        self._write("validation", validate(self.evaluation_step, model, teacher, batches, self.mesh))
 
     def _write(self, split: str, row: dict[str, float]) -> None:
         for writer in self.writers:
@@ -166,10 +154,10 @@ class _Trainer:
 
     def _save(self) -> None:
         trees = {"params": self.state.params, "optimizer": self.state.optimizer}
-        self.store.save(self.step, trees, self.batches, to_dict(self.config))
+        self.store.save(self.step, trees, self.inputs.batches, to_dict(self.config))
 
     def _restore(self, abstract: TrainState) -> TrainState:
         targets = {"params": abstract.params, "optimizer": abstract.optimizer}
-        trees = self.store.restore(self.step, targets, self.batches)
+        trees = self.store.restore(self.step, targets, self.inputs.batches)
         step = jax.device_put(jnp.int32(self.step), abstract.step.sharding)
         return TrainState(step, trees["params"], trees["optimizer"])

@@ -156,7 +156,7 @@ def stopped_after(
         if self not in shards:
             shards.append(self)
         write(self, *args)
-        if sum("train" in writer._path.name for writer in shards) > parts:
+        if sum("train" in writer._records._path.name for writer in shards) > parts:
             raise KeyboardInterrupt
 
     with patch.context() as context:

@@ -34,7 +34,9 @@ def value_and_gradients(
                     config, logits, _logits(jnp.asarray(other[0]), jnp.asarray(other[1]), teacher)
                 )
             elif isinstance(teacher, SparseTargets):
-                values["forward_kl"] = _sparse(logits, *map(jnp.asarray, other))
+                tau = config.temperature
+                assert not isinstance(tau, ScheduleConfig)
+                values["forward_kl"] = tau**2 * _sparse(logits / tau, *map(jnp.asarray, other))
             parts = [jnp.sum(asdict(config)[name] * values[name] * shares) for name in values]
             return jnp.sum(jnp.stack(parts))
 

@@ -143,9 +143,12 @@ def test_blocks_of_any_size(B: int, T: int, block_tokens: int, name: str) -> Non
     block_tokens=st.integers(1, 40),
     K=st.integers(2, 9),
     share=st.sampled_from([0.2, 0.9, 0.9999, 1.0]),
+    temperature=st.sampled_from([0.7, 1.0, 2.5]),
 )
-def test_sparse_targets(B: int, T: int, block_tokens: int, K: int, share: float) -> None:
-    config = objective(cross_entropy=0.5, forward_kl=1.0, z_loss=0.01, block_tokens=block_tokens)
+def test_sparse_targets(B: int, T: int, block_tokens: int, K: int, share: float, temperature: float) -> None:
+    config = objective(
+        cross_entropy=0.5, forward_kl=1.0, z_loss=0.01, block_tokens=block_tokens, temperature=temperature
+    )
     student, _, targets, mask = heads(B, T, padding=7)
     signal = entries(B, T, K, share)
     actual = found(config, student, signal, targets, mask)

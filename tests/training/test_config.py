@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from gemma2_jax.config import UserError
+from gemma2_jax.distill.cache.encoding import EncodingConfig
+from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.objectives.schedule import ScheduleConfig
 from gemma2_jax.training.config import RunConfig
@@ -60,3 +62,31 @@ def test_checkpoints_fall_on_logged_steps(toy_run: RunConfig, name: str) -> None
 def test_steps_must_be_positive(toy_run: RunConfig) -> None:
     with pytest.raises(UserError, match=r"training\.steps is 0"):
         replace(toy_run.training, steps=0)
+
+
+def with_cache(run: RunConfig, **objective: Any) -> RunConfig:
+    values: dict[str, Any] = {"cross_entropy": 0.0, "forward_kl": 1.0, "temperature": 1.0, "block_tokens": 8}
+    distill = replace(run.distill, cache="runs/cache")
+    return replace(run, objective=ObjectiveConfig(**values | objective), distill=distill)
+
+
+def test_a_cache_stands_in_for_the_teacher(toy_run: RunConfig) -> None:
+    assert with_cache(toy_run).distill.teacher is None
+    with pytest.raises(UserError, match=r"distill\.cache is set, but no divergence"):
+        with_cache(toy_run, cross_entropy=1.0, forward_kl=0.0)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"])
+def test_what_a_cache_cannot_give(toy_run: RunConfig, name: str) -> None:
+    with pytest.raises(UserError, match=f"give forward_kl alone, and the objective has forward_kl, {name};"):
+        with_cache(toy_run, **{name: 0.5})
+
+
+def test_a_cache_has_one_temperature(toy_run: RunConfig) -> None:
+    with pytest.raises(UserError, match=r"objective\.temperature is a schedule"):
+        with_cache(toy_run, temperature=ScheduleConfig("linear", peak=2.0, end=1.0))
+
+
+def test_an_encoding_without_a_cache() -> None:
+    with pytest.raises(UserError, match=r"distill\.encoding is set, but distill\.cache is null"):
+        DistillConfig(None, "float32", encoding=EncodingConfig())

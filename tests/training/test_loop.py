@@ -18,7 +18,7 @@ from gemma2_jax.data.prepare import prepare
 from gemma2_jax.files import locked
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.objectives.schedule import ScheduleConfig
-from gemma2_jax.training import loop
+from gemma2_jax.training import inputs, loop
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
@@ -164,7 +164,7 @@ def test_a_folder_from_before_there_were_other_terms(finished: RunConfig, tmp_pa
 
 def test_a_finished_run_is_left_alone(finished: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (Path(finished.output) / "metrics.jsonl").read_text()
-    monkeypatch.setattr(loop, "train_batches", None)  # nothing is started
+    monkeypatch.setattr(loop, "Inputs", None)  # nothing is started
     train(finished)
     assert (Path(finished.output) / "metrics.jsonl").read_text() == before
 
@@ -202,7 +202,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
             batch = next(batches)
             return replace(batch, loss_mask=batch.loss_mask * np.float32("nan"))
 
-    monkeypatch.setattr(loop, "train_batches", lambda *_: Poisoned())
+    monkeypatch.setattr(inputs, "train_batches", lambda *_: Poisoned())
     with pytest.raises(UserError, match=" is nan; try a lower"):
         train(replace(finished, output=str(tmp_path)))
     assert latest_step(tmp_path) is None

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import train_batches
-from gemma2_jax.kernels.lm_head import LMHead, dense_loss
+from gemma2_jax.kernels.lm_head import LMHead, SparseTargets, dense_loss
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params, map_weights
 from gemma2_jax.objectives.objective import ObjectiveConfig, build_coefficients, token_loss
@@ -22,7 +22,7 @@ from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer
 from gemma2_jax.training.state import TrainState, abstract_state, init_state
-from gemma2_jax.training.step import build_train_step
+from gemma2_jax.training.step import build_reading, build_train_step
 from gemma2_jax.training.validation import on_mesh
 from tests.programs import arrays
 
@@ -50,6 +50,11 @@ def mesh_of(config: MeshConfig) -> Mesh:
     return build_mesh(config, jax.devices()[:devices])
 
 
+def a_teacher(run: RunConfig) -> Gemma2:
+    """Wider and deeper than the student."""
+    return Gemma2.init(replace(run.model, d_model=48, num_layers=4), jax.random.key(7))
+
+
 def steps(
     run: RunConfig, mesh_config: MeshConfig, batches: list[Batch], teacher: bool = False
 ) -> tuple[TrainState, list[dict[str, float]]]:
@@ -61,10 +66,9 @@ def steps(
         state = init_state(run.model, optimizer, abstract, run.seed)
         teacher_model = None
         if teacher:
-            teacher_config = replace(run.model, d_model=48, num_layers=4)
-            initial = Gemma2.init(teacher_config, jax.random.key(7)).params()
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(teacher_config, mesh=mesh))
-            teacher_model = Gemma2(teacher_config, jax.device_put(initial, shardings))
+            model = a_teacher(run)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model.config, mesh=mesh))
+            teacher_model = Gemma2(model.config, jax.device_put(model.params(), shardings))
         step = build_train_step(run, optimizer, abstract)
         rows = []
         for batch in batches:
@@ -137,7 +141,7 @@ def test_the_first_loss_is_that_of_all_logits_at_once(run: RunConfig, batches: l
     _, rows = steps(run, ONE_DEVICE, batches[:1], teacher=True)
     batch = batches[0]
     student = Gemma2.init(run.model, jax.random.key(run.seed))
-    teacher = Gemma2.init(replace(run.model, d_model=48, num_layers=4), jax.random.key(7))
+    teacher = a_teacher(run)
 
     def head(model: Gemma2) -> LMHead:
         hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
@@ -243,6 +247,34 @@ def test_microbatches_share_what_is_scheduled(run: RunConfig, batches: list[Batc
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", ["hidden states", "entries"])
+def test_what_a_teacher_has_said_before(
+    run: RunConfig, batches: list[Batch], accumulation: int, kind: str
+) -> None:
+    """Its hidden states, or all of its distribution as entries, train as it does within the step."""
+    run = with_teacher(run, DISTILLATION)
+    run = replace(run, training=replace(run.training, accumulation=accumulation))
+    _, expected = steps(run, ONE_DEVICE, batches[:2], teacher=True)
+    optimizer = build_optimizer(run.optimizer, run.training.steps)
+    mesh = mesh_of(ONE_DEVICE)
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(run.model, optimizer, mesh)
+        state = init_state(run.model, optimizer, abstract, run.seed)
+        teacher = a_teacher(run)
+        read = build_reading(run.compute, run.distill)
+        step = build_train_step(run, optimizer, abstract)
+        for batch, row in zip(batches[:2], expected, strict=True):
+            taught = hidden = read(teacher, on_mesh(batch, mesh))
+            if kind == "entries":
+                log_p = jax.nn.log_softmax(teacher.embedder.decode(hidden) / DISTILLATION.temperature)
+                ids = jnp.broadcast_to(jnp.arange(log_p.shape[-1], dtype=jnp.int32), log_p.shape)
+                taught = SparseTargets(ids, log_p, jnp.zeros(log_p.shape[:2]))
+            asked = teacher if kind == "hidden states" else None
+            state, found = step(state, asked, on_mesh(batch, mesh), taught)
+            assert {name: float(value) for name, value in found.items()} == pytest.approx(row, rel=1e-5)
+
+
 def test_a_schedule_compiles_nothing_again(run: RunConfig, batches: list[Batch]) -> None:
     run = with_teacher(run, SCHEDULED)
     optimizer = build_optimizer(run.optimizer, run.training.steps)
@@ -250,7 +282,7 @@ def test_a_schedule_compiles_nothing_again(run: RunConfig, batches: list[Batch])
     with jax.set_mesh(mesh):
         abstract = abstract_state(run.model, optimizer, mesh)
         state = init_state(run.model, optimizer, abstract, run.seed)
-        teacher = Gemma2.init(replace(run.model, d_model=48, num_layers=4), jax.random.key(7))
+        teacher = a_teacher(run)
         step = build_train_step(run, optimizer, abstract)
         state, _ = step(state, teacher, on_mesh(batches[0], mesh))
         with jax.no_tracing():
@@ -264,7 +296,7 @@ def test_no_step_holds_logits_of_all_tokens(run: RunConfig, batches: list[Batch]
     run = with_teacher(run, DISTILLATION)
     optimizer = build_optimizer(run.optimizer, run.training.steps)
     abstract = abstract_state(run.model, optimizer, mesh_of(ONE_DEVICE))
-    teacher = Gemma2.init(replace(run.model, d_model=48, num_layers=4), jax.random.key(7))
+    teacher = a_teacher(run)
     jaxpr = jax.make_jaxpr(build_train_step(run, optimizer, abstract))(abstract, teacher, batches[0])
     V, tokens = run.model.vocab_size, batches[0].tokens.size
     sizes = [size for shape, size in arrays(jaxpr.jaxpr) if V in shape and not {32, 48} & set(shape)]

@@ -1,0 +1,249 @@
+"""What a cached teacher costs: bytes a token of each encoding, time to encode, and speed of feeding.
+
+    python experiments/benchmarks/teacher_cache.py
+
+Two teachers. The synthetic one has a vocabulary of 256,000 and power laws for distributions: the token of rank r has
+a probability in proportion to r^-a, with `a` drawn for each token of text between 1.1 and --steepest. Which
+ids come first is drawn too, frequent (low) ids more often. At 3.0 its perplexity is 9, at 2.5 it is 14. The trained
+one is model=small_1m, trained here for --steps steps on the built-in corpus, or --source.
+
+Bytes are those of records, headers and checksums included; times are medians over repetitions. Encoding goes from
+logits on the device to bytes; `softmax` is what a softmax alone over the same logits takes. Feeding counts tokens
+of batches, with the teacher's entries (sampled, N = 50) and without, and next to it stands what the model trains at.
+"""
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma2_jax.cli.compose import compose
+from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.data.prepare import prepare
+from gemma2_jax.data.sources import PYTHON_DOCS
+from gemma2_jax.distill.cache.encoding import EncodingConfig, encode
+from gemma2_jax.distill.cache.manifest import Manifest
+from gemma2_jax.distill.cache.packing import Packed, Packer, log_grid
+from gemma2_jax.distill.cache.reader import cached_batches
+from gemma2_jax.distill.cache.writer import CacheTask, write_cache
+from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.loop import train
+from gemma2_jax.training.metrics import read_metrics
+
+BLOCK = 128  # tokens whose logits there are at a time
+SHAPES = [(16, 128), (32, 1024)]  # (B, T) of what is fed
+ENCODINGS = {
+    "sampled, N = 12": EncodingConfig(entries=12),
+    "sampled, N = 50": EncodingConfig(entries=50),
+    "sampled, N = 256": EncodingConfig(entries=256),
+    "sampled, N = 50, proposal temperature 1.25": EncodingConfig(entries=50, proposal_temperature=1.25),
+    "top-k, k = 50": EncodingConfig("top_k", 50),
+    "top-p, p = 0.9, k = 50": EncodingConfig("top_p", 50, p=0.9),
+}
+FULL = {"full": EncodingConfig("full", None)}
+
+
+def median_seconds(run: Callable[[], Any], repetitions: int) -> float:
+    """Of `run`, called once more before the clock starts."""
+    run()
+    times = []
+    for _ in range(repetitions):
+        begun = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def synthetic_logits(vocab_size: int, tokens: int, steepest: float) -> tuple[np.ndarray, float]:
+    """Log-probabilities [tokens, V] of power laws, and their mean entropy in nats."""
+    random = np.random.default_rng(0)
+    log_ranks = np.log(np.arange(1, vocab_size + 1))
+    frequency = -np.log(np.arange(vocab_size) + 10.0)
+    logits = np.empty((tokens, vocab_size), np.float32)
+    entropies = []
+    for token in logits:
+        log_p = -random.uniform(1.1, steepest) * log_ranks
+        log_p -= np.log(np.exp(log_p).sum())
+        entropies.append(-np.sum(np.exp(log_p) * log_p))
+        token[np.argsort(-(frequency + random.gumbel(size=vocab_size)))] = log_p
+    return logits, float(np.mean(entropies))
+
+
+def synthetic(vocab_size: int, tokens: int, steepest: float, repetitions: int) -> None:
+    logits, entropy = synthetic_logits(vocab_size, tokens, steepest)
+    model = ModelConfig(vocab_size, 2, 8, 1, 1, 8, 8, None, 8.0)
+    print(
+        f"\nsynthetic teacher: V = {vocab_size:,}, {tokens:,} tokens, mean entropy {entropy:.2f} nats "
+        f"(perplexity {math.exp(entropy):.1f})"
+    )
+    print(f"{'':44}{'bytes/token':>12}{'ids/token':>12}{'encode, µs':>12}{'pack, µs':>12}")
+    block = jnp.asarray(logits[:BLOCK])
+    softmax = jax.jit(jax.nn.softmax)
+    seconds = median_seconds(lambda: softmax(block).block_until_ready(), repetitions)
+    for label, config in ENCODINGS.items():
+        blocks = [
+            jax.tree.map(np.asarray, encode_block(config, logits[start : start + BLOCK], start))
+            for start in range(0, tokens, BLOCK)
+        ]
+        entries = jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
+        packer = Packer(config, log_grid(config, model), vocab_size, tokens)
+        packed = packer.pack(entries, 0)
+        encoding = median_seconds(partial(_encode_and_wait, config, block), repetitions)
+        packing = median_seconds(partial(packer.pack, entries, 0), repetitions)
+        row(label, packed, packer, tokens, encoding / len(block), packing / tokens)
+    print(f"{'softmax':44}{'':24}{1e6 * seconds / len(block):>12.1f}")
+
+
+@partial(jax.jit, static_argnums=0)
+def encode_block(config: EncodingConfig, logits: jax.Array, start: int) -> Any:
+    places = start + jnp.arange(len(logits))
+    return encode(config, logits, logits.shape[-1], jnp.uint32(0), places)
+
+
+def _encode_and_wait(config: EncodingConfig, logits: jax.Array) -> None:
+    jax.block_until_ready(encode_block(config, logits, 0))
+
+
+def row(label: str, packed: Packed, packer: Packer, tokens: int, encoding: float, packing: float) -> None:
+    sparse, _ = packer.unpack([packed.record], packed.largest)
+    ids = float(np.mean(np.sum(sparse.log_weights > -1e29, axis=-1)))
+    print(
+        f"{label:44}{len(packed.record) / tokens:>12.1f}{ids:>12.1f}{1e6 * encoding:>12.1f}{1e6 * packing:>12.1f}"
+    )
+
+
+def trained_teacher(folder: Path, source: str, vocab_size: int, steps: int) -> RunConfig:
+    """A small model, trained here."""
+    config = compose(
+        [
+            "model=small_1m",
+            f"training.steps={steps}",
+            f"training.eval_every={steps}",
+            f"training.log_every={steps}",
+            f"checkpoint.every={steps}",
+            f"optimizer.warmup_steps={steps // 10}",
+        ],
+        values={
+            "output": str(folder / "teacher"),
+            "data.source": source,
+            "data.folder": str(folder / "data"),
+            "tokenizer.path": str(folder / "tokenizer.model"),
+            "tokenizer.vocab_size": vocab_size,
+            "metrics.tensorboard": False,
+        },
+    )
+    prepare(config.data, config.tokenizer)
+    train(config)
+    return config
+
+
+def cache(
+    config: RunConfig, encoding: EncodingConfig, folder: Path, steps: int
+) -> tuple[Manifest, CacheTask]:
+    task = CacheTask(
+        folder=str(folder),
+        encoding=encoding,
+        distill=DistillConfig(config.output, "float32"),
+        model=config.model,
+        compute=config.compute,
+        data=config.data,
+        tokenizer=config.tokenizer,
+        mesh=config.mesh,
+        steps=steps,
+        block_tokens=config.objective.block_tokens,
+    )
+    return write_cache(task), task
+
+
+def records(task: CacheTask, manifest: Manifest) -> Iterator[bytes]:
+    source = grain.sources.ArrayRecordDataSource([f"{task.folder}/{file.file}" for file in manifest.files])
+    return (source[number] for number in range(len(source)))
+
+
+def trained(config: RunConfig, folder: Path, steps: int) -> None:
+    evaluated = [line for line in read_metrics(config.output) if line["split"] == "validation"][-1]
+    print(
+        f"\ntrained teacher: V = {config.model.num_tokens:,}, validation perplexity {evaluated['perplexity']:.1f}, "
+        f"{steps * config.data.batch_size * config.data.seq_len:,} tokens of rows of {config.data.seq_len}"
+    )
+    print(f"{'':44}{'bytes/token':>12}{'ids/token':>12}{'all, µs':>12}")
+    for number, (label, encoding) in enumerate({**ENCODINGS, **FULL}.items()):
+        begun = time.perf_counter()
+        manifest, task = cache(
+            config, encoding, folder / f"cache-{number}", 1 if encoding.kind == "full" else steps
+        )
+        seconds = time.perf_counter() - begun
+        tokens = manifest.rows * config.data.seq_len
+        size = sum(len(record) for record in records(task, manifest))
+        ids = np.mean(
+            [(s.log_weights > -1e29).sum(-1).mean() for _, s in cached_batches(task.data, task.folder)]
+        )
+        print(f"{label:44}{size / tokens:>12.1f}{ids:>12.1f}{1e6 * seconds / tokens:>12.1f}")
+
+
+def feeding(config: RunConfig, folder: Path, tokens: int, repetitions: int) -> None:
+    print(f"\n{'':44}{'tokens/s':>12}")
+    for batch_size, seq_len in SHAPES:
+        shaped = replace(config, data=replace(config.data, batch_size=batch_size, seq_len=seq_len))
+        steps = max(2, tokens // (batch_size * seq_len))
+        _, task = cache(shaped, ENCODINGS["sampled, N = 50"], folder / f"fed-{seq_len}", steps)
+        sources = {
+            "plain": lambda task=task: train_batches(task.data),
+            "cached": lambda task=task: cached_batches(task.data, task.folder),
+        }
+        for label, source in sources.items():
+            rates = []
+            for _ in range(repetitions):
+                batches = source()
+                next(batches)
+                begun = time.perf_counter()
+                for _ in range(steps - 1):
+                    next(batches)
+                rates.append((steps - 1) * batch_size * seq_len / (time.perf_counter() - begun))
+            rate = statistics.median(rates)
+            print(f"{f'feeding, {label}, B x T: {batch_size} x {seq_len}':44}{rate:>12,.0f}")
+    lines = [line["tokens_per_second"] for line in read_metrics(config.output) if line["split"] == "train"]
+    print(f"{'training, on these devices':44}{statistics.median(lines):>12,.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--vocab-size", type=int, default=256_000, help="of the synthetic teacher")
+    parser.add_argument(
+        "--tokens", type=int, default=1024, help="of text that the synthetic teacher has seen"
+    )
+    parser.add_argument("--steepest", type=float, default=3.0, help="the largest exponent of its power laws")
+    parser.add_argument(
+        "--source", default=PYTHON_DOCS, help="the trained teacher's corpus: a glob of files, as data.source"
+    )
+    parser.add_argument("--trained-vocab-size", type=int, default=4096, help="of the trained teacher")
+    parser.add_argument("--steps", type=int, default=200, help="that the trained teacher is trained for")
+    parser.add_argument("--cached-steps", type=int, default=10, help="steps of data in each of its caches")
+    parser.add_argument("--fed-tokens", type=int, default=300_000, help="tokens in the caches that are fed")
+    arguments = parser.parse_args()
+    synthetic(arguments.vocab_size, arguments.tokens, arguments.steepest, arguments.repetitions)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = trained_teacher(folder, arguments.source, arguments.trained_vocab_size, arguments.steps)
+        trained(config, folder, arguments.cached_steps)
+        feeding(config, folder, arguments.fed_tokens, arguments.repetitions)
+
+
+if __name__ == "__main__":
+    main()

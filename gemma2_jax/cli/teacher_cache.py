@@ -1,0 +1,70 @@
+"""`gemma2 teacher-cache`: a teacher's signal over a student's data, computed once."""
+
+import argparse
+
+from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
+
+DESCRIPTION = """\
+Runs a teacher once over the rows that a student's training will see, and stores what it says about each token in
+few bytes. Any number of students then train from the cache without the teacher. Give the command line of the
+student's run; its data, batch, number of steps and mesh decide what is computed, and where.
+
+  gemma2 teacher-cache model=small_1m objective=distillation distill=cached \\
+      distill.teacher=runs/teacher distill.cache=runs/teacher-cache
+  gemma2 train         model=small_1m objective=distillation distill=cached \\
+      distill.teacher=runs/teacher distill.cache=runs/teacher-cache name=student
+
+  gemma2 teacher-cache ... --estimate      what it would take, from a few steps; writes nothing
+  gemma2 teacher-cache ... --verify        reads every file and tells whether it is as it was written
+
+  distill.encoding.kind=sampled            N ids drawn by the teacher's probability: unbiased (the default, N = 50)
+  distill.encoding.kind=top_k              the k likeliest ids and the probability of all others
+  distill.encoding.entries=256             N, or k
+
+A cache that was stopped goes on where it was, and grows if training.steps does.
+"""
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs, "teacher-cache", run, "run a teacher once, for many students", DESCRIPTION, KEYS, resumes=True
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--estimate", action="store_true", help="tell size and time, and write nothing")
+    only.add_argument("--verify", action="store_true", help="check the files of a cache that is there")
+    add_overrides(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from gemma2_jax.cli.compose import compose
+    from gemma2_jax.config import UserError
+    from gemma2_jax.data.prepare import prepare
+    from gemma2_jax.distill.cache.manifest import verify_cache
+    from gemma2_jax.distill.cache.writer import CacheTask, write_cache
+
+    config = compose(arguments.overrides, arguments.config_dir)
+    distill = config.distill
+    if distill.cache is None or distill.encoding is None:
+        raise UserError(
+            "distill.cache and distill.encoding must be set to write a teacher's cache; distill=cached sets the latter."
+        )
+    if arguments.verify:
+        count = verify_cache(distill.cache)
+        print(f"{distill.cache}: {count} files were read and are whole.")
+        return
+    prepare(config.data, config.tokenizer)
+    task = CacheTask(
+        folder=distill.cache,
+        encoding=distill.encoding,
+        distill=distill,
+        model=config.model,
+        compute=config.compute,
+        data=config.data,
+        tokenizer=config.tokenizer,
+        mesh=config.mesh,
+        steps=config.training.steps,
+        block_tokens=config.objective.block_tokens,
+    )
+    manifest = write_cache(task, arguments.estimate)
+    if not arguments.estimate:
+        print(f"{distill.cache} holds the teacher's signal for {manifest.rows} rows.")

@@ -1,0 +1,261 @@
+"""From a teacher's logits to a few entries a token.
+
+Four ways to keep a distribution P over V tokens:
+
+- `sampled`: N ids drawn with replacement, each with weight 1/N: an unbiased estimate of P, so that the gradient
+  of the forward KL, which is linear in P, is unbiased too (Random Sampling KD, arXiv 2503.16870; Gemma 3 keeps
+  256 draws, arXiv 2503.19786). Drawn from a flatter proposal q ~ P^(1/proposal_temperature), a draw has weight
+  p/q / N. Those weights sum to 1 in expectation only, and stay so: divided by their sum they would be biased.
+- `top_k`: the k largest probabilities, and what is left as the tail's.
+- `top_p`: of those k, the fewest that reach p together; and the tail.
+- `full`: all of P, for small vocabularies.
+
+Draws use the inverse of the cumulative distribution on two levels: first one of some sqrt(V) runs of ids, then
+an id in it. Cumulative sums in float32 over all of V would lose tokens of probability below 6e-8, which a large
+vocabulary has many of. On two levels they are sums of 31-bit integers, which are exact; what is drawn from
+differs from the float32 softmax by less than 2e-6 in total variation.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from gemma2_jax.config import UserError
+from gemma2_jax.data.batch import Batch
+from gemma2_jax.model.config import ComputeConfig, ModelConfig
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.sharding.layout import batch_shares, constrain
+
+LARGEST_FULL = 65_536  # tokens of a vocabulary that `full` is meant for: 256 KiB a token as float32
+_ONE = 2.0**31  # probability 1, as an integer; a float, since a Python integer would have to fit int32
+
+
+@dataclass(frozen=True)
+class EncodingConfig:
+    """What is kept of the teacher's distribution.
+
+    Attributes:
+        kind: sampled, top_k, top_p or full; see the top of this file.
+        entries: N, the draws of `sampled`; k of `top_k` and `top_p`; null for `full`.
+        p: the probability that `top_p` keeps, if k ids reach it; null otherwise.
+        proposal_temperature: of `sampled`; above 1 draws unlikely tokens more often, with less weight.
+        temperature: softens P itself; a student must train with the same objective.temperature.
+        weight_bits: of a logarithm, where logarithms are kept: everywhere but in draws from P itself, which are
+            counted. See `packing.LogGrid` for the error.
+        seed: of the draws.
+    """
+
+    kind: Literal["sampled", "top_k", "top_p", "full"] = "sampled"
+    entries: int | None = 50
+    p: float | None = None
+    proposal_temperature: float = 1.0
+    temperature: float = 1.0
+    weight_bits: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.kind == "full") != (self.entries is None):
+            accepted = "null" if self.kind == "full" else "at least 1"
+            raise UserError(
+                f"distill.encoding.entries is {self.entries}; it must be {accepted} for {self.kind}."
+            )
+        if self.entries is not None and not 1 <= self.entries < 1 << 16:
+            raise UserError(
+                f"distill.encoding.entries is {self.entries}; it must be at least 1 and below 65536."
+            )
+        if (self.kind == "top_p") != (self.p is not None):
+            accepted = "above 0, at most 1" if self.kind == "top_p" else "null"
+            raise UserError(f"distill.encoding.p is {self.p}; it must be {accepted} for {self.kind}.")
+        if self.p is not None and not 0 < self.p <= 1:
+            raise UserError(f"distill.encoding.p is {self.p}; it must be above 0, at most 1.")
+        if not self.proposal_temperature >= 1 or not math.isfinite(self.proposal_temperature):
+            raise UserError(
+                f"distill.encoding.proposal_temperature is {self.proposal_temperature}; it must be at least 1, since "
+                "a sharper proposal leaves unlikely tokens with weights of unbounded variance."
+            )
+        if self.proposal_temperature != 1 and self.kind != "sampled":
+            raise UserError(
+                f"distill.encoding.proposal_temperature is {self.proposal_temperature}, which only sampled uses; it "
+                f"must be 1 for {self.kind}."
+            )
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"distill.encoding.temperature is {self.temperature}; it must be above 0.")
+        if not 8 <= self.weight_bits <= 16:
+            raise UserError(f"distill.encoding.weight_bits is {self.weight_bits}; it must be 8 to 16.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"distill.encoding.seed is {self.seed}; it must be at least 0 and below 2**32.")
+
+    @property
+    def counted(self) -> bool:
+        """Whether weights are numbers of draws, rather than logarithms."""
+        return self.kind == "sampled" and self.proposal_temperature == 1
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether there is probability outside the entries that is known."""
+        return self.kind in ("top_k", "top_p")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Entries:
+    """The entries of tokens [...], as devices give them: sorted by id.
+
+    Attributes:
+        ids: int32 [..., N]; a drawn id as often as it was drawn, V where an entry is unused.
+        logs: float32 [..., N]: log p of the id; with a proposal log p/q; None for draws from P itself.
+        log_tail: float32 [...], log of the probability outside; None without a tail.
+    """
+
+    ids: Any
+    logs: Any
+    log_tail: Any
+
+
+def check_encoding(config: EncodingConfig, model: ModelConfig) -> None:
+    """Raises UserError if a teacher's vocabulary is too small or too large for the encoding."""
+    tokens = model.num_tokens
+    if config.kind == "full" and tokens > LARGEST_FULL:
+        raise UserError(
+            f"distill.encoding.kind is full and the teacher has {tokens} tokens, of which {LARGEST_FULL} can be kept "
+            "at most; choose sampled, top_k or top_p."
+        )
+    if config.kind in ("top_k", "top_p") and config.entries is not None and config.entries > tokens:
+        raise UserError(f"distill.encoding.entries is {config.entries}; the teacher has {tokens} tokens.")
+
+
+def encode_batch(
+    config: EncodingConfig,
+    teacher: Gemma2,
+    compute: ComputeConfig,
+    block_tokens: int,
+    batch: Batch,
+    rows: jax.Array,
+) -> Entries:
+    """What the teacher says about each target of a batch; for `jax.jit`, on any mesh.
+
+    Args:
+        teacher: its weights may be split over the mesh, the vocabulary included.
+        block_tokens: tokens that each device has logits of at a time.
+        batch: B x T.
+        rows: uint32 [B], the number of each row in the data: with its position it decides a token's draws.
+
+    Returns:
+        Entries of [B, T].
+    """
+    hidden = teacher.hidden(batch.tokens, batch.positions, batch.segment_ids, replace(compute, remat="none"))
+    B, T, _ = hidden.shape
+    blocks = -(-T // max(1, block_tokens * batch_shares() // B))
+    per_block = -(-T // blocks)
+    padded = jnp.pad(hidden, ((0, 0), (0, blocks * per_block - T), (0, 0)))
+
+    def block(number: jax.Array) -> Entries:
+        start = number * per_block
+        part = constrain(jax.lax.dynamic_slice_in_dim(padded, start, per_block, axis=1), "BTD")
+        logits = constrain(teacher.embedder.decode(part), "BTV")
+        return encode(config, logits, teacher.config.num_tokens, rows[:, None], start + jnp.arange(per_block))
+
+    def whole(values: jax.Array) -> jax.Array:
+        """[blocks, B, T / blocks, ...] to [B, T, ...]."""
+        return jnp.moveaxis(values, 0, 1).reshape(B, -1, *values.shape[3:])[:, :T]
+
+    return jax.tree.map(whole, jax.lax.map(block, jnp.arange(blocks)))
+
+
+def encode(
+    config: EncodingConfig, logits: jax.Array, num_tokens: int, rows: jax.Array, places: jax.Array
+) -> Entries:
+    """The entries of tokens from their logits.
+
+    Args:
+        logits: float32 [..., V], soft-capped; those of padding rows far below all others.
+        num_tokens: the rest of V is padding.
+        rows, places: uint32 and int32, of shapes that broadcast to [...]: which token of the data each is.
+
+    Returns:
+        Entries of [...].
+    """
+    logits = logits / config.temperature
+    if config.kind == "sampled":
+        return _sampled(config, logits, rows, places)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    if config.kind == "full":
+        ids = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (*log_p.shape[:-1], num_tokens))
+        return Entries(ids, log_p[..., :num_tokens], None)
+    assert config.entries is not None
+    logs, ids = jax.lax.top_k(log_p, config.entries)
+    p = jnp.exp(logs)
+    reached = jnp.cumsum(p, axis=-1)
+    kept = jnp.ones_like(ids, bool) if config.p is None else reached - p < config.p
+    ids, logs, p = (
+        jnp.where(kept, values, unused)
+        for values, unused in ((ids, logits.shape[-1]), (logs, -jnp.inf), (p, 0))
+    )
+    tail = jnp.maximum(1.0 - jnp.sum(p, axis=-1), 0.0)
+    ids, logs = jax.lax.sort((ids, logs), num_keys=1)
+    return Entries(ids, logs, jnp.log(tail))
+
+
+def _sampled(config: EncodingConfig, logits: jax.Array, rows: jax.Array, places: jax.Array) -> Entries:
+    N = config.entries
+    assert N is not None
+    key = jax.random.key(config.seed)
+    shape = logits.shape[:-1]
+    rows, places = (jnp.broadcast_to(x, shape).reshape(-1) for x in (rows, places))
+
+    def bits(row: jax.Array, place: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, row), place)
+        return jax.random.bits(own, (2, N), jnp.uint32) >> 1
+
+    draws = jax.vmap(bits)(rows, places).reshape(*shape, 2, N)
+    proposal = logits / config.proposal_temperature
+    ids = jnp.sort(draw(proposal, draws[..., 0, :], draws[..., 1, :]), axis=-1)
+    if config.counted:
+        return Entries(ids, None, None)
+    log_p, log_q = (
+        jnp.take_along_axis(x, ids, axis=-1) - jax.nn.logsumexp(x, axis=-1, keepdims=True)
+        for x in (logits, proposal)
+    )
+    return Entries(ids, log_p - log_q, None)
+
+
+@partial(jax.jit, inline=True)
+def draw(logits: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """Ids int32 [..., N] drawn from softmax(logits [..., V]) by uniform integers uint32 [..., N] below 2^31."""
+    runs = run_weights(logits)
+    run = _invert(cumulative(jnp.sum(runs, axis=-1)), first[..., None])
+    inside = jnp.take_along_axis(runs, run[..., None], axis=-2)  # [..., N, width]
+    return run * runs.shape[-1] + _invert(cumulative(inside), second[..., None])
+
+
+def run_weights(logits: jax.Array) -> jax.Array:
+    """exp of logits [..., V], up to a factor, as runs of ids [..., ceil(V / width), width], both near sqrt(V)."""
+    V = logits.shape[-1]
+    width = 1 << math.ceil(math.log2(V) / 2)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    padded = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -V % width)])
+    return padded.reshape(*weights.shape[:-1], -1, width)
+
+
+def cumulative(weights: jax.Array) -> jax.Array:
+    """Cumulative distribution of weights [..., n] in integers, the last one 2^31 exactly: uint32 [..., n].
+
+    Each share is rounded to a multiple of 2^-31; what that leaves over or lacks goes to the largest.
+    """
+    shares = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    whole = jnp.round(shares * _ONE).astype(jnp.uint32)
+    rest = jnp.uint32(int(_ONE)) - jnp.sum(whole, axis=-1, dtype=jnp.uint32)  # modulo 2^32, as the sum below
+    largest = jnp.argmax(shares, axis=-1)
+    at = jax.lax.broadcasted_iota(largest.dtype, shares.shape, shares.ndim - 1)
+    return jnp.cumsum(whole + jnp.where(at == largest[..., None], rest[..., None], 0), -1, dtype=jnp.uint32)
+
+
+def _invert(distribution: jax.Array, uniform: jax.Array) -> jax.Array:
+    """How many of the cumulative sums [..., n] a uniform integer [..., 1] has passed: int32 [...]."""
+    if distribution.ndim == uniform.ndim - 1:  # the same distribution for all draws
+        distribution = distribution[..., None, :]
+    return jnp.sum(distribution <= uniform, axis=-1, dtype=jnp.int32)

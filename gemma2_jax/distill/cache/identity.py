@@ -1,0 +1,30 @@
+"""Which teacher a cache was made of, told by its weights."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+
+from gemma2_jax.config import to_dict
+from gemma2_jax.formats.source import Source, all_places
+
+
+def teacher_identity(source: Source) -> str:
+    """Sha256 over a checkpoint's configuration and weights, in hexadecimal.
+
+    The same for a copy, another format and other padding of the vocabulary, as long as no weight changes its
+    value. All weights are read once, one at a time: some seconds for every billion.
+
+    Raises:
+        UserError: the checkpoint is not whole.
+    """
+    source.check()
+    config = replace(source.config, vocab_size=source.config.num_tokens, vocab_padding=0)
+    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
+    for place in all_places(source.config):
+        weight = source.weight(place)
+        if place.path == "embedder/embedding":
+            weight = weight[: config.num_tokens]
+        digest.update(np.ascontiguousarray(weight.astype(np.float32)).view(np.uint8).data)
+    return digest.hexdigest()

@@ -1,0 +1,296 @@
+"""A teacher and prepared data to a cache: one forward pass over the rows that a student will train on."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gemma2_jax.config import UserError
+from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.data.shards import RecordWriter
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries, check_encoding, encode_batch
+from gemma2_jax.distill.cache.identity import teacher_identity
+from gemma2_jax.distill.cache.manifest import (
+    FORMAT,
+    DataOrder,
+    Manifest,
+    Signals,
+    find_cache,
+    refuse_other_encoding,
+    refuse_other_order,
+    refuse_other_teacher,
+    write_cache_manifest,
+)
+from gemma2_jax.distill.cache.packing import Packed, Packer, log_grid, row_checksums
+from gemma2_jax.distill.teacher import DistillConfig, load_teacher
+from gemma2_jax.files import locked
+from gemma2_jax.formats.load import open_for
+from gemma2_jax.machine import cores
+from gemma2_jax.model.config import ComputeConfig, ModelConfig
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.sharding.layout import batch_sharding, batch_shares, on_mesh
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+
+STRETCH_ROWS = 4096  # over all processes, between two files: what a stopped run may have to do again
+_ESTIMATED_STEPS = 4  # that size and time are estimated from; the first, which compiles, gives no time
+
+
+@dataclass(frozen=True)
+class CacheTask:
+    """What to write.
+
+    Attributes:
+        folder: of the cache.
+        encoding: what is kept of the teacher's distributions.
+        distill: the teacher and its dtype.
+        model: the student's, whose vocabulary the teacher must have.
+        compute: how the teacher's forward pass is executed, but for its dtype.
+        data, tokenizer: the student's.
+        mesh: of the teacher.
+        steps: of training that the cache is for.
+        block_tokens: tokens that each device computes logits of at a time.
+    """
+
+    folder: str
+    encoding: EncodingConfig
+    distill: DistillConfig
+    model: ModelConfig
+    compute: ComputeConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    mesh: MeshConfig
+    steps: int
+    block_tokens: int
+
+
+def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
+    """Makes `task.folder` hold the teacher's signal for the first `task.steps` steps; at once if it does already.
+
+    Says first, on standard error, what it will take in bytes and hours, from a few steps. A cache that was stopped,
+    or made for fewer steps, goes on behind its last file, and is then the same as one written without a stop.
+    Every process of a job writes the files of its own rows, into a folder that all of them see.
+
+    Returns:
+        The manifest; with `estimate_only` nothing is written, and it is what is there.
+
+    Raises:
+        UserError: the folder holds a cache for other data, teacher or settings, or is being written; the teacher
+            has another tokenizer; the batch does not fit the mesh.
+    """
+    mesh = build_mesh(task.mesh)
+    if task.data.batch_size % batch_shares(mesh):
+        raise UserError(
+            f"data.batch_size is {task.data.batch_size}, which the {batch_shares(mesh)} devices along the mesh's data "
+            "and fsdp axes do not divide."
+        )
+    manifest = _manifest(task)
+    if len(manifest.files) and manifest.rows >= task.steps * task.data.batch_size:
+        return manifest
+    with jax.set_mesh(mesh), ExitStack() as stack:
+        if jax.process_index() == 0 and not estimate_only:
+            try:
+                stack.enter_context(locked(task.folder, wait=False))
+            except BlockingIOError:
+                raise UserError(
+                    f"distill.cache {task.folder} is being written by another process; wait for it."
+                ) from None
+        return _Writing(task, manifest, mesh, stack).run(estimate_only)
+
+
+def _manifest(task: CacheTask) -> Manifest:
+    """What is there already, or the manifest of an empty cache."""
+    tokenizer = Tokenizer.load(task.tokenizer.path)
+    order = DataOrder.of(task.data, jax.process_count())
+    if order.tokenizer != tokenizer.fingerprint:
+        raise UserError(
+            f"data.folder {task.data.folder} was prepared with tokenizer {order.tokenizer[:12]}, and tokenizer.path "
+            f"{task.tokenizer.path} is {tokenizer.fingerprint[:12]}; prepare the data again into another folder."
+        )
+    if task.distill.teacher is None:
+        raise UserError("distill.teacher is null; it must be a checkpoint of the teacher.")
+    source = open_for(tokenizer, task.distill.teacher, "distill.teacher")
+    check_encoding(task.encoding, source.config)
+    identity = teacher_identity(source)
+    found = find_cache(task.folder)
+    if found is None:
+        return Manifest(
+            format=FORMAT,
+            order=order,
+            teacher=identity,
+            teacher_path=task.distill.teacher,
+            dtype=task.distill.dtype,
+            num_tokens=source.config.num_tokens,
+            encoding=task.encoding,
+            grid=log_grid(task.encoding, source.config),
+            files=(),
+        )
+    refuse_other_order(task.folder, found, order)
+    refuse_other_teacher(task.folder, found, identity, task.distill.teacher)
+    refuse_other_encoding(task.folder, found, task.encoding)
+    if found.dtype != task.distill.dtype:
+        raise UserError(
+            f"distill.cache {task.folder} was made in {found.dtype}, and distill.dtype is {task.distill.dtype}."
+        )
+    return found
+
+
+class _Writing:
+    """A cache in the making."""
+
+    def __init__(self, task: CacheTask, manifest: Manifest, mesh: Mesh, stack: ExitStack) -> None:
+        self._task, self._manifest, self._mesh = task, manifest, mesh
+        self._first_step = manifest.rows // task.data.batch_size
+        self._packer = Packer(manifest.encoding, manifest.grid, manifest.num_tokens, task.data.seq_len)
+        self._pool = stack.enter_context(ThreadPoolExecutor(cores()))
+        self._console = Console(stderr=True, quiet=jax.process_index() > 0)
+        self._progress = stack.enter_context(
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("rows"),
+                TimeRemainingColumn(),
+                console=self._console,
+                disable=not self._console.is_terminal,
+                transient=True,
+            )
+        )
+
+    def run(self, estimate_only: bool) -> Manifest:
+        task = self._task
+        per_stretch = max(1, STRETCH_ROWS // task.data.batch_size)
+        steps = self._estimated(self._packed())
+        if estimate_only:
+            next(steps)
+            return self._manifest
+        bar = self._progress.add_task("teaching", total=task.steps * task.data.batch_size)
+        for first in range(self._first_step, task.steps, per_stretch):
+            count = min(per_stretch, task.steps - first)
+            self._write_stretch(itertools.islice(steps, count))
+            self._progress.update(bar, completed=self._manifest.rows)
+        self._say(
+            f"{task.folder}: {self._manifest.rows:,} rows of {task.data.seq_len:,} tokens, "
+            f"{self._manifest.size / (self._manifest.rows * task.data.seq_len):.1f} bytes a token"
+        )
+        return self._manifest
+
+    def _write_stretch(self, steps: Iterator[list[Packed]]) -> None:
+        """Writes one file of each process, and the manifest that names them."""
+        folder, process = Path(self._task.folder), jax.process_index()
+        number = len(self._manifest.files) // jax.process_count()
+        writer = RecordWriter(folder / f"signals-{number:05d}-{process:03d}.arrayrecord", ",uncompressed")
+        rows = largest = 0
+        try:
+            for packed in itertools.chain.from_iterable(steps):
+                writer.write(packed.record)
+                rows += 1
+                largest = max(largest, packed.largest)
+        except BaseException:
+            writer.abandon()
+            raise
+        file = writer.finish()
+        signals = Signals(file.file, file.size, file.sha256, process, rows, largest)
+        files = [Signals(**values) for values in _from_all(asdict(signals))]
+        self._manifest = replace(self._manifest, files=(*self._manifest.files, *files))
+        if process == 0:
+            write_cache_manifest(folder, self._manifest)
+
+    def _estimated(self, steps: Iterator[list[Packed]]) -> Iterator[list[Packed]]:
+        """Passes steps on, after it has told from the first of them what all of them will take."""
+        head = list(itertools.islice(steps, 1))
+        begun = time.perf_counter()
+        head += itertools.islice(steps, _ESTIMATED_STEPS - 1)
+        seconds = (time.perf_counter() - begun) / max(1, len(head) - 1)
+        left = self._task.steps - self._first_step
+        own = sum(len(packed.record) for step in head for packed in step)
+        size = own / len(head) * left * jax.process_count()
+        tokens = self._task.data.batch_size * self._task.data.seq_len
+        self._say(
+            f"{self._task.folder}: {left * self._task.data.batch_size:,} rows to go, about {_bytes(size)} "
+            f"({size / left / tokens:.1f} bytes a token) and {_duration(seconds * left)} "
+            f"({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
+        )
+        yield from head
+        yield from steps
+
+    def _packed(self) -> Iterator[list[Packed]]:
+        """The records of each step's rows, packed by threads while devices are at the next step."""
+        for entries, checksums in self._encoded():
+            rows = [
+                jax.tree.map(lambda values, row=row: values[row], entries) for row in range(len(checksums))
+            ]
+            yield list(self._pool.map(self._packer.pack, rows, checksums))
+
+    def _encoded(self) -> Iterator[tuple[Entries, list[int]]]:
+        task = self._task
+        process, processes = jax.process_index(), jax.process_count()
+        tokenizer = Tokenizer.load(task.tokenizer.path)
+        teacher = load_teacher(task.distill, task.model, tokenizer, self._mesh)
+        compute = replace(task.compute, dtype=task.distill.dtype)
+        encode = self._encoder(compute)
+        own = task.data.batch_size // processes
+        ahead: tuple[Any, list[int]] | None = None
+        batches = itertools.islice(train_batches(task.data, process, processes), task.steps)
+        for step, batch in enumerate(batches):
+            if step < self._first_step:  # read past, as a run would
+                continue
+            first = step * task.data.batch_size + process * own
+            rows = np.arange(first, first + own, dtype=np.uint32)
+            entries = encode(teacher, *on_mesh((batch, rows), self._mesh))
+            if ahead is not None:
+                yield jax.tree.map(_own_rows, ahead[0]), ahead[1]
+            ahead = entries, row_checksums(batch)
+        if ahead is not None:
+            yield jax.tree.map(_own_rows, ahead[0]), ahead[1]
+
+    def _encoder(self, compute: ComputeConfig) -> Any:
+        def encode(teacher: Gemma2, *arguments: Any) -> Entries:
+            return encode_batch(self._task.encoding, teacher, compute, self._task.block_tokens, *arguments)
+
+        return jax.jit(encode, out_shardings=batch_sharding(self._mesh))
+
+    def _say(self, text: str) -> None:
+        self._progress.console.print(text, soft_wrap=True, highlight=False)
+
+
+def _own_rows(values: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is split along its first axis only."""
+    parts = {shard.index[0].start or 0: shard.data for shard in values.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def _from_all(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each process has, given to all; waits for all."""
+    if jax.process_count() == 1:
+        return [values]
+    text = json.dumps(values).encode().ljust(512)
+    texts = multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
+    return [json.loads(row.tobytes()) for row in np.asarray(texts)]
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

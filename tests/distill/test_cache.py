@@ -1,0 +1,361 @@
+"""The offline teacher: written, stopped, gone on with, read back, and refused where it does not belong."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, load_model, save_params
+from gemma2_jax.config import UserError, save, to_dict
+from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.data.prepare import prepare
+from gemma2_jax.data.tokenizer import train_tokenizer
+from gemma2_jax.distill.cache import encoding, manifest, writer
+from gemma2_jax.distill.cache.encoding import EncodingConfig, check_encoding
+from gemma2_jax.distill.cache.identity import teacher_identity
+from gemma2_jax.distill.cache.manifest import find_cache, read_cache, verify_cache
+from gemma2_jax.distill.cache.reader import cached_batches, check_cache
+from gemma2_jax.distill.cache.writer import CacheTask, write_cache
+from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.formats.load import open_source
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.sharding.mesh import MeshConfig
+from gemma2_jax.training.config import RunConfig
+from tests.model.models import vivid
+
+STEPS = 6
+TOP_K = EncodingConfig("top_k", 8)
+
+
+def write_teacher(run: RunConfig, model: Gemma2, folder: Path) -> str:
+    """A run folder with this model and the toy run's tokenizer."""
+    save_params(folder, model.params(), to_dict(run))
+    save(replace(run, output=str(folder), model=model.config), folder / CONFIG_FILE)
+    shutil.copy(run.tokenizer.path, folder / TOKENIZER_FILE)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A teacher wider than the student, with rows of padding in its vocabulary, and sure of some tokens."""
+    config = replace(toy_run.model, d_model=48, vocab_size=416, vocab_padding=16)
+    return write_teacher(toy_run, vivid(config), tmp_path_factory.mktemp("runs") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def task(toy_run: RunConfig, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> CacheTask:
+    return CacheTask(
+        folder=str(tmp_path_factory.mktemp("caches") / "sampled"),
+        encoding=EncodingConfig(),
+        distill=DistillConfig(teacher, "float32"),
+        model=toy_run.model,
+        compute=toy_run.compute,
+        data=toy_run.data,
+        tokenizer=toy_run.tokenizer,
+        mesh=MeshConfig(1, 4, 2),
+        steps=STEPS,
+        block_tokens=48,
+    )
+
+
+@pytest.fixture(autouse=True)
+def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "STRETCH_ROWS", 8)  # two steps
+
+
+@pytest.fixture(scope="module")
+def sampled(task: CacheTask) -> CacheTask:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "STRETCH_ROWS", 8)
+        write_cache(task)
+    return task
+
+
+@pytest.fixture(scope="module")
+def top_k(task: CacheTask) -> CacheTask:
+    task = replace(task, folder=f"{task.folder}-top-k", encoding=TOP_K)
+    write_cache(task)
+    return task
+
+
+def log_probabilities(task: CacheTask, batch: Any) -> np.ndarray:
+    """The online teacher's, [B, T, V]."""
+    assert task.distill.teacher is not None
+    model = load_model(task.distill.teacher)
+    logits = model(batch.tokens, batch.positions, batch.segment_ids)[..., : model.config.num_tokens]
+    return np.asarray(jax.nn.log_softmax(logits))
+
+
+def content(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".lock"}
+
+
+def test_entries_are_what_the_online_teacher_says_about_the_same_batch(top_k: CacheTask) -> None:
+    step_bound = read_cache(top_k.folder).grid.step
+    plain = train_batches(top_k.data)
+    for batch, sparse in cached_batches(top_k.data, top_k.folder):
+        assert np.array_equal(batch.tokens, next(plain).tokens)
+        expected = log_probabilities(top_k, batch)
+        likeliest = np.sort(np.argsort(-expected, axis=-1)[..., :8], axis=-1)
+        assert np.mean(sparse.ids == likeliest) > 0.999  # rounding may swap the eighth with the ninth
+        known = np.take_along_axis(expected, sparse.ids, axis=-1)
+        assert np.abs(sparse.log_weights - known).max() < step_bound + 1e-4
+        tail = 1 - np.exp(known).sum(-1)
+        assert np.abs(sparse.tail - tail).max() < 1.01 * step_bound * tail.max()
+        np.testing.assert_allclose(np.exp(sparse.log_weights).sum(-1) + sparse.tail, 1, rtol=1e-5)
+
+
+def test_the_cache_ends_after_its_steps(sampled: CacheTask) -> None:
+    batches = list(cached_batches(sampled.data, sampled.folder))
+    assert len(batches) == STEPS
+    _, sparse = batches[0]
+    assert sparse.ids.shape == (4, 32, read_cache(sampled.folder).largest)
+    assert (sparse.ids.dtype, sparse.log_weights.dtype, sparse.tail.dtype) == (
+        np.int32,
+        np.float32,
+        np.float32,
+    )
+    np.testing.assert_allclose(np.exp(sparse.log_weights).sum(-1), 1, rtol=1e-5)
+    assert not sparse.tail.any()
+
+
+def test_draws_are_by_row_and_position_whatever_the_mesh_and_the_blocks(sampled: CacheTask) -> None:
+    other = replace(sampled, folder=f"{sampled.folder}-mesh", mesh=MeshConfig(2, 2, 2), block_tokens=7)
+    write_cache(other)
+    pairs = zip(
+        cached_batches(sampled.data, sampled.folder), cached_batches(other.data, other.folder), strict=True
+    )
+    same = [
+        np.mean(one.ids[..., :8] == two.ids[..., :8]) for (_, one), (_, two) in pairs
+    ]  # but for logits that are rounded otherwise
+    assert min(same) > 0.99
+    _, sparse = next(cached_batches(sampled.data, sampled.folder))
+    assert len({row.tobytes() for row in sparse.ids.reshape(-1, sparse.ids.shape[-1])}) > 100  # of 128
+
+
+def test_a_stopped_cache_goes_on_and_is_the_same(
+    sampled: CacheTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = replace(sampled, folder=str(tmp_path / "stopped"))
+    write = writer.RecordWriter.write
+    written = 0
+
+    def stopped(self: Any, record: bytes) -> None:
+        nonlocal written
+        written += 1
+        if written == 13:  # within the second stretch
+            raise KeyboardInterrupt
+        write(self, record)
+
+    monkeypatch.setattr(writer.RecordWriter, "write", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(task)
+    found = find_cache(task.folder)
+    assert found is not None
+    assert found.rows == 8
+    monkeypatch.setattr(writer.RecordWriter, "write", write)
+    assert write_cache(task).rows == STEPS * 4
+    assert content(task.folder) == content(sampled.folder)
+    assert len(content(task.folder)) == 4
+    assert verify_cache(task.folder) == 3
+
+
+def test_a_cache_grows_with_the_steps(sampled: CacheTask, tmp_path: Path) -> None:
+    task = replace(sampled, folder=str(tmp_path / "grown"), steps=2)
+    write_cache(task)
+    assert write_cache(task).rows == 8
+    write_cache(replace(task, steps=STEPS))
+    assert content(task.folder) == content(sampled.folder)
+
+
+def test_reading_goes_on_where_it_was(top_k: CacheTask) -> None:
+    batches = cached_batches(top_k.data, top_k.folder)
+    next(batches)
+    state = batches.get_state()
+    expected = next(batches)
+    again = cached_batches(top_k.data, top_k.folder)
+    again.set_state(state)
+    found = next(again)
+    for one, two in zip(jax.tree.leaves(expected[0]), jax.tree.leaves(found[0]), strict=True):
+        assert np.array_equal(one, two)
+    for name in ("ids", "log_weights", "tail"):
+        assert np.array_equal(getattr(expected[1], name), getattr(found[1], name))
+
+
+def test_size_and_time_are_told_before_anything_is_written(
+    task: CacheTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = replace(task, folder=str(tmp_path / "planned"))
+    write_cache(planned, estimate_only=True)
+    told = capsys.readouterr().err
+    assert not Path(planned.folder).exists()
+    assert "24 rows to go, about" in told
+    estimate = float(told.split("(")[1].split(" bytes a token")[0])
+    made = write_cache(planned)
+    # Not the files' sizes: each of them has 128 KiB of its own, beside which toy rows are nothing.
+    records = grain.sources.ArrayRecordDataSource([f"{planned.folder}/{file.file}" for file in made.files])
+    size = sum(len(records[row]) for row in range(made.rows))
+    assert estimate == pytest.approx(size / (made.rows * planned.data.seq_len), rel=0.1)
+
+
+def test_full_is_the_whole_distribution(task: CacheTask, tmp_path: Path) -> None:
+    task = replace(
+        task, folder=str(tmp_path / "full"), encoding=EncodingConfig("full", None, weight_bits=16), steps=1
+    )
+    write_cache(task)
+    batch, sparse = next(cached_batches(task.data, task.folder))
+    assert np.array_equal(sparse.ids[0, 0], np.arange(400))
+    expected = log_probabilities(task, batch)
+    assert np.abs(sparse.log_weights - expected).max() < read_cache(task.folder).grid.step + 1e-4
+    log_student = np.asarray(jax.nn.log_softmax(3 * jax.random.normal(jax.random.key(0), expected.shape)))
+    dense = np.sum(np.exp(expected) * (expected - log_student), -1)
+    found = np.sum(np.exp(sparse.log_weights) * (sparse.log_weights - log_student), -1)
+    np.testing.assert_allclose(found, dense, atol=2e-3)
+
+
+def test_the_identity_is_of_the_weights(task: CacheTask, toy_run: RunConfig, tmp_path: Path) -> None:
+    assert task.distill.teacher is not None
+    copied = shutil.copytree(task.distill.teacher, tmp_path / "copied")
+    identity = teacher_identity(open_source(task.distill.teacher))
+    assert teacher_identity(open_source(copied)) == identity
+    model = load_model(task.distill.teacher)
+    params = model.params()
+    params["embedder"]["embedding"] = params["embedder"]["embedding"][:400]
+    cut = write_teacher(
+        toy_run,
+        Gemma2(replace(model.config, vocab_size=400, vocab_padding=0), params),
+        tmp_path / "cut",
+    )
+    assert teacher_identity(open_source(cut)) == identity
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].add(1e-4)
+    other = write_teacher(
+        toy_run,
+        Gemma2(replace(model.config, vocab_size=400, vocab_padding=0), params),
+        tmp_path / "other",
+    )
+    assert teacher_identity(open_source(other)) != identity
+
+
+def test_another_data_order_is_refused(sampled: CacheTask) -> None:
+    others = [
+        replace(sampled.data, seed=1),
+        replace(sampled.data, seq_len=16),
+        replace(sampled.data, batch_size=8),
+    ]
+    for key, data in zip(("seed", "seq_len", "batch_size"), others, strict=True):
+        was, value = getattr(sampled.data, key), getattr(data, key)
+        with pytest.raises(UserError, match=rf"data.{key} \({was}, now {value}\)"):
+            cached_batches(data, sampled.folder)
+        with pytest.raises(UserError, match=rf"data.{key} \({was}, now {value}\)"):
+            write_cache(replace(sampled, data=data))
+    with pytest.raises(UserError, match=r"the number of processes \(1, now 2\)"):
+        cached_batches(sampled.data, sampled.folder, 0, 2)
+
+
+def test_other_documents_and_another_tokenizer_are_refused(
+    sampled: CacheTask, texts: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "other.txt"
+    path.write_text("\n\n".join(texts[::-1]))
+    data = replace(sampled.data, source=str(path), folder=str(tmp_path / "prepared"))
+    prepare(data, sampled.tokenizer)
+    with pytest.raises(UserError, match="another value of the documents"):
+        cached_batches(data, sampled.folder)
+    tokenizer = replace(sampled.tokenizer, path=str(tmp_path / "other.model"))
+    theirs = train_tokenizer(texts[:60], tokenizer.path, 400)
+    data = replace(sampled.data, folder=str(tmp_path / "other"))
+    prepare(data, tokenizer)
+    was = read_cache(sampled.folder).order.tokenizer
+    with pytest.raises(UserError, match=rf"the tokenizer \({was[:12]}, now {theirs.fingerprint[:12]}\)"):
+        cached_batches(data, sampled.folder)
+
+
+def test_another_teacher_and_other_settings_are_refused(
+    sampled: CacheTask, toy_run: RunConfig, tmp_path: Path
+) -> None:
+    other = write_teacher(toy_run, vivid(toy_run.model), tmp_path / "other")
+    with pytest.raises(
+        UserError, match=rf"distill.teacher \({sampled.distill.teacher}, weights .*, now {other}"
+    ):
+        check_cache(sampled.folder, sampled.data, STEPS, teacher=other)
+    with pytest.raises(UserError, match=r"distill.teacher \("):
+        write_cache(replace(sampled, distill=DistillConfig(other, "float32")))
+    with pytest.raises(UserError, match=r"distill.encoding.entries \(50, now 12\)"):
+        check_cache(sampled.folder, sampled.data, STEPS, encoding=EncodingConfig(entries=12))
+    with pytest.raises(UserError, match=r"made in float32, and distill.dtype is bfloat16"):
+        write_cache(replace(sampled, distill=replace(sampled.distill, dtype="bfloat16")))
+    check_cache(sampled.folder, sampled.data, STEPS, 1, 1.0, sampled.distill.teacher, sampled.encoding)
+
+
+def test_too_few_rows_are_refused(sampled: CacheTask) -> None:
+    with pytest.raises(UserError, match=r"holds 24 rows, and training.steps \(7\) .* takes 28"):
+        check_cache(sampled.folder, sampled.data, STEPS + 1)
+    with pytest.raises(UserError, match="holds no teacher's cache"):
+        check_cache(f"{sampled.folder}-none", sampled.data, 1)
+
+
+def test_rows_that_are_not_those_of_the_data_are_found(
+    sampled: CacheTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest can be made to fit; the checksum in each record cannot."""
+    order = manifest.DataOrder.of(sampled.data, 1)
+    monkeypatch.setattr(manifest.DataOrder, "of", lambda *_: order)
+    with pytest.raises(UserError, match="made of other rows than the data gives"):
+        next(cached_batches(replace(sampled.data, seed=1), sampled.folder))
+
+
+def test_broken_files_are_named(sampled: CacheTask, tmp_path: Path) -> None:
+    folder = shutil.copytree(sampled.folder, tmp_path / "broken")
+    file = folder / read_cache(folder).files[1].file
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(UserError, match=f"{file} has changed"):
+        verify_cache(folder)
+    file.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=f"{file} is missing or not whole"):
+        read_cache(folder)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="is not the manifest of a teacher's cache"):
+        read_cache(folder)
+
+
+def test_a_mesh_that_the_batch_does_not_fit_is_refused(task: CacheTask) -> None:
+    with pytest.raises(UserError, match=r"data.batch_size is 4, which the 8 devices"):
+        write_cache(replace(task, mesh=MeshConfig(8, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"kind": "full"}, "entries is 50; it must be null for full"),
+        ({"entries": None}, "entries is None; it must be at least 1 for sampled"),
+        ({"entries": 0}, "entries is 0"),
+        ({"kind": "top_p"}, "p is None; it must be above 0, at most 1 for top_p"),
+        ({"p": 0.5}, "p is 0.5; it must be null for sampled"),
+        ({"kind": "top_p", "p": 1.5}, "p is 1.5"),
+        ({"proposal_temperature": 0.5}, "proposal_temperature is 0.5; it must be at least 1"),
+        ({"kind": "top_k", "proposal_temperature": 2}, "proposal_temperature is 2, which only sampled uses"),
+        ({"temperature": 0}, "temperature is 0"),
+        ({"weight_bits": 7}, "weight_bits is 7"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=f"distill.encoding.{told}"):
+        EncodingConfig(**settings)
+
+
+def test_vocabularies_that_do_not_fit_are_refused(toy_config: ModelConfig) -> None:
+    large = replace(toy_config, vocab_size=encoding.LARGEST_FULL + 1)
+    with pytest.raises(UserError, match="the teacher has 65537 tokens, of which 65536 can be kept"):
+        check_encoding(EncodingConfig("full", None), large)
+    check_encoding(EncodingConfig("full", None), replace(large, vocab_padding=1))
+    with pytest.raises(UserError, match="entries is 98; the teacher has 97 tokens"):
+        check_encoding(EncodingConfig("top_k", 98), toy_config)

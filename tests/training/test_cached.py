@@ -1,0 +1,126 @@
+"""A student that learns from a cache as it would from the teacher itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import chex
+import jax
+import pytest
+
+from gemma2_jax.checkpoints.store import latest_step, load_model
+from gemma2_jax.config import UserError
+from gemma2_jax.distill.cache.encoding import EncodingConfig
+from gemma2_jax.distill.cache.writer import CacheTask, write_cache
+from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.sharding.mesh import MeshConfig
+from gemma2_jax.training import loop
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.loop import train
+from gemma2_jax.training.metrics import read_metrics
+from tests.distill.test_cache import write_teacher
+from tests.model.models import vivid
+
+FULL = EncodingConfig("full", None, weight_bits=16)
+
+
+@pytest.fixture(scope="module")
+def online(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A student that asks its teacher in each step."""
+    folder = tmp_path_factory.mktemp("cached")
+    teacher = write_teacher(toy_run, vivid(replace(toy_run.model, d_model=48)), folder / "teacher")
+    return replace(
+        toy_run,
+        objective=ObjectiveConfig(0.2, 0.8, temperature=1.0, block_tokens=48),
+        distill=DistillConfig(teacher, "float32"),
+        mesh=MeshConfig(1, 4, 2),
+        output=str(folder / "online"),
+    )
+
+
+def cached(online: RunConfig, encoding: EncodingConfig, name: str) -> RunConfig:
+    """The same student with a cache in the teacher's place, which is written."""
+    folder = Path(online.output).parent
+    distill = replace(online.distill, cache=str(folder / f"cache-{name}"), encoding=encoding)
+    task = CacheTask(
+        folder=str(folder / f"cache-{name}"),
+        encoding=encoding,
+        distill=online.distill,
+        model=online.model,
+        compute=online.compute,
+        data=online.data,
+        tokenizer=online.tokenizer,
+        mesh=online.mesh,
+        steps=online.training.steps,
+        block_tokens=online.objective.block_tokens,
+    )
+    write_cache(task)
+    return replace(online, distill=distill, output=str(folder / name))
+
+
+def losses(config: RunConfig) -> list[float]:
+    return [row["kl"] for row in read_metrics(config.output) if row["split"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def full(online: RunConfig) -> RunConfig:
+    config = cached(online, FULL, "full")
+    train(config)
+    return config
+
+
+def test_the_whole_distribution_trains_as_the_teacher_itself(online: RunConfig, full: RunConfig) -> None:
+    train(online)
+    # Logarithms are kept in steps of (2 * 30 + log 400) / 65535 = 1e-3; a KL of size 1 is off by as much at most.
+    assert losses(full) == pytest.approx(losses(online), abs=1e-3)
+    for one, two in zip(
+        *(jax.tree.leaves(load_model(run.output).params()) for run in (online, full)), strict=True
+    ):
+        assert abs(one - two).max() < 2e-2 * abs(one).max()
+
+
+def test_a_run_from_a_cache_goes_on_where_it_was(
+    full: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = replace(full, output=str(tmp_path))
+    log = loop._Trainer._log
+
+    def log_and_die(self: loop._Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
+        log(self, rows, seconds)
+        if self.step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_log", log_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    assert latest_step(cut.output) == 3
+    train(cut)
+    assert losses(cut) == losses(full)
+    chex.assert_trees_all_equal(load_model(cut.output).params(), load_model(full.output).params())
+
+
+def test_on_another_mesh(full: RunConfig, tmp_path: Path) -> None:
+    other = replace(full, mesh=MeshConfig(2, 2, 2), output=str(tmp_path))
+    train(other)
+    assert losses(other) == pytest.approx(losses(full), rel=1e-4)
+
+
+def test_without_the_teacher_any_cache_will_do(full: RunConfig, tmp_path: Path) -> None:
+    distill = DistillConfig(None, "float32", cache=full.distill.cache)
+    train(replace(full, distill=distill, output=str(tmp_path)))
+    assert [row["kl"] for row in read_metrics(tmp_path) if row["split"] == "train"] == losses(full)
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
+    full: RunConfig, tmp_path: Path
+) -> None:
+    warm = replace(full, objective=replace(full.objective, temperature=2.0), output=str(tmp_path / "warm"))
+    with pytest.raises(UserError, match=r"was made at temperature 1.0, and objective.temperature is 2.0"):
+        train(warm)
+    longer = replace(full.training, steps=9, eval_every=9)
+    with pytest.raises(
+        UserError, match=r"holds 32 rows, and training.steps \(9\) times data.batch_size \(4\)"
+    ):
+        train(replace(full, training=longer, output=str(tmp_path / "longer")))
+    assert not (tmp_path / "warm" / "config.yaml").exists()
