@@ -11,7 +11,7 @@ SOURCE is a Hugging Face folder (or its name on the hub, with the extra `hub`), 
 run folder of ours. What TARGET becomes:
   NAME.gguf       for a target that ends so: one file for llama.cpp (extra `gguf`)
   Hugging Face    if SOURCE is a run folder: what transformers loads with AutoModelForCausalLM and AutoTokenizer
-  run folder      otherwise: what train (training.init_from), distill.teacher and generate take
+  run folder      otherwise: what train (initialise.source), distill.teacher and generate take
 --to says otherwise. Weights stay as they are, bit for bit, unless --dtype asks for something smaller or larger.
 
   gemma2 convert google/gemma-2-2b-it weights/2b-it

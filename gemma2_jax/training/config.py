@@ -1,10 +1,11 @@
 """Everything that one training run takes: the rooms' configurations, put together and checked as a whole."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gemma2_jax.checkpoints.store import CheckpointConfig
 from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.objectives.objective import DIVERGENCES, ObjectiveConfig
@@ -22,15 +23,12 @@ class TrainingConfig:
         accumulation: microbatches that each step's batch is split into, one after another, to save memory.
         log_every: steps between rows of metrics, each an average since the row before.
         eval_every: steps between evaluations on the validation split; the last step is always evaluated.
-        init_from: the checkpoint whose weights a new run begins with, of any kind that `gemma2 convert` reads;
-            null for random ones. A run that goes on does so from its own newest checkpoint.
     """
 
     steps: int
     accumulation: int
     log_every: int
     eval_every: int
-    init_from: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation", "log_every", "eval_every"):
@@ -62,6 +60,7 @@ class RunConfig:
     training: TrainingConfig
     checkpoint: CheckpointConfig
     metrics: MetricsConfig
+    initialise: InitConfig = field(default_factory=InitConfig)  # not in runs of before it was there
 
     def __post_init__(self) -> None:
         self._check_teacher()

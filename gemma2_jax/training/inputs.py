@@ -6,6 +6,7 @@ import grain
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import train_batches
@@ -17,21 +18,25 @@ from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.objectives.schedule import ScheduleConfig
 from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.training.config import RunConfig
-from gemma2_jax.training.step import Taught
+from gemma2_jax.training.step import Taught, build_reading
 
 
 class Inputs:
-    """The endless inputs of one run.
+    """The endless inputs of one run, or of several that share them.
+
+    Args:
+        config: of any of the runs; what they are fed is the same.
+        runs: how many there are; for more than one, the teacher reads a batch before their steps, once.
 
     Attributes:
-        teacher: that reads each batch within the step; None without one, or where a cache stands in for it.
+        teacher: None without one, or where a cache stands in for it.
         batches: the iterator on the host, whose state belongs into a checkpoint.
 
     Raises:
         UserError: data, teacher or cache do not fit the configuration.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh, runs: int) -> None:
         self._mesh = mesh
         self._entries: int | None = None  # K of a cache
         self.teacher: Gemma2 | None = None
@@ -57,24 +62,35 @@ class Inputs:
             self._entries = manifest.largest
             self.batches = cached_batches(data, distill.cache, *share)
         self._shape = (data.batch_size, data.seq_len)
+        self._read: Compiled | None = None
+        if self.teacher is not None and runs > 1:
+            reading = build_reading(config.compute, distill)
+            self._read = reading.lower(self.teacher, self._abstract_batch()).compile()
 
     def __next__(self) -> tuple[Batch, Taught]:
-        """The next batch, and what a cache holds about it."""
+        """The next batch, and what has been said about it."""
         rows = next(self.batches)
-        batch, taught = (rows, None) if self._entries is None else rows
-        return on_mesh((batch, taught), self._mesh)
+        batch, taught = on_mesh((rows, None) if self._entries is None else rows, self._mesh)
+        if self._read is not None:
+            taught = self._read(self.teacher, batch)
+        return batch, taught
 
     def abstract(self) -> tuple[Batch, Taught]:
         """Shapes, dtypes and shardings of what `next` gives."""
-        sharding = batch_sharding(self._mesh)
+        taught: Any = None
+        if self._entries is not None:
+            K = self._entries
+            taught = SparseTargets(
+                self._rows(jnp.int32, K), self._rows(jnp.float32, K), self._rows(jnp.float32)
+            )
+        elif self._read is not None:
+            taught = self._read.out_info
+        return self._abstract_batch(), taught
 
-        def rows(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((*self._shape, *more), dtype, sharding=sharding)
+    def _abstract_batch(self) -> Batch:
+        ids = self._rows(jnp.int32)
+        return Batch(ids, ids, ids, ids, self._rows(jnp.float32))
 
-        ids = rows(jnp.int32)
-        batch = Batch(ids, ids, ids, ids, rows(jnp.float32))
-        if self._entries is None:
-            return batch, None
-        K = self._entries
-        targets: Any = rows(jnp.int32, K), rows(jnp.float32, K), rows(jnp.float32)
-        return batch, SparseTargets(*targets)
+    def _rows(self, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+        """[B, T, ...]."""
+        return jax.ShapeDtypeStruct((*self._shape, *more), dtype, sharding=batch_sharding(self._mesh))

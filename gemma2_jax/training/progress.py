@@ -17,9 +17,9 @@ from rich.progress import (
 class TrainingProgress:
     """A bar with step, loss, tokens/s and time left, on standard error. A context manager."""
 
-    def __init__(self, name: str, steps: int, done: int, show: bool):
+    def __init__(self, name: str, steps: int, show: bool):
         self._console = Console(stderr=True, quiet=not show)
-        self._name, self._steps = name, steps
+        self._steps = steps
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -31,7 +31,7 @@ class TrainingProgress:
             console=self._console,
             disable=not (show and self._console.is_terminal),
         )
-        self._task = self._bar.add_task(name, total=steps, completed=done, status="compiling")
+        self._task = self._bar.add_task(name, total=steps, status="compiling")
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
@@ -45,8 +45,8 @@ class TrainingProgress:
     def advance(self, step: int) -> None:
         self._bar.update(self._task, completed=step)
 
-    def report(self, step: int, split: str, row: Mapping[str, float]) -> None:
-        """Show a row of metrics: in the bar, and as a line where there is no bar or for an evaluation."""
+    def report(self, name: str, step: int, split: str, row: Mapping[str, float]) -> None:
+        """Show a run's row of metrics: in the bar, and as a line where there is no bar or for an evaluation."""
         if split == "train":
             status = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
             self._bar.update(self._task, completed=step, status=status)
@@ -55,7 +55,7 @@ class TrainingProgress:
             if "agreement" in row:
                 status += f"  agreement with the teacher {row['agreement']:.1%}"
         if split != "train" or not self._console.is_terminal:
-            self.say(f"{self._name}  step {step}/{self._steps}  {status}")
+            self.say(f"{name}  step {step}/{self._steps}  {status}")
 
     def say(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)

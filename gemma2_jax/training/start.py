@@ -1,7 +1,7 @@
 """What is checked, and written into the run folder, before anything is computed."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.shards import read_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import write_bytes, write_text
-from gemma2_jax.formats.load import load_params, open_for
-from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.sharding.layout import batch_shares
 from gemma2_jax.training.config import RunConfig
@@ -44,6 +42,20 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
             f"mesh.data x mesh.fsdp is {shares}, which is not a multiple of the {jax.process_count()} processes; "
             "each of them feeds rows of its own."
         )
+
+
+def check_together(configs: Sequence[RunConfig]) -> None:
+    """Raises UserError if runs cannot be trained at once: by the same steps, on the same batches, of one teacher."""
+    first, *others = configs
+    for config in others:
+        for key, one, other in _differences(_shared(first), _shared(config)):
+            raise UserError(
+                f"{first.name} has {key}={one}, and {config.name} has {other}; runs that are trained together share it."
+            )
+    outputs = [config.output for config in configs]
+    for output in outputs:
+        if outputs.count(output) > 1:
+            raise UserError(f"output is {output} for two runs; each needs a folder of its own.")
 
 
 def check_data(config: RunConfig) -> Tokenizer:
@@ -100,21 +112,19 @@ def data_identity(data: DataConfig) -> dict[str, str]:
     return {"documents": manifest.identity, "tokenizer": manifest.tokenizer}
 
 
-def load_initial(path: str, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
-    """The float32 parameters that training.init_from names, laid out on the mesh.
-
-    Raises:
-        UserError: they are not whole, or of another model or tokenizer than the run's.
-    """
-    return load_params(open_for(tokenizer, path, "training.init_from"), model, "float32", mesh)
-
-
 def write_inputs(config: RunConfig) -> None:
     """Save the resolved configuration, a copy of the tokenizer and the data's identity in the run folder."""
     folder = Path(config.output)
     save(config, folder / CONFIG_FILE)
     write_bytes(folder / TOKENIZER_FILE, Path(config.tokenizer.path).read_bytes())
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
+
+
+def _shared(config: RunConfig) -> dict[str, Any]:
+    """What runs that are trained together have in common."""
+    whole = to_dict(config)
+    shared = {name: whole[name] for name in ("data", "tokenizer", "mesh", "distill", "compute")}
+    return {**shared, "training": {"steps": config.training.steps}}
 
 
 def _differences(

@@ -17,7 +17,7 @@ from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import map_weights
 from gemma2_jax.objectives.objective import build_coefficients, evaluation_loss, token_loss
-from gemma2_jax.sharding.layout import constrain_weight
+from gemma2_jax.sharding.layout import constrain, constrain_weight
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.state import TrainState, state_shardings
 
@@ -109,7 +109,8 @@ def build_reading(compute: ComputeConfig, distill: DistillConfig) -> Wrapped:
 
     def read(teacher: Gemma2, batch: Batch) -> jax.Array:
         with jax.named_scope("teacher"):
-            return teacher.hidden(batch.tokens, batch.positions, batch.segment_ids, teacher_compute)
+            hidden = teacher.hidden(batch.tokens, batch.positions, batch.segment_ids, teacher_compute)
+            return constrain(hidden, "BTD")
 
     return jax.jit(read)
 

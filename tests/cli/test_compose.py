@@ -22,13 +22,16 @@ def test_every_experiment_composes(name):
 def test_every_choice_of_every_group_composes(group):
     needs = {
         "distill": ["distill.teacher=runs/x", "objective=distillation"],
+        "initialise": ["initialise.source=runs/x"],
         "objective": ["distill=online", "distill.teacher=runs/x"],
         "data": ["data.source=x.txt"],
         "tokenizer": ["model.vocab_size=4096"],
     }
+    more = {"cached": ["distill.cache=runs/x-cache"]}
     for name in choices(group):
-        without = name in ("none", "cross_entropy") or group not in needs
-        assert isinstance(compose([f"{group}={name}", *([] if without else needs[group])]), RunConfig)
+        without = name in ("none", "cross_entropy", "random") or group not in needs
+        given = [] if without else [*needs[group], *more.get(name, [])]
+        assert isinstance(compose([f"{group}={name}", *given]), RunConfig)
 
 
 def test_every_group_is_a_part_of_the_run_and_has_choices():

@@ -17,6 +17,7 @@ from gemma2_jax.evaluation.evaluate import evaluate_run
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.objectives.terms import forward_kl
+from gemma2_jax.sharding.layout import on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
@@ -24,7 +25,6 @@ from gemma2_jax.training.metrics import read_metrics
 from gemma2_jax.training.optimizer import build_optimizer
 from gemma2_jax.training.state import abstract_state
 from gemma2_jax.training.step import build_evaluation_step
-from gemma2_jax.training.validation import on_mesh
 
 
 @pytest.fixture(scope="module")

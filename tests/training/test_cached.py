@@ -14,7 +14,7 @@ from gemma2_jax.distill.cache.writer import CacheTask, write_cache
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.sharding.mesh import MeshConfig
-from gemma2_jax.training import loop
+from gemma2_jax.training import trainer
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
@@ -83,15 +83,15 @@ def test_a_run_from_a_cache_goes_on_where_it_was(
     full: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = replace(full, output=str(tmp_path))
-    log = loop._Trainer._log
+    log = trainer.Trainer._log
 
-    def log_and_die(self: loop._Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
+    def log_and_die(self: trainer.Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
         log(self, rows, seconds)
         if self.step == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Trainer, "_log", log_and_die)
+        patch.setattr(trainer.Trainer, "_log", log_and_die)
         with pytest.raises(KeyboardInterrupt):
             train(cut)
     assert latest_step(cut.output) == 3

@@ -18,7 +18,7 @@ from gemma2_jax.data.prepare import prepare
 from gemma2_jax.files import locked
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.objectives.schedule import ScheduleConfig
-from gemma2_jax.training import inputs, loop
+from gemma2_jax.training import inputs, loop, trainer
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
@@ -74,15 +74,15 @@ def test_a_resumed_run_is_bit_identical(
     finished: RunConfig, cut_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(finished, output=str(tmp_path / "cut"))
-    log = loop._Trainer._log
+    log = trainer.Trainer._log
 
-    def log_and_die(self: loop._Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
+    def log_and_die(self: trainer.Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
         log(self, rows, seconds)
         if self.step == cut_after + 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Trainer, "_log", log_and_die)
+        patch.setattr(trainer.Trainer, "_log", log_and_die)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert latest_step(config.output) == (cut_after // 3 * 3 or None)
@@ -124,15 +124,15 @@ def test_a_scheduled_run_says_its_values_and_goes_on_with_them(
     assert {"kl", "agreement", "entropy", "teacher_entropy"} <= set(rows[8])
 
     cut = replace(whole, output=str(tmp_path / "cut"))
-    log = loop._Trainer._log
+    log = trainer.Trainer._log
 
-    def log_and_die(self: loop._Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
+    def log_and_die(self: trainer.Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
         log(self, rows, seconds)
         if self.step == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Trainer, "_log", log_and_die)
+        patch.setattr(trainer.Trainer, "_log", log_and_die)
         with pytest.raises(KeyboardInterrupt):
             train(cut)
     assert latest_step(cut.output) == 3
@@ -201,6 +201,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         def __next__(self) -> object:
             batch = next(batches)
             return replace(batch, loss_mask=batch.loss_mask * np.float32("nan"))
+
+        def get_state(self) -> None: ...
+
+        def set_state(self, state: None) -> None: ...
 
     monkeypatch.setattr(inputs, "train_batches", lambda *_: Poisoned())
     with pytest.raises(UserError, match=" is nan; try a lower"):
@@ -271,12 +275,14 @@ def test_weights_that_broke_are_not_saved(
     finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finite loss with a gradient that is not: the weights are broken after the step, the loss only later."""
-    log = loop._Trainer._log
+    log = trainer.Trainer._log
 
-    def with_infinite_gradient(self: loop._Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
+    def with_infinite_gradient(
+        self: trainer.Trainer, rows: list[dict[str, jax.Array]], seconds: float
+    ) -> None:
         log(self, [row | {"gradient_norm": jnp.float32("inf")} for row in rows], seconds)
 
-    monkeypatch.setattr(loop._Trainer, "_log", with_infinite_gradient)
+    monkeypatch.setattr(trainer.Trainer, "_log", with_infinite_gradient)
     with pytest.raises(UserError, match="gradient_norm is inf"):
         train(replace(finished, output=str(tmp_path), checkpoint=replace(finished.checkpoint, every=1)))
     assert latest_step(tmp_path) is None

@@ -18,12 +18,12 @@ from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params, map_weights
 from gemma2_jax.objectives.objective import ObjectiveConfig, build_coefficients, token_loss
 from gemma2_jax.objectives.schedule import ScheduleConfig
+from gemma2_jax.sharding.layout import on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer
 from gemma2_jax.training.state import TrainState, abstract_state, init_state
 from gemma2_jax.training.step import build_reading, build_train_step
-from gemma2_jax.training.validation import on_mesh
 from tests.programs import arrays
 
 DISTILLATION = ObjectiveConfig(cross_entropy=0.25, forward_kl=0.75, temperature=2.0, block_tokens=48)
@@ -255,6 +255,8 @@ def test_what_a_teacher_has_said_before(
     """Its hidden states, or all of its distribution as entries, train as it does within the step."""
     run = with_teacher(run, DISTILLATION)
     run = replace(run, training=replace(run.training, accumulation=accumulation))
+    temperature = DISTILLATION.temperature
+    assert isinstance(temperature, float)
     _, expected = steps(run, ONE_DEVICE, batches[:2], teacher=True)
     optimizer = build_optimizer(run.optimizer, run.training.steps)
     mesh = mesh_of(ONE_DEVICE)
@@ -267,7 +269,7 @@ def test_what_a_teacher_has_said_before(
         for batch, row in zip(batches[:2], expected, strict=True):
             taught = hidden = read(teacher, on_mesh(batch, mesh))
             if kind == "entries":
-                log_p = jax.nn.log_softmax(teacher.embedder.decode(hidden) / DISTILLATION.temperature)
+                log_p = jax.nn.log_softmax(teacher.embedder.decode(hidden) / temperature)
                 ids = jnp.broadcast_to(jnp.arange(log_p.shape[-1], dtype=jnp.int32), log_p.shape)
                 taught = SparseTargets(ids, log_p, jnp.zeros(log_p.shape[:2]))
             asked = teacher if kind == "hidden states" else None

@@ -9,14 +9,15 @@ from gemma2_jax.checkpoints.store import load_model
 from gemma2_jax.config import UserError
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import train_tokenizer
+from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.sharding.layout import on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
 from gemma2_jax.training.step import build_evaluation_step
-from gemma2_jax.training.validation import on_mesh
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,8 @@ def test_the_first_loss_is_that_of_the_weights(sharded, released, tmp_path, kind
     config = replace(
         sharded,
         output=str(tmp_path / "continued"),
-        training=replace(sharded.training, steps=2, eval_every=2, init_from=str(released / kind)),
+        training=replace(sharded.training, steps=2, eval_every=2),
+        initialise=InitConfig(str(released / kind)),
     )
     train(config)
     first = read_metrics(config.output)[0]
@@ -61,25 +63,49 @@ def test_a_teacher_of_another_kind(sharded, released, tmp_path):
         output=str(tmp_path / "student"),
         objective=ObjectiveConfig(0.0, 1.0, 1.0, 48),
         distill=DistillConfig(str(released / "hf"), "float32"),
-        training=replace(sharded.training, steps=1, eval_every=1, init_from=str(released / "run")),
+        training=replace(sharded.training, steps=1, eval_every=1),
+        initialise=InitConfig(str(released / "run")),
     )
     train(config)
     assert abs(read_metrics(config.output)[0]["kl"]) < 1e-6
 
 
 def test_another_model_or_tokenizer_is_refused(sharded, released, texts, tmp_path):
-    other = replace(sharded.training, init_from=str(released / "hf"))
-    with pytest.raises(UserError, match=r"hf holds a model of d_ff 64, and the configuration's has 72"):
+    given = InitConfig(str(released / "hf"))
+    with pytest.raises(UserError, match=r"hf has d_ff 64, and model.d_ff is 72; a student can only be cut"):
         train(
             replace(
-                sharded, output=str(tmp_path / "a"), training=other, model=replace(sharded.model, d_ff=72)
+                sharded,
+                output=str(tmp_path / "a"),
+                initialise=given,
+                model=replace(sharded.model, d_ff=72),
             )
         )
     folder = tmp_path / "other"
     convert(released / "run", folder, "run")
     train_tokenizer(texts[:60], folder / "tokenizer.model", 400)
-    other = replace(sharded.training, init_from=str(folder))
     with pytest.raises(
-        UserError, match=r"^training.init_from .* of 400 tokens, and tokenizer.path is .* same"
+        UserError, match=r"^initialise.source .* of 400 tokens, and tokenizer.path is .* same"
     ):
-        train(replace(sharded, output=str(tmp_path / "b"), training=other))
+        train(replace(sharded, output=str(tmp_path / "b"), initialise=InitConfig(str(folder))))
+
+
+def test_a_student_cut_by_importance(sharded, released, tmp_path):
+    """Begins better than a random one, and knows what it was made of when it goes on."""
+    narrow = replace(sharded.model, d_ff=48, num_heads=2)
+    short = replace(sharded.training, steps=2, eval_every=2)
+    config = replace(sharded, model=narrow, training=short, output=str(tmp_path / "random"))
+    train(config)
+    cut = replace(
+        config,
+        output=str(tmp_path / "cut"),
+        initialise=InitConfig(str(released / "run"), width="importance", batches=2),
+    )
+    train(cut)
+    random, better = (read_metrics(run.output)[0]["loss"] for run in (config, cut))
+    assert better < random - 0.2
+    before = read_metrics(cut.output)
+    train(cut)
+    assert read_metrics(cut.output) == before
+    with pytest.raises(UserError, match=r"initialise.batches=2, and 3 is asked for"):
+        train(replace(cut, initialise=replace(cut.initialise, batches=3)))
