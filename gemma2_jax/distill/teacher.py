@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.encoding import EncodingConfig
+from gemma2_jax.distill.on_policy import OnPolicyConfig
 from gemma2_jax.formats.load import load_params, open_for
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
@@ -24,12 +25,14 @@ class DistillConfig:
         cache: folder of what the teacher has said about the training data before (`gemma2 teacher-cache`), which
             is trained on in its stead; null to ask it in each step.
         encoding: what the cache keeps of the teacher's distributions; null to take a cache as it is.
+        on_policy: train on the student's own samples at some steps; null for the data alone.
     """
 
     teacher: str | None
     dtype: Literal["float32", "bfloat16"]
     cache: str | None = None
     encoding: EncodingConfig | None = None
+    on_policy: OnPolicyConfig | None = None
 
     def __post_init__(self) -> None:
         if self.encoding is not None and self.cache is None:

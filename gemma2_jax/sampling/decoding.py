@@ -33,9 +33,9 @@ class Progress:
     finished: jax.Array
 
 
-def row_keys(seed: int | jax.Array, rows: int) -> jax.Array:
+def row_keys(key: jax.Array, rows: int) -> jax.Array:
     """A random key for each row [B]; row i's is the same whatever the number of rows."""
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
 
 
 def begin(

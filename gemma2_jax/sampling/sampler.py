@@ -95,7 +95,7 @@ class Sampler:
             row[: len(prompt)] = prompt
         stop = self._stop_tokens(config)
         choice = Choice(config.temperature, config.top_k, config.top_p)
-        keys = row_keys(config.seed, len(prompts))
+        keys = row_keys(jax.random.key(config.seed), len(prompts))
         stop_ids = jnp.array(sorted(stop), jnp.int32)
 
         size = bucket(max(lengths) + config.max_new_tokens)

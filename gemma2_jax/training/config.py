@@ -9,6 +9,7 @@ from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.objectives.objective import DIVERGENCES, ObjectiveConfig
+from gemma2_jax.objectives.schedule import ScheduleConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.metrics import MetricsConfig
 from gemma2_jax.training.optimizer import OptimizerConfig
@@ -64,6 +65,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_teacher()
+        self._check_on_policy()
         if self.data.batch_size % self.training.accumulation:
             raise UserError(
                 f"training.accumulation is {self.training.accumulation}, which does not divide data.batch_size "
@@ -77,11 +79,11 @@ class RunConfig:
                 f"optimizer.warmup_steps and decay_steps take {reserved} steps, more than training.steps "
                 f"({self.training.steps})."
             )
-        for name, schedule in self.objective.schedules.items():
+        for name, schedule in self._schedules().items():
             reserved = schedule.warmup_steps + schedule.decay_steps
             if reserved > self.training.steps:
                 raise UserError(
-                    f"objective.{name}.warmup_steps and decay_steps take {reserved} steps, more than training.steps "
+                    f"{name}.warmup_steps and decay_steps take {reserved} steps, more than training.steps "
                     f"({self.training.steps})."
                 )
         intervals = {
@@ -121,3 +123,36 @@ class RunConfig:
                 "objective.temperature is a schedule, and distill.cache was made at one temperature; it must be that "
                 "number."
             )
+
+    def _check_on_policy(self) -> None:
+        on_policy = self.distill.on_policy
+        if on_policy is None:
+            return
+        if self.distill.teacher is None:
+            raise UserError(
+                "distill.on_policy is set and distill.teacher is null; it needs a teacher, who judges the student's "
+                "samples."
+            )
+        if self.distill.cache is not None:
+            raise UserError(
+                "distill.on_policy and distill.cache are both set; a cache knows nothing of the student's own samples, "
+                "so one of them must be null."
+            )
+        if self.objective.cross_entropy > 0:
+            raise UserError(
+                f"objective.cross_entropy is {self.objective.cross_entropy}; it must be 0 with distill.on_policy, "
+                "since a student learns nothing from the cross-entropy with its own samples."
+            )
+        if on_policy.prompt_tokens >= self.data.seq_len:
+            raise UserError(
+                f"distill.on_policy.prompt_tokens is {on_policy.prompt_tokens}; it must be below data.seq_len "
+                f"({self.data.seq_len}), to leave room for the student's tokens."
+            )
+
+    def _schedules(self) -> dict[str, ScheduleConfig]:
+        """What changes over the run, by its key."""
+        found = {f"objective.{name}": schedule for name, schedule in self.objective.schedules.items()}
+        on_policy = self.distill.on_policy
+        if on_policy is not None and isinstance(on_policy.fraction, ScheduleConfig):
+            found["distill.on_policy.fraction"] = on_policy.fraction
+        return found

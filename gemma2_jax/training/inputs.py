@@ -70,10 +70,15 @@ class Inputs:
     def __next__(self) -> tuple[Batch, Taught]:
         """The next batch, and what has been said about it."""
         rows = next(self.batches)
-        batch, taught = on_mesh((rows, None) if self._entries is None else rows, self._mesh)
-        if self._read is not None:
-            taught = self._read(self.teacher, batch)
-        return batch, taught
+        if self._entries is not None:
+            cached: tuple[Batch, SparseTargets] = on_mesh(rows, self._mesh)
+            return cached
+        batch = on_mesh(rows, self._mesh)
+        return batch, self.read(batch)
+
+    def read(self, batch: Batch) -> Taught:
+        """What the teacher says about a batch, if it is to read it before the steps; else None."""
+        return None if self._read is None else self._read(self.teacher, batch)
 
     def abstract(self) -> tuple[Batch, Taught]:
         """Shapes, dtypes and shardings of what `next` gives."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from gemma2_jax.checkpoints.store import CheckpointStore
 from gemma2_jax.config import UserError, to_dict
@@ -14,6 +15,7 @@ from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import train_batches, validation_batches
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.initialise import initial_params
+from gemma2_jax.distill.on_policy import build_rollout, on_policy_steps
 from gemma2_jax.model.counts import training_flops_per_token
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sharding.layout import on_mesh
@@ -62,7 +64,17 @@ class Trainer:
             self.state = init_state(config.model, optimizer, abstract, config.seed)
         train_step = build_train_step(config, optimizer, abstract)
         # Compiled ahead, so that no step's time contains it.
-        self._train_step = train_step.lower(abstract, inputs.teacher, *inputs.abstract()).compile()
+        batch, taught = inputs.abstract()
+        self._train_step = train_step.lower(abstract, inputs.teacher, batch, taught).compile()
+        self._rollout: Compiled | None = None
+        if config.distill.on_policy is not None:
+            self._on_policy_steps = on_policy_steps(
+                config.distill.on_policy, config.seed, config.training.steps
+            )
+            rollout = build_rollout(
+                config.distill.on_policy, config.model, config.compute, mesh, config.seed, tokenizer.eos_id
+            )
+            self._rollout = rollout.lower(abstract.params, batch, abstract.step).compile()
         self._evaluation_step = build_evaluation_step(
             config.compute, config.distill, config.objective.block_tokens
         )
@@ -81,8 +93,14 @@ class Trainer:
     def take_step(self, batch: Batch, taught: Taught) -> None:
         """Begins a step; it may still be computed when this returns."""
         self._stopwatch.start()
+        origin = {}
+        if self._rollout is not None:
+            origin["on_policy"] = self._on_policy_steps[self.step]
+            if origin["on_policy"]:
+                batch = self._rollout(self.state.params, batch, self.state.step)
+                taught = self.inputs.read(batch)
         self.state, row = self._train_step(self.state, self.inputs.teacher, batch, taught)
-        self._rows.append(row)
+        self._rows.append(row | origin)
         self.step += 1
 
     def settle(self) -> None:

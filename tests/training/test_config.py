@@ -7,6 +7,7 @@ import pytest
 
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.cache.encoding import EncodingConfig
+from gemma2_jax.distill.on_policy import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.objectives.schedule import ScheduleConfig
@@ -30,6 +31,59 @@ def test_a_schedule_longer_than_the_run(toy_run: RunConfig, name: str) -> None:
     distill = replace(toy_run.distill, teacher="runs/teacher")
     with pytest.raises(UserError, match=rf"objective\.{name}\.warmup_steps and decay_steps take 9 steps"):
         replace(toy_run, objective=ObjectiveConfig(0.5, 0.5, block_tokens=8, **numbers), distill=distill)
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher", "fraction", "prompt_tokens", "sentence"),
+    [
+        (ObjectiveConfig(1.0, 0.0, 1.0, 8), None, 0.5, 8, r"distill\.teacher is null; it needs a teacher"),
+        (
+            ObjectiveConfig(1.0, 0.0, 1.0, 8),
+            "runs/teacher",
+            0.5,
+            8,
+            "no divergence of the objective has a weight",
+        ),
+        (
+            ObjectiveConfig(0.1, 0.9, 1.0, 8),
+            "runs/teacher",
+            0.5,
+            8,
+            r"objective\.cross_entropy is 0.1; it must be 0",
+        ),
+        (
+            ObjectiveConfig(0.0, 1.0, 1.0, 8),
+            "runs/teacher",
+            0.5,
+            32,
+            r"prompt_tokens is 32; it must be below data\.seq_len \(32\)",
+        ),
+        (
+            ObjectiveConfig(0.0, 1.0, 1.0, 8),
+            "runs/teacher",
+            ScheduleConfig("linear", peak=1.0, start=0.0, end=0.0, warmup_steps=9),
+            8,
+            r"distill\.on_policy\.fraction\.warmup_steps and decay_steps take 9 steps",
+        ),
+    ],
+)
+def test_what_on_policy_needs(
+    toy_run: RunConfig,
+    objective: ObjectiveConfig,
+    teacher: str | None,
+    fraction: Any,
+    prompt_tokens: int,
+    sentence: str,
+) -> None:
+    distill = DistillConfig(teacher, "float32", on_policy=OnPolicyConfig(fraction, prompt_tokens))
+    with pytest.raises(UserError, match=sentence):
+        replace(toy_run, objective=objective, distill=distill)
+
+
+def test_on_policy_with_all_that_it_needs(toy_run: RunConfig) -> None:
+    distill = DistillConfig("runs/teacher", "float32", on_policy=OnPolicyConfig(0.5, 31))
+    objective = ObjectiveConfig(0.0, 0.0, 1.0, 8, jsd=1.0, z_loss=1e-4)
+    assert replace(toy_run, objective=objective, distill=distill).distill.on_policy == distill.on_policy
 
 
 def test_a_teacher_that_no_term_needs(toy_run: RunConfig) -> None:
@@ -90,3 +144,9 @@ def test_a_cache_has_one_temperature(toy_run: RunConfig) -> None:
 def test_an_encoding_without_a_cache() -> None:
     with pytest.raises(UserError, match=r"distill\.encoding is set, but distill\.cache is null"):
         DistillConfig(None, "float32", encoding=EncodingConfig())
+
+
+def test_a_cache_knows_nothing_of_own_samples(toy_run: RunConfig) -> None:
+    distill = DistillConfig("runs/teacher", "float32", "runs/cache", on_policy=OnPolicyConfig(0.5, 8))
+    with pytest.raises(UserError, match=r"distill\.on_policy and distill\.cache are both set"):
+        replace(toy_run, objective=ObjectiveConfig(0.0, 1.0, 1.0, 8), distill=distill)

@@ -15,6 +15,8 @@ from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.config import UserError, load, save
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.prepare import prepare
+from gemma2_jax.distill.on_policy import OnPolicyConfig, on_policy_steps
+from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.files import locked
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.objectives.schedule import ScheduleConfig
@@ -139,6 +141,66 @@ def test_a_scheduled_run_says_its_values_and_goes_on_with_them(
     train(cut)
     assert without_times(Path(cut.output)) == without_times(Path(whole.output))
     chex.assert_trees_all_equal(load_model(cut.output).params(), load_model(whole.output).params())
+
+
+def on_policy(finished: RunConfig, output: Path, fraction: float) -> RunConfig:
+    """Distilled from `finished` by the reverse KL, on samples of its own at some steps."""
+    distill = DistillConfig(finished.output, "float32", on_policy=OnPolicyConfig(fraction, prompt_tokens=6))
+    objective = ObjectiveConfig(0.0, 0.0, 1.0, block_tokens=48, reverse_kl=1.0)
+    return replace(finished, objective=objective, distill=distill, seed=1, output=str(output))
+
+
+def test_an_on_policy_run_says_its_steps_and_goes_on_with_them(
+    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = on_policy(finished, tmp_path / "whole", fraction=0.5)
+    train(whole)
+    rows = [row for row in read_metrics(whole.output) if row["split"] == "train"]
+    expected = on_policy_steps(OnPolicyConfig(0.5, 6), seed=1, steps=8)
+    assert [row["on_policy"] for row in rows] == expected.tolist()
+    assert {True, False} == set(expected[3:].tolist())  # both after the checkpoint that it goes on from
+    assert all(row["loss"] == row["reverse_kl"] > 0 for row in rows)
+
+    cut = replace(whole, output=str(tmp_path / "cut"))
+    log = trainer.Trainer._log
+
+    def log_and_die(self: trainer.Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
+        log(self, rows, seconds)
+        if self.step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_log", log_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    assert latest_step(cut.output) == 3
+    train(cut)
+    assert without_times(Path(cut.output)) == without_times(Path(whole.output))
+    chex.assert_trees_all_equal(load_model(cut.output).params(), load_model(whole.output).params())
+
+
+def test_the_share_of_on_policy_steps_is_an_average_like_any_other(
+    finished: RunConfig, tmp_path: Path
+) -> None:
+    training = replace(finished.training, steps=4, log_every=4, eval_every=4)
+    config = replace(
+        on_policy(finished, tmp_path, fraction=0.5),
+        training=training,
+        checkpoint=replace(finished.checkpoint, every=4),
+    )
+    train(config)
+    (row,) = (row for row in read_metrics(tmp_path) if row["split"] == "train")
+    assert row["on_policy"] == np.mean(on_policy_steps(OnPolicyConfig(0.5, 6), seed=1, steps=4))
+
+
+def test_without_on_policy_steps_a_run_is_as_without_the_setting(finished: RunConfig, tmp_path: Path) -> None:
+    never = on_policy(finished, tmp_path / "never", fraction=0.0)
+    without = replace(never, output=str(tmp_path / "without"), distill=replace(never.distill, on_policy=None))
+    train(never)
+    train(without)
+    rows = without_times(Path(never.output))
+    assert [row.pop("on_policy") for row in rows[:8]] == [0.0] * 8
+    assert rows == without_times(Path(without.output))
 
 
 def test_another_schedule_in_the_same_folder_is_refused(finished: RunConfig, tmp_path: Path) -> None:
