@@ -154,7 +154,9 @@ def _sentence(cls: type, data: Mapping[str, Any], error: ValidationError) -> str
         names = [field.name for field in dataclasses.fields(kind)]
         unknown = str(first["loc"][-1])
         return f"there is no key {'.'.join([*keys, unknown])}, {suggest(unknown, names)}."
-    if first["type"] == "missing":
+    if first["type"] == "missing" and dataclasses.is_dataclass(
+        kind
+    ):  # else an item of a list that is too short
         missing = ".".join([*keys, str(first["loc"][-1])])
         return f"{missing} is missing; accepted: {_accepted(_hints(kind)[str(first['loc'][-1])])}."
     if first["type"] == "value_error":

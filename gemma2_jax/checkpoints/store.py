@@ -2,6 +2,7 @@
 
     RUN/checkpoints/<step>/params      nested dict of arrays, laid out like model/weights.py
                           /optimizer   the optimizer's state
+                          /matching    projections of distillation's matching and their optimizer's state, if any
                           /data        where the data iterator stands
                           /_CHECKPOINT_METADATA   the resolved config, and the step
 

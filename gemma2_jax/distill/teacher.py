@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.encoding import EncodingConfig
+from gemma2_jax.distill.matching import MatchConfig
 from gemma2_jax.distill.on_policy import OnPolicyConfig
 from gemma2_jax.formats.load import load_params, open_for
 from gemma2_jax.model.config import ModelConfig
@@ -26,6 +27,7 @@ class DistillConfig:
             is trained on in its stead; null to ask it in each step.
         encoding: what the cache keeps of the teacher's distributions; null to take a cache as it is.
         on_policy: train on the student's own samples at some steps; null for the data alone.
+        match: which of its layers the student matches as well; null for none.
     """
 
     teacher: str | None
@@ -33,11 +35,19 @@ class DistillConfig:
     cache: str | None = None
     encoding: EncodingConfig | None = None
     on_policy: OnPolicyConfig | None = None
+    match: MatchConfig | None = None
 
     def __post_init__(self) -> None:
         if self.encoding is not None and self.cache is None:
             raise UserError(
                 "distill.encoding is set, but distill.cache is null, so there is nothing that it is of."
+            )
+        if self.match is not None and self.teacher is None:
+            raise UserError("distill.match is set, which needs a teacher; set distill.teacher to its run.")
+        if self.match is not None and self.cache is not None:
+            raise UserError(
+                "distill.match and distill.cache are both set; a cache holds no hidden states, so one of them must be "
+                "null."
             )
 
 
@@ -45,10 +55,12 @@ def load_teacher(config: DistillConfig, student: ModelConfig, tokenizer: Tokeniz
     """The teacher, laid out on the student's mesh, with as many rows of padding in its vocabulary.
 
     Raises:
-        UserError: it is not whole, or has another tokenizer than the student.
+        UserError: it is not whole, has another tokenizer than the student, or lacks a layer to match.
     """
     if config.teacher is None:
         raise UserError("distill.teacher is null; it must be a checkpoint of the teacher.")
     source = open_for(tokenizer, config.teacher, "distill.teacher")
     padded = replace(source.config, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
+    if config.match is not None:
+        config.match.check_teacher(student, padded)
     return Gemma2(padded, load_params(source, padded, config.dtype, mesh))

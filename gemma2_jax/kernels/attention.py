@@ -60,14 +60,19 @@ def attention(
     Returns:
         [B, T, N, H] in query's dtype.
     """
+    weights = attention_weights(query, key, visible, softcap).astype(query.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value).reshape(query.shape)
+
+
+def attention_weights(query: jax.Array, key: jax.Array, visible: jax.Array, softcap: float) -> jax.Array:
+    """Each head's distributions over the keys, float32 [B, K, G, T, S]; arguments as in `attention`."""
     B, T, N, H = query.shape
     K = key.shape[2]
     grouped = query.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=jnp.float32)
     scores = apply_softcap(scores, softcap)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value).reshape(B, T, N, H)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def self_attention(

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma2_jax.kernels.blocks import join_tokens, split_tokens
 from gemma2_jax.kernels.softcap import mask_padding, softcap
 from gemma2_jax.sharding.layout import batch_shares, constrain, is_split
 
@@ -128,7 +129,7 @@ def _blockwise(
         signal = _with_tokens(teacher, part)
         return _add(sums, dense_loss(token_loss, head, signal, block_targets, block_mask, coefficients)), None
 
-    split = _split(blocks, (student.hidden, _tokens_of(teacher), targets, mask))
+    split = split_tokens(blocks, (student.hidden, _tokens_of(teacher), targets, mask))
     sums, _ = jax.lax.scan(body, _zero_sums(token_loss, teacher, coefficients), split)
     return sums
 
@@ -208,10 +209,9 @@ def _sums_and_gradients(
     V, D = student.embedding.shape
     zeros = jnp.zeros((V, D) if plan.sums_as == "VD" else (D, V), jnp.float32)
     carry = (_zero_sums(token_loss, teacher, coefficients), constrain(zeros, plan.sums_as))
-    split = _split(blocks, (student.hidden, _tokens_of(teacher), targets, mask))
+    split = split_tokens(blocks, (student.hidden, _tokens_of(teacher), targets, mask))
     (sums, d_embedding), d_hidden = jax.lax.scan(body, carry, split)
-    B, T = targets.shape
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, D)[:, :T]
+    d_hidden = join_tokens(d_hidden, targets.shape[1])
     d_embedding = d_embedding if plan.sums_as == "VD" else d_embedding.T
     return sums, replace(student, hidden=d_hidden, embedding=d_embedding.astype(student.embedding.dtype))
 
@@ -237,18 +237,6 @@ def _masked_sums(
 ) -> Sums:
     loss, metrics = token_loss(logits, signal, targets, coefficients)
     return jnp.sum(loss * mask), {name: jnp.sum(metric * mask) for name, metric in metrics.items()}
-
-
-def _split(blocks: int, tree: Any) -> Any:
-    """Each [B, T, ...] to [blocks, B, T / blocks, ...], padded with zeros: tokens of weight 0."""
-
-    def split(x: jax.Array) -> jax.Array:
-        B, T, *rest = x.shape
-        per_block = -(-T // blocks)
-        padded = jnp.pad(x, [(0, 0), (0, blocks * per_block - T)] + [(0, 0)] * len(rest))
-        return jnp.moveaxis(padded.reshape(B, blocks, per_block, *rest), 1, 0)
-
-    return jax.tree.map(split, tree)
 
 
 def _tokens_of(teacher: Teacher) -> Any:

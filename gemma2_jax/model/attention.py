@@ -28,20 +28,20 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         """A sequence attends to itself.
 
         Args:
             x: [B, T, D]; positions, segment_ids: [B, T].
 
         Returns:
-            [B, T, D], and the keys and values [B, T, K, H] for a cache.
+            [B, T, D], and what it came from: queries [B, T, N, H], keys and values [B, T, K, H].
         """
         query, key, value = self._project(x, positions)
         mixed = self_attention(
             query, key, value, positions, segment_ids, self.window, self.config.attn_logit_softcap
         )
-        return self._mix(mixed), (key, value)
+        return self._mix(mixed), (query, key, value)
 
     def decode(
         self, x: jax.Array, position: jax.Array, cache: LayerCaches, pair: jax.Array | int

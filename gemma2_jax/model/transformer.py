@@ -122,17 +122,22 @@ def read(
     """Embedded tokens through all pairs: [B, T, D]; and, if kept, each kind's (keys, values) [P, B, T, K, H]."""
 
     def attend(layer: Attention, x: jax.Array) -> tuple[jax.Array, Any]:
-        mixed, key_values = layer(x, positions, segment_ids)
-        return mixed, key_values if keep_key_values else None
+        mixed, (_, key, value) = layer(x, positions, segment_ids)
+        return mixed, (key, value) if keep_key_values else None
 
     def body(x: jax.Array, pair: Pair) -> tuple[jax.Array, Any]:
         x, local = pair.local_block(x, attend)
         x, global_ = pair.global_block(x, attend)
         return x, (local, global_)
 
-    if compute.remat != "none":
-        body = jax.checkpoint(body, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
-    return over_pairs(body, x, pairs, compute)
+    return over_pairs(rematerialised(body, compute), x, pairs, compute)
+
+
+def rematerialised(body: Callable[..., Any], compute: ComputeConfig) -> Callable[..., Any]:
+    """A body for `over_pairs` of which the backward pass keeps what `compute.remat` says."""
+    if compute.remat == "none":
+        return body
+    return jax.checkpoint(body, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
 
 
 def over_pairs(

@@ -112,17 +112,19 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Initial float32 parameters; a weight's values depend on the key and its path, not on its neighbours."""
     sizes = dim_sizes(config)
 
-    def draw(path: str, weight: Weight) -> jax.Array:
-        shape = tuple(sizes[d] for d in weight.dims)
-        if not weight.fan_in:
-            return jnp.zeros(shape, jnp.float32)
-        fan_in = 1
-        for d in weight.fan_in:
-            fan_in *= sizes[d]
-        path_key = jax.random.fold_in(key, _stable_hash(path))
-        return jax.random.normal(path_key, shape, jnp.float32) * fan_in**-0.5
+    return map_weights(lambda path, weight: init_weight(key, path, weight, sizes))
 
-    return map_weights(draw)
+
+def init_weight(key: jax.Array, path: str, weight: Weight, sizes: Mapping[str, int]) -> jax.Array:
+    """The initial float32 values of one weight, whose letters have these sizes."""
+    shape = tuple(sizes[d] for d in weight.dims)
+    if not weight.fan_in:
+        return jnp.zeros(shape, jnp.float32)
+    fan_in = 1
+    for d in weight.fan_in:
+        fan_in *= sizes[d]
+    path_key = jax.random.fold_in(key, _stable_hash(path))
+    return jax.random.normal(path_key, shape, jnp.float32) * fan_in**-0.5
 
 
 def _stable_hash(path: str) -> int:

@@ -106,10 +106,12 @@ class RunConfig:
             raise UserError(
                 f"objective.{divergences[0]} is above 0, which needs a teacher; set distill.teacher to its run."
             )
-        if given and not divergences:
+        if self.distill.match is not None:
+            self.distill.match.check_student(self.model)
+        elif given and not divergences:
             raise UserError(
                 f"{given[0]} is set, but no divergence of the objective has a weight above 0 "
-                f"({', '.join(DIVERGENCES)}), so it would teach nothing."
+                f"({', '.join(DIVERGENCES)}) and distill.match is null, so it would teach nothing."
             )
         if self.distill.cache is None:
             return

@@ -84,7 +84,15 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The whole update rule; its moments have the parameters' dtype, float32."""
-    decayed: Any = map_weights(lambda _, weight: bool(weight.fan_in))
+    return _update_rule(config, steps, decayed=map_weights(lambda _, weight: bool(weight.fan_in)))
+
+
+def build_projection_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The same rule for the projections of matching: clipped by themselves, and all of them decayed."""
+    return _update_rule(config, steps, decayed=None)
+
+
+def _update_rule(config: OptimizerConfig, steps: int, decayed: Any) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

@@ -52,6 +52,10 @@ def check_together(configs: Sequence[RunConfig]) -> None:
             raise UserError(
                 f"{first.name} has {key}={one}, and {config.name} has {other}; runs that are trained together share it."
             )
+        if config.distill.match is not None:
+            raise UserError(
+                "distill.match is set, which takes a teacher within each run's own step; train these runs one by one."
+            )
     outputs = [config.output for config in configs]
     for output in outputs:
         if outputs.count(output) > 1:

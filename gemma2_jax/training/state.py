@@ -13,7 +13,11 @@ from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.weights import abstract_params, init_params
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "optimizer"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "optimizer", "matching"],
+    meta_fields=[],
+)
 @dataclass(frozen=True)
 class TrainState:
     """Everything that training changes.
@@ -22,36 +26,47 @@ class TrainState:
         step: int32 scalar, optimizer steps done.
         params: float32, laid out like model/weights.py.
         optimizer: the optimizer's state.
+        matching: what training/matching.py adds; None without projections.
     """
 
     step: Any
     params: dict[str, Any]
     optimizer: Any
+    matching: dict[str, Any] | None = None
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a state, without memory: the target of initialisation and restore.
 
-    Each of the optimizer's copies of the parameters (its moments) lies on the mesh as the parameters do;
-    left to itself, the compiler would give every device all of them.
-
     Raises:
         UserError: the mesh does not divide a weight.
     """
     params = abstract_params(config, mesh=mesh)
-    replicated = NamedSharding(mesh, PartitionSpec())
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=_on_all_devices(mesh))
+    return TrainState(step, params, abstract_optimizer(optimizer, params, mesh))
 
-    def on_all_devices(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
-    optimizer_state = optax.tree_map_params(
+def abstract_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
+    """The state of an optimizer of these abstract parameters.
+
+    Each of its copies of the parameters (its moments) lies on the mesh as the parameters do; left to itself, the
+    compiler would give every device all of them.
+    """
+
+    def replicated(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_on_all_devices(mesh))
+
+    return optax.tree_map_params(
         optimizer,
         lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
         jax.eval_shape(optimizer.init, params),
         params,
-        transform_non_params=on_all_devices,
+        transform_non_params=replicated,
     )
-    return TrainState(on_all_devices(jax.ShapeDtypeStruct((), jnp.int32)), params, optimizer_state)
+
+
+def _on_all_devices(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def state_shardings(abstract: TrainState) -> TrainState:

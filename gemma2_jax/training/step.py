@@ -11,19 +11,24 @@ import optax
 from jax.stages import Wrapped
 
 from gemma2_jax.data.batch import Batch
+from gemma2_jax.distill.matching import PROJECTIONS, match_sums
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.kernels.lm_head import Coefficients, LMHead, SparseTargets, Teacher, blockwise_loss
+from gemma2_jax.model.capture import Capture, CapturedLayer, hidden_and_captured
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import map_weights
 from gemma2_jax.objectives.objective import build_coefficients, evaluation_loss, token_loss
 from gemma2_jax.sharding.layout import constrain, constrain_weight
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.matching import update_matching
 from gemma2_jax.training.state import TrainState, state_shardings
 
 # What a teacher has said about a batch: its final hidden states [B, T, D], a few entries of its distributions,
 # or, with None, nothing yet.
 Taught = jax.Array | SparseTargets | None
+Layers = dict[int, CapturedLayer]
+Trained = tuple[dict[str, Any], jax.Array | None]  # the parameters, and the projections of matching
 
 
 def build_train_step(
@@ -34,55 +39,66 @@ def build_train_step(
     `taught` is what a teacher has said about the batch before, see `Taught`; without it, the teacher reads the batch.
 
     Metrics are averages over the batch's targets (`loss`, `cross_entropy`, and each other term of the objective,
-    `kl` for the forward one), `gradient_norm` before clipping, what the objective schedules (`temperature`,
-    `mix`), and `tokens`, the number of targets.
+    `kl` for the forward one), those of distill.match (`match_hidden`, `match_attention`), `gradient_norm` of the
+    parameters before clipping, what the objective schedules (`temperature`, `mix`), and `tokens`, the number of
+    targets.
     """
     loss = token_loss(config.objective)
     coefficients_at = build_coefficients(config.objective, config.training.steps)
     teacher_compute = _teacher_compute(config.compute, config.distill)
+    match = config.distill.match
+    of_student, of_teacher = (None, None) if match is None else (match.of_student, match.of_teacher)
 
     def sums(
-        params: Any, coefficients: Coefficients, teacher: Gemma2 | None, batch: Batch, taught: Taught
+        trained: Trained, coefficients: Coefficients, teacher: Gemma2 | None, batch: Batch, taught: Taught
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        student_head = _head(Gemma2(config.model, params), batch, config.compute)
+        params, projections = trained
+        student_head, own_layers = _read(Gemma2(config.model, params), batch, config.compute, of_student)
         with jax.named_scope("teacher"):
-            signal = jax.lax.stop_gradient(_signal(teacher, batch, taught, teacher_compute))
+            said = _listen(teacher, batch, taught, teacher_compute, of_teacher)
+            signal, its_layers = jax.lax.stop_gradient(said)
         with jax.named_scope("loss"):
             total, metrics = blockwise_loss(
                 loss,
                 student_head,
-                signal,
+                signal if config.objective.needs_teacher else None,
                 batch.targets,
                 batch.loss_mask,
                 config.objective.block_tokens,
                 coefficients,
             )
+        if match is not None:
+            with jax.named_scope("match"):
+                matched, distances = match_sums(match, projections, own_layers, its_layers, batch)
+            total, metrics = total + matched, metrics | distances
         return total, {"loss": total, **metrics, "tokens": jnp.sum(batch.loss_mask)}
 
     def gradients(
-        params: Any, coefficients: Coefficients, teacher: Gemma2 | None, batch: Batch, taught: Taught
-    ) -> tuple[Any, dict[str, jax.Array]]:
-        grads, metrics = jax.grad(sums, has_aux=True)(params, coefficients, teacher, batch, taught)
-        return _constrain_params(grads), metrics
+        trained: Trained, coefficients: Coefficients, teacher: Gemma2 | None, batch: Batch, taught: Taught
+    ) -> tuple[Trained, dict[str, jax.Array]]:
+        grads, metrics = jax.grad(sums, has_aux=True)(trained, coefficients, teacher, batch, taught)
+        return _constrain_trained(grads), metrics
 
     def step(
         state: TrainState, teacher: Gemma2 | None, batch: Batch, taught: Taught = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         coefficients = coefficients_at(state.step)
+        trained = (state.params, None if state.matching is None else state.matching["projections"])
         grads, totals = _accumulate(
-            partial(gradients, state.params, coefficients, teacher),
+            partial(gradients, trained, coefficients, teacher),
             config.training.accumulation,
             (batch, taught),
         )
         tokens = jnp.maximum(totals.pop("tokens"), 1.0)
-        grads = jax.tree.map(lambda grad: grad / tokens, grads)
+        grads, projection_grads = jax.tree.map(lambda grad: grad / tokens, grads)
         metrics = {name: total / tokens for name, total in totals.items()}
         metrics |= {name: coefficients[name] for name in config.objective.schedules}
         metrics |= {"tokens": tokens, "gradient_norm": optax.tree.norm(grads)}
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
             params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+            matching = update_matching(config, state.matching, projection_grads)
+        return TrainState(state.step + 1, params, optimizer_state, matching), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(abstract), None))
 
@@ -115,12 +131,35 @@ def build_reading(compute: ComputeConfig, distill: DistillConfig) -> Wrapped:
     return jax.jit(read)
 
 
+def _listen(
+    teacher: Gemma2 | None, batch: Batch, taught: Taught, compute: ComputeConfig, capture: Capture | None
+) -> tuple[Teacher, Layers]:
+    if capture is None:
+        return _signal(teacher, batch, taught, compute), {}
+    if teacher is None or taught is not None:
+        raise ValueError(
+            "matching takes a teacher that reads the batch in the step: its layers are kept nowhere"
+        )
+    return _read(teacher, batch, compute, capture)
+
+
 def _signal(teacher: Gemma2 | None, batch: Batch, taught: Taught, compute: ComputeConfig) -> Teacher:
     if isinstance(taught, SparseTargets):
         return taught
     if teacher is None:
         return None
     return _head(teacher, batch, compute) if taught is None else _head_on(teacher, taught)
+
+
+def _read(
+    model: Gemma2, batch: Batch, compute: ComputeConfig, capture: Capture | None
+) -> tuple[LMHead, Layers]:
+    if capture is None:
+        return _head(model, batch, compute), {}
+    hidden, layers = hidden_and_captured(
+        model, batch.tokens, batch.positions, batch.segment_ids, compute, capture
+    )
+    return _head_on(model, hidden), layers
 
 
 def _head(model: Gemma2, batch: Batch, compute: ComputeConfig) -> LMHead:
@@ -155,11 +194,14 @@ def _accumulate(
     split_rows = jax.tree.map(split, rows)
     shapes = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], split_rows))
     grads, metrics = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    sums, _ = jax.lax.scan(body, (_constrain_params(grads), metrics), split_rows)
+    sums, _ = jax.lax.scan(body, (_constrain_trained(grads), metrics), split_rows)
     return sums
 
 
-def _constrain_params(tree: Any) -> Any:
+def _constrain_trained(grads: Trained) -> Trained:
     """Gradients lie where their parameters do: with fsdp, each device sums up only its own part."""
+    params, projections = grads
+    if projections is not None:
+        projections = constrain_weight(projections, PROJECTIONS.dims)
     dims = map_weights(lambda _, weight: weight.dims)
-    return jax.tree.map(constrain_weight, tree, dims)
+    return jax.tree.map(constrain_weight, params, dims), projections

@@ -2,7 +2,9 @@
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sharding.layout import on_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import Inputs
+from gemma2_jax.training.matching import abstract_matching, init_matching
 from gemma2_jax.training.metrics import Writer, open_writers, perplexity
 from gemma2_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from gemma2_jax.training.progress import TrainingProgress
@@ -50,6 +53,7 @@ class Trainer:
         self.config, self.inputs, self.mesh, self.progress = config, inputs, mesh, progress
         optimizer = build_optimizer(config.optimizer, config.training.steps)
         abstract = abstract_state(config.model, optimizer, mesh)
+        abstract = replace(abstract, matching=abstract_matching(config, inputs.teacher, mesh))
         self.store = stack.enter_context(CheckpointStore(config.output, config.checkpoint.keep))
         self.step = self.store.latest_step or 0
         if self.step:
@@ -59,9 +63,11 @@ class Trainer:
             rows = train_batches(config.data, jax.process_index(), jax.process_count())
             batches = (on_mesh(batch, mesh) for batch in rows)
             params = initial_params(config.initialise, config.model, tokenizer, mesh, batches)
-            self.state = state_from_params(params, optimizer, abstract)
+            self.state = state_from_params(params, optimizer, replace(abstract, matching=None))
         else:
-            self.state = init_state(config.model, optimizer, abstract, config.seed)
+            self.state = init_state(config.model, optimizer, replace(abstract, matching=None), config.seed)
+        if abstract.matching is not None and not self.step:
+            self.state = replace(self.state, matching=init_matching(config, abstract.matching))
         train_step = build_train_step(config, optimizer, abstract)
         # Compiled ahead, so that no step's time contains it.
         batch, taught = inputs.abstract()
@@ -158,11 +164,14 @@ class Trainer:
         self.progress.report(self.config.name, self.step, split, row)
 
     def _save(self) -> None:
-        trees = {"params": self.state.params, "optimizer": self.state.optimizer}
-        self.store.save(self.step, trees, self.inputs.batches, to_dict(self.config))
+        self.store.save(self.step, _trees(self.state), self.inputs.batches, to_dict(self.config))
 
     def _restore(self, abstract: TrainState) -> TrainState:
-        targets = {"params": abstract.params, "optimizer": abstract.optimizer}
-        trees = self.store.restore(self.step, targets, self.inputs.batches)
-        step = jax.device_put(jnp.int32(self.step), abstract.step.sharding)
-        return TrainState(step, trees["params"], trees["optimizer"])
+        trees = self.store.restore(self.step, _trees(abstract), self.inputs.batches)
+        return TrainState(jax.device_put(jnp.int32(self.step), abstract.step.sharding), **trees)
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state, each part by its name there."""
+    trees = {"params": state.params, "optimizer": state.optimizer, "matching": state.matching}
+    return {name: tree for name, tree in trees.items() if tree is not None}

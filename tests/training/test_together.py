@@ -9,6 +9,7 @@ import pytest
 
 from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.config import UserError
+from gemma2_jax.distill.matching import MatchConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.objectives.objective import ObjectiveConfig
@@ -135,3 +136,11 @@ def test_runs_that_do_not_go_together(students: list[RunConfig]) -> None:
         train_together([first, replace(other, training=replace(first.training, steps=6))])
     with pytest.raises(UserError, match=r"for two runs; each needs a folder of its own"):
         train_together([first, replace(other, output=first.output)])
+
+
+def test_matching_takes_a_teacher_in_each_step(students: list[RunConfig]) -> None:
+    distill = replace(students[0].distill, match=MatchConfig(((0, 0),), hidden=1.0))
+    with pytest.raises(
+        UserError, match=r"distill\.match is set, which takes a teacher within each run's own step"
+    ):
+        train_together([replace(student, distill=distill) for student in students])
