@@ -2,10 +2,11 @@
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -34,10 +35,39 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, target)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+@contextmanager
+def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds the right to make `path`, making its folder.
+
+    What earlier writers that were killed have left beside it is removed, and so are the folders made if `path` does
+    not come to be.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    target = Path(path)
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = target.with_name(f".{target.name}.lock")
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                # Of `replacing`, or of one within another.
+                left = re.compile(rf"\.+{re.escape(target.name)}(\.[0-9a-f]{{8}}\.tmp)+")
+                for beside in target.parent.iterdir():
+                    if left.fullmatch(beside.name):
+                        _remove(beside)
+                yield
+            finally:
+                lock.unlink()
+    finally:
+        for folder in made:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
 
 
 @contextmanager
@@ -51,3 +81,10 @@ def locked(folder: str | os.PathLike[str], wait: bool) -> Iterator[None]:
     with (Path(folder) / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

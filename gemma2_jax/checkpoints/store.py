@@ -10,7 +10,10 @@ Orbax writes into a temporary folder and renames it, so a checkpoint is whole or
 restores into an abstract target, which fixes shapes, dtypes and shardings: a checkpoint moves between meshes.
 """
 
-from collections.abc import Mapping
+import gc
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +84,12 @@ class CheckpointStore:
         """The trees saved at `step`, laid out as their abstract versions; `iterator` is moved to where it stood.
 
         Raises:
-            UserError: an array is missing, superfluous or of another shape.
+            UserError: an array is missing, superfluous or of another shape, or a file is damaged.
         """
         path = Path(self._checkpointer.directory) / str(step)
         _check_trees(path, abstract_trees)
-        restored = self._checkpointer.load_checkpointables(step, {**abstract_trees, _ITERATOR: iterator})
+        with _reading(path):
+            restored = self._checkpointer.load_checkpointables(step, {**abstract_trees, _ITERATOR: iterator})
         return {name: restored[name] for name in abstract_trees}
 
 
@@ -100,11 +104,12 @@ def load_params(run_folder: str | Path, target: Mapping[str, Any]) -> dict[str, 
     """The newest parameters of a run, as `target` has them: shapes, dtype and shardings.
 
     Raises:
-        UserError: there is no checkpoint, or it holds other shapes.
+        UserError: there is no checkpoint, it holds other shapes, or a file is damaged.
     """
     path = _newest(run_folder)
     _check_trees(path, {"params": target})
-    loaded: dict[str, Any] = ocp.load_checkpointables(path, {"params": target})["params"]
+    with _reading(path / "params"):
+        loaded: dict[str, Any] = ocp.load_checkpointables(path, {"params": target})["params"]
     return loaded
 
 
@@ -119,10 +124,17 @@ def describe_params(run_folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def save_params(run_folder: str | Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Write parameters alone, as step 0 of a run folder that has no checkpoint yet; returns when they are written."""
+    """Write parameters alone, as step 0 of a run folder that has no checkpoint yet; returns when they are written.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
     folder = Path(run_folder).absolute() / FOLDER
     folder.mkdir(parents=True)
-    with ocp.training.Checkpointer(folder) as checkpointer:
+    with (
+        _orbax(OSError),
+        ocp.training.Checkpointer(folder) as checkpointer,
+    ):
         checkpointer.save_checkpointables(0, {"params": params}, custom_metadata={"config": dict(config)})
 
 
@@ -161,11 +173,43 @@ def _newest(run_folder: str | Path) -> Path:
 
 def _metadata(path: Path, tree: str) -> Any:
     """What a checkpoint says about the arrays of one of its trees."""
+    with _reading(path / tree):
+        found = ocp.metadata(path, tree).metadata
+        if found is None:  # Orbax's word for a tree whose files it cannot read
+            raise ValueError("its files are damaged or not all there")
+    return found
+
+
+def _reading(path: Path) -> AbstractContextManager[None]:
+    """Tells in one sentence that Orbax cannot read what is at `path`."""
+    return _orbax(lambda reason: UserError(f"{path} cannot be read as a checkpoint of ours: {reason}."))
+
+
+@contextmanager
+def _orbax(told: Callable[[str], Exception]) -> Iterator[None]:
+    """Raises what `told` makes of the reason where Orbax fails, in the place of all that it says and raises itself."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    reason = None
     try:
-        return ocp.metadata(path, tree).metadata
-    except Exception as error:  # Orbax raises whatever the reader of the broken file does
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}/{tree} cannot be read as a checkpoint of ours: {reason}") from None
+        yield
+    except Exception as error:  # whatever the code that met the broken file does, wrapped several times
+        reason = _reason(error)
+    finally:
+        if reason is not None:
+            gc.collect()  # tasks that failed beside the first one complain when they go
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    if reason is not None:
+        raise told(reason)
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300].rstrip(".")
 
 
 def _check_trees(path: Path, targets: Mapping[str, Any]) -> None:

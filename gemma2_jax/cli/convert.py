@@ -1,6 +1,7 @@
 """`gemma2 convert`: a checkpoint from one tool's form to another's."""
 
 import argparse
+import sys
 
 from gemma2_jax.cli.parsers import Verbs, add_verb
 
@@ -12,7 +13,8 @@ run folder of ours. What TARGET becomes:
   NAME.gguf       for a target that ends so: one file for llama.cpp (extra `gguf`)
   Hugging Face    if SOURCE is a run folder: what transformers loads with AutoModelForCausalLM and AutoTokenizer
   run folder      otherwise: what train (initialise.source), distill.teacher and generate take
---to says otherwise. Weights stay as they are, bit for bit, unless --dtype asks for something smaller or larger.
+--to says otherwise. Weights stay as they are, bit for bit, unless --dtype asks for something smaller or larger; a
+SOURCE of several dtypes becomes float32, which holds them all.
 
   gemma2 convert google/gemma-2-2b-it weights/2b-it
   gemma2 convert downloads/gemma2-9b weights/9b --tokenizer downloads/tokenizer.model
@@ -60,13 +62,16 @@ def run(arguments: argparse.Namespace) -> None:
     def show(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
             tasks[stage] = bar.add_task(stage, total=total)
+            if not console.is_terminal:  # a log gets a line a stage
+                print(f"gemma2: {stage} …", file=sys.stderr, flush=True)
         bar.update(tasks[stage], completed=done)
 
     with bar:
         done = convert(
             arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.tokenizer, show
         )
+    several = f" (from {' and '.join(done.source_dtypes)})" if len(done.source_dtypes) > 1 else ""
     print(
         f"{arguments.target}: {done.weights} weights from {arguments.source} ({done.source}) as {done.target}, "
-        f"{done.dtype}; read back and compared."
+        f"{done.dtype}{several}; read back and compared."
     )

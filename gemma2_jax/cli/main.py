@@ -2,8 +2,12 @@
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from gemma2_jax.cli import (
     config,
@@ -33,7 +37,8 @@ VERBS = (run, train, teacher_cache, sweep, generate, convert, inspect, data, tok
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (that of the process by default).
 
-    Returns the exit code: 0 done, 1 failed, 130 interrupted. A wrong command line exits with 2, as argparse does.
+    Returns the exit code: 0 done, 1 failed, 128 + N stopped by signal N (130: Ctrl-C). A wrong command line exits
+    with 2, as argparse does.
     """
     parser = argparse.ArgumentParser(
         "gemma2", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -54,17 +59,51 @@ def _run(arguments: argparse.Namespace) -> int:
     from gemma2_jax.config import UserError  # brings pydantic, which --help does without
 
     try:
-        return int(arguments.run(arguments) or 0)
+        with _signals_unwind():
+            return int(arguments.run(arguments) or 0)
     except UserError as error:
         print(f"gemma2: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         hint = "; the same command goes on where this one was" if arguments.resumes else ""
         print(f"\ngemma2: stopped{hint}.", file=sys.stderr)
-        return 130
+        return 128 + (stop.number if isinstance(stop, _Stopped) else signal.SIGINT)
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that asks the process to end, taken as Ctrl-C is: what is half written is removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """Has SIGTERM and SIGHUP raise `_Stopped`, but for those that are ignored (nohup) or somebody else's."""
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) == signal.SIG_DFL
+        and threading.current_thread() is threading.main_thread()
+    ]
+
+    def stop(number: int, frame: Any) -> None:
+        # `timeout` and a closing terminal send more than one: the way out is not to be cut off.
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise _Stopped(number)
+
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import numpy as np
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.files import replacing, write_text
+from gemma2_jax.files import replacing, sole_writer, write_text
 from gemma2_jax.formats import gguf, huggingface
+from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.layouts import EMBEDDING, GGUF, HUGGINGFACE, Entry, Place, expand
 from gemma2_jax.formats.load import load_params, load_tokenizer, open_source
 from gemma2_jax.formats.run import RunSource, write_run
@@ -32,11 +33,12 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much of it
 
 @dataclass(frozen=True)
 class Conversion:
-    """What came of a conversion: the kinds, what numbers the weights are, and how many were compared."""
+    """What came of a conversion: the kinds, what numbers the weights are and were, and how many were compared."""
 
     source: str
     target: str
     dtype: str
+    source_dtypes: tuple[str, ...]
     weights: int
 
 
@@ -59,39 +61,54 @@ def convert(
         tokenizer_path: a SentencePiece model file, for a source without one.
 
     Raises:
-        UserError: the source is not whole, the target exists, or what was written reads back differently.
+        UserError: an argument is wrong, which is told before anything is fetched; the source is not whole; the target
+            exists or cannot be written; or what was written reads back differently.
     """
     target = Path(target_path)
-    if target.exists():
-        raise UserError(f"{target} exists already; choose another target, or delete it.")
-    source = open_source(source_path)
-    source.check()
-    tokenizer = load_tokenizer(source, tokenizer_path)
-    kind = kind or _kind_of(target, source)
-    dtype = dtype or source.dtype
-    if kind not in KINDS:
+    kind = kind or ("gguf" if target.suffix == ".gguf" else None)
+    _check_arguments(kind, dtype, tokenizer_path)
+    try:
+        with sole_writer(target), replacing(target) as temporary:
+            if target.exists() or target.is_symlink():
+                raise UserError(f"{target} exists already; choose another target, or delete it.")
+            temporary.touch()  # what cannot be written is told before gigabytes are read
+            temporary.unlink()
+            source = open_source(source_path)
+            source.check()
+            tokenizer = load_tokenizer(source, tokenizer_path)
+            file = Path(tokenizer_path or source.tokenizer or "")
+            kind = kind or ("huggingface" if isinstance(source, RunSource) else "run")
+            dtype = dtype or source.dtype
+            if kind == "run":
+                _write_run(source, temporary, dtype, file, progress)
+                _compare(source, RunSource(temporary), dtype, progress)
+            elif kind == "huggingface":
+                _write_huggingface(source, temporary, dtype, tokenizer, file, progress)
+                _compare(source, HuggingFaceSource(temporary), dtype, progress)
+            else:
+                _write_gguf(source, temporary, dtype, file, target.stem, progress)
+    except BlockingIOError:
+        raise UserError(f"{target} is being written by another process; choose another target.") from None
+    except BrokenPipeError:  # of who listens to the progress
+        raise
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}.") from None
+    weights = sum(1 for _ in all_places(source.config))
+    return Conversion(source.kind, kind, dtype, source.dtypes, weights)
+
+
+def _check_arguments(kind: str | None, dtype: str | None, tokenizer: str | Path | None) -> None:
+    if kind not in (*KINDS, None):
         raise UserError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}.")
     accepted = DTYPES + QUANTISED if kind == "gguf" else DTYPES
-    if dtype not in accepted:
-        raise UserError(f"dtype is {dtype!r}; accepted for a {kind} target: {', '.join(accepted)}.")
-    file = Path(tokenizer_path or source.tokenizer or "")
-    with replacing(target) as temporary:
-        if kind == "run":
-            _write_run(source, temporary, dtype, file, progress)
-            _compare(source, RunSource(temporary), dtype, progress)
-        elif kind == "huggingface":
-            _write_huggingface(source, temporary, dtype, tokenizer, file, progress)
-            _compare(source, huggingface.HuggingFaceSource(temporary), dtype, progress)
-        else:
-            _write_gguf(source, temporary, dtype, file, target.stem, progress)
-    weights = sum(1 for _ in all_places(source.config))
-    return Conversion(source.kind, kind, dtype, weights)
-
-
-def _kind_of(target: Path, source: Source) -> str:
-    if target.suffix == ".gguf":
-        return "gguf"
-    return "huggingface" if isinstance(source, RunSource) else "run"
+    if dtype not in (*accepted, None):
+        raise UserError(
+            f"dtype is {dtype!r}; accepted for a {kind or 'run or huggingface'} target: {', '.join(accepted)}."
+        )
+    if tokenizer is not None:
+        Tokenizer.load(tokenizer)
+    if kind == "gguf":
+        gguf.package()
 
 
 def _write_run(source: Source, folder: Path, dtype: str, tokenizer: Path, progress: Progress) -> None:
@@ -108,19 +125,20 @@ def _write_huggingface(
 ) -> None:
     config = without_padding(source.config)
     entries = expand(HUGGINGFACE, config)
-    folder.mkdir()
+    written = huggingface.token_ids(tokenizer)
+    for name, content in (
+        (huggingface.CONFIG_FILE, {**huggingface.config_json(config, dtype), **written}),
+        (huggingface.GENERATION_FILE, written),
+    ):
+        # Where a model ends is what its makers say, if they say it.
+        kept = source.token_ids(name) if isinstance(source, HuggingFaceSource) else {}
+        write_text(folder / name, json.dumps({**content, **kept}, indent=2) + "\n")
+    write_tokenizer_files(folder, file.read_bytes())
     width = np.dtype(dtype).itemsize
     sizes = {name: int(np.prod(entry.shape)) * width for name, entry in entries.items()}
     tensors = _tensors(source, config, entries, progress)
     cast = ((name, _cast(array, dtype, name)) for name, array in tensors)
     huggingface.write_shards(folder, cast, sizes, SHARD_BYTES)
-    ids = huggingface.token_ids(tokenizer)
-    for name, content in (
-        (huggingface.CONFIG_FILE, {**huggingface.config_json(config, dtype), **ids}),
-        (huggingface.GENERATION_FILE, ids),
-    ):
-        write_text(folder / name, json.dumps(content, indent=2) + "\n")
-    write_tokenizer_files(folder, file.read_bytes())
 
 
 def _write_gguf(
@@ -160,9 +178,9 @@ def _weight(source: Source, place: Place, config: ModelConfig) -> np.ndarray:
 
 
 def _cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(dtype)
-    if dtype == "float16" and not np.isfinite(cast).all():
+    if dtype == "float16" and (np.isinf(cast) & np.isfinite(array)).any():
         raise UserError(f"{name} has values beyond what float16 can hold; choose bfloat16 or float32.")
     return cast
 

@@ -1,6 +1,8 @@
 """DeepMind's form of Gemma 2: an Orbax checkpoint of one array a weight, without a configuration."""
 
+import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from gemma2_jax.formats.source import TOKENIZER_FILE, ForeignSource, TensorInfo
 from gemma2_jax.model.config import ModelConfig
 
 _ARRAY = "/.zarray"
+_METADATA = "_METADATA"
 _ROWS, _PADDING = 256_128, 128  # rows of the released embeddings, and how many of them belong to no token
 
 
@@ -32,7 +35,7 @@ class DeepMindSource(ForeignSource):
         self.path = Path(folder)
         self._store = _key_value_store(_arrays_folder(self.path))
         self.tensors, self._stored_names = self._list()
-        self.config, transposed = _read_config(self.path, self.tensors)
+        self.config, transposed = _read_config(self.path, self.tensors, self._announced())
         # In the released archives the tokenizer lies beside the checkpoint's folder.
         beside = [self.path / TOKENIZER_FILE, self.path.parent / TOKENIZER_FILE]
         self.tokenizer = next((path for path in beside if path.exists()), None)
@@ -53,22 +56,39 @@ class DeepMindSource(ForeignSource):
                 if key.endswith(_ARRAY):
                     stored = key.removesuffix(_ARRAY)
                     array = self._open(stored)
-                    name = stored.replace(".", "/").removeprefix("transformer/").removesuffix("/w")
+                    name = _name(stored.replace(".", "/"))
                     tensors[name] = TensorInfo(tuple(array.shape), array.dtype.name, self.path)
                     stored_names[name] = stored
         except ValueError as error:
             raise UserError(f"{self.path} is no whole Orbax checkpoint: {_one_line(error)}") from None
         return tensors, stored_names
 
+    def _announced(self) -> list[str]:
+        """The arrays that the checkpoint itself says it has; none if it says nothing, as the oldest do."""
+        path = _arrays_folder(self.path) / _METADATA
+        if not path.exists():
+            return []
+        try:
+            leaves = json.loads(path.read_bytes())["tree_metadata"].values()
+            return [_name("/".join(str(key["key"]) for key in leaf["key_metadata"])) for leaf in leaves]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(
+                f"{path} is cut off or does not list the arrays of an Orbax checkpoint."
+            ) from None
+
     def _open(self, stored: str) -> Any:
         return ts.open(
-            {"driver": "zarr", "kvstore": {**self._store, "path": f"{self._store.get('path', '')}{stored}/"}}
+            {
+                "driver": "zarr",
+                "kvstore": {**self._store, "path": f"{self._store.get('path', '')}{stored}/"},
+                "fill_missing_data_reads": False,  # a lost file would be read as zeros
+            }
         ).result()
 
 
 def is_orbax(folder: Path) -> bool:
     """Whether a folder is an Orbax checkpoint's."""
-    return any((_arrays_folder(folder) / name).exists() for name in ("_METADATA", "manifest.ocdbt"))
+    return any((_arrays_folder(folder) / name).exists() for name in (_METADATA, "manifest.ocdbt"))
 
 
 def _arrays_folder(folder: Path) -> Path:
@@ -83,8 +103,20 @@ def _key_value_store(folder: Path) -> dict[str, Any]:
     return {"driver": "file", "path": f"{folder.absolute()}/"}
 
 
-def _read_config(folder: Path, tensors: dict[str, TensorInfo]) -> tuple[ModelConfig, bool]:
-    """The model that the shapes tell of, and whether gate and up are transposed."""
+def _name(path: str) -> str:
+    """A layout's name for an array of either spelling."""
+    return path.removeprefix("transformer/").removesuffix("/w")
+
+
+def _read_config(
+    folder: Path, tensors: dict[str, TensorInfo], announced: Iterable[str]
+) -> tuple[ModelConfig, bool]:
+    """The model that the shapes tell of, and whether gate and up are transposed.
+
+    Args:
+        announced: names of arrays that should be there; without them a checkpoint that has lost its last layers
+            would pass for a smaller model.
+    """
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in tensors:
@@ -106,7 +138,7 @@ def _read_config(folder: Path, tensors: dict[str, TensorInfo]) -> tuple[ModelCon
             f"{folder} has d_ff {F} equal to d_model, so that its shapes do not tell whether layer_0/mlp/"
             "gating_einsum is transposed; such a checkpoint cannot be read."
         )
-    layers = {int(found[1]) for name in tensors if (found := re.match(r"layer_(\d+)/", name))}
+    layers = {int(found[1]) for name in (*tensors, *announced) if (found := re.match(r"layer_(\d+)/", name))}
     num_layers = max(layers) + 1
     try:
         config = ModelConfig(

@@ -1,5 +1,6 @@
 """What a GGUF file says of its model, read without its weights or the pieces of its tokenizer."""
 
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "gemma2"
 EMBEDDING = "token_embd.weight"
+_MAGIC = b"GGUF"
 _NUMPY_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -39,6 +41,17 @@ class Header:
     config: ModelConfig
     num_tokens: int
     tensors: Mapping[str, TensorInfo]
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a file at `path` begins as GGUF does, whatever it is called. Raises UserError if it cannot be read."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def read_header(path: str | Path) -> Header:

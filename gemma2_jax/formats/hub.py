@@ -2,16 +2,23 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from gemma2_jax.config import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.model"]
+_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.model",
+]
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether `text` could be the name of a model on the hub: OWNER/NAME."""
-    return _NAME.fullmatch(text) is not None
+    """Whether `text` could be the name of a model on the hub: OWNER/NAME, and no GGUF file."""
+    return _NAME.fullmatch(text) is not None and not text.endswith(".gguf")
 
 
 def download(name: str) -> Path:
@@ -22,7 +29,7 @@ def download(name: str) -> Path:
     """
     try:
         import huggingface_hub
-        from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub import errors
     except ImportError:
         raise UserError(
             f"{name} is no folder here; to fetch it from the Hugging Face hub, install the extra `hub` "
@@ -30,15 +37,25 @@ def download(name: str) -> Path:
         ) from None
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise UserError(
             f"{name} is given out by the Hugging Face hub only after its terms were accepted there and you have "
             "logged in (`hf auth login`)."
         ) from None
-    except RepositoryNotFoundError:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(f"{name} is neither a folder here nor a model on the Hugging Face hub.") from None
-    except (LocalEntryNotFoundError, OSError):
-        raise UserError(
-            f"{name} is no folder here, and the Hugging Face hub cannot be reached; "
-            "give the path of a downloaded folder."
-        ) from None
+    except (OSError, errors.HTTPError) as error:  # what the network raises is no OSError
+        raise UserError(f"{name} is no folder here, and {_reason(error, errors)}") from None
+
+
+def _reason(error: Exception, errors: Any) -> str:
+    """Why the hub gave nothing: it refused, the disk did not take it, or it was not there."""
+    answer = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+    if isinstance(answer, errors.HfHubHTTPError):
+        return (
+            f"the Hugging Face hub answers with HTTP status {answer.response.status_code}; try again later, or give "
+            "the path of a downloaded folder."
+        )
+    if isinstance(answer, OSError) and answer.errno is not None and not isinstance(answer, ConnectionError):
+        return f"what the Hugging Face hub gives cannot be kept: {answer.strerror}."
+    return "the Hugging Face hub cannot be reached; give the path of a downloaded folder."

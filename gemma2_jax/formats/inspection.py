@@ -1,5 +1,6 @@
 """What a checkpoint holds, told without reading its weights."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -8,13 +9,14 @@ from pathlib import Path
 from gemma2_jax.checkpoints.store import latest_step
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.formats.gguf_header import Header, read_header
+from gemma2_jax.formats.gguf_header import Header, is_gguf, read_header
 from gemma2_jax.formats.layouts import GGUF, expand
 from gemma2_jax.formats.load import load_tokenizer, open_source
 from gemma2_jax.formats.run import RunSource
 from gemma2_jax.formats.source import Source, TensorInfo, misfits
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.counts import count_parameters
+from gemma2_jax.model.vocabulary import without_padding
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def inspect(path: str | Path, published: Mapping[str, ModelConfig]) -> Inspectio
     Raises:
         UserError: there is no checkpoint at `path`, or what it says of itself is no Gemma 2.
     """
-    if Path(path).suffix == ".gguf":
+    if is_gguf(path):
         return _inspect_gguf(Path(path), read_header(path), published)
     source = open_source(path)
     problems = source.problems()
@@ -77,13 +79,15 @@ def _model(
     config: ModelConfig, tensors: Mapping[str, TensorInfo], published: Mapping[str, ModelConfig]
 ) -> list[tuple[str, str]]:
     counts = count_parameters(config)
+    found = sum(math.prod(info.shape) for info in tensors.values())
+    missing = "" if found == counts.total else f"; the tensors that were found hold {found:,}"
     dtypes = Counter(info.dtype for info in tensors.values())
     lines = [
         ("dtype", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.most_common())),
         ("model", _sizes(config)),
         (
             "parameters",
-            f"{counts.total:,} ({counts.embedding:,} embedding + {counts.non_embedding:,} other)",
+            f"{counts.total:,} ({counts.embedding:,} embedding + {counts.non_embedding:,} other){missing}",
         ),
     ]
     for name, other in published.items():
@@ -97,6 +101,8 @@ def _model(
 def _compared(config: ModelConfig, other: ModelConfig) -> str:
     counts = count_parameters(other)
     text = f"{counts.total:,} parameters in the report ({counts.embedding:,} + {counts.non_embedding:,})"
+    if config != other and config == without_padding(other):
+        return f"{text}; the same model without its {other.vocab_padding} padded rows"
     differences = [
         f"{field.name} {getattr(config, field.name)}, published {getattr(other, field.name)}"
         for field in fields(ModelConfig)

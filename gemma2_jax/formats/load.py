@@ -1,5 +1,6 @@
 """From a checkpoint of any kind to a model on devices, one weight of one layer at a time."""
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
@@ -16,9 +17,10 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.formats import hub
 from gemma2_jax.formats.deepmind import DeepMindSource, is_orbax
+from gemma2_jax.formats.gguf_header import is_gguf
 from gemma2_jax.formats.huggingface import CONFIG_FILE, HuggingFaceSource
 from gemma2_jax.formats.run import RunSource
-from gemma2_jax.formats.source import Source, all_places
+from gemma2_jax.formats.source import DTYPES, Source, all_places
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens, resize_rows, without_padding
@@ -33,42 +35,84 @@ def open_source(path: str | Path) -> Source:
         UserError: there is none, or none of a known kind.
     """
     folder = Path(path)
-    if not folder.exists() and hub.is_hub_name(str(path)):
+    if not os.path.exists(folder) and hub.is_hub_name(str(path)):
         folder = hub.download(str(path))
-    if (folder / store.CONFIG_FILE).exists():
-        return RunSource(folder)
+    try:
+        reader = _reader_of(folder)
+        if reader is not None:
+            return reader(folder)
+        raise UserError(
+            f"{path} {_what_is(folder)}; accepted: a run folder, a Hugging Face folder with config.json and "
+            "*.safetensors or its name on the hub, and DeepMind's Orbax checkpoint (`gemma2 inspect` takes GGUF too)."
+        )
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _reader_of(folder: Path) -> Callable[[Path], Source] | None:
+    is_run = (folder / store.CONFIG_FILE).exists()
+    if is_run and (folder / store.FOLDER).exists():  # other tools have a config.yaml too
+        return RunSource
     if (folder / CONFIG_FILE).exists():
-        return HuggingFaceSource(folder)
+        return HuggingFaceSource
     if is_orbax(folder):
-        return DeepMindSource(folder)
-    what = "holds no checkpoint that is known" if folder.is_dir() else "is not a folder"
-    raise UserError(
-        f"{path} {what}; accepted: a run folder, a Hugging Face folder with config.json and *.safetensors or its "
-        "name on the hub, and DeepMind's Orbax checkpoint."
-    )
+        return DeepMindSource
+    return RunSource if is_run else None  # one without checkpoints, which it tells
 
 
-def load(path: str | Path, dtype: Any = "float32", mesh: Mesh | None = None) -> tuple[Gemma2, Tokenizer]:
+def _what_is(path: Path) -> str:
+    if is_gguf(path):
+        return "is a GGUF file, which is written and not read"
+    if path.is_file():
+        return "is a file of no known kind"
+    if not path.is_dir():
+        return "does not exist"
+    inside = next((inner for inner in sorted(path.iterdir()) if inner.is_dir() and _reader_of(inner)), None)
+    hint = "" if inside is None else f", but {inside} does"
+    return f"holds no checkpoint that is known{hint}"
+
+
+def load(
+    path: str | Path,
+    dtype: Any = "float32",
+    mesh: Mesh | None = None,
+    tokenizer: str | Path | None = None,
+) -> tuple[Gemma2, Tokenizer]:
     """The model and the tokenizer of a checkpoint of any kind.
 
     Args:
         path: its folder, or its name on the Hugging Face hub.
-        dtype: that the weights are converted to.
+        dtype: that the weights are converted to, one of `DTYPES`.
         mesh: that they are laid out on; by default the first device of this process alone.
+        tokenizer: a SentencePiece model file, for a checkpoint without one.
 
     Raises:
         UserError: the checkpoint is not whole, is no Gemma 2, or has no fitting tokenizer.
     """
+    if not _is_accepted(dtype):
+        raise UserError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}.")
     source = open_source(path)
-    tokenizer = load_tokenizer(source)
-    return Gemma2(source.config, load_params(source, source.config, dtype, mesh)), tokenizer
+    found = load_tokenizer(source, tokenizer)
+    return Gemma2(source.config, load_params(source, source.config, dtype, mesh)), found
+
+
+def _is_accepted(dtype: Any) -> bool:
+    try:
+        return np.dtype(dtype).name in DTYPES
+    except (TypeError, ValueError):
+        return False
 
 
 def load_tokenizer(source: Source, path: str | Path | None = None) -> Tokenizer:
     """The checkpoint's tokenizer, or the one at `path` for it. Raises UserError if its size is not the model's."""
     path = source.tokenizer if path is None else path
     if path is None:
-        raise UserError(f"{source.path} has no tokenizer.model, the SentencePiece file of Gemma's tokenizer.")
+        other = source.path / "tokenizer.json"  # all that transformers 5 saves
+        seen = "; its tokenizer.json is not enough" if other.exists() else ""
+        raise UserError(
+            f"{source.path} has no tokenizer.model, the SentencePiece file of Gemma's tokenizer{seen}; put it there, "
+            "or name it to convert as --tokenizer FILE."
+        )
     tokenizer = Tokenizer.load(path)
     check_tokens(source.config, tokenizer.vocab_size, str(path))
     return tokenizer

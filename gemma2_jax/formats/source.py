@@ -48,14 +48,18 @@ class Source(ABC):
     tensors: Mapping[str, TensorInfo]
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """What the tensors have, in the order of the alphabet."""
+        return tuple(sorted({info.dtype for info in self.tensors.values()}))
+
+    @property
     def dtype(self) -> str:
         """What holds every weight as it is: the tensors' dtype, or float32 if they have several."""
-        found = {info.dtype for info in self.tensors.values()}
-        return found.pop() if len(found) == 1 else "float32"
+        return self.dtypes[0] if len(self.dtypes) == 1 else "float32"
 
     @abstractmethod
     def problems(self) -> list[str]:
-        """What is wrong with the tensors, a sentence each; found without reading the weights."""
+        """What is wrong with the tensors, a sentence each; found without reading the model's weights."""
 
     @abstractmethod
     def weight(self, place: Place) -> np.ndarray:

@@ -171,3 +171,28 @@ def test_no_run_folder(tmp_path: Path, toy_config: ModelConfig) -> None:
 def test_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"checkpoint.{name} is 0"):
         CheckpointConfig(**{"every": 1, "keep": 1, name: 0})
+
+
+@pytest.mark.parametrize("damaged", ["ocdbt.process_0/d/*", "d/*", "array_metadatas/*"])
+def test_a_damaged_checkpoint_is_one_sentence(saved, toy_run, tmp_path, damaged, caplog):
+    folder = Path(shutil.copytree(saved[0], tmp_path / "run"))
+    for file in (folder / "checkpoints" / "3" / "params").glob(damaged):
+        file.write_bytes(file.read_bytes()[:10])
+    abstract = abstract_params(toy_run.model, "float32", build_mesh(MeshConfig()))
+    with pytest.raises(
+        UserError, match=r"checkpoints/3/params cannot be read as a checkpoint of ours: .*\.$"
+    ):
+        load_params(folder, abstract)
+    assert caplog.text == ""
+
+
+def test_a_damaged_checkpoint_is_not_resumed(saved, toy_run, data, tmp_path):
+    folder = Path(shutil.copytree(saved[0], tmp_path / "run"))
+    for file in (folder / "checkpoints" / "3" / "params").glob("ocdbt.process_0/d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+    _, abstract = new_state(toy_run, MeshConfig(1, 8, 1))
+    with (
+        CheckpointStore(folder, keep=2) as store,
+        pytest.raises(UserError, match=r"checkpoints/3 cannot be read as a checkpoint of ours: "),
+    ):
+        store.restore(3, trees(abstract), train_batches(data))

@@ -4,6 +4,7 @@ import shutil
 import sys
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from gemma2_jax.cli.main import main
 from gemma2_jax.formats.run import write_run
@@ -19,7 +20,8 @@ def run_folder(toy_run, tokenizer_config, tmp_path_factory):
 
 def test_a_run_goes_out_and_comes_back(run_folder, tmp_path, capsys):
     assert main(["convert", str(run_folder), str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
-    told = capsys.readouterr().out
+    told, stages = capsys.readouterr()
+    assert stages == "gemma2: writing …\ngemma2: verifying …\n"  # a line each, where no bar can be drawn
     assert told.startswith(
         f"{tmp_path}/hf: 24 weights from {run_folder} (run folder) as huggingface, bfloat16;"
     )
@@ -43,6 +45,15 @@ def test_a_run_goes_out_and_comes_back(run_folder, tmp_path, capsys):
         texts.add(capsys.readouterr().out)
     assert len(texts) == 1
     assert texts.pop().startswith("the model")
+
+
+def test_several_dtypes_are_told(run_folder, tmp_path, capsys):
+    main(["convert", str(run_folder), str(tmp_path / "hf"), "--dtype", "bfloat16"])
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype("float32")
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
+    assert "as run, float32 (from bfloat16 and float32);" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_sentence(run_folder, tmp_path, capsys):

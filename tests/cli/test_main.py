@@ -1,6 +1,7 @@
 """The command line as a whole: help at once, exit codes, mistakes in one sentence."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -161,6 +162,34 @@ def test_an_interrupt_exits_with_130_and_says_how_to_go_on(monkeypatch, capsys, 
     told = capsys.readouterr().err
     assert hint in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_unwinds_and_exits_with_its_number(monkeypatch, capsys, number):
+    unwound = []
+
+    def killed(arguments):
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)  # a second one does not cut the way out short
+            unwound.append(True)
+
+    monkeypatch.setattr(train_verb, "run", killed)
+    assert main(["train"]) == 128 + number
+    assert unwound == [True]
+    assert "the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_an_ignored_signal_stays_ignored(monkeypatch):
+    """As nohup has it."""
+    monkeypatch.setattr(train_verb, "run", lambda arguments: signal.raise_signal(signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(["train"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_fault_of_the_program_is_not_hidden(monkeypatch):

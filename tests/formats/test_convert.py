@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +72,7 @@ def test_a_source_without_tokenizer(hf_folder, tokenizer_config, tmp_path):
         ({"target_path": "taken"}, "taken exists already; choose another target, or delete it."),
         (
             {"dtype": "q8_0"},
-            "dtype is 'q8_0'; accepted for a run target: float32, bfloat16, float16.",
+            "dtype is 'q8_0'; accepted for a run or huggingface target: float32, bfloat16, float16.",
         ),
         ({"kind": "gguff"}, "kind is 'gguff'; accepted: run, huggingface, gguf."),
         (
@@ -77,15 +80,119 @@ def test_a_source_without_tokenizer(hf_folder, tokenizer_config, tmp_path):
             "dtype is 'q4_k'; accepted for a gguf target: float32, bfloat16, float16, q8_0, q4_0.",
         ),
         ({"source_path": "taken"}, "taken holds no checkpoint that is known; accepted: "),
+        ({"target_path": "dangling"}, "dangling exists already; choose another target, or delete it."),
+        ({"target_path": "file/a/b"}, "file/a/b cannot be written: Not a directory."),
+        ({"target_path": "/proc/none/new"}, "/proc/none/new cannot be written: No such file or directory."),
+        ({"target_path": "n" * 250}, f"{'n' * 250} cannot be written: File name too long."),
+        ({"target_path": "n" * 300}, f"{'n' * 300} cannot be written: File name too long."),
+        ({"source_path": "n" * 300}, f"{'n' * 300} cannot be read: File name too long."),
     ],
 )
 def test_refused(exported, tmp_path, monkeypatch, arguments, sentence):
     monkeypatch.chdir(tmp_path)
     Path("taken").mkdir()
+    Path("file").touch()
+    Path("dangling").symlink_to("nowhere")
     with pytest.raises(UserError) as caught:
         convert(**{"source_path": exported, "target_path": "new"} | arguments)
     assert str(caught.value).startswith(sentence)
-    assert left(tmp_path) == ["taken"]
+    assert left(tmp_path) == ["dangling", "file", "taken"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"target_path": "file/new"}, "file/new cannot be written"),
+        ({"target_path": "n" * 250}, "cannot be written: File name too long"),
+        ({"dtype": "q8_0"}, "dtype is 'q8_0'"),
+        ({"kind": "gguff"}, "kind is 'gguff'"),
+        ({"tokenizer_path": "none"}, "The tokenizer none cannot be read"),
+        ({"tokenizer_path": "file"}, "file has no bos token"),
+        ({"target_path": "new.gguf"}, "needs the extra gguf"),
+    ],
+)
+def test_arguments_are_looked_at_before_the_source(tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr("gemma2_jax.formats.convert.open_source", None)  # may fetch gigabytes
+    Path("file").touch()
+    with pytest.raises(UserError, match=sentence):
+        convert(**{"source_path": "source", "target_path": "new"} | arguments)
+
+
+def test_folders_that_were_made_go_again(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        convert(tmp_path, tmp_path / "a" / "b" / "new")
+    assert left(tmp_path) == []
+
+
+CONVERT = """
+import resource, sys
+if sys.argv.pop(1) == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+else:
+    import time
+    from gemma2_jax.formats import convert
+
+    def half_way(*arguments):
+        print("half way", flush=True)
+        time.sleep(100)
+
+    convert._compare = half_way
+from gemma2_jax.cli.main import main
+sys.exit(main(["convert", *sys.argv[1:]]))
+"""
+
+
+def started(*arguments) -> subprocess.Popen[str]:
+    """`gemma2 convert` in a process of its own, which either waits half way or finds the disk full."""
+    command = [sys.executable, "-c", CONVERT, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def is_half_way(process: subprocess.Popen[str]) -> bool:
+    assert process.stdout is not None
+    return process.stdout.readline() == "half way\n"
+
+
+@pytest.mark.parametrize("target", ["run", "hf --to huggingface", "new.gguf"])
+def test_a_full_disk(exported, tmp_path, target):
+    if target.endswith("gguf"):
+        pytest.importorskip("gguf", reason="needs the extra `gguf`: pip install -e '.[gguf]'")
+    name, *options = target.split()
+    _, told = started("full", exported, tmp_path / name, *options).communicate(timeout=200)
+    assert told.splitlines()[-1].startswith(f"gemma2: {tmp_path / name} cannot be written: ")
+    assert "Traceback" not in told
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing(exported, tmp_path, number):
+    process = started("wait", exported, tmp_path / "deeper" / "new")
+    assert is_half_way(process)
+    assert len(left(tmp_path / "deeper")) == 2  # the lock, and what is being written
+    process.send_signal(number)
+    process.send_signal(number)  # as `timeout` does
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 128 + number
+    assert told.splitlines()[-1] == "gemma2: stopped."
+    assert "Traceback" not in told
+    assert left(tmp_path) == []
+
+
+def test_what_a_killed_conversion_has_left_goes_with_the_next(exported, tmp_path):
+    process = started("wait", exported, tmp_path / "new")
+    assert is_half_way(process)
+    with pytest.raises(UserError, match=r"new is being written by another process"):
+        convert(exported, tmp_path / "new")
+    process.kill()
+    process.communicate(timeout=100)
+    assert len(left(tmp_path)) == 2
+    others = [".new.txt", ".new.tmp", ".newer.01234567.tmp"]
+    for name in [*others, "..new.01234567.tmp.89abcdef.tmp"]:
+        (tmp_path / name).touch()
+    convert(exported, tmp_path / "new")
+    assert left(tmp_path) == sorted([*others, "new"])
 
 
 @pytest.mark.parametrize("kind", ["run", "huggingface"])
@@ -128,6 +235,40 @@ def test_too_large_for_float16(small, params, tokenizer_config, tmp_path):
     with pytest.raises(UserError, match=r"model.norm.weight has values beyond what float16 can hold"):
         convert(tmp_path / "run", tmp_path / "hf", dtype="float16")
     assert left(tmp_path) == ["run"]
+
+
+def test_nan_is_carried(small, params, tokenizer_config, tmp_path):
+    embedding = params["embedder"]["embedding"].at[3, 5].set(np.nan)
+    write_run(
+        tmp_path / "run", small, {**params, "embedder": {"embedding": embedding}}, tokenizer_config.path
+    )
+    convert(tmp_path / "run", tmp_path / "hf", dtype="float16")
+    tensor = load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"]
+    assert np.isnan(tensor[3, 5])
+    assert np.isnan(tensor).sum() == 1
+
+
+def test_several_dtypes_are_told(hf_folder, tmp_path):
+    tensors = load_file(hf_folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
+    save_file(tensors, hf_folder / "model.safetensors")
+    done = convert(hf_folder, tmp_path / "run")
+    assert (done.dtype, done.source_dtypes) == ("float32", ("bfloat16", "float32"))
+
+
+def test_the_ids_that_end_a_text_are_kept(hf_folder, tmp_path):
+    """A base model ends a text with <eos> alone, which its tokenizer does not tell."""
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 1, "pad_token_id": None}))
+    (hf_folder / "generation_config.json").write_text('{"eos_token_id": [1, 9], "temperature": 2}')
+    convert(hf_folder, tmp_path / "again", "huggingface", "float32")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"], config["pad_token_id"]) == (1, 2, 0)
+    generation = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 2, "eos_token_id": [1, 9], "pad_token_id": 0}
+    (hf_folder / "generation_config.json").unlink()
+    convert(hf_folder, tmp_path / "without", "huggingface")
+    assert json.loads((tmp_path / "without" / "generation_config.json").read_text())["eos_token_id"] == [1, 5]
 
 
 def test_a_broken_run_is_refused(run_folder, tmp_path):

@@ -1,5 +1,6 @@
 """DeepMind's Orbax layout, written by Orbax itself: flat and nested, with and without its database format."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
 from gemma2_jax.config import UserError
 from gemma2_jax.formats.deepmind import DeepMindSource
@@ -117,3 +119,39 @@ def test_a_truncated_array(tmp_path, small, params):
     chunk.write_bytes(chunk.read_bytes()[:20])
     with pytest.raises(UserError, match=r"dm does not give up layer_1/attn/q_einsum: "):
         load_params(open_source(folder), small, "float32")
+
+
+@pytest.mark.parametrize("ocdbt", [False, True], ids=["files", "ocdbt"])
+def test_a_lost_array_is_not_zeros(tmp_path, small, params, ocdbt):
+    folder = save(tmp_path / "dm", theirs(params, small, False, False), ocdbt)
+    if ocdbt:
+        store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+        store.delete_range(
+            ts.KvStore.KeyRange("layer_1.attn.q_einsum.w/0", "layer_1.attn.q_einsum.w/1")
+        ).result()
+    else:
+        (folder / "layer_1.attn.q_einsum.w" / "0.0.0").unlink()
+    with pytest.raises(UserError, match=r"dm does not give up layer_1/attn/q_einsum: .*is missing"):
+        load_params(open_source(folder), small, "float32")
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_lost_layers_do_not_make_a_smaller_model(tmp_path, small, params, flat):
+    folder = save(tmp_path / "dm", theirs(params, small, False, flat), ocdbt=False)
+    for path in [*folder.glob("layer_[23].*"), *folder.glob("transformer/layer_[23]")]:
+        shutil.rmtree(path)
+    problems = open_source(folder).problems()
+    assert len(problems) == 2 * 9
+    assert problems[0] == f"{folder} lacks the tensor layer_2/pre_attention_norm/scale of shape [32]."
+    # Where the checkpoint lists nothing, its shapes are all there is to go by.
+    folder = save(tmp_path / "unlisted", theirs(params, small, False, flat))
+    (folder / "_METADATA").unlink()
+    assert open_source(folder).config == small
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"tree_metadata": {"a": 3}}'])
+def test_a_damaged_list_of_arrays(tmp_path, small, params, content):
+    folder = save(tmp_path / "dm", theirs(params, small, False, False))
+    (folder / "_METADATA").write_text(content)
+    with pytest.raises(UserError, match=r"dm/_METADATA is cut off or does not list the arrays"):
+        open_source(folder)

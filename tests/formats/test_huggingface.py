@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gemma2_jax.config import UserError
+from gemma2_jax.formats import huggingface
 from gemma2_jax.formats.huggingface import HuggingFaceSource, config_json, read_config, write_shards
 from gemma2_jax.formats.load import load, load_params, open_source
 
@@ -52,6 +53,15 @@ def test_a_query_scale_that_transformers_does_not_take(small):
         config_json(replace(small, query_pre_attn_scalar=8.5), "float32")
 
 
+def test_a_config_as_transformers_5_writes_it(hf_folder, small):
+    rope = {"rope_theta": 5e4, "rope_type": "default"}
+    path = edit_config(
+        hf_folder, rope_theta=..., rope_parameters=rope, use_bidirectional_attention=None, layer_types=None
+    )
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a BOM, which an editor put there
+    assert read_config(path) == replace(small, rope_base=5e4)
+
+
 def test_an_older_config_without_constants(hf_folder, small):
     """As transformers fills them in: those of the 2B and 9B."""
     gone = dict.fromkeys(
@@ -76,6 +86,23 @@ def test_an_older_config_without_constants(hf_folder, small):
             "is no Gemma 2: model.num_layers is 3; it must be even",
         ),
         ({"rope_scaling": {"rope_type": "yarn"}}, "has RoPE of type 'yarn'; Gemma 2 has 'default'."),
+        ({"rope_scaling": ["x"]}, "has rope_scaling ['x']; accepted: rope_type and rope_theta, or null."),
+        ({"rope_parameters": "default"}, "has rope_parameters 'default'; accepted: rope_type and"),
+        ({"rope_parameters": {"rope_theta": None}}, "has rope_theta None; it must be a number."),
+        ({"rope_parameters": {"rope_theta": "abc"}}, "has rope_theta 'abc'; it must be a number."),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "has rope_parameters with full_attention; accepted: rope_type and rope_theta.",
+        ),
+        ({"rope_theta": None}, "has rope_theta None; it must be a number."),
+        ({"rope_theta": float("inf")}, "has rope_theta inf; it must be a number."),
+        ({"rms_norm_eps": 10**400}, "has rms_norm_eps 1000"),
+        ({"vocab_size": True}, "has vocab_size True; it must be a whole number."),
+        ({"sliding_window": True}, "has sliding_window True; it must be a whole number."),
+        ({"use_bidirectional_attention": True}, "has use_bidirectional_attention True; accepted: none"),
+        ({"quantization_config": {"bits": 4}}, "has quantization_config {'bits': 4}; accepted: none"),
+        ({"layer_types": 5}, "has layer_types 5; accepted: sliding_attention and full_attention in turns"),
+        ({"layer_types": {}}, "has layer_types {}; accepted: sliding_attention and full_attention in turns"),
         (
             {"layer_types": ["full_attention", "sliding_attention"] * 2},
             "accepted: sliding_attention and full_attention in turns",
@@ -130,6 +157,37 @@ def test_an_embedding_saved_twice_is_taken(hf_folder):
     assert open_source(hf_folder).problems() == []
 
 
+def test_an_embedding_with_nan_saved_twice(hf_folder, monkeypatch):
+    monkeypatch.setattr(huggingface, "_ROWS", 7)  # in blocks, the last one shorter
+    embedding = load_file(hf_folder / WEIGHTS)["model.embed_tokens.weight"]
+    embedding[3, 5] = np.nan
+    edit_weights(
+        hf_folder, lm_head__weight=lambda _: embedding, model__embed_tokens__weight=lambda _: embedding
+    )
+    assert open_source(hf_folder).problems() == []
+    apart = embedding.copy()
+    apart[399, 31] += 1
+    edit_weights(hf_folder, lm_head__weight=lambda _: apart)
+    assert len(open_source(hf_folder).problems()) == 1
+
+
+def test_the_second_embedding_is_compared_once_and_has_no_say_in_the_dtype(hf_folder, monkeypatch):
+    embedding = load_file(hf_folder / WEIGHTS)["model.embed_tokens.weight"]
+    edit_weights(hf_folder, lm_head__weight=lambda _: embedding.astype(np.float32))
+    source = open_source(hf_folder)
+    assert source.dtype == "bfloat16"
+    assert source.problems() == []
+    monkeypatch.setattr(huggingface, "_block", None)
+    assert source.problems() == []
+
+
+def test_a_second_embedding_of_another_kind(hf_folder):
+    edit_weights(hf_folder, lm_head__weight=lambda _: np.zeros((400, 32), np.int8))
+    assert open_source(hf_folder).problems() == [
+        f"{hf_folder}/model.safetensors holds lm_head.weight as I8; accepted: float32, bfloat16, float16."
+    ]
+
+
 def test_a_second_embedding_without_the_first(hf_folder):
     embedding = load_file(hf_folder / WEIGHTS)["model.embed_tokens.weight"]
     edit_weights(hf_folder, lm_head__weight=lambda _: embedding, model__embed_tokens__weight=lambda _: None)
@@ -138,10 +196,27 @@ def test_a_second_embedding_without_the_first(hf_folder):
     ]
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"model.norm.weight": 3}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"model.norm.weight": 3}}'],
+)
 def test_an_index_without_its_map(hf_folder, content):
+    (hf_folder / WEIGHTS).rename(hf_folder / "model-00001-of-00001.safetensors")
     (hf_folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(UserError, match=r"index.json has no weight_map, from names of tensors"):
+        open_source(hf_folder)
+
+
+def test_other_files_in_the_folder(hf_folder):
+    """As transformers chooses: model.safetensors, then the index, then what else there is."""
+    (hf_folder / "model.safetensors.index.json").write_text("{}")
+    save_file({"lora": np.zeros(2)}, hf_folder / "adapter_model.safetensors")
+    assert open_source(hf_folder).problems() == []
+    (hf_folder / WEIGHTS).rename(hf_folder / "weights.safetensors")
+    (hf_folder / "model.safetensors.index.json").unlink()
+    assert open_source(hf_folder).problems() == []
+    (hf_folder / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no \*.safetensors of a whole model"):
         open_source(hf_folder)
 
 
@@ -159,7 +234,8 @@ def test_files_that_are_cut_or_missing(hf_folder):
             open_source(hf_folder)
     weights.rename(hf_folder / "pytorch_model.bin")
     with pytest.raises(
-        UserError, match=r"holds no \*.safetensors; other files of weights, which may run code"
+        UserError,
+        match=r"holds no \*.safetensors of a whole model; other files of weights, which may run code",
     ):
         open_source(hf_folder)
 

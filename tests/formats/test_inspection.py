@@ -34,7 +34,13 @@ def test_a_run(run_folder, small):
     )
 
 
-def test_problems_are_all_told(hf_folder):
+def test_the_published_model_without_its_padded_rows(exported, small):
+    published = replace(small, vocab_size=416, vocab_padding=16)
+    lines = dict(inspect(exported, {"tiny": published}).lines)
+    assert lines["tiny"].endswith("; the same model without its 16 padded rows")
+
+
+def test_problems_are_all_told(hf_folder, small):
     tensors = load_file(hf_folder / "model.safetensors")
     del tensors["model.norm.weight"]
     tensors["extra"] = np.zeros(3, np.float32)
@@ -42,6 +48,10 @@ def test_problems_are_all_told(hf_folder):
     config = json.loads((hf_folder / "config.json").read_text())
     (hf_folder / "config.json").write_text(json.dumps(config | {"vocab_size": 402}))
     found = inspect(hf_folder, {})
+    counts = count_parameters(small)
+    parameters = dict(found.lines)["parameters"]
+    assert parameters.startswith(f"{counts.total + 2 * 32:,} (")
+    assert parameters.endswith(f"; the tensors that were found hold {counts.total - 32 + 3:,}")
     told = "\n".join(found.problems)
     assert len(found.problems) == 4
     for part in ("lacks the tensor model.norm.weight", "tensor extra, which", "[400, 32], where", "402"):
@@ -63,7 +73,10 @@ def test_gguf(exported, small, tmp_path):
     from gemma2_jax.formats.convert import convert
 
     convert(exported, tmp_path / "small.gguf", dtype="q8_0")
-    found = inspect(tmp_path / "small.gguf", {"tiny": small})
+    (tmp_path / "small.gguf").rename(tmp_path / "small")  # what it is called tells nothing
+    convert(exported, tmp_path / "small.gguf", "huggingface")
+    assert dict(inspect(tmp_path / "small.gguf", {}).lines)["kind"] == "Hugging Face"
+    found = inspect(tmp_path / "small", {"tiny": small})
     lines = dict(found.lines)
     assert found.problems == []
     assert (lines["kind"], lines["encoding"]) == ("GGUF", "q8_0")

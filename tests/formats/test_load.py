@@ -1,5 +1,6 @@
 """From files to devices: any kind, any mesh, any dtype."""
 
+import shutil
 import sys
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ import pytest
 
 from gemma2_jax.config import UserError
 from gemma2_jax.formats import hub
+from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.load import load, load_params, open_source
+from gemma2_jax.formats.run import RunSource
 from gemma2_jax.model.weights import abstract_params
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
@@ -59,13 +62,64 @@ def test_what_is_no_checkpoint(tmp_path):
         UserError, match=r"holds no checkpoint that is known; accepted: a run folder, a Hugging"
     ):
         open_source(tmp_path)
-    with pytest.raises(UserError, match=r"/nowhere is not a folder; accepted"):
+    with pytest.raises(UserError, match=r"/nowhere does not exist; accepted"):
         open_source(tmp_path / "nowhere")
+
+
+def test_a_folder_above_names_the_one_below(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "weights" / "run")
+    (tmp_path / "weights" / "other").mkdir()
+    with pytest.raises(
+        UserError, match=r"weights holds no checkpoint that is known, but .*weights/run does;"
+    ):
+        open_source(tmp_path / "weights")
+
+
+def test_files_are_known_by_what_is_in_them(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"GGUF and more")
+    with pytest.raises(UserError, match=r"model.bin is a GGUF file, which is written and not read; accepted"):
+        open_source(tmp_path / "model.bin")
+    (tmp_path / "model.gguf").write_bytes(b"not so")
+    with pytest.raises(UserError, match=r"model.gguf is a file of no known kind; .*GGUF too"):
+        open_source(tmp_path / "model.gguf")
+
+
+def test_a_config_of_another_tool_hides_nothing(hf_folder, run_folder):
+    (hf_folder / "config.yaml").write_text("training: {}")
+    assert isinstance(open_source(hf_folder), HuggingFaceSource)
+    shutil.copytree(run_folder / "checkpoints", hf_folder / "checkpoints")
+    shutil.copyfile(run_folder / "config.yaml", hf_folder / "config.yaml")
+    assert isinstance(open_source(hf_folder), RunSource)
+    shutil.rmtree(hf_folder / "checkpoints")
+    (hf_folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"hf holds no checkpoint; expected one in"):
+        open_source(hf_folder)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", None, "float64"])
+def test_another_dtype_is_refused(exported, dtype):
+    with pytest.raises(UserError, match=rf"^dtype is {dtype!r}; accepted: float32, bfloat16, float16\.$"):
+        load(exported, dtype)
+
+
+def test_dtypes_have_several_names(exported):
+    for dtype in (jax.numpy.bfloat16, np.dtype("bfloat16")):
+        assert load(exported, dtype)[0].embedder.embedding[...].dtype == jax.numpy.bfloat16
+
+
+def test_a_folder_with_the_tokenizer_of_transformers_5(hf_folder, tokenizer, tokenizer_config):
+    (hf_folder / "tokenizer.model").rename(hf_folder / "tokenizer.json")
+    with pytest.raises(
+        UserError, match=r"hf has no tokenizer.model, .*its tokenizer.json is not enough; .*--tokenizer FILE"
+    ):
+        load(hf_folder)
+    _, found = load(hf_folder, tokenizer=tokenizer_config.path)
+    assert found.fingerprint == tokenizer.fingerprint
 
 
 def test_names_on_the_hub():
     assert hub.is_hub_name("google/gemma-2-2b-it")
-    assert not any(map(hub.is_hub_name, ["runs", "./runs/a", "/runs/a", "a/b/c", "~/a"]))
+    assert not any(map(hub.is_hub_name, ["runs", "./runs/a", "/runs/a", "a/b/c", "~/a", "a/b.gguf"]))
 
 
 def test_the_hub_cannot_be_reached(monkeypatch, tmp_path):
@@ -76,6 +130,42 @@ def test_the_hub_cannot_be_reached(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # its own switch: nothing is faked
     with pytest.raises(UserError, match=r"^nobody/has-this is no folder here, and .* cannot be reached"):
         open_source("nobody/has-this")
+
+
+@pytest.mark.parametrize("name", ["foo/bar--baz", "a/b..c", "a/" + 200 * "b", "a/" + 300 * "b"])
+def test_what_can_be_no_name_on_the_hub(monkeypatch, tmp_path, name):
+    pytest.importorskip("huggingface_hub", reason="needs the extra `hub`: pip install -e '.[hub]'")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^{name} is neither a folder here nor a model on the Hugging Face"):
+        open_source(name)
+
+
+def test_why_the_hub_gives_nothing(monkeypatch, tmp_path):
+    huggingface_hub = pytest.importorskip(
+        "huggingface_hub", reason="needs the extra `hub`: pip install -e '.[hub]'"
+    )
+    errors = huggingface_hub.errors
+
+    class Answer:
+        status_code, headers, request = 503, {}, None
+
+    busy = errors.HfHubHTTPError("busy", response=Answer())
+    unlisted = errors.LocalEntryNotFoundError("unlisted")
+    unlisted.__cause__ = busy
+    for error, told in {
+        busy: "the Hugging Face hub answers with HTTP status 503",
+        unlisted: "the Hugging Face hub answers with HTTP status 503",
+        OSError(28, "No space left on device"): "cannot be kept: No space left on device.",
+        errors.HTTPError("proxy"): "the Hugging Face hub cannot be reached",
+        ConnectionRefusedError(111, "refused"): "the Hugging Face hub cannot be reached",
+    }.items():
+
+        def fail(name, allow_patterns, error=error):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        with pytest.raises(UserError, match=rf"^nobody/this is no folder here, and .*{told}"):
+            hub.download("nobody/this")
 
 
 def test_without_the_extra(monkeypatch, tmp_path):

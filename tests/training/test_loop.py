@@ -328,7 +328,7 @@ def test_a_refused_run_leaves_no_configuration(finished: RunConfig, tmp_path: Pa
         objective=replace(finished.objective, forward_kl=1.0),
         distill=replace(finished.distill, teacher=str(tmp_path / "nobody")),
     )
-    with pytest.raises(UserError, match="is not a folder; accepted"):
+    with pytest.raises(UserError, match="does not exist; accepted"):
         train(distilled)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
