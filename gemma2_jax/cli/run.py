@@ -76,13 +76,17 @@ def compose_study(
         else:
             raise UserError(f"{text} names a run of the study; accepted: {first}.KEY=VALUE.")
     runs = {}
-    for run_name, run in study.runs.items():
-        values: dict[str, Any] = {"name": run_name, "output": str(Path(output) / run_name)}
+    for folder, (run_name, seed) in study.trained().items():
+        run = study.runs[run_name]
+        values: dict[str, Any] = {"name": folder, "output": str(Path(output) / folder)}
         if run.teacher is not None:
             values["distill.teacher"] = str(Path(output) / run.teacher)
-        runs[run_name] = compose(
-            [f"experiment={run.experiment}", *shared, *own[run_name]], config_dir, values
-        )
+        if run.cache:
+            values["distill.cache"] = str(Path(output) / "caches" / folder)
+        if seed is not None:
+            values["seed"] = seed
+        given = [f"experiment={run.experiment}", *run.overrides, *shared, *own[run_name]]
+        runs[folder] = compose(given, config_dir, values)
     return runs, output
 
 
@@ -93,6 +97,10 @@ def _refuse_own_keys(text: str, key: str, value: Any, study: "StudyConfig", runs
     if key == "name":
         raise UserError(
             f"{text} has no effect, since the study names each run as its study.yaml does; leave it out."
+        )
+    if key == "seed" and study.seeds:
+        raise UserError(
+            f"{text} has no effect, since the study's study.yaml lists the seeds of its runs; leave it out."
         )
     if key == "output":
         raise UserError(

@@ -37,34 +37,18 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.cli.compose import compose
-    from gemma2_jax.config import UserError
     from gemma2_jax.data.prepare import prepare
     from gemma2_jax.distill.cache.manifest import verify_cache
-    from gemma2_jax.distill.cache.writer import CacheTask, write_cache
+    from gemma2_jax.distill.cache.writer import write_cache
+    from gemma2_jax.training.inputs import cache_task
 
     config = compose(arguments.overrides, arguments.config_dir)
-    distill = config.distill
-    if distill.cache is None or distill.encoding is None:
-        raise UserError(
-            "distill.cache and distill.encoding must be set to write a teacher's cache; distill=cached sets the latter."
-        )
+    task = cache_task(config)
     if arguments.verify:
-        count = verify_cache(distill.cache)
-        print(f"{distill.cache}: {count} files were read and are whole.")
+        count = verify_cache(task.folder)
+        print(f"{task.folder}: {count} files were read and are whole.")
         return
     prepare(config.data, config.tokenizer)
-    task = CacheTask(
-        folder=distill.cache,
-        encoding=distill.encoding,
-        distill=distill,
-        model=config.model,
-        compute=config.compute,
-        data=config.data,
-        tokenizer=config.tokenizer,
-        mesh=config.mesh,
-        steps=config.training.steps,
-        block_tokens=config.objective.block_tokens,
-    )
     manifest = write_cache(task, arguments.estimate)
     if not arguments.estimate:
-        print(f"{distill.cache} holds the teacher's signal for {manifest.rows} rows.")
+        print(f"{task.folder} holds the teacher's signal for {manifest.rows} rows.")

@@ -15,10 +15,18 @@ class StudyRun:
     Attributes:
         experiment: the experiment that configures it, as in `gemma2 train experiment=NAME`.
         teacher: an earlier run of the study to distil from: distill.teacher is set to its folder.
+        cache: distil from a cache of the teacher, which the study writes before: distill.cache is set to it.
+        overrides: `key=value` on top of the experiment.
+        once: train it with the configuration's seed alone, not with each of the study's.
+        series: the line of the summary's plot that the run is a point of.
     """
 
     experiment: str
     teacher: str | None = None
+    cache: bool = False
+    overrides: tuple[str, ...] = ()
+    once: bool = False
+    series: str | None = None
 
 
 @dataclass(frozen=True)
@@ -27,10 +35,13 @@ class StudyConfig:
 
     Attributes:
         title: the question that the study asks.
-        runs: the runs by name; each gets a folder of that name inside the study's.
+        runs: the runs by name; each gets a folder of that name inside the study's, with -SEED behind it where
+            there are several seeds.
         reference: a run with which the others' predictions are compared (agreement, KL); None: no comparison.
         prompts: texts that every run continues in the report.
         sample_tokens: how many tokens each continuation has at most.
+        seeds: every run is trained with each of them, and the report gives means and deviations; none: with the
+            configuration's.
     """
 
     title: str
@@ -38,6 +49,7 @@ class StudyConfig:
     reference: str | None = None
     prompts: tuple[str, ...] = ()
     sample_tokens: int = 48
+    seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -58,3 +70,24 @@ class StudyConfig:
                 raise UserError(
                     f"runs.{name}.teacher is {run.teacher}; it must be an earlier run ({earlier})."
                 )
+            if run.cache and run.teacher is None:
+                raise UserError(
+                    f"runs.{name}.cache is true and its teacher is null; there is nobody to cache."
+                )
+        single = {run.teacher for run in self.runs.values()} | {self.reference}
+        for name, run in self.runs.items():
+            if self.seeds and name in single and not run.once:
+                raise UserError(
+                    f"runs.{name} is a teacher or the reference, of which there is one for all seeds; set its `once` "
+                    "to true."
+                )
+
+    def trained(self) -> dict[str, tuple[str, int | None]]:
+        """What is trained, in order, by the name of its folder: the run, and its seed if the study sets one."""
+        found: dict[str, tuple[str, int | None]] = {}
+        for name, run in self.runs.items():
+            if self.seeds and not run.once:
+                found |= {f"{name}-{seed}": (name, seed) for seed in self.seeds}
+            else:
+                found[name] = (name, None)
+        return found

@@ -1,4 +1,4 @@
-"""The report of a study: one table on the terminal, report.md, loss.png and results.json."""
+"""The report of a study: tables on the terminal, report.md, pictures and results.json."""
 
 import dataclasses
 import json
@@ -13,8 +13,9 @@ from rich.console import Console
 from gemma2_jax.files import write_text
 from gemma2_jax.machine import describe_machine, peak_memory_gib
 from gemma2_jax.studies.config import StudyConfig
-from gemma2_jax.studies.plots import plot_losses
+from gemma2_jax.studies.plots import plot_losses, plot_summary
 from gemma2_jax.studies.stages import Measurement, read_times
+from gemma2_jax.studies.summary import group_by_run, summary_table
 from gemma2_jax.studies.tables import Table, say
 from gemma2_jax.training.config import RunConfig
 
@@ -26,16 +27,23 @@ def write_report(
     folder: Path,
     console: Console,
 ) -> None:
-    """Prints the study's table and samples, and writes report.md, loss.png and results.json into `folder`."""
+    """Prints the study's tables and samples, and writes report.md, its pictures and results.json into `folder`."""
     table = _table(study, measurements)
     seconds = read_times(folder)
     table.print(console, f"Results of {folder}")
+    summary: Table | None = None
+    if study.seeds:
+        groups = group_by_run(study, measurements, seconds)
+        summary = summary_table(study, groups)
+        summary.print(console, "Means and standard deviations over the seeds")
+        plot_summary(groups, folder / "summary.png")
     for number, prompt in enumerate(study.prompts):
         say(console, f"{prompt!r} goes on", "bold")
         for name, measurement in measurements.items():
             say(console, f"  {name + ':':<11} {measurement.samples[number]!r}")
-    plot_losses({name: config.output for name, config in runs.items()}, folder / "loss.png")
-    write_text(folder / "report.md", _markdown(study, table, measurements, seconds))
+    shown = [name for name, (_, seed) in study.trained().items() if seed in (None, *study.seeds[:1])]
+    plot_losses({name: runs[name].output for name in shown}, folder / "loss.png")
+    write_text(folder / "report.md", _markdown(study, summary, table, measurements, seconds))
     results = {
         "title": study.title,
         "machine": describe_machine(jax.devices()),
@@ -74,9 +82,16 @@ def _table(study: StudyConfig, measurements: Mapping[str, Measurement]) -> Table
 
 
 def _markdown(
-    study: StudyConfig, table: Table, measurements: Mapping[str, Measurement], seconds: Mapping[str, float]
+    study: StudyConfig,
+    summary: Table | None,
+    table: Table,
+    measurements: Mapping[str, Measurement],
+    seconds: Mapping[str, float],
 ) -> str:
-    parts = [f"# {study.title}", table.markdown(), "![Loss against steps](loss.png)"]
+    parts = [f"# {study.title}"]
+    if summary is not None:
+        parts += [summary.markdown(), "![Perplexity of each run, over its seeds](summary.png)"]
+    parts += [table.markdown(), "![Loss against steps](loss.png)"]
     notes = [
         "Loss is the mean cross-entropy of the validation split's tokens in nats; perplexity is its exponential."
     ]

@@ -15,12 +15,14 @@ from gemma2_jax.config import UserError, load, save, to_dict
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import find_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.cache.writer import write_cache
 from gemma2_jax.evaluation.evaluate import Evaluation, evaluate_run
 from gemma2_jax.files import write_text
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.studies.tables import say
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.inputs import cache_task
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.start import check_same_run, data_identity
 
@@ -62,6 +64,12 @@ def prepare_all(configs: Sequence[RunConfig], console: Console) -> None:
         done = manifest is not None and manifest.complete
         _say(console, "data", data.folder, "already prepared, skipped" if done else "preparing")
         prepare(data, tokenizer)
+
+
+def cache_teacher(config: RunConfig, console: Console) -> None:
+    """Writes the cache that a run is distilled from, or what is left of it."""
+    _say(console, "cache", config.name, f"{config.distill.cache}")
+    write_cache(cache_task(config))
 
 
 def train_run(config: RunConfig, console: Console, teacher: RunConfig | None = None) -> None:

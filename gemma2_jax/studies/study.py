@@ -7,7 +7,14 @@ from rich.console import Console
 
 from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.report import write_report
-from gemma2_jax.studies.stages import check_unchanged, measure_run, prepare_all, timed, train_run
+from gemma2_jax.studies.stages import (
+    cache_teacher,
+    check_unchanged,
+    measure_run,
+    prepare_all,
+    timed,
+    train_run,
+)
 from gemma2_jax.studies.tables import say
 from gemma2_jax.training.config import RunConfig
 
@@ -16,20 +23,27 @@ def run_study(study: StudyConfig, runs: Mapping[str, RunConfig], output: str, co
     """Carries out what is left of a study and writes its report.
 
     Args:
-        runs: the configuration of each of `study.runs`, whose output folders lie in `output`.
-        output: the study's folder; gets report.md, loss.png, results.json and times.json.
+        runs: the configuration of each of `study.trained()`, whose output folders lie in `output`.
+        output: the study's folder; gets report.md, loss.png, results.json and times.json, and with several seeds
+            summary.png.
 
     Raises:
         UserError: a folder in `output` was begun with another configuration.
     """
     folder = Path(output)
-    teachers = {name: runs[run.teacher] if run.teacher else None for name, run in study.runs.items()}
+    teachers: dict[str, RunConfig | None] = {}
+    for folder_name, (name, _) in study.trained().items():
+        teacher = study.runs[name].teacher
+        teachers[folder_name] = runs[teacher] if teacher else None
     for name, config in runs.items():  # before hours go into the first of them
         check_unchanged(config, teachers[name])
     say(console, study.title, "bold")
     with timed(folder, "data"):
         prepare_all(list(runs.values()), console)
     for name, config in runs.items():
+        if config.distill.cache is not None:
+            with timed(folder, f"cache {name}"):
+                cache_teacher(config, console)
         with timed(folder, f"train {name}"):
             train_run(config, console, teachers[name])
     reference = runs[study.reference] if study.reference else None

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
+from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.reader import cached_batches, check_cache
+from gemma2_jax.distill.cache.writer import CacheTask
 from gemma2_jax.distill.teacher import load_teacher
 from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.model.transformer import Gemma2
@@ -19,6 +21,31 @@ from gemma2_jax.objectives.schedule import ScheduleConfig
 from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.step import Taught, build_reading
+
+
+def cache_task(config: RunConfig) -> CacheTask:
+    """What has to be written for a run that trains from a cache.
+
+    Raises:
+        UserError: it does not say where, or what to keep.
+    """
+    distill = config.distill
+    if distill.cache is None or distill.encoding is None:
+        raise UserError(
+            "distill.cache and distill.encoding must be set to write a teacher's cache; distill=cached sets the latter."
+        )
+    return CacheTask(
+        folder=distill.cache,
+        encoding=distill.encoding,
+        distill=distill,
+        model=config.model,
+        compute=config.compute,
+        data=config.data,
+        tokenizer=config.tokenizer,
+        mesh=config.mesh,
+        steps=config.training.steps,
+        block_tokens=config.objective.block_tokens,
+    )
 
 
 class Inputs:

@@ -10,12 +10,13 @@ import pytest
 from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.cache.encoding import EncodingConfig
-from gemma2_jax.distill.cache.writer import CacheTask, write_cache
+from gemma2_jax.distill.cache.writer import write_cache
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training import trainer
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.inputs import cache_task
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
 from tests.distill.test_cache import write_teacher
@@ -42,20 +43,9 @@ def cached(online: RunConfig, encoding: EncodingConfig, name: str) -> RunConfig:
     """The same student with a cache in the teacher's place, which is written."""
     folder = Path(online.output).parent
     distill = replace(online.distill, cache=str(folder / f"cache-{name}"), encoding=encoding)
-    task = CacheTask(
-        folder=str(folder / f"cache-{name}"),
-        encoding=encoding,
-        distill=online.distill,
-        model=online.model,
-        compute=online.compute,
-        data=online.data,
-        tokenizer=online.tokenizer,
-        mesh=online.mesh,
-        steps=online.training.steps,
-        block_tokens=online.objective.block_tokens,
-    )
-    write_cache(task)
-    return replace(online, distill=distill, output=str(folder / name))
+    config = replace(online, distill=distill, output=str(folder / name))
+    write_cache(cache_task(config))
+    return config
 
 
 def losses(config: RunConfig) -> list[float]:
