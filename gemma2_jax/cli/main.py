@@ -20,6 +20,7 @@ from gemma2_jax.cli import (
     teacher_cache,
     tokenizer,
     train,
+    train_together,
 )
 
 DESCRIPTION = """\
@@ -31,7 +32,19 @@ Gemma 2 in JAX: train it, distil it, look at it.
   gemma2 convert google/gemma-2-2b-it weights/2b-it     released weights as a run, and back again
   gemma2 VERB --help                       what a verb does, with examples
 """
-VERBS = (run, train, teacher_cache, sweep, generate, convert, inspect, data, tokenizer, config)
+VERBS = (
+    run,
+    train,
+    train_together,
+    teacher_cache,
+    sweep,
+    generate,
+    convert,
+    inspect,
+    data,
+    tokenizer,
+    config,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,90 @@
+"""`gemma2 train-together`: several students of one teacher in one run."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
+
+if TYPE_CHECKING:
+    from gemma2_jax.training.config import RunConfig
+
+DESCRIPTION = """\
+Trains several runs at once on the same batches. A teacher reads each batch once for all of them, so that three
+students cost less than three runs; each ends as it would alone, in a folder of its own, and goes on there after a stop.
+
+What all of them have in common comes first, then each with --student NAME and what is its own: its model, optimizer,
+objective, initialise, seed. Data, tokenizer, teacher, mesh and the number of steps are shared.
+
+  gemma2 train-together objective=distillation distill=online distill.teacher=runs/teacher output=runs/family \\
+      --student wide model=small_1m \\
+      --student deep model=small_1m model.d_model=64 model.num_layers=8 \\
+      --student careful model=small_1m optimizer.learning_rate=3e-3 objective=jsd
+
+  runs/family/wide, runs/family/deep, ...      without output=: runs/wide, runs/deep, ...
+"""
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "train-together",
+        run,
+        "train several students of one teacher at once",
+        DESCRIPTION,
+        KEYS,
+        resumes=True,
+    )
+    add_overrides(parser)
+    parser.add_argument(
+        "--student",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("NAME", "key=value"),
+        help="one run: its name, and what it does not share with the others",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from gemma2_jax.config import UserError
+    from gemma2_jax.data.prepare import prepare
+    from gemma2_jax.training.loop import train_together
+
+    if not arguments.student:
+        raise UserError("there is no student to train; name each with --student NAME key=value ….")
+    configs = compose_students(arguments.overrides, arguments.student, arguments.config_dir)
+    prepare(configs[0].data, configs[0].tokenizer)
+    train_together(configs)
+    for config in configs:
+        print(f"{config.output} is trained to step {config.training.steps}.")
+
+
+def compose_students(
+    shared: Sequence[str], students: Sequence[Sequence[str]], config_dir: str | None
+) -> list["RunConfig"]:
+    """The configuration of each student, given as its name and its own overrides.
+
+    Raises:
+        UserError: a name that is none or is given twice, or what `compose` refuses.
+    """
+    from gemma2_jax.cli.compose import compose, pairs
+    from gemma2_jax.config import UserError
+
+    folders = [str(value) for key, value in pairs(shared) if key == "output"] or ["runs"]
+    names = [name for name, *_ in students]
+    configs = []
+    for name, *own in students:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or names.count(name) > 1:
+            raise UserError(
+                f"--student {name} is no name for a run; accepted: letters, digits, _ and -, each name once."
+            )
+        for key, _ in pairs(own):
+            if key in ("name", "output"):
+                raise UserError(
+                    f"--student {name} sets {key}, which follows from its name; give output=FOLDER before the students."
+                )
+        values = {"name": name, "output": f"{folders[-1]}/{name}"}
+        configs.append(compose([*shared, *own], config_dir, values))
+    return configs

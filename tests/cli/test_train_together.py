@@ -1,0 +1,72 @@
+"""The verb train-together: what each student's configuration becomes, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from gemma2_jax.checkpoints.store import latest_step
+from gemma2_jax.cli.main import main
+from gemma2_jax.cli.train_together import compose_students
+from gemma2_jax.config import UserError
+
+SHARED = ["objective=distillation", "distill=online", "distill.teacher=runs/teacher", "training.steps=60"]
+
+
+def test_each_student_has_what_is_shared_and_its_own():
+    wide, deep = compose_students(
+        [*SHARED, "model=small_1m"], [["wide"], ["deep", "model.num_layers=8", "objective=jsd"]], None
+    )
+    assert (wide.name, wide.output, deep.output) == ("wide", "runs/wide", "runs/deep")
+    assert (wide.model.num_layers, deep.model.num_layers) == (4, 8)
+    assert (wide.objective.divergences, deep.objective.divergences) == (("forward_kl",), ("jsd",))
+    assert wide.training == deep.training
+    (inside,) = compose_students([*SHARED, "output=runs/family"], [["wide"]], None)
+    assert inside.output == "runs/family/wide"
+
+
+@pytest.mark.parametrize(
+    ("students", "told"),
+    [
+        ([["a"], ["a"]], "--student a is no name for a run"),
+        ([["model=toy"]], "--student model=toy is no name"),
+        ([["a", "output=x"]], "--student a sets output, which follows from its name"),
+    ],
+)
+def test_names_that_are_none(students, told):
+    with pytest.raises(UserError, match=told):
+        compose_students(SHARED, students, None)
+
+
+def test_from_the_command_line(corpus: Path, tmp_path: Path, capsys):
+    command = [
+        *(
+            "train-together",
+            "model=toy",
+            "mesh.data=8",
+            "data=files",
+            f"data.source={corpus}",
+            "data.batch_size=8",
+        ),
+        *(
+            f"data.folder={tmp_path}/data",
+            "data.seq_len=16",
+            "tokenizer.vocab_size=400",
+            f"output={tmp_path}/runs",
+        ),
+        *(
+            "data.validation_fraction=0.2",
+            "training.steps=2",
+            "training.eval_every=2",
+            "training.log_every=1",
+        ),
+        *("checkpoint.every=2", "optimizer.warmup_steps=1", "metrics.tensorboard=false"),
+    ]
+    assert main(command) == 1
+    assert "there is no student to train" in capsys.readouterr().err
+    assert main([*command, "--student", "one", "--student", "two", "optimizer.learning_rate=1e-2"]) == 0
+    assert capsys.readouterr().out == "".join(
+        f"{tmp_path}/runs/{name} is trained to step 2.\n" for name in ("one", "two")
+    )
+    assert [latest_step(tmp_path / "runs" / name) for name in ("one", "two")] == [2, 2]
+    assert main([*command, "--student", "one", "--student", "three", "data.seed=5"]) == 1
+    assert "one has data.seed=0, and three has 5" in capsys.readouterr().err
