@@ -16,9 +16,28 @@ from gemma2_jax.training.config import RunConfig
 def test_every_study_composes_and_has_a_readme(name):
     study = load(StudyConfig, find_study(name))
     runs, output = compose_study(name, study, [], None)
-    assert list(runs) == list(study.runs)
+    assert list(runs) == list(study.trained())
     assert output == f"runs/{name}"
     assert (find_study(name).parent / "README.md").is_file()
+
+
+def test_each_seed_of_a_run_and_its_cache():
+    study = load(StudyConfig, find_study("teacher_source"))
+    runs, _ = compose_study("teacher_source", study, ["sampled_12.model=toy"], None)
+    assert [name for name in runs if name.startswith(("teacher", "sampled_12"))] == [
+        "teacher",
+        *("sampled_12-0", "sampled_12-1"),
+    ]
+    first, second = runs["sampled_12-0"], runs["sampled_12-1"]
+    assert (first.seed, second.seed, second.data.seed, second.model.d_model) == (0, 1, 1, 32)
+    assert first.distill.encoding is not None
+    assert first.distill.encoding.entries == 12
+    assert first.distill.cache == "runs/teacher_source/caches/sampled_12-0"
+    assert {run.distill.teacher for run in (first, second)} == {"runs/teacher_source/teacher"}
+    with pytest.raises(
+        UserError, match=r"seed=3 has no effect, since the study's study.yaml lists the seeds"
+    ):
+        compose_study("teacher_source", study, ["seed=3"], None)
 
 
 @pytest.fixture

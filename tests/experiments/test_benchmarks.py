@@ -87,3 +87,27 @@ def test_step_vs_transformers():
     )
     assert list(figures) == ["training, tokens/s", "decoding, tokens/s"]
     assert min(figures.values()) > 0
+
+
+def test_train_together():
+    figures = rows("train_together.py", "--teacher=small_1m", "--student=toy", "--batch=2", "--rounds=1")
+    assert list(figures) == ["together", "one by one", "without a teacher"]
+    assert min(figures.values()) > 0
+
+
+def test_teacher_cache(corpus: Path):
+    figures = rows(
+        "teacher_cache.py",
+        *(
+            "--repetitions=1",
+            "--vocab-size=300",
+            "--tokens=8",
+            "--steps=10",
+            "--cached-steps=1",
+            "--fed-tokens=1",
+        ),
+        *(f"--source={corpus}", "--trained-vocab-size=400"),
+    )
+    assert list(figures)[:2] == ["sampled, N = 12", "sampled, N = 50"]
+    assert list(figures)[-1] == "training, on these devices"
+    assert min(figures.values()) > 0
