@@ -46,6 +46,7 @@ def test_data_throughput(corpus: Path):
     assert min(figures.values()) > 0
 
 
+@pytest.mark.slow
 def test_import_memory():
     """An eighth is the least size at which the largest tensor, 147 MB, is more than what compiling takes."""
     beyond = {
@@ -56,6 +57,7 @@ def test_import_memory():
     assert max(beyond.values()) < 2  # a whole second copy would be 3
 
 
+@pytest.mark.slow
 def test_loss_memory():
     figures = rows(
         "loss_memory.py",
@@ -76,6 +78,7 @@ def test_loss_memory():
     assert min(figures[name] for name in times) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("torch", "transformers")),
     reason="compares with the extra `reference`: pip install -e '.[reference]'",
@@ -89,12 +92,14 @@ def test_step_vs_transformers():
     assert min(figures.values()) > 0
 
 
+@pytest.mark.slow
 def test_train_together():
     figures = rows("train_together.py", "--teacher=small_1m", "--student=toy", "--batch=2", "--rounds=1")
     assert list(figures) == ["together", "one by one", "without a teacher"]
     assert min(figures.values()) > 0
 
 
+@pytest.mark.slow
 def test_teacher_cache(corpus: Path):
     figures = rows(
         "teacher_cache.py",
