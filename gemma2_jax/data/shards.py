@@ -8,6 +8,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -123,6 +124,14 @@ class Manifest:
 _ADAPTER = TypeAdapter(Manifest)
 
 
+class _HasFormat(Protocol):
+    @property
+    def format(self) -> int: ...
+
+
+Described = TypeVar("Described", bound=_HasFormat)
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """Returns the narrowest little-endian type that holds the ids 0 to vocab_size - 1."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -139,23 +148,44 @@ def find_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     Raises:
         UserError: it cannot be read, is of another format, or files that it names are gone or cut.
     """
+    manifest = read_described(
+        folder,
+        _ADAPTER,
+        FORMAT,
+        f"a manifest of prepared data; delete {folder} to prepare it anew",
+        "prepare",
+    )
+    if manifest is not None:
+        for shard in (*manifest.train_shards, *manifest.validation_shards):
+            check_size(Path(folder), shard, "prepare")
+    return manifest
+
+
+def read_described(
+    folder: str | os.PathLike[str], adapter: TypeAdapter[Described], format: int, expected: str, verb: str
+) -> Described | None:
+    """Returns what the manifest in a folder says, None if there is none.
+
+    Args:
+        adapter: of the manifest's type, which has a `format`; format: the one that this version reads.
+        expected: what the file should have been, and what to do; verb: as in `check_content`.
+
+    Raises:
+        UserError: it cannot be read, or is of another format.
+    """
     path = Path(folder) / MANIFEST
     try:
-        manifest = _ADAPTER.validate_json(path.read_bytes())
+        described = adapter.validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValidationError):
+        raise UserError(f"{path} is not {expected}.") from None
+    if described.format != format:
         raise UserError(
-            f"{path} is not a manifest of prepared data; delete {folder} to prepare it anew."
-        ) from None
-    if manifest.format != FORMAT:
-        raise UserError(
-            f"{path} has format {manifest.format}, but this version reads format {FORMAT}; "
-            f"delete {folder} to prepare it anew."
+            f"{path} has format {described.format}, but this version reads format {format}; "
+            f"delete {folder} to {verb} it anew."
         )
-    for shard in (*manifest.train_shards, *manifest.validation_shards):
-        check_size(path.parent, shard, "prepare")
-    return manifest
+    return described
 
 
 def check_size(folder: Path, shard: File, verb: str) -> None:

@@ -14,13 +14,13 @@ from gemma2_jax.distill.cache.writer import write_cache
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.sharding.mesh import MeshConfig
-from gemma2_jax.training import trainer
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import cache_task
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
+from tests.training.stops import stopped_after
 
 FULL = EncodingConfig("full", None, weight_bits=16)
 
@@ -69,21 +69,10 @@ def test_the_whole_distribution_trains_as_the_teacher_itself(online: RunConfig, 
         assert abs(one - two).max() < 2e-2 * abs(one).max()
 
 
-def test_a_run_from_a_cache_goes_on_where_it_was(
-    full: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_from_a_cache_goes_on_where_it_was(full: RunConfig, tmp_path: Path) -> None:
     cut = replace(full, output=str(tmp_path))
-    log = trainer.Trainer._log
-
-    def log_and_die(self: trainer.Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
-        log(self, rows, seconds)
-        if self.step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_log", log_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            train(cut)
+    with stopped_after(5):
+        train(cut)
     assert latest_step(cut.output) == 3
     train(cut)
     assert losses(cut) == losses(full)

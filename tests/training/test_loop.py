@@ -24,6 +24,7 @@ from gemma2_jax.training import inputs, loop, trainer
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
+from tests.training.stops import stopped_after
 
 TIMES = ("tokens_per_second", "mfu")  # all that may differ between two runs of the same configuration
 
@@ -72,21 +73,10 @@ def test_what_a_run_leaves(finished: RunConfig) -> None:
 @pytest.mark.parametrize(
     "cut_after", [2, 3, 5, 7]
 )  # before any checkpoint, at one, between two, near the end
-def test_a_resumed_run_is_bit_identical(
-    finished: RunConfig, cut_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_is_bit_identical(finished: RunConfig, cut_after: int, tmp_path: Path) -> None:
     config = replace(finished, output=str(tmp_path / "cut"))
-    log = trainer.Trainer._log
-
-    def log_and_die(self: trainer.Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
-        log(self, rows, seconds)
-        if self.step == cut_after + 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_log", log_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    with stopped_after(cut_after + 1):
+        train(config)
     assert latest_step(config.output) == (cut_after // 3 * 3 or None)
     with open(Path(config.output) / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "spl')  # killed in the middle of a line
@@ -110,9 +100,7 @@ def scheduled(finished: RunConfig, output: Path) -> RunConfig:
     return replace(finished, objective=objective, distill=distill, seed=1, output=str(output))
 
 
-def test_a_scheduled_run_says_its_values_and_goes_on_with_them(
-    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scheduled_run_says_its_values_and_goes_on_with_them(finished: RunConfig, tmp_path: Path) -> None:
     whole = scheduled(finished, tmp_path / "whole")
     train(whole)
     rows = read_metrics(whole.output)
@@ -126,17 +114,8 @@ def test_a_scheduled_run_says_its_values_and_goes_on_with_them(
     assert {"kl", "agreement", "entropy", "teacher_entropy"} <= set(rows[8])
 
     cut = replace(whole, output=str(tmp_path / "cut"))
-    log = trainer.Trainer._log
-
-    def log_and_die(self: trainer.Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
-        log(self, rows, seconds)
-        if self.step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_log", log_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            train(cut)
+    with stopped_after(5):
+        train(cut)
     assert latest_step(cut.output) == 3
     train(cut)
     assert without_times(Path(cut.output)) == without_times(Path(whole.output))
@@ -150,9 +129,7 @@ def on_policy(finished: RunConfig, output: Path, fraction: float) -> RunConfig:
     return replace(finished, objective=objective, distill=distill, seed=1, output=str(output))
 
 
-def test_an_on_policy_run_says_its_steps_and_goes_on_with_them(
-    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_on_policy_run_says_its_steps_and_goes_on_with_them(finished: RunConfig, tmp_path: Path) -> None:
     whole = on_policy(finished, tmp_path / "whole", fraction=0.5)
     train(whole)
     rows = [row for row in read_metrics(whole.output) if row["split"] == "train"]
@@ -162,17 +139,8 @@ def test_an_on_policy_run_says_its_steps_and_goes_on_with_them(
     assert all(row["loss"] == row["reverse_kl"] > 0 for row in rows)
 
     cut = replace(whole, output=str(tmp_path / "cut"))
-    log = trainer.Trainer._log
-
-    def log_and_die(self: trainer.Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
-        log(self, rows, seconds)
-        if self.step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_log", log_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            train(cut)
+    with stopped_after(5):
+        train(cut)
     assert latest_step(cut.output) == 3
     train(cut)
     assert without_times(Path(cut.output)) == without_times(Path(whole.output))

@@ -33,6 +33,7 @@ from gemma2_jax.training.metrics import read_metrics
 from gemma2_jax.training.optimizer import build_optimizer
 from gemma2_jax.training.state import TrainState, abstract_state, init_state
 from gemma2_jax.training.step import build_reading, build_train_step
+from tests.training.stops import stopped_after
 
 MATCH = MatchConfig(((0, 2), (1, 3)), hidden=0.5, attention=2.0)
 ONE_DEVICE = MeshConfig(1, 1, 1)
@@ -212,21 +213,10 @@ def saved(config: RunConfig) -> dict[str, Any]:
         )
 
 
-def test_a_resumed_run_is_bit_identical(
-    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_device: None
-) -> None:
+def test_a_resumed_run_is_bit_identical(finished: RunConfig, tmp_path: Path, one_device: None) -> None:
     config = replace(finished, output=str(tmp_path / "cut"))
-    log = trainer.Trainer._log
-
-    def log_and_die(self: trainer.Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
-        log(self, rows, seconds)
-        if self.step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_log", log_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    with stopped_after(5):
+        train(config)
     train(config)
     whole, cut = (
         [{name: row[name] for name in ("step", "loss", *METRICS)} for row in read_metrics(each.output)[:8]]

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.data.config import DataConfig
-from gemma2_jax.data.shards import MANIFEST, File, check_content, check_size, read_manifest
+from gemma2_jax.data.shards import MANIFEST, File, check_content, check_size, read_described, read_manifest
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.cache.packing import LogGrid
 from gemma2_jax.files import write_text
@@ -114,22 +114,11 @@ def find_cache(folder: str | Path) -> Manifest | None:
     Raises:
         UserError: it cannot be read, is of another format, or files that it names are gone or cut.
     """
-    path = Path(folder) / MANIFEST
-    try:
-        manifest = _ADAPTER.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError):
-        raise UserError(
-            f"{path} is not the manifest of a teacher's cache; choose another distill.cache."
-        ) from None
-    if manifest.format != FORMAT:
-        raise UserError(
-            f"{path} has format {manifest.format}, but this version reads format {FORMAT}; "
-            f"delete {folder} to make it anew."
-        )
-    for file in manifest.files:
-        check_size(path.parent, file, "make")
+    expected = "the manifest of a teacher's cache; choose another distill.cache"
+    manifest = read_described(folder, _ADAPTER, FORMAT, expected, "make")
+    if manifest is not None:
+        for file in manifest.files:
+            check_size(Path(folder), file, "make")
     return manifest
 
 
