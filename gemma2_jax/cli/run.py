@@ -107,6 +107,13 @@ def _refuse_own_keys(text: str, key: str, value: Any, study: "StudyConfig", runs
             f"{text} has no effect, since the study puts each run into a folder of its name; "
             "give output=FOLDER, the study's own."
         )
+    cached = [name for name in runs if study.runs[name].cache]
+    if cached and (
+        key == "distill.cache" or (key == "distill" and isinstance(value, dict) and "cache" in value)
+    ):
+        raise UserError(
+            f"{text} has no effect, since the study puts the cache of {cached[0]} into its own folder; leave it out."
+        )
     taught = [name for name in runs if study.runs[name].teacher is not None]
     if taught and (
         key == "distill.teacher" or (key == "distill" and isinstance(value, dict) and "teacher" in value)

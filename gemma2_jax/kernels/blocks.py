@@ -5,6 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma2_jax.sharding.layout import batch_shares
+
+
+def token_blocks(B: int, T: int, block_tokens: int) -> int:
+    """How many blocks of [B, T] tokens give each device, on the mesh in context, at most `block_tokens` at a time.
+
+    A block has a token of each row at least.
+    """
+    return -(-T // max(1, block_tokens * batch_shares() // B))
+
 
 def split_tokens(blocks: int, tree: Any) -> Any:
     """Each [B, T, ...] to [blocks, B, T / blocks, ...], padded with zeros: tokens of weight 0."""

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.kernels.blocks import join_tokens, split_tokens
+from gemma2_jax.kernels.blocks import join_tokens, split_tokens, token_blocks
 from gemma2_jax.kernels.softcap import mask_padding, softcap
-from gemma2_jax.sharding.layout import batch_shares, constrain, is_split
+from gemma2_jax.sharding.layout import constrain, is_split
 
 Coefficients = Mapping[str, jax.Array]  # float32 scalars that may change from step to step: no gradient
 Sums = tuple[jax.Array, dict[str, jax.Array]]  # of the loss and of each metric
@@ -106,7 +106,7 @@ def blockwise_loss(
         The masked sum of the losses, and of each metric. Metrics carry no gradient.
     """
     B, T = targets.shape
-    blocks = -(-T // max(1, block_tokens * batch_shares() // B))
+    blocks = token_blocks(B, T, block_tokens)
     frozen = jax.lax.stop_gradient(teacher)
     return _blockwise(token_loss, blocks, student, frozen, targets, mask, coefficients or {})
 

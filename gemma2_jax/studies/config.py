@@ -17,7 +17,6 @@ class StudyRun:
         teacher: an earlier run of the study to distil from: distill.teacher is set to its folder.
         cache: distil from a cache of the teacher, which the study writes before: distill.cache is set to it.
         overrides: `key=value` on top of the experiment.
-        once: train it with the configuration's seed alone, not with each of the study's.
         series: the line of the summary's plot that the run is a point of.
     """
 
@@ -25,7 +24,6 @@ class StudyRun:
     teacher: str | None = None
     cache: bool = False
     overrides: tuple[str, ...] = ()
-    once: bool = False
     series: str | None = None
 
 
@@ -40,8 +38,8 @@ class StudyConfig:
         reference: a run with which the others' predictions are compared (agreement, KL); None: no comparison.
         prompts: texts that every run continues in the report.
         sample_tokens: how many tokens each continuation has at most.
-        seeds: every run is trained with each of them, and the report gives means and deviations; none: with the
-            configuration's.
+        seeds: every run is trained with each of them, but for teachers and the reference, of which there is one;
+            and the report gives means and deviations. None: all with the configuration's.
     """
 
     title: str
@@ -74,19 +72,13 @@ class StudyConfig:
                 raise UserError(
                     f"runs.{name}.cache is true and its teacher is null; there is nobody to cache."
                 )
-        single = {run.teacher for run in self.runs.values()} | {self.reference}
-        for name, run in self.runs.items():
-            if self.seeds and name in single and not run.once:
-                raise UserError(
-                    f"runs.{name} is a teacher or the reference, of which there is one for all seeds; set its `once` "
-                    "to true."
-                )
 
     def trained(self) -> dict[str, tuple[str, int | None]]:
         """What is trained, in order, by the name of its folder: the run, and its seed if the study sets one."""
+        single = {run.teacher for run in self.runs.values()} | {self.reference}
         found: dict[str, tuple[str, int | None]] = {}
-        for name, run in self.runs.items():
-            if self.seeds and not run.once:
+        for name in self.runs:
+            if self.seeds and name not in single:
                 found |= {f"{name}-{seed}": (name, seed) for seed in self.seeds}
             else:
                 found[name] = (name, None)

@@ -128,6 +128,10 @@ def _shared(config: RunConfig) -> dict[str, Any]:
     """What runs that are trained together have in common."""
     whole = to_dict(config)
     shared = {name: whole[name] for name in ("data", "tokenizer", "mesh", "distill", "compute")}
+    # The teacher has the rows of the student's vocabulary, and a cache one temperature.
+    shared["model"] = {name: whole["model"][name] for name in ("vocab_size", "vocab_padding")}
+    if config.distill.cache is not None:
+        shared["objective"] = {"temperature": whole["objective"]["temperature"]}
     return {**shared, "training": {"steps": config.training.steps}}
 
 

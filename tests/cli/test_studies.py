@@ -38,6 +38,10 @@ def test_each_seed_of_a_run_and_its_cache():
         UserError, match=r"seed=3 has no effect, since the study's study.yaml lists the seeds"
     ):
         compose_study("teacher_source", study, ["seed=3"], None)
+    with pytest.raises(
+        UserError, match=r"distill.cache=x has no effect, since the study puts the cache of sampled"
+    ):
+        compose_study("teacher_source", study, ["sampled_12.distill.cache=x"], None)
 
 
 @pytest.fixture

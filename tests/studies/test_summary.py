@@ -17,7 +17,7 @@ from gemma2_jax.studies.summary import group_by_run, summary_table
 
 STUDY = StudyConfig(
     "Which?",
-    {"teacher": StudyRun("a", once=True), "plain": StudyRun("b"), "taught": StudyRun("c", teacher="teacher")},
+    {"teacher": StudyRun("a"), "plain": StudyRun("b"), "taught": StudyRun("c", teacher="teacher")},
     reference="teacher",
     seeds=(0, 5),
 )
@@ -34,10 +34,7 @@ def test_every_seed_of_every_run_but_the_teacher():
     assert list(dataclasses.replace(STUDY, seeds=()).trained()) == ["teacher", "plain", "taught"]
 
 
-def test_a_teacher_of_several_seeds_is_refused():
-    runs = {**STUDY.runs, "teacher": StudyRun("a")}
-    with pytest.raises(UserError, match=r"runs.teacher is a teacher or the reference, of which there is one"):
-        dataclasses.replace(STUDY, runs=runs)
+def test_a_cache_needs_a_teacher():
     with pytest.raises(UserError, match=r"runs.plain.cache is true and its teacher is null"):
         dataclasses.replace(STUDY, runs={**STUDY.runs, "plain": StudyRun("b", cache=True)})
 

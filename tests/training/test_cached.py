@@ -16,7 +16,7 @@ from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import cache_task
-from gemma2_jax.training.loop import train
+from gemma2_jax.training.loop import train, train_together
 from gemma2_jax.training.metrics import read_metrics
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
@@ -103,3 +103,15 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
     ):
         train(replace(full, training=longer, output=str(tmp_path / "longer")))
     assert not (tmp_path / "warm" / "config.yaml").exists()
+
+
+def test_several_students_of_one_cache(full: RunConfig, tmp_path: Path) -> None:
+    both = [
+        replace(full, output=str(tmp_path / "same")),
+        replace(full, name="other", seed=5, output=str(tmp_path / "other")),
+    ]
+    train_together(both)
+    assert losses(both[0]) == losses(full)
+    alone = replace(both[1], output=str(tmp_path / "alone"))
+    train(alone)
+    assert losses(both[1]) == losses(alone)

@@ -134,6 +134,13 @@ def test_runs_that_do_not_go_together(students: list[RunConfig]) -> None:
         train_together([first, replace(other, data=replace(first.data, seed=1))])
     with pytest.raises(UserError, match=r"first has training.steps=5, and other has 6"):
         train_together([first, replace(other, training=replace(first.training, steps=6))])
+    padded = replace(first.model, vocab_size=416, vocab_padding=16)
+    with pytest.raises(UserError, match=r"first has model.vocab_size=400, and other has 416"):
+        train_together([first, replace(other, model=padded)])
+    cached = replace(first.distill, cache="runs/cache")
+    warm = replace(other, objective=replace(first.objective, temperature=2.0), distill=cached)
+    with pytest.raises(UserError, match=r"first has objective.temperature=1.0, and other has 2.0"):
+        train_together([replace(first, distill=cached), warm])
     with pytest.raises(UserError, match=r"for two runs; each needs a folder of its own"):
         train_together([first, replace(other, output=first.output)])
 

@@ -26,9 +26,10 @@ import jax.numpy as jnp
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
+from gemma2_jax.kernels.blocks import join_tokens, split_tokens, token_blocks
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.sharding.layout import batch_shares, constrain
+from gemma2_jax.sharding.layout import constrain
 
 LARGEST_FULL = 65_536  # tokens of a vocabulary that `full` is meant for: 256 KiB a token as float32
 _ONE = 2.0**31  # probability 1, as an integer; a float, since a Python integer would have to fit int32
@@ -149,21 +150,14 @@ def encode_batch(
     """
     hidden = teacher.hidden(batch.tokens, batch.positions, batch.segment_ids, replace(compute, remat="none"))
     B, T, _ = hidden.shape
-    blocks = -(-T // max(1, block_tokens * batch_shares() // B))
-    per_block = -(-T // blocks)
-    padded = jnp.pad(hidden, ((0, 0), (0, blocks * per_block - T), (0, 0)))
+    places = jnp.broadcast_to(jnp.arange(T), (B, T))
 
-    def block(number: jax.Array) -> Entries:
-        start = number * per_block
-        part = constrain(jax.lax.dynamic_slice_in_dim(padded, start, per_block, axis=1), "BTD")
-        logits = constrain(teacher.embedder.decode(part), "BTV")
-        return encode(config, logits, teacher.config.num_tokens, rows[:, None], start + jnp.arange(per_block))
+    def block(part: tuple[jax.Array, jax.Array]) -> Entries:
+        logits = constrain(teacher.embedder.decode(constrain(part[0], "BTD")), "BTV")
+        return encode(config, logits, teacher.config.num_tokens, rows[:, None], part[1])
 
-    def whole(values: jax.Array) -> jax.Array:
-        """[blocks, B, T / blocks, ...] to [B, T, ...]."""
-        return jnp.moveaxis(values, 0, 1).reshape(B, -1, *values.shape[3:])[:, :T]
-
-    return jax.tree.map(whole, jax.lax.map(block, jnp.arange(blocks)))
+    split = split_tokens(token_blocks(B, T, block_tokens), (hidden, places))
+    return jax.tree.map(lambda values: join_tokens(values, T), jax.lax.map(block, split))
 
 
 def encode(
