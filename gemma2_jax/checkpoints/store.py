@@ -12,9 +12,12 @@ restores into an abstract target, which fixes shapes, dtypes and shardings: a ch
 
 import gc
 import logging
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ FOLDER = "checkpoints"
 CONFIG_FILE = "config.yaml"  # the whole configuration of the run
 TOKENIZER_FILE = "tokenizer.model"  # a copy of its tokenizer
 _ITERATOR = "data"
+_PATIENCE = 30  # seconds
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def save_params(run_folder: str | Path, params: Mapping[str, Any], config: Mappi
     folder = Path(run_folder).absolute() / FOLDER
     folder.mkdir(parents=True)
     with (
-        _orbax(OSError),
+        _orbax(partial(_not_written, folder)),
         ocp.training.Checkpointer(folder) as checkpointer,
     ):
         checkpointer.save_checkpointables(0, {"params": params}, custom_metadata={"config": dict(config)})
@@ -192,6 +196,13 @@ def _orbax(told: Callable[[str], Exception]) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def without_late_callbacks(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = without_late_callbacks
     reason = None
     try:
         yield
@@ -200,10 +211,32 @@ def _orbax(told: Callable[[str], Exception]) -> Iterator[None]:
     finally:
         if reason is not None:
             gc.collect()  # tasks that failed beside the first one complain when they go
+        else:
+            # After a failure it stays: reads beside the first that failed end at any later time, and find nobody.
+            sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     if reason is not None:
         raise told(reason)
+
+
+def _not_written(folder: Path, reason: str) -> OSError:
+    """The error of a folder that could not be written whole, once nothing in it changes any more.
+
+    Orbax fails with the first write that does, and cannot be asked to wait for the others: they would make files, and
+    folders for them, in the place of those that the caller then removes.
+    """
+    before: set[tuple[str, int]] | None = None
+    for _ in range(_PATIENCE):
+        found = set()
+        for path in folder.rglob("*"):
+            with suppress(FileNotFoundError):
+                found.add((str(path), path.stat().st_mtime_ns))
+        if found == before:
+            break
+        before = found
+        time.sleep(1.0)
+    return OSError(reason)
 
 
 def _reason(error: BaseException) -> str:
