@@ -11,9 +11,11 @@ restores into an abstract target, which fixes shapes, dtypes and shardings: a ch
 """
 
 import gc
+import inspect
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -198,11 +200,11 @@ def _orbax(told: Callable[[str], Exception]) -> Iterator[None]:
         logger.setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
 
-    def without_late_callbacks(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+    def without_leftovers(unraisable: Any) -> None:
+        if not _is_left_over(unraisable):
             hook(unraisable)
 
-    sys.unraisablehook = without_late_callbacks
+    sys.unraisablehook = without_leftovers
     reason = None
     try:
         yield
@@ -218,6 +220,15 @@ def _orbax(told: Callable[[str], Exception]) -> Iterator[None]:
             logger.setLevel(level)
     if reason is not None:
         raise told(reason)
+
+
+def _is_left_over(unraisable: Any) -> bool:
+    """Whether it comes of what Orbax gave up: a read that finds its event loop closed, or one of its coroutines."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(unraisable.exc_traceback)]
+    if inspect.iscoroutine(unraisable.object):
+        codes.append(unraisable.object.cr_code)
+    in_orbax = any("/orbax/checkpoint/" in code.co_filename for code in codes)
+    return in_orbax or str(unraisable.exc_value) == "Event loop is closed"
 
 
 def _not_written(folder: Path, reason: str) -> OSError:
