@@ -1,6 +1,7 @@
 """Who teaches; and the online teacher, a frozen model whose forward pass runs inside the student's training step."""
 
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from jax.sharding import Mesh
@@ -13,6 +14,7 @@ from gemma2_jax.distill.on_policy import OnPolicyConfig
 from gemma2_jax.formats.load import load_params, open_for
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.sharding.layout import LayoutConfig, laid_out, layout_in_use
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class DistillConfig:
         encoding: what the cache keeps of the teacher's distributions; null to take a cache as it is.
         on_policy: train on the student's own samples at some steps; null for the data alone.
         match: which of its layers the student matches as well; null for none.
+        model: its sizes, for `gemma2 plan`, which asks for no checkpoint; null to take them from there. A checkpoint
+            of other sizes is refused.
+        layout: how the teacher lies on the mesh; null to lie as the student does.
     """
 
     teacher: str | None
@@ -36,6 +41,8 @@ class DistillConfig:
     encoding: EncodingConfig | None = None
     on_policy: OnPolicyConfig | None = None
     match: MatchConfig | None = None
+    model: ModelConfig | None = None
+    layout: LayoutConfig | None = None
 
     def __post_init__(self) -> None:
         if self.encoding is not None and self.cache is None:
@@ -63,4 +70,24 @@ def load_teacher(config: DistillConfig, student: ModelConfig, tokenizer: Tokeniz
     padded = replace(source.config, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
     if config.match is not None:
         config.match.check_teacher(student, padded)
-    return Gemma2(padded, load_params(source, padded, config.dtype, mesh))
+    if config.model is not None:
+        _check_sizes(config, padded)
+    with as_teacher(config):
+        return Gemma2(padded, load_params(source, padded, config.dtype, mesh))
+
+
+def as_teacher(config: DistillConfig) -> AbstractContextManager[None]:
+    """Has what is traced within lie as the teacher does."""
+    return laid_out(config.layout or layout_in_use())
+
+
+def _check_sizes(config: DistillConfig, found: ModelConfig) -> None:
+    """Raises UserError if the teacher is not of the sizes that were planned for."""
+    planned = replace(config.model, vocab_size=found.vocab_size, vocab_padding=found.vocab_padding)
+    for field in fields(planned):
+        expected, value = getattr(planned, field.name), getattr(found, field.name)
+        if expected != value:
+            raise UserError(
+                f"distill.model.{field.name} is {expected}, and {config.teacher} has {value}; set distill.model to the "
+                "teacher's sizes, or to null."
+            )

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.sharding.layout import batch_shares
+from gemma2_jax.sharding.layout import batch_shares, sequence_shares
 
 
 def token_blocks(B: int, T: int, block_tokens: int) -> int:
@@ -13,22 +13,31 @@ def token_blocks(B: int, T: int, block_tokens: int) -> int:
 
     A block has a token of each row at least.
     """
-    return -(-T // max(1, block_tokens * batch_shares() // B))
+    return -(-T // max(1, block_tokens * batch_shares() * sequence_shares() // B))
 
 
 def split_tokens(blocks: int, tree: Any) -> Any:
-    """Each [B, T, ...] to [blocks, B, T / blocks, ...], padded with zeros: tokens of weight 0."""
+    """Each [B, T, ...] to [blocks, B, T / blocks, ...], padded with zeros: tokens of weight 0.
+
+    Where sequences are split over devices, each block takes an equal part of every device's tokens.
+    """
+    shares = sequence_shares()
 
     def split(x: jax.Array) -> jax.Array:
         B, T, *rest = x.shape
-        per_block = -(-T // blocks)
-        padded = jnp.pad(x, [(0, 0), (0, blocks * per_block - T)] + [(0, 0)] * len(rest))
-        return jnp.moveaxis(padded.reshape(B, blocks, per_block, *rest), 1, 0)
+        per_block = -(-T // (shares * blocks))
+        parts = x.reshape(B, shares, T // shares, *rest)
+        missing = blocks * per_block - T // shares
+        padded = jnp.pad(parts, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * len(rest))
+        apart = jnp.moveaxis(padded.reshape(B, shares, blocks, per_block, *rest), 2, 0)
+        return apart.reshape(blocks, B, shares * per_block, *rest)
 
     return jax.tree.map(split, tree)
 
 
 def join_tokens(x: jax.Array, T: int) -> jax.Array:
     """What `split_tokens` split, without its padding: [blocks, B, T / blocks, ...] to [B, T, ...]."""
-    blocks, B, per_block, *rest = x.shape
-    return jnp.moveaxis(x, 0, 1).reshape(B, blocks * per_block, *rest)[:, :T]
+    blocks, B, _, *rest = x.shape
+    shares = sequence_shares()
+    apart = jnp.moveaxis(x.reshape(blocks, B, shares, -1, *rest), 0, 2)
+    return apart.reshape(B, shares, -1, *rest)[:, :, : T // shares].reshape(B, T, *rest)

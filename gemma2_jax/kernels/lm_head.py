@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from gemma2_jax.kernels.blocks import join_tokens, split_tokens, token_blocks
 from gemma2_jax.kernels.softcap import mask_padding, softcap
-from gemma2_jax.sharding.layout import constrain, is_split
+from gemma2_jax.sharding.layout import batch_shares_in_head, constrain, constrain_in_head, is_split
 
 Coefficients = Mapping[str, jax.Array]  # float32 scalars that may change from step to step: no gradient
 Sums = tuple[jax.Array, dict[str, jax.Array]]  # of the loss and of each metric
@@ -185,6 +185,12 @@ def _sums_and_gradients(
     # Where the embedding has to be gathered from its parts, less is sent of it cast, and a copy is made anyway.
     casts_blockwise = plan.casts_blockwise and not is_split("D")
     whole = student.embedding if casts_blockwise else _for_use(student)
+    # Devices that do not share a vocabulary each sum up a gradient of their own, or they would send theirs with
+    # every block.
+    R, sums_as = batch_shares_in_head(), f"R{plan.sums_as}"
+
+    def rows_apart(x: jax.Array, dims: str) -> jax.Array:
+        return constrain_in_head(x.reshape(R, -1, *x.shape[1:]), f"R_{dims}")
 
     def body(carry: Any, block: Any) -> tuple[Any, jax.Array]:
         sums, d_embedding = carry
@@ -199,19 +205,23 @@ def _sums_and_gradients(
 
         products = _products(hidden, embedding)
         d_products, block_sums = jax.grad(masked_loss, has_aux=True)(products)
-        d_products = constrain(d_products.astype(dtype), "BTV")
+        d_products = constrain_in_head(d_products.astype(dtype), "BTV")
         d_hidden = constrain(jnp.einsum("BTV,VD->BTD", d_products, embedding), "BTD")
         d_embedding += jnp.einsum(
-            f"BTD,BTV->{plan.sums_as}", hidden, d_products, preferred_element_type=jnp.float32
+            f"RBTD,RBTV->{sums_as}",
+            rows_apart(hidden, "TD"),
+            rows_apart(d_products, "TV"),
+            preferred_element_type=jnp.float32,
         )
-        return (_add(sums, block_sums), constrain(d_embedding, plan.sums_as)), d_hidden
+        return (_add(sums, block_sums), constrain_in_head(d_embedding, sums_as)), d_hidden
 
     V, D = student.embedding.shape
-    zeros = jnp.zeros((V, D) if plan.sums_as == "VD" else (D, V), jnp.float32)
-    carry = (_zero_sums(token_loss, teacher, coefficients), constrain(zeros, plan.sums_as))
+    zeros = jnp.zeros((R, V, D) if plan.sums_as == "VD" else (R, D, V), jnp.float32)
+    carry = (_zero_sums(token_loss, teacher, coefficients), constrain_in_head(zeros, sums_as))
     split = split_tokens(blocks, (student.hidden, _tokens_of(teacher), targets, mask))
     (sums, d_embedding), d_hidden = jax.lax.scan(body, carry, split)
     d_hidden = join_tokens(d_hidden, targets.shape[1])
+    d_embedding = constrain_in_head(jnp.sum(d_embedding, axis=0), plan.sums_as)
     d_embedding = d_embedding if plan.sums_as == "VD" else d_embedding.T
     return sums, replace(student, hidden=d_hidden, embedding=d_embedding.astype(student.embedding.dtype))
 
@@ -255,7 +265,7 @@ def _signal(teacher: Teacher) -> jax.Array | SparseTargets | None:
 
 
 def _for_use(head: LMHead) -> jax.Array:
-    return constrain(head.embedding.astype(head.hidden.dtype), "VD")
+    return constrain_in_head(head.embedding.astype(head.hidden.dtype), "VD")
 
 
 def _cast_within_loop(embedding: jax.Array, dtype: Any, targets: jax.Array) -> jax.Array:
@@ -265,8 +275,9 @@ def _cast_within_loop(embedding: jax.Array, dtype: Any, targets: jax.Array) -> j
 
 
 def _products(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+    hidden = constrain_in_head(hidden, "BTD")
     products = jnp.einsum("BTD,VD->BTV", hidden, embedding, preferred_element_type=jnp.float32)
-    return constrain(products, "BTV")
+    return constrain_in_head(products, "BTV")
 
 
 def _logits(head: LMHead) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gemma2_jax.kernels.softcap import mask_padding, softcap
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.sharding.layout import constrain
+from gemma2_jax.sharding.layout import constrain, constrain_in_lookup
 
 WEIGHT_PRODUCT = "weight_product"  # what remat policies know the results of `product` by
 
@@ -125,8 +125,8 @@ class Embedder(nnx.Module):
 
     def encode(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """[B, T] to [B, T, D]: rows of the table times sqrt(D), which is itself rounded to `dtype`."""
-        table = constrain(self.embedding[...], "VD")
-        x = table[tokens].astype(dtype)
+        table = constrain_in_lookup(self.embedding[...], "VD")
+        x = constrain_in_lookup(table[constrain_in_lookup(tokens, "BT")].astype(dtype), "BTD")
         return constrain(x * jnp.sqrt(jnp.float32(self.d_model)).astype(dtype), "BTD")
 
     def decode(self, x: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.kernels.softcap import NEVER
-from gemma2_jax.sharding.layout import constrain
+from gemma2_jax.sharding.layout import constrain_in_head
 
 Number = float | jax.Array
 
@@ -87,7 +87,7 @@ def sparse_forward_kl(student: jax.Array, teacher: SparseTargets, temperature: N
     # As an array over the vocabulary, since it lies on a mesh as the logits do: its product with them needs no
     # gather, and the gradient no scatter.
     dense = _scatter(jnp.zeros(student.shape, jnp.float32), teacher.ids, weights)
-    dense = constrain(dense, "BTV") if dense.ndim == 3 else dense
+    dense = constrain_in_head(dense, "BTV") if dense.ndim == 3 else dense
     log_z = jax.nn.logsumexp(student, axis=-1)
     named = jnp.sum(dense * student, axis=-1) - jnp.sum(weights, axis=-1) * log_z
     log_others = jax.nn.logsumexp(jnp.where(dense > 0, NEVER, student), axis=-1) - log_z

@@ -1,61 +1,149 @@
-"""Which letter of an array's dimensions lies along which mesh axis: the one table of the package.
+"""Which letter of an array's dimensions lies along which mesh axes: the one table of the package.
 
-Weights split their model width over `fsdp`; activations split their batch over it instead, so each
-kind of array has its own column. Letters that no row names are never split.
+An array is laid out by where it is: a weight at rest, an activation between blocks, the embedding where tokens
+enter, or the LM head, where tokens meet the whole vocabulary. The last two follow from the first two:
+
+- A batch enters by looking up all its tokens in each device's own columns of the embedding, after which the
+  results change places. So no device ever holds the whole table, nor the table's whole gradient.
+- In the LM head each device has the logits of its own rows of the vocabulary, for the tokens of all devices that
+  share the rows among them. It takes less memory than to gather the table, and sends less, as long as these are
+  no more than some 40 devices: their hidden states are then smaller than the table and its float32 gradient.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
 from typing import TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from gemma2_jax.config import UserError
+from gemma2_jax.config import UserError, suggest
+from gemma2_jax.sharding.mesh import AXES
 
-MeshAxes = str | tuple[str, ...]
+Axes = tuple[str, ...]
 Tree = TypeVar("Tree")
 
-WEIGHT_AXES: Mapping[str, MeshAxes] = {
-    "D": "fsdp",
-    "N": "tensor",
-    "K": "tensor",
-    "F": "tensor",
-    "V": "tensor",
-}
-ACTIVATION_AXES: Mapping[str, MeshAxes] = {
-    "B": ("data", "fsdp"),
-    "N": "tensor",
-    "K": "tensor",
-    "F": "tensor",
-    "V": "tensor",
-}
+# The kinds of activations that there are: no two letters of one of them can lie along the same mesh axis.
+_ACTIVATIONS = ("BTD", "BTNH", "BTKH", "BTF", "BTV")
 
 
-def weight_spec(dims: str) -> PartitionSpec:
-    """How a weight with these dimensions rests in memory between its uses."""
-    return PartitionSpec(*(WEIGHT_AXES.get(d) for d in dims))
+def _weights() -> dict[str, Axes]:
+    return {"D": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
+
+
+def _activations() -> dict[str, Axes]:
+    return {
+        "B": ("replica", "data", "fsdp"),
+        "T": ("sequence",),
+        "N": ("tensor",),
+        "K": ("tensor",),
+        "F": ("tensor",),
+        "V": ("tensor",),
+    }
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Mesh axes by the letter of a dimension (see `gemma2_jax`); a letter that is not named is never split.
+
+    Attributes:
+        weights: of weights, their gradients and moments, between their uses.
+        activations: of activations, and of a weight gathered for its use.
+        head: the mesh axes that split the vocabulary within the LM head and its loss; tokens lie along the axes of
+            B and T that are left.
+    """
+
+    weights: dict[str, Axes] = field(default_factory=_weights)
+    activations: dict[str, Axes] = field(default_factory=_activations)
+    head: Axes = ("tensor", "sequence", "fsdp")
+
+    def __post_init__(self) -> None:
+        columns = {"weights": (self.weights, "DNKFHV"), "activations": (self.activations, "BTDNKHFV")}
+        for name, (column, letters) in columns.items():
+            for letter, axes in column.items():
+                if letter not in letters:
+                    raise UserError(f"there is no letter layout.{name}.{letter}, {suggest(letter, letters)}.")
+                _check_axes(f"layout.{name}.{letter}", axes)
+        _check_axes("layout.head", self.head)
+        for dims in _ACTIVATIONS:
+            _check_collisions("layout.activations", dims, self.activations)
+
+    def spec_of_weight(self, dims: str) -> PartitionSpec:
+        """How a weight with these dimensions rests in memory between its uses."""
+        _check_collisions("layout.weights", dims, self.weights)
+        return _spec(dims, self.weights)
+
+    def spec(self, dims: str) -> PartitionSpec:
+        """How an activation with these dimensions lies."""
+        return _spec(dims, self.activations)
+
+    def spec_in_head(self, dims: str) -> PartitionSpec:
+        """How an array lies within the LM head: V along `head`, tokens along what is left.
+
+        A letter R stands for the parts into which the rows are split there.
+        """
+        tokens = self.tokens_without(self.head)
+        return _spec(dims, {"V": self.head, "R": tokens["B"], **tokens})
+
+    def spec_of_lookup(self, dims: str) -> PartitionSpec:
+        """How an array lies while tokens are looked up in the embedding: V and D as in the weights."""
+        columns = self.weights.get("D", ())
+        return _spec(dims, {"V": self.weights.get("V", ()), "D": columns, **self.tokens_without(columns)})
+
+    def tokens_without(self, taken: Axes) -> dict[str, Axes]:
+        """The mesh axes of B and of T, but for those that something else has taken."""
+        return {
+            letter: tuple(axis for axis in self.activations.get(letter, ()) if axis not in taken)
+            for letter in "BT"
+        }
+
+
+_IN_USE: ContextVar[LayoutConfig | None] = ContextVar("layout", default=None)
+
+
+@contextmanager
+def laid_out(layout: LayoutConfig) -> Iterator[None]:
+    """Has what is traced within lie as `layout` says, as `jax.set_mesh` says on which devices.
+
+    A teacher can so lie otherwise than its student, in one step and on one mesh.
+    """
+    token = _IN_USE.set(layout)
+    try:
+        yield
+    finally:
+        _IN_USE.reset(token)
+
+
+def layout_in_use() -> LayoutConfig:
+    """That of the innermost `laid_out`; the default one outside."""
+    return _IN_USE.get() or _default()
 
 
 def weight_sharding(mesh: Mesh, path: str, dims: str, sizes: Mapping[str, int]) -> NamedSharding:
-    """`weight_spec` on a mesh.
+    """How a weight rests on a mesh.
 
     Raises:
-        UserError: a mesh axis does not divide the size of a dimension laid along it.
+        UserError: mesh axes do not divide the size of a dimension laid along them, or would split two of them.
     """
+    layout = layout_in_use()
     for d in dims:
-        axis = WEIGHT_AXES.get(d)
-        if axis is not None and sizes[d] % mesh.shape[axis]:
+        axes = layout.weights.get(d, ())
+        shares = math.prod(mesh.shape[axis] for axis in axes)
+        if sizes[d] % shares:
             raise UserError(
-                f"mesh.{axis} is {mesh.shape[axis]}, which does not divide dimension {d} ({sizes[d]}) of the "
-                f"model's {path}; choose a divisor of {sizes[d]}."
+                f"{' x '.join(f'mesh.{axis}' for axis in axes)} is {shares}, which does not divide dimension {d} "
+                f"({sizes[d]}) of the model's {path}; choose a divisor of {sizes[d]}."
             )
-    return NamedSharding(mesh, weight_spec(dims))
+    return NamedSharding(mesh, layout.spec_of_weight(dims))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How a batch [B, ...] is split over devices."""
-    return NamedSharding(mesh, PartitionSpec(ACTIVATION_AXES["B"]))
+    """How a batch [B, ...] is split over devices when it is fed."""
+    return NamedSharding(mesh, layout_in_use().spec("B"))
 
 
 def on_mesh(rows: Tree, mesh: Mesh) -> Tree:
@@ -70,25 +158,79 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
 
     `dims` names x's axes by letter: `constrain(queries, "BTNH")`.
     """
-    return _lay_out(x, PartitionSpec(*(ACTIVATION_AXES.get(d) for d in dims)))
-
-
-def batch_shares(mesh: Mesh | AbstractMesh | None = None) -> int:
-    """How many devices split the batch, on `mesh` or else on the mesh in context; 1 without any."""
-    shape = (mesh or jax.sharding.get_abstract_mesh()).shape
-    return math.prod(shape.get(axis, 1) for axis in ACTIVATION_AXES["B"])
-
-
-def is_split(dimension: str) -> bool:
-    """Whether weights have this dimension split over devices, on the mesh in context."""
-    axes = WEIGHT_AXES[dimension]
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape.get(axis, 1) for axis in ([axes] if isinstance(axes, str) else axes)) > 1
+    return _lay_out(x, layout_in_use().spec(dims))
 
 
 def constrain_weight(x: jax.Array, dims: str) -> jax.Array:
     """Fix that a gradient lies as its weight does; without a mesh, do nothing."""
-    return _lay_out(x, weight_spec(dims))
+    return _lay_out(x, layout_in_use().spec_of_weight(dims))
+
+
+def constrain_in_head(x: jax.Array, dims: str) -> jax.Array:
+    """`constrain` for arrays of the LM head and its loss."""
+    return _lay_out(x, layout_in_use().spec_in_head(dims))
+
+
+def constrain_in_lookup(x: jax.Array, dims: str) -> jax.Array:
+    """`constrain` for the embedding's input side."""
+    return _lay_out(x, layout_in_use().spec_of_lookup(dims))
+
+
+def batch_shares(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Into how many parts a batch's rows are split, on `mesh` or else on the mesh in context; 1 without any."""
+    return _shares(layout_in_use().activations.get("B", ()), mesh)
+
+
+def sequence_shares(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Into how many parts each sequence is split."""
+    return _shares(layout_in_use().activations.get("T", ()), mesh)
+
+
+def batch_shares_in_head() -> int:
+    """Into how many parts the rows are still split within the LM head, on the mesh in context."""
+    layout = layout_in_use()
+    return _shares(layout.tokens_without(layout.head)["B"], None)
+
+
+def is_split(dimension: str) -> bool:
+    """Whether weights have this dimension split over devices, on the mesh in context."""
+    return _shares(layout_in_use().weights.get(dimension, ()), None) > 1
+
+
+@cache
+def _default() -> LayoutConfig:
+    return LayoutConfig()
+
+
+def _shares(axes: Axes, mesh: Mesh | AbstractMesh | None) -> int:
+    shape = (mesh or jax.sharding.get_abstract_mesh()).shape
+    return math.prod(shape.get(axis, 1) for axis in axes)
+
+
+def _check_axes(key: str, axes: Axes) -> None:
+    for axis in axes:
+        if axis not in AXES:
+            raise UserError(f"{key} has {axis}, which is no axis of the mesh, {suggest(axis, AXES)}.")
+        if axes.count(axis) > 1:
+            raise UserError(f"{key} has {axis} twice; a mesh axis can split a dimension once.")
+
+
+def _check_collisions(key: str, dims: str, column: Mapping[str, Axes]) -> None:
+    taken: dict[str, str] = {}
+    for letter in dims:
+        for axis in column.get(letter, ()):
+            if axis in taken:
+                raise UserError(
+                    f"{key} lays both {taken[axis]} and {letter} along mesh axis {axis}, and there are arrays "
+                    f"{dims}; an axis can split one dimension of an array."
+                )
+            taken[axis] = letter
+
+
+def _spec(dims: str, column: Mapping[str, Axes]) -> PartitionSpec:
+    """One entry a dimension: None, a mesh axis, or several of them."""
+    entries = (column.get(d, ()) for d in dims)
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
 
 
 def _lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:

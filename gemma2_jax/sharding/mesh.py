@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from gemma2_jax.config import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("replica", "data", "fsdp", "sequence", "tensor")  # from the slowest network to the fastest
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,19 @@ class MeshConfig:
 
     Attributes:
         data: copies of the whole model, each with its share of the batch.
-        fsdp: devices that share a batch axis and also split every weight among them, gathering one pair
-            of layers at a time (ZeRO-3; Rajbhandari et al., arXiv 1910.02054).
+        fsdp: devices that share a batch axis and also split every weight among them, gathering one layer at a
+            time (ZeRO-3; Rajbhandari et al., arXiv 1910.02054).
         tensor: devices that split heads, feed-forward width and vocabulary (Shoeybi et al., arXiv 1909.08053).
+        sequence: devices that split each sequence; every layer's keys and values are gathered.
+        replica: copies of the whole model, as along `data`, but between slices of TPUs, whose network is slower; a
+            multiple of the slices.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
+    replica: int = 1
 
     def __post_init__(self) -> None:
         sizes = [getattr(self, axis) for axis in AXES]
@@ -42,20 +48,32 @@ class MeshConfig:
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lay `devices` (all there are by default) out as a (data, fsdp, tensor) mesh.
+    """Lay `devices` (all there are by default) out as a mesh with the axes `AXES`.
 
     Raises:
-        UserError: the axes do not multiply to the number of devices.
+        UserError: the axes do not multiply to the number of devices, or `replica` does not span their slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
     given = math.prod(size for size in sizes if size != -1)
     shape = [len(devices) // given if size == -1 else size for size in sizes]
     if math.prod(shape) != len(devices):
-        asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1)
         raise UserError(
-            f"mesh {asked} does not fit {len(devices)} device(s); the axes must multiply to that number."
+            f"mesh {asked or 'of 1'} does not fit {len(devices)} device(s); the axes must multiply to that number."
         )
-    if devices == jax.devices():
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh.replica is {shape[0]}, and the devices come in {slices} slices; it must be a multiple of {slices}, "
+            "so that only gradients cross the network between them."
+        )
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    within = [shape[0] // slices, *shape[1:]]
+    between = [slices, *(1 for _ in shape[1:])]
+    array: np.ndarray = mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, allow_split_physical_axes=True
+    )
+    return Mesh(array, AXES, axis_types=types)

@@ -8,6 +8,7 @@ import jax
 from gemma2_jax.checkpoints.store import latest_step
 from gemma2_jax.config import UserError
 from gemma2_jax.files import locked
+from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import Inputs
@@ -48,7 +49,7 @@ def train_together(configs: Sequence[RunConfig]) -> None:
     for config in left:
         check_batch(config, mesh)
         tokenizer = check_data(config)
-    with jax.set_mesh(mesh), ExitStack() as stack:
+    with jax.set_mesh(mesh), laid_out(left[0].layout), ExitStack() as stack:
         first_process = jax.process_index() == 0
         if first_process:
             for config in left:

@@ -15,7 +15,7 @@ from gemma2_jax.data.shards import read_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.model.vocabulary import check_tokens
-from gemma2_jax.sharding.layout import batch_shares
+from gemma2_jax.sharding.layout import batch_shares, laid_out, sequence_shares
 from gemma2_jax.training.config import RunConfig
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
@@ -23,7 +23,7 @@ DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was tr
 # What may differ between the configuration that a run began with and the one that goes on with it: where
 # things lie and what watches them. That the data and the tokenizer are the same is checked by content.
 _MAY_CHANGE = {
-    "name", "output", "mesh", "metrics", "checkpoint", "training.log_every",
+    "name", "output", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "training.log_every",
     "data.folder", "data.workers", "data.shard_characters", "tokenizer.path",
 }  # fmt: skip
 
@@ -31,16 +31,22 @@ _MAY_CHANGE = {
 def check_batch(config: RunConfig, mesh: Mesh) -> None:
     """Raises UserError if a microbatch cannot be split evenly over the mesh, or the mesh over the processes."""
     rows = config.data.batch_size // config.training.accumulation
-    shares = batch_shares(mesh)
+    with laid_out(config.layout):
+        shares, parts = batch_shares(mesh), sequence_shares(mesh)
     if rows % shares:
         raise UserError(
             f"data.batch_size / training.accumulation is {rows} rows, which the {shares} devices along the mesh's "
-            f"data and fsdp axes do not divide; choose a multiple of {shares}."
+            f"replica, data and fsdp axes do not divide; choose a multiple of {shares}."
+        )
+    if config.data.seq_len % parts:
+        raise UserError(
+            f"data.seq_len is {config.data.seq_len}, which the {parts} devices along the mesh's sequence axis do not "
+            f"divide; choose a multiple of {parts}."
         )
     if shares % jax.process_count():
         raise UserError(
-            f"mesh.data x mesh.fsdp is {shares}, which is not a multiple of the {jax.process_count()} processes; "
-            "each of them feeds rows of its own."
+            f"mesh.replica x mesh.data x mesh.fsdp is {shares}, which is not a multiple of the {jax.process_count()} "
+            "processes; each of them feeds rows of its own."
         )
 
 
@@ -127,7 +133,7 @@ def write_inputs(config: RunConfig) -> None:
 def _shared(config: RunConfig) -> dict[str, Any]:
     """What runs that are trained together have in common."""
     whole = to_dict(config)
-    shared = {name: whole[name] for name in ("data", "tokenizer", "mesh", "distill", "compute")}
+    shared = {name: whole[name] for name in ("data", "tokenizer", "mesh", "layout", "distill", "compute")}
     # The teacher has the rows of the student's vocabulary, and a cache one temperature.
     shared["model"] = {name: whole["model"][name] for name in ("vocab_size", "vocab_padding")}
     if config.distill.cache is not None:

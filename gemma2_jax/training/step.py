@@ -12,14 +12,14 @@ from jax.stages import Wrapped
 
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.matching import PROJECTIONS, match_sums
-from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.distill.teacher import DistillConfig, as_teacher
 from gemma2_jax.kernels.lm_head import Coefficients, LMHead, SparseTargets, Teacher, blockwise_loss
 from gemma2_jax.model.capture import Capture, CapturedLayer, hidden_and_captured
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import map_weights
 from gemma2_jax.objectives.objective import build_coefficients, evaluation_loss, token_loss
-from gemma2_jax.sharding.layout import constrain, constrain_weight
+from gemma2_jax.sharding.layout import constrain, constrain_weight, laid_out
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.matching import update_matching
 from gemma2_jax.training.state import TrainState, state_shardings
@@ -54,7 +54,7 @@ def build_train_step(
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         params, projections = trained
         student_head, own_layers = _read(Gemma2(config.model, params), batch, config.compute, of_student)
-        with jax.named_scope("teacher"):
+        with jax.named_scope("teacher"), as_teacher(config.distill):
             said = _listen(teacher, batch, taught, teacher_compute, of_teacher)
             signal, its_layers = jax.lax.stop_gradient(said)
         with jax.named_scope("loss"):
@@ -100,7 +100,11 @@ def build_train_step(
             matching = update_matching(config, state.matching, projection_grads)
         return TrainState(state.step + 1, params, optimizer_state, matching), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(abstract), None))
+    def step_as_laid_out(*arguments: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        with laid_out(config.layout):
+            return step(*arguments)
+
+    return jax.jit(step_as_laid_out, donate_argnums=0, out_shardings=(state_shardings(abstract), None))
 
 
 def build_evaluation_step(compute: ComputeConfig, distill: DistillConfig, block_tokens: int) -> Wrapped:
@@ -110,7 +114,8 @@ def build_evaluation_step(compute: ComputeConfig, distill: DistillConfig, block_
 
     def step(model: Gemma2, teacher: Gemma2 | None, batch: Batch) -> dict[str, jax.Array]:
         head = _head(model, batch, compute)
-        teacher_head = None if teacher is None else _head(teacher, batch, teacher_compute)
+        with as_teacher(distill):
+            teacher_head = None if teacher is None else _head(teacher, batch, teacher_compute)
         _, metrics = blockwise_loss(
             evaluation_loss, head, teacher_head, batch.targets, batch.loss_mask, block_tokens
         )
@@ -124,7 +129,7 @@ def build_reading(compute: ComputeConfig, distill: DistillConfig) -> Wrapped:
     teacher_compute = _teacher_compute(compute, distill)
 
     def read(teacher: Gemma2, batch: Batch) -> jax.Array:
-        with jax.named_scope("teacher"):
+        with jax.named_scope("teacher"), as_teacher(distill):
             hidden = teacher.hidden(batch.tokens, batch.positions, batch.segment_ids, teacher_compute)
             return constrain(hidden, "BTD")
 

@@ -99,7 +99,7 @@ def test_distilled_and_scratch_differ_in_the_objective_alone():
         (["model=gemm2_2b"], "there is no model gemm2_2b, did you mean gemma2_2b (accepted: gemma2_27b, "),
         (
             ["experiment=quickstart/teach"],
-            "did you mean quickstart/teacher (accepted: quickstart/distilled, ",
+            "did you mean quickstart/teacher (accepted: distill_2b_from_9b, ",
         ),
         (
             ["optimizer.learning_rat=1"],

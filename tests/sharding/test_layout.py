@@ -12,16 +12,94 @@ from gemma2_jax.config import UserError
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params
-from gemma2_jax.sharding.layout import batch_sharding, batch_shares, constrain, is_split, weight_spec
+from gemma2_jax.sharding.layout import (
+    LayoutConfig,
+    batch_sharding,
+    batch_shares,
+    constrain,
+    is_split,
+    laid_out,
+    layout_in_use,
+    sequence_shares,
+)
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
-MESHES = [(1, 8, 1), (4, 1, 2), (2, 2, 2)]
+MESHES = [
+    MeshConfig(1, 8, 1),
+    MeshConfig(4, 1, 2),
+    MeshConfig(2, 2, 2),
+    MeshConfig(data=1, sequence=4, tensor=2),
+    MeshConfig(data=1, replica=2, fsdp=2, sequence=2),
+]
 
 
 def test_the_table():
-    assert weight_spec("PDNH") == PartitionSpec(None, "fsdp", "tensor", None)
-    assert weight_spec("VD") == PartitionSpec("tensor", "fsdp")
-    assert weight_spec("PD") == PartitionSpec(None, "fsdp")
+    layout = LayoutConfig()
+    assert layout.spec_of_weight("PDNH") == PartitionSpec(None, "fsdp", "tensor", None)
+    assert layout.spec_of_weight("VD") == PartitionSpec("tensor", "fsdp")
+    assert layout.spec_of_weight("PD") == PartitionSpec(None, "fsdp")
+    tokens = ("replica", "data", "fsdp")
+    assert layout.spec("BTD") == PartitionSpec(tokens, "sequence", None)
+    assert layout.spec("BTNH") == PartitionSpec(tokens, "sequence", "tensor", None)
+
+
+def test_where_tokens_meet_the_vocabulary():
+    layout = LayoutConfig()
+    vocabulary = ("tensor", "sequence", "fsdp")
+    assert layout.spec_in_head("BTV") == PartitionSpec(("replica", "data"), None, vocabulary)
+    assert layout.spec_in_head("VD") == PartitionSpec(vocabulary, None)
+    assert layout.spec_of_lookup("VD") == PartitionSpec("tensor", "fsdp")
+    assert layout.spec_of_lookup("BTD") == PartitionSpec(("replica", "data"), "sequence", "fsdp")
+    gathered = replace(layout, head=("tensor",))
+    assert gathered.spec_in_head("BTV") == PartitionSpec(("replica", "data", "fsdp"), "sequence", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        (
+            {"weights": {"D": ("fdsp",)}},
+            "layout.weights.D has fdsp, which is no axis of the mesh, did you mean fsdp "
+            "(accepted: data, fsdp, replica, sequence, tensor).",
+        ),
+        (
+            {"weights": {"X": ("fsdp",)}},
+            "there is no letter layout.weights.X, accepted: D, F, H, K, N, V.",
+        ),
+        (
+            {"head": ("tensor", "tensor")},
+            "layout.head has tensor twice; a mesh axis can split a dimension once.",
+        ),
+        (
+            {"activations": {"B": ("fsdp",), "V": ("fsdp",)}},
+            "layout.activations lays both B and V along mesh axis fsdp, and there are arrays BTV; an axis can split "
+            "one dimension of an array.",
+        ),
+    ],
+)
+def test_tables_that_cannot_be(columns, sentence):
+    with pytest.raises(UserError) as error:
+        LayoutConfig(**columns)
+    assert str(error.value) == sentence
+
+
+def test_a_collision_within_a_weight_is_refused(toy_config):
+    mesh = build_mesh(MeshConfig(data=1, fsdp=2, tensor=1, sequence=4))
+    with laid_out(LayoutConfig(weights={"D": ("fsdp",), "F": ("fsdp",)})), pytest.raises(UserError) as error:
+        abstract_params(toy_config, mesh=mesh)
+    assert str(error.value) == (
+        "layout.weights lays both F and D along mesh axis fsdp, and there are arrays PFD; an axis can split one "
+        "dimension of an array."
+    )
+
+
+def test_the_layout_in_use_is_the_innermost():
+    outer, inner = LayoutConfig(head=()), LayoutConfig(head=("tensor",))
+    with laid_out(outer):
+        with laid_out(inner):
+            assert layout_in_use() == inner
+        assert layout_in_use() == outer
+    assert layout_in_use() == LayoutConfig()
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused(toy_config):
@@ -51,6 +129,7 @@ def test_which_dimensions_of_weights_are_split():
 def test_shares_of_a_batch():
     mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert batch_shares(mesh) == 4
+    assert sequence_shares(build_mesh(MeshConfig(data=2, sequence=4))) == 4
     with jax.set_mesh(mesh):
         assert batch_shares() == 4
 
@@ -77,7 +156,7 @@ def on_one_device(model):
 @pytest.mark.parametrize("sizes", MESHES)
 def test_every_mesh_computes_the_same(model, on_one_device, sizes):
     """Up to the order of sums: float32 rounds at 6e-8, and the longest sums here are of some hundred terms."""
-    mesh = build_mesh(MeshConfig(*sizes))
+    mesh = build_mesh(sizes)
     described = abstract_params(model.config, mesh=mesh)
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), model.params(), described)
     tokens = jax.device_put(TOKENS, batch_sharding(mesh))

@@ -1,5 +1,6 @@
 """The step: the same numbers on every mesh, and only what should move moves."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from gemma2_jax.model.weights import abstract_params, map_weights
 from gemma2_jax.objectives.objective import ObjectiveConfig, build_coefficients, token_loss
 from gemma2_jax.objectives.schedule import ScheduleConfig
 from gemma2_jax.sharding.layout import on_mesh
-from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from gemma2_jax.sharding.mesh import AXES, MeshConfig, build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer
 from gemma2_jax.training.state import TrainState, abstract_state, init_state
@@ -46,7 +47,7 @@ def with_teacher(run: RunConfig, objective: ObjectiveConfig) -> RunConfig:
 
 
 def mesh_of(config: MeshConfig) -> Mesh:
-    devices = config.data * config.fsdp * config.tensor
+    devices = math.prod(getattr(config, axis) for axis in AXES)
     return build_mesh(config, jax.devices()[:devices])
 
 
@@ -78,7 +79,14 @@ def steps(
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)], ids=["data", "fsdp", "all-three"]
+    "mesh",
+    [
+        MeshConfig(8, 1, 1),
+        MeshConfig(1, 8, 1),
+        MeshConfig(2, 2, 2),
+        MeshConfig(data=1, replica=2, fsdp=2, sequence=2),
+    ],
+    ids=["data", "fsdp", "all-three", "replica-fsdp-sequence"],
 )
 @pytest.mark.parametrize("distilled", [False, True], ids=["pretraining", "distillation"])
 def test_same_losses_on_one_device_and_on_eight(

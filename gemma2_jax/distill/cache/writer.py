@@ -36,7 +36,7 @@ from gemma2_jax.distill.cache.manifest import (
     write_cache_manifest,
 )
 from gemma2_jax.distill.cache.packing import Packed, Packer, log_grid, row_checksums
-from gemma2_jax.distill.teacher import DistillConfig, load_teacher
+from gemma2_jax.distill.teacher import DistillConfig, as_teacher, load_teacher
 from gemma2_jax.files import locked
 from gemma2_jax.formats.load import open_for
 from gemma2_jax.machine import cores
@@ -259,7 +259,10 @@ class _Writing:
 
     def _encoder(self, compute: ComputeConfig) -> Any:
         def encode(teacher: Gemma2, *arguments: Any) -> Entries:
-            return encode_batch(self._task.encoding, teacher, compute, self._task.block_tokens, *arguments)
+            with as_teacher(self._task.distill):
+                return encode_batch(
+                    self._task.encoding, teacher, compute, self._task.block_tokens, *arguments
+                )
 
         return jax.jit(encode, out_shardings=batch_sharding(self._mesh))
 
