@@ -71,7 +71,7 @@ def load_teacher(config: DistillConfig, student: ModelConfig, tokenizer: Tokeniz
     if config.match is not None:
         config.match.check_teacher(student, padded)
     if config.model is not None:
-        _check_sizes(config, padded)
+        _check_sizes(config.model, padded, config.teacher)
     with as_teacher(config):
         return Gemma2(padded, load_params(source, padded, config.dtype, mesh))
 
@@ -81,13 +81,13 @@ def as_teacher(config: DistillConfig) -> AbstractContextManager[None]:
     return laid_out(config.layout or layout_in_use())
 
 
-def _check_sizes(config: DistillConfig, found: ModelConfig) -> None:
-    """Raises UserError if the teacher is not of the sizes that were planned for."""
-    planned = replace(config.model, vocab_size=found.vocab_size, vocab_padding=found.vocab_padding)
+def _check_sizes(planned: ModelConfig, found: ModelConfig, teacher: str) -> None:
+    """Raises UserError if the teacher is not of the sizes that were planned for, but for its rows of padding."""
+    planned = replace(planned, vocab_size=found.vocab_size, vocab_padding=found.vocab_padding)
     for field in fields(planned):
         expected, value = getattr(planned, field.name), getattr(found, field.name)
         if expected != value:
             raise UserError(
-                f"distill.model.{field.name} is {expected}, and {config.teacher} has {value}; set distill.model to the "
+                f"distill.model.{field.name} is {expected}, and {teacher} has {value}; set distill.model to the "
                 "teacher's sizes, or to null."
             )

@@ -158,3 +158,18 @@ def test_a_teacher_that_was_never_trained(teacher: RunConfig, toy_run: RunConfig
         load_teacher(
             DistillConfig(str(folder), "float32"), toy_run.model, tokenizer, build_mesh(MeshConfig())
         )
+
+
+def test_a_teacher_of_other_sizes_than_planned_is_refused(teacher: RunConfig, toy_run: RunConfig) -> None:
+    planned = replace(teacher.model, num_layers=6)
+    with pytest.raises(UserError) as error:
+        load_teacher(
+            DistillConfig(teacher.output, "float32", model=planned),
+            toy_run.model,
+            Tokenizer.load(toy_run.tokenizer.path),
+            build_mesh(MeshConfig()),
+        )
+    assert str(error.value) == (
+        f"distill.model.num_layers is 6, and {teacher.output} has {teacher.model.num_layers}; set distill.model to the "
+        "teacher's sizes, or to null."
+    )
