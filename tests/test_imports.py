@@ -107,9 +107,16 @@ def read_setup() -> configparser.ConfigParser:
 def test_what_is_imported_is_required_and_the_other_way_round():
     setup = read_setup()
     lines = setup["options"]["install_requires"]
-    lines += "".join(setup["options.extras_require"][extra] for extra in ("parquet", "wandb", "hub", "gguf"))
+    lines += "".join(
+        setup["options.extras_require"][extra] for extra in ("parquet", "wandb", "hub", "gguf", "cuda12")
+    )
     required = {re.split(r"[^A-Za-z0-9_.-]", line)[0].replace("-", "_") for line in lines.split("\n") if line}
-    named_otherwise = {"yaml": "pyyaml", "hydra": "hydra_core", "orbax": "orbax_checkpoint"}
+    named_otherwise = {
+        "absl": "absl_py",
+        "yaml": "pyyaml",
+        "hydra": "hydra_core",
+        "orbax": "orbax_checkpoint",
+    }
     first = {module.split(".")[0] for path in FILES for module in imports(path.read_text(encoding="utf-8"))}
     libraries = first - set(sys.stdlib_module_names) - {"gemma2_jax"}
     imported = {named_otherwise.get(name, name) for name in libraries}

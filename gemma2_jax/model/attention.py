@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma2_jax.kernels.attention import self_attention, visible_keys
+from gemma2_jax.kernels.attention import visible_keys
 from gemma2_jax.kernels.cached_attention import cached_attention
+from gemma2_jax.kernels.self_attention import AttentionConfig, self_attention
 from gemma2_jax.model.cache import EMPTY, LayerCaches
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.layers import product, rotate, weight_for_use
@@ -27,7 +28,11 @@ class Attention(nnx.Module):
         self.window = window
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        kernel: AttentionConfig = AttentionConfig(),
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         """A sequence attends to itself.
 
@@ -38,9 +43,8 @@ class Attention(nnx.Module):
             [B, T, D], and what it came from: queries [B, T, N, H], keys and values [B, T, K, H].
         """
         query, key, value = self._project(x, positions)
-        mixed = self_attention(
-            query, key, value, positions, segment_ids, self.window, self.config.attn_logit_softcap
-        )
+        softcap = self.config.attn_logit_softcap
+        mixed = self_attention(query, key, value, positions, segment_ids, self.window, softcap, kernel)
         return self._mix(mixed), (query, key, value)
 
     def decode(

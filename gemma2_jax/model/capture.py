@@ -73,7 +73,7 @@ def hidden_and_captured(
     slots = _slots(model.config.num_layers, capture.layers)
 
     def attend(layer: Attention, x: jax.Array) -> tuple[jax.Array, Any]:
-        mixed, (query, key, _) = layer(x, positions, segment_ids)
+        mixed, (query, key, _) = layer(x, positions, segment_ids, compute.attention)
         return mixed, {"query": query, "key": key}
 
     def wanted(found: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -1,9 +1,10 @@
 """What a Gemma 2 is made of (`ModelConfig`) and how its forward pass is executed (`ComputeConfig`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gemma2_jax.config import UserError
+from gemma2_jax.kernels.self_attention import AttentionConfig
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,10 @@ class ComputeConfig:
             keeps the results of weight products and recomputes the rest, `full` keeps the pair's input only.
         unroll_layers: compile the pairs one after another instead of as a loop. Faster on CPU, where a
             loop copies each layer's weights out of the stack; slower to compile.
+        attention: which kernel computes it.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     unroll_layers: bool = False
+    attention: AttentionConfig = field(default_factory=AttentionConfig)  # not in runs of before it was there

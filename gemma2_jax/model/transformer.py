@@ -122,7 +122,7 @@ def read(
     """Embedded tokens through all pairs: [B, T, D]; and, if kept, each kind's (keys, values) [P, B, T, K, H]."""
 
     def attend(layer: Attention, x: jax.Array) -> tuple[jax.Array, Any]:
-        mixed, (_, key, value) = layer(x, positions, segment_ids)
+        mixed, (_, key, value) = layer(x, positions, segment_ids, compute.attention)
         return mixed, (key, value) if keep_key_values else None
 
     def body(x: jax.Array, pair: Pair) -> tuple[jax.Array, Any]:

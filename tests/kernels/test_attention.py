@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma2_jax.kernels.attention import attention, self_attention, visible_keys
+from gemma2_jax.kernels.attention import attention, visible_keys
 from gemma2_jax.kernels.cached_attention import cached_attention
+from gemma2_jax.kernels.self_attention import self_attention
 from tests.model.numpy_gemma2 import attend, seen_keys
 
 # A score of 50 is rounded by up to 2e-6 in float32 and a few more in its sum; a weight, and so a value of up to

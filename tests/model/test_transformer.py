@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma2_jax.kernels.self_attention import AttentionConfig
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from tests.model import numpy_gemma2 as formulas
@@ -103,6 +104,15 @@ def plain(toy_model):
 )
 def test_how_it_is_executed_changes_nothing(toy_model, plain, remat, unroll_layers):
     found = loss_and_gradients(toy_model, ComputeConfig(remat=remat, unroll_layers=unroll_layers))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "splash"])
+def test_which_kernel_attends_changes_nothing(toy_model, plain, kernel):
+    """Within the scan, with layers recomputed."""
+    compute = ComputeConfig(remat="full", attention=AttentionConfig(kernel))
+    found = loss_and_gradients(toy_model, compute)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)
 

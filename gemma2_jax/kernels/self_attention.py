@@ -1,0 +1,120 @@
+"""The one function by which a sequence attends to itself, and the choice of the kernel that does it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from gemma2_jax.config import UserError
+from gemma2_jax.kernels.attention import attention, visible_keys
+from gemma2_jax.kernels.blockwise_attention import LONGEST, blockwise_attention
+from gemma2_jax.kernels.looped_attention import looped_attention
+from gemma2_jax.kernels.shards import on_each_device
+from gemma2_jax.kernels.splash_attention import LANES, splash_attention
+from gemma2_jax.kernels.tokamax_attention import tokamax_attention
+from gemma2_jax.sharding.layout import layout_in_use, sequence_shares
+
+Kernel = Literal["reference", "blockwise", "splash", "tokamax"]
+
+# What runs only on some platforms, and what it is made for. On a CPU, splash is interpreted, to test it.
+_PLATFORMS = {"splash": ("tpu", "cpu"), "tokamax": ("gpu",)}
+_MADE_FOR = {"splash": "TPUs", "tokamax": "GPUs"}
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How a sequence attends to itself; but for rounding, every kernel computes the same.
+
+    Attributes:
+        kernel: `splash` is JAX's own for TPUs (on a CPU it is interpreted, to test it); `tokamax` is for Hopper GPUs,
+            with the extra `cuda12`; `blockwise` runs everywhere; `reference` is the plain form, with all scores at
+            once. `auto` takes splash on TPUs and blockwise elsewhere.
+        block_queries, block_keys: the size of splash's blocks of scores, in multiples of 128; a short sequence gets
+            shorter ones. Larger blocks take fewer steps, and more of the chip's fast memory: at head width 256,
+            1024 x 1024 still compiles for a v5e, and 1024 x 2048 does not.
+    """
+
+    kernel: Literal["auto", "reference", "blockwise", "splash", "tokamax"] = "auto"
+    block_queries: int = 512
+    block_keys: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("block_queries", "block_keys"):
+            size = getattr(self, name)
+            if size < LANES or size % LANES:
+                raise UserError(
+                    f"compute.attention.{name} is {size}; it must be a multiple of {LANES}, and at least that."
+                )
+
+
+def self_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    window: int | None,
+    softcap: float,
+    config: AttentionConfig = AttentionConfig(),
+) -> jax.Array:
+    """`attention` of a sequence to itself by the kernel that `config` names, differentiable in query, key and value.
+
+    A token sees those of its segment, none later than itself or outside the window. Within a segment positions go up
+    by one from token to token, so that a key outside the window is so by its place, whatever its segment.
+
+    Args:
+        query: [B, T, N, H], scaled; key, value: [B, T, K, H]; positions, segment_ids: [B, T].
+        window: the query at position i sees i - window + 1 .. i; None sees 0 .. i.
+        softcap: scores become softcap * tanh(scores / softcap) before the mask.
+
+    Returns:
+        [B, T, N, H] in query's dtype.
+
+    Raises:
+        UserError: the kernel that `config` names can not do this here.
+    """
+    platform = platform_in_use()
+    kernel = choose_kernel(config, platform)
+    if kernel == "reference":
+        visible = visible_keys(positions, positions, segment_ids, segment_ids, window)
+        return attention(query, key, value, visible, softcap)
+    if kernel == "splash":
+        sizes = config.block_queries, config.block_keys
+        interpret = platform == "cpu"
+        return splash_attention(query, key, value, segment_ids, window, softcap, *sizes, interpret)
+    if kernel == "tokamax":
+        return tokamax_attention(query, key, value, positions, segment_ids, window, softcap)
+    if query.shape[1] <= LONGEST and sequence_shares() == 1:
+        return blockwise_attention(query, key, value, positions, segment_ids, window, softcap)
+
+    def attend(places: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return looped_attention(window, softcap, *arrays, places)
+
+    places = jnp.arange(query.shape[1])
+    return on_each_device(attend, places, layout_in_use().spec("T"), query, key, value, segment_ids)
+
+
+def choose_kernel(config: AttentionConfig, platform: str) -> Kernel:
+    """The kernel that `config` comes down to for programs that run on `platform` (tpu, gpu, cpu).
+
+    Raises:
+        UserError: it names one that does not run there.
+    """
+    if config.kernel == "auto":
+        return "splash" if platform == "tpu" else "blockwise"
+    if platform not in _PLATFORMS.get(config.kernel, (platform,)):
+        raise UserError(
+            f"compute.attention.kernel is {config.kernel}, which is for {_MADE_FOR[config.kernel]}, and this program "
+            f"is for a {platform}; choose auto or blockwise."
+        )
+    return config.kernel
+
+
+def platform_in_use() -> str:
+    """What is traced is going to run on: the platform of the mesh in context, or else JAX's default one.
+
+    They differ where a program is compiled ahead for devices that this machine does not have.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -1,0 +1,67 @@
+"""Attention run by each device on what it holds: its rows, its heads, its part of the queries, and all their keys."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gemma2_jax.config import UserError
+from gemma2_jax.sharding.layout import layout_in_use
+
+# (tables, query [B, T, N, H], key, value [B, S, K, H], query_segments [B, T], key_segments [B, S]) -> [B, T, N, H]
+Attend = Callable[..., jax.Array]
+
+
+def on_each_device(
+    attend: Attend,
+    tables: Any,
+    tables_spec: Any,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+) -> jax.Array:
+    """`attend` under `jax.shard_map`, as the layout in use has activations lie on the mesh in context.
+
+    The compiler can not split what it can not see into. Where a sequence is split over devices, so are its queries;
+    keys and values are gathered, and their gradients summed.
+
+    Args:
+        tables: what else `attend` takes first; tables_spec: how it lies.
+        query: [B, T, N, H]; key, value: [B, T, K, H]; segment_ids: [B, T].
+
+    Raises:
+        UserError: a device would hold queries of other heads than its keys.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attend(tables, query, key, value, segment_ids, segment_ids)
+    _check_heads(query.shape[2], key.shape[2])
+    spec = layout_in_use().spec
+    keys = spec("BSKH")  # no letter S is ever split
+    in_specs = (tables_spec, spec("BTNH"), keys, keys, spec("BT"), spec("BS"))
+    # Kernels of Pallas do not say over which axes their results vary.
+    shared = jax.shard_map(attend, in_specs=in_specs, out_specs=spec("BTNH"), check_vma=False)
+    return shared(tables, query, key, value, segment_ids, segment_ids)
+
+
+def _check_heads(N: int, K: int) -> None:
+    axes = {letter: layout_in_use().activations.get(letter, ()) for letter in "NK"}
+    mesh = jax.sharding.get_abstract_mesh().shape
+    shares = math.prod(mesh[axis] for axis in axes["N"])
+    if axes["N"] != axes["K"] and shares > 1:
+        raise UserError(
+            f"layout.activations lays N along {_told(axes['N'])} and K along {_told(axes['K'])}, but a device needs "
+            "the keys of its own queries' heads; give both the same axes, or choose compute.attention.kernel=reference."
+        )
+    if K % shares:
+        raise UserError(
+            f"{' x '.join(f'mesh.{axis}' for axis in axes['K'])} is {shares}, which does not divide the model's {K} "
+            "key/value heads, of which a device needs whole ones; choose a divisor, or "
+            "compute.attention.kernel=reference."
+        )
+
+
+def _told(axes: tuple[str, ...]) -> str:
+    return " and ".join(axes) or "no axis"

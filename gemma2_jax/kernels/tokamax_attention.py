@@ -1,0 +1,84 @@
+"""Soft-capped, grouped-query attention on Hopper GPUs, by tokamax's Pallas kernel (extra `cuda12`)."""
+
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from gemma2_jax.config import UserError
+from gemma2_jax.kernels.shards import on_each_device
+from gemma2_jax.sharding.layout import layout_in_use, sequence_shares
+
+
+def tokamax_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    window: int | None,
+    softcap: float,
+    implementation: str = "mosaic_gpu",
+) -> jax.Array:
+    """A sequence attends to itself; differentiable in query, key and value.
+
+    tokamax knows no segments. But what a token sees of its own segment, within the window, are the tokens right before
+    it and itself, and of these tokamax takes a number for each query: as many as its position, or the window, allows.
+
+    Args:
+        query: [B, T, N, H] in bfloat16; key, value: [B, T, K, H]; positions, segment_ids: [B, T].
+        implementation: which of tokamax's; tests take one that runs on a CPU.
+
+    Returns:
+        [B, T, N, H].
+
+    Raises:
+        UserError: tokamax is not there, or can not do this on this GPU.
+    """
+    tokamax = _tokamax()
+    if sequence_shares() > 1:
+        raise UserError(
+            "compute.attention.kernel is tokamax, which needs whole sequences, and mesh.sequence splits them over "
+            f"{sequence_shares()} devices; choose mesh.sequence=1, or compute.attention.kernel=blockwise."
+        )
+    if query.dtype == jnp.float32 and implementation == "mosaic_gpu":
+        raise UserError(
+            "compute.attention.kernel is tokamax, which computes in 16 bits, and compute.dtype is float32; choose "
+            "compute.dtype=bfloat16, or compute.attention.kernel=blockwise."
+        )
+
+    def attend(
+        before: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array, *_: jax.Array
+    ) -> jax.Array:
+        mixed: jax.Array = tokamax.dot_product_attention(
+            query,
+            key,
+            value,
+            scale=1.0,
+            local_window_size=(before[:, None], 0),
+            logits_soft_cap=softcap,
+            implementation=implementation,
+        )
+        return mixed
+
+    before = positions if window is None else jnp.minimum(positions, window - 1)
+    try:
+        return on_each_device(attend, before, layout_in_use().spec("BT"), query, key, value, segment_ids)
+    except NotImplementedError as error:
+        raise UserError(
+            f"compute.attention.kernel is tokamax, which says: {str(error).rstrip('.')}; choose auto or blockwise."
+        ) from None
+
+
+def _tokamax() -> ModuleType:
+    try:
+        import tokamax
+        from absl import flags
+    except ImportError:
+        raise UserError(
+            "compute.attention.kernel is tokamax, which is not installed; pip install -e '.[cuda12]', or choose "
+            "auto or blockwise."
+        ) from None
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # or tokamax would look for flags of its own on our command line, and stop at ours
+    return tokamax

@@ -1,0 +1,60 @@
+"""A whole training step, compiled by the real TPU compiler for chips that are not there (extra `tpu`)."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from gemma2_jax.config import build, read_yaml
+from gemma2_jax.data.batch import Batch
+from gemma2_jax.kernels.self_attention import AttentionConfig
+from gemma2_jax.model.config import ComputeConfig, ModelConfig
+from gemma2_jax.sharding.layout import batch_sharding
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from gemma2_jax.training.optimizer import build_optimizer
+from gemma2_jax.training.state import abstract_state
+from gemma2_jax.training.step import build_train_step
+
+MODELS = Path(__file__).parents[2] / "configs" / "model"
+T = 8192
+
+CASES = [
+    ("gemma2_2b", "v5e:4x4", MeshConfig(data=1, fsdp=16)),
+    ("gemma2_9b", "v5e:4x4", MeshConfig(data=1, fsdp=4, sequence=2, tensor=2)),
+    ("gemma2_27b", "v5p:2x2x1", MeshConfig(data=1, fsdp=1, tensor=4)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "topology", "axes"), CASES)
+def test_a_step_with_splash_compiles(size, topology, axes, toy_run, monkeypatch):
+    """Two layers of a released size; forward and backward kernels are there, and no array of all scores."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install -e '.[tpu]'")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = build_mesh(axes, devices)
+    model = replace(build(ModelConfig, read_yaml(MODELS / f"{size}.yaml"), size), num_layers=2)
+    config = replace(
+        toy_run,
+        model=model,
+        mesh=axes,
+        compute=ComputeConfig(dtype="bfloat16", remat="full", attention=AttentionConfig("auto")),
+        data=replace(toy_run.data, seq_len=T, batch_size=16),
+        objective=replace(toy_run.objective, block_tokens=512),
+    )
+    optimizer = build_optimizer(config.optimizer, config.training.steps)
+    abstract = abstract_state(model, optimizer, mesh)
+    with jax.set_mesh(mesh):
+        row = jax.ShapeDtypeStruct((16, T), jnp.int32, sharding=batch_sharding(mesh))
+        mask = jax.ShapeDtypeStruct((16, T), jnp.float32, sharding=batch_sharding(mesh))
+        batch = Batch(row, row, row, row, mask)
+        program = build_train_step(config, optimizer, abstract).lower(abstract, None, batch).compile()
+    text = program.as_text() or ""
+    for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+        assert kernel in text
+    assert not re.search(rf"\[(\d+,)*{T},{T}[\],]", text)
