@@ -129,7 +129,7 @@ def _blockwise(
         signal = _with_tokens(teacher, part)
         return _add(sums, dense_loss(token_loss, head, signal, block_targets, block_mask, coefficients)), None
 
-    split = split_tokens(blocks, (student.hidden, _tokens_of(teacher), targets, mask))
+    split = _split(blocks, student, teacher, targets, mask)
     sums, _ = jax.lax.scan(body, _zero_sums(token_loss, teacher, coefficients), split)
     return sums
 
@@ -218,7 +218,7 @@ def _sums_and_gradients(
     V, D = student.embedding.shape
     zeros = jnp.zeros((R, V, D) if plan.sums_as == "VD" else (R, D, V), jnp.float32)
     carry = (_zero_sums(token_loss, teacher, coefficients), constrain_in_head(zeros, sums_as))
-    split = split_tokens(blocks, (student.hidden, _tokens_of(teacher), targets, mask))
+    split = _split(blocks, student, teacher, targets, mask)
     (sums, d_embedding), d_hidden = jax.lax.scan(body, carry, split)
     d_hidden = join_tokens(d_hidden, targets.shape[1])
     d_embedding = constrain_in_head(jnp.sum(d_embedding, axis=0), plan.sums_as)
@@ -247,6 +247,21 @@ def _masked_sums(
 ) -> Sums:
     loss, metrics = token_loss(logits, signal, targets, coefficients)
     return jnp.sum(loss * mask), {name: jnp.sum(metric * mask) for name, metric in metrics.items()}
+
+
+def _split(blocks: int, student: LMHead, teacher: Teacher, targets: jax.Array, mask: jax.Array) -> Any:
+    """What a loop over blocks goes through.
+
+    All blocks lie as activations do. Left to itself, the compiler would have them lie as the one in use does in the
+    LM head, and gather all of them to have that one.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        x = split_tokens(blocks, x)
+        return constrain(x, "_BTD"[: x.ndim])
+
+    tokens = student.hidden, _tokens_of(teacher), targets, mask
+    return jax.tree.map(split, tokens)
 
 
 def _tokens_of(teacher: Teacher) -> Any:
