@@ -128,6 +128,13 @@ class RunConfig:
                 "objective.temperature is a schedule, and distill.cache was made at one temperature; it must be that "
                 "number."
             )
+        encoding = self.distill.encoding
+        if encoding is not None and encoding.temperature != self.objective.temperature:
+            raise UserError(
+                f"distill.encoding.temperature is {encoding.temperature}, and objective.temperature is "
+                f"{self.objective.temperature}; both must be the same, since a cache is trained from at its own "
+                "temperature alone."
+            )
 
     def _check_on_policy(self) -> None:
         on_policy = self.distill.on_policy

@@ -94,7 +94,12 @@ def test_without_the_teacher_any_cache_will_do(full: RunConfig, tmp_path: Path) 
 def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
     full: RunConfig, tmp_path: Path
 ) -> None:
-    warm = replace(full, objective=replace(full.objective, temperature=2.0), output=str(tmp_path / "warm"))
+    warm = replace(
+        full,
+        objective=replace(full.objective, temperature=2.0),
+        distill=replace(full.distill, encoding=None),
+        output=str(tmp_path / "warm"),
+    )
     with pytest.raises(UserError, match=r"was made at temperature 1.0, and objective.temperature is 2.0"):
         train(warm)
     longer = replace(full.training, steps=9, eval_every=9)
