@@ -177,6 +177,31 @@ def test_the_tail_constrains_the_student_where_renormalising_does_not() -> None:
     assert np.abs(jax.grad(cached_loss)(jnp.asarray(teacher), sparse)).max() < 1e-3
 
 
+def test_where_the_entries_are_all_tokens_there_is_no_tail() -> None:
+    """Of a sure teacher in a vocabulary with padding: what float32 sums leave below 1 is no probability."""
+    size, config = V + 24, EncodingConfig("top_k", V)
+    padded = np.concatenate([logits(scale=8.0), np.full(24, -1e30, np.float32)])
+    student = jnp.concatenate([jnp.asarray(logits(seed=1)), jnp.full(24, -1e30)])
+    made = encode(config, jnp.asarray(padded)[None], V, jnp.uint32(3), jnp.arange(1))
+    packer = Packer(config, log_grid(config, MODEL), V, 1)
+    packed = packer.pack(jax.tree.map(np.asarray, made), 0)
+    sparse, _ = packer.unpack([packed.record], packed.largest)
+    assert sparse.tail.tolist() == [[0.0]]
+    weights = dense(sparse, size)
+    found = jax.grad(cached_loss)(student, sparse)
+    np.testing.assert_allclose(found, gradient(np.asarray(student), weights)[0], atol=1e-6)
+
+
+def test_a_small_tail_is_that_of_the_other_tokens() -> None:
+    """Far below what is left of 1 - sum(p) in float32."""
+    teacher = np.full(V, -20.0, np.float32)
+    teacher[:8] = np.linspace(4, 8, 8)
+    expected = math.log(softmax(teacher)[8:].sum())
+    made = encode(EncodingConfig("top_k", 8), jnp.asarray(teacher), V, jnp.uint32(3), jnp.int32(0))
+    assert expected < -23
+    assert float(made.log_tail) == pytest.approx(expected, abs=1e-4)
+
+
 def test_top_p_keeps_the_fewest_ids_that_reach_p() -> None:
     teacher = logits()
     p = softmax(teacher)
