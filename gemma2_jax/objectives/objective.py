@@ -26,7 +26,8 @@ class ObjectiveConfig:
 
     Attributes:
         cross_entropy: weight of the cross-entropy with the data's next token.
-        forward_kl: weight of KL(T || S).
+        forward_kl: weight of KL(T || S). From a cache of draws, its value is too large by what the draws lack of T's
+            entropy, and not comparable with another number of draws or an online teacher; see `sparse_forward_kl`.
         temperature: softens T and S in every divergence; a number or a schedule, 1 without a divergence.
         block_tokens: tokens that each device computes logits of at a time; less needs less memory.
         reverse_kl: weight of KL(S || T).

@@ -80,6 +80,10 @@ def sparse_forward_kl(student: jax.Array, teacher: SparseTargets, temperature: N
     The weights have to be those of T at tau: they cannot be had from those at another. A token of weight 0
     counts among the others. S_0 is summed over them: 1 - sum_k S_k would lose a small one to rounding. Where there
     are no others, a tail is rounding alone, and left out.
+
+    Of N drawn tokens, sum_k w_k log w_k is that of the draws, whose entropy, log N at most, is below T's: the value
+    lies above KL(T || S) by the difference, also where S is T. It is the same for every S, so that the gradient has no
+    part in it; but values compare at the same N and T alone, and not with those of whole distributions.
     """
     student = student / temperature
     weights = jnp.exp(teacher.log_weights)

@@ -155,8 +155,8 @@ class Trainer:
     def _evaluate(self) -> None:
         model = Gemma2(self.config.model, self.state.params)
         batches = validation_batches(self.config.data, jax.process_index(), jax.process_count())
-        teacher = self.inputs.teacher
-        self._write("validation", validate(self._evaluation_step, model, teacher, batches, self.mesh))
+        judge = self.inputs.judge
+        self._write("validation", validate(self._evaluation_step, model, judge, batches, self.mesh))
 
     def _write(self, split: str, row: dict[str, float]) -> None:
         for writer in self._writers:

@@ -288,7 +288,7 @@ def test_another_teacher_and_other_settings_are_refused(
         write_cache(replace(sampled, distill=DistillConfig(other, "float32")))
     with pytest.raises(UserError, match=r"distill.encoding.entries \(50, now 12\)"):
         check_cache(sampled.folder, sampled.data, STEPS, encoding=EncodingConfig(entries=12))
-    with pytest.raises(UserError, match=r"made in float32, and distill.dtype is bfloat16"):
+    with pytest.raises(UserError, match=r"another value of distill.dtype \(float32, now bfloat16\)"):
         write_cache(replace(sampled, distill=replace(sampled.distill, dtype="bfloat16")))
     check_cache(sampled.folder, sampled.data, STEPS, 1, 1.0, sampled.distill.teacher, sampled.encoding)
 

@@ -251,7 +251,9 @@ def test_a_tail_with_no_token_to_be_of_is_left_out(padding: int, temperature: fl
     student, teacher, targets, mask = heads(2, 5, padding)
     logits = 25.0 * jnp.tanh((teacher.hidden @ teacher.embedding.T)[..., :V] / 25.0)
     ids = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), logits.shape)
-    log_weights = jax.nn.log_softmax(logits / temperature).clip(-60)  # none is 0: that one would be another token
+    log_weights = jax.nn.log_softmax(logits / temperature).clip(
+        -60
+    )  # none is 0: that one would be another token
     config = objective(forward_kl=1.0, temperature=temperature)
     tails = [jnp.full(targets.shape, tail) for tail in (0.0, 6e-8)]
     without, rounding = (

@@ -30,6 +30,7 @@ from gemma2_jax.distill.cache.manifest import (
     Manifest,
     Signals,
     find_cache,
+    refuse_other_dtype,
     refuse_other_encoding,
     refuse_other_order,
     refuse_other_teacher,
@@ -141,10 +142,7 @@ def _manifest(task: CacheTask) -> Manifest:
     refuse_other_order(task.folder, found, order)
     refuse_other_teacher(task.folder, found, identity, task.distill.teacher)
     refuse_other_encoding(task.folder, found, task.encoding)
-    if found.dtype != task.distill.dtype:
-        raise UserError(
-            f"distill.cache {task.folder} was made in {found.dtype}, and distill.dtype is {task.distill.dtype}."
-        )
+    refuse_other_dtype(task.folder, found, task.distill.dtype)
     return found
 
 
