@@ -198,10 +198,21 @@ def test_size_and_time_are_told_before_anything_is_written(
     assert "24 rows to go, about" in told
     estimate = float(told.split("(")[1].split(" bytes a token")[0])
     made = write_cache(planned)
+    assert float(told.split("about ")[1].split(" KB")[0]) * 1000 == pytest.approx(made.size, rel=0.05)
     # Not the files' sizes: each of them has 128 KiB of its own, beside which toy rows are nothing.
     records = grain.sources.ArrayRecordDataSource([f"{planned.folder}/{file.file}" for file in made.files])
     size = sum(len(records[row]) for row in range(made.rows))
     assert estimate == pytest.approx(size / (made.rows * planned.data.seq_len), rel=0.1)
+
+
+def test_a_single_step_is_not_timed(
+    task: CacheTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be with its compilation, or over no step at all."""
+    write_cache(replace(task, folder=str(tmp_path / "one"), steps=1), estimate_only=True)
+    told = capsys.readouterr().err
+    assert told.startswith(f"{tmp_path}/one: 4 rows to go, about ")
+    assert told.endswith("bytes a token)\n")
 
 
 def test_full_is_the_whole_distribution(task: CacheTask, tmp_path: Path) -> None:
