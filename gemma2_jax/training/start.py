@@ -19,9 +19,10 @@ from gemma2_jax.sharding.layout import batch_shares, laid_out, sequence_shares
 from gemma2_jax.training.config import RunConfig
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
+TEACHER_FILE = "teacher.json"  # and who taught it, if anybody did
 
 # What may differ between the configuration that a run began with and the one that goes on with it: where
-# things lie and what watches them. That the data and the tokenizer are the same is checked by content.
+# things lie and what watches them. That the data, the tokenizer and the teacher are the same is checked by content.
 _MAY_CHANGE = {
     "name", "output", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "training.log_every",
     "data.folder", "data.workers", "data.shard_characters", "tokenizer.path",
@@ -98,8 +99,11 @@ def check_same_run(config: RunConfig) -> None:
     path = Path(config.output) / CONFIG_FILE
     if not path.exists():
         return
+    may_change = set(_MAY_CHANGE)
+    if (path.parent / TEACHER_FILE).exists():  # which runs of before it was there have not
+        may_change.add("distill.teacher")
     for key, begun, value in _differences(to_dict(load(RunConfig, path)), to_dict(config)):
-        if not {key, key.split(".")[0]} & _MAY_CHANGE:
+        if not {key, key.split(".")[0]} & may_change:
             raise UserError(
                 f"{config.output} holds a run with {key}={begun}, and {value} is asked for; choose another "
                 "output, or delete that folder to train again."
@@ -116,18 +120,36 @@ def check_same_data(run_folder: str | Path, data: DataConfig) -> None:
         )
 
 
+def check_same_teacher(config: RunConfig, identity: str | None) -> None:
+    """Raises UserError if the run was taught by another than the one of `Inputs.teacher_identity`."""
+    path = Path(config.output) / TEACHER_FILE
+    if identity is None or not path.exists():
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))["identity"]
+    if begun != identity:
+        cache, teacher = config.distill.cache, config.distill.teacher
+        now = f"distill.teacher {teacher}" if cache is None else f"distill.cache {cache}"
+        raise UserError(
+            f"{config.output} was taught by other weights ({begun[:12]}, {TEACHER_FILE}) than those of {now} "
+            f"({identity[:12]}); choose another output, or delete that folder to train again."
+        )
+
+
 def data_identity(data: DataConfig) -> dict[str, str]:
     """What tells one prepared data set from another, wherever it lies."""
     manifest = read_manifest(data.folder)
     return {"documents": manifest.identity, "tokenizer": manifest.tokenizer}
 
 
-def write_inputs(config: RunConfig) -> None:
-    """Save the resolved configuration, a copy of the tokenizer and the data's identity in the run folder."""
+def write_inputs(config: RunConfig, teacher_identity: str | None) -> None:
+    """Save the resolved configuration, a copy of the tokenizer, and the data's and the teacher's identity in the run
+    folder."""
     folder = Path(config.output)
     save(config, folder / CONFIG_FILE)
     write_bytes(folder / TOKENIZER_FILE, Path(config.tokenizer.path).read_bytes())
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
+    if teacher_identity is not None:
+        write_text(folder / TEACHER_FILE, json.dumps({"identity": teacher_identity}))
 
 
 def _shared(config: RunConfig) -> dict[str, Any]:

@@ -91,6 +91,10 @@ class Trainer:
         self._stopwatch = Stopwatch()
         self._rows: list[dict[str, jax.Array]] = []  # of the steps since the last row of metrics
         self._writers: list[Writer] = []
+
+    def open_writers(self, stack: ExitStack) -> None:
+        """Opens what metrics go to: once no other run beside this one can be refused."""
+        config = self.config
         if jax.process_index() == 0:
             self._writers = open_writers(config.metrics, Path(config.output), self.step, to_dict(config))
             for writer in self._writers:
