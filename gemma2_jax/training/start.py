@@ -5,17 +5,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE
 from gemma2_jax.config import UserError, load, save, to_dict
 from gemma2_jax.data.config import DataConfig
+from gemma2_jax.data.pipeline import tokenizer_of
 from gemma2_jax.data.shards import read_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.model.vocabulary import check_tokens
-from gemma2_jax.sharding.layout import batch_shares, laid_out, sequence_shares
+from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.training.config import RunConfig
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
@@ -33,22 +34,7 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
     """Raises UserError if a microbatch cannot be split evenly over the mesh, or the mesh over the processes."""
     rows = config.data.batch_size // config.training.accumulation
     with laid_out(config.layout):
-        shares, parts = batch_shares(mesh), sequence_shares(mesh)
-    if rows % shares:
-        raise UserError(
-            f"data.batch_size / training.accumulation is {rows} rows, which the {shares} devices along the mesh's "
-            f"replica, data and fsdp axes do not divide; choose a multiple of {shares}."
-        )
-    if config.data.seq_len % parts:
-        raise UserError(
-            f"data.seq_len is {config.data.seq_len}, which the {parts} devices along the mesh's sequence axis do not "
-            f"divide; choose a multiple of {parts}."
-        )
-    if shares % jax.process_count():
-        raise UserError(
-            f"mesh.replica x mesh.data x mesh.fsdp is {shares}, which is not a multiple of the {jax.process_count()} "
-            "processes; each of them feeds rows of its own."
-        )
+        check_rows(rows, config.data.seq_len, mesh, "data.batch_size / training.accumulation")
 
 
 def check_together(configs: Sequence[RunConfig]) -> None:
@@ -76,15 +62,9 @@ def check_data(config: RunConfig) -> Tokenizer:
         UserError: the tokenizer has another number of tokens than the model, the data was prepared with another
             one or has no validation documents, or the run was begun on other data.
     """
-    tokenizer = Tokenizer.load(config.tokenizer.path)
+    tokenizer = tokenizer_of(config.data, config.tokenizer)
     check_tokens(config.model, tokenizer.vocab_size, f"tokenizer.path {config.tokenizer.path}")
     manifest = read_manifest(config.data.folder)
-    if manifest.tokenizer != tokenizer.fingerprint:
-        raise UserError(
-            f"data.folder {config.data.folder} was prepared with tokenizer {manifest.tokenizer[:12]}, and "
-            f"tokenizer.path {config.tokenizer.path} is {tokenizer.fingerprint[:12]}; prepare the data again into "
-            "another folder."
-        )
     if not manifest.validation.documents:
         raise UserError(
             f"data.folder {config.data.folder} has no validation documents, which runs are evaluated on; prepare "

@@ -338,8 +338,16 @@ def test_broken_files_are_named(sampled: CacheTask, tmp_path: Path) -> None:
 
 
 def test_a_mesh_that_the_batch_does_not_fit_is_refused(task: CacheTask) -> None:
-    with pytest.raises(UserError, match=r"data.batch_size is 4, which the 8 devices"):
+    with pytest.raises(UserError, match=r"data.batch_size is 4 rows, which the 8 devices"):
         write_cache(replace(task, mesh=MeshConfig(8, 1, 1)))
+
+
+def test_processes_that_the_mesh_does_not_feed_are_refused(
+    task: CacheTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(UserError, match=r"data x mesh.fsdp is 4, which is not a multiple of the 3 processes"):
+        write_cache(task)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
-from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.data.pipeline import tokenizer_of, train_batches
 from gemma2_jax.data.shards import RecordWriter
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries, check_encoding, encode_batch
@@ -37,13 +37,14 @@ from gemma2_jax.distill.cache.manifest import (
     write_cache_manifest,
 )
 from gemma2_jax.distill.cache.packing import Packed, Packer, log_grid, row_checksums
+from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.distill.teacher import DistillConfig, as_teacher, load_teacher
 from gemma2_jax.files import locked
 from gemma2_jax.formats.load import open_for, open_source
 from gemma2_jax.machine import cores
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.sharding.layout import batch_sharding, batch_shares, on_mesh
+from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 STRETCH_ROWS = 4096  # over all processes, between two files: what a stopped run may have to do again
@@ -107,11 +108,7 @@ def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
             has another tokenizer; the batch does not fit the mesh.
     """
     mesh = build_mesh(task.mesh)
-    if task.data.batch_size % batch_shares(mesh):
-        raise UserError(
-            f"data.batch_size is {task.data.batch_size}, which the {batch_shares(mesh)} devices along the mesh's data "
-            "and fsdp axes do not divide."
-        )
+    check_rows(task.data.batch_size, task.data.seq_len, mesh, "data.batch_size")
     manifest = _manifest(task)
     if is_complete(task, manifest):
         return manifest
@@ -133,13 +130,8 @@ def is_complete(task: CacheTask, manifest: Manifest) -> bool:
 
 def _manifest(task: CacheTask) -> Manifest:
     """What is there already, or the manifest of an empty cache."""
-    tokenizer = Tokenizer.load(task.tokenizer.path)
+    tokenizer = tokenizer_of(task.data, task.tokenizer)
     order = DataOrder.of(task.data, jax.process_count())
-    if order.tokenizer != tokenizer.fingerprint:
-        raise UserError(
-            f"data.folder {task.data.folder} was prepared with tokenizer {order.tokenizer[:12]}, and tokenizer.path "
-            f"{task.tokenizer.path} is {tokenizer.fingerprint[:12]}; prepare the data again into another folder."
-        )
     teacher = _teacher_path(task)
     source = open_for(tokenizer, teacher, "distill.teacher")
     check_encoding(task.encoding, source.config)
