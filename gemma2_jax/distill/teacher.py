@@ -52,7 +52,9 @@ class DistillConfig:
                 "distill.encoding is set, but distill.cache is null, so there is nothing that it is of."
             )
         if self.match is not None and self.teacher is None:
-            raise UserError("distill.match is set, which needs a teacher; set distill.teacher to its run.")
+            raise UserError(
+                "distill.match is set, which needs a teacher; set distill.teacher to its checkpoint."
+            )
         if self.match is not None and self.cache is not None:
             raise UserError(
                 "distill.match and distill.cache are both set; a cache holds no hidden states, so one of them must be "

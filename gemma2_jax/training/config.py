@@ -107,7 +107,7 @@ class RunConfig:
         divergences = self.objective.divergences
         if divergences and not given:
             raise UserError(
-                f"objective.{divergences[0]} is above 0, which needs a teacher; set distill.teacher to its run."
+                f"objective.{divergences[0]} is above 0, which needs a teacher; set distill.teacher to its checkpoint."
             )
         if self.distill.match is not None:
             self.distill.match.check_student(self.model)
