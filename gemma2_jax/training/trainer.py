@@ -133,7 +133,11 @@ class Trainer:
         return self.step % every == 0 or self.step == self.config.training.steps
 
     def _log(self, rows: list[dict[str, jax.Array]], seconds: float) -> None:
-        """One row: averages over the steps since the last one, and the speed, which all devices have reached."""
+        """One row: averages over the steps since the last one, and the speed, which all devices have reached.
+
+        `tokens_per_second` counts targets of the loss. The time of an on-policy step is also that of its sampling, and
+        its targets are the tokens that were sampled, without their prompts.
+        """
         values = {name: [float(row[name]) for row in rows] for name in rows[0]}
         tokens = sum(values.pop("tokens"))
         averages = {name: sum(steps) / len(steps) for name, steps in values.items()}

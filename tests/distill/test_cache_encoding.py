@@ -100,6 +100,23 @@ def test_the_gradient_above_is_that_of_the_trainers_loss(proposal_temperature: f
     np.testing.assert_allclose(found, gradient(student, dense(sparse, V))[0], atol=1e-6)
 
 
+def test_the_value_from_draws_is_too_large_by_what_they_lack_of_the_entropy() -> None:
+    """Of the teacher itself it is not 0, and the same is added for any other student."""
+    teacher, student = logits(), logits(seed=1)
+    p = softmax(teacher)
+    sparse = cached(EncodingConfig("sampled", 12), teacher, 2000)
+    weights = np.exp(sparse.log_weights[0].astype(float))
+    entropies = -np.sum(np.where(weights > 0, weights * sparse.log_weights[0], 0), axis=-1)
+    lacking = -np.sum(p * np.log(p)) - entropies.mean()
+    assert lacking > 0.3
+    for values in (teacher, student):
+        rows = jnp.broadcast_to(jnp.asarray(values), (2000, V))
+        found = sparse_forward_kl(rows, jax.tree.map(lambda each: each[0], sparse), 1.0)
+        kl = np.sum(p * np.log(p / softmax(values)))
+        error = 4 * float(jnp.std(found)) / math.sqrt(2000)
+        assert float(jnp.mean(found)) == pytest.approx(kl + lacking, abs=error)
+
+
 def test_top_k_is_biased_and_the_test_sees_it() -> None:
     teacher, student = logits(), logits(seed=1)
     weights = dense(cached(EncodingConfig("top_k", 12), teacher, 2), V)
