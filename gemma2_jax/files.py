@@ -74,13 +74,26 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
 def locked(folder: str | os.PathLike[str], wait: bool) -> Iterator[None]:
     """Holds the lock of `folder`, making the folder; a process that ends in any way lets go of it.
 
+    If nothing has come into the folder in the end, it is gone again, and so are those above that were made for it; but
+    with `wait`, since others may wait for the file that is locked.
+
     Raises:
         BlockingIOError: another process holds it, and `wait` is false.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with (Path(folder) / ".lock").open("w") as file:
+    path = Path(folder)
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    lock = path / ".lock"
+    with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # there is something in one of them
+                if not wait and list(path.iterdir()) == [lock]:
+                    lock.unlink()
+                    for each in made:
+                        each.rmdir()
 
 
 def _remove(path: Path) -> None:

@@ -14,7 +14,8 @@ student's run; its data, batch, number of steps and mesh decide what is computed
   gemma2 train         model=small_1m objective=distillation distill=cached \\
       distill.teacher=runs/teacher distill.cache=runs/teacher-cache name=student
 
-  gemma2 teacher-cache ... --estimate      what it would take, from a few steps; writes nothing
+  gemma2 teacher-cache ... --estimate      what it would take, from a few steps; prepares the data, as a run
+                                           does, and writes nothing else
   gemma2 teacher-cache ... --verify        reads every file and tells whether it is as it was written
 
   distill.encoding.kind=sampled            N ids drawn by the teacher's probability: unbiased (the default, N = 50)
@@ -30,7 +31,7 @@ def add_parser(verbs: Verbs) -> None:
         verbs, "teacher-cache", run, "run a teacher once, for many students", DESCRIPTION, KEYS, resumes=True
     )
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--estimate", action="store_true", help="tell size and time, and write nothing")
+    only.add_argument("--estimate", action="store_true", help="tell size and time, and write no cache")
     only.add_argument("--verify", action="store_true", help="check the files of a cache that is there")
     add_overrides(parser)
 
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.cli.compose import compose
     from gemma2_jax.data.prepare import prepare
     from gemma2_jax.distill.cache.manifest import verify_cache
-    from gemma2_jax.distill.cache.writer import write_cache
+    from gemma2_jax.distill.cache.writer import check_teacher, is_complete, write_cache
     from gemma2_jax.training.inputs import cache_task
 
     config = compose(arguments.overrides, arguments.config_dir)
@@ -48,7 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
         count = verify_cache(task.folder)
         print(f"{task.folder}: {count} files were read and are whole.")
         return
+    check_teacher(task)
     prepare(config.data, config.tokenizer)
     manifest = write_cache(task, arguments.estimate)
-    if not arguments.estimate:
+    if is_complete(task, manifest):
         print(f"{task.folder} holds the teacher's signal for {manifest.rows} rows.")

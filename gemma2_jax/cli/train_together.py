@@ -15,7 +15,9 @@ Trains several runs at once on the same batches. A teacher reads each batch once
 students cost less than three runs; each ends as it would alone, in a folder of its own, and goes on there after a stop.
 
 What all of them have in common comes first, then each with --student NAME and what is its own: its model, optimizer,
-objective, initialise, seed. Data, tokenizer, teacher, mesh and the number of steps are shared.
+objective, initialise, seed. Data, tokenizer, teacher, mesh and the number of steps are shared. Where there is a
+teacher, each student has to learn from it by a divergence: a baseline from text alone (objective=cross_entropy) and
+students that match layers (distill=match) are refused, and trained by `gemma2 train`.
 
   gemma2 train-together objective=distillation distill=online distill.teacher=runs/teacher output=runs/family \\
       --student wide model=small_1m \\

@@ -8,12 +8,24 @@ import numpy as np
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
-from gemma2_jax.data.config import DataConfig
+from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.packing import PackedRows, Row
 from gemma2_jax.data.shards import Manifest, Shard, read_manifest
+from gemma2_jax.data.tokenizer import Tokenizer
 
 # Reading ahead by threads, so that a slow disk is waited for in parallel.
 _READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
+
+
+def tokenizer_of(data: DataConfig, tokenizer: TokenizerConfig) -> Tokenizer:
+    """The tokenizer at `tokenizer.path`. Raises UserError if the data was prepared with another one."""
+    found, manifest = Tokenizer.load(tokenizer.path), read_manifest(data.folder)
+    if manifest.tokenizer != found.fingerprint:
+        raise UserError(
+            f"data.folder {data.folder} was prepared with tokenizer {manifest.tokenizer[:12]}, and tokenizer.path "
+            f"{tokenizer.path} is {found.fingerprint[:12]}; prepare the data again into another folder."
+        )
+    return found
 
 
 def train_batches(data: DataConfig, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:

@@ -4,6 +4,7 @@ Where the widths differ, a learned linear projection takes the student's hidden 
 is trained with the student and saved for a run that goes on, and is no part of the model.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,8 +43,10 @@ class MatchConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden", "attention"):
-            if getattr(self, name) < 0:
-                raise UserError(f"distill.match.{name} is {getattr(self, name)}; it must not be negative.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"distill.match.{name} is {getattr(self, name)}; it must be a number that is not negative."
+                )
         if self.hidden == 0 and self.attention == 0:
             raise UserError("distill.match.hidden and attention are both 0; at least one must be above 0.")
         if not self.layers:

@@ -1,8 +1,11 @@
 """On-policy distillation (GKD, Agarwal et al., arXiv 2306.13649, Algorithm 1): batches that the student wrote itself.
 
-At each step, with probability lambda, the student continues the beginnings of the data's rows, and is trained on
+At each step, with probability lambda, the student continues the first tokens of the data's rows, and is trained on
 what it wrote; else on the data. The teacher, the divergence and the step are the same for both. No gradient goes
 through the sampling.
+
+A row seldom begins with a document: mostly with the rest of one that the row before cut. So most prompts are from the
+middle of a document, without the token of its beginning.
 """
 
 import random
@@ -33,7 +36,8 @@ class OnPolicyConfig:
 
     Attributes:
         fraction: lambda, the probability that a step is on-policy, from 0 to 1; a number or a schedule.
-        prompt_tokens: the student continues at most so many tokens of each row, all of one document.
+        prompt_tokens: the student continues at most the first so many tokens of each row, all of one document, of
+            which they are seldom the beginning; see the top of this file.
         temperature: logits are divided by it before a token is drawn; 1 draws from the student's own distribution.
     """
 
@@ -74,7 +78,8 @@ def build_rollout(
 ) -> Wrapped:
     """Compile-once `rollout(params, batch, step) -> Batch`: the student's continuations of the rows of a batch.
 
-    A row's prompt is the beginning of its first document, so each row must have one. It is continued up to the token
+    A row's prompt is the beginning of its first segment, a document's or that of the rest of one; each row must have
+    one. It is continued up to the token
     `stop`, or else to T + 1 tokens, of which the last is a target only, as in a row of data. What is drawn depends on
     `seed`, `step` and the row's place in the whole batch, not on the mesh.
 

@@ -23,8 +23,10 @@ class DistillConfig:
 
     Attributes:
         teacher: a checkpoint of the teacher, a run folder or any other kind that `gemma2 convert` reads; null
-            without distillation, or to train from a cache of whichever teacher.
-        dtype: of the teacher's weights and activations. It has no optimizer state and gets no gradient.
+            without distillation, or to train from a cache of whichever teacher. Beside a cache it is asked in
+            validations alone, which have no divergence from it where it is null.
+        dtype: of the teacher's weights and activations. It has no optimizer state and gets no gradient. Of no effect
+            where teacher is null.
         cache: folder of what the teacher has said about the training data before (`gemma2 teacher-cache`), which
             is trained on in its stead; null to ask it in each step.
         encoding: what the cache keeps of the teacher's distributions; null to take a cache as it is.
@@ -50,7 +52,9 @@ class DistillConfig:
                 "distill.encoding is set, but distill.cache is null, so there is nothing that it is of."
             )
         if self.match is not None and self.teacher is None:
-            raise UserError("distill.match is set, which needs a teacher; set distill.teacher to its run.")
+            raise UserError(
+                "distill.match is set, which needs a teacher; set distill.teacher to its checkpoint."
+            )
         if self.match is not None and self.cache is not None:
             raise UserError(
                 "distill.match and distill.cache are both set; a cache holds no hidden states, so one of them must be "

@@ -52,8 +52,8 @@ class SparseTargets:
 
     Attributes:
         ids: int32 [B, T, K], the tokens of one position all different.
-        log_weights: float32 [B, T, K], logarithms of their weights; -1e30, or anything whose exp is 0, in a place
-            without a token.
+        log_weights: float32 [B, T, K], logarithms of their weights; `softcap.NEVER`, or anything else that is finite
+            and whose exp is 0, in a place without a token.
         tail: float32 [B, T], the weight of all other tokens together; 0 where the ids are all there are.
     """
 

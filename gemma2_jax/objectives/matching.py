@@ -45,7 +45,7 @@ DISTANCES: Mapping[DistanceName, Callable[[jax.Array, jax.Array], jax.Array]] = 
 def hidden_distance(
     student: CapturedLayer, teacher: CapturedLayer, projection: jax.Array | None, distance: DistanceName
 ) -> jax.Array:
-    """Between hidden states (TinyBERT, arXiv 1909.10351, section 3.2), float32 [B, T].
+    """Between hidden states (TinyBERT, arXiv 1909.10351, section 3.1), float32 [B, T].
 
     Args:
         student, teacher: layers whose hidden states were captured, [B, T, D] and [B, T, E].
@@ -70,7 +70,7 @@ def attention_distance(
 ) -> jax.Array:
     """Between each query's distributions over the keys, averaged over heads, float32 [B, T].
 
-    TinyBERT (arXiv 1909.10351, section 3.2) matches each head's scores, which needs as many heads on both sides and
+    TinyBERT (arXiv 1909.10351, section 3.1) matches each head's scores, which needs as many heads on both sides and
     ties scores that soft caps and scales of their own make incomparable. Queries are taken in blocks, whose scores the
     backward pass computes again.
 

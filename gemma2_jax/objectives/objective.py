@@ -1,5 +1,6 @@
 """The training objective: a weighted sum of named terms."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from gemma2_jax.objectives.schedule import ScheduleConfig, build_schedule, value
 Number = float | ScheduleConfig
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")  # from a teacher
+# Of the temperature: -1e30, which stands for no logit, is divided by it, and losses are times its square, in float32.
+_COLDEST, _WARMEST = 1e-3, 1e3
 TERMS = ("cross_entropy", *DIVERGENCES, "z_loss")
 
 
@@ -26,7 +29,8 @@ class ObjectiveConfig:
 
     Attributes:
         cross_entropy: weight of the cross-entropy with the data's next token.
-        forward_kl: weight of KL(T || S).
+        forward_kl: weight of KL(T || S). From a cache of draws, its value is too large by what the draws lack of T's
+            entropy, and not comparable with another number of draws or an online teacher; see `sparse_forward_kl`.
         temperature: softens T and S in every divergence; a number or a schedule, 1 without a divergence.
         block_tokens: tokens that each device computes logits of at a time; less needs less memory.
         reverse_kl: weight of KL(S || T).
@@ -55,9 +59,9 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         for name in TERMS:
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(
-                    f"objective.{name} is {getattr(self, name)}; a term's weight must not be negative."
+                    f"objective.{name} is {getattr(self, name)}; a term's weight must be a number that is not negative."
                 )
         if self.cross_entropy == 0 and not self.needs_teacher:
             raise UserError(
@@ -65,8 +69,10 @@ class ObjectiveConfig:
                 "least one must be above 0."
             )
         for value in values_of(self.temperature):
-            if not value > 0:
-                raise UserError(f"objective.temperature is {value}; it must be above 0.")
+            if not _COLDEST <= value <= _WARMEST:
+                raise UserError(
+                    f"objective.temperature is {value}; it must be from {_COLDEST} to {_WARMEST:g}."
+                )
         if self.temperature != 1 and not self.needs_teacher:
             raise UserError(
                 f"objective.temperature is {_shown(self.temperature)}, which nothing uses while no divergence has a "

@@ -78,7 +78,12 @@ def sparse_forward_kl(student: jax.Array, teacher: SparseTargets, temperature: N
         sum_k w_k (log w_k - log S_k) + w_0 (log w_0 - log S_0),  S_0 = 1 - sum_k S_k
 
     The weights have to be those of T at tau: they cannot be had from those at another. A token of weight 0
-    counts among the others. S_0 is summed over them: 1 - sum_k S_k would lose a small one to rounding.
+    counts among the others. S_0 is summed over them: 1 - sum_k S_k would lose a small one to rounding. Where there
+    are no others, a tail is rounding alone, and left out.
+
+    Of N drawn tokens, sum_k w_k log w_k is that of the draws, whose entropy, log N at most, is below T's: the value
+    lies above KL(T || S) by the difference, also where S is T. It is the same for every S, so that the gradient has no
+    part in it; but values compare at the same N and T alone, and not with those of whole distributions.
     """
     student = student / temperature
     weights = jnp.exp(teacher.log_weights)
@@ -90,8 +95,9 @@ def sparse_forward_kl(student: jax.Array, teacher: SparseTargets, temperature: N
     dense = constrain_in_head(dense, "BTV") if dense.ndim == 3 else dense
     log_z = jax.nn.logsumexp(student, axis=-1)
     named = jnp.sum(dense * student, axis=-1) - jnp.sum(weights, axis=-1) * log_z
-    log_others = jax.nn.logsumexp(jnp.where(dense > 0, NEVER, student), axis=-1) - log_z
-    has_tail = teacher.tail > 0
+    never = NEVER / temperature  # as rows of padding have it
+    log_others = jax.nn.logsumexp(jnp.where(dense > 0, never, student), axis=-1) - log_z
+    has_tail = (teacher.tail > 0) & (log_others > never / 2)
     log_tail = jnp.log(jnp.where(has_tail, teacher.tail, 1.0))
     tail = jnp.where(has_tail, teacher.tail * (log_tail - log_others), 0.0)
     return temperature**2 * (own - named + tail)

@@ -107,7 +107,7 @@ class RunConfig:
         divergences = self.objective.divergences
         if divergences and not given:
             raise UserError(
-                f"objective.{divergences[0]} is above 0, which needs a teacher; set distill.teacher to its run."
+                f"objective.{divergences[0]} is above 0, which needs a teacher; set distill.teacher to its checkpoint."
             )
         if self.distill.match is not None:
             self.distill.match.check_student(self.model)
@@ -127,6 +127,13 @@ class RunConfig:
             raise UserError(
                 "objective.temperature is a schedule, and distill.cache was made at one temperature; it must be that "
                 "number."
+            )
+        encoding = self.distill.encoding
+        if encoding is not None and encoding.temperature != self.objective.temperature:
+            raise UserError(
+                f"distill.encoding.temperature is {encoding.temperature}, and objective.temperature is "
+                f"{self.objective.temperature}; both must be the same, since a cache is trained from at its own "
+                "temperature alone."
             )
 
     def _check_on_policy(self) -> None:

@@ -14,6 +14,7 @@ from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.reader import cached_batches, check_cache
 from gemma2_jax.distill.cache.writer import CacheTask
+from gemma2_jax.distill.fingerprint import fingerprint
 from gemma2_jax.distill.teacher import load_teacher
 from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.model.transformer import Gemma2
@@ -56,7 +57,10 @@ class Inputs:
         runs: how many there are; for more than one, the teacher reads a batch before their steps, once.
 
     Attributes:
-        teacher: None without one, or where a cache stands in for it.
+        teacher: that a step asks; None without one, or where a cache stands in for it.
+        judge: the teacher that validations compare a run with, beside a cache too; None without one.
+        teacher_identity: tells who teaches from another, wherever it lies: the teacher's fingerprint, or that of the
+            checkpoint which a cache was made of; None without one.
         batches: the iterator on the host, whose state belongs into a checkpoint.
 
     Raises:
@@ -67,12 +71,12 @@ class Inputs:
         self._mesh = mesh
         self._entries: int | None = None  # K of a cache
         self.teacher: Gemma2 | None = None
+        self.judge: Gemma2 | None = None
+        self.teacher_identity: str | None = None
         self.batches: grain.DatasetIterator
         distill, data = config.distill, config.data
         share = jax.process_index(), jax.process_count()
         if distill.cache is None:
-            if distill.teacher is not None:
-                self.teacher = load_teacher(distill, config.model, tokenizer, mesh)
             self.batches = train_batches(data, *share)
         else:
             temperature = config.objective.temperature
@@ -85,9 +89,17 @@ class Inputs:
                 temperature,
                 distill.teacher,
                 distill.encoding,
+                # Without a teacher there is none that would have it.
+                None if distill.teacher is None else distill.dtype,
             )
             self._entries = manifest.largest
+            self.teacher_identity = manifest.teacher
             self.batches = cached_batches(data, distill.cache, *share)
+        if distill.teacher is not None:
+            self.judge = load_teacher(distill, config.model, tokenizer, mesh)
+        if distill.cache is None and self.judge is not None:
+            self.teacher = self.judge
+            self.teacher_identity = fingerprint(self.judge)
         self._shape = (data.batch_size, data.seq_len)
         self._read: Compiled | None = None
         if self.teacher is not None and runs > 1:

@@ -1,11 +1,12 @@
 """The one training loop: a step for each run that is trained, then what each has to report."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import jax
 
-from gemma2_jax.checkpoints.store import latest_step
+from gemma2_jax.checkpoints.store import FOLDER, latest_step
 from gemma2_jax.config import UserError
 from gemma2_jax.files import locked
 from gemma2_jax.sharding.layout import laid_out
@@ -13,15 +14,22 @@ from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import Inputs
 from gemma2_jax.training.progress import TrainingProgress
-from gemma2_jax.training.start import check_batch, check_data, check_same_run, check_together, write_inputs
+from gemma2_jax.training.start import (
+    check_batch,
+    check_data,
+    check_same_run,
+    check_same_teacher,
+    check_together,
+    write_inputs,
+)
 from gemma2_jax.training.trainer import Trainer
 
 
 def train(config: RunConfig) -> None:
     """Train to `config.training.steps`, going on from the newest checkpoint in the run folder if there is one.
 
-    Writes config.yaml, tokenizer.model, data.json, metrics.jsonl, tensorboard/ and checkpoints/ into
-    config.output.
+    Writes config.yaml, tokenizer.model, data.json, teacher.json (of a student), metrics.jsonl, tensorboard/ and
+    checkpoints/ into config.output.
     A run that is done already is left as it is.
 
     Raises:
@@ -53,13 +61,10 @@ def train_together(configs: Sequence[RunConfig]) -> None:
         first_process = jax.process_index() == 0
         if first_process:
             for config in left:
-                try:
-                    stack.enter_context(locked(config.output, wait=False))
-                except BlockingIOError:
-                    raise UserError(
-                        f"{config.output} is being trained by another process; wait for it, or choose another output."
-                    ) from None
+                _take_folder(config, stack)
         inputs = Inputs(left[0], tokenizer, mesh, len(left))
+        for config in left:
+            check_same_teacher(config, inputs.teacher_identity)
         name = left[0].name if len(left) == 1 else f"{len(left)} runs"
         progress = stack.enter_context(TrainingProgress(name, left[0].training.steps, show=first_process))
         # The one that is furthest behind comes last, and leaves the data where it has to go on.
@@ -68,10 +73,28 @@ def train_together(configs: Sequence[RunConfig]) -> None:
         for config in sorted(left, key=lambda config: latest_step(config.output) or 0, reverse=True):
             inputs.batches.set_state(begin)
             trainers.append(Trainer(config, inputs, tokenizer, mesh, progress, stack))
+        for trainer in trainers:
+            trainer.open_writers(stack)
         if first_process:
             for config in left:
-                write_inputs(config)  # now that nothing was refused
+                write_inputs(config, inputs.teacher_identity)  # now that nothing was refused
         _run(trainers, inputs, progress)
+
+
+def _take_folder(config: RunConfig, stack: ExitStack) -> None:
+    """Locks the run folder until the stack is closed. If the run is refused until then, nothing of it is left."""
+    try:
+        stack.enter_context(locked(config.output, wait=False))
+    except BlockingIOError:
+        raise UserError(
+            f"{config.output} is being trained by another process; wait for it, or choose another output."
+        ) from None
+    stack.callback(_remove_empty, Path(config.output, FOLDER))
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # there is something in it, or it is not there
+        folder.rmdir()
 
 
 def _run(trainers: Sequence[Trainer], inputs: Inputs, progress: TrainingProgress) -> None:

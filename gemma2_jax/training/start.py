@@ -5,23 +5,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE
 from gemma2_jax.config import UserError, load, save, to_dict
 from gemma2_jax.data.config import DataConfig
+from gemma2_jax.data.pipeline import tokenizer_of
 from gemma2_jax.data.shards import read_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.model.vocabulary import check_tokens
-from gemma2_jax.sharding.layout import batch_shares, laid_out, sequence_shares
+from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.training.config import RunConfig
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
+TEACHER_FILE = "teacher.json"  # and who taught it, if anybody did
 
 # What may differ between the configuration that a run began with and the one that goes on with it: where
-# things lie and what watches them. That the data and the tokenizer are the same is checked by content.
+# things lie and what watches them. That the data, the tokenizer and the teacher are the same is checked by content.
 _MAY_CHANGE = {
     "name", "output", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "training.log_every",
     "data.folder", "data.workers", "data.shard_characters", "tokenizer.path",
@@ -32,22 +34,7 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
     """Raises UserError if a microbatch cannot be split evenly over the mesh, or the mesh over the processes."""
     rows = config.data.batch_size // config.training.accumulation
     with laid_out(config.layout):
-        shares, parts = batch_shares(mesh), sequence_shares(mesh)
-    if rows % shares:
-        raise UserError(
-            f"data.batch_size / training.accumulation is {rows} rows, which the {shares} devices along the mesh's "
-            f"replica, data and fsdp axes do not divide; choose a multiple of {shares}."
-        )
-    if config.data.seq_len % parts:
-        raise UserError(
-            f"data.seq_len is {config.data.seq_len}, which the {parts} devices along the mesh's sequence axis do not "
-            f"divide; choose a multiple of {parts}."
-        )
-    if shares % jax.process_count():
-        raise UserError(
-            f"mesh.replica x mesh.data x mesh.fsdp is {shares}, which is not a multiple of the {jax.process_count()} "
-            "processes; each of them feeds rows of its own."
-        )
+        check_rows(rows, config.data.seq_len, mesh, "data.batch_size / training.accumulation")
 
 
 def check_together(configs: Sequence[RunConfig]) -> None:
@@ -75,15 +62,9 @@ def check_data(config: RunConfig) -> Tokenizer:
         UserError: the tokenizer has another number of tokens than the model, the data was prepared with another
             one or has no validation documents, or the run was begun on other data.
     """
-    tokenizer = Tokenizer.load(config.tokenizer.path)
+    tokenizer = tokenizer_of(config.data, config.tokenizer)
     check_tokens(config.model, tokenizer.vocab_size, f"tokenizer.path {config.tokenizer.path}")
     manifest = read_manifest(config.data.folder)
-    if manifest.tokenizer != tokenizer.fingerprint:
-        raise UserError(
-            f"data.folder {config.data.folder} was prepared with tokenizer {manifest.tokenizer[:12]}, and "
-            f"tokenizer.path {config.tokenizer.path} is {tokenizer.fingerprint[:12]}; prepare the data again into "
-            "another folder."
-        )
     if not manifest.validation.documents:
         raise UserError(
             f"data.folder {config.data.folder} has no validation documents, which runs are evaluated on; prepare "
@@ -98,8 +79,11 @@ def check_same_run(config: RunConfig) -> None:
     path = Path(config.output) / CONFIG_FILE
     if not path.exists():
         return
+    may_change = set(_MAY_CHANGE)
+    if (path.parent / TEACHER_FILE).exists():  # which runs of before it was there have not
+        may_change.add("distill.teacher")
     for key, begun, value in _differences(to_dict(load(RunConfig, path)), to_dict(config)):
-        if not {key, key.split(".")[0]} & _MAY_CHANGE:
+        if not {key, key.split(".")[0]} & may_change:
             raise UserError(
                 f"{config.output} holds a run with {key}={begun}, and {value} is asked for; choose another "
                 "output, or delete that folder to train again."
@@ -116,18 +100,36 @@ def check_same_data(run_folder: str | Path, data: DataConfig) -> None:
         )
 
 
+def check_same_teacher(config: RunConfig, identity: str | None) -> None:
+    """Raises UserError if the run was taught by another than the one of `Inputs.teacher_identity`."""
+    path = Path(config.output) / TEACHER_FILE
+    if identity is None or not path.exists():
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))["identity"]
+    if begun != identity:
+        cache, teacher = config.distill.cache, config.distill.teacher
+        now = f"distill.teacher {teacher}" if cache is None else f"distill.cache {cache}"
+        raise UserError(
+            f"{config.output} was taught by other weights ({begun[:12]}, {TEACHER_FILE}) than those of {now} "
+            f"({identity[:12]}); choose another output, or delete that folder to train again."
+        )
+
+
 def data_identity(data: DataConfig) -> dict[str, str]:
     """What tells one prepared data set from another, wherever it lies."""
     manifest = read_manifest(data.folder)
     return {"documents": manifest.identity, "tokenizer": manifest.tokenizer}
 
 
-def write_inputs(config: RunConfig) -> None:
-    """Save the resolved configuration, a copy of the tokenizer and the data's identity in the run folder."""
+def write_inputs(config: RunConfig, teacher_identity: str | None) -> None:
+    """Save the resolved configuration, a copy of the tokenizer, and the data's and the teacher's identity in the run
+    folder."""
     folder = Path(config.output)
     save(config, folder / CONFIG_FILE)
     write_bytes(folder / TOKENIZER_FILE, Path(config.tokenizer.path).read_bytes())
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
+    if teacher_identity is not None:
+        write_text(folder / TEACHER_FILE, json.dumps({"identity": teacher_identity}))
 
 
 def _shared(config: RunConfig) -> dict[str, Any]:

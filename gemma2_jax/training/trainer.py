@@ -91,6 +91,10 @@ class Trainer:
         self._stopwatch = Stopwatch()
         self._rows: list[dict[str, jax.Array]] = []  # of the steps since the last row of metrics
         self._writers: list[Writer] = []
+
+    def open_writers(self, stack: ExitStack) -> None:
+        """Opens what metrics go to: once no other run beside this one can be refused."""
+        config = self.config
         if jax.process_index() == 0:
             self._writers = open_writers(config.metrics, Path(config.output), self.step, to_dict(config))
             for writer in self._writers:
@@ -129,7 +133,11 @@ class Trainer:
         return self.step % every == 0 or self.step == self.config.training.steps
 
     def _log(self, rows: list[dict[str, jax.Array]], seconds: float) -> None:
-        """One row: averages over the steps since the last one, and the speed, which all devices have reached."""
+        """One row: averages over the steps since the last one, and the speed, which all devices have reached.
+
+        `tokens_per_second` counts targets of the loss. The time of an on-policy step is also that of its sampling, and
+        its targets are the tokens that were sampled, without their prompts.
+        """
         values = {name: [float(row[name]) for row in rows] for name in rows[0]}
         tokens = sum(values.pop("tokens"))
         averages = {name: sum(steps) / len(steps) for name, steps in values.items()}
@@ -155,8 +163,8 @@ class Trainer:
     def _evaluate(self) -> None:
         model = Gemma2(self.config.model, self.state.params)
         batches = validation_batches(self.config.data, jax.process_index(), jax.process_count())
-        teacher = self.inputs.teacher
-        self._write("validation", validate(self._evaluation_step, model, teacher, batches, self.mesh))
+        judge = self.inputs.judge
+        self._write("validation", validate(self._evaluation_step, model, judge, batches, self.mesh))
 
     def _write(self, split: str, row: dict[str, float]) -> None:
         for writer in self._writers:

@@ -39,10 +39,21 @@ def test_a_cache_is_estimated_written_and_verified(
     assert not (tmp_path / "cache").exists()
     assert main(["teacher-cache", *overrides]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/cache holds the teacher's signal for 400 rows.\n"
+    assert main(["teacher-cache", *overrides, "--estimate"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/cache holds the teacher's signal for 400 rows.\n"
     assert main(["teacher-cache", *overrides, "--verify"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/cache: 1 files were read and are whole.\n"
     assert main(["teacher-cache", *overrides, "distill.encoding.entries=12"]) == 1
     assert "another value of distill.encoding.entries (50, now 12)" in capsys.readouterr().err
+
+
+def test_the_teacher_is_looked_for_before_data_is_prepared(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = [f"data.folder={tmp_path}/prepared", f"distill.teacher={tmp_path}/none"]
+    assert main(["teacher-cache", *overrides, *elsewhere, "--estimate"]) == 1
+    assert f"{tmp_path}/none does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_without_a_folder_it_is_told_what_to_set(capsys: pytest.CaptureFixture[str]) -> None:

@@ -198,10 +198,21 @@ def test_size_and_time_are_told_before_anything_is_written(
     assert "24 rows to go, about" in told
     estimate = float(told.split("(")[1].split(" bytes a token")[0])
     made = write_cache(planned)
+    assert float(told.split("about ")[1].split(" KB")[0]) * 1000 == pytest.approx(made.size, rel=0.05)
     # Not the files' sizes: each of them has 128 KiB of its own, beside which toy rows are nothing.
     records = grain.sources.ArrayRecordDataSource([f"{planned.folder}/{file.file}" for file in made.files])
     size = sum(len(records[row]) for row in range(made.rows))
     assert estimate == pytest.approx(size / (made.rows * planned.data.seq_len), rel=0.1)
+
+
+def test_a_single_step_is_not_timed(
+    task: CacheTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be with its compilation, or over no step at all."""
+    write_cache(replace(task, folder=str(tmp_path / "one"), steps=1), estimate_only=True)
+    told = capsys.readouterr().err
+    assert told.startswith(f"{tmp_path}/one: 4 rows to go, about ")
+    assert told.endswith("bytes a token)\n")
 
 
 def test_full_is_the_whole_distribution(task: CacheTask, tmp_path: Path) -> None:
@@ -288,7 +299,7 @@ def test_another_teacher_and_other_settings_are_refused(
         write_cache(replace(sampled, distill=DistillConfig(other, "float32")))
     with pytest.raises(UserError, match=r"distill.encoding.entries \(50, now 12\)"):
         check_cache(sampled.folder, sampled.data, STEPS, encoding=EncodingConfig(entries=12))
-    with pytest.raises(UserError, match=r"made in float32, and distill.dtype is bfloat16"):
+    with pytest.raises(UserError, match=r"another value of distill.dtype \(float32, now bfloat16\)"):
         write_cache(replace(sampled, distill=replace(sampled.distill, dtype="bfloat16")))
     check_cache(sampled.folder, sampled.data, STEPS, 1, 1.0, sampled.distill.teacher, sampled.encoding)
 
@@ -327,8 +338,16 @@ def test_broken_files_are_named(sampled: CacheTask, tmp_path: Path) -> None:
 
 
 def test_a_mesh_that_the_batch_does_not_fit_is_refused(task: CacheTask) -> None:
-    with pytest.raises(UserError, match=r"data.batch_size is 4, which the 8 devices"):
+    with pytest.raises(UserError, match=r"data.batch_size is 4 rows, which the 8 devices"):
         write_cache(replace(task, mesh=MeshConfig(8, 1, 1)))
+
+
+def test_processes_that_the_mesh_does_not_feed_are_refused(
+    task: CacheTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(UserError, match=r"data x mesh.fsdp is 4, which is not a multiple of the 3 processes"):
+        write_cache(task)
 
 
 @pytest.mark.parametrize(

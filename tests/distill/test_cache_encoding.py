@@ -100,6 +100,23 @@ def test_the_gradient_above_is_that_of_the_trainers_loss(proposal_temperature: f
     np.testing.assert_allclose(found, gradient(student, dense(sparse, V))[0], atol=1e-6)
 
 
+def test_the_value_from_draws_is_too_large_by_what_they_lack_of_the_entropy() -> None:
+    """Of the teacher itself it is not 0, and the same is added for any other student."""
+    teacher, student = logits(), logits(seed=1)
+    p = softmax(teacher)
+    sparse = cached(EncodingConfig("sampled", 12), teacher, 2000)
+    weights = np.exp(sparse.log_weights[0].astype(float))
+    entropies = -np.sum(np.where(weights > 0, weights * sparse.log_weights[0], 0), axis=-1)
+    lacking = -np.sum(p * np.log(p)) - entropies.mean()
+    assert lacking > 0.3
+    for values in (teacher, student):
+        rows = jnp.broadcast_to(jnp.asarray(values), (2000, V))
+        found = sparse_forward_kl(rows, jax.tree.map(lambda each: each[0], sparse), 1.0)
+        kl = np.sum(p * np.log(p / softmax(values)))
+        error = 4 * float(jnp.std(found)) / math.sqrt(2000)
+        assert float(jnp.mean(found)) == pytest.approx(kl + lacking, abs=error)
+
+
 def test_top_k_is_biased_and_the_test_sees_it() -> None:
     teacher, student = logits(), logits(seed=1)
     weights = dense(cached(EncodingConfig("top_k", 12), teacher, 2), V)
@@ -175,6 +192,31 @@ def test_the_tail_constrains_the_student_where_renormalising_does_not() -> None:
     assert np.all(jax.grad(renormalised_loss)(student, sparse)[outside] == 0)
     # At the teacher's own logits nothing pulls: the tail is neither pushed down nor up.
     assert np.abs(jax.grad(cached_loss)(jnp.asarray(teacher), sparse)).max() < 1e-3
+
+
+def test_where_the_entries_are_all_tokens_there_is_no_tail() -> None:
+    """Of a sure teacher in a vocabulary with padding: what float32 sums leave below 1 is no probability."""
+    size, config = V + 24, EncodingConfig("top_k", V)
+    padded = np.concatenate([logits(scale=8.0), np.full(24, -1e30, np.float32)])
+    student = jnp.concatenate([jnp.asarray(logits(seed=1)), jnp.full(24, -1e30)])
+    made = encode(config, jnp.asarray(padded)[None], V, jnp.uint32(3), jnp.arange(1))
+    packer = Packer(config, log_grid(config, MODEL), V, 1)
+    packed = packer.pack(jax.tree.map(np.asarray, made), 0)
+    sparse, _ = packer.unpack([packed.record], packed.largest)
+    assert sparse.tail.tolist() == [[0.0]]
+    weights = dense(sparse, size)
+    found = jax.grad(cached_loss)(student, sparse)
+    np.testing.assert_allclose(found, gradient(np.asarray(student), weights)[0], atol=1e-6)
+
+
+def test_a_small_tail_is_that_of_the_other_tokens() -> None:
+    """Far below what is left of 1 - sum(p) in float32."""
+    teacher = np.full(V, -20.0, np.float32)
+    teacher[:8] = np.linspace(4, 8, 8)
+    expected = math.log(softmax(teacher)[8:].sum())
+    made = encode(EncodingConfig("top_k", 8), jnp.asarray(teacher), V, jnp.uint32(3), jnp.int32(0))
+    assert expected < -23
+    assert float(made.log_tail) == pytest.approx(expected, abs=1e-4)
 
 
 def test_top_p_keeps_the_fewest_ids_that_reach_p() -> None:

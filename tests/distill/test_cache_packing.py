@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries
-from gemma2_jax.distill.cache.packing import UNUSED, LogGrid, Packer, log_grid, row_checksums
+from gemma2_jax.distill.cache.packing import LogGrid, Packer, log_grid, row_checksums
+from gemma2_jax.kernels.softcap import NEVER
 from gemma2_jax.model.config import ModelConfig
 
 MODEL = ModelConfig(256_000, 2, 8, 1, 1, 8, 8, None, 8.0)
@@ -48,7 +49,7 @@ def test_draws_come_back_as_they_were(
         strict=True,
     ):
         expected, counts = np.unique(token, return_counts=True)
-        used = logs > UNUSED
+        used = logs > NEVER
         assert np.array_equal(found[used], expected)
         assert np.array_equal(np.round(np.exp(logs[used].astype(float)) * draws), counts)
         np.testing.assert_allclose(logs[used], np.log(counts / draws), rtol=1e-6)
@@ -91,7 +92,7 @@ def test_logarithms_come_back_within_a_step(seed: int, kind: str, bits: int, k: 
         used = slice(numbers[token])
         assert np.array_equal(sparse.ids[0, token, used], ids[token, used])
         assert np.abs(sparse.log_weights[0, token, used] - logs[token, used]).max() <= step + 1e-4
-        assert np.all(sparse.log_weights[0, token, numbers[token] :] < UNUSED / 2)
+        assert np.all(sparse.log_weights[0, token, numbers[token] :] < NEVER / 2)
         if config.has_tail and log_tail[token] > -10:
             assert abs(np.log(sparse.tail[0, token]) - log_tail[token]) <= step + 1e-4
     total = np.exp(sparse.log_weights.astype(float)).sum(-1) + sparse.tail

@@ -282,7 +282,7 @@ def test_distributions_of_all_queries_are_never_there(case: Case) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"hidden": 0.0}, r"distill\.match\.hidden and attention are both 0"),
-    ({"hidden": -1.0}, r"distill\.match\.hidden is -1\.0; it must not be negative"),
+    ({"hidden": -1.0}, r"distill\.match\.hidden is -1\.0; it must be a number that is not negative"),
     ({"attention": -1.0}, r"distill\.match\.attention is -1\.0"),
     ({"layers": ()}, r"distill\.match\.layers is empty"),
     ({"layers": ((0, -1),)}, r"holds \[0, -1\]; layers are counted from 0"),

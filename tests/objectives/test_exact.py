@@ -245,6 +245,24 @@ def test_a_tail_that_goes_to_nothing(share: float) -> None:
     np.testing.assert_allclose(with_tail, without, atol=5 * (1 - share + 1e-7) * size)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 100.0])
+@pytest.mark.parametrize("padding", [0, 7])
+def test_a_tail_with_no_token_to_be_of_is_left_out(padding: int, temperature: float) -> None:
+    student, teacher, targets, mask = heads(2, 5, padding)
+    logits = 25.0 * jnp.tanh((teacher.hidden @ teacher.embedding.T)[..., :V] / 25.0)
+    ids = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), logits.shape)
+    log_weights = jax.nn.log_softmax(logits / temperature).clip(
+        -60
+    )  # none is 0: that one would be another token
+    config = objective(forward_kl=1.0, temperature=temperature)
+    tails = [jnp.full(targets.shape, tail) for tail in (0.0, 6e-8)]
+    without, rounding = (
+        found(config, student, SparseTargets(ids, log_weights, tail), targets, mask) for tail in tails
+    )
+    for one, other in zip(rounding, without, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_tail_is_learnt() -> None:
     """The student's mass outside the ids is pushed to the tail's, which no renormalised loss would do."""
     targets = jnp.zeros((1, 1), jnp.int32)

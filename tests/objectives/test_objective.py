@@ -1,5 +1,6 @@
 """The weighted sum of terms, its schedules, and which settings are refused."""
 
+import math
 from typing import Any
 
 import jax
@@ -128,6 +129,13 @@ RISING = ScheduleConfig("constant", start=-1.0, peak=1.0, warmup_steps=3)
         ({}, "weight 0 for cross_entropy and for every divergence"),
         ({"z_loss": 1.0}, "weight 0 for cross_entropy and for every divergence"),
         ({"forward_kl": 1.0, "temperature": 0.0}, "objective.temperature is 0.0"),
+        ({"reverse_kl": math.nan, "cross_entropy": 1.0}, "objective.reverse_kl is nan"),
+        ({"cross_entropy": math.inf}, "objective.cross_entropy is inf"),
+        ({"forward_kl": 1.0, "temperature": math.inf}, "objective.temperature is inf"),
+        (
+            {"forward_kl": 1.0, "temperature": 1e-9},
+            "objective.temperature is 1e-09; it must be from 0.001 to 1000",
+        ),
         ({"forward_kl": 1.0, "temperature": RISING}, "objective.temperature is -1.0"),
         ({"cross_entropy": 1.0, "temperature": 2.0}, "objective.temperature is 2.0, which nothing uses"),
         (

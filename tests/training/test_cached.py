@@ -69,6 +69,16 @@ def test_the_whole_distribution_trains_as_the_teacher_itself(online: RunConfig, 
         assert abs(one - two).max() < 2e-2 * abs(one).max()
 
 
+def test_validations_ask_the_teacher_itself(online: RunConfig, full: RunConfig) -> None:
+    """As online, since it is loaded for them; a cache holds nothing of these documents."""
+    by_cache, by_teacher = (
+        next(row for row in read_metrics(run.output) if row["split"] == "validation")
+        for run in (full, online)
+    )
+    for name in ("kl", "agreement", "entropy", "teacher_entropy"):
+        assert by_cache[name] == pytest.approx(by_teacher[name], rel=0.05)
+
+
 def test_a_run_from_a_cache_goes_on_where_it_was(full: RunConfig, tmp_path: Path) -> None:
     cut = replace(full, output=str(tmp_path))
     with stopped_after(5):
@@ -88,13 +98,20 @@ def test_on_another_mesh(full: RunConfig, tmp_path: Path) -> None:
 def test_without_the_teacher_any_cache_will_do(full: RunConfig, tmp_path: Path) -> None:
     distill = DistillConfig(None, "float32", cache=full.distill.cache)
     train(replace(full, distill=distill, output=str(tmp_path)))
-    assert [row["kl"] for row in read_metrics(tmp_path) if row["split"] == "train"] == losses(full)
+    rows = read_metrics(tmp_path)
+    assert [row["kl"] for row in rows if row["split"] == "train"] == losses(full)
+    assert "kl" not in next(row for row in rows if row["split"] == "validation")
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
     full: RunConfig, tmp_path: Path
 ) -> None:
-    warm = replace(full, objective=replace(full.objective, temperature=2.0), output=str(tmp_path / "warm"))
+    warm = replace(
+        full,
+        objective=replace(full.objective, temperature=2.0),
+        distill=replace(full.distill, encoding=None),
+        output=str(tmp_path / "warm"),
+    )
     with pytest.raises(UserError, match=r"was made at temperature 1.0, and objective.temperature is 2.0"):
         train(warm)
     longer = replace(full.training, steps=9, eval_every=9)
@@ -102,6 +119,9 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
         UserError, match=r"holds 32 rows, and training.steps \(9\) times data.batch_size \(4\)"
     ):
         train(replace(full, training=longer, output=str(tmp_path / "longer")))
+    half = replace(full.distill, dtype="bfloat16")
+    with pytest.raises(UserError, match=r"another value of distill\.dtype \(float32, now bfloat16\)"):
+        train(replace(full, distill=half, output=str(tmp_path / "half")))
     assert not (tmp_path / "warm" / "config.yaml").exists()
 
 

@@ -141,6 +141,18 @@ def test_a_cache_has_one_temperature(toy_run: RunConfig) -> None:
         with_cache(toy_run, temperature=ScheduleConfig("linear", peak=2.0, end=1.0))
 
 
+def test_a_cache_that_the_run_could_not_train_from(toy_run: RunConfig) -> None:
+    warm = with_cache(toy_run, temperature=2.0)
+    for temperature in (1.0, 2.5):
+        encoding = EncodingConfig(temperature=temperature)
+        with pytest.raises(
+            UserError,
+            match=rf"distill\.encoding\.temperature is {temperature}, and objective\.temperature is 2\.0",
+        ):
+            replace(warm, distill=replace(warm.distill, encoding=encoding))
+    replace(warm, distill=replace(warm.distill, encoding=EncodingConfig(temperature=2.0)))
+
+
 def test_an_encoding_without_a_cache() -> None:
     with pytest.raises(UserError, match=r"distill\.encoding is set, but distill\.cache is null"):
         DistillConfig(None, "float32", encoding=EncodingConfig())

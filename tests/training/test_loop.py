@@ -298,7 +298,35 @@ def test_a_refused_run_leaves_no_configuration(finished: RunConfig, tmp_path: Pa
     )
     with pytest.raises(UserError, match="does not exist; accepted"):
         train(distilled)
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_refused_run_leaves_a_folder_that_was_there(finished: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    distill = replace(finished.distill, teacher=str(tmp_path / "nobody"))
+    objective = replace(finished.objective, forward_kl=1.0)
+    with pytest.raises(UserError, match="does not exist; accepted"):
+        train(replace(finished, output=str(tmp_path), objective=objective, distill=distill))
+    assert (tmp_path / "note.txt").exists()
+
+
+def test_a_student_goes_on_with_the_same_teacher_wherever_it_lies(
+    finished: RunConfig, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(finished.output, tmp_path / "moved")
+    objective = ObjectiveConfig(0.0, 1.0, 1.0, block_tokens=48)
+    distill = replace(finished.distill, teacher=finished.output)
+    student = replace(finished, output=str(tmp_path / "run"), objective=objective, distill=distill)
+    with stopped_after(5):
+        train(student)
+    other = shutil.copytree(moved, tmp_path / "other")
+    shutil.rmtree(other / "checkpoints" / "8")  # of which step 6 is left: other weights
+    with pytest.raises(
+        UserError, match=r"run was taught by other weights .* those of distill\.teacher .*/other"
+    ):
+        train(replace(student, distill=replace(distill, teacher=str(other))))
+    train(replace(student, distill=replace(distill, teacher=str(moved))))
+    assert latest_step(student.output) == 8
 
 
 def test_weights_that_broke_are_not_saved(

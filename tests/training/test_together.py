@@ -9,6 +9,7 @@ import pytest
 
 from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.config import UserError
+from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.matching import MatchConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.transformer import Gemma2
@@ -143,6 +144,18 @@ def test_runs_that_do_not_go_together(students: list[RunConfig]) -> None:
         train_together([replace(first, distill=cached), warm])
     with pytest.raises(UserError, match=r"for two runs; each needs a folder of its own"):
         train_together([first, replace(other, output=first.output)])
+
+
+def test_one_that_is_refused_leaves_nothing_of_the_others(students: list[RunConfig], tmp_path: Path) -> None:
+    """Found when the second is built, after the first stands."""
+    good, bad = (
+        replace(student, output=str(tmp_path / "family" / student.name))
+        for student in (students[0], students[2])
+    )
+    bad = replace(bad, initialise=InitConfig(source=str(tmp_path / "nobody")))
+    with pytest.raises(UserError, match="nobody does not exist"):
+        train_together([good, bad])
+    assert not any(tmp_path.iterdir())
 
 
 def test_matching_takes_a_teacher_in_each_step(students: list[RunConfig]) -> None:

@@ -109,7 +109,8 @@ class Entries:
     Attributes:
         ids: int32 [..., N]; a drawn id as often as it was drawn, V where an entry is unused.
         logs: float32 [..., N]: log p of the id; with a proposal log p/q; None for draws from P itself.
-        log_tail: float32 [...], log of the probability outside; None without a tail.
+        log_tail: float32 [...], log of the probability outside, below any token's where no token is there; None
+            without a tail.
     """
 
     ids: Any
@@ -185,13 +186,17 @@ def encode(
     p = jnp.exp(logs)
     reached = jnp.cumsum(p, axis=-1)
     kept = jnp.ones_like(ids, bool) if config.p is None else reached - p < config.p
-    ids, logs, p = (
-        jnp.where(kept, values, unused)
-        for values, unused in ((ids, logits.shape[-1]), (logs, -jnp.inf), (p, 0))
-    )
-    tail = jnp.maximum(1.0 - jnp.sum(p, axis=-1), 0.0)
+    ids, logs = jnp.where(kept, ids, logits.shape[-1]), jnp.where(kept, logs, -jnp.inf)
+    # Not 1 - sum(p), which is rounding alone where the entries are nearly all of P.
+    log_tail = jax.nn.logsumexp(_without(log_p, ids), axis=-1)
     ids, logs = jax.lax.sort((ids, logs), num_keys=1)
-    return Entries(ids, logs, jnp.log(tail))
+    return Entries(ids, logs, log_tail)
+
+
+@partial(jnp.vectorize, signature="(v),(k)->(v)")
+def _without(log_p: jax.Array, ids: jax.Array) -> jax.Array:
+    """log_p [..., V] with -inf at ids [..., K]; an id of V is none."""
+    return log_p.at[ids].set(-jnp.inf, mode="drop")
 
 
 def _sampled(config: EncodingConfig, logits: jax.Array, rows: jax.Array, places: jax.Array) -> Entries:

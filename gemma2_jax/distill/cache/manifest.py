@@ -166,6 +166,12 @@ def refuse_other_teacher(folder: str | Path, manifest: Manifest, identity: str, 
         raise _other(folder, "distill.teacher", was, f"{path}, weights {identity[:12]}")
 
 
+def refuse_other_dtype(folder: str | Path, manifest: Manifest, dtype: str) -> None:
+    """Raises UserError if a cache was computed in another dtype."""
+    if manifest.dtype != dtype:
+        raise _other(folder, "distill.dtype", manifest.dtype, dtype)
+
+
 def refuse_other_encoding(folder: str | Path, manifest: Manifest, encoding: EncodingConfig) -> None:
     """Raises UserError if a cache was made with other settings."""
     was, wanted = to_dict(manifest.encoding), to_dict(encoding)

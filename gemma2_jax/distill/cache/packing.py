@@ -6,7 +6,7 @@ one byte (all lowest bytes, all second ones, ...), each plane a zstd frame behin
     numbers   how many entries each token has; left out where all have as many
     gaps      of the ids of a token, sorted: the first id, then each one's distance to the one before
     weights   number of draws less 1, or a logarithm as its place on a grid
-    tails     the same grid, one a token
+    tails     the same grid, one a token; its lowest number stands for none
 
 Zstd's Huffman code finds what bit packing would have to be told: high bytes are mostly alike, low ones are
 stored as they are, and most ids are drawn once.
@@ -25,9 +25,9 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries
 from gemma2_jax.kernels.lm_head import SparseTargets
+from gemma2_jax.kernels.softcap import NEVER
 from gemma2_jax.model.config import ModelConfig
 
-UNUSED = -1e30  # log-weight of a place without an entry: finite, since 0 * -inf is NaN
 _LEVEL = 3  # of zstd
 _LENGTH = struct.Struct("<I")
 
@@ -173,13 +173,14 @@ class Packer:
             logs += self._log_shares[streams.take("draws")]
         if not config.counted:
             logs += self._logs[streams.take("logs")]
-        ids, log_weights = np.zeros((B, T, K), np.int32), np.full((B, T, K), UNUSED, np.float32)
+        ids, log_weights = np.zeros((B, T, K), np.int32), np.full((B, T, K), NEVER, np.float32)
         places = np.arange(len(found)) + np.repeat(np.arange(B * T) * K - starts, numbers)
         ids.reshape(-1)[places] = found
         log_weights.reshape(-1)[places] = logs
         tail = np.zeros((B, T), np.float32)
         if config.has_tail:
-            tail = np.exp(self._logs[streams.take("logs")]).reshape(B, T)
+            codes = streams.take("logs").reshape(B, T)
+            tail = np.where(codes > 0, np.exp(self._logs[codes]), 0)  # nothing is left, or as good as nothing
         sparse = SparseTargets(ids, log_weights, tail)
         return sparse if config.kind == "sampled" else _normalised(sparse)
 

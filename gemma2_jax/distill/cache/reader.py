@@ -15,6 +15,7 @@ from gemma2_jax.distill.cache.manifest import (
     DataOrder,
     Manifest,
     read_cache,
+    refuse_other_dtype,
     refuse_other_encoding,
     refuse_other_order,
     refuse_other_teacher,
@@ -35,6 +36,7 @@ def check_cache(
     temperature: float | None = None,
     teacher: str | None = None,
     encoding: EncodingConfig | None = None,
+    dtype: str | None = None,
 ) -> Manifest:
     """The manifest of a cache, after it was found to be what a run needs.
 
@@ -46,6 +48,7 @@ def check_cache(
         temperature: of the run's objective, which the cache has to be made at; None accepts any.
         teacher: the checkpoint that it should have been made of; None accepts any.
         encoding: the settings that it should have been made with; None accepts any.
+        dtype: that the teacher should have been computed in; None accepts any.
 
     Raises:
         UserError: it was made for other data, tokenizer, order, teacher or settings, or holds too few rows.
@@ -54,6 +57,8 @@ def check_cache(
     refuse_other_order(cache, manifest, DataOrder.of(data, process_count))
     if encoding is not None:
         refuse_other_encoding(cache, manifest, encoding)
+    if dtype is not None:
+        refuse_other_dtype(cache, manifest, dtype)
     if temperature is not None and manifest.encoding.temperature != temperature:
         raise UserError(
             f"distill.cache {cache} was made at temperature {manifest.encoding.temperature}, and objective.temperature "

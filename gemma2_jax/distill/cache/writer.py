@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
-from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.data.pipeline import tokenizer_of, train_batches
 from gemma2_jax.data.shards import RecordWriter
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries, check_encoding, encode_batch
@@ -30,23 +30,28 @@ from gemma2_jax.distill.cache.manifest import (
     Manifest,
     Signals,
     find_cache,
+    refuse_other_dtype,
     refuse_other_encoding,
     refuse_other_order,
     refuse_other_teacher,
     write_cache_manifest,
 )
 from gemma2_jax.distill.cache.packing import Packed, Packer, log_grid, row_checksums
+from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.distill.teacher import DistillConfig, as_teacher, load_teacher
 from gemma2_jax.files import locked
-from gemma2_jax.formats.load import open_for
+from gemma2_jax.formats.load import open_for, open_source
 from gemma2_jax.machine import cores
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.sharding.layout import batch_sharding, batch_shares, on_mesh
+from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 STRETCH_ROWS = 4096  # over all processes, between two files: what a stopped run may have to do again
 _ESTIMATED_STEPS = 4  # that size and time are estimated from; the first, which compiles, gives no time
+_FILE_BYTES = (
+    128 * 1024
+)  # that ArrayRecord adds to the records of a file, as a header and an index in blocks of 64 KiB
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,17 @@ class CacheTask:
     block_tokens: int
 
 
+def check_teacher(task: CacheTask) -> None:
+    """Raises UserError if there is no teacher, or it is not whole: before data is prepared for it."""
+    open_source(_teacher_path(task)).check()
+
+
+def _teacher_path(task: CacheTask) -> str:
+    if task.distill.teacher is None:
+        raise UserError("distill.teacher is null; it must be a checkpoint of the teacher.")
+    return task.distill.teacher
+
+
 def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
     """Makes `task.folder` hold the teacher's signal for the first `task.steps` steps; at once if it does already.
 
@@ -92,13 +108,9 @@ def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
             has another tokenizer; the batch does not fit the mesh.
     """
     mesh = build_mesh(task.mesh)
-    if task.data.batch_size % batch_shares(mesh):
-        raise UserError(
-            f"data.batch_size is {task.data.batch_size}, which the {batch_shares(mesh)} devices along the mesh's data "
-            "and fsdp axes do not divide."
-        )
+    check_rows(task.data.batch_size, task.data.seq_len, mesh, "data.batch_size")
     manifest = _manifest(task)
-    if len(manifest.files) and manifest.rows >= task.steps * task.data.batch_size:
+    if is_complete(task, manifest):
         return manifest
     with jax.set_mesh(mesh), ExitStack() as stack:
         if jax.process_index() == 0 and not estimate_only:
@@ -111,18 +123,17 @@ def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
         return _Writing(task, manifest, mesh, stack).run(estimate_only)
 
 
+def is_complete(task: CacheTask, manifest: Manifest) -> bool:
+    """Whether nothing is left to write."""
+    return len(manifest.files) > 0 and manifest.rows >= task.steps * task.data.batch_size
+
+
 def _manifest(task: CacheTask) -> Manifest:
     """What is there already, or the manifest of an empty cache."""
-    tokenizer = Tokenizer.load(task.tokenizer.path)
+    tokenizer = tokenizer_of(task.data, task.tokenizer)
     order = DataOrder.of(task.data, jax.process_count())
-    if order.tokenizer != tokenizer.fingerprint:
-        raise UserError(
-            f"data.folder {task.data.folder} was prepared with tokenizer {order.tokenizer[:12]}, and tokenizer.path "
-            f"{task.tokenizer.path} is {tokenizer.fingerprint[:12]}; prepare the data again into another folder."
-        )
-    if task.distill.teacher is None:
-        raise UserError("distill.teacher is null; it must be a checkpoint of the teacher.")
-    source = open_for(tokenizer, task.distill.teacher, "distill.teacher")
+    teacher = _teacher_path(task)
+    source = open_for(tokenizer, teacher, "distill.teacher")
     check_encoding(task.encoding, source.config)
     identity = teacher_identity(source)
     found = find_cache(task.folder)
@@ -131,7 +142,7 @@ def _manifest(task: CacheTask) -> Manifest:
             format=FORMAT,
             order=order,
             teacher=identity,
-            teacher_path=task.distill.teacher,
+            teacher_path=teacher,
             dtype=task.distill.dtype,
             num_tokens=source.config.num_tokens,
             encoding=task.encoding,
@@ -139,12 +150,9 @@ def _manifest(task: CacheTask) -> Manifest:
             files=(),
         )
     refuse_other_order(task.folder, found, order)
-    refuse_other_teacher(task.folder, found, identity, task.distill.teacher)
+    refuse_other_teacher(task.folder, found, identity, teacher)
     refuse_other_encoding(task.folder, found, task.encoding)
-    if found.dtype != task.distill.dtype:
-        raise UserError(
-            f"distill.cache {task.folder} was made in {found.dtype}, and distill.dtype is {task.distill.dtype}."
-        )
+    refuse_other_dtype(task.folder, found, task.distill.dtype)
     return found
 
 
@@ -172,7 +180,7 @@ class _Writing:
 
     def run(self, estimate_only: bool) -> Manifest:
         task = self._task
-        per_stretch = max(1, STRETCH_ROWS // task.data.batch_size)
+        per_stretch = self._steps_of_a_stretch()
         steps = self._estimated(self._packed())
         if estimate_only:
             next(steps)
@@ -187,6 +195,9 @@ class _Writing:
             f"{self._manifest.size / (self._manifest.rows * task.data.seq_len):.1f} bytes a token"
         )
         return self._manifest
+
+    def _steps_of_a_stretch(self) -> int:
+        return max(1, STRETCH_ROWS // self._task.data.batch_size)
 
     def _write_stretch(self, steps: Iterator[list[Packed]]) -> None:
         """Writes one file of each process, and the manifest that names them."""
@@ -214,16 +225,20 @@ class _Writing:
         head = list(itertools.islice(steps, 1))
         begun = time.perf_counter()
         head += itertools.islice(steps, _ESTIMATED_STEPS - 1)
-        seconds = (time.perf_counter() - begun) / max(1, len(head) - 1)
+        seconds = time.perf_counter() - begun
         left = self._task.steps - self._first_step
         own = sum(len(packed.record) for step in head for packed in step)
         size = own / len(head) * left * jax.process_count()
+        files = -(-left // self._steps_of_a_stretch()) * jax.process_count()
         tokens = self._task.data.batch_size * self._task.data.seq_len
-        self._say(
-            f"{self._task.folder}: {left * self._task.data.batch_size:,} rows to go, about {_bytes(size)} "
-            f"({size / left / tokens:.1f} bytes a token) and {_duration(seconds * left)} "
-            f"({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
+        sized = (
+            f"{self._task.folder}: {left * self._task.data.batch_size:,} rows to go, about "
+            f"{_bytes(size + files * _FILE_BYTES)} ({size / left / tokens:.1f} bytes a token)"
         )
+        timed = len(head) - 1  # a first step alone would be timed with its compilation
+        each = seconds / max(1, timed)
+        told = f" and {_duration(each * left)} ({tokens / each:,.0f} tokens/s)" if timed else ""
+        self._say(sized + told)
         yield from head
         yield from steps
 

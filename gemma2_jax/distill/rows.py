@@ -1,0 +1,30 @@
+"""How the rows that a teacher and its students read are divided over a mesh and its processes."""
+
+import jax
+from jax.sharding import Mesh
+
+from gemma2_jax.config import UserError
+from gemma2_jax.sharding.layout import batch_shares, sequence_shares
+
+
+def check_rows(rows: int, seq_len: int, mesh: Mesh, key: str) -> None:
+    """Raises UserError if `rows`, which the setting `key` gives, or the mesh over the processes cannot be split evenly.
+
+    As the layout in use splits them.
+    """
+    shares, parts = batch_shares(mesh), sequence_shares(mesh)
+    if rows % shares:
+        raise UserError(
+            f"{key} is {rows} rows, which the {shares} devices along the mesh's replica, data and fsdp axes do not "
+            f"divide; choose a multiple of {shares}."
+        )
+    if seq_len % parts:
+        raise UserError(
+            f"data.seq_len is {seq_len}, which the {parts} devices along the mesh's sequence axis do not divide; "
+            f"choose a multiple of {parts}."
+        )
+    if shares % jax.process_count():
+        raise UserError(
+            f"mesh.replica x mesh.data x mesh.fsdp is {shares}, which is not a multiple of the {jax.process_count()} "
+            "processes; each of them feeds rows of its own."
+        )
