@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma2_jax.config import UserError
+from gemma2_jax.distill.teacher import as_teacher
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params
 from gemma2_jax.planning.topologies import Topology
+from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import abstract_batch, abstract_entries
@@ -78,12 +80,12 @@ def teacher_config(config: RunConfig) -> ModelConfig | None:
     distill, student = config.distill, config.model
     if distill.teacher is None or distill.cache is not None:
         return None
-    sizes = distill.teacher_model
+    sizes = distill.model
     if sizes is None:
         if not os.path.exists(distill.teacher):
             raise UserError(
-                f"distill.teacher is {distill.teacher}, which is not here; give its sizes in distill.teacher_model, "
-                "as configs/model has them."
+                f"distill.teacher is {distill.teacher}, which is not here; give its sizes in distill.model, as "
+                "`- /model@distill.model: gemma2_9b` does in an experiment."
             )
         sizes = open_source(distill.teacher).config
     return replace(sizes, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
@@ -106,23 +108,8 @@ def abstract_inputs(config: RunConfig, mesh: Mesh) -> Inputs:
     Raises:
         UserError: the mesh does not divide a weight, or the teacher's sizes are not known.
     """
-    taught: Taught = None
-    if config.distill.cache is not None:
-        encoding = config.distill.encoding
-        entries = None if encoding is None else encoding.entries or config.model.num_tokens
-        if entries is None:
-            raise UserError(
-                "distill.encoding is null, so that it is not known what the cache keeps of a token; set it as in "
-                "distill=cached."
-            )
-        taught = abstract_entries(config.data, mesh, entries)  # type: ignore[assignment]
-    sizes = teacher_config(config)
-    teacher = None
-    if sizes is not None:
-        teacher = Gemma2(sizes, abstract_params(sizes, jnp.dtype(config.distill.dtype), mesh))
-    state = abstract_state(config.model, build_optimizer(config.optimizer, config.training.steps), mesh)
-    state = replace(state, matching=abstract_matching(config, teacher, mesh))
-    return Inputs(state, teacher, abstract_batch(config.data, mesh), taught)
+    with laid_out(config.layout):
+        return _abstract_inputs(config, mesh)
 
 
 def compile_step(config: RunConfig, topology: Topology) -> Program:
@@ -137,7 +124,7 @@ def compile_step(config: RunConfig, topology: Topology) -> Program:
     optimizer = build_optimizer(config.optimizer, config.training.steps)
     argument = device_bytes((inputs.state, inputs.teacher, inputs.batch, inputs.taught))
     begun = time.perf_counter()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), laid_out(config.layout):
         step = build_train_step(config, optimizer, inputs.state)
         lowered = step.lower(inputs.state, inputs.teacher, inputs.batch, inputs.taught)
         try:
@@ -182,3 +169,23 @@ def device_bytes(tree: Any) -> int:
         total += size
     return total
 
+
+def _abstract_inputs(config: RunConfig, mesh: Mesh) -> Inputs:
+    taught: Taught = None
+    if config.distill.cache is not None:
+        encoding = config.distill.encoding
+        entries = None if encoding is None else encoding.entries or config.model.num_tokens
+        if entries is None:
+            raise UserError(
+                "distill.encoding is null, so that it is not known what the cache keeps of a token; set it as in "
+                "distill=cached."
+            )
+        taught = abstract_entries(config.data, mesh, entries)  # type: ignore[assignment]
+    sizes = teacher_config(config)
+    teacher = None
+    if sizes is not None:
+        with as_teacher(config.distill):
+            teacher = Gemma2(sizes, abstract_params(sizes, jnp.dtype(config.distill.dtype), mesh))
+    state = abstract_state(config.model, build_optimizer(config.optimizer, config.training.steps), mesh)
+    state = replace(state, matching=abstract_matching(config, teacher, mesh))
+    return Inputs(state, teacher, abstract_batch(config.data, mesh), taught)

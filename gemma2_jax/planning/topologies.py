@@ -86,7 +86,9 @@ def _cpus(name: str, count: int) -> tuple[Any, ...]:
 
 def _tpus(name: str, kind: str, shape: list[int], slices: int) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"topology={name} needs libtpu, the TPU's compiler: pip install -e '.[tpu]' brings it.")
+        raise UserError(
+            f"topology={name} needs libtpu, the TPU's compiler: pip install -e '.[tpu]' brings it."
+        )
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if kind == "v4":
         options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}

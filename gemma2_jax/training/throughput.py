@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from gemma2_jax.chips import chip_of_kind
 
+
 def peak_flops(device: jax.Device) -> float | None:
     """Peak FLOPs per second of one device: the data sheet's, a measurement on CPU, None if unknown."""
     if device.platform == "cpu":
