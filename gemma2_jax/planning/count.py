@@ -70,17 +70,21 @@ class _Counter:
         if (name, fused) not in self._known:
             total = Cost()
             computation = self._module.computations[name]
+            channels: set[str] = set()
             for one in computation.instructions.values():
-                self._add(total, one, computation, fused)
+                self._add(total, one, computation, fused, channels)
             self._known[name, fused] = total
         return self._known[name, fused]
 
-    def _add(self, total: Cost, one: Instruction, inside: Computation, fused: bool) -> None:
+    def _add(
+        self, total: Cost, one: Instruction, inside: Computation, fused: bool, channels: set[str]
+    ) -> None:
+        """Adds one instruction; `channels` are those of collectives that this computation's fusions have begun."""
         opcode = one.opcode
         if opcode in _FREE or opcode.endswith("-done"):
             return
         if opcode == "while":
-            trips = trip_count(one, self._module)
+            trips = trip_count(one, self._module, inside)
             total.uncounted += trips is None
             total.add(self.of(one.attribute("body") or "", fused), 1 if trips is None else trips)
             return
@@ -90,7 +94,8 @@ class _Counter:
             return
         kind = collective_kind(one)
         if kind is not None:
-            self._add_collective(total, kind, one, inside)
+            if not fused:
+                self._add_collective(total, kind, one, inside)
         elif opcode in ("call", "async-start"):
             for name in one.called:
                 total.add(self.of(name, fused))
@@ -98,6 +103,8 @@ class _Counter:
         elif opcode == "fusion":
             for name in one.called:
                 total.add(self.of(name, fused=True))
+                if not fused:
+                    self._add_fused_collectives(total, name, channels)
         elif opcode == "dot":
             total.flops += _dot_flops(one, inside)
         elif opcode == "convolution":
@@ -117,6 +124,22 @@ class _Counter:
         if "all-reduce-scatter" in inside.name and kind == "all-reduce":
             kind = "reduce-scatter"  # a TPU's fusion of an all-reduce and the slice that is kept
         total.sent[kind, axes] += sent_bytes(kind, taken, given, len(group))
+
+    def _add_fused_collectives(self, total: Cost, name: str, channels: set[str]) -> None:
+        """A TPU's asynchronous collective stands in the fusion that begins it, in all that go on meanwhile, and in the
+        one that ends it, each time with the same channel: it is counted once."""
+        inside = self._module.computations[name]
+        for one in inside.instructions.values():
+            kind = collective_kind(one)
+            if one.opcode == "fusion":
+                for inner in one.called:
+                    self._add_fused_collectives(total, inner, channels)
+            elif kind is not None:
+                match = re.search(r"channel_id=(\d+)", one.attributes)
+                if match is None or match[1] not in channels:
+                    self._add_collective(total, kind, one, inside)
+                if match is not None:
+                    channels.add(match[1])
 
     def _add_custom(self, total: Cost, one: Instruction, inside: Computation) -> None:
         match = re.search(r'custom_call_target="([^"]*)"', one.attributes)

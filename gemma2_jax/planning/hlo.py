@@ -117,14 +117,13 @@ def read_program(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
-        if current is None:
+        # Attributes may hold text of several lines, closing braces and all: only a header begins something new.
+        if line.startswith(("%", "ENTRY")):
             match = _COMPUTATION.match(line)
             if match is not None:
                 current = computations[match[2]] = Computation(match[2])
                 entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
-            current = None
-        else:
+        elif current is not None:
             one = _instruction(line)
             if one is not None:
                 current.instructions[one.name] = one
@@ -133,21 +132,40 @@ def read_program(text: str) -> Module:
     return Module(entry, computations)
 
 
-def trip_count(loop: Instruction, module: Module) -> int | None:
-    """How often a while loop's body runs; None if the program does not say.
+def trip_count(loop: Instruction, module: Module, inside: Computation) -> int | None:
+    """How often the body of a while loop of computation `inside` runs; None if the program does not say.
 
-    It is in the loop's backend_config where the compiler has found it; else a loop that counts from 0 by 1 is
-    recognised by the constant its condition compares with.
+    It is in the loop's backend_config where the compiler has put it. Else the loop is read: one counter, compared with
+    a constant and raised by a constant (by 2 where the compiler has unrolled it once), from a constant or else 0.
     """
     match = re.search(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.attributes)
     if match is not None:
         return int(match[1])
     condition = module.computations[loop.attribute("condition") or ""]
-    limits = []
-    for one in condition.instructions.values():
-        if one.opcode == "constant" and one.type_text.startswith(("s32[]", "u32[]", "s64[]")):
-            limits.append(int(one.operand_text))
-    return limits[0] if len(limits) == 1 and limits[0] >= 0 else None
+    body = module.computations[loop.attribute("body") or ""]
+    compare = condition.root
+    if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
+        return None
+    counter, limit = (condition.instructions[name] for name in compare.operands)
+    place = re.search(r"index=(\d+)", counter.attributes)
+    if counter.opcode != "get-tuple-element" or place is None or _constant(limit) is None:
+        return None
+    index = int(place[1])
+    raised = body.instructions[body.root.operands[index]]
+    steps = [_constant(body.instructions[name]) for name in raised.operands]
+    step = next((value for value in steps if value), None) if raised.opcode == "add" else None
+    given = inside.instructions.get(loop.operands[0])
+    begin = None
+    if given is not None and given.opcode == "tuple":
+        begin = _constant(inside.instructions[given.operands[index]])
+    if not step or step < 0:
+        return None
+    return max(0, -(-((_constant(limit) or 0) - (begin or 0)) // step))
+
+
+def _constant(one: Instruction) -> int | None:
+    match = re.fullmatch(r"-?\d+", one.operand_text) if one.opcode == "constant" else None
+    return None if match is None else int(match[0])
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -125,7 +125,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     cost, in_kernels, least = None, 0.0, None
     if program.text is not None:
         cost = count(read_program(program.text), shape)
-        in_kernels = kernel_flops(config, cost, len(topology.devices))
+        in_kernels = kernel_flops(config, teacher, cost, len(topology.devices))
         least = bounds(cost, in_kernels, program.mesh, topology)
     return Plan(
         name=config.name,

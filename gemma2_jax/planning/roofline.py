@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma2_jax.model.counts import forward_flops_per_token
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.counts import count_parameters, forward_flops_per_token
 from gemma2_jax.planning.count import Cost
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.training.config import RunConfig
@@ -84,26 +85,25 @@ def bandwidth_along(axes: tuple[str, ...], mesh: Mesh, topology: Topology) -> fl
     return chip.link_bandwidth * 2 * max(1, spanned)  # two devices of one chip share what it has
 
 
-def kernel_flops(config: RunConfig, cost: Cost, devices: int) -> float:
-    """FLOPs of attention that a device does in kernels of which the program does not tell any: by formula.
+def kernel_flops(config: RunConfig, teacher: ModelConfig | None, cost: Cost, devices: int) -> float:
+    """FLOPs of attention that a device does in kernels, of which the program does not tell any: by formula.
 
     Forward 4*N*H for each visible pair of query and key, backward 2.5 times as much, since scores are computed again
     (FlashAttention-2, arXiv 2307.08691, section 3.1); one forward pass more where the backward pass computes a pair of
-    layers again. The teacher's forward pass is left out, as are hidden pairs that a kernel computes.
+    layers again, and one of the teacher. Hidden pairs that a kernel computes are left out.
     """
     if not cost.kernels:
         return 0.0
-    tokens = config.data.batch_size * config.data.seq_len
     passes = 3.5 + (config.compute.remat != "none")
-    return attention_flops_per_token(config) * passes * tokens / devices
+    flops = passes * attention_flops_per_token(config.model, config.data.seq_len)
+    if teacher is not None:
+        flops += attention_flops_per_token(teacher, config.data.seq_len)
+    return flops * config.data.batch_size * config.data.seq_len / devices
 
 
-def attention_flops_per_token(config: RunConfig) -> float:
-    """Of one forward pass: what `forward_flops_per_token` counts beyond that of one visible key, which is weights'."""
-    short = forward_flops_per_token(config.model, 1)
-    one_key = 4.0 * config.model.num_heads * config.model.head_dim * config.model.num_layers
-    whole = forward_flops_per_token(config.model, config.data.seq_len)
-    return whole - (short - one_key)
+def attention_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Of one forward pass: the formula's, less what it counts for the weights."""
+    return forward_flops_per_token(model, seq_len) - 2.0 * count_parameters(model).total
 
 
 def share_of_peak(model_flops: float, seconds: float, devices: int, topology: Topology) -> float:
