@@ -16,8 +16,8 @@ class Chip:
     Attributes:
         kinds: how JAX names it (`device_kind`), or how the names begin.
         peak_flops: dense bfloat16 FLOPs per second.
-        memory: bytes of HBM that a program may use: of TPUs what their compiler says is available, of GPUs the memory
-            that the driver tells, as far as it is known.
+        memory: bytes of HBM: of TPUs what their compiler lets a program use, of GPUs what the driver tells, of which
+            JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
         memory_bandwidth: bytes per second, HBM.
         link_bandwidth: bytes per second that it sends over its fast links to others of its kind, in one direction:
             of TPUs over one link (there are two along each dimension of the torus), of GPUs over all of NVLink.
@@ -53,8 +53,8 @@ CHIPS: Mapping[str, Chip] = {
     "tpu7x": Chip(("TPU7x",), 2307e12 / 2, int(94.75 * _GIB), 7380e9 / 2, 100e9 / 2, 100e9 / 8 / 2, 3),
     "a100": Chip(("NVIDIA A100",), 312e12, 85_899_345_920, 2039e9, 300e9, 25e9, 0),
     "h100": Chip(("NVIDIA H100",), 989e12, 84_929_347_584, 3352e9, 450e9, 50e9, 0),
-    "h200": Chip(("NVIDIA H200",), 989e12, 150_754_820_096, 4800e9, 450e9, 50e9, 0),
-    "b200": Chip(("NVIDIA B200",), 2250e12, 191_000_000_000, 8000e9, 900e9, 50e9, 0),
+    "h200": Chip(("NVIDIA H200",), 989e12, 143_771 * 2**20, 4800e9, 450e9, 50e9, 0),
+    "b200": Chip(("NVIDIA B200",), 2250e12, 183_359 * 2**20, 8000e9, 900e9, 50e9, 0),
 }
 
 

@@ -21,7 +21,7 @@ def test_the_processs_own_devices():
     [
         ("v5e", "cannot be read; accepted: v5e:4x4"),
         ("v5e:4x", "cannot be read"),
-        ("v5f:4x4", "did you mean v5e"),
+        ("v5x:4x4", "accepted: a100, b200, cpu, h100, h200, tpu7x, v4, v5e, v5p, v6e"),
         ("v5e:4x4x4", "accepted: the form v5e:4x4"),
         ("v5p:4x4", "accepted: the form v5p:4x4x4"),
         ("h100:2x4", "accepted: the form h100:8"),
