@@ -4,13 +4,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from gemma2_jax.planning.collectives import axes_of, collective_kind, group_of, sent_bytes
-from gemma2_jax.planning.hlo import Computation, Instruction, Module, trip_count
+from gemma2_jax.planning.hlo import Array, Computation, Instruction, Module, trip_count
 
 # What moves nothing by itself.
 _FREE = {
@@ -36,7 +36,7 @@ class Cost:
 
     flops: float = 0.0
     bytes: float = 0.0
-    sent: Counter[Sent] = field(default_factory=Counter)
+    sent: dict[Sent, float] = field(default_factory=dict)
     kernels: Counter[str] = field(default_factory=Counter)
     uncounted: int = 0
 
@@ -45,10 +45,14 @@ class Cost:
         self.flops += other.flops * times
         self.bytes += other.bytes * times
         for key, amount in other.sent.items():
-            self.sent[key] += amount * times
+            self.send(key, amount * times)
         for name, calls in other.kernels.items():
             self.kernels[name] += calls * times
         self.uncounted += other.uncounted
+
+    def send(self, key: Sent, amount: float) -> None:
+        """Adds bytes that a collective sends."""
+        self.sent[key] = self.sent.get(key, 0.0) + amount
 
 
 def count(module: Module, mesh_shape: dict[str, int]) -> Cost:
@@ -123,7 +127,7 @@ class _Counter:
             given -= taken  # what it gives is both
         if "all-reduce-scatter" in inside.name and kind == "all-reduce":
             kind = "reduce-scatter"  # a TPU's fusion of an all-reduce and the slice that is kept
-        total.sent[kind, axes] += sent_bytes(kind, taken, given, len(group))
+        total.send((kind, axes), sent_bytes(kind, taken, given, len(group)))
 
     def _add_fused_collectives(self, total: Cost, name: str, channels: set[str]) -> None:
         """A TPU's asynchronous collective stands in the fusion that begins it, in all that go on meanwhile, and in the
@@ -209,7 +213,7 @@ def _hbm(one: Instruction) -> int:
     return _hbm_of(one.arrays)
 
 
-def _hbm_of(arrays: tuple) -> int:  # type: ignore[type-arg]
+def _hbm_of(arrays: Sequence[Array]) -> int:
     return sum(array.size for array in arrays if not array.on_chip)
 
 

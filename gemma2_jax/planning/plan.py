@@ -1,6 +1,5 @@
 """What a step of a configuration takes on a topology: compiled, counted, bounded, and put into one record."""
 
-from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -141,11 +140,3 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         kernel_flops=in_kernels,
         bounds=least,
     )
-
-
-def sent_by_axes(cost: Cost) -> Counter[str]:
-    """Bytes that a device sends along each combination of mesh axes, of all kinds together."""
-    total: Counter[str] = Counter()
-    for (_, axes), amount in cost.sent.items():
-        total["+".join(axes) or "none"] += amount
-    return total

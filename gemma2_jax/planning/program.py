@@ -180,7 +180,7 @@ def _abstract_inputs(config: RunConfig, mesh: Mesh) -> Inputs:
                 "distill.encoding is null, so that it is not known what the cache keeps of a token; set it as in "
                 "distill=cached."
             )
-        taught = abstract_entries(config.data, mesh, entries)  # type: ignore[assignment]
+        taught = abstract_entries(config.data, mesh, entries)
     sizes = teacher_config(config)
     teacher = None
     if sizes is not None:

@@ -5,7 +5,6 @@ time (Williams et al., Communications of the ACM 52, 2009; for networks arXiv 22
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,10 +52,10 @@ class Bounds:
 def bounds(cost: Cost, kernel_flops: float, mesh: Mesh, topology: Topology) -> Bounds:
     """The bounds of a program of which one device does `cost`, and `kernel_flops` more in kernels of its own."""
     chip = topology.chip
-    sent: Counter[tuple[str, ...]] = Counter()
+    sent: dict[tuple[str, ...], float] = {}
     for (_, axes), amount in cost.sent.items():
         if axes:
-            sent[axes] += amount
+            sent[axes] = sent.get(axes, 0.0) + amount
     return Bounds(
         compute=(cost.flops + kernel_flops) / chip.peak_flops,
         memory=cost.bytes / chip.memory_bandwidth,

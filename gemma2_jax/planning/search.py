@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from gemma2_jax.config import UserError
 from gemma2_jax.model.counts import count_parameters, training_flops_per_token
@@ -13,7 +14,7 @@ from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.sharding.mesh import AXES, MeshConfig
 from gemma2_jax.training.config import RunConfig
 
-_REMAT = ("none", "dots", "full")
+_REMAT: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 _WIDEST_SEQUENCE = (
     8  # devices that a sequence is split over at most: each layer's keys and values are gathered
 )

@@ -14,7 +14,9 @@ SHAPE = {"data": 2, "tensor": 4}
 
 
 def costs(function, *arrays, shape=SHAPE):
-    return count(read_program(jax.jit(function).lower(*arrays).compile().as_text()), shape)
+    text = jax.jit(function).lower(*arrays).compile().as_text()
+    assert text is not None
+    return count(read_program(text), shape)
 
 
 def array(*shape):

@@ -3,7 +3,9 @@
 import importlib.util
 import os
 from dataclasses import asdict, replace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from gemma2_jax.chips import CHIPS
@@ -146,8 +148,6 @@ class FakeMesh:
     axis_names = ("replica", "fsdp", "tensor")
 
     def __init__(self):
-        import numpy as np
-
         self.devices = np.empty((2, 2, 4), object)
         for place in np.ndindex(2, 2, 4):
             self.devices[place] = Device((place[1], place[2], 0), place[0])
@@ -156,7 +156,7 @@ class FakeMesh:
 def test_each_network_has_its_own_bandwidth():
     chip = CHIPS["v5e"]
     topology = Topology("v5e:2x4*2", chip, (None,) * 16, "tpu")
-    mesh = FakeMesh()
+    mesh: Any = FakeMesh()
     assert bandwidth_along(("tensor",), mesh, topology) == 2 * chip.link_bandwidth
     assert bandwidth_along(("fsdp", "tensor"), mesh, topology) == 4 * chip.link_bandwidth
     assert bandwidth_along(("replica",), mesh, topology) == chip.network_bandwidth
@@ -197,5 +197,6 @@ def test_a_tpu_that_is_not_there(planned_run):
     )
     plan = make_plan(config, find_topology("v5e:4x4"))
     assert plan.fits
+    assert plan.cost is not None
     assert plan.cost.uncounted == 0
     assert plan.cost.flops > 0
