@@ -80,6 +80,8 @@ def _set_environment() -> None:
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",  # these two keep libtpu from warning that it is on no TPU's host
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }

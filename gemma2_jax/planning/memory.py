@@ -64,9 +64,9 @@ def head_blocks(config: RunConfig, mesh_shape: dict[str, int]) -> int:
     split = math.prod(mesh_shape.get(axis, 1) for axis in config.layout.head)
     sharing = split // mesh_shape.get("tensor", 1)
     logits = config.objective.block_tokens * sharing * config.model.vocab_size // split
-    if config.objective.needs_teacher:
-        logits *= 2
-    return _FLOAT32 * (3 * logits + config.model.vocab_size * config.model.d_model // split)
+    teacher = _FLOAT32 if config.objective.needs_teacher else 0
+    gradient = _FLOAT32 * config.model.vocab_size * config.model.d_model // split
+    return logits * (_FLOAT32 + _width(config) + teacher) + gradient
 
 
 def what_helps(

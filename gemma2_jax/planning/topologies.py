@@ -44,7 +44,8 @@ class Topology:
 
     def island(self, device: Any) -> int:
         """Which slice or node a device is of; between them lies the data-centre network."""
-        number: int = device.slice_index if self.platform == "tpu" else device.process_index
+        # A single slice's devices have no number.
+        number: int = getattr(device, "slice_index", 0) if self.platform == "tpu" else device.process_index
         return number
 
 
