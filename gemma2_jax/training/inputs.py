@@ -10,6 +10,7 @@ from jax.stages import Compiled
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
+from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.reader import cached_batches, check_cache
@@ -68,7 +69,7 @@ class Inputs:
     """
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh, runs: int) -> None:
-        self._mesh = mesh
+        self._data, self._mesh = config.data, mesh
         self._entries: int | None = None  # K of a cache
         self.teacher: Gemma2 | None = None
         self.judge: Gemma2 | None = None
@@ -100,11 +101,10 @@ class Inputs:
         if distill.cache is None and self.judge is not None:
             self.teacher = self.judge
             self.teacher_identity = fingerprint(self.judge)
-        self._shape = (data.batch_size, data.seq_len)
         self._read: Compiled | None = None
         if self.teacher is not None and runs > 1:
             reading = build_reading(config.compute, distill)
-            self._read = reading.lower(self.teacher, self._abstract_batch()).compile()
+            self._read = reading.lower(self.teacher, abstract_batch(data, mesh)).compile()
 
     def __next__(self) -> tuple[Batch, Taught]:
         """The next batch, and what has been said about it."""
@@ -123,18 +123,28 @@ class Inputs:
         """Shapes, dtypes and shardings of what `next` gives."""
         taught: Any = None
         if self._entries is not None:
-            K = self._entries
-            taught = SparseTargets(
-                self._rows(jnp.int32, K), self._rows(jnp.float32, K), self._rows(jnp.float32)
-            )
+            taught = abstract_entries(self._data, self._mesh, self._entries)
         elif self._read is not None:
             taught = self._read.out_info
-        return self._abstract_batch(), taught
+        return abstract_batch(self._data, self._mesh), taught
 
-    def _abstract_batch(self) -> Batch:
-        ids = self._rows(jnp.int32)
-        return Batch(ids, ids, ids, ids, self._rows(jnp.float32))
 
-    def _rows(self, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
-        """[B, T, ...]."""
-        return jax.ShapeDtypeStruct((*self._shape, *more), dtype, sharding=batch_sharding(self._mesh))
+def abstract_batch(data: DataConfig, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a batch."""
+    ids = _rows(data, mesh, jnp.int32)
+    return Batch(ids, ids, ids, ids, _rows(data, mesh, jnp.float32))
+
+
+def abstract_entries(data: DataConfig, mesh: Mesh, entries: int) -> SparseTargets:
+    """Shapes, dtypes and shardings of what a cache with at most `entries` a token says about a batch."""
+    return SparseTargets(
+        _rows(data, mesh, jnp.int32, entries),
+        _rows(data, mesh, jnp.float32, entries),
+        _rows(data, mesh, jnp.float32),
+    )
+
+
+def _rows(data: DataConfig, mesh: Mesh, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+    """[B, T, ...]."""
+    shape = (data.batch_size, data.seq_len, *more)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))

@@ -5,21 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Peak dense bfloat16 FLOPs per second of one chip, by how JAX names it; from the vendors' data sheets
-# (cloud.google.com/tpu/docs/system-architecture-tpu-vm; NVIDIA's A100, H100, H200 and B200 data sheets).
-_PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+from gemma2_jax.chips import chip_of_kind
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -27,9 +13,8 @@ def peak_flops(device: jax.Device) -> float | None:
     if device.platform == "cpu":
         # All CPU devices of a process share its cores, so each has its share of what they reach together.
         return measure_matmul_flops() / jax.local_device_count()
-    kind = device.device_kind
-    matches = [name for name in _PEAK_FLOPS if kind.startswith(name)]
-    return _PEAK_FLOPS[max(matches, key=len)] if matches else None
+    chip = chip_of_kind(device.device_kind)
+    return None if chip is None else chip.peak_flops
 
 
 def measure_matmul_flops(size: int = 1024, repetitions: int = 5) -> float:

@@ -20,6 +20,7 @@ COMMANDS = [
     ["run"],
     ["train"],
     ["sweep"],
+    ["plan"],
     ["generate"],
     ["data"],
     ["data", "prepare"],

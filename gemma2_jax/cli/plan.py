@@ -1,0 +1,105 @@
+"""`gemma2 plan`: what a run would take on machines that need not be there."""
+
+import argparse
+import json
+import os
+from typing import TYPE_CHECKING
+
+from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
+
+if TYPE_CHECKING:
+    from gemma2_jax.planning.topologies import Topology
+    from gemma2_jax.training.config import RunConfig
+
+FITS, DOES_NOT_FIT = 0, 3
+
+DESCRIPTION = """\
+Compiles a training step for a topology, without owning it, and tells whether it fits, what it does, and the least time
+that it can take. Neither data nor tokenizer nor the teacher's weights have to be there (distill.model has its sizes).
+
+  gemma2 plan experiment=distill_2b_from_9b topology=v5e:4x4
+  gemma2 plan experiment=pretrain_27b topology=v5p:8x24x32 mesh=report_27b data.batch_size=768
+  gemma2 plan experiment=pretrain_2b topology=h100:8 mesh=h100_8 --json
+  gemma2 plan experiment=pretrain_2b topology=v5e:4x4 --search --budget 600     tries meshes, remat and microbatches
+
+topology=CHIP:SHAPE   v5e:4x4 v6e:16x16 v4:8x16x32 v5p:8x24x32 tpu7x:4x4x4   a TPU slice, by chips (extra tpu)
+                      v5e:16x16*2                                            two slices
+                      a100:8 h100:8 h100:16 h200:8 b200:8                    GPUs, in nodes of 8 (extra cuda12)
+                      cpu:8                                                  this process's CPU devices, to try it
+
+Exits with 0 if it fits, 3 if it does not, 1 if something is wrong with what was asked, 2 with the command line.
+"""
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "plan", run, "tell what a run takes on a topology", DESCRIPTION, KEYS)
+    add_overrides(parser)
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, and nothing else")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try meshes, remat policies and microbatches, and rank what fits",
+    )
+    parser.add_argument(
+        "--budget", type=float, default=300.0, metavar="SECONDS", help="of compiling in a search (300)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    _set_environment()
+    from gemma2_jax.cli.compose import compose, pairs
+    from gemma2_jax.config import UserError
+    from gemma2_jax.planning.topologies import ACCEPTED, find_topology
+
+    asked = [(text, key, value) for text in arguments.overrides for key, value in pairs([text])]
+    names = [str(value) for _, key, value in asked if key == "topology"]
+    if not names:
+        raise UserError(f"topology is missing; give one as in topology=v5e:4x4; {ACCEPTED}.")
+    rest = [text for text, key, _ in asked if key != "topology"]
+    config = compose(rest, arguments.config_dir)
+    topology = find_topology(names[-1])
+    if arguments.search:
+        return _search(config, topology, arguments)
+    from gemma2_jax.planning.plan import make_plan
+
+    plan = make_plan(config, topology)
+    if arguments.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        from gemma2_jax.planning.report import print_plan
+
+        print_plan(plan, Console())
+    return FITS if plan.fits else DOES_NOT_FIT
+
+
+def _set_environment() -> None:
+    """Before JAX is imported: compilers are to compile, and to look for no chip, beside other processes that do."""
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",  # these two keep libtpu from warning that it is on no TPU's host
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
+def _search(config: "RunConfig", topology: "Topology", arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from gemma2_jax.planning.report import print_search
+    from gemma2_jax.planning.search import search
+
+    progress = Console(stderr=True)
+    found = search(
+        config, topology, arguments.budget, lambda line: progress.print(line, style="dim", markup=False)
+    )
+    if arguments.json:
+        tried = [{"overrides": candidate.overrides} | plan.to_dict() for candidate, plan in found.plans]
+        print(json.dumps({"tried": tried, "left": found.left}, indent=2))
+    else:
+        print_search(found, topology, Console())
+    return FITS if found.plans[0][1].fits else DOES_NOT_FIT

@@ -1,0 +1,143 @@
+"""What a step of a configuration takes on a topology: compiled, counted, bounded, and put into one record."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gemma2_jax.model.counts import training_flops_per_token
+from gemma2_jax.planning.count import Cost, count
+from gemma2_jax.planning.hlo import read_program
+from gemma2_jax.planning.memory import Parts, memory_parts, what_helps
+from gemma2_jax.planning.program import Program, compile_step, teacher_config
+from gemma2_jax.planning.roofline import Bounds, bounds, kernel_flops, share_of_peak
+from gemma2_jax.planning.topologies import Topology
+from gemma2_jax.training.config import RunConfig
+
+FLOPS_SOURCE = (
+    "6 a weight and token, attention by visible pairs, a teacher's forward pass; without recomputation "
+    "(PaLM, arXiv 2204.02311, appendix B; Kaplan et al., arXiv 2001.08361, section 2.1)"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a step before it runs. Bytes, FLOPs and costs are those of one device, but for `model_flops`.
+
+    Attributes:
+        fits: whether the compiler placed it into the device's memory.
+        mesh: devices along each axis.
+        parts: where the memory goes; activations and logits are estimates.
+        help: what would save memory; empty where it fits.
+        model_flops: of a whole step on all devices, by formula.
+        cost: what the compiled program does; None where there is none.
+        kernel_flops: by formula, of kernels that the program's count leaves out.
+        bounds: the least seconds of a step, an estimate.
+    """
+
+    name: str
+    topology: Topology
+    fits: bool
+    mesh: dict[str, int]
+    program: Program
+    parts: Parts
+    help: list[str]
+    tokens: int
+    model_flops: float
+    cost: Cost | None
+    kernel_flops: float
+    bounds: Bounds | None
+
+    @property
+    def devices(self) -> int:
+        return len(self.topology.devices)
+
+    @property
+    def utilisation(self) -> float | None:
+        """The most model-FLOP utilisation that the bounds leave."""
+        if self.bounds is None:
+            return None
+        return share_of_peak(self.model_flops, self.bounds.seconds, self.devices, self.topology)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        memory, chip = self.program.memory, self.topology.chip
+        found: dict[str, Any] = {
+            "name": self.name,
+            "topology": self.topology.name,
+            "fits": self.fits,
+            "devices": self.devices,
+            "mesh": self.mesh,
+            "memory_per_device": {
+                "argument_bytes": memory.argument,
+                "temp_bytes": memory.temp,
+                "peak_bytes": memory.peak,
+                "capacity_bytes": chip.memory,
+                "parts": asdict(self.parts),
+                "parts_estimated": ["activations", "logits"],
+            },
+            "compile_seconds": self.program.seconds,
+            "tokens_per_step": self.tokens,
+            "model_flops_per_step": self.model_flops,
+            "model_flops_source": FLOPS_SOURCE,
+            "help": self.help,
+        }
+        if self.cost is not None and self.bounds is not None:
+            found |= {"program_per_device": self._counted(self.cost), "estimate": self._estimate(self.bounds)}
+        return found
+
+    def _counted(self, cost: Cost) -> dict[str, Any]:
+        by_axes: dict[str, dict[str, float]] = {}
+        for (kind, axes), amount in cost.sent.items():
+            by_axes.setdefault("+".join(axes) or "none", {})[kind] = amount
+        return {
+            "flops": cost.flops,
+            "kernel_flops_by_formula": self.kernel_flops,
+            "kernel_calls": dict(cost.kernels),
+            "bytes": cost.bytes,
+            "collective_bytes_sent": by_axes,
+            "loops_without_trip_count": cost.uncounted,
+        }
+
+    def _estimate(self, found: Bounds) -> dict[str, Any]:
+        return {
+            "step_seconds_at_least": found.seconds,
+            "bound_by": found.binding,
+            "bounds_seconds": found.all,
+            "tokens_per_second_at_most": self.tokens / found.seconds,
+            "mfu_at_most": self.utilisation,
+            "kind": "estimate: peaks from data sheets, all parts at the same time; a real step takes longer",
+        }
+
+
+def make_plan(config: RunConfig, topology: Topology) -> Plan:
+    """Compiles a step of `config` for `topology`, and counts it.
+
+    Raises:
+        UserError: what `compile_step` refuses.
+    """
+    program = compile_step(config, topology)
+    shape = dict(program.mesh.shape)
+    capacity = topology.chip.memory
+    # The TPU's compiler itself refuses what does not fit; the others compile it.
+    fits = program.text is not None and (topology.platform == "tpu" or program.memory.peak <= capacity)
+    parts = memory_parts(config, program.inputs, shape)
+    tokens = config.data.batch_size * config.data.seq_len
+    teacher = teacher_config(config)
+    cost, in_kernels, least = None, 0.0, None
+    if program.text is not None:
+        cost = count(read_program(program.text), shape)
+        in_kernels = kernel_flops(config, teacher, cost, len(topology.devices))
+        least = bounds(cost, in_kernels, program.mesh, topology)
+    return Plan(
+        name=config.name,
+        topology=topology,
+        fits=fits,
+        mesh=shape,
+        program=program,
+        parts=parts,
+        help=[] if fits else what_helps(config, topology, parts, shape, program.memory.peak - capacity),
+        tokens=tokens,
+        model_flops=training_flops_per_token(config.model, config.data.seq_len, teacher) * tokens,
+        cost=cost,
+        kernel_flops=in_kernels,
+        bounds=least,
+    )

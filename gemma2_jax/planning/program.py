@@ -1,0 +1,196 @@
+"""The training step of a configuration, compiled for devices that need not be there, and the memory it takes."""
+
+import os
+import re
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma2_jax.config import UserError
+from gemma2_jax.distill.teacher import as_teacher
+from gemma2_jax.formats.load import open_source
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.planning.topologies import Topology
+from gemma2_jax.sharding.layout import laid_out
+from gemma2_jax.sharding.mesh import build_mesh
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.inputs import abstract_batch, abstract_entries
+from gemma2_jax.training.matching import abstract_matching
+from gemma2_jax.training.optimizer import build_optimizer
+from gemma2_jax.training.start import check_batch
+from gemma2_jax.training.state import TrainState, abstract_state
+from gemma2_jax.training.step import Taught, build_train_step
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, as the compiler counts them.
+
+    Attributes:
+        argument: what a step is given: the state, the teacher, the batch.
+        temp: what it makes and drops; None where the compiler gave up.
+        peak: the most that lies there at a time; of a program that does not fit, what the compiler wanted.
+    """
+
+    argument: int
+    temp: int | None
+    peak: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a step takes, without memory: shapes, dtypes and shardings."""
+
+    state: TrainState
+    teacher: Gemma2 | None
+    batch: Any
+    taught: Taught
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled step.
+
+    Attributes:
+        seconds: of compiling, tracing included.
+        text: the optimised program; None if the compiler found that it does not fit.
+    """
+
+    mesh: Mesh
+    inputs: Inputs
+    seconds: float
+    memory: Memory
+    text: str | None
+
+
+def teacher_config(config: RunConfig) -> ModelConfig | None:
+    """The sizes of the teacher that reads each batch; None if there is none.
+
+    Raises:
+        UserError: neither is its checkpoint here, nor are its sizes given.
+    """
+    distill, student = config.distill, config.model
+    if distill.teacher is None or distill.cache is not None:
+        return None
+    sizes = distill.model
+    if sizes is None:
+        if not os.path.exists(distill.teacher):
+            raise UserError(
+                f"distill.teacher is {distill.teacher}, which is not here; give its sizes in distill.model, as "
+                "`- /model@distill.model: gemma2_9b` does in an experiment."
+            )
+        sizes = open_source(distill.teacher).config
+    return replace(sizes, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
+
+
+def mesh_of(config: RunConfig, topology: Topology) -> Mesh:
+    """The configuration's mesh of these devices.
+
+    Raises:
+        UserError: it does not fit them, or does not divide the batch.
+    """
+    mesh = build_mesh(config.mesh, topology.devices)
+    check_batch(config, mesh)
+    return mesh
+
+
+def abstract_inputs(config: RunConfig, mesh: Mesh) -> Inputs:
+    """What a step of the configuration takes on a mesh.
+
+    Raises:
+        UserError: the mesh does not divide a weight, or the teacher's sizes are not known.
+    """
+    with laid_out(config.layout):
+        return _abstract_inputs(config, mesh)
+
+
+def compile_step(config: RunConfig, topology: Topology) -> Program:
+    """Compiles one step.
+
+    Raises:
+        UserError: mesh, batch, teacher or model do not fit each other, or the compiler refuses the program for
+            another reason than memory.
+    """
+    mesh = mesh_of(config, topology)
+    inputs = abstract_inputs(config, mesh)
+    optimizer = build_optimizer(config.optimizer, config.training.steps)
+    argument = device_bytes((inputs.state, inputs.teacher, inputs.batch, inputs.taught))
+    begun = time.perf_counter()
+    with jax.set_mesh(mesh), laid_out(config.layout):
+        step = build_train_step(config, optimizer, inputs.state)
+        lowered = step.lower(inputs.state, inputs.teacher, inputs.batch, inputs.taught)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            wanted = wanted_bytes(str(error))
+            if wanted is None:
+                reason = " ".join(str(error).split())[:500].rstrip(".")
+                raise UserError(f"the compiler of {topology.name} refuses the step: {reason}.") from None
+            seconds = time.perf_counter() - begun
+            return Program(mesh, inputs, seconds, Memory(argument, None, wanted), None)
+    seconds = time.perf_counter() - begun
+    found: Any = compiled.memory_analysis()
+    memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, _peak(found))
+    return Program(mesh, inputs, seconds, memory, compiled.as_text())
+
+
+def wanted_bytes(error: str) -> int | None:
+    """The memory that a program would take, out of the compiler's own error; None if it is about something else."""
+    if "RESOURCE_EXHAUSTED" not in error and "Ran out of memory" not in error:
+        return None
+    for pattern in (
+        r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm",
+        r"\(([\d.]+)([KMGT]?)i?B?\) exceeds available HBM",
+        r"Total hbm usage >= ([\d.]+)([KMGT]?)",
+    ):
+        match = re.search(pattern, error)
+        if match is not None:
+            return int(float(match[1]) * _UNITS[match[2]])
+    return None
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of one device's parts of some abstract arrays."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        size = leaf.dtype.itemsize
+        for length in leaf.sharding.shard_shape(leaf.shape):
+            size *= length
+        total += size
+    return total
+
+
+def _abstract_inputs(config: RunConfig, mesh: Mesh) -> Inputs:
+    taught: Taught = None
+    if config.distill.cache is not None:
+        encoding = config.distill.encoding
+        entries = None if encoding is None else encoding.entries or config.model.num_tokens
+        if entries is None:
+            raise UserError(
+                "distill.encoding is null, so that it is not known what the cache keeps of a token; set it as in "
+                "distill=cached."
+            )
+        taught = abstract_entries(config.data, mesh, entries)
+    sizes = teacher_config(config)
+    teacher = None
+    if sizes is not None:
+        with as_teacher(config.distill):
+            teacher = Gemma2(sizes, abstract_params(sizes, jnp.dtype(config.distill.dtype), mesh))
+    state = abstract_state(config.model, build_optimizer(config.optimizer, config.training.steps), mesh)
+    state = replace(state, matching=abstract_matching(config, teacher, mesh))
+    return Inputs(state, teacher, abstract_batch(config.data, mesh), taught)
+
+
+def _peak(found: Any) -> int:
+    """The compiler's own figure; where it has none, all that it lays out side by side."""
+    whole = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    peak: int = found.peak_memory_in_bytes or whole + found.temp_size_in_bytes
+    return peak

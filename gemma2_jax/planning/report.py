@@ -1,0 +1,126 @@
+"""A plan as a table for the terminal."""
+
+from rich import box, table
+from rich.console import Console
+from rich.text import Text
+
+from gemma2_jax.planning.memory import in_units
+from gemma2_jax.planning.plan import Plan
+from gemma2_jax.planning.search import Found
+from gemma2_jax.planning.topologies import Topology
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Prints what there is to know of a plan; what is an estimate is called one."""
+    verdict = "fits" if plan.fits else "does not fit"
+    style = "bold green" if plan.fits else "bold red"
+    _say(console, f"{plan.name} on {plan.topology.name} {verdict}.", style)
+    grid = table.Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in _rows(plan):
+        grid.add_row(Text(name), Text(value))
+    console.print(grid)
+    if plan.help:
+        _say(console, "What would help:")
+        for words in plan.help:
+            _say(console, f"  {words}")
+
+
+def _rows(plan: Plan) -> list[tuple[str, str]]:
+    memory, capacity = plan.program.memory, plan.topology.chip.memory
+    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    temp = "unknown" if memory.temp is None else in_units(memory.temp)
+    rows = [
+        ("devices", f"{plan.devices}, mesh {mesh}"),
+        (
+            "memory a device",
+            f"{in_units(memory.peak)} of {in_units(capacity)} ({memory.peak / capacity:.0%})",
+        ),
+        ("  arguments, temporaries", f"{in_units(memory.argument)}, {temp}"),
+        ("  parameters", in_units(plan.parts.parameters)),
+        ("  moments", in_units(plan.parts.moments)),
+        ("  gradients", in_units(plan.parts.gradients)),
+        ("  teacher", in_units(plan.parts.teacher)),
+        ("  saved activations", f"{in_units(plan.parts.activations)} (estimate)"),
+        ("  logits of a block", f"{in_units(plan.parts.logits)} (estimate)"),
+        ("compiled in", f"{plan.program.seconds:.0f} s"),
+        ("tokens a step", f"{plan.tokens:,}"),
+        ("model FLOPs a step", f"{plan.model_flops:.3e} (formula: PaLM, arXiv 2204.02311, appendix B)"),
+    ]
+    return rows + _counted(plan) + _estimated(plan)
+
+
+def _counted(plan: Plan) -> list[tuple[str, str]]:
+    cost = plan.cost
+    if cost is None:
+        return []
+    rows = [
+        (
+            "program, a device",
+            f"{cost.flops:.3e} FLOPs of products, {in_units(cost.bytes)} of memory traffic",
+        ),
+    ]
+    if plan.kernel_flops:
+        rows.append(("  attention's kernels", f"{plan.kernel_flops:.3e} FLOPs (estimate by formula)"))
+    if cost.uncounted:
+        rows.append(("  loops", f"{cost.uncounted} without a trip count, counted once"))
+    for (kind, axes), amount in sorted(cost.sent.items(), key=lambda item: -item[1]):
+        if axes:
+            rows.append((f"  sent along {'+'.join(axes)}", f"{in_units(amount)}, {kind}"))
+    return rows
+
+
+def _estimated(plan: Plan) -> list[tuple[str, str]]:
+    found = plan.bounds
+    if found is None:
+        return []
+    rows = [(f"bound by {name}", f"{seconds:.4f} s (estimate)") for name, seconds in found.all.items()]
+    speed = plan.tokens / found.seconds
+    return [
+        *rows,
+        (
+            "least time of a step",
+            f"{found.seconds:.4f} s, bound by {found.binding}: at most {speed:,.0f} tokens/s, "
+            f"MFU {plan.utilisation:.0%} (estimate)",
+        ),
+    ]
+
+
+def _say(console: Console, line: str, style: str = "") -> None:
+    console.print(Text(line, style), soft_wrap=True)
+
+
+def print_search(found: Found, topology: Topology, console: Console) -> None:
+    """Prints what a search tried, best first, and what to type for the best."""
+    grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("fits", "peak GiB", "step s", "bound by", "MFU"):
+        grid.add_column(name, justify="right")
+    grid.add_column("overrides", overflow="fold")
+    for candidate, plan in found.plans:
+        least = plan.bounds
+        cells = ["yes" if plan.fits else "no", f"{plan.program.memory.peak / 2**30:.2f}"]
+        if least is None:
+            cells += ["", "", ""]
+        else:
+            cells += [f"≥ {least.seconds:.4f}", least.binding, f"≤ {plan.utilisation:.0%}"]
+        grid.add_row(*(Text(cell) for cell in (*cells, _short(candidate.overrides))))
+    _say(
+        console,
+        f"{len(found.plans)} tried on {topology.name}, {found.left} left when the budget was spent.",
+        "bold",
+    )
+    console.print(grid)
+    _say(console, "Times and MFU are estimates: bounds from the makers' peaks, which no real step reaches.")
+    candidate, best = found.plans[0]
+    if best.fits:
+        _say(console, f"Best: {candidate.overrides}", "bold green")
+    else:
+        _say(console, "None of these fits.", "bold red")
+
+
+def _short(overrides: str) -> str:
+    """Without the axes that are 1."""
+    return " ".join(
+        text for text in overrides.split() if not (text.startswith("mesh.") and text.endswith("=1"))
+    )

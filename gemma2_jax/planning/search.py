@@ -1,0 +1,182 @@
+"""Which meshes, remat policies and microbatches fit, and which of them has the least bound on its step's time."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from gemma2_jax.config import UserError
+from gemma2_jax.model.counts import count_parameters, training_flops_per_token
+from gemma2_jax.planning.memory import head_blocks, saved_activations, shares
+from gemma2_jax.planning.plan import Plan, make_plan
+from gemma2_jax.planning.program import teacher_config
+from gemma2_jax.planning.topologies import Topology
+from gemma2_jax.sharding.mesh import AXES, MeshConfig
+from gemma2_jax.training.config import RunConfig
+
+_REMAT: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
+_WIDEST_SEQUENCE = (
+    8  # devices that a sequence is split over at most: each layer's keys and values are gathered
+)
+# Of a forward pass, how much of it the backward pass computes again; products are most of it.
+_RECOMPUTED = {"none": 0.0, "dots": 0.15, "full": 1.0}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to lay the run out.
+
+    Attributes:
+        overrides: what has to be typed for it.
+        seconds, memory: of a step, and of a device; estimates by formula from before anything was compiled.
+    """
+
+    config: RunConfig
+    overrides: str
+    seconds: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        plans: those that were compiled, those that fit first, by the bound on their time, then by their memory.
+        left: candidates that the budget did not reach.
+    """
+
+    plans: list[tuple[Candidate, Plan]]
+    left: int
+
+
+def search(
+    config: RunConfig, topology: Topology, budget: float, tell: Callable[[str], None] = lambda line: None
+) -> Found:
+    """Compiles candidates, the most promising first, until `budget` seconds are spent; the first one always.
+
+    Raises:
+        UserError: no mesh of these devices divides model and batch.
+    """
+    waiting = candidates(config, topology)
+    if not waiting:
+        raise UserError(
+            f"no mesh of the {len(topology.devices)} devices of {topology.name} divides the model's heads and "
+            f"data.batch_size ({config.data.batch_size}); a batch of a multiple of the devices does."
+        )
+    begun = time.perf_counter()
+    plans: list[tuple[Candidate, Plan]] = []
+    while waiting and (not plans or time.perf_counter() - begun < budget):
+        candidate = waiting.pop(0)
+        try:
+            plan = make_plan(candidate.config, topology)
+        except UserError as error:  # what only the compiler knows to be impossible
+            tell(f"{candidate.overrides}: {error}")
+            continue
+        tell(f"{candidate.overrides}: {'fits' if plan.fits else 'does not fit'}")
+        plans.append((candidate, plan))
+    return Found(sorted(plans, key=lambda pair: _rank(pair[1])), len(waiting))
+
+
+def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
+    """All that divides evenly: first what should fit, the fastest by formula first; then the rest by its memory."""
+    found = []
+    for mesh in _meshes(config, len(topology.devices)):
+        shape = {axis: getattr(mesh, axis) for axis in AXES}
+        rows, parts = shares(config, shape)
+        if config.data.seq_len % parts:
+            continue
+        for accumulation in _divisors(config.data.batch_size):
+            if config.data.batch_size // accumulation % rows:
+                continue
+            for remat in _REMAT:
+                changed = replace(
+                    config,
+                    mesh=mesh,
+                    compute=replace(config.compute, remat=remat),
+                    training=replace(config.training, accumulation=accumulation),
+                )
+                settings = {f"mesh.{axis}": size for axis, size in shape.items()}
+                settings |= {"compute.remat": remat, "training.accumulation": accumulation}
+                found.append(
+                    Candidate(
+                        changed,
+                        " ".join(f"{key}={value}" for key, value in settings.items()),
+                        estimated_seconds(changed, topology, shape),
+                        estimated_memory(changed, shape),
+                    )
+                )
+    capacity = topology.chip.memory
+
+    def promise(candidate: Candidate) -> tuple[bool, float, float]:
+        fits = candidate.memory <= capacity
+        return (
+            (False, candidate.seconds, candidate.memory)
+            if fits
+            else (True, candidate.memory, candidate.seconds)
+        )
+
+    return sorted(found, key=promise)
+
+
+def estimated_memory(config: RunConfig, shape: dict[str, int]) -> float:
+    """Bytes of a device by formula: the state, its gradients and the teacher, and what `memory` estimates."""
+    split = shape["fsdp"] * shape["tensor"]
+    teacher = teacher_config(config)
+    state = 4 * 4 * count_parameters(config.model).total
+    if config.training.accumulation > 1:
+        state += 4 * count_parameters(config.model).total
+    if teacher is not None:
+        state += (2 if config.distill.dtype == "bfloat16" else 4) * count_parameters(teacher).total
+    return state / split + saved_activations(config, shape) + head_blocks(config, shape)
+
+
+def estimated_seconds(config: RunConfig, topology: Topology, shape: dict[str, int]) -> float:
+    """Of a step by formula: its products, and after them what is sent, which is pessimistic, but orders well.
+
+    Weights are gathered over fsdp for the forward and the backward pass of each microbatch, and gradients summed there;
+    four times a layer activations are summed over tensor; keys and values are gathered over sequence.
+    """
+    chip, model, teacher = topology.chip, config.model, teacher_config(config)
+    devices, width = len(topology.devices), 2 if config.compute.dtype == "bfloat16" else 4
+    tokens = config.data.batch_size * config.data.seq_len
+    flops = training_flops_per_token(model, config.data.seq_len, teacher) * tokens
+    flops *= 1 + _RECOMPUTED[config.compute.remat] / 4
+    weights = count_parameters(model).total / shape["tensor"]
+    gathered = 3 * weights + (0 if teacher is None else count_parameters(teacher).total / shape["tensor"])
+    mine = tokens / devices * shape["tensor"]
+    sent = gathered * width * config.training.accumulation * _others(shape["fsdp"])
+    sent += 2 * 4 * weights / shape["fsdp"] * _others(shape["data"])
+    sent += 4 * model.num_layers * mine * model.d_model * width * 2 * _others(shape["tensor"])
+    pairs = 2 * model.num_kv_heads * model.head_dim / shape["tensor"] * width * mine * shape["sequence"]
+    sent += 3 * model.num_layers * pairs * _others(shape["sequence"])
+    return flops / devices / chip.peak_flops + sent / (chip.link_bandwidth * (2 if chip.dimensions else 1))
+
+
+def _meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
+    """Every mesh of the devices that divides the model; copies across slices stay as configured."""
+    model, replica = config.model, max(1, config.mesh.replica)
+    for tensor in _divisors(model.num_kv_heads):
+        if model.d_ff % tensor or model.vocab_size % tensor:
+            continue
+        for sequence in _divisors(_WIDEST_SEQUENCE):
+            rest, uneven = divmod(devices, replica * tensor * sequence)
+            if uneven:
+                continue
+            for fsdp in _divisors(rest):
+                if model.d_model % fsdp == 0:
+                    yield MeshConfig(rest // fsdp, fsdp, tensor, sequence, replica)
+
+
+def _rank(plan: Plan) -> tuple[bool, float, int]:
+    seconds = plan.bounds.seconds if plan.bounds is not None else 0.0
+    return (not plan.fits, seconds, plan.program.memory.peak)
+
+
+def _others(count: int) -> float:
+    """The share of an array that a ring of so many devices sends."""
+    return (count - 1) / count
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

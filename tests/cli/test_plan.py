@@ -1,0 +1,66 @@
+"""The verb plan as it is typed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from gemma2_jax.cli.main import main
+from gemma2_jax.planning import topologies
+
+TOY = ["plan", "model=toy", "tokenizer.vocab_size=512", "data.batch_size=8", "data.seq_len=32", "mesh.data=8"]
+
+
+def test_a_table_and_its_figures_as_json(capsys):
+    assert main([*TOY, "topology=cpu:8"]) == 0
+    table = capsys.readouterr().out
+    assert "run on cpu:8 fits." in table
+    for words in (
+        "memory a device",
+        "compiled in",
+        "model FLOPs a step",
+        "least time of a step",
+        "(estimate)",
+    ):
+        assert words in table
+    assert main([*TOY, "topology=cpu:8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["fits"], found["devices"]) == (True, 8)
+    assert found["program_per_device"]["flops"] > 0
+
+
+def test_what_does_not_fit_has_an_exit_code_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(topologies, "_CPU", replace(topologies._CPU, memory=1000))
+    assert main([*TOY, "topology=cpu:8", "training.accumulation=1"]) == 3
+    told = capsys.readouterr().out
+    assert "does not fit" in told
+    assert "What would help:" in told
+
+
+def test_a_search_prints_what_to_type(capsys):
+    assert main([*TOY, "topology=cpu:8", "--search", "--budget", "0"]) == 0
+    told = capsys.readouterr().out
+    assert "1 tried on cpu:8" in told
+    assert "Best: mesh.replica=1 mesh.data=" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (TOY, "topology is missing"),
+        ([*TOY, "topology=abacus:8"], "topology=abacus:8 names no chip that is known"),
+        ([*TOY[:-1], "topology=cpu:8", "mesh.data=3"], "does not fit 8 device(s)"),
+        (
+            [*TOY[:-1], "topology=cpu:8", "mesh.data=1", "mesh.tensor=8"],
+            "mesh.tensor is 8, which does not divide",
+        ),
+        ([*TOY, "topology=cpu:8", "data.batch_size=12"], "choose a multiple of 8"),
+        ([*TOY, "topology=cpu:8", "model=toi"], "there is no model toi"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, told, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.startswith("gemma2: ")
+    assert error.count("\n") == 1

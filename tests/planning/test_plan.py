@@ -1,0 +1,203 @@
+"""A plan of toy runs on the CPU's eight devices, and of a small model on a TPU that is not there."""
+
+import importlib.util
+import os
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemma2_jax.chips import CHIPS
+from gemma2_jax.config import UserError
+from gemma2_jax.model.config import ComputeConfig
+from gemma2_jax.model.counts import count_parameters, training_flops_per_token
+from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.planning.count import Cost
+from gemma2_jax.planning.memory import memory_parts, saved_activations, what_helps
+from gemma2_jax.planning.plan import make_plan
+from gemma2_jax.planning.program import abstract_inputs, mesh_of, teacher_config, wanted_bytes
+from gemma2_jax.planning.roofline import bandwidth_along, bounds
+from gemma2_jax.planning.search import candidates, search
+from gemma2_jax.planning.topologies import Topology, find_topology
+from gemma2_jax.sharding.mesh import MeshConfig
+
+
+@pytest.fixture(scope="module")
+def cpus():
+    return find_topology("cpu:8")
+
+
+@pytest.fixture(scope="module")
+def planned_run(toy_run):
+    """Distillation from a teacher that is described and not there, of data that is not there."""
+    return replace(
+        toy_run,
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        data=replace(toy_run.data, folder="nowhere", source="nowhere.txt"),
+        objective=ObjectiveConfig(cross_entropy=0.0, forward_kl=1.0, temperature=1.0, block_tokens=48),
+        distill=replace(toy_run.distill, teacher="nowhere", model=replace(toy_run.model, d_model=64)),
+    )
+
+
+@pytest.fixture(scope="module")
+def plan(planned_run, cpus):
+    return make_plan(planned_run, cpus)
+
+
+def test_a_plan_needs_no_data_and_no_teacher(plan, planned_run):
+    assert plan.fits
+    assert plan.help == []
+    found = plan.to_dict()
+    teacher = teacher_config(planned_run)
+    assert found["model_flops_per_step"] == plan.tokens * training_flops_per_token(
+        planned_run.model, 32, teacher
+    )
+    memory = found["memory_per_device"]
+    assert memory["argument_bytes"] <= memory["peak_bytes"] <= memory["capacity_bytes"]
+    assert memory["peak_bytes"] <= 2 * (memory["argument_bytes"] + memory["temp_bytes"])
+    assert set(found["program_per_device"]["collective_bytes_sent"]) >= {"fsdp", "tensor"}
+    estimate = found["estimate"]
+    assert estimate["step_seconds_at_least"] == max(estimate["bounds_seconds"].values())
+    assert estimate["bounds_seconds"][estimate["bound_by"]] == estimate["step_seconds_at_least"]
+
+
+def test_the_programs_products_are_those_of_the_formula(plan):
+    # Beside the formula's, the program has hidden pairs of attention, and computes scores twice.
+    assert 1.0 < plan.cost.flops * plan.devices / plan.model_flops < 1.6
+
+
+def test_parts_are_those_of_the_shards(planned_run, cpus, plan):
+    whole = 4 * count_parameters(planned_run.model).total
+    assert (
+        whole / 4 <= plan.parts.parameters < whole / 2
+    )  # split over fsdp and tensor, but for the norms' scales
+    assert plan.parts.moments == pytest.approx(2 * plan.parts.parameters, abs=64)
+    assert plan.parts.teacher > plan.parts.parameters
+    alone = replace(planned_run, mesh=MeshConfig(data=8), data=replace(planned_run.data, batch_size=8))
+    mesh = mesh_of(alone, cpus)
+    assert memory_parts(alone, abstract_inputs(alone, mesh), dict(mesh.shape)).parameters == whole
+
+
+def test_remat_keeps_less(planned_run):
+    kept = [
+        saved_activations(replace(planned_run, compute=ComputeConfig(remat=remat)), {"data": 2})
+        for remat in ("none", "dots", "full")
+    ]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[2] == 2 * 32 * 4 * planned_run.model.d_model  # 2 rows a device, one pair of layers
+
+
+def test_what_does_not_fit_says_what_would_help(planned_run, cpus):
+    small = replace(cpus, chip=replace(cpus.chip, memory=1000))
+    plan = make_plan(planned_run, small)
+    assert not plan.fits
+    told = " ".join(plan.help)
+    for words in ("compute.remat=full", "mesh.fsdp=4", "distill.dtype=bfloat16", "twice as many devices"):
+        assert words in told
+    assert told.count("an estimate") == len(plan.help)
+    parts = replace(plan.parts, activations=10**9)
+    assert "enough by itself" in what_helps(planned_run, small, parts, plan.mesh, 10**8)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"mesh": MeshConfig(data=3)}, "does not fit 8 device"),
+        ({"mesh": MeshConfig(data=1, tensor=8)}, "mesh.tensor is 8, which does not divide dimension"),
+        ({"mesh": MeshConfig(data=8)}, "data.batch_size / training.accumulation is 4 rows"),
+    ],
+)
+def test_what_does_not_go_together_is_told(changes, told, planned_run, cpus):
+    with pytest.raises(UserError, match=told):
+        make_plan(replace(planned_run, **changes), cpus)
+
+
+def test_a_teacher_of_unknown_sizes_is_told(planned_run):
+    with pytest.raises(UserError, match=r"distill\.teacher is nowhere, which is not here; .* distill\.model"):
+        teacher_config(replace(planned_run, distill=replace(planned_run.distill, model=None)))
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: … required for HLO temporaries (6.00T) exceeds available HBM (15.75G).",
+            6 * 2**40,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: … Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.",
+            20.5 * 2**30,
+        ),
+        ("INVALID_ARGUMENT: something else", None),
+    ],
+)
+def test_the_compilers_own_figure_is_read(error, size):
+    assert wanted_bytes(error) == size
+
+
+class Device:
+    """One of a torus of slices."""
+
+    def __init__(self, coords, slice_index):
+        self.coords, self.slice_index = coords, slice_index
+
+
+class FakeMesh:
+    """Two slices of 2x4 chips as replica x fsdp x tensor."""
+
+    axis_names = ("replica", "fsdp", "tensor")
+
+    def __init__(self):
+        self.devices = np.empty((2, 2, 4), object)
+        for place in np.ndindex(2, 2, 4):
+            self.devices[place] = Device((place[1], place[2], 0), place[0])
+
+
+def test_each_network_has_its_own_bandwidth():
+    chip = CHIPS["v5e"]
+    topology = Topology("v5e:2x4*2", chip, (None,) * 16, "tpu")
+    mesh: Any = FakeMesh()
+    assert bandwidth_along(("tensor",), mesh, topology) == 2 * chip.link_bandwidth
+    assert bandwidth_along(("fsdp", "tensor"), mesh, topology) == 4 * chip.link_bandwidth
+    assert bandwidth_along(("replica",), mesh, topology) == chip.network_bandwidth
+    cost = Cost(flops=197e12, bytes=819e9 * 2)
+    cost.sent["all-reduce", ("replica",)] = 3 * chip.network_bandwidth
+    cost.sent["all-gather", ("replica",)] = chip.network_bandwidth
+    found = bounds(cost, 197e12 / 2, mesh, topology)
+    assert asdict(found) == {"compute": 1.5, "memory": 2.0, "network": {"replica": 4.0}}
+    assert (found.binding, found.seconds) == ("network along replica", 4.0)
+
+
+def test_candidates_divide_and_the_search_keeps_its_budget(planned_run, cpus):
+    waiting = candidates(planned_run, cpus)
+    assert len({candidate.overrides for candidate in waiting}) == len(waiting) > 10
+    for candidate in waiting:
+        mesh = mesh_of(candidate.config, cpus)
+        abstract_inputs(candidate.config, mesh)  # refuses what does not divide
+    found = search(planned_run, cpus, budget=0.0)
+    assert (len(found.plans), found.left) == (1, len(waiting) - 1)
+    assert found.plans[0][0].config.compute.remat == "none"  # the fastest of those that fit
+
+
+def test_a_search_without_a_mesh_is_told(planned_run, cpus):
+    odd = replace(planned_run, data=replace(planned_run.data, batch_size=3, seq_len=31))
+    with pytest.raises(UserError, match=r"no mesh of the 8 devices of cpu:8 divides"):
+        search(odd, cpus, budget=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu")
+def test_a_tpu_that_is_not_there(planned_run):
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    config = replace(
+        planned_run,
+        mesh=MeshConfig(data=2, fsdp=4, tensor=2),
+        data=replace(planned_run.data, batch_size=16, seq_len=256),
+        compute=ComputeConfig(dtype="bfloat16", remat="full"),
+    )
+    plan = make_plan(config, find_topology("v5e:4x4"))
+    assert plan.fits
+    assert plan.cost is not None
+    assert plan.cost.uncounted == 0
+    assert plan.cost.flops > 0

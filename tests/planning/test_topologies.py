@@ -1,0 +1,63 @@
+"""Names of machines that are not there."""
+
+import importlib.util
+
+import pytest
+
+from gemma2_jax.chips import CHIPS, chip_of_kind
+from gemma2_jax.config import UserError
+from gemma2_jax.planning.gpus import target_config
+from gemma2_jax.planning.topologies import find_topology
+
+
+def test_the_processs_own_devices():
+    topology = find_topology("cpu:8")
+    assert (len(topology.devices), topology.platform) == (8, "cpu")
+    assert {topology.island(device) for device in topology.devices} == {0}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("v5e", "cannot be read; accepted: v5e:4x4"),
+        ("v5e:4x", "cannot be read"),
+        ("v5x:4x4", "accepted: a100, b200, cpu, h100, h200, tpu7x, v4, v5e, v5p, v6e"),
+        ("v5e:4x4x4", "accepted: the form v5e:4x4"),
+        ("v5p:4x4", "accepted: the form v5p:4x4x4"),
+        ("h100:2x4", "accepted: the form h100:8"),
+        ("h100:8*2", "accepted: the form h100:8"),
+        ("cpu:9", "--xla_force_host_platform_device_count=9"),
+    ],
+)
+def test_mistakes_are_told(name, told):
+    with pytest.raises(UserError, match=rf"^topology={name.replace('*', '.')} ") as error:
+        find_topology(name)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h100:8", "cuda12")])
+def test_a_missing_compiler_names_its_extra(name, extra, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(UserError, match=rf"pip install -e '\.\[{extra}\]'"):
+        find_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v4", "v4"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA H200", "h200"),
+    ],
+)
+def test_chips_are_found_by_how_jax_names_them(kind, name):
+    assert chip_of_kind(kind) is CHIPS[name]
+
+
+def test_a_gpu_is_described_by_its_own_figures():
+    text = target_config("h100", CHIPS["h100"])
+    assert "device_memory_size: 84929347584" in text
+    assert "major: 9 minor: 0" in text
+    assert "memory_bandwidth: 3352000000000" in text
