@@ -3,7 +3,7 @@
     RUN/checkpoints/<step>/params      nested dict of arrays, laid out like model/weights.py
                           /optimizer   the optimizer's state
                           /matching    projections of distillation's matching and their optimizer's state, if any
-                          /data        where the data iterator stands
+                          /data        where the data iterator stands, from each process and the same in all
                           /_CHECKPOINT_METADATA   the resolved config, and the step
 
 Orbax writes into a temporary folder and renames it, so a checkpoint is whole or not there. Everything
@@ -12,6 +12,7 @@ restores into an abstract target, which fixes shapes, dtypes and shardings: a ch
 
 import gc
 import inspect
+import json
 import logging
 import sys
 import time
@@ -95,7 +96,10 @@ class CheckpointStore:
         path = Path(self._checkpointer.directory) / str(step)
         _check_trees(path, abstract_trees)
         with _reading(path):
-            restored = self._checkpointer.load_checkpointables(step, {**abstract_trees, _ITERATOR: iterator})
+            restored = self._checkpointer.load_checkpointables(step, abstract_trees)
+            # Orbax asks for the file of a process of the same number among as many; any of them will do.
+            file = min((path / _ITERATOR).glob("process_*.json"))
+            iterator.set_state(json.loads(file.read_text(encoding="utf-8")))
         return {name: restored[name] for name in abstract_trees}
 
 

@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.data.prepare import prepare
     from gemma2_jax.distill.cache.manifest import verify_cache
     from gemma2_jax.distill.cache.writer import write_cache
+    from gemma2_jax.sharding.hosts import first_process_first, is_first, join
     from gemma2_jax.training.inputs import cache_task
 
     config = compose(arguments.overrides, arguments.config_dir)
@@ -48,7 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
         count = verify_cache(task.folder)
         print(f"{task.folder}: {count} files were read and are whole.")
         return
-    prepare(config.data, config.tokenizer)
+    join(config.hosts)
+    with first_process_first():
+        prepare(config.data, config.tokenizer)
     manifest = write_cache(task, arguments.estimate)
-    if not arguments.estimate:
+    if is_first() and not arguments.estimate:
         print(f"{task.folder} holds the teacher's signal for {manifest.rows} rows.")

@@ -19,26 +19,20 @@ _READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
 def train_batches(data: DataConfig, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
     """Returns an endless iterator of `Batch` (numpy arrays, B / process_count rows) over the training split.
 
-    Each process has documents of its own, and sees every one of them once in each of its epochs, in an order
-    drawn from `data.seed` and the epoch. The same arguments give the same batches. `get_state()` is small and
-    can go through JSON; after `set_state` the batches go on exactly where they were.
+    Every document comes once in each epoch, in an order drawn from `data.seed` and the epoch. A process gets its rows
+    of batches that are the same for any number of processes, and so are the iterator's states: each packs all rows,
+    and keeps its own. `get_state()` is small and can go through JSON; after `set_state` the batches go on exactly
+    where they were.
 
     Raises:
-        UserError: the data is not prepared; `batch_size` is no multiple of `process_count`; or there are fewer
-            documents than processes.
+        UserError: the data is not prepared, or `batch_size` is no multiple of `process_count`.
     """
-    rows = _rows_of_process(data, process_index, process_count)
+    mine = _rows_of_process(data, process_index, process_count)
     manifest = read_manifest(data.folder)
-    if manifest.train.documents < process_count:
-        raise UserError(
-            f"data.folder {data.folder} has {manifest.train.documents} documents to train on, "
-            f"which do not suffice for {process_count} processes."
-        )
-    # Divided before it is shuffled: a process keeps its documents over all epochs.
-    documents = _documents(data, manifest, manifest.train_shards)[process_index::process_count]
+    documents = _documents(data, manifest, manifest.train_shards)
     shuffled = documents.shuffle(seed=data.seed).repeat()  # every epoch is shuffled anew
     packed = PackedRows(shuffled.to_iter_dataset(_READING), data.seq_len)
-    return iter(packed.batch(rows).map(_to_batch))
+    return iter(packed.batch(data.batch_size).map(partial(_to_batch, mine=mine)))
 
 
 def validation_batches(data: DataConfig, process_index: int = 0, process_count: int = 1) -> grain.IterDataset:
@@ -50,7 +44,7 @@ def validation_batches(data: DataConfig, process_index: int = 0, process_count: 
     Raises:
         UserError: as `train_batches`, or if nothing was held out.
     """
-    rows = _rows_of_process(data, process_index, process_count)
+    mine = _rows_of_process(data, process_index, process_count)
     manifest = read_manifest(data.folder)
     if not manifest.validation_shards:
         raise UserError(
@@ -60,20 +54,18 @@ def validation_batches(data: DataConfig, process_index: int = 0, process_count: 
     documents = _documents(data, manifest, manifest.validation_shards)
     packed = PackedRows(documents.to_iter_dataset(_READING), data.seq_len)
     fill = partial(grain.experimental.batch_and_pad, batch_size=data.batch_size)
-    mine = slice(process_index * rows, (process_index + 1) * rows)
-    return packed.batch(data.batch_size, batch_fn=fill).map(
-        lambda batch: _to_batch({name: values[mine] for name, values in batch.items()})
-    )
+    return packed.batch(data.batch_size, batch_fn=fill).map(partial(_to_batch, mine=mine))
 
 
-def _rows_of_process(data: DataConfig, process_index: int, process_count: int) -> int:
+def _rows_of_process(data: DataConfig, process_index: int, process_count: int) -> slice:
     if not 0 <= process_index < process_count:
         raise UserError(f"There is no process {process_index} of {process_count}.")
     if data.batch_size % process_count:
         raise UserError(
             f"data.batch_size is {data.batch_size}; it must be a multiple of the number of processes ({process_count})."
         )
-    return data.batch_size // process_count
+    rows = data.batch_size // process_count
+    return slice(process_index * rows, (process_index + 1) * rows)
 
 
 def _documents(data: DataConfig, manifest: Manifest, shards: tuple[Shard, ...]) -> grain.MapDataset:
@@ -81,5 +73,6 @@ def _documents(data: DataConfig, manifest: Manifest, shards: tuple[Shard, ...]) 
     return grain.MapDataset.source(source).map(partial(np.frombuffer, dtype=manifest.dtype))
 
 
-def _to_batch(rows: Row) -> Batch:
+def _to_batch(rows: Row, mine: slice) -> Batch:
+    rows = {name: values[mine] for name, values in rows.items()}
     return Batch(**rows, loss_mask=(rows["segment_ids"] > 0).astype(np.float32))

@@ -15,7 +15,8 @@ from gemma2_jax.data.shards import read_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.model.vocabulary import check_tokens
-from gemma2_jax.sharding.layout import batch_shares
+from gemma2_jax.sharding.hosts import wait_for_all
+from gemma2_jax.sharding.layout import batch_sharding, batch_shares
 from gemma2_jax.training.config import RunConfig
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
@@ -23,7 +24,7 @@ DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was tr
 # What may differ between the configuration that a run began with and the one that goes on with it: where
 # things lie and what watches them. That the data and the tokenizer are the same is checked by content.
 _MAY_CHANGE = {
-    "name", "output", "mesh", "metrics", "checkpoint", "training.log_every",
+    "name", "output", "hosts", "mesh", "metrics", "checkpoint", "training.log_every",
     "data.folder", "data.workers", "data.shard_characters", "tokenizer.path",
 }  # fmt: skip
 
@@ -42,6 +43,31 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
             f"mesh.data x mesh.fsdp is {shares}, which is not a multiple of the {jax.process_count()} processes; "
             "each of them feeds rows of its own."
         )
+
+
+def check_feeding(config: RunConfig, mesh: Mesh) -> None:
+    """Raises UserError unless each process feeds rows of its own: no other process's devices take part in them."""
+    rows = config.data.batch_size
+    of_process: dict[int, set[int]] = {}
+    for device, (index, *_) in batch_sharding(mesh).devices_indices_map((rows,)).items():
+        of_process.setdefault(device.process_index, set()).update(range(*index.indices(rows)))
+    if any(len(taken) * jax.process_count() != rows for taken in of_process.values()):
+        raise UserError(
+            f"mesh lays {dict(mesh.shape)} out so that the devices of several processes share rows of the batch, and "
+            f"each of the {jax.process_count()} processes feeds rows of its own; let mesh.tensor be no more than the "
+            "devices of a process."
+        )
+
+
+def check_shared(configs: Sequence[RunConfig]) -> None:
+    """Raises UserError if a run folder that process 0 has made is not there for this one."""
+    wait_for_all("folders")
+    for config in configs:
+        if not Path(config.output).is_dir():
+            raise UserError(
+                f"output is {config.output}, which process 0 has made and process {jax.process_index()} does not see; "
+                "it must lie on a disk that all processes share."
+            )
 
 
 def check_together(configs: Sequence[RunConfig]) -> None:

@@ -20,6 +20,7 @@ from gemma2_jax.distill.initialise import initial_params
 from gemma2_jax.distill.on_policy import build_rollout, on_policy_steps
 from gemma2_jax.model.counts import training_flops_per_token
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.sharding.hosts import is_first
 from gemma2_jax.sharding.layout import on_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import Inputs
@@ -91,7 +92,7 @@ class Trainer:
         self._stopwatch = Stopwatch()
         self._rows: list[dict[str, jax.Array]] = []  # of the steps since the last row of metrics
         self._writers: list[Writer] = []
-        if jax.process_index() == 0:
+        if is_first():
             self._writers = open_writers(config.metrics, Path(config.output), self.step, to_dict(config))
             for writer in self._writers:
                 stack.callback(writer.close)
