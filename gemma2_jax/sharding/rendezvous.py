@@ -7,8 +7,9 @@ each of the others sends one line of JSON and is answered with one: what is wron
 import json
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 from gemma2_jax.config import UserError
 
@@ -45,7 +46,8 @@ def split_address(coordinator: str) -> tuple[str, int]:
 def _gather(port: int, num_processes: int, timeout: float) -> None:
     """Process 0's side."""
     until = time.monotonic() + timeout
-    came: dict[int, socket.socket] = {}
+    came: set[int] = set()
+    connections: list[socket.socket] = []
     with ExitStack() as stack:
         server = stack.enter_context(_listening(port, num_processes))
         refused = None
@@ -63,14 +65,15 @@ def _gather(port: int, num_processes: int, timeout: float) -> None:
             line = _read(connection)
             if line.get("greeting") == _GREETING:
                 refused = _mistake(line, num_processes, came)
-                came[line["process"]] = connection
-        for connection in came.values():
+                came.add(line["process"])
+                connections.append(connection)
+        for connection in connections:
             _write(connection, {"refused": refused})
         if refused is not None:
             raise UserError(refused)
 
 
-def _mistake(line: Mapping[str, int], num_processes: int, came: Mapping[int, socket.socket]) -> str | None:
+def _mistake(line: Mapping[str, int], num_processes: int, came: Collection[int]) -> str | None:
     number, expected = line["process"], line["processes"]
     if expected != num_processes:
         return (
@@ -124,7 +127,7 @@ def _write(connection: socket.socket, values: Mapping[str, object]) -> None:
     connection.sendall(json.dumps(values).encode() + b"\n")
 
 
-def _read(connection: socket.socket, seconds: float = _LINE_SECONDS) -> dict[str, object]:
+def _read(connection: socket.socket, seconds: float = _LINE_SECONDS) -> dict[str, Any]:
     """One line of JSON; empty for anything else."""
     connection.settimeout(seconds)
     try:

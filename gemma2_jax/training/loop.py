@@ -91,12 +91,12 @@ def train_together(configs: Sequence[RunConfig]) -> None:
 
 def _what_decides(configs: Sequence[RunConfig]) -> dict[str, Any]:
     """What all processes must have in common for their steps to be those of one program."""
-    found = {
-        f"{config.name}: {key}": value for config in configs for key, value in to_dict(config).items()
-    }
+    found = {f"{config.name}: {key}": value for config in configs for key, value in to_dict(config).items()}
     steps = {f"the newest checkpoint in {config.output}": latest_step(config.output) for config in configs}
     folder = configs[0].data.folder
-    data = {f"{name} of data.folder {folder}": value for name, value in data_identity(configs[0].data).items()}
+    data = {
+        f"{name} of data.folder {folder}": value for name, value in data_identity(configs[0].data).items()
+    }
     return found | steps | data
 
 
