@@ -31,7 +31,8 @@ ALLOWED = {
 ALLOWED["training"] = set(ALLOWED) - BOTTOM
 ALLOWED["evaluation"] = ALLOWED["training"] | {"training"}
 ALLOWED["studies"] = ALLOWED["evaluation"] | {"evaluation"}
-ALLOWED["cli"] = ALLOWED["studies"] | {"studies"}
+ALLOWED["launching"] = {"training"}
+ALLOWED["cli"] = ALLOWED["studies"] | {"studies", "launching"}
 
 # Libraries that one room only may know.
 ONLY_IN = {
@@ -42,6 +43,7 @@ ONLY_IN = {
     "matplotlib": "studies",
     "safetensors": "formats",
     "gguf": "formats",
+    "submitit": "launching",
 }
 
 
@@ -107,7 +109,9 @@ def read_setup() -> configparser.ConfigParser:
 def test_what_is_imported_is_required_and_the_other_way_round():
     setup = read_setup()
     lines = setup["options"]["install_requires"]
-    lines += "".join(setup["options.extras_require"][extra] for extra in ("parquet", "wandb", "hub", "gguf"))
+    lines += "".join(
+        setup["options.extras_require"][extra] for extra in ("parquet", "wandb", "hub", "gguf", "slurm")
+    )
     required = {re.split(r"[^A-Za-z0-9_.-]", line)[0].replace("-", "_") for line in lines.split("\n") if line}
     named_otherwise = {"yaml": "pyyaml", "hydra": "hydra_core", "orbax": "orbax_checkpoint"}
     first = {module.split(".")[0] for path in FILES for module in imports(path.read_text(encoding="utf-8"))}

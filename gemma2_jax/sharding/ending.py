@@ -20,20 +20,21 @@ _POLL_MS = 600_000
 
 
 class _Watch:
-    """The connection to the other processes, and whether this one is on its way out."""
+    """The connection to the other processes, and whether this one is on its way out, perhaps on account of another."""
 
-    def __init__(self, client: Any, process: int, processes: int) -> None:
-        self.client, self.process, self.processes = client, process, processes
+    def __init__(self, client: Any, process: int) -> None:
+        self.client, self.process = client, process
         self.leaving = threading.Event()
+        self.interrupted = False
 
 
 _watch: _Watch | None = None
 
 
-def watch(client: Any, process: int, processes: int) -> None:
+def watch(client: Any, process: int) -> None:
     """From now on, this process ends when another one has failed."""
     global _watch
-    _watch = _Watch(client, process, processes)
+    _watch = _Watch(client, process)
     threading.Thread(target=_wait, args=(_watch,), daemon=True, name="other processes").start()
 
 
@@ -56,7 +57,7 @@ def leave(code: int, told: str | None) -> None:
         return
     _watch.leaving.set()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end(_watch, code, told)
+    _end(_watch, 1 if _watch.interrupted else code, told)
 
 
 def _finish(watch: _Watch) -> None:
@@ -101,6 +102,7 @@ def _wait(watch: _Watch) -> None:
                 continue
             return  # the connection is closed: the end, in one way or another
         if not watch.leaving.wait(_GRACE):
+            watch.interrupted = True
             _thread.interrupt_main()
         if not watch.leaving.wait(_UNWIND):
             watch.leaving.set()

@@ -10,6 +10,7 @@ Which processes there are is told by the configuration, or by what started them:
 import importlib.util
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -95,7 +96,12 @@ def join(config: HostsConfig) -> None:
         cluster_detection_method="deactivate",
         initialization_timeout=config.timeout,
     )
-    watch(distributed.global_state.client, place.process_id, place.num_processes)
+    watch(distributed.global_state.client, place.process_id)
+    if not is_first():
+        # JAX's collectives between CPUs print from C++ with whom they are connected.
+        sys.stdout.flush()
+        with open(os.devnull, "w") as sink:
+            os.dup2(sink.fileno(), 1)
 
 
 def find_place(config: HostsConfig) -> Place | None:

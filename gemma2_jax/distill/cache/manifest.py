@@ -17,11 +17,11 @@ FORMAT = 1  # of the folder; raised when a reader of the old one would misread t
 
 @dataclass(frozen=True)
 class DataOrder:
-    """All that decides which tokens are in row i of the training data.
+    """All that decides which tokens are in row i of the training data, and in which file it is.
 
     Attributes:
         documents: the prepared data's identity; tokenizer: fingerprint of its tokenizer.
-        process_count: the processes that the documents are divided among.
+        process_count: the processes that each batch's rows are divided among.
     """
 
     documents: str
