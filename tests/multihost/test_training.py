@@ -23,10 +23,11 @@ TIMES = ("tokens_per_second",)
 
 @pytest.fixture(scope="module")
 def config(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy run over all devices that there are, with weights split, saved for all processes."""
+    """The toy run over all devices that there are, with weights and documents divided, saved for all processes."""
     folder = tmp_path_factory.mktemp("multihost")
     config = replace(
         toy_run,
+        data=replace(toy_run.data, streams=2),
         mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
         training=replace(toy_run.training, steps=4, eval_every=2),
         optimizer=replace(toy_run.optimizer, warmup_steps=1),

@@ -31,6 +31,7 @@ class DataOrder:
     seq_len: int
     batch_size: int
     process_count: int
+    streams: int = 1  # in caches of before there were several
 
     @classmethod
     def of(cls, data: DataConfig, process_count: int) -> "DataOrder":
@@ -43,6 +44,7 @@ class DataOrder:
             seq_len=data.seq_len,
             batch_size=data.batch_size,
             process_count=process_count,
+            streams=data.streams,
         )
 
 
