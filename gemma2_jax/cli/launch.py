@@ -32,14 +32,23 @@ _SLURM = f"""\
 Submits the run to SLURM by submitit (pip install 'gemma2_jax[slurm]'), from a login node: one process a node, with
 all of its GPUs.
 
+  gemma2 launch slurm experiment=quickstart/teacher --nodes 4 --gpus-per-node 8 --partition gpus
+  gemma2 launch slurm experiment=quickstart/teacher --local        on this machine, to try it
+
 {_PINNED}"""
 _TPU_VM = f"""\
 Asks for Cloud TPU VMs by gcloud's queued resources. Each VM installs the pinned code and its requirements and runs
 it; take the VMs down with `gcloud compute tpus queued-resources delete NAME --force`.
 
+  gemma2 launch tpu-vm model=gemma2_2b … --zone us-west4-a --accelerator-type v5litepod-16 --spot \\
+      --runtime-version v2-alpha-tpuv5-lite --bucket gs://mine/jobs --workdir /mnt/shared --mount 'mount -t nfs …'
+
 {_PINNED}"""
 _GKE = f"""\
 Queues the run on a cluster that xpk made (pip install xpk), on TPUs or GPUs.
+
+  gemma2 launch gke model=gemma2_2b … --cluster mine --tpu-type v5litepod-16 --image … --workdir /mnt/shared
+  gemma2 launch gke model=gemma2_2b … --cluster mine --device-type h100-80gb-8 --nodes 4 --image … --workdir …
 
 {_PINNED}"""
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 _REASON = "gemma2_jax/ended"  # the key of the reason with the coordinator
+_DONE = "done"  # in its place, when there is none
 _GRACE = 0.5  # seconds in which a process that fails by itself, as all may at once, does so
 _UNWIND = 10.0  # seconds to close files in
 _POLL_MS = 600_000
@@ -26,6 +27,7 @@ class _Watch:
         self.client, self.process = client, process
         self.leaving = threading.Event()
         self.interrupted = False
+        self.thread = threading.Thread(target=_wait, args=(self,), daemon=True, name="other processes")
 
 
 _watch: _Watch | None = None
@@ -35,7 +37,7 @@ def watch(client: Any, process: int) -> None:
     """From now on, this process ends when another one has failed."""
     global _watch
     _watch = _Watch(client, process)
-    threading.Thread(target=_wait, args=(_watch,), daemon=True, name="other processes").start()
+    _watch.thread.start()
 
 
 def is_watched() -> bool:
@@ -64,6 +66,10 @@ def _finish(watch: _Watch) -> None:
     """Waits until all are done: process 0 takes the coordinator with it."""
     watch.client.wait_at_barrier("gemma2_jax/done", 24 * 3600 * 1000)
     watch.leaving.set()
+    # A thread that still waits in C++ when Python ends would abort the process.
+    if watch.process == 0:
+        watch.client.key_value_set(_REASON, _DONE)
+    watch.thread.join(_UNWIND)
 
 
 def _end(watch: _Watch, code: int, told: str | None) -> None:
@@ -96,7 +102,8 @@ def _publish(watch: _Watch, told: str | None) -> str | None:
 def _wait(watch: _Watch) -> None:
     while not watch.leaving.is_set():
         try:
-            watch.client.blocking_key_value_get(_REASON, _POLL_MS)
+            if watch.client.blocking_key_value_get(_REASON, _POLL_MS) == _DONE:
+                return
         except Exception as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 continue

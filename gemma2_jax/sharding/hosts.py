@@ -3,6 +3,7 @@
     join(config.hosts)            # before anything is computed
     with first_process_first():   # process 0 makes what the others then find
         prepare(...)
+    ending.leave(0, None)         # as the command line does, at the end
 
 Which processes there are is told by the configuration, or by what started them: SLURM, Open MPI, a TPU pod, GKE.
 """
@@ -88,6 +89,8 @@ def join(config: HostsConfig) -> None:
     if place is None:
         return
     meet(place.coordinator, place.num_processes, place.process_id, config.timeout)
+    # It would take SIGTERM for itself, from the command line that ends this process and with it the others.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         place.coordinator,
         place.num_processes,

@@ -12,6 +12,7 @@ from gemma2_jax.checkpoints.store import load_params
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.config import load
 from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.sharding.ending import leave
 from gemma2_jax.sharding.hosts import join
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.config import RunConfig
@@ -28,4 +29,5 @@ with np.load(params) as expected:
     for name, leaf in zip(expected.files, leaves, strict=True):
         for shard in leaf.addressable_shards:
             np.testing.assert_array_equal(np.asarray(shard.data), expected[name][shard.index], strict=True)
+leave(0, None)
 assert any(not leaf.is_fully_replicated for leaf in leaves)

@@ -18,7 +18,7 @@ from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.metrics import read_metrics
 from tests.multihost.job import GEMMA2, Ended, run_job
 
-TIMES = ("tokens_per_second",)
+TIMES = ("tokens_per_second", "mfu")
 
 
 @pytest.fixture(scope="module")
