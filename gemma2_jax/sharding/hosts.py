@@ -153,7 +153,8 @@ def first_process_first() -> Iterator[None]:
 def wait_for_all(name: str) -> None:
     """Returns when all processes have come here; without their devices, for which some may have to compile first."""
     if jax.process_count() > 1:
-        distributed.global_state.client.wait_at_barrier(_numbered(name), _WAIT_HOURS * 3600 * 1000)
+        client: Any = distributed.global_state.client
+        client.wait_at_barrier(_numbered(name), _WAIT_HOURS * 3600 * 1000)
 
 
 def check_agreement(values: Mapping[str, Any]) -> None:
@@ -198,14 +199,15 @@ def _detected(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a missing package, of which the check above has told
         try:
-            *known, devices = ClusterEnv.auto_detect_unset_distributed_params(*given, None, None, timeout)
+            coordinator, num_processes, process_id, devices = ClusterEnv.auto_detect_unset_distributed_params(
+                *given, None, None, timeout
+            )
         except Exception as error:  # whatever a cluster's tools raise
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
                 f"the environment looks like a job of several processes, but does not say which: {reason}; set "
                 "hosts.coordinator, hosts.num_processes and hosts.process_id, or hosts=single."
             ) from None
-    coordinator, num_processes, process_id = known
     if devices is not None and _has_all_devices(devices[0], num_processes):
         devices = None
     return coordinator, num_processes, process_id, None if devices is None else tuple(devices)

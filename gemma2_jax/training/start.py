@@ -49,7 +49,8 @@ def check_feeding(config: RunConfig, mesh: Mesh) -> None:
     """Raises UserError unless each process feeds rows of its own: no other process's devices take part in them."""
     rows = config.data.batch_size
     of_process: dict[int, set[int]] = {}
-    for device, (index, *_) in batch_sharding(mesh).devices_indices_map((rows,)).items():
+    places: Mapping[Any, tuple[slice, ...]] = batch_sharding(mesh).devices_indices_map((rows,))
+    for device, (index, *_) in places.items():
         of_process.setdefault(device.process_index, set()).update(range(*index.indices(rows)))
     if any(len(taken) * jax.process_count() != rows for taken in of_process.values()):
         raise UserError(

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from gemma2_jax.launching import gke, job, slurm, tpu_vm
 from gemma2_jax.launching.job import Job
 
 JOB = Job("toy-0123abcd", Path("/launches/toy-0123abcd"))
-TPU_VM = {
+TPU_VM: dict[str, Any] = {
     "zone": "us-west4-a",
     "accelerator_type": "v5litepod-16",
     "runtime_version": "v2-alpha-tpuv5-lite",
