@@ -33,7 +33,8 @@ ALLOWED["training"] = set(ALLOWED) - BOTTOM
 ALLOWED["evaluation"] = ALLOWED["training"] | {"training"}
 ALLOWED["studies"] = ALLOWED["evaluation"] | {"evaluation"}
 ALLOWED["planning"] = ALLOWED["training"] | {"training"}
-ALLOWED["cli"] = ALLOWED["studies"] | {"studies", "planning"}
+ALLOWED["launching"] = {"training"}
+ALLOWED["cli"] = ALLOWED["studies"] | {"studies", "planning", "launching"}
 
 # Libraries that one room only may know.
 ONLY_IN = {
@@ -44,6 +45,7 @@ ONLY_IN = {
     "matplotlib": "studies",
     "safetensors": "formats",
     "gguf": "formats",
+    "submitit": "launching",
 }
 
 
@@ -110,7 +112,8 @@ def test_what_is_imported_is_required_and_the_other_way_round():
     setup = read_setup()
     lines = setup["options"]["install_requires"]
     lines += "".join(
-        setup["options.extras_require"][extra] for extra in ("parquet", "wandb", "hub", "gguf", "cuda12")
+        setup["options.extras_require"][extra]
+        for extra in ("parquet", "wandb", "hub", "gguf", "cuda12", "slurm")
     )
     required = {re.split(r"[^A-Za-z0-9_.-]", line)[0].replace("-", "_") for line in lines.split("\n") if line}
     named_otherwise = {

@@ -3,7 +3,7 @@
     RUN/checkpoints/<step>/params      nested dict of arrays, laid out like model/weights.py
                           /optimizer   the optimizer's state
                           /matching    projections of distillation's matching and their optimizer's state, if any
-                          /data        where the data iterator stands
+                          /data        where the data iterator stands, from each process
                           /_CHECKPOINT_METADATA   the resolved config, and the step
 
 Orbax writes into a temporary folder and renames it, so a checkpoint is whole or not there. Everything
@@ -12,6 +12,7 @@ restores into an abstract target, which fixes shapes, dtypes and shardings: a ch
 
 import gc
 import inspect
+import json
 import logging
 import sys
 import time
@@ -19,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ class CheckpointStore:
         path = Path(self._checkpointer.directory) / str(step)
         _check_trees(path, abstract_trees)
         with _reading(path):
-            restored = self._checkpointer.load_checkpointables(step, {**abstract_trees, _ITERATOR: iterator})
+            restored = self._checkpointer.load_checkpointables(step, abstract_trees)
+            iterator.set_state(_iterator_state(path / _ITERATOR))
         return {name: restored[name] for name in abstract_trees}
 
 
@@ -166,6 +168,20 @@ def load_model(run_folder: str | Path, dtype: Any = "float32", mesh: Mesh | None
     if mesh is None:
         mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
     return Gemma2(config, load_params(run_folder, abstract_params(config, dtype, mesh)))
+
+
+def _iterator_state(folder: Path) -> Any:
+    """The states of all processes put together; Orbax asks for that of the same process among as many."""
+    files = sorted(folder.glob("process_*.json"))
+    if not files:
+        raise ValueError("the state of the data is not there")
+    return reduce(_merged, (json.loads(file.read_text(encoding="utf-8")) for file in files))
+
+
+def _merged(state: Any, other: Any) -> Any:
+    if not (isinstance(state, dict) and isinstance(other, dict)):
+        return state  # what several processes have is the same
+    return {**other, **{key: _merged(value, other.get(key)) for key, value in state.items()}}
 
 
 def _newest(run_folder: str | Path) -> Path:

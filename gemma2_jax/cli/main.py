@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from gemma2_jax.cli import (
     data,
     generate,
     inspect,
+    launch,
     plan,
     run,
     sweep,
@@ -40,6 +42,7 @@ VERBS = (
     teacher_cache,
     sweep,
     plan,
+    launch,
     generate,
     convert,
     inspect,
@@ -71,21 +74,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    code, told = _outcome(arguments)
+    # A verb that has joined other processes has loaded this; the others need neither it nor JAX.
+    ending = sys.modules.get("gemma2_jax.sharding.ending")
+    if ending is not None:
+        ending.leave(code, told)
+    if told is not None:
+        print(told, file=sys.stderr)
+    return code
+
+
+def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
+    """Runs the verb; the exit code, and what is to be said about it."""
     from gemma2_jax.config import UserError  # brings pydantic, which --help does without
 
     try:
         with _signals_unwind():
-            return int(arguments.run(arguments) or 0)
+            return int(arguments.run(arguments) or 0), None
     except UserError as error:
-        print(f"gemma2: {error}", file=sys.stderr)
-        return 1
+        return 1, f"gemma2: {error}"
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1, None
     except KeyboardInterrupt as stop:
         hint = "; the same command goes on where this one was" if arguments.resumes else ""
-        print(f"\ngemma2: stopped{hint}.", file=sys.stderr)
-        return 128 + (stop.number if isinstance(stop, _Stopped) else signal.SIGINT)
+        number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+        return 128 + number, f"\ngemma2: stopped{hint}."
+    except Exception as error:
+        ending = sys.modules.get("gemma2_jax.sharding.ending")
+        if ending is None or not ending.is_watched():
+            raise
+        traceback.print_exc()  # of whichever process: it is a mistake of ours, or its machine's
+        return 1, f"gemma2: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 class _Stopped(KeyboardInterrupt):

@@ -39,12 +39,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     from gemma2_jax.cli.roots import find_study
     from gemma2_jax.config import load
+    from gemma2_jax.sharding.hosts import is_first, join
     from gemma2_jax.studies.config import StudyConfig
     from gemma2_jax.studies.study import run_study
 
     study = load(StudyConfig, find_study(arguments.study, arguments.config_dir))
     runs, output = compose_study(arguments.study, study, arguments.overrides, arguments.config_dir)
-    run_study(study, runs, output, Console())
+    join(next(iter(runs.values())).hosts)
+    run_study(study, runs, output, Console(quiet=not is_first()))
 
 
 def compose_study(

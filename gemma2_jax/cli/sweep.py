@@ -36,10 +36,13 @@ def add_parser(verbs: Verbs) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from gemma2_jax.sharding.hosts import is_first, join
     from gemma2_jax.studies.sweep import run_sweep
+    from gemma2_jax.training.config import RunConfig
 
     combinations, output = compose_sweep(arguments.overrides, arguments.config_dir)
-    return 0 if run_sweep(combinations, output, Console()) else 1
+    join(next(found.config for found in combinations if isinstance(found.config, RunConfig)).hosts)
+    return 0 if run_sweep(combinations, output, Console(quiet=not is_first())) else 1
 
 
 def compose_sweep(overrides: list[str], config_dir: str | None) -> tuple[list["Combination"], str]:

@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.data.prepare import prepare
     from gemma2_jax.distill.cache.manifest import verify_cache
     from gemma2_jax.distill.cache.writer import check_teacher, is_complete, write_cache
+    from gemma2_jax.sharding.hosts import first_process_first, is_first, join
     from gemma2_jax.training.inputs import cache_task
 
     config = compose(arguments.overrides, arguments.config_dir)
@@ -49,8 +50,10 @@ def run(arguments: argparse.Namespace) -> None:
         count = verify_cache(task.folder)
         print(f"{task.folder}: {count} files were read and are whole.")
         return
+    join(config.hosts)
     check_teacher(task)
-    prepare(config.data, config.tokenizer)
+    with first_process_first():
+        prepare(config.data, config.tokenizer)
     manifest = write_cache(task, arguments.estimate)
-    if is_complete(task, manifest):
+    if is_first() and is_complete(task, manifest):
         print(f"{task.folder} holds the teacher's signal for {manifest.rows} rows.")

@@ -31,13 +31,17 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.checkpoints.store import latest_step
     from gemma2_jax.cli.compose import compose, compose_file
     from gemma2_jax.data.prepare import prepare
+    from gemma2_jax.sharding.hosts import first_process_first, is_first, join
     from gemma2_jax.training.loop import train
 
     if arguments.config:
         config = compose_file(arguments.config, arguments.overrides)
     else:
         config = compose(arguments.overrides, arguments.config_dir)
-    prepare(config.data, config.tokenizer)
+    join(config.hosts)
+    with first_process_first():
+        prepare(config.data, config.tokenizer)
     done = latest_step(config.output) == config.training.steps
     train(config)
-    print(f"{config.output} {'was' if done else 'is'} trained to step {config.training.steps}.")
+    if is_first():
+        print(f"{config.output} {'was' if done else 'is'} trained to step {config.training.steps}.")

@@ -52,15 +52,19 @@ def add_parser(verbs: Verbs) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.config import UserError
     from gemma2_jax.data.prepare import prepare
+    from gemma2_jax.sharding.hosts import first_process_first, is_first, join
     from gemma2_jax.training.loop import train_together
 
     if not arguments.student:
         raise UserError("there is no student to train; name each with --student NAME key=value ….")
     configs = compose_students(arguments.overrides, arguments.student, arguments.config_dir)
-    prepare(configs[0].data, configs[0].tokenizer)
+    join(configs[0].hosts)
+    with first_process_first():
+        prepare(configs[0].data, configs[0].tokenizer)
     train_together(configs)
     for config in configs:
-        print(f"{config.output} is trained to step {config.training.steps}.")
+        if is_first():
+            print(f"{config.output} is trained to step {config.training.steps}.")
 
 
 def compose_students(

@@ -24,6 +24,8 @@ class DataConfig:
         text_field: the field of JSONL objects, or the column of Parquet files, that holds the text.
         workers: processes that tokenise; None is one for each CPU.
         shard_characters: a shard is closed after this many characters of text.
+        streams: that the documents are divided among, each giving its share of every batch's rows; of them a process
+            reads those of its rows only. With 1, each process reads everything.
     """
 
     source: str | tuple[str, ...]
@@ -35,6 +37,7 @@ class DataConfig:
     text_field: str = "text"
     workers: int | None = None
     shard_characters: int = 64_000_000
+    streams: int = 1
 
     def __post_init__(self) -> None:
         if not self.sources or not all(self.sources):
@@ -51,10 +54,15 @@ class DataConfig:
             raise UserError(f"data.seq_len is {self.seq_len}; it must be at least 2.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"data.seed is {self.seed}; it must be at least 0 and below 2**32.")
-        for name in ("batch_size", "workers", "shard_characters"):
+        for name in ("batch_size", "workers", "shard_characters", "streams"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1.")
+        if self.batch_size % self.streams:
+            raise UserError(
+                f"data.streams is {self.streams}, which does not divide data.batch_size ({self.batch_size}), as each "
+                "stream gives as many rows."
+            )
 
     @property
     def sources(self) -> tuple[str, ...]:

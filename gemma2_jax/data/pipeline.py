@@ -7,10 +7,10 @@ import grain
 import numpy as np
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
-from gemma2_jax.data.packing import PackedRows, Row
+from gemma2_jax.data.packing import PackedRows
 from gemma2_jax.data.shards import Manifest, Shard, read_manifest
+from gemma2_jax.data.streams import StreamedBatches, to_batch
 from gemma2_jax.data.tokenizer import Tokenizer
 
 # Reading ahead by threads, so that a slow disk is waited for in parallel.
@@ -31,26 +31,31 @@ def tokenizer_of(data: DataConfig, tokenizer: TokenizerConfig) -> Tokenizer:
 def train_batches(data: DataConfig, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
     """Returns an endless iterator of `Batch` (numpy arrays, B / process_count rows) over the training split.
 
-    Each process has documents of its own, and sees every one of them once in each of its epochs, in an order
-    drawn from `data.seed` and the epoch. The same arguments give the same batches. `get_state()` is small and
-    can go through JSON; after `set_state` the batches go on exactly where they were.
+    Every document comes once in each epoch (of its stream, where there are several), in an order drawn from
+    `data.seed` and the epoch. A process gets its rows of batches that are the same for any number of processes.
+    `get_state()` is small and can go through JSON; after `set_state`, with the states of all processes put together,
+    the batches go on exactly where they were, for any number of processes.
 
     Raises:
         UserError: the data is not prepared; `batch_size` is no multiple of `process_count`; or there are fewer
-            documents than processes.
+            documents than streams.
     """
-    rows = _rows_of_process(data, process_index, process_count)
+    mine = _rows_of_process(data, process_index, process_count)
     manifest = read_manifest(data.folder)
-    if manifest.train.documents < process_count:
+    if manifest.train.documents < data.streams:
         raise UserError(
             f"data.folder {data.folder} has {manifest.train.documents} documents to train on, "
-            f"which do not suffice for {process_count} processes."
+            f"which do not suffice for {data.streams} streams (data.streams)."
         )
-    # Divided before it is shuffled: a process keeps its documents over all epochs.
-    documents = _documents(data, manifest, manifest.train_shards)[process_index::process_count]
-    shuffled = documents.shuffle(seed=data.seed).repeat()  # every epoch is shuffled anew
-    packed = PackedRows(shuffled.to_iter_dataset(_READING), data.seq_len)
-    return iter(packed.batch(rows).map(_to_batch))
+    documents = _documents(data, manifest, manifest.train_shards)
+    if data.streams == 1:
+        return iter(_packed(data, documents).batch(data.batch_size).map(partial(to_batch, mine=mine)))
+
+    def open_stream(number: int) -> grain.DatasetIterator:
+        own = documents[number :: data.streams]  # divided before it is shuffled: the same in every epoch
+        return iter(_packed(data, own).batch(data.batch_size // data.streams))
+
+    return StreamedBatches(open_stream, data.streams, data.batch_size, mine)
 
 
 def validation_batches(data: DataConfig, process_index: int = 0, process_count: int = 1) -> grain.IterDataset:
@@ -62,7 +67,7 @@ def validation_batches(data: DataConfig, process_index: int = 0, process_count: 
     Raises:
         UserError: as `train_batches`, or if nothing was held out.
     """
-    rows = _rows_of_process(data, process_index, process_count)
+    mine = _rows_of_process(data, process_index, process_count)
     manifest = read_manifest(data.folder)
     if not manifest.validation_shards:
         raise UserError(
@@ -72,26 +77,25 @@ def validation_batches(data: DataConfig, process_index: int = 0, process_count: 
     documents = _documents(data, manifest, manifest.validation_shards)
     packed = PackedRows(documents.to_iter_dataset(_READING), data.seq_len)
     fill = partial(grain.experimental.batch_and_pad, batch_size=data.batch_size)
-    mine = slice(process_index * rows, (process_index + 1) * rows)
-    return packed.batch(data.batch_size, batch_fn=fill).map(
-        lambda batch: _to_batch({name: values[mine] for name, values in batch.items()})
-    )
+    return packed.batch(data.batch_size, batch_fn=fill).map(partial(to_batch, mine=mine))
 
 
-def _rows_of_process(data: DataConfig, process_index: int, process_count: int) -> int:
+def _packed(data: DataConfig, documents: grain.MapDataset) -> PackedRows:
+    shuffled = documents.shuffle(seed=data.seed).repeat()  # every epoch is shuffled anew
+    return PackedRows(shuffled.to_iter_dataset(_READING), data.seq_len)
+
+
+def _rows_of_process(data: DataConfig, process_index: int, process_count: int) -> slice:
     if not 0 <= process_index < process_count:
         raise UserError(f"There is no process {process_index} of {process_count}.")
     if data.batch_size % process_count:
         raise UserError(
             f"data.batch_size is {data.batch_size}; it must be a multiple of the number of processes ({process_count})."
         )
-    return data.batch_size // process_count
+    rows = data.batch_size // process_count
+    return slice(process_index * rows, (process_index + 1) * rows)
 
 
 def _documents(data: DataConfig, manifest: Manifest, shards: tuple[Shard, ...]) -> grain.MapDataset:
     source = grain.sources.ArrayRecordDataSource([str(Path(data.folder) / shard.file) for shard in shards])
     return grain.MapDataset.source(source).map(partial(np.frombuffer, dtype=manifest.dtype))
-
-
-def _to_batch(rows: Row) -> Batch:
-    return Batch(**rows, loss_mask=(rows["segment_ids"] > 0).astype(np.float32))

@@ -20,6 +20,7 @@ from gemma2_jax.evaluation.evaluate import Evaluation, evaluate_run
 from gemma2_jax.files import write_text
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler
+from gemma2_jax.sharding.hosts import first_process_first, is_first
 from gemma2_jax.studies.tables import say
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import cache_task
@@ -63,7 +64,8 @@ def prepare_all(configs: Sequence[RunConfig], console: Console) -> None:
         manifest = find_manifest(data.folder)
         done = manifest is not None and manifest.complete
         _say(console, "data", data.folder, "already prepared, skipped" if done else "preparing")
-        prepare(data, tokenizer)
+        with first_process_first():
+            prepare(data, tokenizer)
 
 
 def cache_teacher(config: RunConfig, console: Console) -> None:
@@ -79,7 +81,7 @@ def train_run(config: RunConfig, console: Console, teacher: RunConfig | None = N
         _say(console, "train", config.name, "already done, skipped")
         return
     _say(console, "train", config.name, f"{config.training.steps} steps in {config.output}")
-    if teacher is not None:
+    if teacher is not None and is_first():
         save(teacher, Path(config.output) / TEACHER_FILE)
     train(config)
 
@@ -112,7 +114,8 @@ def measure_run(
     evaluation = evaluate_run(config.output, None if reference is None else reference.output)
     samples = _continue(config, prompts, sample_tokens) if prompts else []
     record = {"conditions": conditions, "evaluation": dataclasses.asdict(evaluation), "samples": samples}
-    write_text(file, json.dumps(record, ensure_ascii=False, indent=1))
+    if is_first():
+        write_text(file, json.dumps(record, ensure_ascii=False, indent=1))
     return Measurement(evaluation, tuple(samples))
 
 
@@ -123,9 +126,10 @@ def timed(folder: Path, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        seconds = read_times(folder)
-        seconds[stage] = seconds.get(stage, 0.0) + monotonic() - start
-        write_text(folder / "times.json", json.dumps(seconds, indent=1))
+        if is_first():
+            seconds = read_times(folder)
+            seconds[stage] = seconds.get(stage, 0.0) + monotonic() - start
+            write_text(folder / "times.json", json.dumps(seconds, indent=1))
 
 
 def read_times(folder: Path) -> dict[str, float]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from gemma2_jax.sharding.hosts import is_first
 from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.report import write_report
 from gemma2_jax.studies.stages import (
@@ -52,4 +53,5 @@ def run_study(study: StudyConfig, runs: Mapping[str, RunConfig], output: str, co
         with timed(folder, f"evaluate {name}"):
             other = reference if name != study.reference else None
             measurements[name] = measure_run(config, console, other, study.prompts, study.sample_tokens)
-    write_report(study, runs, measurements, folder, console)
+    if is_first():
+        write_report(study, runs, measurements, folder, console)

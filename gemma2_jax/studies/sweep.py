@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from gemma2_jax.config import UserError
 from gemma2_jax.files import write_text
+from gemma2_jax.sharding.hosts import is_first
 from gemma2_jax.studies.stages import Measurement, measure_run, prepare_all, train_run
 from gemma2_jax.studies.tables import Table, say
 from gemma2_jax.training.config import RunConfig
@@ -29,7 +31,8 @@ class Combination:
 def run_sweep(combinations: Sequence[Combination], output: str, console: Console) -> bool:
     """Runs what is missing of a sweep and reports all of it, the lowest validation loss first.
 
-    A combination that fails is reported, its traceback kept as error.txt in its folder, and the rest goes on.
+    A combination that fails is reported, its traceback kept as error.txt in its folder, and the rest goes on; but with
+    several processes it ends the sweep.
 
     Args:
         output: the sweep's folder; gets table.md and results.json.
@@ -45,12 +48,15 @@ def run_sweep(combinations: Sequence[Combination], output: str, console: Console
         try:
             done.append((combination, _run(combination, console)))
         except Exception as error:  # whatever it is, it is one combination's, and is told
+            if jax.process_count() > 1:
+                raise  # perhaps in one process alone, and the others cannot go on without it
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             failed.append((combination, reason))
             _keep_traceback(combination)
             say(console, f"failed     {reason}", "red")
     done.sort(key=lambda pair: pair[1].evaluation.loss)
-    _write(done, failed, Path(output), console)
+    if is_first():
+        _write(done, failed, Path(output), console)
     return not failed
 
 

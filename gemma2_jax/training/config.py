@@ -10,6 +10,7 @@ from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.objectives.objective import DIVERGENCES, ObjectiveConfig
 from gemma2_jax.objectives.schedule import ScheduleConfig
+from gemma2_jax.sharding.hosts import HostsConfig
 from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.metrics import MetricsConfig
@@ -65,6 +66,7 @@ class RunConfig:
     # Not in runs of before they were there.
     initialise: InitConfig = field(default_factory=InitConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
 
     def __post_init__(self) -> None:
         self._check_teacher()

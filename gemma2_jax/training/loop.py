@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from gemma2_jax.checkpoints.store import FOLDER, latest_step
-from gemma2_jax.config import UserError
+from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.files import locked
+from gemma2_jax.sharding.hosts import HostsConfig, check_agreement, is_first
 from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig
@@ -17,9 +20,12 @@ from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.start import (
     check_batch,
     check_data,
+    check_feeding,
     check_same_run,
     check_same_teacher,
+    check_shared,
     check_together,
+    data_identity,
     write_inputs,
 )
 from gemma2_jax.training.trainer import Trainer
@@ -47,9 +53,12 @@ def train_together(configs: Sequence[RunConfig]) -> None:
     Raises:
         UserError: as `train`; or the runs do not go together.
     """
+    # Which processes there are belongs to the job, and not to what it trains.
+    configs = [replace(config, hosts=HostsConfig()) for config in configs]
     check_together(configs)
     for config in configs:
         check_same_run(config)
+    check_agreement(_what_decides(configs))
     left = [config for config in configs if latest_step(config.output) != config.training.steps]
     if not left:
         return
@@ -58,15 +67,16 @@ def train_together(configs: Sequence[RunConfig]) -> None:
         check_batch(config, mesh)
         tokenizer = check_data(config)
     with jax.set_mesh(mesh), laid_out(left[0].layout), ExitStack() as stack:
-        first_process = jax.process_index() == 0
-        if first_process:
+        check_feeding(left[0], mesh)
+        if is_first():
             for config in left:
                 _take_folder(config, stack)
+        check_shared(left)
         inputs = Inputs(left[0], tokenizer, mesh, len(left))
         for config in left:
             check_same_teacher(config, inputs.teacher_identity)
         name = left[0].name if len(left) == 1 else f"{len(left)} runs"
-        progress = stack.enter_context(TrainingProgress(name, left[0].training.steps, show=first_process))
+        progress = stack.enter_context(TrainingProgress(name, left[0].training.steps, show=is_first()))
         # The one that is furthest behind comes last, and leaves the data where it has to go on.
         begin = inputs.batches.get_state()
         trainers = []
@@ -75,7 +85,7 @@ def train_together(configs: Sequence[RunConfig]) -> None:
             trainers.append(Trainer(config, inputs, tokenizer, mesh, progress, stack))
         for trainer in trainers:
             trainer.open_writers(stack)
-        if first_process:
+        if is_first():
             for config in left:
                 write_inputs(config, inputs.teacher_identity)  # now that nothing was refused
         _run(trainers, inputs, progress)
@@ -95,6 +105,17 @@ def _take_folder(config: RunConfig, stack: ExitStack) -> None:
 def _remove_empty(folder: Path) -> None:
     with suppress(OSError):  # there is something in it, or it is not there
         folder.rmdir()
+
+
+def _what_decides(configs: Sequence[RunConfig]) -> dict[str, Any]:
+    """What all processes must have in common for their steps to be those of one program."""
+    found = {f"{config.name}: {key}": value for config in configs for key, value in to_dict(config).items()}
+    steps = {f"the newest checkpoint in {config.output}": latest_step(config.output) for config in configs}
+    folder = configs[0].data.folder
+    data = {
+        f"{name} of data.folder {folder}": value for name, value in data_identity(configs[0].data).items()
+    }
+    return found | steps | data
 
 
 def _run(trainers: Sequence[Trainer], inputs: Inputs, progress: TrainingProgress) -> None:

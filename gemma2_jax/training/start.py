@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE
@@ -16,7 +17,8 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.model.vocabulary import check_tokens
-from gemma2_jax.sharding.layout import laid_out
+from gemma2_jax.sharding.hosts import wait_for_all
+from gemma2_jax.sharding.layout import batch_sharding, laid_out
 from gemma2_jax.training.config import RunConfig
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
@@ -25,7 +27,7 @@ TEACHER_FILE = "teacher.json"  # and who taught it, if anybody did
 # What may differ between the configuration that a run began with and the one that goes on with it: where
 # things lie and what watches them. That the data, the tokenizer and the teacher are the same is checked by content.
 _MAY_CHANGE = {
-    "name", "output", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "training.log_every",
+    "name", "output", "hosts", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "training.log_every",
     "data.folder", "data.workers", "data.shard_characters", "tokenizer.path",
 }  # fmt: skip
 
@@ -35,6 +37,32 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
     rows = config.data.batch_size // config.training.accumulation
     with laid_out(config.layout):
         check_rows(rows, config.data.seq_len, mesh, "data.batch_size / training.accumulation")
+
+
+def check_feeding(config: RunConfig, mesh: Mesh) -> None:
+    """Raises UserError unless each process feeds rows of its own: no other process's devices take part in them."""
+    rows = config.data.batch_size
+    of_process: dict[int, set[int]] = {}
+    places: Mapping[Any, tuple[slice, ...]] = batch_sharding(mesh).devices_indices_map((rows,))
+    for device, (index, *_) in places.items():
+        of_process.setdefault(device.process_index, set()).update(range(*index.indices(rows)))
+    if any(len(taken) * jax.process_count() != rows for taken in of_process.values()):
+        raise UserError(
+            f"mesh lays {dict(mesh.shape)} out so that the devices of several processes share rows of the batch, and "
+            f"each of the {jax.process_count()} processes feeds rows of its own; let mesh.tensor be no more than the "
+            "devices of a process."
+        )
+
+
+def check_shared(configs: Sequence[RunConfig]) -> None:
+    """Raises UserError if a run folder that process 0 has made is not there for this one."""
+    wait_for_all("folders")
+    for config in configs:
+        if not Path(config.output).is_dir():
+            raise UserError(
+                f"output is {config.output}, which process 0 has made and process {jax.process_index()} does not see; "
+                "it must lie on a disk that all processes share."
+            )
 
 
 def check_together(configs: Sequence[RunConfig]) -> None:

@@ -20,6 +20,7 @@ from gemma2_jax.distill.initialise import initial_params
 from gemma2_jax.distill.on_policy import build_rollout, on_policy_steps
 from gemma2_jax.model.counts import training_flops_per_token
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.sharding.hosts import is_first
 from gemma2_jax.sharding.layout import on_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import Inputs
@@ -95,7 +96,7 @@ class Trainer:
     def open_writers(self, stack: ExitStack) -> None:
         """Opens what metrics go to: once no other run beside this one can be refused."""
         config = self.config
-        if jax.process_index() == 0:
+        if is_first():
             self._writers = open_writers(config.metrics, Path(config.output), self.step, to_dict(config))
             for writer in self._writers:
                 stack.callback(writer.close)

@@ -108,18 +108,47 @@ def test_resumed_is_uninterrupted(data: DataConfig, taken: int):
         assert_same(next(resumed), batch)
 
 
-def test_processes_have_documents_of_their_own(data: DataConfig):
+@pytest.mark.parametrize("streams", [1, 2, 4])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_batches_of_one(data: DataConfig, streams: int, processes: int):
+    data = replace(data, streams=streams)
+    whole, shares = train_batches(data), [train_batches(data, index, processes) for index in range(processes)]
+    for _ in range(30):
+        parts = [next(share) for share in shares]
+        assert parts[0].tokens.shape == (4 // processes, 32)
+        assert_same(next(whole), jax.tree.map(lambda *rows: np.concatenate(rows), *parts))
+    states = [share.get_state() for share in shares]
+    if streams == 1:
+        assert all(state == whole.get_state() for state in states)
+    else:  # each has its own, and all together have that of one process
+        assert {name: value for state in states for name, value in state.items()} == whole.get_state()
+
+
+def test_streams_divide_the_documents(data: DataConfig):
     documents = stored(data, "train")
     tokens = sum(len(document) - 1 for document in documents)
-    shares = []
-    for index in range(2):
-        batches = list(itertools.islice(train_batches(data, index, 2), batches_of_epochs(data, 3, tokens)))
-        assert batches[0].tokens.shape == (2, 32)
-        share = unpacked(batches)
-        size = len(documents[index::2])
-        assert Counter(share[:size]) == Counter(share[size : 2 * size])  # the same ones in the next epoch
-        shares.append(share[:size])
-    assert Counter(shares[0] + shares[1]) == Counter(documents)
+    batches = list(
+        itertools.islice(train_batches(replace(data, streams=2)), batches_of_epochs(data, 3, tokens))
+    )
+    halves = [
+        unpacked([jax.tree.map(lambda rows, rows_of=rows_of: rows[rows_of], batch) for batch in batches])
+        for rows_of in (slice(0, 2), slice(2, 4))
+    ]
+    for number, half in enumerate(halves):
+        own = documents[number::2]
+        assert Counter(half[: len(own)]) == Counter(own) == Counter(half[len(own) : 2 * len(own)])
+
+
+def test_streams_go_on_where_they_were(data: DataConfig):
+    data = replace(data, streams=4)
+    iterator = train_batches(data)
+    for _ in range(17):
+        next(iterator)
+    states = json.loads(json.dumps(iterator.get_state()))
+    resumed = train_batches(data, 1, 2)  # which takes its own of them
+    resumed.set_state(states)
+    for batch in itertools.islice(iterator, 10):
+        assert_same(next(resumed), jax.tree.map(lambda rows: rows[2:], batch))
 
 
 @pytest.mark.parametrize("batch_size", [3, 4, 10])
@@ -153,8 +182,10 @@ def test_impossible_shares_are_refused(data: DataConfig):
         train_batches(data, 0, 3)
     with pytest.raises(UserError, match=r"There is no process 2 of 2"):
         validation_batches(data, 2, 2)
-    with pytest.raises(UserError, match=r"\d+ documents to train on, which do not suffice for 400 processes"):
-        train_batches(replace(data, batch_size=400), 0, 400)
+    with pytest.raises(UserError, match=r"\d+ documents to train on, which do not suffice for 400 streams"):
+        train_batches(replace(data, batch_size=400, streams=400))
+    with pytest.raises(UserError, match=r"data\.streams is 3, which does not divide data\.batch_size \(4\)"):
+        replace(data, streams=3)
 
 
 def test_unprepared_folders_and_empty_splits_are_refused(

@@ -17,11 +17,11 @@ FORMAT = 1  # of the folder; raised when a reader of the old one would misread t
 
 @dataclass(frozen=True)
 class DataOrder:
-    """All that decides which tokens are in row i of the training data.
+    """All that decides which tokens are in row i of the training data, and in which file it is.
 
     Attributes:
         documents: the prepared data's identity; tokenizer: fingerprint of its tokenizer.
-        process_count: the processes that the documents are divided among.
+        process_count: the processes that each batch's rows are divided among.
     """
 
     documents: str
@@ -31,6 +31,7 @@ class DataOrder:
     seq_len: int
     batch_size: int
     process_count: int
+    streams: int = 1  # in caches of before there were several
 
     @classmethod
     def of(cls, data: DataConfig, process_count: int) -> "DataOrder":
@@ -43,6 +44,7 @@ class DataOrder:
             seq_len=data.seq_len,
             batch_size=data.batch_size,
             process_count=process_count,
+            streams=data.streams,
         )
 
 

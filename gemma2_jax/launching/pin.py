@@ -1,0 +1,130 @@
+"""What a job is made of, fixed when it is launched: the exact tree of the code, and the whole configuration.
+
+LAUNCH/code/          the tree, unpacked;  LAUNCH/code.tar.gz: as an archive
+      /config.yaml    every key and value of the run
+      /pin.json       the commit, and whether anything was changed since
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import gemma2_jax
+from gemma2_jax.config import UserError, to_yaml
+from gemma2_jax.files import replacing, write_bytes, write_text
+from gemma2_jax.training.config import RunConfig
+
+CODE, ARCHIVE, CONFIG, PIN = "code", "code.tar.gz", "config.yaml", "pin.json"
+_NAME_LENGTH = 40  # the longest that all engines take
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Which code and configuration a job runs.
+
+    Attributes:
+        commit: that the code was at; tree: git's name for its exact content.
+        changed: whether the content is another than the commit's.
+        config: SHA-256 of config.yaml.
+    """
+
+    commit: str
+    tree: str
+    changed: bool
+    config: str
+
+    @property
+    def identity(self) -> str:
+        """Short, and another one for any other code or configuration."""
+        return hashlib.sha256(f"{self.tree} {self.config}".encode()).hexdigest()[:8]
+
+
+def find_checkout() -> Path:
+    """The git checkout that this package runs from.
+
+    Raises:
+        UserError: it runs from somewhere else, or there is no git.
+    """
+    folder = Path(gemma2_jax.__file__).resolve().parent.parent
+    if shutil.which("git") is None:
+        raise UserError("git is not installed, by which the code of a job is pinned: apt install git.")
+    if not (folder / ".git").exists():
+        raise UserError(
+            f"gemma2_jax runs from {folder}, which is no git checkout, so its code cannot be pinned; launch from a "
+            "checkout (pip install -e .)."
+        )
+    return folder
+
+
+def pin(config: RunConfig, checkout: Path, allow_changes: bool) -> Pin:
+    """Fixes the code in `checkout` and the configuration.
+
+    Raises:
+        UserError: there are changes that no commit has, and they are not allowed.
+    """
+    changed = _git(checkout, "status", "--porcelain").strip()
+    if changed and not allow_changes:
+        first = changed.splitlines()[0].split(maxsplit=1)[1]
+        raise UserError(
+            f"{checkout} has changes that are not committed ({first}, …); commit them, or pass --allow-changes to "
+            "launch the files as they are."
+        )
+    commit = _git(checkout, "rev-parse", "HEAD").strip()
+    tree = _tree_of_files(checkout) if changed else _git(checkout, "rev-parse", "HEAD^{tree}").strip()
+    text = hashlib.sha256(to_yaml(config).encode()).hexdigest()
+    return Pin(commit, tree, bool(changed), text)
+
+
+def write_pinned(folder: Path, pinned: Pin, config: RunConfig, checkout: Path) -> None:
+    """Writes code and configuration into `folder`; what is there already is the same."""
+    archive = _git_bytes(checkout, "archive", "--format=tar.gz", f"--prefix={CODE}/", pinned.tree)
+    write_bytes(folder / ARCHIVE, archive)
+    if not (folder / CODE).exists():
+        with replacing(folder / CODE) as temporary, tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            tar.extractall(temporary.parent / f"{temporary.name}.d", filter="data")
+            os.replace(temporary.parent / f"{temporary.name}.d" / CODE, temporary)
+            (temporary.parent / f"{temporary.name}.d").rmdir()
+    write_text(folder / CONFIG, to_yaml(config))
+    write_text(folder / PIN, json.dumps(asdict(pinned), indent=1) + "\n")
+
+
+def job_name(name: str, pinned: Pin) -> str:
+    """A run's name as engines take it (a-z, 0-9, -), with the identity of what it runs."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not plain[:1].isalpha():
+        plain = f"run-{plain}".strip("-")
+    return f"{plain[: _NAME_LENGTH - 9].rstrip('-')}-{pinned.identity}"
+
+
+def _tree_of_files(checkout: Path) -> str:
+    """Git's name for the files as they lie, but for ignored ones; neither they nor the index are touched."""
+    with tempfile.TemporaryDirectory() as folder:
+        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        _git(checkout, "read-tree", "HEAD", **index)
+        _git(checkout, "add", "--all", **index)
+        return _git(checkout, "write-tree", **index).strip()
+
+
+def _git(checkout: Path, *arguments: str, **variables: str) -> str:
+    return _git_bytes(checkout, *arguments, **variables).decode()
+
+
+def _git_bytes(checkout: Path, *arguments: str, **variables: str) -> bytes:
+    done = subprocess.run(
+        ["git", "-C", str(checkout), *arguments],
+        capture_output=True,
+        env={**os.environ, **variables},
+        check=False,
+    )
+    if done.returncode:
+        reason = " ".join(done.stderr.decode(errors="replace").split()).rstrip(".")
+        raise UserError(f"git {arguments[0]} failed in {checkout}: {reason}.")
+    return done.stdout

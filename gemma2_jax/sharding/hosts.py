@@ -1,0 +1,244 @@
+"""A job of several processes, on one host or many: how they find one another, wait for one another, and end.
+
+    join(config.hosts)            # before anything is computed
+    with first_process_first():   # process 0 makes what the others then find
+        prepare(...)
+    ending.leave(0, None)         # as the command line does, at the end
+
+Which processes there are is told by the configuration, or by what started them: SLURM, Open MPI, a TPU pod, GKE.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+# JAX tells what it found out about a cluster, and has the processes wait for one another without their devices, only
+# in these two modules.
+from jax._src import distributed
+from jax._src.clusters import ClusterEnv
+
+from gemma2_jax.config import UserError
+from gemma2_jax.sharding.ending import watch
+from gemma2_jax.sharding.rendezvous import meet, split_address
+
+_WAIT_HOURS = 24  # for process 0 to prepare data, at most
+_PREFIX = "gemma2_jax"  # of what is kept with JAX's coordinator
+_counter: dict[str, int] = {}  # how often each wait was come by; the same in all processes
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """The processes of a job. What is null is asked of the environment; where that knows nothing, there is one.
+
+    Attributes:
+        coordinator: HOST:PORT of process 0, with a port that is free there.
+        num_processes: how many there are.
+        process_id: this one's number, from 0.
+        detect: whether the environment is asked.
+        timeout: seconds that processes wait for one another at the start.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    detect: bool = True
+    timeout: int = 300
+
+    def __post_init__(self) -> None:
+        if self.coordinator is not None:
+            split_address(self.coordinator)
+        if self.num_processes is not None and self.num_processes < 1:
+            raise UserError(f"hosts.num_processes is {self.num_processes}; it must be at least 1.")
+        if self.timeout < 1:
+            raise UserError(f"hosts.timeout is {self.timeout}; it must be at least 1 second.")
+        if self.process_id is not None:
+            _check_number(self.process_id, self.num_processes)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process in its job.
+
+    Attributes:
+        devices: numbers of the host's devices that are this process's; None for all of them.
+    """
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+    devices: tuple[int, ...] | None = None
+
+
+def join(config: HostsConfig) -> None:
+    """Makes this process one of its job, if there are several; before JAX is asked for its devices.
+
+    Raises:
+        UserError: what is known of the processes does not suffice, or they do not all come.
+    """
+    if distributed.global_state.client is not None:
+        return  # one of several runs of this process has joined before
+    place = find_place(config)
+    if place is None:
+        return
+    meet(place.coordinator, place.num_processes, place.process_id, config.timeout)
+    # It would take SIGTERM for itself, from the command line that ends this process and with it the others.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.num_processes,
+        place.process_id,
+        place.devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=config.timeout,
+    )
+    watch(distributed.global_state.client, place.process_id)
+    if not is_first():
+        # JAX's collectives between CPUs print from C++ with whom they are connected.
+        sys.stdout.flush()
+        with open(os.devnull, "w") as sink:
+            os.dup2(sink.fileno(), 1)
+
+
+def find_place(config: HostsConfig) -> Place | None:
+    """What the configuration and then the environment say of this process; None if it is alone.
+
+    Raises:
+        UserError: something is not known, or its number is none of the job's.
+    """
+    given = (config.coordinator, config.num_processes, config.process_id)
+    devices = None
+    if config.detect and None in given:
+        coordinator, num_processes, process_id, devices = _detected(given, config.timeout)
+    else:
+        coordinator, num_processes, process_id = given
+    found = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [f"hosts.{name}" for name, value in found.items() if value is None]
+    if len(missing) == len(found) or num_processes == 1:
+        return None
+    if coordinator is None or num_processes is None or process_id is None:
+        raise UserError(
+            f"{' and '.join(missing)} must be set beside the other keys of hosts, since nothing in the environment "
+            "says it."
+        )
+    _check_number(process_id, num_processes)
+    return Place(coordinator, num_processes, process_id, devices)
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which alone prints, and writes what is not divided among all."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The others enter when process 0 has left, and find what it has made on a disk that they share."""
+    if jax.process_count() == 1:
+        yield
+        return
+    if not is_first():
+        wait_for_all("first")
+    yield
+    if is_first():
+        wait_for_all("first")
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when all processes have come here; without their devices, for which some may have to compile first."""
+    if jax.process_count() > 1:
+        client: Any = distributed.global_state.client
+        client.wait_at_barrier(_numbered(name), _WAIT_HOURS * 3600 * 1000)
+
+
+def check_agreement(values: Mapping[str, Any]) -> None:
+    """Raises UserError in a process that has other values than process 0: it would wait for what never comes.
+
+    Args:
+        values: what JSON holds, by name.
+    """
+    if jax.process_count() == 1:
+        return
+    client: Any = distributed.global_state.client
+    key = _numbered("agreement")
+    if is_first():
+        client.key_value_set(key, json.dumps(values))
+        return
+    first = json.loads(client.blocking_key_value_get(key, _WAIT_HOURS * 3600 * 1000))
+    for name, value in json.loads(json.dumps(values)).items():
+        if first.get(name) != value:
+            raise UserError(
+                f"{name} is {first.get(name)} in process 0 and {value} in process {jax.process_index()}; all processes "
+                "must be started by the same command, and see the same files."
+            )
+
+
+def _numbered(name: str) -> str:
+    _counter[name] = _counter.get(name, 0) + 1
+    return f"{_PREFIX}/{name}/{_counter[name]}"
+
+
+def _check_number(process_id: int, num_processes: int | None) -> None:
+    if process_id < 0 or (num_processes is not None and process_id >= num_processes):
+        last = "" if num_processes is None else f" to {num_processes - 1}, one less than hosts.num_processes"
+        raise UserError(f"hosts.process_id is {process_id}; accepted: 0{last}.")
+
+
+def _detected(
+    given: tuple[str | None, int | None, int | None], timeout: int
+) -> tuple[str | None, int | None, int | None, tuple[int, ...] | None]:
+    """`given`, completed by JAX from the first cluster that it knows, and the devices of this process there."""
+    if _is_alone_in_kubernetes():
+        return (*given, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a missing package, of which the check above has told
+        try:
+            coordinator, num_processes, process_id, devices = ClusterEnv.auto_detect_unset_distributed_params(
+                *given, None, None, timeout
+            )
+        except Exception as error:  # whatever a cluster's tools raise
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"the environment looks like a job of several processes, but does not say which: {reason}; set "
+                "hosts.coordinator, hosts.num_processes and hosts.process_id, or hosts=single."
+            ) from None
+    if devices is not None and _has_all_devices(devices[0], num_processes):
+        devices = None
+    return coordinator, num_processes, process_id, None if devices is None else tuple(devices)
+
+
+def _is_alone_in_kubernetes() -> bool:
+    """Whether this is a pod that belongs to no job of several; JAX takes any pod for one that does.
+
+    Raises:
+        UserError: it belongs to one, and the package by which JAX asks for its size is not there.
+    """
+    if "KUBERNETES_SERVICE_HOST" not in os.environ or "TPU_WORKER_HOSTNAMES" in os.environ:
+        return False
+    index = os.environ.get("JOB_COMPLETION_INDEX")
+    if index is None:
+        return True
+    if importlib.util.find_spec("kubernetes") is None:
+        raise UserError(
+            f"this is pod {index} of a Kubernetes job, whose size JAX asks for by a package that is not there: "
+            "pip install kubernetes, or set hosts.coordinator, hosts.num_processes and hosts.process_id, or "
+            "hosts=single."
+        )
+    return False
+
+
+def _has_all_devices(local_id: int, num_processes: int | None) -> bool:
+    """Whether a process has all of the devices that it sees, where JAX would give it that of its number on the host.
+
+    So it is where it is the only one on its host, and where SLURM shows each process its own.
+    """
+    if os.environ.get("SLURM_STEP_NUM_NODES") == str(num_processes):
+        return True
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is not None and local_id >= len(visible.split(","))

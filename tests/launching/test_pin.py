@@ -1,0 +1,86 @@
+"""A job runs the code and the configuration of when it was launched."""
+
+import subprocess
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gemma2_jax.config import UserError, load
+from gemma2_jax.launching.pin import find_checkout, job_name, pin, write_pinned
+from gemma2_jax.training.config import RunConfig
+
+
+def git(checkout: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(
+        ["git", "-C", str(checkout), *identity, *arguments], capture_output=True, check=True, text=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    git(folder, "init", "-q")
+    (folder / ".gitignore").write_text("runs/\n")
+    (folder / "code.py").write_text("one")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "one")
+    return folder
+
+
+def test_what_is_committed(checkout: Path, toy_run: RunConfig, tmp_path: Path) -> None:
+    pinned = pin(toy_run, checkout, allow_changes=False)
+    assert (pinned.commit, pinned.changed) == (git(checkout, "rev-parse", "HEAD"), False)
+    assert pinned.tree == git(checkout, "rev-parse", "HEAD^{tree}")
+    (checkout / "code.py").write_text("two")  # after the launch
+    folder = tmp_path / "job"
+    for _ in range(2):  # launched again, it is the same
+        write_pinned(folder, pinned, toy_run, checkout)
+    assert (folder / "code" / "code.py").read_text() == "one"
+    with tarfile.open(folder / "code.tar.gz") as tar:
+        assert set(tar.getnames()) == {"code", "code/.gitignore", "code/code.py"}
+    assert load(RunConfig, folder / "config.yaml") == toy_run
+    assert {path.name for path in folder.iterdir()} == {"code", "code.tar.gz", "config.yaml", "pin.json"}
+
+
+def test_changes_are_refused_or_pinned_as_they_are(
+    checkout: Path, toy_run: RunConfig, tmp_path: Path
+) -> None:
+    (checkout / "code.py").write_text("two")
+    (checkout / "new.py").write_text("new")
+    (checkout / "runs").mkdir()
+    (checkout / "runs" / "weights").write_text("ignored")
+    with pytest.raises(UserError, match=r"has changes that are not committed \(code\.py, …\); commit them"):
+        pin(toy_run, checkout, allow_changes=False)
+    before = git(checkout, "status", "--porcelain")
+    pinned = pin(toy_run, checkout, allow_changes=True)
+    assert pinned.changed
+    write_pinned(tmp_path / "job", pinned, toy_run, checkout)
+    code = tmp_path / "job" / "code"
+    assert {path.name: path.read_text() for path in code.iterdir()} == {
+        ".gitignore": "runs/\n",
+        "code.py": "two",
+        "new.py": "new",
+    }
+    assert git(checkout, "status", "--porcelain") == before
+
+
+def test_other_code_or_configuration_has_another_name(checkout: Path, toy_run: RunConfig) -> None:
+    first = pin(toy_run, checkout, allow_changes=False)
+    other = pin(replace(toy_run, seed=1), checkout, allow_changes=False)
+    (checkout / "code.py").write_text("two")
+    changed = pin(toy_run, checkout, allow_changes=True)
+    assert len({first.identity, other.identity, changed.identity}) == 3
+    assert job_name("Toy run, 2B!", first) == f"toy-run-2b-{first.identity}"
+    assert job_name("27b", first) == f"run-27b-{first.identity}"
+    assert len(job_name("x" * 80, first)) == 40
+
+
+def test_a_package_outside_a_checkout_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("gemma2_jax.__file__", str(tmp_path / "gemma2_jax" / "__init__.py"))
+    with pytest.raises(UserError, match="which is no git checkout, so its code cannot be pinned"):
+        find_checkout()

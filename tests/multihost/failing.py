@@ -1,0 +1,19 @@
+"""`gemma2` in a process whose second training step fails."""
+
+import sys
+
+from gemma2_jax.cli.main import main
+from gemma2_jax.config import UserError
+from gemma2_jax.training.trainer import Trainer
+
+take_step = Trainer.take_step
+
+
+def fail_in_the_second(self, *fed):
+    if self.step == 1:
+        raise UserError("this host's disk is gone.")
+    take_step(self, *fed)
+
+
+Trainer.take_step = fail_in_the_second  # type: ignore[method-assign]
+sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,77 @@
+"""Real processes on this machine's CPU that form one job."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+GEMMA2 = ["-m", "gemma2_jax.cli.main"]
+_SECONDS = 240  # after which something hangs
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended; `errors` without what the library below JAX's CPU collectives says about itself."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Of a process with `devices` CPU devices, which shares the compile cache of all tests."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+
+
+def run_job(commands: Sequence[Sequence[str]], devices: int = 1) -> list[Ended]:
+    """Runs `python COMMAND` for each process, told where the others are, and waits for all."""
+    port = free_port()
+    running = [
+        subprocess.Popen(
+            [sys.executable, *command, *hosts(port, len(commands), number)],
+            env=environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, command in enumerate(commands)
+    ]
+    try:
+        told = [process.communicate(timeout=_SECONDS) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [
+        Ended(process.returncode, _own(output), _own(errors))
+        for process, (output, errors) in zip(running, told, strict=True)
+    ]
+
+
+def hosts(port: int, count: int, number: int) -> list[str]:
+    return [
+        f"hosts.coordinator=127.0.0.1:{port}",
+        f"hosts.num_processes={count}",
+        f"hosts.process_id={number}",
+        "hosts.timeout=60",
+    ]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _own(text: str) -> str:
+    return "".join(line + "\n" for line in text.splitlines() if not line.startswith("[Gloo]"))

@@ -1,0 +1,47 @@
+"""When one process of a job fails, all end, and process 0 says why in one sentence."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gemma2_jax.config import save
+from gemma2_jax.sharding.mesh import MeshConfig
+from gemma2_jax.training.config import RunConfig
+from tests.multihost.job import GEMMA2, run_job
+
+
+@pytest.fixture(scope="module")
+def command(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("ending")
+    save(replace(toy_run, output=str(folder / "run"), mesh=MeshConfig(data=2)), folder / "toy.yaml")
+    return ["train", "--config", str(folder / "toy.yaml")]
+
+
+def test_one_that_fails_in_the_middle(command: list[str]) -> None:
+    failing = str(Path(__file__).parent / "failing.py")
+    first, second = run_job([[*GEMMA2, *command], [failing, *command]])
+    assert (first.code, second.code) == (1, 1)
+    assert first.errors.splitlines()[-1] == "gemma2: process 1: this host's disk is gone."
+    assert "Traceback" not in first.errors
+    assert (second.output, second.errors) == ("", "")
+
+
+def test_one_that_was_started_otherwise(command: list[str]) -> None:
+    first, second = run_job([[*GEMMA2, *command], [*GEMMA2, *command, "seed=1"]])
+    assert (first.code, second.code) == (1, 1)
+    assert first.errors == (
+        "gemma2: process 1: toy: seed is 0 in process 0 and 1 in process 1; all processes must be started by the same "
+        "command, and see the same files.\n"
+    )
+    assert (second.output, second.errors) == ("", "")
+
+
+def test_what_all_refuse_is_said_once(command: list[str]) -> None:
+    first, second = run_job([[*GEMMA2, *command, "mesh.data=1", "mesh.tensor=2"]] * 2)
+    assert (first.code, second.code) == (1, 1)
+    assert first.errors.startswith(
+        "gemma2: mesh.data x mesh.fsdp is 1, which is not a multiple of the 2 processes"
+    )
+    assert first.errors.count("\n") == 1
+    assert second.errors == ""

@@ -1,0 +1,129 @@
+"""A toy run by several processes: it is that of one process, and its checkpoints move between them."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gemma2_jax.checkpoints.store import load_params
+from gemma2_jax.config import load, save
+from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.sharding.hosts import HostsConfig
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.metrics import read_metrics
+from tests.multihost.job import GEMMA2, Ended, run_job
+
+TIMES = ("tokens_per_second", "mfu")
+
+
+@pytest.fixture(scope="module")
+def config(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy run over all devices that there are, with weights and documents divided, saved for all processes."""
+    folder = tmp_path_factory.mktemp("multihost")
+    config = replace(
+        toy_run,
+        data=replace(toy_run.data, streams=2),
+        mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
+        training=replace(toy_run.training, steps=4, eval_every=2),
+        optimizer=replace(toy_run.optimizer, warmup_steps=1),
+        checkpoint=replace(toy_run.checkpoint, every=2),
+    )
+    save(config, folder / "toy.yaml")
+    return folder / "toy.yaml"
+
+
+def train(config: Path, output: Path, processes: int, devices: int = 1) -> list[Ended]:
+    command = [*GEMMA2, "train", "--config", str(config), f"output={output}"]
+    ended = run_job([command] * processes, devices)
+    assert [process.code for process in ended] == [0] * processes, ended
+    return ended
+
+
+@pytest.fixture(scope="module")
+def two(config: Path) -> tuple[Path, list[Ended]]:
+    """The run's folder, and how its two processes ended."""
+    folder = config.parent / "two"
+    return folder, train(config, folder, 2)
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path) -> Path:
+    """The same by one process with two devices."""
+    folder = config.parent / "alone"
+    train(config, folder, 1, devices=2)
+    return folder
+
+
+def assert_same_metrics(folder: Path, other: Path) -> None:
+    rows, others = read_metrics(folder), read_metrics(other)
+    assert [(row["step"], row["split"]) for row in rows] == [(row["step"], row["split"]) for row in others]
+    for row, expected in zip(rows, others, strict=True):
+        for name in row.keys() - {"step", "split", *TIMES}:
+            assert row[name] == pytest.approx(expected[name], rel=1e-5), (row["step"], row["split"], name)
+
+
+def cut(folder: Path, target: Path) -> Path:
+    """A copy of a run as if it had been stopped after step 2."""
+    shutil.copytree(folder, target)
+    shutil.rmtree(target / "checkpoints" / "4")
+    return target
+
+
+def test_two_processes_train_as_one(two: tuple[Path, list[Ended]], alone: Path) -> None:
+    folder, _ = two
+    assert_same_metrics(folder, alone)
+    assert len(read_metrics(folder)) == 6  # four steps, two evaluations
+
+
+def test_only_process_0_prints(two: tuple[Path, list[Ended]]) -> None:
+    folder, (first, second) = two
+    assert first.output == f"{folder} is trained to step 4.\n"
+    assert first.errors.count("validation loss") == 2
+    assert (second.output, second.errors) == ("", "")
+
+
+def test_a_run_folder_says_nothing_of_its_processes(two: tuple[Path, list[Ended]]) -> None:
+    assert load(RunConfig, two[0] / "config.yaml").hosts == HostsConfig()
+
+
+def test_what_two_processes_saved_goes_on_in_one(
+    two: tuple[Path, list[Ended]], config: Path, tmp_path: Path
+) -> None:
+    folder = cut(two[0], tmp_path / "run")
+    (ended,) = train(config, folder, 1, devices=2)
+    assert "goes on from its checkpoint at step 2" in ended.errors
+    assert_same_metrics(folder, two[0])
+
+
+@pytest.mark.slow
+def test_what_two_processes_saved_goes_on_in_four(
+    two: tuple[Path, list[Ended]], config: Path, tmp_path: Path
+) -> None:
+    folder = cut(two[0], tmp_path / "run")
+    first, *_ = train(config, folder, 4)
+    assert "goes on from its checkpoint at step 2" in first.errors
+    assert_same_metrics(folder, two[0])
+
+
+def write_params(folder: Path, file: Path) -> Sequence[str]:
+    """The weights of a run as one process reads them, in a file."""
+    config = load(RunConfig, folder / "config.yaml")
+    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
+    leaves = jax.tree.leaves(load_params(folder, abstract_params(config.model, "float32", mesh)))
+    np.savez(file, *(np.asarray(leaf) for leaf in leaves))
+    return [str(folder), str(file)]
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_read_the_bits_that_one_reads(
+    two: tuple[Path, list[Ended]], tmp_path: Path, processes: int
+) -> None:
+    script = str(Path(__file__).parent / "compare.py")
+    arguments = write_params(two[0], tmp_path / "params.npz")
+    ended = run_job([[script, *arguments]] * processes)
+    assert [process.code for process in ended] == [0] * processes, ended

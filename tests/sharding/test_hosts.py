@@ -1,0 +1,207 @@
+"""Which processes there are, as the configuration and the environment tell it, and how they meet."""
+
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from jax._src.clusters import ClusterEnv
+
+from gemma2_jax.config import UserError
+from gemma2_jax.sharding.hosts import HostsConfig, Place, find_place, join
+from gemma2_jax.sharding.rendezvous import meet, split_address
+from tests.multihost.job import free_port
+
+SLURM = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_NODELIST": "node[003-004]",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        *SLURM,
+        *OPEN_MPI,
+        "KUBERNETES_SERVICE_HOST",
+        "JOB_COMPLETION_INDEX",
+        "CUDA_VISIBLE_DEVICES",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def within(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def set_variables(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+def test_one_process_where_nothing_says_otherwise() -> None:
+    assert find_place(HostsConfig()) is None
+    join(HostsConfig())  # does nothing: JAX is at work here already
+
+
+def test_what_is_configured() -> None:
+    place = find_place(HostsConfig("10.0.0.1:8476", 2, 1))
+    assert place == Place("10.0.0.1:8476", 2, 1)
+    assert find_place(HostsConfig("10.0.0.1:8476", 1, 0)) is None
+
+
+def test_slurm(within: Callable[..., None]) -> None:
+    within(**SLURM)
+    assert find_place(HostsConfig()) == Place(f"node003:{65535 - 2**12 + 1 + 17}", 4, 3, (1,))
+    assert find_place(HostsConfig(coordinator="node003:99")) == Place("node003:99", 4, 3, (1,))
+    assert find_place(HostsConfig(detect=False)) is None
+    within(SLURM_NTASKS="1", SLURM_PROCID="0")
+    assert find_place(HostsConfig()) is None
+
+
+@pytest.mark.parametrize(
+    "variables", [{"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, {"CUDA_VISIBLE_DEVICES": "0"}]
+)
+def test_a_process_that_is_alone_on_its_host_or_sees_its_own_devices_has_all(
+    within: Callable[..., None], variables: dict[str, str]
+) -> None:
+    within(**SLURM | variables)
+    place = find_place(HostsConfig())
+    assert place is not None
+    assert place.devices is None
+
+
+def test_open_mpi(within: Callable[..., None]) -> None:
+    within(**OPEN_MPI)
+    place = find_place(HostsConfig())
+    assert place is not None
+    assert place.coordinator.startswith("10.96.0.1:")
+    assert (place.num_processes, place.process_id, place.devices) == (2, 1, (1,))
+
+
+def test_tpu_pods_of_gke(within: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two slices of two hosts each, in a JobSet; JAX looks for the chips themselves, which are not here."""
+    cluster: Any = next(kind for kind in ClusterEnv._cluster_types if kind.name == "gketpu")
+    monkeypatch.setattr(cluster, "is_env_present", lambda: True)
+    monkeypatch.setattr(cluster, "wait_for_coordinator", lambda *_: None)
+    monkeypatch.setattr(cluster, "get_local_process_id", lambda: None)
+    within(
+        KUBERNETES_SERVICE_HOST="10.0.0.1",
+        JOB_COMPLETION_INDEX="1",
+        TPU_WORKER_HOSTNAMES="a-0,a-1",
+        TPU_WORKER_ID="1",
+        MEGASCALE_COORDINATOR_ADDRESS="b-0",
+        MEGASCALE_NUM_SLICES="2",
+        MEGASCALE_SLICE_ID="1",
+    )
+    assert find_place(HostsConfig()) == Place("b-0:8482", 4, 3)
+
+
+def test_kubernetes(within: Callable[..., None]) -> None:
+    within(KUBERNETES_SERVICE_HOST="10.0.0.1")
+    assert find_place(HostsConfig()) is None  # a pod of no job, such as a notebook's
+    within(JOB_COMPLETION_INDEX="2")
+    with pytest.raises(UserError, match=r"is pod 2 of a Kubernetes job.* pip install kubernetes, or set"):
+        find_place(HostsConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "node"}, r"hosts\.coordinator is node; accepted: HOST:PORT"),
+        ({"num_processes": 0}, r"hosts\.num_processes is 0; it must be at least 1"),
+        ({"num_processes": 2, "process_id": 2}, r"hosts\.process_id is 2; accepted: 0 to 1, one less than"),
+        ({"process_id": -1}, r"hosts\.process_id is -1; accepted: 0"),
+        ({"timeout": 0}, r"hosts\.timeout is 0"),
+        ({"num_processes": 2}, r"hosts\.coordinator and hosts\.process_id must be set"),
+    ],
+)
+def test_what_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_place(HostsConfig(**given))
+
+
+def meeting(*places: tuple[int, int], timeout: float = 5.0) -> list[str | None]:
+    """What each of the processes (number of processes, own number) was told when they met."""
+    coordinator = f"127.0.0.1:{free_port()}"
+
+    def told(place: tuple[int, int]) -> str | None:
+        try:
+            meet(coordinator, *place, timeout)
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        return list(pool.map(told, places))
+
+
+def test_all_meet() -> None:
+    assert meeting((3, 2), (3, 0), (3, 1)) == [None, None, None]
+
+
+def test_who_is_missing_is_told_to_all() -> None:
+    first, second = meeting((4, 0), (4, 2), timeout=0.5)
+    assert first == second == "2 of 4 processes did not come within 0.5 s (hosts.timeout): process 1, 3."
+
+
+def test_two_of_one_number() -> None:
+    told = meeting((4, 0), (4, 1), (4, 1), timeout=2.0)
+    assert set(told) == {"hosts.process_id is 1 in two processes; each needs a number of its own."}
+
+
+def test_another_number_of_processes() -> None:
+    first, second = meeting((3, 0), (2, 1))
+    assert first == second
+    assert first is not None
+    assert first.startswith("hosts.num_processes is 3 in process 0 and 2 in process 1;")
+
+
+def test_nobody_there() -> None:
+    (told,) = meeting((2, 1), timeout=0.3)
+    assert told is not None
+    assert told.startswith("process 1 cannot reach the coordinator, process 0 at 127.0.0.1:")
+
+
+def test_a_stranger_at_the_door_is_ignored() -> None:
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+
+    def knock() -> None:
+        for _ in range(50):
+            try:
+                with socket.create_connection(("127.0.0.1", port)) as connection:
+                    connection.sendall(b"GET / HTTP/1.1\n")
+                    return
+            except OSError:
+                threading.Event().wait(0.05)
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(meet, address, 2, 0, 10.0)
+        pool.submit(knock).result()
+        pool.submit(meet, address, 2, 1, 10.0).result()
+        first.result()
+
+
+def test_a_port_that_is_taken() -> None:
+    port = free_port()
+
+    with socket.create_server(("", port)), pytest.raises(UserError, match=f"cannot listen on port {port}"):
+        meet(f"127.0.0.1:{port}", 2, 0, 1.0)
+
+
+def test_addresses() -> None:
+    assert split_address("node-3.cluster:8476") == ("node-3.cluster", 8476)
+    assert split_address("[fe80::1]:8476") == ("fe80::1", 8476)
