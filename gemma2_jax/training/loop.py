@@ -56,9 +56,9 @@ def train_together(configs: Sequence[RunConfig]) -> None:
     # Which processes there are belongs to the job, and not to what it trains.
     configs = [replace(config, hosts=HostsConfig()) for config in configs]
     check_together(configs)
+    check_agreement(_what_decides(configs))
     for config in configs:
         check_same_run(config)
-    check_agreement(_what_decides(configs))
     left = [config for config in configs if latest_step(config.output) != config.training.steps]
     if not left:
         return

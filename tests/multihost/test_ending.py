@@ -41,7 +41,7 @@ def test_what_all_refuse_is_said_once(command: list[str]) -> None:
     first, second = run_job([[*GEMMA2, *command, "mesh.data=1", "mesh.tensor=2"]] * 2)
     assert (first.code, second.code) == (1, 1)
     assert first.errors.startswith(
-        "gemma2: mesh.data x mesh.fsdp is 1, which is not a multiple of the 2 processes"
+        "gemma2: mesh.replica x mesh.data x mesh.fsdp is 1, which is not a multiple of the 2 processes"
     )
     assert first.errors.count("\n") == 1
     assert second.errors == ""
