@@ -157,8 +157,8 @@ def test_slurm_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_stopped_slurm_job_is_queued_again() -> None:
     pytest.importorskip("submitit")
-    again = slurm.Training("job.sh").checkpoint()
-    assert again.function.script == "job.sh"
+    begun_again: Any = slurm.Training("job.sh").checkpoint().function
+    assert begun_again.script == "job.sh"
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
