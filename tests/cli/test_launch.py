@@ -1,11 +1,17 @@
 """`gemma2 launch`: what it shows, what it refuses, and a run on this machine by submitit."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from gemma2_jax.cli.main import main
 from gemma2_jax.training.metrics import read_metrics
+
+# On import it sets logging up anew, which closes the stream of absl's handler unless that is today's sys.stderr: within
+# a test it is pytest's, and pytest goes on to use it.
+with suppress(ImportError):
+    import submitit  # noqa: F401
 
 VM = ["--zone", "z", "--accelerator-type", "v5litepod-16", "--runtime-version", "r", "--bucket", "gs://b"]
 
@@ -52,7 +58,8 @@ def test_a_run_on_this_machine(
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     keys = [
         "model=toy", "name=mine", f"data.source={corpus}", "data=files", "data.seq_len=32", "data.batch_size=4",
-        "data.workers=1", "tokenizer.vocab_size=400", "tokenizer.path=tokenizer.model", "data.folder=data",
+        "data.workers=1", "data.validation_fraction=0.1",
+        "tokenizer.vocab_size=400", "tokenizer.path=tokenizer.model", "data.folder=data",
         "training.steps=2", "training.log_every=1", "training.eval_every=2", "checkpoint.every=2",
         "optimizer.warmup_steps=1",
     ]  # fmt: skip
