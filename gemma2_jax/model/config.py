@@ -6,6 +6,8 @@ from typing import Literal
 from gemma2_jax.config import UserError
 from gemma2_jax.kernels.self_attention import AttentionConfig
 
+Remat = Literal["none", "dots", "full", "offload"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -98,13 +100,14 @@ class ComputeConfig:
         dtype: of activations and of the weights as they enter a matrix product. Parameters, norms,
             softmax and losses are float32 whatever it is.
         remat: what the backward pass keeps of a pair of layers: `none` keeps every activation, `dots`
-            keeps the results of weight products and recomputes the rest, `full` keeps the pair's input only.
+            keeps the results of weight products and recomputes the rest, `full` keeps the pair's input only, and
+            `offload` keeps that in the host's memory, from which each pair's comes back when it is needed.
         unroll_layers: compile the pairs one after another instead of as a loop. Faster on CPU, where a
             loop copies each layer's weights out of the stack; slower to compile.
         attention: which kernel computes it.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
     unroll_layers: bool = False
     attention: AttentionConfig = field(default_factory=AttentionConfig)  # not in runs of before it was there

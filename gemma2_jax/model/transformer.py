@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma2_jax.model.attention import Attention
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
@@ -18,9 +19,16 @@ from gemma2_jax.model.layers import MLP, WEIGHT_PRODUCT, Embedder, RMSNorm
 from gemma2_jax.model.weights import init_params, map_weights
 from gemma2_jax.sharding.layout import constrain
 
+_PAIR_INPUT = "pair_input"  # what remat policies know the residual stream before a pair by
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_PAIR_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -137,7 +145,11 @@ def rematerialised(body: Callable[..., Any], compute: ComputeConfig) -> Callable
     """A body for `over_pairs` of which the backward pass keeps what `compute.remat` says."""
     if compute.remat == "none":
         return body
-    return jax.checkpoint(body, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
+
+    def named(x: jax.Array, pair: Pair) -> tuple[jax.Array, Any]:
+        return body(checkpoint_name(x, _PAIR_INPUT), pair)
+
+    return jax.checkpoint(named, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
 
 
 def over_pairs(

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from gemma2_jax.model.config import ComputeConfig, ModelConfig
+from gemma2_jax.model.config import ComputeConfig, ModelConfig, Remat
 from gemma2_jax.planning.program import Inputs, device_bytes
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.training.config import RunConfig
@@ -45,9 +45,9 @@ def memory_parts(config: RunConfig, inputs: Inputs, mesh_shape: dict[str, int]) 
 def saved_activations(config: RunConfig, mesh_shape: dict[str, int]) -> int:
     """What the backward pass finds of the forward pass, an estimate.
 
-    Of each pair of layers its input; with `dots` also the results of its products; with `none` also those of norms,
-    rotations, activation functions and residual sums, one array each (Korthikanti et al., arXiv 2205.05198, section 4,
-    counted for Gemma's blocks).
+    Of each pair of layers its input, which `offload` keeps elsewhere; with `dots` also the results of its products;
+    with `none` also those of norms, rotations, activation functions and residual sums, one array each (Korthikanti et
+    al., arXiv 2205.05198, section 4, counted for Gemma's blocks).
     """
     tokens = _device_rows(config, mesh_shape) * config.data.seq_len // shares(config, mesh_shape)[1]
     tensor = mesh_shape.get("tensor", 1)
@@ -80,9 +80,10 @@ def what_helps(
             enough = "enough by itself" if saved >= excess else "not enough by itself"
             savings.append((saved, f"{words}: some {in_units(saved)} less a device ({enough}, an estimate)"))
 
-    if config.compute.remat != "full":
-        full = replace(config, compute=replace(config.compute, remat="full"))
-        offer(parts.activations - saved_activations(full, mesh_shape), "compute.remat=full")
+    policies: tuple[Remat, ...] = ("full", "offload")
+    for remat in policies:
+        less = replace(config, compute=replace(config.compute, remat=remat))
+        offer(parts.activations - saved_activations(less, mesh_shape), f"compute.remat={remat}")
     rows = _device_rows(config, mesh_shape)
     if rows > 1:
         # A batch cut into more parts adds a second copy of the gradients, unless there is one already.
@@ -149,6 +150,8 @@ def _width(config: RunConfig) -> int:
 def _pair_numbers(model: ModelConfig, compute: ComputeConfig, tensor: int) -> int:
     """Numbers that are kept of a pair of layers for each token."""
     D, H, F = model.d_model, model.head_dim, model.d_ff
+    if compute.remat == "offload":
+        return 0
     if compute.remat == "full":
         return D
     heads = (model.num_heads + 2 * model.num_kv_heads) * H // tensor

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from gemma2_jax.config import UserError
+from gemma2_jax.model.config import Remat
 from gemma2_jax.model.counts import count_parameters, training_flops_per_token
 from gemma2_jax.planning.memory import head_blocks, saved_activations, shares
 from gemma2_jax.planning.plan import Plan, make_plan
@@ -14,12 +14,12 @@ from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.sharding.mesh import AXES, MeshConfig
 from gemma2_jax.training.config import RunConfig
 
-_REMAT: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 _WIDEST_SEQUENCE = (
     8  # devices that a sequence is split over at most: each layer's keys and values are gathered
 )
-# Of a forward pass, how much of it the backward pass computes again; products are most of it.
-_RECOMPUTED = {"none": 0.0, "dots": 0.15, "full": 1.0}
+# Of a forward pass, how much of it the backward pass computes again; products are most of it. What goes to the host and
+# back may take no time, but is to be tried after what stays.
+_RECOMPUTED: dict[Remat, float] = {"none": 0.0, "dots": 0.15, "full": 1.0, "offload": 1.05}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
         for accumulation in _divisors(config.data.batch_size):
             if config.data.batch_size // accumulation % rows:
                 continue
-            for remat in _REMAT:
+            for remat in _RECOMPUTED:
                 changed = replace(
                     config,
                     mesh=mesh,

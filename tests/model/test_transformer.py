@@ -100,7 +100,15 @@ def plain(toy_model):
 
 @pytest.mark.parametrize(
     ("remat", "unroll_layers"),
-    [("dots", False), ("full", False), ("none", True), ("dots", True), ("full", True)],
+    [
+        ("dots", False),
+        ("full", False),
+        ("offload", False),
+        ("none", True),
+        ("dots", True),
+        ("full", True),
+        ("offload", True),
+    ],
 )
 def test_how_it_is_executed_changes_nothing(toy_model, plain, remat, unroll_layers):
     found = loss_and_gradients(toy_model, ComputeConfig(remat=remat, unroll_layers=unroll_layers))
@@ -126,7 +134,21 @@ def test_remat_recomputes_what_it_says(toy_model):
 
         return str(jax.make_jaxpr(jax.grad(loss))(toy_model)).count("dot_general")
 
-    assert products("none") < products("dots") < products("full")
+    assert products("none") < products("dots") < products("full") == products("offload")
+
+
+def test_offload_keeps_the_residual_stream_with_the_host(toy_model):
+    """What the scan stacks of each pair: the embedded tokens before it."""
+
+    def stacked(remat):
+        def loss(model):
+            return model.hidden(TOKENS, compute=ComputeConfig(remat=remat)).sum()
+
+        program = str(jax.make_jaxpr(jax.grad(loss))(toy_model))
+        return [f"f32{space}[2,2,20,32] = scan[" in program for space in ("", "<host>")]
+
+    assert stacked("full") == [True, False]
+    assert stacked("offload") == [False, True]
 
 
 def test_bfloat16_is_close_to_float32(toy_model, plain):

@@ -201,12 +201,19 @@ def test_norms_do_not_decay(run: RunConfig) -> None:
         np.testing.assert_allclose(update, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_remat_changes_nothing(run: RunConfig, batches: list[Batch], remat: Any) -> None:
     _, kept = steps(run, ONE_DEVICE, batches[:2])
     _, recomputed = steps(replace(run, compute=replace(run.compute, remat=remat)), ONE_DEVICE, batches[:2])
     for expected, found in zip(kept, recomputed, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_offload_leaves_each_device_its_part(run: RunConfig, batches: list[Batch]) -> None:
+    offloaded = replace(run, compute=replace(run.compute, remat="offload"))
+    _, kept = steps(run, ONE_DEVICE, batches[:1])
+    _, found = steps(offloaded, MeshConfig(2, 2, 2), batches[:1])
+    assert found == [pytest.approx(kept[0], rel=1e-5)]
 
 
 def test_parameters_stay_float32_when_computing_in_bfloat16(run: RunConfig, batches: list[Batch]) -> None:
