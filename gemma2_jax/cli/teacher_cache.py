@@ -38,6 +38,7 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.cli.compose import compose
+    from gemma2_jax.compilation import programs_kept_in
     from gemma2_jax.data.prepare import prepare
     from gemma2_jax.distill.cache.manifest import verify_cache
     from gemma2_jax.distill.cache.writer import check_teacher, is_complete, write_cache
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_teacher(task)
     with first_process_first():
         prepare(config.data, config.tokenizer)
-    manifest = write_cache(task, arguments.estimate)
+    with programs_kept_in(config.compilation_cache):
+        manifest = write_cache(task, arguments.estimate)
     if is_first() and is_complete(task, manifest):
         print(f"{task.folder} holds the teacher's signal for {manifest.rows} rows.")

@@ -3,6 +3,9 @@
 import os
 import re
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from gemma2_jax.compilation import programs_kept_in
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.teacher import as_teacher
 from gemma2_jax.formats.load import open_source
@@ -113,7 +117,7 @@ def abstract_inputs(config: RunConfig, mesh: Mesh) -> Inputs:
 
 
 def compile_step(config: RunConfig, topology: Topology) -> Program:
-    """Compiles one step.
+    """Compiles one step. With `compilation_cache`, a run on these devices finds it there.
 
     Raises:
         UserError: mesh, batch, teacher or model do not fit each other, or the compiler refuses the program for
@@ -124,7 +128,7 @@ def compile_step(config: RunConfig, topology: Topology) -> Program:
     optimizer = build_optimizer(config.optimizer, config.training.steps)
     argument = device_bytes((inputs.state, inputs.teacher, inputs.batch, inputs.taught))
     begun = time.perf_counter()
-    with jax.set_mesh(mesh), laid_out(config.layout):
+    with jax.set_mesh(mesh), laid_out(config.layout), _kept(config):
         step = build_train_step(config, optimizer, inputs.state)
         lowered = step.lower(inputs.state, inputs.teacher, inputs.batch, inputs.taught)
         try:
@@ -140,6 +144,14 @@ def compile_step(config: RunConfig, topology: Topology) -> Program:
     found: Any = compiled.memory_analysis()
     memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, _peak(found))
     return Program(mesh, inputs, seconds, memory, compiled.as_text())
+
+
+@contextmanager
+def _kept(config: RunConfig) -> Iterator[None]:
+    """`programs_kept_in`, where a program that was kept can not be loaded without its devices, and is compiled anew."""
+    with programs_kept_in(config.compilation_cache), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+        yield
 
 
 def wanted_bytes(error: str) -> int | None:

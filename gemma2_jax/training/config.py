@@ -26,14 +26,23 @@ class TrainingConfig:
         accumulation: microbatches that each step's batch is split into, one after another, to save memory.
         log_every: steps between rows of metrics, each an average since the row before.
         eval_every: steps between evaluations on the validation split; the last step is always evaluated.
+        profile_steps: the first and the last step that `profile` traces, counted from where the process begins, whose
+            first steps are slower than the others.
     """
 
     steps: int
     accumulation: int
     log_every: int
     eval_every: int
+    profile_steps: tuple[int, int] = (3, 5)  # not in runs of before it was there
 
     def __post_init__(self) -> None:
+        first, last = self.profile_steps
+        if not 1 <= first <= last:
+            raise UserError(
+                f"training.profile_steps is [{first}, {last}]; it must be the first step to trace, at least 1, and the "
+                "last."
+            )
         for name in ("steps", "accumulation", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -47,6 +56,8 @@ class RunConfig:
         name: how the run is called in tables.
         output: the run folder.
         seed: of the initial weights; the order of the data has its own, data.seed.
+        compilation_cache: the folder or bucket that compiled programs are kept in, see `programs_kept_in`.
+        profile: trace some steps (`training.profile_steps`) into the run folder.
     """
 
     name: str
@@ -67,6 +78,8 @@ class RunConfig:
     initialise: InitConfig = field(default_factory=InitConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
+    compilation_cache: str | None = None
+    profile: bool = False
 
     def __post_init__(self) -> None:
         self._check_teacher()
@@ -75,6 +88,11 @@ class RunConfig:
             raise UserError(
                 f"training.accumulation is {self.training.accumulation}, which does not divide data.batch_size "
                 f"({self.data.batch_size})."
+            )
+        if self.profile and self.training.profile_steps[1] > self.training.steps:
+            raise UserError(
+                f"training.profile_steps ends with {self.training.profile_steps[1]}, after the last step "
+                f"({self.training.steps}); choose earlier ones, or profile=false."
             )
         reserved = self.optimizer.warmup_steps
         if self.optimizer.schedule == "wsd":

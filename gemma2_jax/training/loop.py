@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from gemma2_jax.checkpoints.store import FOLDER, latest_step
+from gemma2_jax.compilation import programs_kept_in
 from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.files import locked
 from gemma2_jax.sharding.hosts import HostsConfig, check_agreement, is_first
@@ -16,6 +18,7 @@ from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import Inputs
+from gemma2_jax.training.profile import Profile
 from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.start import (
     check_batch,
@@ -67,6 +70,7 @@ def train_together(configs: Sequence[RunConfig]) -> None:
         check_batch(config, mesh)
         tokenizer = check_data(config)
     with jax.set_mesh(mesh), laid_out(left[0].layout), ExitStack() as stack:
+        stack.enter_context(programs_kept_in(left[0].compilation_cache))
         check_feeding(left[0], mesh)
         if is_first():
             for config in left:
@@ -88,7 +92,7 @@ def train_together(configs: Sequence[RunConfig]) -> None:
         if is_first():
             for config in left:
                 write_inputs(config, inputs.teacher_identity)  # now that nothing was refused
-        _run(trainers, inputs, progress)
+        _run(trainers, inputs, progress, stack.enter_context(Profile(left[0], progress.say)))
 
 
 def _take_folder(config: RunConfig, stack: ExitStack) -> None:
@@ -118,16 +122,21 @@ def _what_decides(configs: Sequence[RunConfig]) -> dict[str, Any]:
     return found | steps | data
 
 
-def _run(trainers: Sequence[Trainer], inputs: Inputs, progress: TrainingProgress) -> None:
+def _run(trainers: Sequence[Trainer], inputs: Inputs, progress: TrainingProgress, profile: Profile) -> None:
     steps = trainers[0].config.training.steps
     for step in range(min(trainer.step for trainer in trainers), steps):
-        fed = next(inputs)
         stepping = [trainer for trainer in trainers if trainer.step == step]
-        for trainer in stepping:
-            trainer.take_step(*fed)
+        with profile.step(step + 1, settle=partial(_wait_for, stepping)):
+            fed = next(inputs)
+            for trainer in stepping:
+                trainer.take_step(*fed)
         progress.advance(step + 1)
         # All clocks are stopped before the first run is evaluated.
         for trainer in stepping:
             trainer.settle()
         for trainer in stepping:
             trainer.report()
+
+
+def _wait_for(trainers: Sequence[Trainer]) -> None:
+    jax.block_until_ready([trainer.state for trainer in trainers])

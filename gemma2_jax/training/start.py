@@ -28,6 +28,7 @@ TEACHER_FILE = "teacher.json"  # and who taught it, if anybody did
 # things lie and what watches them. That the data, the tokenizer and the teacher are the same is checked by content.
 _MAY_CHANGE = {
     "name", "output", "hosts", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "training.log_every",
+    "training.profile_steps", "profile", "compilation_cache",
     "data.folder", "data.workers", "data.shard_characters", "tokenizer.path",
 }  # fmt: skip
 
@@ -163,12 +164,14 @@ def write_inputs(config: RunConfig, teacher_identity: str | None) -> None:
 def _shared(config: RunConfig) -> dict[str, Any]:
     """What runs that are trained together have in common."""
     whole = to_dict(config)
-    shared = {name: whole[name] for name in ("data", "tokenizer", "mesh", "layout", "distill", "compute")}
+    names = ("data", "tokenizer", "mesh", "layout", "distill", "compute", "profile", "compilation_cache")
+    shared = {name: whole[name] for name in names}
     # The teacher has the rows of the student's vocabulary, and a cache one temperature.
     shared["model"] = {name: whole["model"][name] for name in ("vocab_size", "vocab_padding")}
     if config.distill.cache is not None:
         shared["objective"] = {"temperature": whole["objective"]["temperature"]}
-    return {**shared, "training": {"steps": config.training.steps}}
+    in_training = ("steps", "profile_steps") if config.profile else ("steps",)
+    return {**shared, "training": {name: whole["training"][name] for name in in_training}}
 
 
 def _differences(

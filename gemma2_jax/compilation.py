@@ -1,0 +1,48 @@
+"""Programs that are compiled once: XLA's results kept on disk, for the next process that would compile the same."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from gemma2_jax.config import UserError
+
+
+@contextmanager
+def programs_kept_in(folder: str | None) -> Iterator[None]:
+    """What is compiled within is kept in `folder`, or taken from there if it was compiled before.
+
+    JAX finds a program again for the same devices, flags, and versions of JAX and its compiler, whoever compiled it: a
+    run, or a plan on a machine without these devices. What compiles within a second is not kept.
+
+    Args:
+        folder: or a bucket (`gs://…`), which JAX writes to by itself; None leaves JAX's own setting, which the
+            variable JAX_COMPILATION_CACHE_DIR sets.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    if folder is None:
+        yield
+        return
+    if "://" not in folder:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"compilation_cache is {folder}, which cannot be made: {error.strerror}; it must be a folder "
+                "or a bucket."
+            ) from None
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    _use(folder)
+    try:
+        yield
+    finally:
+        _use(before)
+
+
+def _use(folder: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # it would go on with the folder that it began with

@@ -1,0 +1,66 @@
+"""A step that a plan has compiled is not compiled again by the run."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from gemma2_jax.compilation import programs_kept_in
+from gemma2_jax.config import UserError
+from gemma2_jax.planning.program import compile_step
+from gemma2_jax.planning.topologies import find_topology
+from gemma2_jax.sharding.mesh import MeshConfig
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.loop import train
+
+
+@pytest.fixture(autouse=True)
+def everything_is_kept() -> Iterator[None]:
+    before = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+def cache_folder() -> Any:
+    return jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+
+
+def steps_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith("jit_step_as_laid_out-")]
+
+
+def test_a_run_takes_the_step_that_a_plan_has_compiled(toy_run: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "compiled"
+    mine = cache_folder()
+    config = replace(
+        toy_run,
+        output=str(tmp_path / "run"),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        compilation_cache=str(folder),
+    )
+    compile_step(config, find_topology("cpu:8"))
+    planned = steps_in(folder)
+    assert len(planned) == 1
+    hits: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+    train(config)
+    assert steps_in(folder) == planned  # under the same name there is the same program
+    assert "/jax/compilation_cache/cache_hits" in hits
+    assert len(list(folder.iterdir())) > 1  # of the run's other programs
+    assert cache_folder() == mine
+
+
+def test_what_cannot_be_a_folder_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with (
+        pytest.raises(
+            UserError, match=r"compilation_cache is .*file/cache, which cannot be made: Not a directory"
+        ),
+        programs_kept_in(f"{file}/cache"),
+    ):
+        pass
