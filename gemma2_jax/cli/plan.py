@@ -21,6 +21,7 @@ that it can take. Neither data nor tokenizer nor the teacher's weights have to b
   gemma2 plan experiment=pretrain_27b topology=v5p:8x24x32 mesh=report_27b data.batch_size=768
   gemma2 plan experiment=pretrain_2b topology=h100:8 mesh=h100_8 --json
   gemma2 plan experiment=pretrain_2b topology=v5e:4x4 --search --budget 600     tries meshes, remat and microbatches
+  gemma2 plan experiment=distill_2b_from_9b topology=v5e:4x4 --placement        how all is split; compiles nothing
 
 topology=CHIP:SHAPE   v5e:4x4 v6e:16x16 v4:8x16x32 v5p:8x24x32 tpu7x:4x4x4   a TPU slice, by chips (extra tpu)
                       v5e:16x16*2                                            two slices
@@ -35,10 +36,16 @@ def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "plan", run, "tell what a run takes on a topology", DESCRIPTION, KEYS)
     add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON, and nothing else")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--search",
         action="store_true",
         help="try meshes, remat policies and microbatches, and rank what fits",
+    )
+    instead.add_argument(
+        "--placement",
+        action="store_true",
+        help="tell how weights and activations are split, and compile nothing",
     )
     parser.add_argument(
         "--budget", type=float, default=300.0, metavar="SECONDS", help="of compiling in a search (300)"
@@ -60,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     topology = find_topology(names[-1])
     if arguments.search:
         return _search(config, topology, arguments)
+    if arguments.placement:
+        return _placement(config, topology, arguments)
     from gemma2_jax.planning.plan import make_plan
 
     plan = make_plan(config, topology)
@@ -103,3 +112,17 @@ def _search(config: "RunConfig", topology: "Topology", arguments: argparse.Names
     else:
         print_search(found, topology, Console())
     return FITS if found.plans[0][1].fits else DOES_NOT_FIT
+
+
+def _placement(config: "RunConfig", topology: "Topology", arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from gemma2_jax.planning.placement import find_placement
+    from gemma2_jax.planning.report import print_placement
+
+    found = find_placement(config, topology)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_placement(found, Console())
+    return FITS

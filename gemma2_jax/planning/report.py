@@ -1,10 +1,11 @@
-"""A plan as a table for the terminal."""
+"""Plans, and what lies where, as tables for the terminal."""
 
 from rich import box, table
 from rich.console import Console
 from rich.text import Text
 
 from gemma2_jax.planning.memory import in_units
+from gemma2_jax.planning.placement import PlacedModel, Placement
 from gemma2_jax.planning.plan import Plan
 from gemma2_jax.planning.search import Found
 from gemma2_jax.planning.topologies import Topology
@@ -124,3 +125,48 @@ def _short(overrides: str) -> str:
     return " ".join(
         text for text in overrides.split() if not (text.startswith("mesh.") and text.endswith("=1"))
     )
+
+
+def print_placement(placement: Placement, console: Console) -> None:
+    """Prints for each model how every weight and the activations are split, and what a device holds."""
+    shape = {axis: size for axis, size in placement.mesh.items() if size > 1}
+    mesh = " x ".join(f"{axis}={size}" for axis, size in shape.items()) or "one device"
+    _say(console, f"{placement.name} on {placement.topology}, mesh {mesh}", "bold")
+    for model in placement.models:
+        console.print(_weights_table(model, shape))
+        if model.role == "student":
+            _say(
+                console,
+                "Gradients and the optimizer's two moments lie as these weights do, each as large as they.",
+            )
+        letters: dict[tuple[str, ...], list[str]] = {}
+        for letter, axes in model.activations.items():
+            letters.setdefault(axes, []).append(letter)
+        split = "; ".join(f"{', '.join(those)} along {_axes(axes, shape)}" for axes, those in letters.items())
+        _say(console, f"Activations of the {model.role}: {split or 'not split'}.")
+        if model.head:
+            _say(
+                console,
+                f"LM head of the {model.role}: V along {_axes(model.head, shape)}; tokens along the axes left to them.",
+            )
+
+
+def _weights_table(model: PlacedModel, shape: dict[str, int]) -> table.Table:
+    grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column(f"weight of the {model.role}", no_wrap=True)
+    grid.add_column("size", no_wrap=True)
+    grid.add_column("split along")
+    grid.add_column("a device holds", justify="right", no_wrap=True)
+    for weight in model.weights:
+        size = " ".join(f"{letter}{length}" for letter, length in weight.sizes.items())
+        split = ", ".join(f"{letter}: {_axes(axes, shape)}" for letter, axes in weight.axes.items())
+        cells = weight.path, size, split or "not split", in_units(weight.device_bytes)
+        grid.add_row(*map(Text, cells))
+    grid.add_section()
+    total = sum(weight.device_bytes for weight in model.weights)
+    grid.add_row("all", "", "", Text(in_units(total)))
+    return grid
+
+
+def _axes(axes: tuple[str, ...], shape: dict[str, int]) -> str:
+    return " x ".join(f"{axis} ({shape[axis]})" for axis in axes)

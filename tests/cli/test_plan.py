@@ -1,6 +1,7 @@
 """The verb plan as it is typed."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,28 @@ def test_what_does_not_fit_has_an_exit_code_of_its_own(monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "does not fit" in told
     assert "What would help:" in told
+
+
+def test_what_lies_where_needs_no_compiler(monkeypatch, capsys):
+    monkeypatch.setattr("gemma2_jax.planning.program.compile_step", None)
+    monkeypatch.setenv("COLUMNS", "120")
+    asked = [
+        *TOY[:-1],
+        "model.num_kv_heads=2",
+        "topology=cpu:8",
+        "mesh.fsdp=2",
+        "mesh.tensor=2",
+        "--placement",
+    ]
+    assert main(asked) == 0
+    told = capsys.readouterr().out
+    assert "run on cpu:8, mesh data=2 x fsdp=2 x tensor=2" in told
+    assert re.search(r"embedder/embedding +V512 D\d+ +V: tensor \(2\), D: fsdp \(2\)", told)
+    assert "B along data (2) x fsdp (2); N, K, F, V along tensor (2)." in told
+    assert "V along tensor (2) x fsdp (2)" in told
+    assert main([*asked, "--json"]) == 0
+    (student,) = json.loads(capsys.readouterr().out)["models"]
+    assert student["weights"][0]["axes"] == {"V": ["tensor"], "D": ["fsdp"]}
 
 
 def test_a_search_prints_what_to_type(capsys):

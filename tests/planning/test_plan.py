@@ -15,11 +15,13 @@ from gemma2_jax.model.counts import count_parameters, training_flops_per_token
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.planning.count import Cost
 from gemma2_jax.planning.memory import memory_parts, saved_activations, what_helps
+from gemma2_jax.planning.placement import find_placement
 from gemma2_jax.planning.plan import make_plan
 from gemma2_jax.planning.program import abstract_inputs, mesh_of, teacher_config, wanted_bytes
 from gemma2_jax.planning.roofline import bandwidth_along, bounds
 from gemma2_jax.planning.search import candidates, search
 from gemma2_jax.planning.topologies import Topology, find_topology
+from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 
 
@@ -79,10 +81,28 @@ def test_parts_are_those_of_the_shards(planned_run, cpus, plan):
     assert memory_parts(alone, abstract_inputs(alone, mesh), dict(mesh.shape)).parameters == whole
 
 
+def test_what_lies_where_is_as_large_as_its_shards(planned_run, cpus, plan):
+    placement = find_placement(planned_run, cpus)
+    sizes = {model.role: sum(weight.device_bytes for weight in model.weights) for model in placement.models}
+    assert sizes == {"student": plan.parts.parameters, "teacher": plan.parts.teacher}
+
+
+def test_a_teacher_can_lie_otherwise(planned_run, cpus):
+    apart = LayoutConfig(weights={"D": ("fsdp",), "F": ("tensor",)}, head=("tensor",))
+    student, teacher = find_placement(
+        replace(planned_run, distill=replace(planned_run.distill, layout=apart)), cpus
+    ).models
+    assert [model.weights[0].axes for model in (student, teacher)] == [
+        {"V": ("tensor",), "D": ("fsdp",)},
+        {"D": ("fsdp",)},
+    ]
+    assert [model.head for model in (student, teacher)] == [("tensor", "fsdp"), ("tensor",)]
+
+
 def test_remat_keeps_less(planned_run):
     kept = [
         saved_activations(replace(planned_run, compute=ComputeConfig(remat=remat)), {"data": 2})
-        for remat in ("none", "dots", "full")
+        for remat in ("none", "dots", "full", "offload")
     ]
     assert kept == sorted(kept, reverse=True)
     assert kept[2] == 2 * 32 * 4 * planned_run.model.d_model  # 2 rows a device, one pair of layers

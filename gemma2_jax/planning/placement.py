@@ -1,0 +1,111 @@
+"""What lies where on a mesh: each weight's split and a device's part of it, and how activations are laid out."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma2_jax.distill.teacher import as_teacher
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.weights import abstract_params, dim_sizes, map_weights, weights_by_path
+from gemma2_jax.planning.program import device_bytes, mesh_of, teacher_config
+from gemma2_jax.planning.topologies import Topology
+from gemma2_jax.sharding.layout import Axes, laid_out, layout_in_use
+from gemma2_jax.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class PlacedWeight:
+    """A weight at rest; gradients and moments lie as it does.
+
+    Attributes:
+        sizes, axes: of each dimension by its letter (see `gemma2_jax`): its size, and the mesh axes that split it.
+        device_bytes: of a device's part.
+    """
+
+    path: str
+    sizes: dict[str, int]
+    axes: dict[str, Axes]
+    device_bytes: int
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model on a mesh.
+
+    Attributes:
+        role: student (what is trained) or teacher.
+        activations: the mesh axes that split a letter of its activations.
+        head: those that split the vocabulary in the LM head; tokens lie along what is left of theirs.
+    """
+
+    role: str
+    weights: list[PlacedWeight]
+    activations: dict[str, Axes]
+    head: Axes
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What lies where, without anything compiled."""
+
+    name: str
+    topology: str
+    mesh: dict[str, int]
+    models: list[PlacedModel]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return asdict(self)
+
+
+def find_placement(config: RunConfig, topology: Topology) -> Placement:
+    """What lies where when `config` runs on `topology`.
+
+    Raises:
+        UserError: mesh, batch, model and teacher do not fit each other.
+    """
+    mesh = mesh_of(config, topology)
+    with laid_out(config.layout):
+        models = [_place("student", config.model, "float32", mesh)]
+        teacher = teacher_config(config)
+        if teacher is not None:
+            with as_teacher(config.distill):
+                models.append(_place("teacher", teacher, config.distill.dtype, mesh))
+    return Placement(config.name, topology.name, dict(mesh.shape), models)
+
+
+def _place(role: str, model: ModelConfig, dtype: str, mesh: Mesh) -> PlacedModel:
+    layout, sizes = layout_in_use(), dim_sizes(model)
+    parts = _by_path(abstract_params(model, jnp.dtype(dtype), mesh))
+    weights = [
+        PlacedWeight(
+            path,
+            {letter: sizes[letter] for letter in weight.dims},
+            _split({letter: layout.weights.get(letter, ()) for letter in weight.dims}, mesh),
+            device_bytes(parts[path]),
+        )
+        for path, weight in weights_by_path().items()
+    ]
+    head = tuple(axis for axis in layout.head if mesh.shape[axis] > 1)
+    return PlacedModel(role, weights, _split(layout.activations, mesh), head)
+
+
+def _split(column: Mapping[str, Axes], mesh: Mesh) -> dict[str, Axes]:
+    """Without the axes that are 1, which split nothing."""
+    found = {letter: tuple(axis for axis in axes if mesh.shape[axis] > 1) for letter, axes in column.items()}
+    return {letter: axes for letter, axes in found.items() if axes}
+
+
+def _by_path(params: Any) -> dict[str, Any]:
+    def find(path: str) -> Any:
+        leaf = params
+        for name in path.split("/"):
+            leaf = leaf[name]
+        return leaf
+
+    found: dict[str, Any] = {}
+    map_weights(lambda path, _: found.setdefault(path, find(path)))
+    return found
