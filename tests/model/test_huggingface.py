@@ -1,5 +1,6 @@
 """The same numbers as Hugging Face's Gemma 2, from a folder that `save_pretrained` wrote and our import read."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +57,11 @@ def assert_same(pair: Pair, batch, expected) -> None:
 def test_packed_documents(pair):
     """Each as if read alone: far shorter than the window, far longer, and longer than a block of queries."""
     batch = batch_of([[150], [3, 100, 30]], 150, pair.config.vocab_size)
+    # In float64, all but its norms and softmax, so that its own rounding does not count as ours: as much as 6e-5 was
+    # seen, and it differs by processor.
+    theirs = copy.deepcopy(pair.theirs).double()
     with reference.largest_scores(pair.config.sliding_window) as largest:
-        expected = reference.alone(pair.theirs, batch)
+        expected = reference.alone(theirs, batch)
     assert min(largest.values()) > 1.1  # far beyond both caps
     assert_same(pair, batch, expected)
 
