@@ -96,7 +96,9 @@ def _publish(watch: _Watch, told: str | None) -> str | None:
         with suppress(Exception):
             first = watch.client.blocking_key_value_get(_REASON, 10_000)
     number, _, text = first.partition("\n")
-    return text if number == "0" else text.replace("gemma2: ", f"gemma2: process {number}: ", 1)
+    if number == "0" or text == told:  # what all refuse is not another's fault because it was faster
+        return text
+    return text.replace("gemma2: ", f"gemma2: process {number}: ", 1)
 
 
 def _wait(watch: _Watch) -> None:
