@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.kernels.blocks import join_tokens, split_tokens, token_blocks
+from gemma2_jax.kernels.blocks import join_tokens, split_tokens, stays_in_loop, token_blocks
 from gemma2_jax.kernels.softcap import mask_padding, softcap
 from gemma2_jax.sharding.layout import batch_shares_in_head, constrain, constrain_in_head, is_split
 
@@ -195,7 +195,7 @@ def _sums_and_gradients(
     def body(carry: Any, block: Any) -> tuple[Any, jax.Array]:
         sums, d_embedding = carry
         hidden, part, block_targets, block_mask = block
-        embedding = _cast_within_loop(whole, dtype, block_targets) if casts_blockwise else whole
+        embedding = stays_in_loop(whole, block_targets[0, 0]).astype(dtype) if casts_blockwise else whole
         signal = _signal(_with_tokens(teacher, part))
 
         def masked_loss(products: jax.Array) -> tuple[jax.Array, Sums]:
@@ -203,6 +203,7 @@ def _sums_and_gradients(
             block_sums = _masked_sums(token_loss, logits, signal, block_targets, block_mask, coefficients)
             return block_sums[0], block_sums
 
+        hidden = _in_head(hidden)
         products = _products(hidden, embedding)
         d_products, block_sums = jax.grad(masked_loss, has_aux=True)(products)
         d_products = constrain_in_head(d_products.astype(dtype), "BTV")
@@ -283,20 +284,21 @@ def _for_use(head: LMHead) -> jax.Array:
     return constrain_in_head(head.embedding.astype(head.hidden.dtype), "VD")
 
 
-def _cast_within_loop(embedding: jax.Array, dtype: Any, targets: jax.Array) -> jax.Array:
-    """The cast, times a 1 that depends on the block, or the compiler would do it once, before the loop."""
-    one = jnp.where(targets[0, 0] == jnp.iinfo(targets.dtype).min, 2.0, 1.0)
-    return (embedding * one).astype(dtype)
+def _in_head(hidden: jax.Array) -> jax.Array:
+    """A block's hidden states as they lie in the LM head.
+
+    First as they lie outside, where they come from: or the compiler would gather all blocks to have this one.
+    """
+    return constrain_in_head(constrain(hidden, "BTD"), "BTD")
 
 
 def _products(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-    hidden = constrain_in_head(hidden, "BTD")
     products = jnp.einsum("BTD,VD->BTV", hidden, embedding, preferred_element_type=jnp.float32)
     return constrain_in_head(products, "BTV")
 
 
 def _logits(head: LMHead) -> jax.Array:
-    return _cap(head, _products(head.hidden, _for_use(head)))
+    return _cap(head, _products(_in_head(head.hidden), _for_use(head)))
 
 
 def _cap(head: LMHead, products: jax.Array) -> jax.Array:

@@ -85,11 +85,11 @@ def hidden_and_captured(
         x, heads = pair.global_block(x, attend)
         return x, (local, wanted({"hidden": x, **heads}))
 
-    read_pair = rematerialised(read_pair, compute)
+    read_pair_again = rematerialised(read_pair, compute)
 
     def body(carry: Any, pair: Pair) -> tuple[Any, None]:
         x, index, buffers = carry
-        x, found = read_pair(x, pair)
+        x, found = read_pair_again(x, pair, index)
         for kind, values in enumerate(found):  # local, global
             if any(layer % 2 == kind for layer in capture.layers):
                 buffers = _write(buffers, slots[index, kind], values)

@@ -101,7 +101,7 @@ class ComputeConfig:
             softmax and losses are float32 whatever it is.
         remat: what the backward pass keeps of a pair of layers: `none` keeps every activation, `dots`
             keeps the results of weight products and recomputes the rest, `full` keeps the pair's input only, and
-            `offload` keeps that in the host's memory, from which each pair's comes back when it is needed.
+            `offload` keeps the input of either layer in the host's memory, from which it comes back when it is needed.
         unroll_layers: compile the pairs one after another instead of as a loop. Faster on CPU, where a
             loop copies each layer's weights out of the stack; slower to compile.
         attention: which kernel computes it.

@@ -13,19 +13,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from gemma2_jax.kernels.blocks import stays_in_loop
 from gemma2_jax.model.attention import Attention
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.layers import MLP, WEIGHT_PRODUCT, Embedder, RMSNorm
 from gemma2_jax.model.weights import init_params, map_weights
 from gemma2_jax.sharding.layout import constrain
 
-_PAIR_INPUT = "pair_input"  # what remat policies know the residual stream before a pair by
+_BLOCK_INPUT = "block_input"  # what remat policies know the residual stream before a block by
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[_PAIR_INPUT],
+        names_which_can_be_offloaded=[_BLOCK_INPUT],
         offload_src="device",
         offload_dst="pinned_host",
     ),
@@ -45,6 +46,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, attend: Callable[[Attention, jax.Array], tuple[jax.Array, Any]]) -> Any:
         """[B, T, D] to [B, T, D]; what `attend` gives beside its output is passed on."""
+        x = checkpoint_name(x, _BLOCK_INPUT)
         with jax.named_scope("attention"):
             mixed, extra = attend(self.attention, self.pre_attention_norm(x))
             x = constrain(x + self.post_attention_norm(mixed), "BTD")
@@ -133,23 +135,37 @@ def read(
         mixed, (_, key, value) = layer(x, positions, segment_ids, compute.attention)
         return mixed, (key, value) if keep_key_values else None
 
-    def body(x: jax.Array, pair: Pair) -> tuple[jax.Array, Any]:
+    def read_pair(x: jax.Array, pair: Pair) -> tuple[jax.Array, Any]:
         x, local = pair.local_block(x, attend)
         x, global_ = pair.global_block(x, attend)
         return x, (local, global_)
 
-    return over_pairs(rematerialised(body, compute), x, pairs, compute)
+    read_pair_again = rematerialised(read_pair, compute)
+
+    def body(carry: Any, pair: Pair) -> tuple[Any, Any]:
+        x, index = carry
+        x, kept = read_pair_again(x, pair, index)
+        return (x, index + 1), kept
+
+    (x, _), kept = over_pairs(body, (x, 0), pairs, compute)
+    return x, kept
 
 
-def rematerialised(body: Callable[..., Any], compute: ComputeConfig) -> Callable[..., Any]:
-    """A body for `over_pairs` of which the backward pass keeps what `compute.remat` says."""
+def rematerialised(
+    read_pair: Callable[[jax.Array, Pair], tuple[jax.Array, Any]], compute: ComputeConfig
+) -> Callable[[jax.Array, Pair, jax.Array | int], tuple[jax.Array, Any]]:
+    """`read_pair` of which the backward pass keeps what `compute.remat` says; it takes the pair's number as well."""
+
+    def read_cast(x: jax.Array, pair: Pair, index: jax.Array | int) -> tuple[jax.Array, Any]:
+        # Weights are cast where they are used. The compiler would cast those of all layers before the loop, and keep
+        # that copy for as long.
+        if compute.dtype != "float32":
+            pair = jax.tree.map(lambda weight: stays_in_loop(weight, jnp.asarray(index)), pair)
+        return read_pair(x, pair)
+
     if compute.remat == "none":
-        return body
-
-    def named(x: jax.Array, pair: Pair) -> tuple[jax.Array, Any]:
-        return body(checkpoint_name(x, _PAIR_INPUT), pair)
-
-    return jax.checkpoint(named, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
+        return read_cast
+    return jax.checkpoint(read_cast, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
 
 
 def over_pairs(
