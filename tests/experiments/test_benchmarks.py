@@ -23,7 +23,7 @@ def lines(script: str, *arguments: str) -> list[str]:
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     table = ran.stdout.splitlines()
-    header = next(number for number, line in enumerate(table) if line.startswith(" "))
+    header = next(number for number, line in enumerate(table) if line.startswith((" ", "| ---")))
     return table[header + 1 :]
 
 
@@ -116,3 +116,10 @@ def test_teacher_cache(corpus: Path):
     assert list(figures)[:2] == ["sampled, N = 12", "sampled, N = 50"]
     assert list(figures)[-1] == "training, on these devices"
     assert min(figures.values()) > 0
+
+
+@pytest.mark.slow
+def test_step_plans():
+    toy = ("model=toy", "tokenizer.vocab_size=512", "mesh=cpu_1", "data.seq_len=64", "data.batch_size=2")
+    table = lines("step_plans.py", "--only", "pretrain_2b", "--topology=cpu:1", "--set", *toy)
+    assert [line.split(" | ")[:4] for line in table] == [["| pretrain_2b", "cpu:1", "1", "yes"]]

@@ -1,0 +1,99 @@
+"""What training steps of the released sizes take on the pods they are for: peak memory, compile time, least step time.
+
+    pip install -e '.[tpu]'
+    python experiments/benchmarks/step_plans.py
+
+Each row is `gemma2 plan` of an experiment of this repository, in a process of its own: the real TPU compiler, for chips
+that need not be there. 8192-token sequences, one a data shard; float32 parameters and moments, bfloat16 compute. The
+column of MaxText has figures published for the same shapes and chips (MaxText 0.2.5, FSDP over all chips, full remat,
+scanned layers, splash attention; "tuned" with its vocabulary tiling of 8), not run here. All rows take some 25 minutes
+of two otherwise idle cores.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from gemma2_jax.machine import cores
+
+
+@dataclass(frozen=True)
+class Row:
+    """Attributes:
+    goal: bytes of a chip that the peak is to stay below; None for what has to fit alone.
+    maxtext: its published figure for the same, in words.
+    """
+
+    experiment: str
+    topology: str
+    goal: float | None
+    maxtext: str
+
+
+ROWS = (
+    Row("pretrain_2b", "v5e:4x4", 5.0e9, "12.5 GB"),
+    Row("pretrain_9b", "v5e:4x4", 12.5e9, "15.3 GB tuned, else out of memory"),
+    Row("pretrain_27b", "v5e:8x8", None, "arguments 5.1, temporaries 14.4 GB tuned, else out of memory"),
+    Row("distill_2b_from_9b", "v5e:4x4", 8.0e9, "-"),
+    Row("distill_9b_from_27b", "v5p:2x2x4", 17e9, "-"),
+    Row("report_2b", "v5e:16x16*2", None, "-"),
+    Row("report_9b", "v4:8x16x32", None, "-"),
+    Row("report_27b", "v5p:8x24x32", None, "-"),
+)
+
+
+def plan(experiment: str, topology: str, overrides: list[str]) -> dict[str, Any]:
+    """`gemma2 plan --json` in a process of its own."""
+    command = [sys.executable, "-m", "gemma2_jax.cli.main", "plan", f"experiment={experiment}"]
+    command += [f"topology={topology}", "--json", *overrides]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if not ran.stdout:
+        raise SystemExit(ran.stderr.strip())
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found
+
+
+def cells(row: Row, topology: str, found: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    memory, estimate = found["memory_per_device"], found.get("estimate")
+    least = f"{estimate['step_seconds_at_least']:.2f}, {estimate['bound_by']}" if estimate else "-"
+    return [
+        row.experiment,
+        topology,
+        str(found["devices"]),
+        "yes" if found["fits"] else "no",
+        f"{memory['peak_bytes'] / 1e9:.2f}",
+        "-" if row.goal is None else f"{row.goal / 1e9:.1f}",
+        f"{memory['capacity_bytes'] / 1e9:.1f}",
+        row.maxtext,
+        f"{found['compile_seconds']:.0f}",
+        least,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [row.experiment for row in ROWS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the rows")
+    parser.add_argument("--topology", help="another one, for all rows")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="in every configuration")
+    options = parser.parse_args()
+
+    print(f"{cores()} cores; GB are 10^9 bytes, of one chip")
+    header = ["run", "topology", "chips", "fits", "peak GB", "goal GB", "capacity GB", "MaxText"]
+    print(f"| {' | '.join([*header, 'compile s', 'least step s (estimate)'])} |")
+    print("|" + " --- |" * (len(header) + 2), flush=True)
+    for row in ROWS:
+        if row.experiment in options.only:
+            topology = options.topology or row.topology
+            found = plan(row.experiment, topology, options.set)
+            print(f"| {' | '.join(cells(row, topology, found))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
