@@ -124,5 +124,7 @@ def _placement(config: "RunConfig", topology: "Topology", arguments: argparse.Na
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        print_placement(found, Console())
+        console = Console()
+        console.width = max(console.width, 120)  # in less, the table would lose a column
+        print_placement(found, console)
     return FITS

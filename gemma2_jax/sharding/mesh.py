@@ -69,11 +69,12 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
             "so that only gradients cross the network between them."
         )
     types = (AxisType.Auto,) * len(AXES)
+    array: np.ndarray
+    # An axis of the mesh may take a part of one of the torus: the report's 9B has 4 model shards on 8x16x32 chips.
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-    within = [shape[0] // slices, *shape[1:]]
-    between = [slices, *(1 for _ in shape[1:])]
-    array: np.ndarray = mesh_utils.create_hybrid_device_mesh(
-        within, between, devices, allow_split_physical_axes=True
-    )
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        within = [shape[0] // slices, *shape[1:]]
+        between = [slices, *(1 for _ in shape[1:])]
+        array = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=types)

@@ -10,33 +10,18 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from gemma2_jax.chips import CHIPS
 from gemma2_jax.config import UserError
 from gemma2_jax.kernels.attention import attention, visible_keys
 from gemma2_jax.kernels.self_attention import AttentionConfig, self_attention
 from gemma2_jax.kernels.tokamax_attention import tokamax_attention
+from gemma2_jax.planning.gpus import target_config
 from gemma2_jax.sharding.layout import layout_in_use
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 pytest.importorskip("tokamax", reason="needs tokamax: pip install tokamax")
 
 T = 40
-
-# What the compiler asks about a GPU that is not there.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84929347584
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-runtime_version { major: 12 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 def inputs() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -98,7 +83,10 @@ def test_forward_and_backward_compile_for_an_h100(N, K, H, window, monkeypatch):
     pytest.importorskip("jax_cuda12_plugin", reason=reason)
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     gpus = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", target_config=H100, topology="1x1x2"
+        platform="cuda",
+        topology_name="h100",
+        target_config=target_config("h100", CHIPS["h100"]),
+        topology="1x1x2",
     ).devices
     # tokamax asks the machine, which has no GPU, instead of the program.
     monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpus[0])

@@ -1,6 +1,7 @@
 """The step: the same numbers on every mesh, and only what should move moves."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -78,6 +79,23 @@ def steps(
     return state, rows
 
 
+Alone = Callable[..., list[dict[str, float]]]
+
+
+@pytest.fixture(scope="module")
+def alone(batches: list[Batch]) -> Alone:
+    """What `steps` tells of the batches on one device, each run computed once."""
+    known: dict[tuple[str, bool], list[dict[str, float]]] = {}
+
+    def rows(run: RunConfig, teacher: bool = False) -> list[dict[str, float]]:
+        key = repr(run), teacher
+        if key not in known:
+            known[key] = steps(run, ONE_DEVICE, batches, teacher)[1]
+        return [dict(row) for row in known[key]]
+
+    return rows
+
+
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -90,11 +108,11 @@ def steps(
 )
 @pytest.mark.parametrize("distilled", [False, True], ids=["pretraining", "distillation"])
 def test_same_losses_on_one_device_and_on_eight(
-    run: RunConfig, batches: list[Batch], mesh: MeshConfig, distilled: bool
+    run: RunConfig, batches: list[Batch], alone: Alone, mesh: MeshConfig, distilled: bool
 ) -> None:
     if distilled:
         run = with_teacher(run, DISTILLATION)
-    _, one = steps(run, ONE_DEVICE, batches, teacher=distilled)
+    one = alone(run, teacher=distilled)
     _, eight = steps(run, mesh, batches, teacher=distilled)
     for expected, found in zip(one, eight, strict=True):
         assert found.keys() == expected.keys()
@@ -137,16 +155,18 @@ def test_accumulation_changes_nothing(run: RunConfig, batches: list[Batch]) -> N
     chex.assert_trees_all_close(whole_state.params, parts_state.params, atol=5e-4)  # 3 Adam steps of 1e-2
 
 
-def test_accumulation_on_a_mesh(run: RunConfig, batches: list[Batch]) -> None:
+def test_accumulation_on_a_mesh(run: RunConfig, batches: list[Batch], alone: Alone) -> None:
     accumulating = replace(run, training=replace(run.training, accumulation=2))
-    _, one = steps(run, ONE_DEVICE, batches)
+    one = alone(run)
     _, eight = steps(accumulating, MeshConfig(2, 4, 1), batches)
     assert [row["loss"] for row in eight] == pytest.approx([row["loss"] for row in one], rel=1e-5)
 
 
-def test_the_first_loss_is_that_of_all_logits_at_once(run: RunConfig, batches: list[Batch]) -> None:
+def test_the_first_loss_is_that_of_all_logits_at_once(
+    run: RunConfig, batches: list[Batch], alone: Alone
+) -> None:
     run = with_teacher(run, DISTILLATION)
-    _, rows = steps(run, ONE_DEVICE, batches[:1], teacher=True)
+    rows = alone(run, teacher=True)
     batch = batches[0]
     student = Gemma2.init(run.model, jax.random.key(run.seed))
     teacher = a_teacher(run)
@@ -202,22 +222,22 @@ def test_norms_do_not_decay(run: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("remat", ["dots", "full", "offload"])
-def test_remat_changes_nothing(run: RunConfig, batches: list[Batch], remat: Any) -> None:
-    _, kept = steps(run, ONE_DEVICE, batches[:2])
-    _, recomputed = steps(replace(run, compute=replace(run.compute, remat=remat)), ONE_DEVICE, batches[:2])
-    for expected, found in zip(kept, recomputed, strict=True):
+def test_remat_changes_nothing(run: RunConfig, alone: Alone, remat: Any) -> None:
+    recomputed = alone(replace(run, compute=replace(run.compute, remat=remat)))
+    for expected, found in zip(alone(run), recomputed, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_offload_leaves_each_device_its_part(run: RunConfig, batches: list[Batch]) -> None:
+def test_offload_leaves_each_device_its_part(run: RunConfig, batches: list[Batch], alone: Alone) -> None:
     offloaded = replace(run, compute=replace(run.compute, remat="offload"))
-    _, kept = steps(run, ONE_DEVICE, batches[:1])
     _, found = steps(offloaded, MeshConfig(2, 2, 2), batches[:1])
-    assert found == [pytest.approx(kept[0], rel=1e-5)]
+    assert found == [pytest.approx(alone(run)[0], rel=1e-5)]
 
 
-def test_parameters_stay_float32_when_computing_in_bfloat16(run: RunConfig, batches: list[Batch]) -> None:
-    _, exact = steps(run, ONE_DEVICE, batches)
+def test_parameters_stay_float32_when_computing_in_bfloat16(
+    run: RunConfig, batches: list[Batch], alone: Alone
+) -> None:
+    exact = alone(run)
     state, rounded = steps(replace(run, compute=replace(run.compute, dtype="bfloat16")), ONE_DEVICE, batches)
     for leaf in jax.tree.leaves((state.params, optax.tree.get(state.optimizer, "mu"))):
         assert leaf.dtype == jnp.float32
@@ -242,9 +262,8 @@ SCHEDULED = ObjectiveConfig(
 )
 
 
-def test_a_schedule_is_followed(run: RunConfig, batches: list[Batch]) -> None:
-    run = with_teacher(run, SCHEDULED)
-    _, rows = steps(run, ONE_DEVICE, batches, teacher=True)
+def test_a_schedule_is_followed(run: RunConfig, alone: Alone) -> None:
+    rows = alone(with_teacher(run, SCHEDULED), teacher=True)
     assert [row["temperature"] for row in rows] == pytest.approx([3.0, 2.75, 2.5])  # of 8 steps
     assert [row["mix"] for row in rows] == pytest.approx([0.0, 1.0, 1 - 0.5 / 7])
     for row in rows:
@@ -253,26 +272,25 @@ def test_a_schedule_is_followed(run: RunConfig, batches: list[Batch]) -> None:
         assert row["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_microbatches_share_what_is_scheduled(run: RunConfig, batches: list[Batch]) -> None:
+def test_microbatches_share_what_is_scheduled(run: RunConfig, alone: Alone) -> None:
     run = with_teacher(run, SCHEDULED)
-    _, whole = steps(run, ONE_DEVICE, batches[:2], teacher=True)
     accumulating = replace(run, training=replace(run.training, accumulation=4))
-    _, parts = steps(accumulating, ONE_DEVICE, batches[:2], teacher=True)
-    for expected, found in zip(whole, parts, strict=True):
+    parts = alone(accumulating, teacher=True)
+    for expected, found in zip(alone(run, teacher=True), parts, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("kind", ["hidden states", "entries"])
 def test_what_a_teacher_has_said_before(
-    run: RunConfig, batches: list[Batch], accumulation: int, kind: str
+    run: RunConfig, batches: list[Batch], alone: Alone, accumulation: int, kind: str
 ) -> None:
     """Its hidden states, or all of its distribution as entries, train as it does within the step."""
     run = with_teacher(run, DISTILLATION)
     run = replace(run, training=replace(run.training, accumulation=accumulation))
     temperature = DISTILLATION.temperature
     assert isinstance(temperature, float)
-    _, expected = steps(run, ONE_DEVICE, batches[:2], teacher=True)
+    expected = alone(run, teacher=True)[:2]
     optimizer = build_optimizer(run.optimizer, run.training.steps)
     mesh = mesh_of(ONE_DEVICE)
     with jax.set_mesh(mesh):
