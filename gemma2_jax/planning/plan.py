@@ -29,7 +29,7 @@ class Plan:
         help: what would save memory; empty where it fits.
         model_flops: of a whole step on all devices, by formula.
         cost: what the compiled program does; None where there is none.
-        kernel_flops: by formula, of kernels that the program's count leaves out.
+        kernel_flops: by formula, of attention where the program's count leaves it out.
         bounds: the least seconds of a step, an estimate.
     """
 

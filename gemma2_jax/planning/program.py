@@ -128,7 +128,9 @@ def compile_step(config: RunConfig, topology: Topology) -> Program:
     optimizer = build_optimizer(config.optimizer, config.training.steps)
     argument = device_bytes((inputs.state, inputs.teacher, inputs.batch, inputs.taught))
     begun = time.perf_counter()
-    with jax.set_mesh(mesh), laid_out(config.layout), _kept(config):
+    # The default device is for libraries of kernels that ask the machine what it is, rather than the mesh (tokamax).
+    device = jax.default_device(topology.devices[0])
+    with jax.set_mesh(mesh), device, laid_out(config.layout), _kept(config):
         step = build_train_step(config, optimizer, inputs.state)
         lowered = step.lower(inputs.state, inputs.teacher, inputs.batch, inputs.taught)
         try:

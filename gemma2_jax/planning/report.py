@@ -63,7 +63,7 @@ def _counted(plan: Plan) -> list[tuple[str, str]]:
         ),
     ]
     if plan.kernel_flops:
-        rows.append(("  attention's kernels", f"{plan.kernel_flops:.3e} FLOPs (estimate by formula)"))
+        rows.append(("  attention beside", f"{plan.kernel_flops:.3e} FLOPs (estimate by formula)"))
     if cost.uncounted:
         rows.append(("  loops", f"{cost.uncounted} without a trip count, counted once"))
     for (kind, axes), amount in sorted(cost.sent.items(), key=lambda item: -item[1]):

@@ -85,13 +85,15 @@ def bandwidth_along(axes: tuple[str, ...], mesh: Mesh, topology: Topology) -> fl
 
 
 def kernel_flops(config: RunConfig, teacher: ModelConfig | None, cost: Cost, devices: int) -> float:
-    """FLOPs of attention that a device does in kernels, of which the program does not tell any: by formula.
+    """FLOPs of attention that a device does where the program does not tell them: by formula.
+
+    They are in kernels of their own, or in loops over blocks of keys, as many as a block of queries sees.
 
     Forward 4*N*H for each visible pair of query and key, backward 2.5 times as much, since scores are computed again
     (FlashAttention-2, arXiv 2307.08691, section 3.1); one forward pass more where the backward pass computes a pair of
     layers again, and one of the teacher. Hidden pairs that a kernel computes are left out.
     """
-    if not cost.kernels:
+    if not cost.kernels and not cost.uncounted:
         return 0.0
     passes = 3.5 + (config.compute.remat != "none")
     flops = passes * attention_flops_per_token(config.model, config.data.seq_len)
