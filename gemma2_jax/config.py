@@ -211,6 +211,9 @@ def _accepted(kind: Any) -> str:
     for option in _options(kind):
         if get_origin(option) is Literal:
             told.append(" or ".join(str(choice) for choice in get_args(option)))
+        elif get_origin(option) is tuple and Ellipsis not in get_args(option):
+            inner = get_args(option)
+            told.append(f"a list of {len(inner)}, each {_accepted(inner[0])}")
         elif get_origin(option) in (tuple, list):
             told.append(f"a list of {_accepted(get_args(option)[0])}")
         elif dataclasses.is_dataclass(option):

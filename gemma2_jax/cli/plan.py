@@ -48,7 +48,7 @@ def add_parser(verbs: Verbs) -> None:
         help="tell how weights and activations are split, and compile nothing",
     )
     parser.add_argument(
-        "--budget", type=float, default=300.0, metavar="SECONDS", help="of compiling in a search (300)"
+        "--budget", type=float, default=300.0, metavar="SECONDS", help="of compiling, with --search (300)"
     )
 
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"topology is missing; give one as in topology=v5e:4x4; {ACCEPTED}.")
     rest = [text for text, key, _ in asked if key != "topology"]
     config = compose(rest, arguments.config_dir)
-    topology = find_topology(names[-1])
+    topology = find_topology(names[-1], _gpu_memory_fraction())
     if arguments.search:
         return _search(config, topology, arguments)
     if arguments.placement:
@@ -81,6 +81,19 @@ def run(arguments: argparse.Namespace) -> int:
 
         print_plan(plan, Console())
     return FITS if plan.fits else DOES_NOT_FIT
+
+
+def _gpu_memory_fraction() -> float:
+    from gemma2_jax.config import UserError
+
+    text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = -1.0
+    if not 0 < fraction <= 1:
+        raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION is {text}; it must be a number above 0, at most 1.")
+    return fraction
 
 
 def _set_environment() -> None:

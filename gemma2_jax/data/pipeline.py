@@ -28,19 +28,20 @@ def tokenizer_of(data: DataConfig, tokenizer: TokenizerConfig) -> Tokenizer:
     return found
 
 
-def train_batches(data: DataConfig, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
-    """Returns an endless iterator of `Batch` (numpy arrays, B / process_count rows) over the training split.
+def train_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.DatasetIterator:
+    """Returns an endless iterator of `Batch` (numpy arrays, B / shares rows) over the training split.
 
     Every document comes once in each epoch (of its stream, where there are several), in an order drawn from
-    `data.seed` and the epoch. A process gets its rows of batches that are the same for any number of processes.
+    `data.seed` and the epoch. A process gets part `share` of the rows of batches that are the same however many parts
+    they are divided into.
     `get_state()` is small and can go through JSON; after `set_state`, with the states of all processes put together,
     the batches go on exactly where they were, for any number of processes.
 
     Raises:
-        UserError: the data is not prepared; `batch_size` is no multiple of `process_count`; or there are fewer
+        UserError: the data is not prepared; `batch_size` is no multiple of `shares`; or there are fewer
             documents than streams.
     """
-    mine = _rows_of_process(data, process_index, process_count)
+    mine = _rows_of_share(data, share, shares)
     manifest = read_manifest(data.folder)
     if manifest.train.documents < data.streams:
         raise UserError(
@@ -58,7 +59,7 @@ def train_batches(data: DataConfig, process_index: int = 0, process_count: int =
     return StreamedBatches(open_stream, data.streams, data.batch_size, mine)
 
 
-def validation_batches(data: DataConfig, process_index: int = 0, process_count: int = 1) -> grain.IterDataset:
+def validation_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.IterDataset:
     """Returns the batches of the validation split, every document once, in a fixed order; iterate it at will.
 
     Every process gets its rows of the same global batches, so that all of them see the same number; the last
@@ -67,7 +68,7 @@ def validation_batches(data: DataConfig, process_index: int = 0, process_count: 
     Raises:
         UserError: as `train_batches`, or if nothing was held out.
     """
-    mine = _rows_of_process(data, process_index, process_count)
+    mine = _rows_of_share(data, share, shares)
     manifest = read_manifest(data.folder)
     if not manifest.validation_shards:
         raise UserError(
@@ -85,15 +86,15 @@ def _packed(data: DataConfig, documents: grain.MapDataset) -> PackedRows:
     return PackedRows(shuffled.to_iter_dataset(_READING), data.seq_len)
 
 
-def _rows_of_process(data: DataConfig, process_index: int, process_count: int) -> slice:
-    if not 0 <= process_index < process_count:
-        raise UserError(f"There is no process {process_index} of {process_count}.")
-    if data.batch_size % process_count:
+def _rows_of_share(data: DataConfig, share: int, shares: int) -> slice:
+    if not 0 <= share < shares:
+        raise UserError(f"There is no part {share} of a batch's {shares}.")
+    if data.batch_size % shares:
         raise UserError(
-            f"data.batch_size is {data.batch_size}; it must be a multiple of the number of processes ({process_count})."
+            f"data.batch_size is {data.batch_size}; it must be a multiple of the {shares} parts that processes feed."
         )
-    rows = data.batch_size // process_count
-    return slice(process_index * rows, (process_index + 1) * rows)
+    rows = data.batch_size // shares
+    return slice(share * rows, (share + 1) * rows)
 
 
 def _documents(data: DataConfig, manifest: Manifest, shards: tuple[Shard, ...]) -> grain.MapDataset:

@@ -1,14 +1,14 @@
 """How the rows that a teacher and its students read are divided over a mesh and its processes."""
 
-import jax
 from jax.sharding import Mesh
 
 from gemma2_jax.config import UserError
+from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import batch_shares, sequence_shares
 
 
 def check_rows(rows: int, seq_len: int, mesh: Mesh, key: str) -> None:
-    """Raises UserError if `rows`, which the setting `key` gives, or the mesh over the processes cannot be split evenly.
+    """Raises UserError if `rows`, which the setting `key` gives, cannot be split evenly over the mesh or its processes.
 
     As the layout in use splits them.
     """
@@ -23,8 +23,4 @@ def check_rows(rows: int, seq_len: int, mesh: Mesh, key: str) -> None:
             f"data.seq_len is {seq_len}, which the {parts} devices along the mesh's sequence axis do not divide; "
             f"choose a multiple of {parts}."
         )
-    if shares % jax.process_count():
-        raise UserError(
-            f"mesh.replica x mesh.data x mesh.fsdp is {shares}, which is not a multiple of the {jax.process_count()} "
-            "processes; each of them feeds rows of its own."
-        )
+    feeding_share(mesh)

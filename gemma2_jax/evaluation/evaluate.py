@@ -11,6 +11,8 @@ from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.teacher import DistillConfig, load_teacher
 from gemma2_jax.model.counts import count_parameters
+from gemma2_jax.sharding.feeding import feeding_share
+from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.start import check_same_data
@@ -55,7 +57,7 @@ def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = Non
         raise UserError(f"{run_folder} holds no checkpoint; train it first.")
     check_same_data(run_folder, config.data)
     mesh = build_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), laid_out(config.layout):
         model = load_model(run_folder, mesh=mesh)
         teacher = None
         # The teacher is asked in the student's own precision here, whatever it taught in.
@@ -65,7 +67,7 @@ def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = Non
                 distill, config.model, Tokenizer.load(Path(run_folder) / TOKENIZER_FILE), mesh
             )
         step_function = build_evaluation_step(config.compute, distill, config.objective.block_tokens)
-        batches = validation_batches(config.data, jax.process_index(), jax.process_count())
+        batches = validation_batches(config.data, *feeding_share(mesh))
         metrics = validate(step_function, model, teacher, batches, mesh)
     return Evaluation(
         parameters=count_parameters(config.model).total,

@@ -94,27 +94,29 @@ def what_helps(
         )
     whole = parts.parameters + parts.moments + parts.gradients + parts.teacher
     copies = mesh_shape.get("data", 1)
-    if copies > 1:
+    fsdp = mesh_shape.get("fsdp", 1) * copies
+    if copies > 1 and config.model.d_model % fsdp == 0:
         offer(
             whole - whole // copies,
-            f"mesh.fsdp={mesh_shape.get('fsdp', 1) * copies} mesh.data=1 (every weight split over all devices)",
+            f"mesh.fsdp={fsdp} mesh.data=1 (every weight split over all devices)",
         )
     if config.objective.block_tokens > 128:
         smaller = replace(config, objective=replace(config.objective, block_tokens=128))
         offer(parts.logits - head_blocks(smaller, mesh_shape), "objective.block_tokens=128")
-    if inputs_are_float32(config):
+    if teacher_is_float32(config):
         offer(parts.teacher // 2, "distill.dtype=bfloat16")
     if config.compute.dtype == "float32":
         offer(parts.activations // 2, "compute.dtype=bfloat16")
-    offer(
-        (whole + parts.activations) // 2,
-        f"twice as many devices as {topology.name} has, along mesh.fsdp, for the same batch",
-    )
+    if rows > 1:
+        more = "along mesh.fsdp, for the same batch", parts.activations // 2
+    else:
+        more = f"along mesh.fsdp, and data.batch_size={2 * config.data.batch_size}", 0
+    offer(whole // 2 + more[1], f"twice as many devices as {topology.name} has, {more[0]}")
     return [words for _, words in sorted(savings, reverse=True)]
 
 
-def inputs_are_float32(config: RunConfig) -> bool:
-    """Whether an online teacher could be halved."""
+def teacher_is_float32(config: RunConfig) -> bool:
+    """Whether there is an online teacher that could be halved."""
     return (
         config.distill.teacher is not None
         and config.distill.cache is None

@@ -7,7 +7,7 @@ from gemma2_jax.model.counts import training_flops_per_token
 from gemma2_jax.planning.count import Cost, count
 from gemma2_jax.planning.hlo import read_program
 from gemma2_jax.planning.memory import Parts, memory_parts, what_helps
-from gemma2_jax.planning.program import Program, compile_step, teacher_config
+from gemma2_jax.planning.program import Program, compile_step, judge_bytes, teacher_config
 from gemma2_jax.planning.roofline import Bounds, bounds, kernel_flops, share_of_peak
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.training.config import RunConfig
@@ -25,6 +25,8 @@ class Plan:
     Attributes:
         fits: whether the compiler placed it into the device's memory.
         mesh: devices along each axis.
+        samples: whether the run also samples from the student, by another program, which is not planned.
+        judge: bytes of a teacher that validations ask and the step does not.
         parts: where the memory goes; activations and logits are estimates.
         help: what would save memory; empty where it fits.
         model_flops: of a whole step on all devices, by formula.
@@ -38,6 +40,8 @@ class Plan:
     fits: bool
     mesh: dict[str, int]
     program: Program
+    judge: int
+    samples: bool
     parts: Parts
     help: list[str]
     tokens: int
@@ -59,7 +63,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
-        memory, chip = self.program.memory, self.topology.chip
+        memory = self.program.memory
         found: dict[str, Any] = {
             "name": self.name,
             "topology": self.topology.name,
@@ -70,11 +74,14 @@ class Plan:
                 "argument_bytes": memory.argument,
                 "temp_bytes": memory.temp,
                 "peak_bytes": memory.peak,
-                "capacity_bytes": chip.memory,
+                "capacity_bytes": self.topology.capacity,
+                "host_bytes": memory.host,
+                "validations_teacher_bytes": self.judge,
                 "parts": asdict(self.parts),
                 "parts_estimated": ["activations", "logits"],
             },
             "compile_seconds": self.program.seconds,
+            "not_planned": ["sampling of on-policy steps"] if self.samples else [],
             "tokens_per_step": self.tokens,
             "model_flops_per_step": self.model_flops,
             "model_flops_source": FLOPS_SOURCE,
@@ -116,9 +123,11 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     """
     program = compile_step(config, topology)
     shape = dict(program.mesh.shape)
-    capacity = topology.chip.memory
+    capacity = topology.capacity
     # The TPU's compiler itself refuses what does not fit; the others compile it.
-    fits = program.text is not None and (topology.platform == "tpu" or program.memory.peak <= capacity)
+    judge = judge_bytes(config, program.mesh)
+    needed = program.memory.peak + judge
+    fits = program.text is not None and ((topology.platform == "tpu" and not judge) or needed <= capacity)
     parts = memory_parts(config, program.inputs, shape)
     tokens = config.data.batch_size * config.data.seq_len
     teacher = teacher_config(config)
@@ -133,8 +142,10 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         fits=fits,
         mesh=shape,
         program=program,
+        judge=judge,
+        samples=config.distill.on_policy is not None,
         parts=parts,
-        help=[] if fits else what_helps(config, topology, parts, shape, program.memory.peak - capacity),
+        help=[] if fits else what_helps(config, topology, parts, shape, needed - capacity),
         tokens=tokens,
         model_flops=training_flops_per_token(config.model, config.data.seq_len, teacher) * tokens,
         cost=cost,

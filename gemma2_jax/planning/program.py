@@ -42,11 +42,13 @@ class Memory:
         argument: what a step is given: the state, the teacher, the batch.
         temp: what it makes and drops; None where the compiler gave up.
         peak: the most that lies there at a time; of a program that does not fit, what the compiler wanted.
+        host: what lies in the host's memory for it (`compute.remat=offload`).
     """
 
     argument: int
     temp: int | None
     peak: int
+    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,17 @@ def teacher_config(config: RunConfig) -> ModelConfig | None:
     Raises:
         UserError: neither is its checkpoint here, nor are its sizes given.
     """
+    return None if config.distill.cache is not None else judge_config(config)
+
+
+def judge_config(config: RunConfig) -> ModelConfig | None:
+    """The sizes of the teacher that validations ask, beside a cache as well; None if there is none.
+
+    Raises:
+        UserError: as `teacher_config`.
+    """
     distill, student = config.distill, config.model
-    if distill.teacher is None or distill.cache is not None:
+    if distill.teacher is None:
         return None
     sizes = distill.model
     if sizes is None:
@@ -144,7 +155,9 @@ def compile_step(config: RunConfig, topology: Topology) -> Program:
             return Program(mesh, inputs, seconds, Memory(argument, None, wanted), None)
     seconds = time.perf_counter() - begun
     found: Any = compiled.memory_analysis()
-    memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, _peak(found))
+    memory = Memory(
+        found.argument_size_in_bytes, found.temp_size_in_bytes, _peak(found), found.host_temp_size_in_bytes
+    )
     return Program(mesh, inputs, seconds, memory, compiled.as_text())
 
 
@@ -193,14 +206,25 @@ def _abstract_inputs(config: RunConfig, mesh: Mesh) -> Inputs:
                 "distill=cached."
             )
         taught = abstract_entries(config.data, mesh, entries)
-    sizes = teacher_config(config)
-    teacher = None
-    if sizes is not None:
-        with as_teacher(config.distill):
-            teacher = Gemma2(sizes, abstract_params(sizes, jnp.dtype(config.distill.dtype), mesh))
+    teacher = _abstract_teacher(config, teacher_config(config), mesh)
     state = abstract_state(config.model, build_optimizer(config.optimizer, config.training.steps), mesh)
     state = replace(state, matching=abstract_matching(config, teacher, mesh))
     return Inputs(state, teacher, abstract_batch(config.data, mesh), taught)
+
+
+def _abstract_teacher(config: RunConfig, sizes: ModelConfig | None, mesh: Mesh) -> Gemma2 | None:
+    if sizes is None:
+        return None
+    with as_teacher(config.distill):
+        return Gemma2(sizes, abstract_params(sizes, jnp.dtype(config.distill.dtype), mesh))
+
+
+def judge_bytes(config: RunConfig, mesh: Mesh) -> int:
+    """Bytes of a device's part of a teacher that no step is given, but validations are: one beside a cache."""
+    if config.distill.cache is None:
+        return 0
+    with laid_out(config.layout):
+        return device_bytes(_abstract_teacher(config, judge_config(config), mesh))
 
 
 def _peak(found: Any) -> int:

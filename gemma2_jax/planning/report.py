@@ -29,7 +29,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _rows(plan: Plan) -> list[tuple[str, str]]:
-    memory, capacity = plan.program.memory, plan.topology.chip.memory
+    memory, capacity = plan.program.memory, plan.topology.capacity
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     temp = "unknown" if memory.temp is None else in_units(memory.temp)
     rows = [
@@ -45,11 +45,23 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("  teacher", in_units(plan.parts.teacher)),
         ("  saved activations", f"{in_units(plan.parts.activations)} (estimate)"),
         ("  logits of a block", f"{in_units(plan.parts.logits)} (estimate)"),
+        *_beside(plan),
         ("compiled in", f"{plan.program.seconds:.0f} s"),
         ("tokens a step", f"{plan.tokens:,}"),
         ("model FLOPs a step", f"{plan.model_flops:.3e} (formula: PaLM, arXiv 2204.02311, appendix B)"),
     ]
     return rows + _counted(plan) + _estimated(plan)
+
+
+def _beside(plan: Plan) -> list[tuple[str, str]]:
+    rows = []
+    if plan.program.memory.host:
+        rows.append(("  in the host's memory", in_units(plan.program.memory.host)))
+    if plan.judge:
+        rows.append(("  beside: teacher", f"{in_units(plan.judge)}, which validations ask"))
+    if plan.samples:
+        rows.append(("  not planned", "the program that samples at on-policy steps, and its key/value cache"))
+    return rows
 
 
 def _counted(plan: Plan) -> list[tuple[str, str]]:

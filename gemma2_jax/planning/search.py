@@ -56,7 +56,7 @@ def search(
     """Compiles candidates, the most promising first, until `budget` seconds are spent; the first one always.
 
     Raises:
-        UserError: no mesh of these devices divides model and batch.
+        UserError: no mesh of these devices divides model and batch, or none of those tried can be compiled.
     """
     waiting = candidates(config, topology)
     if not waiting:
@@ -66,22 +66,26 @@ def search(
         )
     begun = time.perf_counter()
     plans: list[tuple[Candidate, Plan]] = []
-    while waiting and (not plans or time.perf_counter() - begun < budget):
+    refused: UserError | None = None
+    while waiting and (not (plans or refused) or time.perf_counter() - begun < budget):
         candidate = waiting.pop(0)
         try:
             plan = make_plan(candidate.config, topology)
         except UserError as error:  # what only the compiler knows to be impossible
             tell(f"{candidate.overrides}: {error}")
+            refused = error
             continue
         tell(f"{candidate.overrides}: {'fits' if plan.fits else 'does not fit'}")
         plans.append((candidate, plan))
+    if not plans and refused is not None:
+        raise refused
     return Found(sorted(plans, key=lambda pair: _rank(pair[1])), len(waiting))
 
 
 def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
     """All that divides evenly: first what should fit, the fastest by formula first; then the rest by its memory."""
     found = []
-    for mesh in _meshes(config, len(topology.devices)):
+    for mesh in _meshes(config, topology):
         shape = {axis: getattr(mesh, axis) for axis in AXES}
         rows, parts = shares(config, shape)
         if config.data.seq_len % parts:
@@ -106,7 +110,7 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
                         estimated_memory(changed, shape),
                     )
                 )
-    capacity = topology.chip.memory
+    capacity = topology.capacity
 
     def promise(candidate: Candidate) -> tuple[bool, float, float]:
         fits = candidate.memory <= capacity
@@ -153,9 +157,11 @@ def estimated_seconds(config: RunConfig, topology: Topology, shape: dict[str, in
     return flops / devices / chip.peak_flops + sent / (chip.link_bandwidth * (2 if chip.dimensions else 1))
 
 
-def _meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
-    """Every mesh of the devices that divides the model; copies across slices stay as configured."""
-    model, replica = config.model, max(1, config.mesh.replica)
+def _meshes(config: RunConfig, topology: Topology) -> Iterator[MeshConfig]:
+    """Every mesh of the devices that divides the model; copies across slices stay as configured, or are one a slice."""
+    model, replica, devices = config.model, max(1, config.mesh.replica), len(topology.devices)
+    if topology.platform == "tpu" and replica % topology.slices:
+        replica = topology.slices
     for tensor in _divisors(model.num_kv_heads):
         if model.d_ff % tensor or model.vocab_size % tensor:
             continue

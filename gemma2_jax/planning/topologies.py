@@ -35,12 +35,24 @@ class Topology:
         chip: what each device is.
         devices: JAX's.
         platform: tpu, cuda or cpu.
+        memory_fraction: of a device's memory that a program can have.
     """
 
     name: str
     chip: Chip
     devices: tuple[Any, ...]
     platform: str
+    memory_fraction: float = 1.0
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of a device that a program can have."""
+        return int(self.chip.memory * self.memory_fraction)
+
+    @property
+    def slices(self) -> int:
+        """How many of the platform's islands the devices come in."""
+        return len({self.island(device) for device in self.devices})
 
     def island(self, device: Any) -> int:
         """Which slice or node a device is of; between them lies the data-centre network."""
@@ -49,8 +61,11 @@ class Topology:
         return number
 
 
-def find_topology(name: str) -> Topology:
+def find_topology(name: str, gpu_memory_fraction: float = 0.75) -> Topology:
     """The topology of that name.
+
+    Args:
+        gpu_memory_fraction: of a GPU's memory that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by default).
 
     Raises:
         UserError: the name cannot be read, there is none of that shape, or its compiler is not installed.
@@ -72,7 +87,7 @@ def find_topology(name: str) -> Topology:
     chip = CHIPS[kind]
     if dimensions:
         return Topology(name, chip, _tpus(name, kind, shape, slices), "tpu")
-    return Topology(name, chip, _gpus(name, kind, chip, shape[0]), "cuda")
+    return Topology(name, chip, _gpus(name, kind, chip, shape[0]), "cuda", gpu_memory_fraction)
 
 
 def _cpus(name: str, count: int) -> tuple[Any, ...]:
@@ -86,7 +101,7 @@ def _cpus(name: str, count: int) -> tuple[Any, ...]:
 
 
 def _tpus(name: str, kind: str, shape: list[int], slices: int) -> tuple[Any, ...]:
-    if importlib.util.find_spec("libtpu") is None:
+    if not _is_installed("libtpu"):
         raise UserError(
             f"topology={name} needs libtpu, the TPU's compiler: pip install -e '.[tpu]' brings it."
         )
@@ -100,7 +115,7 @@ def _tpus(name: str, kind: str, shape: list[int], slices: int) -> tuple[Any, ...
 
 
 def _gpus(name: str, kind: str, chip: Chip, count: int) -> tuple[Any, ...]:
-    if not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
+    if not any(_is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
         raise UserError(
             f"topology={name} needs JAX's CUDA plugin, the GPU's compiler: pip install -e '.[cuda12]' brings it."
         )
@@ -111,6 +126,13 @@ def _gpus(name: str, kind: str, chip: Chip, count: int) -> tuple[Any, ...]:
         )
     layout = f"1x{max(nodes, 1)}x{GPUS_OF_A_NODE if nodes else rest}"
     return _describe(name, "cuda", kind, {"target_config": target_config(kind, chip), "topology": layout})
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is the package that it would be in
+        return False
 
 
 def _describe(name: str, platform: str, asked: str, options: dict[str, Any]) -> tuple[Any, ...]:

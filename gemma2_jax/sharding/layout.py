@@ -141,6 +141,24 @@ def weight_sharding(mesh: Mesh, path: str, dims: str, sizes: Mapping[str, int]) 
     return NamedSharding(mesh, layout.spec_of_weight(dims))
 
 
+def check_activations(mesh: Mesh, sizes: Mapping[str, int]) -> None:
+    """Raises UserError if mesh axes do not divide a model's dimensions where they split activations, or the LM head.
+
+    Args:
+        sizes: of the letters N, K, F and V.
+    """
+    layout = layout_in_use()
+    columns = {f"layout.activations.{d}": (d, layout.activations.get(d, ())) for d in "NKFV"}
+    for key, (letter, axes) in {**columns, "layout.head": ("V", layout.head)}.items():
+        shares = math.prod(mesh.shape[axis] for axis in axes)
+        if sizes[letter] % shares:
+            split = " x ".join(f"mesh.{axis}" for axis in axes if mesh.shape[axis] > 1)
+            raise UserError(
+                f"{key} splits the model's dimension {letter} ({sizes[letter]}) along {split}, which is {shares} and "
+                f"does not divide it; choose a divisor{', or layout=gathered' if key == 'layout.head' else ''}."
+            )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How a batch [B, ...] is split over devices when it is fed."""
     return NamedSharding(mesh, layout_in_use().spec("B"))

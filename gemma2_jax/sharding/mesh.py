@@ -62,7 +62,9 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
         raise UserError(
             f"mesh {asked or 'of 1'} does not fit {len(devices)} device(s); the axes must multiply to that number."
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # A GPU has such a number as well, of its node. Nodes hold devices that follow one another, and the axes that send
+    # the most are the last, so that they lie within one without more ado.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform != "gpu"}) or 1
     if shape[0] % slices:
         raise UserError(
             f"mesh.replica is {shape[0]}, and the devices come in {slices} slices; it must be a multiple of {slices}, "

@@ -20,6 +20,7 @@ from gemma2_jax.distill.teacher import load_teacher
 from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.objectives.schedule import ScheduleConfig
+from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.step import Taught, build_reading
@@ -63,6 +64,7 @@ class Inputs:
         teacher_identity: tells who teaches from another, wherever it lies: the teacher's fingerprint, or that of the
             checkpoint which a cache was made of; None without one.
         batches: the iterator on the host, whose state belongs into a checkpoint.
+        share: which part of each batch's rows this process feeds, of how many.
 
     Raises:
         UserError: data, teacher or cache do not fit the configuration.
@@ -76,7 +78,7 @@ class Inputs:
         self.teacher_identity: str | None = None
         self.batches: grain.DatasetIterator
         distill, data = config.distill, config.data
-        share = jax.process_index(), jax.process_count()
+        self.share = share = feeding_share(mesh)
         if distill.cache is None:
             self.batches = train_batches(data, *share)
         else:

@@ -23,7 +23,6 @@ from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.start import (
     check_batch,
     check_data,
-    check_feeding,
     check_same_run,
     check_same_teacher,
     check_shared,
@@ -71,7 +70,6 @@ def train_together(configs: Sequence[RunConfig]) -> None:
         tokenizer = check_data(config)
     with jax.set_mesh(mesh), laid_out(left[0].layout), ExitStack() as stack:
         stack.enter_context(programs_kept_in(left[0].compilation_cache))
-        check_feeding(left[0], mesh)
         if is_first():
             for config in left:
                 _take_folder(config, stack)

@@ -17,8 +17,9 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.model.vocabulary import check_tokens
+from gemma2_jax.model.weights import dim_sizes
 from gemma2_jax.sharding.hosts import wait_for_all
-from gemma2_jax.sharding.layout import batch_sharding, laid_out
+from gemma2_jax.sharding.layout import check_activations, laid_out
 from gemma2_jax.training.config import RunConfig
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
@@ -34,25 +35,11 @@ _MAY_CHANGE = {
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:
-    """Raises UserError if a microbatch cannot be split evenly over the mesh, or the mesh over the processes."""
+    """Raises UserError if a microbatch or the model's activations cannot be split evenly over mesh and processes."""
     rows = config.data.batch_size // config.training.accumulation
     with laid_out(config.layout):
+        check_activations(mesh, dim_sizes(config.model))
         check_rows(rows, config.data.seq_len, mesh, "data.batch_size / training.accumulation")
-
-
-def check_feeding(config: RunConfig, mesh: Mesh) -> None:
-    """Raises UserError unless each process feeds rows of its own: no other process's devices take part in them."""
-    rows = config.data.batch_size
-    of_process: dict[int, set[int]] = {}
-    places: Mapping[Any, tuple[slice, ...]] = batch_sharding(mesh).devices_indices_map((rows,))
-    for device, (index, *_) in places.items():
-        of_process.setdefault(device.process_index, set()).update(range(*index.indices(rows)))
-    if any(len(taken) * jax.process_count() != rows for taken in of_process.values()):
-        raise UserError(
-            f"mesh lays {dict(mesh.shape)} out so that the devices of several processes share rows of the batch, and "
-            f"each of the {jax.process_count()} processes feeds rows of its own; let mesh.tensor be no more than the "
-            "devices of a process."
-        )
 
 
 def check_shared(configs: Sequence[RunConfig]) -> None:
@@ -177,9 +164,10 @@ def _shared(config: RunConfig) -> dict[str, Any]:
 def _differences(
     begun: Mapping[str, Any], asked: Mapping[str, Any], above: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """The dotted key and both values of all that differs between two configurations."""
-    for name, value in asked.items():
-        if isinstance(value, dict) and isinstance(begun[name], dict):
-            yield from _differences(begun[name], value, f"{above}{name}.")
-        elif begun[name] != value:
-            yield f"{above}{name}", begun[name], value
+    """The dotted key and both values of all that differs between two configurations; None where one has no such key."""
+    for name in dict.fromkeys([*asked, *begun]):
+        one, other = begun.get(name), asked.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _differences(one, other, f"{above}{name}.")
+        elif one != other:
+            yield f"{above}{name}", one, other

@@ -61,7 +61,7 @@ class Trainer:
             self.progress.say(f"{config.name} goes on from its checkpoint at step {self.step}")
             self.state = self._restore(abstract)
         elif config.initialise.source is not None:
-            rows = train_batches(config.data, jax.process_index(), jax.process_count())
+            rows = train_batches(config.data, *inputs.share)
             batches = (on_mesh(batch, mesh) for batch in rows)
             params = initial_params(config.initialise, config.model, tokenizer, mesh, batches)
             self.state = state_from_params(params, optimizer, replace(abstract, matching=None))
@@ -163,7 +163,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         model = Gemma2(self.config.model, self.state.params)
-        batches = validation_batches(self.config.data, jax.process_index(), jax.process_count())
+        batches = validation_batches(self.config.data, *self.inputs.share)
         judge = self.inputs.judge
         self._write("validation", validate(self._evaluation_step, model, judge, batches, self.mesh))
 

@@ -177,10 +177,10 @@ def test_validation_can_be_repeated_and_divided(data: DataConfig):
 
 def test_impossible_shares_are_refused(data: DataConfig):
     with pytest.raises(
-        UserError, match=r"data\.batch_size is 4; it must be a multiple of .* processes \(3\)"
+        UserError, match=r"data\.batch_size is 4; it must be a multiple of the 3 parts that processes feed"
     ):
         train_batches(data, 0, 3)
-    with pytest.raises(UserError, match=r"There is no process 2 of 2"):
+    with pytest.raises(UserError, match=r"There is no part 2 of a batch's 2"):
         validation_batches(data, 2, 2)
     with pytest.raises(UserError, match=r"\d+ documents to train on, which do not suffice for 400 streams"):
         train_batches(replace(data, batch_size=400, streams=400))

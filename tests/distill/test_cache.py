@@ -346,7 +346,7 @@ def test_processes_that_the_mesh_does_not_feed_are_refused(
     task: CacheTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    with pytest.raises(UserError, match=r"data x mesh.fsdp is 4, which is not a multiple of the 3 processes"):
+    with pytest.raises(UserError, match=r"mesh gives the 3 processes 1 different parts of a batch's rows"):
         write_cache(task)
 
 

@@ -37,11 +37,11 @@ def test_one_that_was_started_otherwise(command: list[str]) -> None:
     assert (second.output, second.errors) == ("", "")
 
 
-def test_what_all_refuse_is_said_once(command: list[str]) -> None:
-    first, second = run_job([[*GEMMA2, *command, "mesh.data=1", "mesh.tensor=2"]] * 2)
+def test_what_all_refuse_is_said_once(command: list[str], tmp_path: Path) -> None:
+    first, second = run_job([[*GEMMA2, *command, "data.batch_size=5", f"output={tmp_path}/run"]] * 2)
     assert (first.code, second.code) == (1, 1)
     assert first.errors.startswith(
-        "gemma2: mesh.replica x mesh.data x mesh.fsdp is 1, which is not a multiple of the 2 processes"
+        "gemma2: data.batch_size / training.accumulation is 5 rows, which the 2 devices"
     )
     assert first.errors.count("\n") == 1
     assert second.errors == ""

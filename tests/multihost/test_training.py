@@ -37,8 +37,8 @@ def config(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "toy.yaml"
 
 
-def train(config: Path, output: Path, processes: int, devices: int = 1) -> list[Ended]:
-    command = [*GEMMA2, "train", "--config", str(config), f"output={output}"]
+def train(config: Path, output: Path, processes: int, devices: int = 1, *overrides: str) -> list[Ended]:
+    command = [*GEMMA2, "train", "--config", str(config), f"output={output}", *overrides]
     ended = run_job([command] * processes, devices)
     assert [process.code for process in ended] == [0] * processes, ended
     return ended
@@ -78,6 +78,12 @@ def test_two_processes_train_as_one(two: tuple[Path, list[Ended]], alone: Path) 
     folder, _ = two
     assert_same_metrics(folder, alone)
     assert len(read_metrics(folder)) == 6  # four steps, two evaluations
+
+
+def test_heads_that_are_split_over_processes(alone: Path, config: Path, tmp_path: Path) -> None:
+    """Both hold all rows of a batch, and so both feed all of them."""
+    train(config, tmp_path / "split", 2, 1, "mesh.fsdp=1", "mesh.tensor=2")
+    assert_same_metrics(tmp_path / "split", alone)
 
 
 def test_only_process_0_prints(two: tuple[Path, list[Ended]]) -> None:

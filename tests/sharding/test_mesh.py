@@ -88,6 +88,12 @@ def test_more_slices_than_replicas_are_refused():
     )
 
 
+def test_nodes_of_gpus_need_no_replicas():
+    chips: Any = [Chip(i, slice_index=i // 2, process_index=i // 2, platform="gpu") for i in range(8)]
+    devices = build_mesh(MeshConfig(data=1, fsdp=4, tensor=2), chips).devices.reshape(4, 2)
+    assert [{chip.process_index for chip in row} for row in devices] == [{0}, {1}, {2}, {3}]
+
+
 PRESETS = {
     "cpu_1": 1, "cpu_8": 8, "h100_8": 8, "v5e_16": 16, "v5e_64": 64, "v5e_256": 256, "v6e_256": 256, "v5p_16": 16,
     "v5p_128": 128, "report_2b": 512, "report_9b": 4096, "report_27b": 6144,

@@ -44,7 +44,7 @@ def check_cache(
         cache: its folder.
         data: of the run.
         steps: of the run: all of its rows must be there.
-        process_count: processes that train.
+        process_count: parts that the processes which train feed.
         temperature: of the run's objective, which the cache has to be made at; None accepts any.
         teacher: the checkpoint that it should have been made of; None accepts any.
         encoding: the settings that it should have been made with; None accepts any.
@@ -74,17 +74,15 @@ def check_cache(
     return manifest
 
 
-def cached_batches(
-    data: DataConfig, cache: str, process_index: int = 0, process_count: int = 1
-) -> "CachedBatches":
+def cached_batches(data: DataConfig, cache: str, share: int = 0, shares: int = 1) -> "CachedBatches":
     """`train_batches`, each with the teacher's entries; ends where the cache does. See `check_cache`.
 
     Raises:
         UserError: as `train_batches` and `check_cache`; later, if a row is not the one that was cached.
     """
-    manifest = check_cache(cache, data, steps=0, process_count=process_count)
-    steps = grain.MapDataset.source(_Steps(cache, manifest, process_index))
-    batches = train_batches(data, process_index, process_count)
+    manifest = check_cache(cache, data, steps=0, process_count=shares)
+    steps = grain.MapDataset.source(_Steps(cache, manifest, share))
+    batches = train_batches(data, share, shares)
     return CachedBatches(batches, iter(steps.to_iter_dataset(_READING)), cache)
 
 

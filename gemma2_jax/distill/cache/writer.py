@@ -44,6 +44,7 @@ from gemma2_jax.formats.load import open_for, open_source
 from gemma2_jax.machine import cores
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
@@ -109,6 +110,12 @@ def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
     """
     mesh = build_mesh(task.mesh)
     check_rows(task.data.batch_size, task.data.seq_len, mesh, "data.batch_size")
+    _, shares = feeding_share(mesh)
+    if shares != jax.process_count():
+        raise UserError(
+            f"mesh gives the {jax.process_count()} processes {shares} different parts of a batch's rows, and each "
+            "writes the cache of a part of its own; let mesh.tensor x mesh.sequence divide the devices of a process."
+        )
     manifest = _manifest(task)
     if is_complete(task, manifest):
         return manifest
@@ -201,9 +208,9 @@ class _Writing:
 
     def _write_stretch(self, steps: Iterator[list[Packed]]) -> None:
         """Writes one file of each process, and the manifest that names them."""
-        folder, process = Path(self._task.folder), jax.process_index()
+        folder, (share, _) = Path(self._task.folder), feeding_share(self._mesh)
         number = len(self._manifest.files) // jax.process_count()
-        writer = RecordWriter(folder / f"signals-{number:05d}-{process:03d}.arrayrecord", ",uncompressed")
+        writer = RecordWriter(folder / f"signals-{number:05d}-{share:03d}.arrayrecord", ",uncompressed")
         rows = largest = 0
         try:
             for packed in itertools.chain.from_iterable(steps):
@@ -214,10 +221,10 @@ class _Writing:
             writer.abandon()
             raise
         file = writer.finish()
-        signals = Signals(file.file, file.size, file.sha256, process, rows, largest)
+        signals = Signals(file.file, file.size, file.sha256, share, rows, largest)
         files = [Signals(**values) for values in _from_all(asdict(signals))]
         self._manifest = replace(self._manifest, files=(*self._manifest.files, *files))
-        if process == 0:
+        if jax.process_index() == 0:
             write_cache_manifest(folder, self._manifest)
 
     def _estimated(self, steps: Iterator[list[Packed]]) -> Iterator[list[Packed]]:
@@ -252,18 +259,18 @@ class _Writing:
 
     def _encoded(self) -> Iterator[tuple[Entries, list[int]]]:
         task = self._task
-        process, processes = jax.process_index(), jax.process_count()
+        share, shares = feeding_share(self._mesh)
         tokenizer = Tokenizer.load(task.tokenizer.path)
         teacher = load_teacher(task.distill, task.model, tokenizer, self._mesh)
         compute = replace(task.compute, dtype=task.distill.dtype)
         encode = self._encoder(compute)
-        own = task.data.batch_size // processes
+        own = task.data.batch_size // shares
         ahead: tuple[Any, list[int]] | None = None
-        batches = itertools.islice(train_batches(task.data, process, processes), task.steps)
+        batches = itertools.islice(train_batches(task.data, share, shares), task.steps)
         for step, batch in enumerate(batches):
             if step < self._first_step:  # read past, as a run would
                 continue
-            first = step * task.data.batch_size + process * own
+            first = step * task.data.batch_size + share * own
             rows = np.arange(first, first + own, dtype=np.uint32)
             entries = encode(teacher, *on_mesh((batch, rows), self._mesh))
             if ahead is not None:

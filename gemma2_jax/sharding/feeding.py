@@ -1,0 +1,35 @@
+"""Which rows of a batch a process feeds: those that its devices hold."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gemma2_jax.config import UserError
+from gemma2_jax.sharding.layout import batch_sharding, batch_shares
+
+
+def feeding_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Which of how many equal parts of a batch's rows a process feeds (this one by default), in the layout in use.
+
+    Processes whose devices hold the same rows, as where heads are split over hosts, feed the same part.
+
+    Raises:
+        UserError: two processes hold some rows in common, and not all.
+    """
+    rows = batch_shares(mesh)
+    held: dict[int, set[int]] = {}
+    places: Mapping[Any, tuple[slice, ...]] = batch_sharding(mesh).devices_indices_map((rows,))
+    for device, (index, *_) in places.items():
+        held.setdefault(device.process_index, set()).update(range(*index.indices(rows)))
+    of_process = {number: tuple(sorted(taken)) for number, taken in held.items()}
+    parts = sorted(set(of_process.values()))
+    if sum(map(len, parts)) != rows or len({len(part) for part in parts}) > 1:
+        shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        raise UserError(
+            f"mesh {shape} lays its devices out so that two of the {len(held)} processes have some rows of a batch in "
+            "common, and not all; let mesh.tensor x mesh.sequence divide the devices of a process, or be a multiple of "
+            "them."
+        )
+    return parts.index(of_process[jax.process_index() if process is None else process]), len(parts)
