@@ -1,5 +1,6 @@
 """Programs that are compiled once: XLA's results kept on disk, for the next process that would compile the same."""
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +19,23 @@ def programs_kept_in(folder: str | None) -> Iterator[None]:
     run, or a plan on a machine without these devices. What compiles within a second is not kept.
 
     Args:
-        folder: or a bucket (`gs://…`), which JAX writes to by itself; None leaves JAX's own setting, which the
-            variable JAX_COMPILATION_CACHE_DIR sets.
+        folder: or a bucket (`gs://…`), which JAX writes to by gcsfs; None leaves JAX's own setting, which the variable
+            JAX_COMPILATION_CACHE_DIR sets.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be made, or what would write to the bucket is not installed.
     """
     if folder is None:
         yield
         return
-    if "://" not in folder:
+    scheme, is_url, _ = folder.partition("://")
+    if is_url and scheme != "gs":
+        raise UserError(
+            f"compilation_cache is {folder}; accepted: a folder, or a bucket as in gs://name/folder."
+        )
+    if is_url and importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"compilation_cache is {folder}, which takes gcsfs to write to: pip install gcsfs.")
+    if not is_url:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -12,7 +12,7 @@ from gemma2_jax.kernels.blockwise_attention import LONGEST, blockwise_attention
 from gemma2_jax.kernels.looped_attention import looped_attention
 from gemma2_jax.kernels.shards import on_each_device
 from gemma2_jax.kernels.splash_attention import LANES, splash_attention
-from gemma2_jax.kernels.tokamax_attention import tokamax_attention
+from gemma2_jax.kernels.tokamax_attention import suits, tokamax_attention
 from gemma2_jax.sharding.layout import layout_in_use, sequence_shares
 
 Kernel = Literal["reference", "blockwise", "splash", "tokamax"]
@@ -29,7 +29,8 @@ class AttentionConfig:
     Attributes:
         kernel: `splash` is JAX's own for TPUs (on a CPU it is interpreted, to test it); `tokamax` is for Hopper GPUs,
             with the extra `cuda12`; `blockwise` runs everywhere; `reference` is the plain form, with all scores at
-            once. `auto` takes splash on TPUs and blockwise elsewhere.
+            once. `auto` takes splash on TPUs, tokamax on Hopper GPUs where it suits (`tokamax_attention.suits`), and
+            blockwise elsewhere.
         block_queries, block_keys: the size of splash's blocks of scores, in multiples of 128; a short sequence gets
             shorter ones. Larger blocks take fewer steps, and more of the chip's fast memory: at head width 256,
             1024 x 1024 still compiles for a v5e, and 1024 x 2048 does not.
@@ -74,8 +75,8 @@ def self_attention(
     Raises:
         UserError: the kernel that `config` names can not do this here.
     """
-    platform = platform_in_use()
-    kernel = choose_kernel(config, platform)
+    platform, kind = device_in_use()
+    kernel = choose_kernel(config, platform, tokamax_suits=suits(query, kind))
     if kernel == "reference":
         visible = visible_keys(positions, positions, segment_ids, segment_ids, window)
         return attention(query, key, value, visible, softcap)
@@ -95,13 +96,15 @@ def self_attention(
     return on_each_device(attend, places, layout_in_use().spec("T"), query, key, value, segment_ids)
 
 
-def choose_kernel(config: AttentionConfig, platform: str) -> Kernel:
+def choose_kernel(config: AttentionConfig, platform: str, tokamax_suits: bool = False) -> Kernel:
     """The kernel that `config` comes down to for programs that run on `platform` (tpu, gpu, cpu).
 
     Raises:
         UserError: it names one that does not run there.
     """
     if config.kernel == "auto":
+        if platform == "gpu" and tokamax_suits:
+            return "tokamax"
         return "splash" if platform == "tpu" else "blockwise"
     if platform not in _PLATFORMS.get(config.kernel, (platform,)):
         raise UserError(
@@ -111,10 +114,10 @@ def choose_kernel(config: AttentionConfig, platform: str) -> Kernel:
     return config.kernel
 
 
-def platform_in_use() -> str:
-    """What is traced is going to run on: the platform of the mesh in context, or else JAX's default one.
+def device_in_use() -> tuple[str, str]:
+    """What is traced is going to run on: platform and kind of the mesh's devices in context, or else of JAX's own.
 
     They differ where a program is compiled ahead for devices that this machine does not have.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.platform, device.device_kind

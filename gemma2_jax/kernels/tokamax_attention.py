@@ -1,5 +1,6 @@
 """Soft-capped, grouped-query attention on Hopper GPUs, by tokamax's Pallas kernel (extra `cuda12`)."""
 
+import importlib.util
 from types import ModuleType
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from gemma2_jax.config import UserError
 from gemma2_jax.kernels.shards import on_each_device
 from gemma2_jax.sharding.layout import layout_in_use, sequence_shares
+
+_HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how JAX names them
 
 
 def tokamax_attention(
@@ -68,6 +71,20 @@ def tokamax_attention(
         raise UserError(
             f"compute.attention.kernel is tokamax, which says: {str(error).rstrip('.')}; choose auto or blockwise."
         ) from None
+
+
+def suits(query: jax.Array, device_kind: str) -> bool:
+    """Whether tokamax is what to take for these queries [B, T, N, H] on such a device, if nothing else is asked for.
+
+    On a Hopper GPU, in bfloat16, with whole sequences, for heads as wide as the released models', if it is installed.
+    """
+    return (
+        device_kind.startswith(_HOPPER)
+        and query.dtype == jnp.bfloat16
+        and query.shape[-1] in (128, 256)
+        and sequence_shares() == 1
+        and importlib.util.find_spec("tokamax") is not None
+    )
 
 
 def _tokamax() -> ModuleType:

@@ -118,7 +118,8 @@ class Gemma2(nnx.Module):
         with jax.named_scope("embed"):
             x = self.embedder.encode(tokens, compute.dtype)
         x, _ = read(self.pairs, x, positions, segment_ids, compute, keep_key_values=False)
-        return self.final_norm(x)
+        with jax.named_scope("final_norm"):
+            return self.final_norm(x)
 
 
 def read(

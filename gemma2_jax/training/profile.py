@@ -15,7 +15,8 @@ FOLDER = "profile"  # in a run folder
 class Profile:
     """Traces the steps that `training.profile_steps` chooses, if `profile` is set. A context manager.
 
-    Within a step, the stages of the model are named scopes: embed, attention, mlp, teacher, loss, match, optimizer.
+    Within a step, the stages of the model are named scopes: embed, attention,
+    mlp, final_norm, teacher, loss, match, optimizer.
 
     Args:
         say: tells the user where the trace is.

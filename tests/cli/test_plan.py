@@ -75,7 +75,7 @@ def test_a_search_prints_what_to_type(capsys):
         ([*TOY[:-1], "topology=cpu:8", "mesh.data=3"], "does not fit 8 device(s)"),
         (
             [*TOY[:-1], "topology=cpu:8", "mesh.data=1", "mesh.tensor=8"],
-            "mesh.tensor is 8, which does not divide",
+            "along mesh.tensor, which is 8 and does not divide it",
         ),
         ([*TOY, "topology=cpu:8", "data.batch_size=12"], "choose a multiple of 8"),
         ([*TOY, "topology=cpu:8", "model=toi"], "there is no model toi"),

@@ -1,5 +1,6 @@
 """Every kernel against the reference, in values and gradients; and what is refused."""
 
+import importlib.util
 from functools import partial
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 
 from gemma2_jax.config import UserError, build
 from gemma2_jax.kernels.looped_attention import looped_attention
-from gemma2_jax.kernels.self_attention import AttentionConfig, choose_kernel, platform_in_use, self_attention
+from gemma2_jax.kernels.self_attention import AttentionConfig, choose_kernel, device_in_use, self_attention
+from gemma2_jax.kernels.tokamax_attention import suits
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.sharding.layout import LayoutConfig, constrain, laid_out
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
@@ -132,14 +134,29 @@ def test_auto_takes_what_the_platform_has():
     auto = AttentionConfig()
     found = [choose_kernel(auto, platform) for platform in ("tpu", "gpu", "cpu")]
     assert found == ["splash", "blockwise", "blockwise"]
+    assert choose_kernel(auto, "gpu", tokamax_suits=True) == "tokamax"
+    assert choose_kernel(auto, "tpu", tokamax_suits=True) == "splash"
+
+
+def test_tokamax_suits_the_released_models_on_hopper(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: module)
+    query = jnp.zeros((1, 8, 2, 256), jnp.bfloat16)
+    assert suits(query, "NVIDIA H100 80GB HBM3")
+    assert not suits(query, "NVIDIA A100-SXM4-80GB")
+    assert not suits(query.astype(jnp.float32), "NVIDIA H100 80GB HBM3")
+    assert not suits(query[..., :8], "NVIDIA H100 80GB HBM3")
+    with jax.set_mesh(build_mesh(MeshConfig(data=1, sequence=8))):
+        assert not suits(query, "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    assert not suits(query, "NVIDIA H100 80GB HBM3")
 
 
 def test_the_platform_is_that_of_the_mesh():
-    assert platform_in_use() == "cpu"
+    assert device_in_use() == ("cpu", "cpu")
     device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert platform_in_use() == "tpu"
+        assert device_in_use() == ("tpu", "TPU v5 lite")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A step that a plan has compiled is not compiled again by the run."""
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,18 @@ def test_a_run_takes_the_step_that_a_plan_has_compiled(toy_run: RunConfig, tmp_p
     assert "/jax/compilation_cache/cache_hits" in hits
     assert len(list(folder.iterdir())) > 1  # of the run's other programs
     assert cache_folder() == mine
+
+
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [("gs://bucket/folder", "which takes gcsfs"), ("ftp://host/folder", "accepted: a folder, or a bucket")],
+)
+def test_buckets_that_cannot_be_written_to_are_told(
+    folder: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(UserError, match=f"compilation_cache is {folder}.*{told}"), programs_kept_in(folder):
+        pass
 
 
 def test_what_cannot_be_a_folder_is_told(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_what_does_not_fit_says_what_would_help(planned_run, cpus):
     ("changes", "told"),
     [
         ({"mesh": MeshConfig(data=3)}, "does not fit 8 device"),
-        ({"mesh": MeshConfig(data=1, tensor=8)}, "mesh.tensor is 8, which does not divide dimension"),
+        ({"mesh": MeshConfig(data=1, tensor=8)}, "along mesh.tensor, which is 8 and does not divide it"),
         ({"mesh": MeshConfig(data=8)}, "data.batch_size / training.accumulation is 4 rows"),
     ],
 )

@@ -1,6 +1,7 @@
 """The step: the same numbers on every mesh, and only what should move moves."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -336,3 +337,14 @@ def test_no_step_holds_logits_of_all_tokens(run: RunConfig, batches: list[Batch]
     V, tokens = run.model.vocab_size, batches[0].tokens.size
     sizes = [size for shape, size in arrays(jaxpr.jaxpr) if V in shape and not {32, 48} & set(shape)]
     assert max(sizes) <= DISTILLATION.block_tokens * V < tokens * V
+
+
+def test_the_stages_of_a_step_have_names(run: RunConfig, batches: list[Batch]) -> None:
+    """By which a profile tells them."""
+    run = with_teacher(run, DISTILLATION)
+    optimizer = build_optimizer(run.optimizer, run.training.steps)
+    abstract = abstract_state(run.model, optimizer, mesh_of(ONE_DEVICE))
+    lowered = build_train_step(run, optimizer, abstract).lower(abstract, a_teacher(run), batches[0])
+    program = lowered.as_text(debug_info=True)
+    for stage in ("embed", "attention", "mlp", "final_norm", "teacher", "loss", "optimizer"):
+        assert re.search(rf'["/(]{stage}[/)"]', program), stage
