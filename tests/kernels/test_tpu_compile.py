@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +24,15 @@ MODELS = Path(__file__).parents[2] / "configs" / "model"
 T = 8192
 
 CASES = [
-    ("gemma2_2b", "v5e:4x4", MeshConfig(data=1, fsdp=16)),
-    ("gemma2_9b", "v5e:4x4", MeshConfig(data=1, fsdp=4, sequence=2, tensor=2)),
-    ("gemma2_27b", "v5p:2x2x1", MeshConfig(data=1, fsdp=1, tensor=4)),
+    ("gemma2_2b", "v5e:4x4", MeshConfig(data=1, fsdp=16), "full"),
+    ("gemma2_9b", "v5e:4x4", MeshConfig(data=1, fsdp=4, sequence=2, tensor=2), "offload"),
+    ("gemma2_27b", "v5p:2x2x1", MeshConfig(data=1, fsdp=1, tensor=4), "full"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "topology", "axes"), CASES)
-def test_a_step_with_splash_compiles(size, topology, axes, toy_run, monkeypatch):
+@pytest.mark.parametrize(("size", "topology", "axes", "remat"), CASES)
+def test_a_step_with_splash_compiles(size, topology, axes, remat, toy_run, monkeypatch):
     """Two layers of a released size; forward and backward kernels are there, and no array of all scores."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install -e '.[tpu]'")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
@@ -43,7 +44,7 @@ def test_a_step_with_splash_compiles(size, topology, axes, toy_run, monkeypatch)
         toy_run,
         model=model,
         mesh=axes,
-        compute=ComputeConfig(dtype="bfloat16", remat="full", attention=AttentionConfig("auto")),
+        compute=ComputeConfig(dtype="bfloat16", remat=remat, attention=AttentionConfig("auto")),
         data=replace(toy_run.data, seq_len=T, batch_size=16),
         objective=replace(toy_run.objective, block_tokens=512),
     )
@@ -54,6 +55,10 @@ def test_a_step_with_splash_compiles(size, topology, axes, toy_run, monkeypatch)
         mask = jax.ShapeDtypeStruct((16, T), jnp.float32, sharding=batch_sharding(mesh))
         batch = Batch(row, row, row, row, mask)
         program = build_train_step(config, optimizer, abstract).lower(abstract, None, batch).compile()
+    # The input of each of the two layers, of a device's tokens, lies in the host's memory, or none does.
+    in_layer = 16 * T // (axes.fsdp * axes.sequence) * model.d_model * 2
+    found: Any = program.memory_analysis()
+    assert found.host_temp_size_in_bytes == (2 * in_layer if remat == "offload" else 0)
     text = program.as_text() or ""
     for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
         assert kernel in text
