@@ -20,6 +20,10 @@ def profiled(toy_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return replace(toy_run, output=str(tmp_path / "run"), profile=True, training=training)
 
 
+# Of Python 3.12, about how JAX has built it.
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
+
+
 def steps_in(trace: Path) -> set[int]:
     """The numbers of the steps that a trace holds."""
     data = jax.profiler.ProfileData.from_file(str(trace))
