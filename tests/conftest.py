@@ -30,7 +30,7 @@ from gemma2_jax.training.metrics import MetricsConfig
 from gemma2_jax.training.optimizer import OptimizerConfig
 
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 WORDS = """the a model teacher student learns from probability of every token in its context and then forgets
 nothing that was said before 42 2024 attention window layer gradient""".split()  # noqa: SIM905
