@@ -1,14 +1,16 @@
 """What all engines have in common: a job, the script that each of its hosts runs, and the commands that submit it."""
 
+import os
 import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from gemma2_jax.config import UserError
 from gemma2_jax.files import write_text
+from gemma2_jax.training.config import RunConfig
 
 SCRIPT = "job.sh"
 
@@ -59,20 +61,18 @@ class Submission:
                 )
 
 
-def training_script(
+def training_lines(
     code: str,
     config: str,
     folder: str,
-    prepare: Sequence[str] = (),
     hosts: Sequence[str] = (),
     python: str = "python3",
-) -> str:
-    """The bash script that each host runs.
+) -> list[str]:
+    """The lines of bash that train on each host, under `set -euo pipefail`.
 
     Args:
         code: folder of the pinned code there; config: the pinned config.yaml.
         folder: that all hosts see, in which relative paths of the configuration begin.
-        prepare: lines before.
         hosts: keys that tell a process its place, as bash reads them.
         python: that has what the code requires.
     """
@@ -85,16 +85,56 @@ def training_script(
         shlex.quote(config),
         *hosts,
     ]
-    lines = [
-        "#!/bin/bash",
-        "set -euo pipefail",
-        *prepare,
+    return [
         f"mkdir -p {shlex.quote(folder)}",
         f"cd {shlex.quote(folder)}",
-        f"export PYTHONPATH={shlex.quote(code)}",
+        import_from(code),
         "exec " + " ".join(train),
     ]
-    return "\n".join(lines) + "\n"
+
+
+def import_from(code: str) -> str:
+    """The line of bash by which Python finds a package in the folder `code` before anywhere else.
+
+    By itself, Python looks into the working directory first, which may be a checkout that has changed since.
+    """
+    return f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}"
+
+
+def script_of(lines: Sequence[str]) -> str:
+    """A bash script that ends at the first line that fails."""
+    return "\n".join(["#!/bin/bash", "set -euo pipefail", *lines]) + "\n"
+
+
+def check_config(config: RunConfig, slices: int = 1) -> None:
+    """Raises UserError for a configuration that would fail on the hosts, which cost money by then.
+
+    Args:
+        slices: of TPUs, whose network `mesh.replica` alone may span.
+    """
+    usual = type(config.hosts)()
+    for item in fields(usual):
+        value = getattr(config.hosts, item.name)
+        if item.name != "timeout" and value != getattr(usual, item.name):
+            raise UserError(
+                f"hosts.{item.name} is {value}, and the processes of a launched run are told by their engine who they "
+                "are; leave out all keys of hosts but hosts.timeout."
+            )
+    replica = config.mesh.replica
+    if replica != -1 and replica % slices:
+        raise UserError(
+            f"mesh.replica is {replica} and --slices {slices}; mesh.replica must be a multiple of the slices, since "
+            f"only gradients should cross the network between them: set mesh.replica={slices}."
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError if nothing can be written into `folder`, which need not be there yet."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--folder is {folder}, and {there} is a file; name a folder.")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--folder is {folder}, and {there} cannot be written to; name another folder.")
 
 
 def need_tool(tool: str, purpose: str, install: str) -> None:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from gemma2_jax.files import replacing, write_bytes, write_text
 from gemma2_jax.training.config import RunConfig
 
 CODE, ARCHIVE, CONFIG, PIN = "code", "code.tar.gz", "config.yaml", "pin.json"
+_CODE_FOLDERS = ("gemma2_jax", "configs", "experiments")  # what a run reads of the checkout
 _NAME_LENGTH = 40  # the longest that all engines take
 
 
@@ -64,23 +66,35 @@ def find_checkout() -> Path:
     return folder
 
 
-def pin(config: RunConfig, checkout: Path, allow_changes: bool) -> Pin:
-    """Fixes the code in `checkout` and the configuration.
+def refusal(checkout: Path, launches: Path) -> str | None:
+    """Why the code in `checkout` cannot be pinned unless changes are allowed, if so.
 
-    Raises:
-        UserError: there are changes that no commit has, and they are not allowed.
+    Args:
+        launches: where pinned jobs are kept, which is no part of the code.
     """
-    changed = _git(checkout, "status", "--porcelain").strip()
-    if changed and not allow_changes:
-        first = changed.splitlines()[0].split(maxsplit=1)[1]
-        raise UserError(
-            f"{checkout} has changes that are not committed ({first}, …); commit them, or pass --allow-changes to "
-            "launch the files as they are."
-        )
+    changed = [*_changed(checkout), *_new_code(checkout, launches)]
+    if not changed:
+        return None
+    return (
+        f"{checkout} has changes that are not committed ({changed[0]}{', …' if changed[1:] else ''}); commit them, or "
+        "pass --allow-changes to launch the files as they are."
+    )
+
+
+def pin(config: RunConfig, checkout: Path, launches: Path, dry_run: bool = False) -> Pin:
+    """Fixes the code in `checkout`, changes included, and the configuration.
+
+    Args:
+        launches: where pinned jobs are kept, which is no part of the code.
+        dry_run: leave nothing in the repository.
+    """
+    new = _new_code(checkout, launches)
+    changed = bool(new or _changed(checkout))
     commit = _git(checkout, "rev-parse", "HEAD").strip()
-    tree = _tree_of_files(checkout) if changed else _git(checkout, "rev-parse", "HEAD^{tree}").strip()
+    committed = _git(checkout, "rev-parse", "HEAD^{tree}").strip()
+    tree = _tree_of_files(checkout, new, dry_run) if changed else committed
     text = hashlib.sha256(to_yaml(config).encode()).hexdigest()
-    return Pin(commit, tree, bool(changed), text)
+    return Pin(commit, tree, changed, text)
 
 
 def write_pinned(folder: Path, pinned: Pin, config: RunConfig, checkout: Path) -> None:
@@ -104,13 +118,44 @@ def job_name(name: str, pinned: Pin) -> str:
     return f"{plain[: _NAME_LENGTH - 9].rstrip('-')}-{pinned.identity}"
 
 
-def _tree_of_files(checkout: Path) -> str:
-    """Git's name for the files as they lie, but for ignored ones; neither they nor the index are touched."""
+def _changed(checkout: Path) -> list[str]:
+    """Files that git knows and that are not as in the last commit."""
+    return _names(_git(checkout, "diff", "--name-only", "-z", "HEAD"))
+
+
+def _new_code(checkout: Path, launches: Path) -> list[str]:
+    """Files that a run reads and git does not know; others, such as data and notes, lie around and stay there."""
+    found = _names(_git(checkout, "ls-files", "--others", "--exclude-standard", "-z", "--", *_CODE_FOLDERS))
+    return [name for name in found if not _is_pinned(checkout / name, launches.resolve())]
+
+
+def _is_pinned(path: Path, launches: Path) -> bool:
+    """Whether the file belongs to a job pinned before."""
+    return path.is_relative_to(launches) and (launches / path.relative_to(launches).parts[0] / PIN).exists()
+
+
+def _names(listed: str) -> list[str]:
+    return [name for name in listed.split("\0") if name]
+
+
+def _tree_of_files(checkout: Path, new: Sequence[str], dry_run: bool) -> str:
+    """Git's name for the files that it knows, as they lie, and the new ones; neither they nor the index are touched."""
     with tempfile.TemporaryDirectory() as folder:
-        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        _git(checkout, "read-tree", "HEAD", **index)
-        _git(checkout, "add", "--all", **index)
-        return _git(checkout, "write-tree", **index).strip()
+        index = Path(folder) / "index"
+        shutil.copyfile(_git_path(checkout, "index"), index)
+        variables = {"GIT_INDEX_FILE": str(index), "GIT_LITERAL_PATHSPECS": "1"}
+        if dry_run:
+            (Path(folder) / "objects").mkdir()
+            variables["GIT_OBJECT_DIRECTORY"] = str(Path(folder) / "objects")
+            variables["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = str(_git_path(checkout, "objects"))
+        _git(checkout, "add", "--update", **variables)
+        if new:
+            _git(checkout, "add", "--", *new, **variables)
+        return _git(checkout, "write-tree", **variables).strip()
+
+
+def _git_path(checkout: Path, name: str) -> Path:
+    return checkout / _git(checkout, "rev-parse", "--git-path", name).rstrip("\n")
 
 
 def _git(checkout: Path, *arguments: str, **variables: str) -> str:

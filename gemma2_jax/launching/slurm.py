@@ -6,47 +6,18 @@ from its newest checkpoint. The job has the environment that it is submitted fro
 
 import importlib.util
 import shlex
+import subprocess
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma2_jax.config import UserError
 from gemma2_jax.files import write_text
-from gemma2_jax.launching.job import SCRIPT, Job, need_tool, training_script
+from gemma2_jax.launching.job import SCRIPT, Job, import_from, need_tool, script_of, training_lines
 from gemma2_jax.launching.pin import CODE, CONFIG
+from gemma2_jax.launching.settings import SlurmSettings
 
 if TYPE_CHECKING:
     import submitit.helpers
-
-
-@dataclass(frozen=True)
-class SlurmSettings:
-    """Where a job runs.
-
-    Attributes:
-        workdir: a folder that all nodes see.
-        minutes: after which it is queued again, up to `restarts` times.
-        local: run it on this machine, without SLURM, to try it.
-    """
-
-    workdir: str
-    nodes: int = 1
-    gpus_per_node: int = 0
-    cpus_per_task: int | None = None
-    minutes: int = 24 * 60
-    restarts: int = 10
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    local: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "minutes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.local and self.nodes > 1:
-            raise UserError(f"--local runs on this machine alone, and --nodes is {self.nodes}.")
 
 
 class Training:
@@ -55,10 +26,16 @@ class Training:
     def __init__(self, script: str) -> None:
         self.script = script
 
-    def __call__(self) -> str:
-        from submitit.helpers import CommandFunction
-
-        return str(CommandFunction(["bash", self.script])())
+    def __call__(self) -> None:
+        process = subprocess.Popen(["bash", self.script])
+        try:
+            code = process.wait()
+        except BaseException:  # submitit stops this process alone
+            process.terminate()
+            process.wait()
+            raise
+        if code:
+            raise RuntimeError(f"{self.script} ended with exit code {code}")
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
         """submitit's hook: what to queue when the job is about to be stopped."""
@@ -70,13 +47,16 @@ class Training:
 def check_tools(settings: SlurmSettings) -> None:
     _need_submitit()
     if not settings.local:
-        need_tool("srun", "submits jobs", "launch from a login node of the cluster, try it with --local")
+        for tool in ("sbatch", "srun"):
+            need_tool(tool, "submits jobs", "launch from a login node of the cluster, try it with --local")
 
 
 def script(settings: SlurmSettings, job: Job) -> str:
     """The script of each node."""
     folder = job.folder.absolute()
-    return training_script(str(folder / CODE), str(folder / CONFIG), settings.workdir, python=sys.executable)
+    train = training_lines(str(folder / CODE), str(folder / CONFIG), settings.workdir, python=sys.executable)
+    # SLURM's signal before the end is for submitit, and goes to all processes; it would end the training at once.
+    return script_of(["trap '' USR2", *train])
 
 
 def told(settings: SlurmSettings, job: Job) -> str:
@@ -101,7 +81,7 @@ def submit(settings: SlurmSettings, job: Job) -> str:
         UserError: SLURM refuses it, or a local job fails.
     """
     import submitit
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    from submitit.core.utils import FailedSubmissionError, UncompletedJobError
 
     path = job.folder.absolute() / SCRIPT
     write_text(path, script(settings, job))
@@ -113,16 +93,27 @@ def submit(settings: SlurmSettings, job: Job) -> str:
     executor.update_parameters(**_parameters(settings, job))
     try:
         submitted = executor.submit(Training(str(path)))
-    except FailedSubmissionError as error:
+    except (FailedSubmissionError, UncompletedJobError, OSError) as error:
         raise UserError(f"SLURM refuses the job: {' '.join(str(error).split())}") from None
     words = f"what it says goes to {submitted.paths.folder}"
     if not settings.local:
         return f"{job.name} is job {submitted.job_id}; {words}."
     try:
         submitted.result()
-    except FailedJobError:
-        raise UserError(f"{job.name} failed; {words}.") from None
+    except UncompletedJobError:  # or the one that it failed, which is one of these
+        raise UserError(f"{job.name} failed{_reason(submitted)}; {words}.") from None
+    except BaseException:  # it would go on by itself
+        submitted.cancel()
+        submitted.wait()
+        raise
     return f"{job.name} is done; {words}."
+
+
+def _reason(submitted: Any) -> str:
+    """The last sentence of the job's about itself, if it had one."""
+    said = (submitted.stderr() or "").splitlines()
+    sentences = [line.removeprefix("gemma2: ") for line in said if line.startswith("gemma2: ")]
+    return f": {sentences[-1].rstrip('.')}" if sentences else ""
 
 
 def _parameters(settings: SlurmSettings, job: Job) -> dict[str, Any]:
@@ -137,6 +128,8 @@ def _parameters(settings: SlurmSettings, job: Job) -> dict[str, Any]:
         values["gpus_per_node"] = settings.gpus_per_node
     if settings.cpus_per_task is not None:
         values["cpus_per_task"] = settings.cpus_per_task
+    # The process of submitit's that starts the script is of the pinned code, too.
+    values["slurm_setup"] = [import_from(str(job.folder.absolute() / CODE))]
     for name in ("partition", "account", "qos", "constraint"):
         if getattr(settings, name) is not None:
             values[f"slurm_{name}"] = getattr(settings, name)
@@ -150,5 +143,5 @@ def _logs(job: Job) -> str:
 def _need_submitit() -> None:
     if importlib.util.find_spec("submitit") is None:
         raise UserError(
-            "submitit is not installed, which submits jobs to SLURM: pip install 'gemma2_jax[slurm]'."
+            "submitit is not installed, which submits jobs to SLURM: pip install -e '.[slurm]', in the checkout."
         )

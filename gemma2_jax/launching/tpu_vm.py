@@ -1,52 +1,23 @@
 """Cloud TPU VMs, through gcloud's queued resources: a start-up script of each VM fetches the pinned job and runs it.
 
-A VM that starts anew runs the script again, and so goes on from the newest checkpoint. Credentials are those of the
-VMs' service account; nothing of this machine's environment goes along. Flags as in
+The script begins anew where it fails, and when its VM does, and so goes on from the newest checkpoint. Credentials are
+those of the VMs' service account; nothing of this machine's environment goes along. Flags as in
 https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/create.
 """
 
 import shlex
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from gemma2_jax.config import UserError
-from gemma2_jax.launching.job import SCRIPT, Job, Submission, need_tool, training_script
+from gemma2_jax.launching.job import SCRIPT, Job, Submission, need_tool, training_lines
 from gemma2_jax.launching.pin import ARCHIVE, CONFIG
+from gemma2_jax.launching.settings import TpuVmSettings
 
+# VMs of one pod start minutes apart, and one that is repaired comes back while the others wait.
+HOSTS_TIMEOUT = 1800  # seconds
 _LOCAL = "/opt/gemma2"  # on each VM
-
-
-@dataclass(frozen=True)
-class TpuVmSettings:
-    """Where a job runs.
-
-    Attributes:
-        accelerator_type: of one slice, such as v5litepod-16; slices: how many.
-        runtime_version: the VMs' image, such as v2-alpha-tpuv5-lite.
-        bucket: gs://… that carries the pinned job to the VMs.
-        workdir: a folder that all VMs see; mount: the command that makes it so on each of them, if any.
-        spot: cheaper, and taken away at any time. reserved: of the project's reservation.
-        service_account: of the VMs; the project's default one where it is None.
-    """
-
-    zone: str
-    accelerator_type: str
-    runtime_version: str
-    bucket: str
-    workdir: str
-    slices: int = 1
-    project: str | None = None
-    mount: str | None = None
-    spot: bool = False
-    reserved: bool = False
-    service_account: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.bucket.startswith("gs://"):
-            raise UserError(f"--bucket is {self.bucket}; accepted: gs://BUCKET or gs://BUCKET/FOLDER.")
-        if self.spot and self.reserved:
-            raise UserError("--spot and --reserved exclude one another.")
-        if self.slices < 1:
-            raise UserError(f"--slices is {self.slices}; it must be at least 1.")
+_MOUNTED = "/run/gemma2-mounted"  # a file that is gone after a restart, as mounts are
+_TRIES = 5  # that end with an exit code of a mistake: most are, but a host whose network is lost may have one of them
+_PAUSE = 30  # seconds
 
 
 def check_tools() -> None:
@@ -56,13 +27,6 @@ def check_tools() -> None:
 def submission(settings: TpuVmSettings, job: Job) -> Submission:
     """The VMs' script, and gcloud's command lines: one to upload the job, one to ask for the VMs."""
     remote = f"{settings.bucket.rstrip('/')}/{job.name}"
-    script = training_script(
-        f"{_LOCAL}/code",
-        f"{_LOCAL}/{CONFIG}",
-        settings.workdir,
-        _preparation(remote, settings.mount),
-        python=f"{_LOCAL}/venv/bin/python",
-    )
     script_path = job.folder / SCRIPT
     place = [f"--zone={settings.zone}"]
     place += [] if settings.project is None else [f"--project={settings.project}"]
@@ -84,12 +48,53 @@ def submission(settings: TpuVmSettings, job: Job) -> Submission:
     create += [] if settings.service_account is None else [f"--service-account={settings.service_account}"]
     pinned = [str(job.folder / name) for name in (ARCHIVE, CONFIG)]
     upload = ["gcloud", "storage", "cp", *pinned, f"{remote}/"]
-    return Submission([upload, create], {script_path: script})
+    return Submission([upload, create], {script_path: _script(settings, remote)})
 
 
-def _preparation(remote: str, mount: str | None) -> list[str]:
+def delete_command(settings: TpuVmSettings, job: Job) -> str:
+    """Takes the VMs down, which stay (and cost) after the run."""
+    project = [] if settings.project is None else [f"--project={settings.project}"]
+    command = [
+        *("gcloud", "compute", "tpus", "queued-resources", "delete", job.name),
+        f"--zone={settings.zone}",
+        *project,
+        "--force",
+    ]
+    return shlex.join(command)
+
+
+def _script(settings: TpuVmSettings, remote: str) -> str:
+    """A VM runs it once each time that it starts; so the tries are the script's own."""
+    train = training_lines(
+        f"{_LOCAL}/code", f"{_LOCAL}/{CONFIG}", settings.workdir, python=f"{_LOCAL}/venv/bin/python"
+    )
+    tried = "\n".join(f"        {line}" for line in [*_fetch(remote), *_mount(settings), *train])
+    # `set -e` is within the brackets, and they are no condition of an `if` or `||`, which would have them ignore it.
+    return f"""\
+#!/bin/bash
+set -uo pipefail
+mistakes=0
+while true; do
+    (
+        set -e
+{tried}
+    )
+    code=$?
+    if [ "$code" -eq 0 ]; then exit 0; fi
+    if [ "$code" -le 2 ]; then mistakes=$((mistakes + 1)); fi
+    if [ "$mistakes" -ge {_TRIES} ]; then
+        echo "gemma2: given up, since {_TRIES} tries failed; the last one with exit code $code."
+        exit "$code"
+    fi
+    echo "gemma2: failed with exit code $code; begins again in {_PAUSE} s."
+    sleep {_PAUSE}
+done
+"""
+
+
+def _fetch(remote: str) -> list[str]:
     """Fetches the job, and installs what it requires beside the image's own Python, which is too old."""
-    lines = [
+    return [
         "export HOME=/root",  # start-up scripts have none
         f"mkdir -p {_LOCAL}",
         f"cd {_LOCAL}",
@@ -100,4 +105,16 @@ def _preparation(remote: str, mount: str | None) -> list[str]:
         "python3 -m uv pip install --quiet --python venv/bin/python './code[tpu]' "
         "-c code/constraints/jax-0.12-py312.txt",
     ]
-    return lines if mount is None else [*lines, mount]
+
+
+def _mount(settings: TpuVmSettings) -> Sequence[str]:
+    """Mounts once, on a folder that is there; a part of --workdir may be where, so `mountpoint` could not tell."""
+    if settings.mount is None:
+        return []
+    return [
+        f"if [ ! -e {_MOUNTED} ]; then",
+        f"    mkdir -p {shlex.quote(settings.workdir)}",
+        f"    {settings.mount}",
+        f"    touch {_MOUNTED}",
+        "fi",
+    ]

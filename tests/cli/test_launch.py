@@ -1,12 +1,16 @@
 """`gemma2 launch`: what it shows, what it refuses, and a run on this machine by submitit."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from gemma2_jax.cli.main import main
+from gemma2_jax.config import load
+from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.metrics import read_metrics
+from tests.launching.shell import write_program
 
 # On import it sets logging up anew, which closes the stream of absl's handler unless that is today's sys.stderr: within
 # a test it is pytest's, and pytest goes on to use it.
@@ -25,6 +29,59 @@ def test_dry_run_shows_all_and_writes_nothing(
     assert "gcloud compute tpus queued-resources create mine-" in printed
     assert "#!/bin/bash" in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_tells_what_a_launch_would_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gemma2_jax.launching.pin.refusal", lambda *_: "there are changes.")
+    dry = ["launch", "tpu-vm", "model=toy", *VM, "--workdir", "/shared", "--dry-run"]
+    assert main(dry) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "gemma2: without --dry-run, this is refused: there are changes.\n"
+    assert "#!/bin/bash" in printed.out
+    assert main([*dry, "--allow-changes"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--slices", "2"], "mesh.replica is 1 and --slices 2"),
+        (["hosts=single"], "hosts.detect is False"),
+        (["--folder", "file"], "file is a file; name a folder"),
+    ],
+)
+def test_what_fails_later_is_refused_at_once(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["launch", "tpu-vm", "model=toy", *VM, "--workdir", "/w", "--dry-run", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("gemma2: ")
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_a_pod_of_vms_waits_long_for_its_hosts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless it is told how long; the VMs are asked for by a program that takes all, and told how to be deleted."""
+    monkeypatch.chdir(tmp_path)
+    write_program(tmp_path / "bin" / "gcloud", "exit 0")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for name, keys, seconds in (("usual", [], 1800), ("own", ["hosts.timeout=60"], 60)):
+        keys = ["model=toy", f"name={name}", *keys]
+        assert main(["launch", "tpu-vm", *keys, *VM, "--workdir", "/w", "--allow-changes"]) == 0
+        (folder,) = (tmp_path / "launches").glob(f"{name}-*")
+        assert load(RunConfig, folder / "config.yaml").hosts.timeout == seconds
+        assert f"tpus queued-resources delete {folder.name} --zone=z --force" in capsys.readouterr().out
 
 
 def test_a_missing_tool_is_one_sentence(

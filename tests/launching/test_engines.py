@@ -1,18 +1,28 @@
-"""What is run for each engine: command lines by their flags, scripts by shellcheck, SLURM on this machine."""
+"""What is run for each engine: command lines against what the programs say of themselves, scripts by shellcheck.
 
-import subprocess
-import sys
+The golden files are from the programs: their help, and what xpk makes of the commands that are rendered here.
+"""
+
+import re
+import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gemma2_jax.config import UserError
 from gemma2_jax.launching import gke, job, slurm, tpu_vm
 from gemma2_jax.launching.job import Job
+from gemma2_jax.sharding.hosts import HostsConfig
+from gemma2_jax.sharding.mesh import MeshConfig
+from gemma2_jax.training.config import RunConfig
+from tests.launching.shell import check_script
 
-JOB = Job("toy-0123abcd", Path("/launches/toy-0123abcd"))
+JOB = Job("toy-0123abcd", Path("/tmp/launches/toy-0123abcd"))
+GOLDEN = Path(__file__).parent / "golden"
 TPU_VM: dict[str, Any] = {
     "zone": "us-west4-a",
     "accelerator_type": "v5litepod-16",
@@ -20,15 +30,13 @@ TPU_VM: dict[str, Any] = {
     "bucket": "gs://mine/jobs/",
     "workdir": "/mnt/shared disk",
 }
-# The flags of `gcloud compute tpus queued-resources create` and of `xpk workload create` (1.16) that are used here.
-QUEUED_RESOURCES = {
-    "accelerator-type", "metadata-from-file", "node-count", "node-id", "node-prefix", "project", "reserved",
-    "runtime-version", "service-account", "spot", "zone",
-}  # fmt: skip
-XPK_WORKLOAD = {
-    "base-docker-image", "cluster", "command", "device-type", "max-restarts", "num-nodes", "num-slices", "priority",
-    "project", "script-dir", "tpu-type", "workload", "zone",
-}  # fmt: skip
+GKE: dict[str, Any] = {
+    "cluster": "mine",
+    "workdir": "/mnt/shared",
+    "image": "gcr.io/mine/image",
+    "project": "p",
+    "zone": "us-west4-a",
+}
 
 
 def flags(command: Sequence[str]) -> dict[str, str]:
@@ -36,52 +44,65 @@ def flags(command: Sequence[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def check_script(text: str, path: Path) -> None:
-    path.write_text(text)
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "shellcheck"), str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+def check_flags(command: Sequence[str], synopsis: str, elsewhere: Sequence[str] = ()) -> None:
+    """Each flag is one of the program's own, as its help told them, and has a value if it takes one."""
+    text = (GOLDEN / synopsis).read_text()
+    takes_value = {name: bool(value) for name, value in re.findall(r"--([a-z-]+)([= ][A-Z[{])?", text)}
+    for name, value in flags(command).items():
+        if name not in elsewhere:
+            assert takes_value.get(name) == bool(value), name
 
 
-def test_a_tpu_slice_on_gke(tmp_path: Path) -> None:
-    settings = gke.GkeSettings(
-        "cluster", "/mnt/shared", "gcr.io/mine/image", "v5litepod-16", 2, project="p", max_restarts=3
-    )
+def jobset(golden: str, command: Sequence[str]) -> Any:
+    """What xpk made of exactly this command."""
+    text = (GOLDEN / golden).read_text()
+    assert text.splitlines()[1] == f"# {shlex.join(command)}"
+    made = yaml.safe_load(text)
+    assert (made["kind"], made["metadata"]["name"]) == ("JobSet", JOB.name)
+    return made["spec"]
+
+
+def test_tpu_slices_on_gke(tmp_path: Path) -> None:
+    settings = gke.GkeSettings(**GKE, tpu_type="v5litepod-16", slices=2, max_restarts=3)
     submission = gke.submission(settings, JOB)
     (command,) = submission.commands
-    assert command[:3] == ["xpk", "workload", "create"]
-    assert flags(command) == {
-        "workload": "toy-0123abcd",
-        "cluster": "cluster",
-        "tpu-type": "v5litepod-16",
-        "num-slices": "2",
-        "base-docker-image": "gcr.io/mine/image",
-        "script-dir": "/launches/toy-0123abcd",
-        "command": "bash /app/job.sh",
-        "priority": "medium",
-        "max-restarts": "3",
-        "project": "p",
-    }
+    check_flags(command, "xpk_create.txt")
+    spec = jobset("xpk_tpu.yaml", command)
+    (slices,) = spec["replicatedJobs"]
+    assert (slices["replicas"], slices["template"]["spec"]["parallelism"]) == (2, 4)
+    pod = slices["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
+    assert pod["priorityClassName"] == "medium"
+    assert "\n(bash /app/job.sh) & PID=$!;" in pod["containers"][0]["command"][2]
     (script,) = submission.files.values()
     assert script.endswith("exec python3 -m gemma2_jax.cli.main train --config /app/config.yaml\n")
     assert "cd /mnt/shared\n" in script
     check_script(script, tmp_path / "job.sh")
 
 
+def test_a_job_on_gke_begins_again_after_an_error_of_python() -> None:
+    """xpk's own list of exit codes begins at 42: a process that lost another one would fail the JobSet for good."""
+    settings = gke.GkeSettings(**GKE, tpu_type="v5litepod-16", slices=2, max_restarts=3)
+    spec = jobset("xpk_tpu.yaml", gke.submission(settings, JOB).commands[0])
+    assert spec["failurePolicy"]["maxRestarts"] == 3
+    (rule,) = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
+    assert {1, 42, 134, 137, 143} <= set(rule["onExitCodes"]["values"])
+    assert 2 not in rule["onExitCodes"]["values"]
+
+
 def test_gpus_on_gke_are_told_their_hosts(tmp_path: Path) -> None:
-    settings = gke.GkeSettings(
-        "cluster", "/mnt/shared", "image", device_type="h100-80gb-8", nodes=4, zone="z"
-    )
+    settings = gke.GkeSettings(**GKE, device_type="h100-80gb-8", nodes=4, priority="high")
     submission = gke.submission(settings, JOB)
-    found = flags(submission.commands[0])
-    assert (found["device-type"], found["num-nodes"], found["zone"]) == ("h100-80gb-8", "4", "z")
-    assert found.keys() <= XPK_WORKLOAD
-    assert "tpu-type" not in found
+    (command,) = submission.commands
+    check_flags(command, "xpk_create.txt")
+    (nodes,) = jobset("xpk_gpu.yaml", command)["replicatedJobs"]
+    assert (nodes["replicas"], nodes["template"]["spec"]["parallelism"]) == (1, 4)
+    (container,) = nodes["template"]["spec"]["template"]["spec"]["containers"]
     (script,) = submission.files.values()
+    used = set(re.findall(r"\$([A-Z_]+)", script.splitlines()[-1]))
+    assert used == {"JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "NNODES", "NODE_RANK"}
+    assert used <= {variable["name"] for variable in container["env"]}
     assert 'hosts.num_processes="$NNODES" hosts.process_id="$NODE_RANK"' in script
     check_script(script, tmp_path / "job.sh")
 
@@ -96,8 +117,8 @@ def test_one_slice_of_tpu_vms(tmp_path: Path) -> None:
             "gcloud",
             "storage",
             "cp",
-            "/launches/toy-0123abcd/code.tar.gz",
-            "/launches/toy-0123abcd/config.yaml",
+            "/tmp/launches/toy-0123abcd/code.tar.gz",
+            "/tmp/launches/toy-0123abcd/config.yaml",
         ),
         "gs://mine/jobs/toy-0123abcd/",
     ]
@@ -107,70 +128,37 @@ def test_one_slice_of_tpu_vms(tmp_path: Path) -> None:
         "node-id": "toy-0123abcd",
         "accelerator-type": "v5litepod-16",
         "runtime-version": "v2-alpha-tpuv5-lite",
-        "metadata-from-file": "startup-script=/launches/toy-0123abcd/job.sh",
+        "metadata-from-file": "startup-script=/tmp/launches/toy-0123abcd/job.sh",
         "spot": "",
     }
+    check_flags(create, "gcloud_create.txt")
     (script,) = submission.files.values()
     assert "gcloud storage cp gs://mine/jobs/toy-0123abcd/code.tar.gz " in script
-    assert script.index("mount -t nfs a:/b /c\n") < script.index("cd '/mnt/shared disk'\n")
+    made, mounted = script.index("mkdir -p '/mnt/shared disk'\n"), script.index("mount -t nfs a:/b /c\n")
+    assert made < mounted < script.index("cd '/mnt/shared disk'\n")
     check_script(script, tmp_path / "job.sh")
 
 
 def test_several_slices_of_tpu_vms() -> None:
     settings = tpu_vm.TpuVmSettings(**TPU_VM, slices=2, project="p", reserved=True, service_account="a@b")
-    found = flags(tpu_vm.submission(settings, JOB).commands[1])
+    create = tpu_vm.submission(settings, JOB).commands[1]
+    check_flags(create, "gcloud_create.txt", elsewhere=["project"])  # of all gcloud's commands
+    found = flags(create)
     assert (found["node-count"], found["node-prefix"]) == ("2", "toy-0123abcd")
     assert (found["project"], found["service-account"]) == ("p", "a@b")
-    assert found.keys() <= QUEUED_RESOURCES
     assert not {"node-id", "spot"} & found.keys()
-
-
-def test_slurm(tmp_path: Path) -> None:
-    pytest.importorskip("submitit")
-    settings = slurm.SlurmSettings(
-        "/shared", nodes=4, gpus_per_node=8, cpus_per_task=16, minutes=90, partition="long", account="me"
-    )
-    told = slurm.told(settings, JOB)
-    script, sbatch = told.split("#!/bin/bash\n")[1:]
-    lines = {line.removeprefix("#SBATCH --") for line in sbatch.splitlines() if line.startswith("#SBATCH")}
-    assert {
-        "nodes=4", "ntasks-per-node=1", "gpus-per-node=8", "cpus-per-task=16", "time=90", "partition=long",
-        "account=me", "job-name=toy-0123abcd",
-    } <= lines  # fmt: skip
-    check_script(f"#!/bin/bash\n{script}", tmp_path / "job.sh")
-    assert "export PYTHONPATH=/launches/toy-0123abcd/code\n" in script
-
-
-def test_slurm_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way through submitit, with a script in the place of a training."""
-    pytest.importorskip("submitit")
-    settings = slurm.SlurmSettings(str(tmp_path / "work"), local=True)
-    slurm.check_tools(settings)
-    monkeypatch.setattr(slurm, "script", lambda *_: f"#!/bin/bash\necho trained > {tmp_path}/result\n")
-    said = slurm.submit(settings, Job("toy", tmp_path / "toy"))
-    assert said.startswith("toy is done; what it says goes to ")
-    assert (tmp_path / "result").read_text() == "trained\n"
-    monkeypatch.setattr(slurm, "script", lambda *_: "#!/bin/bash\nexit 3\n")
-    with pytest.raises(UserError, match=r"^toy failed; what it says goes to "):
-        slurm.submit(settings, Job("toy", tmp_path / "toy"))
-
-
-def test_a_stopped_slurm_job_is_queued_again() -> None:
-    pytest.importorskip("submitit")
-    begun_again: Any = slurm.Training("job.sh").checkpoint().function
-    assert begun_again.script == "job.sh"
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job.shutil, "which", lambda _: None)
     with pytest.raises(
-        UserError, match="xpk is not installed, which makes jobs for GKE; pip install xpk, or look"
+        UserError, match="xpk is not installed, which makes jobs for GKE; pipx install xpk, or look"
     ):
         gke.check_tools()
     with pytest.raises(UserError, match="gcloud is not installed, which asks for TPU VMs; see https://cloud"):
         tpu_vm.check_tools()
     monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"submitit is not installed.*: pip install 'gemma2_jax\[slurm\]'"):
+    with pytest.raises(UserError, match=r"submitit is not installed.*: pip install -e '\.\[slurm\]'"):
         slurm.check_tools(slurm.SlurmSettings("."))
 
 
@@ -179,12 +167,49 @@ def test_a_command_that_fails_is_told() -> None:
         job.Submission([["false"], ["true"]]).carry_out()
 
 
-def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(UserError, match="either --tpu-type or --device-type"):
-        gke.GkeSettings("cluster", "/mnt", "image")
-    with pytest.raises(UserError, match="--bucket is mine; accepted: gs://BUCKET"):
-        tpu_vm.TpuVmSettings(**{**TPU_VM, "bucket": "mine"})
-    with pytest.raises(UserError, match="--spot and --reserved exclude"):
-        tpu_vm.TpuVmSettings(**TPU_VM, spot=True, reserved=True)
-    with pytest.raises(UserError, match="--local runs on this machine alone, and --nodes is 2"):
-        slurm.SlurmSettings(".", nodes=2, local=True)
+@pytest.mark.parametrize(
+    ("settings", "values", "words"),
+    [
+        (gke.GkeSettings, GKE, "either --tpu-type or --device-type"),
+        (gke.GkeSettings, {**GKE, "tpu_type": "t", "slices": 0}, "--slices is 0; it must be at least 1"),
+        (gke.GkeSettings, {**GKE, "tpu_type": "t", "max_restarts": -1}, "--max-restarts is -1; it must be at least 0"),
+        (gke.GkeSettings, {**GKE, "tpu_type": "t", "nodes": 2}, "--nodes is 2, and is for GPUs"),
+        (gke.GkeSettings, {**GKE, "device_type": "g", "slices": 2}, "--slices is 2, and GPUs"),
+        (gke.GkeSettings, {**GKE, "tpu_type": "t", "workdir": "w"}, "--workdir is w; it must be absolute"),
+        (tpu_vm.TpuVmSettings, {**TPU_VM, "bucket": "mine"}, "--bucket is mine; accepted: gs://BUCKET"),
+        (tpu_vm.TpuVmSettings, {**TPU_VM, "bucket": "gs://"}, "--bucket is gs://; accepted: gs://BUCKET"),
+        (tpu_vm.TpuVmSettings, {**TPU_VM, "slices": 0}, "--slices is 0; it must be at least 1"),
+        (tpu_vm.TpuVmSettings, {**TPU_VM, "workdir": "w"}, "--workdir is w; it must be absolute"),
+        (tpu_vm.TpuVmSettings, {**TPU_VM, "spot": True, "reserved": True}, "--spot and --reserved exclude"),
+        (slurm.SlurmSettings, {"workdir": ".", "nodes": 0}, "--nodes is 0; it must be at least 1"),
+        (slurm.SlurmSettings, {"workdir": ".", "minutes": 0}, "--minutes is 0; it must be at least 1"),
+        (slurm.SlurmSettings, {"workdir": ".", "restarts": -1}, "--restarts is -1; it must be at least 0"),
+        (slurm.SlurmSettings, {"workdir": ".", "gpus_per_node": -1}, "--gpus-per-node is -1; it must be at least 0"),
+        (slurm.SlurmSettings, {"workdir": ".", "cpus_per_task": 0}, "--cpus-per-task is 0; it must be at least 1"),
+        (slurm.SlurmSettings, {"workdir": ".", "nodes": 2, "local": True}, "--local runs on this machine alone"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(settings: Any, values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        settings(**values)
+
+
+def test_what_would_fail_on_the_hosts_is_refused(toy_run: RunConfig) -> None:
+    for replica, slices in ((1, 1), (2, 2), (4, 2), (-1, 2)):
+        job.check_config(replace(toy_run, mesh=MeshConfig(data=1, replica=replica)), slices)
+    with pytest.raises(
+        UserError, match=r"^mesh\.replica is 1 and --slices 2; mesh\.replica must be a multiple"
+    ):
+        job.check_config(replace(toy_run, mesh=MeshConfig()), slices=2)
+    job.check_config(replace(toy_run, hosts=HostsConfig(timeout=5)))
+    for hosts in (HostsConfig(detect=False), HostsConfig(process_id=0)):
+        with pytest.raises(UserError, match=r"^hosts\.(detect is False|process_id is 0), and the processes"):
+            job.check_config(replace(toy_run, hosts=hosts))
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    job.check_folder(tmp_path / "new" / "folder")
+    for path in (tmp_path / "file", tmp_path / "file" / "within"):
+        with pytest.raises(UserError, match=r"^--folder is .*, and .*/file is a file; name a folder"):
+            job.check_folder(path)

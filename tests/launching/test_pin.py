@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gemma2_jax.config import UserError, load
-from gemma2_jax.launching.pin import find_checkout, job_name, pin, write_pinned
+from gemma2_jax.launching.pin import find_checkout, job_name, pin, refusal, write_pinned
 from gemma2_jax.training.config import RunConfig
 
 
@@ -27,13 +27,15 @@ def checkout(tmp_path: Path) -> Path:
     git(folder, "init", "-q")
     (folder / ".gitignore").write_text("runs/\n")
     (folder / "code.py").write_text("one")
+    (folder / "removed.py").write_text("one")
     git(folder, "add", ".")
     git(folder, "commit", "-qm", "one")
     return folder
 
 
 def test_what_is_committed(checkout: Path, toy_run: RunConfig, tmp_path: Path) -> None:
-    pinned = pin(toy_run, checkout, allow_changes=False)
+    assert refusal(checkout, tmp_path) is None
+    pinned = pin(toy_run, checkout, tmp_path)
     assert (pinned.commit, pinned.changed) == (git(checkout, "rev-parse", "HEAD"), False)
     assert pinned.tree == git(checkout, "rev-parse", "HEAD^{tree}")
     (checkout / "code.py").write_text("two")  # after the launch
@@ -42,7 +44,7 @@ def test_what_is_committed(checkout: Path, toy_run: RunConfig, tmp_path: Path) -
         write_pinned(folder, pinned, toy_run, checkout)
     assert (folder / "code" / "code.py").read_text() == "one"
     with tarfile.open(folder / "code.tar.gz") as tar:
-        assert set(tar.getnames()) == {"code", "code/.gitignore", "code/code.py"}
+        assert set(tar.getnames()) == {"code", "code/.gitignore", "code/code.py", "code/removed.py"}
     assert load(RunConfig, folder / "config.yaml") == toy_run
     assert {path.name for path in folder.iterdir()} == {"code", "code.tar.gz", "config.yaml", "pin.json"}
 
@@ -51,29 +53,71 @@ def test_changes_are_refused_or_pinned_as_they_are(
     checkout: Path, toy_run: RunConfig, tmp_path: Path
 ) -> None:
     (checkout / "code.py").write_text("two")
-    (checkout / "new.py").write_text("new")
+    (checkout / "removed.py").unlink()
+    (checkout / "staged.py").write_text("staged")
+    git(checkout, "add", "staged.py")
+    (checkout / "configs").mkdir()
+    (checkout / "configs" / "new [1].yaml").write_text("new")
     (checkout / "runs").mkdir()
     (checkout / "runs" / "weights").write_text("ignored")
-    with pytest.raises(UserError, match=r"has changes that are not committed \(code\.py, …\); commit them"):
-        pin(toy_run, checkout, allow_changes=False)
+    refused = refusal(checkout, tmp_path / "launches")
+    assert refused is not None
+    assert "has changes that are not committed (code.py, …); commit them" in refused
     before = git(checkout, "status", "--porcelain")
-    pinned = pin(toy_run, checkout, allow_changes=True)
+    pinned = pin(toy_run, checkout, tmp_path / "launches")
     assert pinned.changed
     write_pinned(tmp_path / "job", pinned, toy_run, checkout)
     code = tmp_path / "job" / "code"
-    assert {path.name: path.read_text() for path in code.iterdir()} == {
+    assert {path.name: path.read_text() for path in code.rglob("*") if path.is_file()} == {
         ".gitignore": "runs/\n",
         "code.py": "two",
-        "new.py": "new",
+        "staged.py": "staged",
+        "new [1].yaml": "new",
     }
     assert git(checkout, "status", "--porcelain") == before
 
 
-def test_other_code_or_configuration_has_another_name(checkout: Path, toy_run: RunConfig) -> None:
-    first = pin(toy_run, checkout, allow_changes=False)
-    other = pin(replace(toy_run, seed=1), checkout, allow_changes=False)
+def test_files_that_lie_around_are_no_part_of_the_code(
+    checkout: Path, toy_run: RunConfig, tmp_path: Path
+) -> None:
+    """Neither data beside the code nor pinned jobs, wherever these are kept."""
+    (checkout / "weights.bin").write_text("large")
+    launches = checkout / "experiments" / "jobs"
+    write_pinned(launches / "toy", pin(toy_run, checkout, launches), toy_run, checkout)
+    assert refusal(checkout, launches) is None
+    assert pin(toy_run, checkout, launches).tree == git(checkout, "rev-parse", "HEAD^{tree}")
     (checkout / "code.py").write_text("two")
-    changed = pin(toy_run, checkout, allow_changes=True)
+    (launches.parent / "mine.yaml").write_text("new")
+    pinned = pin(toy_run, checkout, launches)
+    write_pinned(tmp_path / "job", pinned, toy_run, checkout)
+    code = tmp_path / "job" / "code"
+    assert {path.name for path in code.rglob("*") if path.is_file()} == {
+        ".gitignore",
+        "code.py",
+        "mine.yaml",
+        "removed.py",
+    }
+
+
+def test_a_dry_run_leaves_nothing_in_the_repository(
+    checkout: Path, toy_run: RunConfig, tmp_path: Path
+) -> None:
+    (checkout / "code.py").write_text("two")
+    (checkout / "configs").mkdir()
+    (checkout / "configs" / "new.yaml").write_text("new")
+    before = sorted((checkout / ".git" / "objects").rglob("*"))
+    dry = pin(toy_run, checkout, tmp_path, dry_run=True)
+    assert sorted((checkout / ".git" / "objects").rglob("*")) == before
+    assert pin(toy_run, checkout, tmp_path) == dry
+
+
+def test_other_code_or_configuration_has_another_name(
+    checkout: Path, toy_run: RunConfig, tmp_path: Path
+) -> None:
+    first = pin(toy_run, checkout, tmp_path)
+    other = pin(replace(toy_run, seed=1), checkout, tmp_path)
+    (checkout / "code.py").write_text("two")
+    changed = pin(toy_run, checkout, tmp_path)
     assert len({first.identity, other.identity, changed.identity}) == 3
     assert job_name("Toy run, 2B!", first) == f"toy-run-2b-{first.identity}"
     assert job_name("27b", first) == f"run-27b-{first.identity}"

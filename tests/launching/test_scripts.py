@@ -1,0 +1,122 @@
+"""What the scripts do on a host, with small programs in the place of gcloud, pip and a training."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma2_jax.launching import slurm, tpu_vm
+from gemma2_jax.launching.job import Job
+from gemma2_jax.launching.settings import SlurmSettings, TpuVmSettings
+from tests.launching.shell import write_program
+
+
+def write_package(folder: Path, main: str) -> None:
+    (folder / "gemma2_jax" / "cli").mkdir(parents=True)
+    (folder / "gemma2_jax" / "__init__.py").touch()
+    (folder / "gemma2_jax" / "cli" / "__init__.py").touch()
+    (folder / "gemma2_jax" / "cli" / "main.py").write_text(main)
+
+
+def test_the_pinned_code_runs_though_the_job_works_in_a_checkout(tmp_path: Path) -> None:
+    checkout, job = tmp_path / "checkout", Job("toy", tmp_path / "toy")
+    write_package(job.folder / "code", "print('pinned')")
+    write_package(checkout, "print('changed since')")
+    script = slurm.script(SlurmSettings(str(checkout)), job)
+    done = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+    )
+    assert done.stdout == "pinned\n"
+
+
+def test_a_slurm_job_does_not_end_at_the_signal_for_submitit(tmp_path: Path) -> None:
+    job = Job("toy", tmp_path / "toy")
+    write_package(
+        job.folder / "code", "import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print('alive')"
+    )
+    script = slurm.script(SlurmSettings(str(tmp_path / "work")), job)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "alive\n")
+
+
+def test_a_node_takes_its_training_along_when_it_is_stopped(tmp_path: Path) -> None:
+    """submitit raises in the process that waits; the training would go on without it."""
+    script = tmp_path / "job.sh"
+    script.write_text(
+        f"trap 'echo stopped > {tmp_path}/said; exit 1' TERM\necho $$ > {tmp_path}/pid\n"
+        "while true; do sleep 0.05; done\n"
+    )
+    waiting = f"from gemma2_jax.launching.slurm import Training; Training({str(script)!r})()"
+    with subprocess.Popen([sys.executable, "-c", waiting], stderr=subprocess.DEVNULL) as node:
+        while not (tmp_path / "pid").exists():
+            assert node.poll() is None
+        node.send_signal(signal.SIGINT)
+        assert node.wait(60) != 0
+    assert (tmp_path / "said").read_text() == "stopped\n"
+
+
+@pytest.fixture
+def vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a VM: `codes` has the exit codes of its trainings, one a line, `did` what was called."""
+    monkeypatch.setattr(tpu_vm, "_LOCAL", str(tmp_path / "opt"))
+    monkeypatch.setattr(tpu_vm, "_MOUNTED", str(tmp_path / "mounted"))
+    write_program(tmp_path / "bin" / "gcloud", "exit 0")
+    write_program(tmp_path / "bin" / "tar", "exit 0")
+    write_program(tmp_path / "bin" / "python3", "exit 0")
+    write_program(tmp_path / "bin" / "sleep", f"echo sleep >> {tmp_path}/did")
+    train = f"echo train >> {tmp_path}/did\ncode=$(head -n1 {tmp_path}/codes)\nsed -i 1d {tmp_path}/codes\nexit $code"
+    write_program(tmp_path / "opt" / "venv" / "bin" / "python", train)
+    return tmp_path
+
+
+def start(vm: Path, codes: list[int], mount: str | None = None) -> tuple[int, list[str], str]:
+    """Starts the VM; the script's exit code, what was called, and what it said."""
+    settings = TpuVmSettings("z", "v5litepod-16", "r", "gs://b", str(vm / "shared" / "work"), mount=mount)
+    (script,) = tpu_vm.submission(settings, Job("toy", vm / "toy")).files.values()
+    (vm / "codes").write_text("".join(f"{code}\n" for code in codes))
+    (vm / "did").unlink(missing_ok=True)
+    done = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": f"{vm / 'bin'}:{os.environ['PATH']}"},
+        timeout=60,
+    )
+    return done.returncode, (vm / "did").read_text().split(), done.stdout
+
+
+def test_a_vm_tries_again_until_the_run_is_done(vm: Path) -> None:
+    code, did, said = start(vm, [134, 143, 134, 137, 134, 134, 1, 0])
+    assert code == 0
+    assert did == ["train", "sleep"] * 7 + ["train"]
+    assert said.startswith("gemma2: failed with exit code 134; begins again in 30 s.\n")
+
+
+@pytest.mark.parametrize("mistake", [1, 2])
+def test_a_vm_gives_a_mistake_up(vm: Path, mistake: int) -> None:
+    code, did, said = start(vm, [mistake] * 9)
+    assert code == mistake
+    assert did.count("train") == 5
+    assert said.endswith(f"given up, since 5 tries failed; the last one with exit code {mistake}.\n")
+
+
+def test_a_vm_mounts_once_and_before_it_works_there(vm: Path) -> None:
+    """On a folder that is there; again would fail."""
+    mount = f"test -d {vm}/shared && echo mount >> {vm}/did"
+    code, did, _ = start(vm, [134, 0], mount)
+    assert (code, did) == (0, ["mount", "train", "sleep", "train"])
+
+
+def test_what_fails_before_the_training_is_tried_again(vm: Path) -> None:
+    """And the training does not begin without it, such as where the disk is not there yet."""
+    mount = f"echo mount >> {vm}/did; test -e {vm}/up || {{ touch {vm}/up; exit 32; }}"
+    code, did, _ = start(vm, [0], mount)
+    assert (code, did) == (0, ["mount", "sleep", "mount", "train"])
