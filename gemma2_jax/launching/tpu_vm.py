@@ -114,7 +114,8 @@ def _mount(settings: TpuVmSettings) -> Sequence[str]:
     return [
         f"if [ ! -e {_MOUNTED} ]; then",
         f"    mkdir -p {shlex.quote(settings.workdir)}",
-        f"    {settings.mount}",
+        # By a bash of its own: in `install && mount`, a failure of the former would not end this script.
+        f"    bash -ec {shlex.quote(settings.mount)}",
         f"    touch {_MOUNTED}",
         "fi",
     ]

@@ -134,7 +134,7 @@ def test_one_slice_of_tpu_vms(tmp_path: Path) -> None:
     check_flags(create, "gcloud_create.txt")
     (script,) = submission.files.values()
     assert "gcloud storage cp gs://mine/jobs/toy-0123abcd/code.tar.gz " in script
-    made, mounted = script.index("mkdir -p '/mnt/shared disk'\n"), script.index("mount -t nfs a:/b /c\n")
+    made, mounted = script.index("mkdir -p '/mnt/shared disk'\n"), script.index("'mount -t nfs a:/b /c'\n")
     assert made < mounted < script.index("cd '/mnt/shared disk'\n")
     check_script(script, tmp_path / "job.sh")
 
