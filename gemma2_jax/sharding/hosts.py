@@ -100,7 +100,7 @@ def join(config: HostsConfig) -> None:
     place = find_place(config)
     if place is None:
         return
-    meet(place.coordinator, place.num_processes, place.process_id, config.timeout)
+    links = meet(place.coordinator, place.num_processes, place.process_id, config.timeout, place.told_by)
     # It would take SIGTERM for itself, from the command line that ends this process and with it the others.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
@@ -111,7 +111,7 @@ def join(config: HostsConfig) -> None:
         cluster_detection_method="deactivate",
         initialization_timeout=config.timeout,
     )
-    watch(distributed.global_state.client, place.process_id)
+    watch(distributed.global_state.client, place.process_id, place.num_processes, links)
     if not is_first():
         # JAX's collectives between CPUs print from C++ with whom they are connected.
         sys.stdout.flush()

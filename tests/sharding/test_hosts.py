@@ -220,12 +220,41 @@ def test_all_meet() -> None:
 
 def test_who_is_missing_is_told_to_all() -> None:
     first, second = meeting((4, 0), (4, 2), timeout=0.5)
-    assert first == second == "2 of 4 processes did not come within 0.5 s (hosts.timeout): process 1, 3."
+    assert first is not None
+    assert first == second
+    assert first.startswith(
+        "2 of the 4 processes that hosts.num_processes tells of did not come within 0.5 s "
+    )
+    assert first.endswith("(hosts.timeout): process 1, 3; hosts=single trains alone.")
+
+
+def test_for_whom_process_0_waits_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rendezvous, "_QUIET_SECONDS", 0.1)
+    with pytest.raises(UserError, match=r"^2 of the 3 processes that SLURM tells of did not come within"):
+        meet(f"127.0.0.1:{free_port()}", 3, 0, 0.5, "SLURM")
+    assert capsys.readouterr().err == (
+        "gemma2: waiting for 2 of the 3 processes that SLURM tells of: process 1, 2.\n"
+    )
 
 
 def test_two_of_one_number() -> None:
     told = meeting((4, 0), (4, 1), (4, 1), timeout=2.0)
     assert set(told) == {"hosts.process_id is 1 in two processes; each needs a number of its own."}
+
+
+def test_one_that_died_and_was_started_again_while_others_were_missing() -> None:
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(meet, address, 3, 0, 10.0)
+        died = knocked(port)
+        died.sendall(b'{"greeting": "gemma2_jax", "process": 1, "processes": 3}\n')
+        died.close()
+        others = [pool.submit(meet, address, 3, number, 10.0) for number in (1, 2)]
+        assert sorted(first.result()) == [1, 2]
+        assert [sorted(other.result()) for other in others] == [[0], [0]]
 
 
 def test_another_number_of_processes() -> None:
@@ -238,25 +267,30 @@ def test_another_number_of_processes() -> None:
 def test_nobody_there() -> None:
     (told,) = meeting((2, 1), timeout=0.3)
     assert told is not None
-    assert told.startswith("process 1 cannot reach the coordinator, process 0 at 127.0.0.1:")
+    assert told.startswith(
+        "process 1 of the 2 that hosts.num_processes tells of cannot reach the coordinator, process 0 at 127.0.0.1:"
+    )
+    assert told.endswith("; hosts=single trains alone.")
+
+
+def knocked(port: int) -> socket.socket:
+    """A connection to process 0, which is about to listen."""
+    for _ in range(100):
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            threading.Event().wait(0.05)
+    raise AssertionError("nobody listens")
 
 
 def test_a_stranger_at_the_door_is_ignored() -> None:
     port = free_port()
     address = f"127.0.0.1:{port}"
 
-    def knock() -> None:
-        for _ in range(50):
-            try:
-                with socket.create_connection(("127.0.0.1", port)) as connection:
-                    connection.sendall(b"GET / HTTP/1.1\n")
-                    return
-            except OSError:
-                threading.Event().wait(0.05)
-
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(meet, address, 2, 0, 10.0)
-        pool.submit(knock).result()
+        with knocked(port) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\n")
         pool.submit(meet, address, 2, 1, 10.0).result()
         first.result()
 
