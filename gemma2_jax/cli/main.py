@@ -104,7 +104,8 @@ def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
         ending = sys.modules.get("gemma2_jax.sharding.ending")
         if ending is None or not ending.is_watched():
             raise
-        traceback.print_exc()  # of whichever process: it is a mistake of ours, or its machine's
+        if not ending.follows_another():
+            traceback.print_exc()  # of whichever process: it is a mistake of ours, or its machine's
         return 1, f"gemma2: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 

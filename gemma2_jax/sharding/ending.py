@@ -1,31 +1,63 @@
 """How a job of several processes ends when one of them fails: all end, and process 0 says why, in a sentence.
 
 The first that fails leaves its reason with JAX's coordinator. A thread in each of the others waits for that, since
-their main threads may be waiting for a result that never comes.
+their main threads may be waiting for a result that never comes. One that is killed leaves none: process 0 notices that
+its connection has ended without a farewell, long before JAX does, and leaves the reason for it.
 """
 
 import _thread
+import json
 import os
+import selectors
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 _REASON = "gemma2_jax/ended"  # the key of the reason with the coordinator
 _DONE = "done"  # in its place, when there is none
+_FAREWELL = b"."
+_TOGETHER = 0.2  # seconds in which processes of one host that goes down are gone
 _GRACE = 0.5  # seconds in which a process that fails by itself, as all may at once, does so
 _UNWIND = 10.0  # seconds to close files in
+_NOTICE = 2.0  # seconds in which process 0 tells of one that is gone, surely
 _POLL_MS = 600_000
 
 
-class _Watch:
-    """The connection to the other processes, and whether this one is on its way out, perhaps on account of another."""
+@dataclass(frozen=True)
+class _Reason:
+    """Why the job ends.
 
-    def __init__(self, client: Any, process: int) -> None:
-        self.client, self.process = client, process
+    Attributes:
+        process: the one that failed first, or tells of those that are gone.
+        code: with which all exit.
+        told: a sentence, perhaps empty.
+        gone: processes that cannot be waited for.
+    """
+
+    process: int
+    code: int
+    told: str
+    gone: Sequence[int] = ()
+
+
+class _Watch:
+    """The connections to the other processes, and whether this one is on its way out, perhaps on account of another.
+
+    Attributes:
+        another_ended: another one has left its reason.
+        interrupted: so that this one was told to stop.
+    """
+
+    def __init__(self, client: Any, process: int, count: int, links: Mapping[int, socket.socket]) -> None:
+        self.client, self.process, self.count, self.links = client, process, count, links
         self.leaving = threading.Event()
+        self.another_ended = threading.Event()
         self.interrupted = False
         self.thread = threading.Thread(target=_wait, args=(self,), daemon=True, name="other processes")
 
@@ -33,11 +65,20 @@ class _Watch:
 _watch: _Watch | None = None
 
 
-def watch(client: Any, process: int) -> None:
-    """From now on, this process ends when another one has failed."""
+def watch(client: Any, process: int, count: int, links: Mapping[int, socket.socket]) -> None:
+    """From now on, this process ends when another one has failed or is gone.
+
+    Args:
+        client: the connection to JAX's coordinator.
+        process: this one's number.
+        count: how many there are.
+        links: connections that end with the process at their other side: all others' in process 0, its in the others.
+    """
     global _watch
-    _watch = _Watch(client, process)
+    _watch = _Watch(client, process, count, links)
     _watch.thread.start()
+    if process == 0:  # where that is gone, JAX has lost its coordinator, and aborts the others at once
+        threading.Thread(target=_mind, args=(_watch,), daemon=True, name="links to other processes").start()
 
 
 def is_watched() -> bool:
@@ -45,11 +86,16 @@ def is_watched() -> bool:
     return _watch is not None and not _watch.leaving.is_set()
 
 
+def follows_another() -> bool:
+    """Whether what this process has failed by came of another's end; it may take a moment to know."""
+    return _watch is not None and _watch.another_ended.wait(_NOTICE)
+
+
 def leave(code: int, told: str | None) -> None:
     """Ends this process's part in its job; returns if it is alone, or has done its work.
 
     Args:
-        code: the exit code; where it is not 0, all processes end with theirs.
+        code: the exit code; where it is not 0, all processes end, with that of the first.
         told: why, for process 0 to print.
     """
     if _watch is None or _watch.leaving.is_set():
@@ -59,49 +105,59 @@ def leave(code: int, told: str | None) -> None:
         return
     _watch.leaving.set()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end(_watch, 1 if _watch.interrupted else code, told)
+    _end(_watch, _Reason(_watch.process, code, "" if told is None or _watch.interrupted else told))
 
 
 def _finish(watch: _Watch) -> None:
     """Waits until all are done: process 0 takes the coordinator with it."""
     watch.client.wait_at_barrier("gemma2_jax/done", 24 * 3600 * 1000)
     watch.leaving.set()
+    _say_farewell(watch)
     # A thread that still waits in C++ when Python ends would abort the process.
     if watch.process == 0:
         watch.client.key_value_set(_REASON, _DONE)
     watch.thread.join(_UNWIND)
 
 
-def _end(watch: _Watch, code: int, told: str | None) -> None:
+def _end(watch: _Watch, own: _Reason) -> None:
+    code = own.code
     try:
-        if (text := _publish(watch, told)) and watch.process == 0:
-            print(text, file=sys.stderr)
+        first = _publish(watch, own)
+        code = first.code
+        if watch.process == 0 and first.told:
+            print(_sentence(first, own), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # Process 0 last, since the others' connection ends with it.
+        left = [number for number in range(watch.count) if number not in first.gone]
         with suppress(Exception):  # some are gone already
-            watch.client.wait_at_barrier("gemma2_jax/ending", int(2 * _UNWIND * 1000))
+            watch.client.wait_at_barrier("gemma2_jax/ending", int(2 * _UNWIND * 1000), left)
+        _say_farewell(watch)
         if watch.process == 0:
             time.sleep(_GRACE)
     finally:
         os._exit(code)
 
 
-def _publish(watch: _Watch, told: str | None) -> str | None:
-    """Leaves the reason, unless another process was first; returns that of the first, for process 0 to print."""
-    first = f"{watch.process}\n{told or ''}"
+def _publish(watch: _Watch, own: _Reason) -> _Reason:
+    """Leaves the reason, unless another process was first; returns that of the first."""
     try:
-        watch.client.key_value_set(_REASON, first)
+        watch.client.key_value_set(_REASON, json.dumps(asdict(own)))
     except Exception:  # there is one already, or no coordinator any more
         with suppress(Exception):
-            first = watch.client.blocking_key_value_get(_REASON, 10_000)
-    number, _, text = first.partition("\n")
-    if number == "0" or text == told:  # what all refuse is not another's fault because it was faster
-        return text
-    return text.replace("gemma2: ", f"gemma2: process {number}: ", 1)
+            return _Reason(**json.loads(watch.client.blocking_key_value_get(_REASON, 10_000)))
+    return own
+
+
+def _sentence(first: _Reason, own: _Reason) -> str:
+    """What process 0 prints; what all refuse is not another's fault because it was faster."""
+    if first.process == 0 or first.told == own.told:
+        return first.told
+    return first.told.replace("gemma2: ", f"gemma2: process {first.process}: ", 1)
 
 
 def _wait(watch: _Watch) -> None:
+    """Follows the first that ends with a reason."""
     while not watch.leaving.is_set():
         try:
             if watch.client.blocking_key_value_get(_REASON, _POLL_MS) == _DONE:
@@ -110,10 +166,47 @@ def _wait(watch: _Watch) -> None:
             if "DEADLINE_EXCEEDED" in str(error):
                 continue
             return  # the connection is closed: the end, in one way or another
+        watch.another_ended.set()
         if not watch.leaving.wait(_GRACE):
             watch.interrupted = True
             _thread.interrupt_main()
         if not watch.leaving.wait(_UNWIND):
             watch.leaving.set()
-            _end(watch, 1, None)
+            _end(watch, _Reason(watch.process, 1, ""))
         return
+
+
+def _mind(watch: _Watch) -> None:
+    """Leaves a reason, in process 0, for processes whose connection ends without a farewell."""
+    with selectors.DefaultSelector() as selector:
+        for number, link in watch.links.items():
+            selector.register(link, selectors.EVENT_READ, number)
+        while selector.get_map():
+            selector.select()
+            time.sleep(_TOGETHER)
+            gone = []
+            for key, _ in selector.select(0):
+                selector.unregister(key.fileobj)
+                if not _has_said_farewell(watch.links[key.data]):
+                    gone.append(key.data)
+            if gone:
+                names = (
+                    f"process {gone[0]} is"
+                    if len(gone) == 1
+                    else f"processes {', '.join(map(str, gone))} are"
+                )
+                told = f"gemma2: {names} gone: killed, or the host is down."
+                _publish(watch, _Reason(0, 1, told, gone))  # which this process follows, as all do
+
+
+def _say_farewell(watch: _Watch) -> None:
+    for link in watch.links.values():
+        with suppress(OSError):
+            link.send(_FAREWELL)
+
+
+def _has_said_farewell(link: socket.socket) -> bool:
+    try:
+        return link.recv(1) == _FAREWELL
+    except OSError:
+        return False

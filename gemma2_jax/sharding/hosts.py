@@ -11,6 +11,7 @@ Which processes there are is told by the configuration, or by what started them:
 import importlib.util
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,16 @@ from gemma2_jax.sharding.rendezvous import meet, split_address
 
 _WAIT_HOURS = 24  # for process 0 to prepare data, at most
 _PREFIX = "gemma2_jax"  # of what is kept with JAX's coordinator
+_CLUSTERS = {
+    "slurm": "SLURM",
+    "ompi": "Open MPI",
+    "gcetpu": "the TPU VM",
+    "gketpu": "GKE",
+    "k8s": "Kubernetes",
+}
 _counter: dict[str, int] = {}  # how often each wait was come by; the same in all processes
+
+_Known = tuple[str | None, int | None, int | None]  # coordinator, number of processes, this one's
 
 
 @dataclass(frozen=True)
@@ -69,12 +79,14 @@ class Place:
 
     Attributes:
         devices: numbers of the host's devices that are this process's; None for all of them.
+        told_by: what says how many processes there are.
     """
 
     coordinator: str
     num_processes: int
     process_id: int
     devices: tuple[int, ...] | None = None
+    told_by: str = "hosts.num_processes"
 
 
 def join(config: HostsConfig) -> None:
@@ -88,7 +100,7 @@ def join(config: HostsConfig) -> None:
     place = find_place(config)
     if place is None:
         return
-    meet(place.coordinator, place.num_processes, place.process_id, config.timeout)
+    links = meet(place.coordinator, place.num_processes, place.process_id, config.timeout, place.told_by)
     # It would take SIGTERM for itself, from the command line that ends this process and with it the others.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
@@ -99,7 +111,7 @@ def join(config: HostsConfig) -> None:
         cluster_detection_method="deactivate",
         initialization_timeout=config.timeout,
     )
-    watch(distributed.global_state.client, place.process_id)
+    watch(distributed.global_state.client, place.process_id, place.num_processes, links)
     if not is_first():
         # JAX's collectives between CPUs print from C++ with whom they are connected.
         sys.stdout.flush()
@@ -114,9 +126,9 @@ def find_place(config: HostsConfig) -> Place | None:
         UserError: something is not known, or its number is none of the job's.
     """
     given = (config.coordinator, config.num_processes, config.process_id)
-    devices = None
+    told_by, devices = "", None
     if config.detect and None in given:
-        coordinator, num_processes, process_id, devices = _detected(given, config.timeout)
+        told_by, (coordinator, num_processes, process_id), devices = _detected(given, config.timeout)
     else:
         coordinator, num_processes, process_id = given
     found = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
@@ -129,7 +141,9 @@ def find_place(config: HostsConfig) -> Place | None:
             "says it."
         )
     _check_number(process_id, num_processes)
-    return Place(coordinator, num_processes, process_id, devices)
+    if config.num_processes is not None:
+        told_by = "hosts.num_processes"
+    return Place(coordinator, num_processes, process_id, devices, told_by)
 
 
 def is_first() -> bool:
@@ -171,11 +185,13 @@ def check_agreement(values: Mapping[str, Any]) -> None:
         client.key_value_set(key, json.dumps(values))
         return
     first = json.loads(client.blocking_key_value_get(key, _WAIT_HOURS * 3600 * 1000))
-    for name, value in json.loads(json.dumps(values)).items():
-        if first.get(name) != value:
+    own = json.loads(json.dumps(values))
+    for name in own | first:
+        there, here = first.get(name, "missing"), own.get(name, "missing")
+        if there != here:
             raise UserError(
-                f"{name} is {first.get(name)} in process 0 and {value} in process {jax.process_index()}; all processes "
-                "must be started by the same command, and see the same files."
+                f"{name} is {there} in process 0 and {here} in process {jax.process_index()}; all processes must be "
+                "started by the same command, and see the same files."
             )
 
 
@@ -190,17 +206,19 @@ def _check_number(process_id: int, num_processes: int | None) -> None:
         raise UserError(f"hosts.process_id is {process_id}; accepted: 0{last}.")
 
 
-def _detected(
-    given: tuple[str | None, int | None, int | None], timeout: int
-) -> tuple[str | None, int | None, int | None, tuple[int, ...] | None]:
-    """`given`, completed by JAX from the first cluster that it knows, and the devices of this process there."""
+def _detected(given: _Known, timeout: int) -> tuple[str, _Known, tuple[int, ...] | None]:
+    """What tells of a job (JAX: the first cluster that it knows), `given` completed by it, and the devices there."""
     if _is_alone_in_kubernetes():
-        return (*given, None)
+        return "", given, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a missing package, of which the check above has told
         try:
+            kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
+            cluster = next((kind for kind in kinds if kind.is_env_present()), None)
+            if cluster is None:
+                return "", given, None
             coordinator, num_processes, process_id, devices = ClusterEnv.auto_detect_unset_distributed_params(
-                *given, None, None, timeout
+                *given, None, cluster.name, timeout
             )
         except Exception as error:  # whatever a cluster's tools raise
             reason = " ".join(str(error).split()).rstrip(".")
@@ -208,9 +226,8 @@ def _detected(
                 f"the environment looks like a job of several processes, but does not say which: {reason}; set "
                 "hosts.coordinator, hosts.num_processes and hosts.process_id, or hosts=single."
             ) from None
-    if devices is not None and _has_all_devices(devices[0], num_processes):
-        devices = None
-    return coordinator, num_processes, process_id, None if devices is None else tuple(devices)
+    own = None if devices is None else _own_devices(devices[0])
+    return _CLUSTERS.get(cluster.name, cluster.name), (coordinator, num_processes, process_id), own
 
 
 def _is_alone_in_kubernetes() -> bool:
@@ -233,12 +250,29 @@ def _is_alone_in_kubernetes() -> bool:
     return False
 
 
-def _has_all_devices(local_id: int, num_processes: int | None) -> bool:
-    """Whether a process has all of the devices that it sees, where JAX would give it that of its number on the host.
+def _own_devices(local_id: int) -> tuple[int, ...] | None:
+    """The devices of a process that is the `local_id`th on its host, of those that it sees; None for all.
 
-    So it is where it is the only one on its host, and where SLURM shows each process its own.
+    All are its own where it is alone on its host, where SLURM shows each its own, and where there are fewer than
+    processes; else they are divided evenly. Where nothing says how many there are, JAX's rule holds: one for each.
     """
-    if os.environ.get("SLURM_STEP_NUM_NODES") == str(num_processes):
-        return True
+    tasks = _processes_on_host()
+    given_by_slurm = "SLURM_GPUS_PER_TASK" in os.environ or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+    if tasks == 1 or given_by_slurm:
+        return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible is not None and local_id >= len(visible.split(","))
+    if visible is None or tasks is None:
+        return (local_id,)
+    each = len(visible.split(",")) // tasks
+    return tuple(range(local_id * each, (local_id + 1) * each)) or None
+
+
+def _processes_on_host() -> int | None:
+    """How many of the job's processes are on this host, if SLURM or Open MPI says it."""
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in os.environ:
+        return int(os.environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    counts: list[int] = []  # of each node; SLURM writes 4,4,3 as 4(x2),3
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(times or 1)
+    node = int(os.environ.get("SLURM_NODEID", 0))
+    return counts[node] if node < len(counts) else None

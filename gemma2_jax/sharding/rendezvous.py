@@ -1,14 +1,16 @@
 """The meeting of a job's processes before JAX connects them, so that who is missing or wrong is told in a sentence.
 
 JAX's own way to say so is to abort the process with a stack trace. Process 0 listens where JAX's coordinator will be;
-each of the others sends one line of JSON and is answered with one: what is wrong, or null when all are there.
+each of the others sends one line of JSON and is answered with one: what is wrong, or null when all are there. The
+connections stay: by their end, a process that is gone is noticed.
 """
 
 import json
 import socket
+import sys
 import time
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from gemma2_jax.config import UserError
@@ -16,23 +18,44 @@ from gemma2_jax.config import UserError
 _GREETING = "gemma2_jax"  # anything else that connects is no process of ours
 _LINE_SECONDS = 10  # that a connection may take for its one line
 _BETWEEN_TRIES = 0.2  # seconds
+_QUIET_SECONDS = 10  # after which process 0 says for whom it waits
+_KEEPALIVE = {
+    "TCP_KEEPIDLE": 30,
+    "TCP_KEEPINTVL": 10,
+    "TCP_KEEPCNT": 3,
+}  # a host that is down is silent: a minute
+
+Links = dict[int, socket.socket]  # a connection to each of the processes of these numbers
 
 
-def meet(coordinator: str, num_processes: int, process_id: int, timeout: float) -> None:
-    """Returns in all processes when all are there.
+def meet(
+    coordinator: str,
+    num_processes: int,
+    process_id: int,
+    timeout: float,
+    told_by: str = "hosts.num_processes",
+) -> Links:
+    """Returns in all processes when all are there: in process 0 with its links to the others, in them that to it.
 
     Args:
         coordinator: HOST:PORT of process 0.
         timeout: seconds to wait for the others.
+        told_by: what says how many processes there are.
 
     Raises:
         UserError: not all came in time, two have one number, or they do not agree on how many there are.
     """
     host, port = split_address(coordinator)
     if process_id == 0:
-        _gather(port, num_processes, timeout)
-    else:
-        _report(host, port, num_processes, process_id, timeout)
+        return _gather(port, num_processes, timeout, told_by)
+    try:
+        return {0: _report(host, port, num_processes, process_id, timeout)}
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise UserError(
+        f"process {process_id} of the {num_processes} that {told_by} tells of cannot reach the coordinator, process 0 "
+        f"at {host}:{port}, within {timeout:g} s (hosts.timeout): {reason}; hosts=single trains alone."
+    )
 
 
 def split_address(coordinator: str) -> tuple[str, int]:
@@ -43,34 +66,61 @@ def split_address(coordinator: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _gather(port: int, num_processes: int, timeout: float) -> None:
+def _gather(port: int, num_processes: int, timeout: float, told_by: str) -> Links:
     """Process 0's side."""
     until = time.monotonic() + timeout
-    came: set[int] = set()
-    connections: list[socket.socket] = []
-    with ExitStack() as stack:
-        server = stack.enter_context(_listening(port, num_processes))
-        refused = None
-        while len(came) < num_processes - 1 and refused is None:
-            server.settimeout(max(until - time.monotonic(), 0.01))
-            try:
-                connection = stack.enter_context(server.accept()[0])
-            except TimeoutError:
-                missing = [str(number) for number in range(1, num_processes) if number not in came]
+    notice = time.monotonic() + _QUIET_SECONDS
+    came: Links = {}
+    refused = None
+    with _listening(port, num_processes) as server:
+        while refused is None and len(came) < num_processes - 1:
+            connection = _next(server, min(notice, until))
+            # One that died while others were missing may have been started again.
+            came = {number: link for number, link in came.items() if not _is_closed(link)}
+            missing = [str(number) for number in range(1, num_processes) if number not in came]
+            who = f"process {', '.join(missing[:8])}{', …' if len(missing) > 8 else ''}"
+            if connection is not None:
+                refused = _enter(connection, num_processes, came)
+            elif time.monotonic() >= until:
                 refused = (
-                    f"{len(missing)} of {num_processes} processes did not come within {timeout:g} s "
-                    f"(hosts.timeout): process {', '.join(missing[:8])}{', …' if len(missing) > 8 else ''}."
+                    f"{len(missing)} of the {num_processes} processes that {told_by} tells of did not come within "
+                    f"{timeout:g} s (hosts.timeout): {who}; hosts=single trains alone."
                 )
-                break
-            line = _read(connection)
-            if line.get("greeting") == _GREETING:
-                refused = _mistake(line, num_processes, came)
-                came.add(line["process"])
-                connections.append(connection)
-        for connection in connections:
-            _write(connection, {"refused": refused})
-        if refused is not None:
-            raise UserError(refused)
+            else:
+                notice = until
+                print(
+                    f"gemma2: waiting for {len(missing)} of the {num_processes} processes that {told_by} tells of: "
+                    f"{who}.",
+                    file=sys.stderr,
+                )
+    for link in came.values():
+        _answer(link, refused)
+    if refused is not None:
+        raise UserError(refused)
+    return came
+
+
+def _next(server: socket.socket, until: float) -> socket.socket | None:
+    """The next connection, or None if there is none by then."""
+    server.settimeout(max(until - time.monotonic(), 0.01))
+    try:
+        return server.accept()[0]
+    except TimeoutError:
+        return None
+
+
+def _enter(connection: socket.socket, num_processes: int, came: Links) -> str | None:
+    """Puts one of our processes among those that came; returns what is wrong with it."""
+    line = _read(connection)
+    if line.get("greeting") != _GREETING:
+        connection.close()
+        return None
+    refused = _mistake(line, num_processes, came)
+    if refused is None:
+        came[line["process"]] = _kept_alive(connection)
+    else:
+        _answer(connection, refused)
+    return refused
 
 
 def _mistake(line: Mapping[str, int], num_processes: int, came: Collection[int]) -> str | None:
@@ -85,31 +135,32 @@ def _mistake(line: Mapping[str, int], num_processes: int, came: Collection[int])
     return None
 
 
-def _report(host: str, port: int, num_processes: int, process_id: int, timeout: float) -> None:
-    """The side of the others."""
+def _report(host: str, port: int, num_processes: int, process_id: int, timeout: float) -> socket.socket:
+    """The side of the others.
+
+    Raises:
+        OSError: process 0 is not there in time.
+    """
     until = time.monotonic() + timeout
+    greeting = {"greeting": _GREETING, "process": process_id, "processes": num_processes}
     while True:
-        left = until - time.monotonic()
+        left = max(until - time.monotonic(), 0.01)
         try:
-            with socket.create_connection((host, port), max(left, 0.01)) as connection:
-                _write(
-                    connection,
-                    {"greeting": _GREETING, "process": process_id, "processes": num_processes},
-                )
-                answer = _read(connection, max(left, 0.01) + _LINE_SECONDS)
-            if "refused" in answer:
-                break
-            reason = "it does not answer as ours does"
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if time.monotonic() > until:
-            raise UserError(
-                f"process {process_id} cannot reach the coordinator, process 0 at {host}:{port}, within {timeout:g} s "
-                f"(hosts.timeout): {reason}."
-            )
+            connection = socket.create_connection((host, port), left)
+            with ExitStack() as stack:
+                stack.callback(connection.close)
+                _write(connection, greeting)
+                answer = _read(connection, left + _LINE_SECONDS)
+                if "refused" not in answer:
+                    raise OSError("it does not answer as ours does")
+                if answer["refused"] is not None:
+                    raise UserError(answer["refused"])
+                stack.pop_all()
+                return _kept_alive(connection)
+        except OSError:
+            if time.monotonic() > until:
+                raise
         time.sleep(_BETWEEN_TRIES)
-    if answer["refused"] is not None:
-        raise UserError(answer["refused"])
 
 
 def _listening(port: int, backlog: int) -> socket.socket:
@@ -121,6 +172,34 @@ def _listening(port: int, backlog: int) -> socket.socket:
         raise UserError(
             f"process 0 cannot listen on port {port} of hosts.coordinator: {error.strerror}; choose another port."
         ) from None
+
+
+def _kept_alive(connection: socket.socket) -> socket.socket:
+    """`connection`, which ends where the other side's host no longer answers."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):  # not everywhere
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return connection
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    """Whether the other side has closed it, as the system does for a process that ends."""
+    connection.setblocking(False)
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _answer(connection: socket.socket, refused: str | None) -> None:
+    connection.settimeout(_LINE_SECONDS)
+    with suppress(OSError):  # it is gone by now
+        _write(connection, {"refused": refused})
+    if refused is not None:
+        connection.close()
 
 
 def _write(connection: socket.socket, values: Mapping[str, object]) -> None:

@@ -1,5 +1,7 @@
-"""`gemma2` in a process whose second training step fails."""
+"""`gemma2` in a process whose second training step fails: `python failing.py refuse|SIGNAL …`."""
 
+import os
+import signal
 import sys
 
 from gemma2_jax.cli.main import main
@@ -7,13 +9,16 @@ from gemma2_jax.config import UserError
 from gemma2_jax.training.trainer import Trainer
 
 take_step = Trainer.take_step
+how, *argv = sys.argv[1:]
 
 
 def fail_in_the_second(self, *fed):
-    if self.step == 1:
+    if self.step == 1 and how == "refuse":
         raise UserError("this host's disk is gone.")
+    if self.step == 1:
+        os.kill(os.getpid(), signal.Signals[how])
     take_step(self, *fed)
 
 
 Trainer.take_step = fail_in_the_second  # type: ignore[method-assign]
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(argv))

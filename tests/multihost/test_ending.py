@@ -1,5 +1,6 @@
 """When one process of a job fails, all end, and process 0 says why in one sentence."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.config import RunConfig
 from tests.multihost.job import GEMMA2, run_job
 
+FAILING = [str(Path(__file__).parent / "failing.py")]
+
 
 @pytest.fixture(scope="module")
 def command(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
@@ -19,12 +22,27 @@ def command(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 def test_one_that_fails_in_the_middle(command: list[str]) -> None:
-    failing = str(Path(__file__).parent / "failing.py")
-    first, second = run_job([[*GEMMA2, *command], [failing, *command]])
+    first, second = run_job([[*GEMMA2, *command], [*FAILING, "refuse", *command]])
     assert (first.code, second.code) == (1, 1)
     assert first.errors.splitlines()[-1] == "gemma2: process 1: this host's disk is gone."
     assert "Traceback" not in first.errors
     assert (second.output, second.errors) == ("", "")
+
+
+def test_one_that_is_stopped(command: list[str]) -> None:
+    """All exit as it does, so that what started them knows that they may be started again."""
+    first, second = run_job([[*GEMMA2, *command], [*FAILING, "SIGTERM", *command]])
+    assert (first.code, second.code) == (128 + signal.SIGTERM,) * 2
+    assert first.errors.splitlines()[-1] == (
+        "gemma2: process 1: stopped; the same command goes on where this one was."
+    )
+
+
+def test_one_that_is_killed(command: list[str]) -> None:
+    first, second = run_job([[*GEMMA2, *command], [*FAILING, "SIGKILL", *command]])
+    assert (first.code, second.code) == (1, -signal.SIGKILL)
+    assert first.errors.splitlines()[-1] == "gemma2: process 1 is gone: killed, or the host is down."
+    assert "Traceback" not in first.errors
 
 
 def test_one_that_was_started_otherwise(command: list[str]) -> None:

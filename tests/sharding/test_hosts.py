@@ -1,16 +1,20 @@
 """Which processes there are, as the configuration and the environment tell it, and how they meet."""
 
+import json
 import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
-from jax._src.clusters import ClusterEnv
+from jax._src.clusters import cloud_tpu_cluster, cluster
 
 from gemma2_jax.config import UserError
-from gemma2_jax.sharding.hosts import HostsConfig, Place, find_place, join
+from gemma2_jax.sharding import hosts, rendezvous
+from gemma2_jax.sharding.hosts import HostsConfig, Place, check_agreement, find_place, join
 from gemma2_jax.sharding.rendezvous import meet, split_address
 from tests.multihost.job import free_port
 
@@ -18,7 +22,9 @@ SLURM = {
     "SLURM_JOB_ID": "17",
     "SLURM_STEP_NODELIST": "node[003-004]",
     "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
     "SLURM_NTASKS": "4",
+    "SLURM_NODEID": "1",
     "SLURM_PROCID": "3",
     "SLURM_LOCALID": "1",
 }
@@ -27,6 +33,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_SIZE": "2",
     "OMPI_COMM_WORLD_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
 
 
@@ -38,6 +45,12 @@ def nothing_around(monkeypatch: pytest.MonkeyPatch) -> None:
         "KUBERNETES_SERVICE_HOST",
         "JOB_COMPLETION_INDEX",
         "CUDA_VISIBLE_DEVICES",
+        "SLURM_GPUS_PER_TASK",
+        "SLURM_TRES_PER_TASK",
+        "TPU_SKIP_MDS_QUERY",
+        "TPU_WORKER_HOSTNAMES",
+        "TPU_PROCESS_ADDRESSES",
+        "MEGASCALE_COORDINATOR_ADDRESS",
     ):
         monkeypatch.delenv(name, raising=False)
 
@@ -64,20 +77,45 @@ def test_what_is_configured() -> None:
 
 def test_slurm(within: Callable[..., None]) -> None:
     within(**SLURM)
-    assert find_place(HostsConfig()) == Place(f"node003:{65535 - 2**12 + 1 + 17}", 4, 3, (1,))
-    assert find_place(HostsConfig(coordinator="node003:99")) == Place("node003:99", 4, 3, (1,))
+    assert find_place(HostsConfig()) == Place(f"node003:{65535 - 2**12 + 1 + 17}", 4, 3, (1,), "SLURM")
+    assert find_place(HostsConfig(coordinator="node003:99")) == Place("node003:99", 4, 3, (1,), "SLURM")
+    number_given = find_place(HostsConfig(coordinator="node003:99", num_processes=4))
+    assert number_given == Place("node003:99", 4, 3, (1,), "hosts.num_processes")
     assert find_place(HostsConfig(detect=False)) is None
     within(SLURM_NTASKS="1", SLURM_PROCID="0")
     assert find_place(HostsConfig()) is None
 
 
 @pytest.mark.parametrize(
-    "variables", [{"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, {"CUDA_VISIBLE_DEVICES": "0"}]
+    ("variables", "devices"),
+    [
+        (SLURM, (1,)),  # nothing says how many there are
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "4,6"}, (1,)),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, (4, 5, 6, 7)),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, None),  # its own, as SLURM shows it to each
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}, None),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_TRES_PER_TASK": "gres/gpu:2"}, None),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, None),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2", "SLURM_STEP_TASKS_PER_NODE": "1,3"}, (1,)),
+        (SLURM | {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "3,1"}, None),
+        (OPEN_MPI, (1,)),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, None),
+    ],
 )
-def test_a_process_that_is_alone_on_its_host_or_sees_its_own_devices_has_all(
-    within: Callable[..., None], variables: dict[str, str]
+def test_the_devices_of_a_host_are_divided_among_its_processes(
+    within: Callable[..., None], variables: dict[str, str], devices: tuple[int, ...] | None
 ) -> None:
-    within(**SLURM | variables)
+    within(**variables)
+    place = find_place(HostsConfig())
+    assert place is not None
+    assert place.devices == devices
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_no_process_has_fewer_devices_than_another(within: Callable[..., None], number: int) -> None:
+    """Four on a host, of which each sees the same two: none of them is left one, and others both."""
+    within(**SLURM | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "4"})
+    within(SLURM_NODEID="0", SLURM_PROCID=str(number), SLURM_LOCALID=str(number))
     place = find_place(HostsConfig())
     assert place is not None
     assert place.devices is None
@@ -88,15 +126,15 @@ def test_open_mpi(within: Callable[..., None]) -> None:
     place = find_place(HostsConfig())
     assert place is not None
     assert place.coordinator.startswith("10.96.0.1:")
-    assert (place.num_processes, place.process_id, place.devices) == (2, 1, (1,))
+    assert (place.num_processes, place.process_id, place.told_by) == (2, 1, "Open MPI")
 
 
 def test_tpu_pods_of_gke(within: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two slices of two hosts each, in a JobSet; JAX looks for the chips themselves, which are not here."""
-    cluster: Any = next(kind for kind in ClusterEnv._cluster_types if kind.name == "gketpu")
-    monkeypatch.setattr(cluster, "is_env_present", lambda: True)
-    monkeypatch.setattr(cluster, "wait_for_coordinator", lambda *_: None)
-    monkeypatch.setattr(cluster, "get_local_process_id", lambda: None)
+    gke: Any = cloud_tpu_cluster.GkeTpuCluster
+    monkeypatch.setattr(gke, "is_env_present", lambda: True)
+    monkeypatch.setattr(gke, "wait_for_coordinator", lambda *_: None)
+    monkeypatch.setattr(gke, "get_local_process_id", lambda: None)
     within(
         KUBERNETES_SERVICE_HOST="10.0.0.1",
         JOB_COMPLETION_INDEX="1",
@@ -106,7 +144,22 @@ def test_tpu_pods_of_gke(within: Callable[..., None], monkeypatch: pytest.Monkey
         MEGASCALE_NUM_SLICES="2",
         MEGASCALE_SLICE_ID="1",
     )
-    assert find_place(HostsConfig()) == Place("b-0:8482", 4, 3)
+    assert find_place(HostsConfig()) == Place("b-0:8482", 4, 3, None, "GKE")
+
+
+@pytest.mark.parametrize("endpoints", ["t-0,t-1", "x:0:t-0,x:1:t-1"])
+def test_tpu_vms(within: Callable[..., None], monkeypatch: pytest.MonkeyPatch, endpoints: str) -> None:
+    """Two slices of two hosts each, as queued resources make them; the VM's metadata tells of its slice."""
+    metadata = {"agent-worker-number": "1", "worker-network-endpoints": endpoints, "tpu-env": ""}
+    monkeypatch.setattr(cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (metadata[key], 200))
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.1")
+    assert find_place(HostsConfig()) == Place("t-0:8482", 2, 1, None, "the TPU VM")
+    metadata["tpu-env"] = (
+        "MEGASCALE_COORDINATOR_ADDRESS: 's-0:8080'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'"
+    )
+    assert find_place(HostsConfig()) == Place("s-0:8482", 4, 3, None, "the TPU VM")
 
 
 def test_kubernetes(within: Callable[..., None]) -> None:
@@ -133,6 +186,19 @@ def test_what_is_refused(given: dict[str, Any], message: str) -> None:
         find_place(HostsConfig(**given))
 
 
+def test_what_only_one_process_has_is_no_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {"seed": 0, "data": "a", "teacher": "b"}
+    client = SimpleNamespace(blocking_key_value_get=lambda *_: json.dumps(first))
+    monkeypatch.setattr(hosts, "distributed", SimpleNamespace(global_state=SimpleNamespace(client=client)))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    check_agreement(first)
+    with pytest.raises(UserError, match="teacher is b in process 0 and missing in process 1; all processes"):
+        check_agreement({"seed": 0, "data": "a"})
+    with pytest.raises(UserError, match="cache is missing in process 0 and c in process 1; all processes"):
+        check_agreement(first | {"cache": "c"})
+
+
 def meeting(*places: tuple[int, int], timeout: float = 5.0) -> list[str | None]:
     """What each of the processes (number of processes, own number) was told when they met."""
     coordinator = f"127.0.0.1:{free_port()}"
@@ -154,12 +220,41 @@ def test_all_meet() -> None:
 
 def test_who_is_missing_is_told_to_all() -> None:
     first, second = meeting((4, 0), (4, 2), timeout=0.5)
-    assert first == second == "2 of 4 processes did not come within 0.5 s (hosts.timeout): process 1, 3."
+    assert first is not None
+    assert first == second
+    assert first.startswith(
+        "2 of the 4 processes that hosts.num_processes tells of did not come within 0.5 s "
+    )
+    assert first.endswith("(hosts.timeout): process 1, 3; hosts=single trains alone.")
+
+
+def test_for_whom_process_0_waits_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rendezvous, "_QUIET_SECONDS", 0.1)
+    with pytest.raises(UserError, match=r"^2 of the 3 processes that SLURM tells of did not come within"):
+        meet(f"127.0.0.1:{free_port()}", 3, 0, 0.5, "SLURM")
+    assert capsys.readouterr().err == (
+        "gemma2: waiting for 2 of the 3 processes that SLURM tells of: process 1, 2.\n"
+    )
 
 
 def test_two_of_one_number() -> None:
     told = meeting((4, 0), (4, 1), (4, 1), timeout=2.0)
     assert set(told) == {"hosts.process_id is 1 in two processes; each needs a number of its own."}
+
+
+def test_one_that_died_and_was_started_again_while_others_were_missing() -> None:
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(meet, address, 3, 0, 10.0)
+        died = knocked(port)
+        died.sendall(b'{"greeting": "gemma2_jax", "process": 1, "processes": 3}\n')
+        died.close()
+        others = [pool.submit(meet, address, 3, number, 10.0) for number in (1, 2)]
+        assert sorted(first.result()) == [1, 2]
+        assert [sorted(other.result()) for other in others] == [[0], [0]]
 
 
 def test_another_number_of_processes() -> None:
@@ -172,25 +267,30 @@ def test_another_number_of_processes() -> None:
 def test_nobody_there() -> None:
     (told,) = meeting((2, 1), timeout=0.3)
     assert told is not None
-    assert told.startswith("process 1 cannot reach the coordinator, process 0 at 127.0.0.1:")
+    assert told.startswith(
+        "process 1 of the 2 that hosts.num_processes tells of cannot reach the coordinator, process 0 at 127.0.0.1:"
+    )
+    assert told.endswith("; hosts=single trains alone.")
+
+
+def knocked(port: int) -> socket.socket:
+    """A connection to process 0, which is about to listen."""
+    for _ in range(100):
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            threading.Event().wait(0.05)
+    raise AssertionError("nobody listens")
 
 
 def test_a_stranger_at_the_door_is_ignored() -> None:
     port = free_port()
     address = f"127.0.0.1:{port}"
 
-    def knock() -> None:
-        for _ in range(50):
-            try:
-                with socket.create_connection(("127.0.0.1", port)) as connection:
-                    connection.sendall(b"GET / HTTP/1.1\n")
-                    return
-            except OSError:
-                threading.Event().wait(0.05)
-
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(meet, address, 2, 0, 10.0)
-        pool.submit(knock).result()
+        with knocked(port) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\n")
         pool.submit(meet, address, 2, 1, 10.0).result()
         first.result()
 
