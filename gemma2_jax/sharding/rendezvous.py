@@ -76,7 +76,8 @@ def _gather(port: int, num_processes: int, timeout: float, told_by: str) -> Link
         while refused is None and len(came) < num_processes - 1:
             connection = _next(server, min(notice, until))
             # One that died while others were missing may have been started again.
-            came = {number: link for number, link in came.items() if not _is_closed(link)}
+            for number in [number for number, link in came.items() if _is_closed(link)]:
+                came.pop(number).close()
             missing = [str(number) for number in range(1, num_processes) if number not in came]
             who = f"process {', '.join(missing[:8])}{', …' if len(missing) > 8 else ''}"
             if connection is not None:

@@ -304,7 +304,7 @@ def composed(*more: str) -> RunConfig:
 @pytest.mark.parametrize("layers", ["[[1]]", "[1,2]", "[[1,2,3]]", "[[a,2]]", "[[0.5,2]]", "3"])
 def test_layers_that_are_no_pairs(layers: str) -> None:
     with pytest.raises(
-        UserError, match=r"distill\.match\.layers is .*; accepted: a list of a list of a whole number"
+        UserError, match=r"distill\.match\.layers is .*; accepted: a list of a list of 2, each a whole number"
     ):
         composed("distill=match", "distill.teacher=runs/t", f"distill.match.layers={layers}")
 

@@ -15,6 +15,7 @@ from gemma2_jax.model.weights import abstract_params
 from gemma2_jax.sharding.hosts import HostsConfig
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.loop import train as train_here
 from gemma2_jax.training.metrics import read_metrics
 from tests.multihost.job import GEMMA2, Ended, run_job
 
@@ -86,6 +87,16 @@ def test_heads_that_are_split_over_processes(alone: Path, config: Path, tmp_path
     assert_same_metrics(tmp_path / "split", alone)
 
 
+def test_a_teacher_divided_over_two_processes(config: Path, alone: Path, tmp_path: Path) -> None:
+    """Asked in each step about rows of one stream, which both pack (the default)."""
+    distillation = ("objective.cross_entropy=0.2", "objective.forward_kl=0.8", f"distill.teacher={alone}")
+    train(config, tmp_path / "two", 2, 1, *distillation, "data.streams=1", "training.steps=2")
+    expected = load(RunConfig, tmp_path / "two" / "config.yaml")
+    train_here(replace(expected, output=str(tmp_path / "here"), mesh=MeshConfig(1, 4, 2)))
+    assert_same_metrics(tmp_path / "two", tmp_path / "here")
+    assert all(row["kl"] > 0 for row in read_metrics(tmp_path / "two"))
+
+
 def test_only_process_0_prints(two: tuple[Path, list[Ended]]) -> None:
     folder, (first, second) = two
     assert first.output == f"{folder} is trained to step 4.\n"
@@ -106,7 +117,6 @@ def test_what_two_processes_saved_goes_on_in_one(
     assert_same_metrics(folder, two[0])
 
 
-@pytest.mark.slow
 def test_what_two_processes_saved_goes_on_in_four(
     two: tuple[Path, list[Ended]], config: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from jax._src.clusters import cloud_tpu_cluster, cluster
 from gemma2_jax.config import UserError
 from gemma2_jax.sharding import hosts, rendezvous
 from gemma2_jax.sharding.hosts import HostsConfig, Place, check_agreement, find_place, join
-from gemma2_jax.sharding.rendezvous import meet, split_address
+from gemma2_jax.sharding.rendezvous import Links, meet, split_address
 from tests.multihost.job import free_port
 
 SLURM = {
@@ -199,13 +199,20 @@ def test_what_only_one_process_has_is_no_agreement(monkeypatch: pytest.MonkeyPat
         check_agreement(first | {"cache": "c"})
 
 
+def closed(links: Links) -> list[int]:
+    """The numbers of the processes to which there were connections."""
+    for link in links.values():
+        link.close()
+    return sorted(links)
+
+
 def meeting(*places: tuple[int, int], timeout: float = 5.0) -> list[str | None]:
     """What each of the processes (number of processes, own number) was told when they met."""
     coordinator = f"127.0.0.1:{free_port()}"
 
     def told(place: tuple[int, int]) -> str | None:
         try:
-            meet(coordinator, *place, timeout)
+            closed(meet(coordinator, *place, timeout))
         except UserError as error:
             return str(error)
         return None
@@ -253,8 +260,8 @@ def test_one_that_died_and_was_started_again_while_others_were_missing() -> None
         died.sendall(b'{"greeting": "gemma2_jax", "process": 1, "processes": 3}\n')
         died.close()
         others = [pool.submit(meet, address, 3, number, 10.0) for number in (1, 2)]
-        assert sorted(first.result()) == [1, 2]
-        assert [sorted(other.result()) for other in others] == [[0], [0]]
+        assert closed(first.result()) == [1, 2]
+        assert [closed(other.result()) for other in others] == [[0], [0]]
 
 
 def test_another_number_of_processes() -> None:
@@ -291,8 +298,8 @@ def test_a_stranger_at_the_door_is_ignored() -> None:
         first = pool.submit(meet, address, 2, 0, 10.0)
         with knocked(port) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\n")
-        pool.submit(meet, address, 2, 1, 10.0).result()
-        first.result()
+        assert closed(pool.submit(meet, address, 2, 1, 10.0).result()) == [0]
+        assert closed(first.result()) == [1]
 
 
 def test_a_port_that_is_taken() -> None:
