@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import random
+import signal
+import threading
 from dataclasses import replace
 
 # Before JAX is imported: it reads both once. Toy models spend their time in the compiler rather than in what it makes,
@@ -12,6 +14,12 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+# In the background of a shell, or under nohup, these are ignored, and so by all processes that tests start and stop.
+if threading.current_thread() is threading.main_thread():
+    for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(_number) == signal.SIG_IGN:
+            signal.signal(_number, _usual)
 
 import jax
 import pytest

@@ -53,11 +53,7 @@ def test_a_node_takes_its_training_along_when_it_is_stopped(tmp_path: Path) -> N
         f"trap 'echo stopped > {tmp_path}/said; exit 1' TERM\necho $$ > {tmp_path}/pid\n"
         "while true; do sleep 0.05; done\n"
     )
-    waiting = (
-        # Where these tests run in the background of a shell, SIGINT is ignored, and so by what they start.
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        f"from gemma2_jax.launching.slurm import Training; Training({str(script)!r})()"
-    )
+    waiting = f"from gemma2_jax.launching.slurm import Training; Training({str(script)!r})()"
     with subprocess.Popen([sys.executable, "-c", waiting], stderr=subprocess.DEVNULL) as node:
         while not (tmp_path / "pid").exists():
             assert node.poll() is None
