@@ -169,7 +169,9 @@ def _wait(watch: _Watch) -> None:
         watch.another_ended.set()
         if not watch.leaving.wait(_GRACE):
             watch.interrupted = True
-            _thread.interrupt_main()
+            # In the background of a script SIGINT is ignored; the command line takes SIGTERM as it takes that.
+            ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            _thread.interrupt_main(signal.SIGTERM if ignored else signal.SIGINT)
         if not watch.leaving.wait(_UNWIND):
             watch.leaving.set()
             _end(watch, _Reason(watch.process, 1, ""))

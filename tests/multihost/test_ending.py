@@ -38,6 +38,16 @@ def test_one_that_is_stopped(command: list[str]) -> None:
     )
 
 
+def test_one_that_fails_while_another_ignores_sigint(command: list[str]) -> None:
+    """As what the background of a script starts does."""
+    ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    code = f"{ignoring}; from gemma2_jax.cli.main import main; raise SystemExit(main())"
+    first, second = run_job([["-c", code, *command], [*FAILING, "refuse", *command]])
+    assert (first.code, second.code) == (1, 1)
+    assert first.errors.splitlines()[-1] == "gemma2: process 1: this host's disk is gone."
+    assert "Traceback" not in first.errors
+
+
 def test_one_that_is_killed(command: list[str]) -> None:
     first, second = run_job([[*GEMMA2, *command], [*FAILING, "SIGKILL", *command]])
     assert (first.code, second.code) == (1, -signal.SIGKILL)
