@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma2_jax.distill.teacher import as_teacher
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import abstract_params, dim_sizes, map_weights, weights_by_path
+from gemma2_jax.model.weights import abstract_params, dim_sizes, weights_by_path
 from gemma2_jax.planning.program import device_bytes, mesh_of, teacher_config
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.sharding.layout import Axes, laid_out, layout_in_use
@@ -79,15 +80,15 @@ def find_placement(config: RunConfig, topology: Topology) -> Placement:
 
 def _place(role: str, model: ModelConfig, dtype: str, mesh: Mesh) -> PlacedModel:
     layout, sizes = layout_in_use(), dim_sizes(model)
-    parts = _by_path(abstract_params(model, jnp.dtype(dtype), mesh))
+    leaves = jax.tree.leaves(abstract_params(model, jnp.dtype(dtype), mesh))
     weights = [
         PlacedWeight(
             path,
             {letter: sizes[letter] for letter in weight.dims},
             _split({letter: layout.weights.get(letter, ()) for letter in weight.dims}, mesh),
-            device_bytes(parts[path]),
+            device_bytes(leaf),
         )
-        for path, weight in weights_by_path().items()
+        for (path, weight), leaf in zip(weights_by_path().items(), leaves, strict=True)
     ]
     head = tuple(axis for axis in layout.head if mesh.shape[axis] > 1)
     return PlacedModel(role, weights, _split(layout.activations, mesh), head)
@@ -97,15 +98,3 @@ def _split(column: Mapping[str, Axes], mesh: Mesh) -> dict[str, Axes]:
     """Without the axes that are 1, which split nothing."""
     found = {letter: tuple(axis for axis in axes if mesh.shape[axis] > 1) for letter, axes in column.items()}
     return {letter: axes for letter, axes in found.items() if axes}
-
-
-def _by_path(params: Any) -> dict[str, Any]:
-    def find(path: str) -> Any:
-        leaf = params
-        for name in path.split("/"):
-            leaf = leaf[name]
-        return leaf
-
-    found: dict[str, Any] = {}
-    map_weights(lambda path, _: found.setdefault(path, find(path)))
-    return found
