@@ -8,11 +8,13 @@ ids come first is drawn too, frequent (low) ids more often. At 3.0 its perplexit
 one is model=small_1m, trained here for --steps steps on the built-in corpus, or --source.
 
 Bytes are those of records, headers and checksums included; times are medians over repetitions. Encoding goes from
-logits on the device to bytes; `softmax` is what a softmax alone over the same logits takes. Feeding counts tokens
-of batches, with the teacher's entries (sampled, N = 50) and without, and next to it stands what the model trains at.
+logits on the device to bytes; `softmax` is what a softmax alone over the same logits takes. Then tokens a second of
+batches, with the teacher's entries (sampled, N = 50) and without; and of training on both, beside training on a
+batch that lies in memory: their ratio is 1 where no step waits for its batch.
 """
 
 import argparse
+import itertools
 import math
 import statistics
 import tempfile
@@ -27,6 +29,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.data.pipeline import train_batches
@@ -39,9 +42,14 @@ from gemma2_jax.distill.cache.reader import cached_batches
 from gemma2_jax.distill.cache.writer import CacheTask, write_cache
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.sharding.layout import on_mesh
+from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
+from gemma2_jax.training.optimizer import build_optimizer
+from gemma2_jax.training.state import abstract_state, init_state
+from gemma2_jax.training.step import build_train_step
 
 BLOCK = 128  # tokens whose logits there are at a time
 SHAPES = [(16, 128), (32, 1024)]  # (B, T) of what is fed
@@ -195,28 +203,77 @@ def trained(config: RunConfig, folder: Path, steps: int) -> None:
 
 
 def feeding(config: RunConfig, folder: Path, tokens: int, repetitions: int) -> None:
-    print(f"\n{'':44}{'tokens/s':>12}")
+    """Batches alone, from text and from a cache, in turns."""
+    print(f"\n{'tokens/s':44}{'text':>12}{'cached':>12}{'ratio':>12}")
     for batch_size, seq_len in SHAPES:
         shaped = replace(config, data=replace(config.data, batch_size=batch_size, seq_len=seq_len))
         steps = max(2, tokens // (batch_size * seq_len))
         _, task = cache(shaped, ENCODINGS["sampled, N = 50"], folder / f"fed-{seq_len}", steps)
-        sources = {
-            "plain": lambda task=task: train_batches(task.data),
-            "cached": lambda task=task: cached_batches(task.data, task.folder),
-        }
-        for label, source in sources.items():
+
+        def rate(batches: Iterator[Any], tokens: int = (steps - 1) * batch_size * seq_len) -> float:
+            next(batches)
+            begun = time.perf_counter()
+            for _ in batches:
+                pass
+            return tokens / (time.perf_counter() - begun)
+
+        rates = []
+        for _ in range(repetitions):
+            text = rate(itertools.islice(train_batches(task.data), steps))
+            rates.append((text, rate(cached_batches(task.data, task.folder))))
+        line(f"batches, B x T: {batch_size} x {seq_len}", rates)
+
+
+def training(config: RunConfig, folder: Path, steps: int, repetitions: int) -> None:
+    """Training, fed with one batch that lies in memory and with new ones, in turns: what waiting for them costs."""
+    _, task = cache(config, ENCODINGS["sampled, N = 50"], folder / "trained", steps)
+    distilled = replace(
+        config,
+        objective=replace(config.objective, cross_entropy=0.0, forward_kl=1.0),
+        distill=DistillConfig(None, "float32", cache=task.folder),
+    )
+    sources: dict[str, tuple[RunConfig, Callable[[], Iterator[Any]]]] = {
+        "training, text": (config, lambda: zip(train_batches(config.data), itertools.repeat(None))),
+        "training, cached": (distilled, lambda: cached_batches(config.data, task.folder)),
+    }
+    print(f"\n{'tokens/s':44}{'in memory':>12}{'fed':>12}{'ratio':>12}")
+    mesh = build_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        for label, (student, source) in sources.items():
+            rate = training_rate(student, mesh, steps)
             rates = []
             for _ in range(repetitions):
-                batches = source()
-                next(batches)
+                memory = rate(itertools.repeat(next(source())))
+                rates.append((memory, rate(source())))
+            line(label, rates)
+
+
+def training_rate(config: RunConfig, mesh: Mesh, steps: int) -> Callable[[Iterator[Any]], float]:
+    """What takes `steps` steps on what it is given, and says how many tokens a second that was, without the first."""
+    optimizer = build_optimizer(config.optimizer, config.training.steps)
+    abstract = abstract_state(config.model, optimizer, mesh)
+    step = build_train_step(config, optimizer, abstract)
+
+    def rate(batches: Iterator[Any]) -> float:
+        state, begun = init_state(config.model, optimizer, abstract, 0), 0.0
+        for number in range(steps):
+            batch, taught = on_mesh(next(batches), mesh)
+            state, _ = step(state, None, batch, taught)
+            if number == 0:  # it may compile
+                jax.block_until_ready(state)
                 begun = time.perf_counter()
-                for _ in range(steps - 1):
-                    next(batches)
-                rates.append((steps - 1) * batch_size * seq_len / (time.perf_counter() - begun))
-            rate = statistics.median(rates)
-            print(f"{f'feeding, {label}, B x T: {batch_size} x {seq_len}':44}{rate:>12,.0f}")
-    lines = [line["tokens_per_second"] for line in read_metrics(config.output) if line["split"] == "train"]
-    print(f"{'training, on these devices':44}{statistics.median(lines):>12,.0f}")
+        jax.block_until_ready(state)
+        tokens = (steps - 1) * config.data.batch_size * config.data.seq_len
+        return tokens / (time.perf_counter() - begun)
+
+    return rate
+
+
+def line(label: str, rates: list[tuple[float, float]]) -> None:
+    """Medians of pairs, and of their ratios."""
+    one, other = (statistics.median(side) for side in zip(*rates, strict=True))
+    ratio = statistics.median(after / before for before, after in rates)
+    print(f"{label:44}{one:>12,.0f}{other:>12,.0f}{ratio:>12.2f}")
 
 
 def main() -> None:
@@ -236,6 +293,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="that the trained teacher is trained for")
     parser.add_argument("--cached-steps", type=int, default=10, help="steps of data in each of its caches")
     parser.add_argument("--fed-tokens", type=int, default=300_000, help="tokens in the caches that are fed")
+    parser.add_argument("--trained-steps", type=int, default=30, help="steps of training that are timed")
     arguments = parser.parse_args()
     synthetic(arguments.vocab_size, arguments.tokens, arguments.steepest, arguments.repetitions)
     with tempfile.TemporaryDirectory() as name:
@@ -243,6 +301,7 @@ def main() -> None:
         config = trained_teacher(folder, arguments.source, arguments.trained_vocab_size, arguments.steps)
         trained(config, folder, arguments.cached_steps)
         feeding(config, folder, arguments.fed_tokens, arguments.repetitions)
+        training(config, folder, arguments.trained_steps, arguments.repetitions)
 
 
 if __name__ == "__main__":

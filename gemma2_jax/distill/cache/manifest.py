@@ -12,7 +12,7 @@ from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.cache.packing import LogGrid
 from gemma2_jax.files import write_text
 
-FORMAT = 1  # of the folder; raised when a reader of the old one would misread the new one
+FORMAT = 2  # of the folder; raised when a reader of the old one would misread the new one
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,12 @@
 """Entries to bytes and back: one record a row of the data.
 
-A record is the crc32 of the row that it belongs to, then streams of unsigned integers, each cut into planes of
-one byte (all lowest bytes, all second ones, ...), each plane a zstd frame behind its length:
+A record is the crc32 of the row that it belongs to, then streams of unsigned integers (`streams`):
 
     numbers   how many entries each token has; left out where all have as many
-    gaps      of the ids of a token, sorted: the first id, then each one's distance to the one before
-    weights   number of draws less 1, or a logarithm as its place on a grid
+    gaps      of the ids of a token, sorted: the first id and 1, then each one's distance to the one before
+    draws     how often each id was drawn, less 1
+    logs      a logarithm as its place on a grid
     tails     the same grid, one a token; its lowest number stands for none
-
-Zstd's Huffman code finds what bit packing would have to be told: high bytes are mostly alike, low ones are
-stored as they are, and most ids are drawn once.
 """
 
 import math
@@ -24,12 +21,12 @@ import zstandard
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries
+from gemma2_jax.distill.cache.streams import RecordsReader, RecordWriter, width
 from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.kernels.softcap import NEVER
 from gemma2_jax.model.config import ModelConfig
 
-_LEVEL = 3  # of zstd
-_LENGTH = struct.Struct("<I")
+_CHUNK = 2048  # tokens that are unpacked at a time: what is in use stays in a processor's own memory
 
 
 @dataclass(frozen=True)
@@ -101,12 +98,8 @@ class Packer:
         # As many for every token, or None.
         self._number = {"full": num_tokens, "top_k": config.entries}.get(config.kind)
         draws = config.entries or 1
-        self._widths = {
-            "numbers": _width(draws),
-            "gaps": _width(num_tokens - 1),
-            "draws": _width(draws - 1),
-            "logs": _width((1 << grid.bits) - 1),
-        }
+        self._of_numbers, self._of_draws = width(draws), width(draws - 1)
+        self._of_logs = width((1 << grid.bits) - 1)
         self._log_shares = np.log(np.arange(1, draws + 1) / draws).astype(np.float32)
         self._logs = grid.logs()
 
@@ -117,27 +110,22 @@ class Packer:
         first[:, 1:] &= ids[:, 1:] != ids[:, :-1]
         numbers = first.sum(axis=1)
         places = np.flatnonzero(first)
-        frames: list[bytes] = []
-
-        def add(stream: str, values: np.ndarray) -> None:
-            frames.extend(_compressed(values, self._widths[stream]))
-
+        writer = RecordWriter(checksum)
         if self._number is None:
-            add("numbers", numbers)
+            writer.planes(numbers, self._of_numbers)
         if config.kind != "full":
             found = ids.reshape(-1)[places]
             gaps = np.diff(found, prepend=0)
             begin = (np.cumsum(numbers) - numbers)[numbers > 0]
-            gaps[begin] = found[begin]
-            add("gaps", gaps)
+            gaps[begin] = found[begin] + 1
+            writer.scales(gaps)
         if config.kind == "sampled":
-            add("draws", np.diff(places, append=ids.size) - 1)
+            writer.small(np.diff(places, append=ids.size) - 1, self._of_draws)
         if not config.counted:
-            add("logs", self._grid.codes(entries.logs.reshape(-1)[places]))
+            writer.planes(self._grid.codes(entries.logs.reshape(-1)[places]), self._of_logs)
         if config.has_tail:
-            add("logs", self._grid.codes(entries.log_tail))
-        parts = [_LENGTH.pack(checksum), *(_LENGTH.pack(len(frame)) + frame for frame in frames)]
-        return Packed(b"".join(parts), int(numbers.max()))
+            writer.planes(self._grid.codes(entries.log_tail), self._of_logs)
+        return Packed(writer.record(), int(numbers.max()))
 
     def unpack(self, records: Sequence[bytes], largest: int) -> tuple[SparseTargets, list[int]]:
         """The entries of B records as numpy arrays, K = `largest`, and the checksums of the rows that they belong to.
@@ -145,88 +133,73 @@ class Packer:
         Raises:
             UserError: a record is not whole.
         """
+        B, T, K = len(records), self._seq_len, largest
+        sparse = SparseTargets(
+            np.zeros((B, T, K), np.int32), np.full((B, T, K), NEVER, np.float32), np.zeros((B, T), np.float32)
+        )
+        checksums = []
+        rows = max(1, _CHUNK // T)
+        for first in range(0, B, rows):
+            chunk = slice(first, first + rows)
+            part = SparseTargets(sparse.ids[chunk], sparse.log_weights[chunk], sparse.tail[chunk])
+            checksums += self._unpack(records[chunk], part)
+        return sparse, checksums
+
+    def _unpack(self, records: Sequence[bytes], sparse: SparseTargets) -> list[int]:
+        """Fills in the entries, and gives the checksums."""
         try:
-            checksums = [_LENGTH.unpack_from(record)[0] for record in records]
-            return self._unpack(_Streams(records, self._widths), len(records), largest), checksums
+            reader = RecordsReader(records)
+            self._fill(reader, sparse)
+            return reader.checksums
         except (struct.error, zstandard.ZstdError, ValueError, IndexError):
             raise UserError(
                 "A record of distill.cache is not as it was written; `gemma2 teacher-cache --verify` tells which file "
                 "it is in."
             ) from None
 
-    def _unpack(self, streams: "_Streams", B: int, K: int) -> SparseTargets:
-        config, T = self._config, self._seq_len
+    def _fill(self, reader: RecordsReader, sparse: SparseTargets) -> None:
+        config = self._config
+        B, T, K = sparse.ids.shape
         numbers = np.full(B * T, self._number or 0)
         if self._number is None:
-            numbers = streams.take("numbers").astype(np.int64)
+            numbers = reader.planes(self._of_numbers)
         if numbers.size != B * T or numbers.max() > K:
             raise ValueError
-        starts = np.cumsum(numbers) - numbers
+        used = np.arange(K) < numbers.reshape(B, T, 1)
+        each = numbers.reshape(B, T).sum(axis=1)
         if config.kind == "full":
-            found = np.tile(np.arange(self._num_tokens, dtype=np.int32), B * T)
+            sparse.ids[...] = np.arange(K)
         else:
-            sums = np.cumsum(streams.take("gaps"), dtype=np.int64)
-            before = np.where(starts > 0, sums[starts - 1], 0)
-            found = (sums - np.repeat(before, numbers)).astype(np.int32)
-        logs = np.zeros(len(found), np.float32)
+            gaps, found = reader.scales()
+            if np.any(found != each):
+                raise ValueError
+            sparse.ids[used] = _from_gaps(gaps, numbers)
+        logs: np.ndarray | None = None
         if config.kind == "sampled":
-            logs += self._log_shares[streams.take("draws")]
+            logs = self._log_shares.take(reader.small(each, self._of_draws))
         if not config.counted:
-            logs += self._logs[streams.take("logs")]
-        ids, log_weights = np.zeros((B, T, K), np.int32), np.full((B, T, K), NEVER, np.float32)
-        places = np.arange(len(found)) + np.repeat(np.arange(B * T) * K - starts, numbers)
-        ids.reshape(-1)[places] = found
-        log_weights.reshape(-1)[places] = logs
-        tail = np.zeros((B, T), np.float32)
+            codes = self._logs.take(reader.planes(self._of_logs))
+            logs = codes if logs is None else logs + codes
+        sparse.log_weights[used] = logs
         if config.has_tail:
-            codes = streams.take("logs").reshape(B, T)
-            tail = np.where(codes > 0, np.exp(self._logs[codes]), 0)  # nothing is left, or as good as nothing
-        sparse = SparseTargets(ids, log_weights, tail)
-        return sparse if config.kind == "sampled" else _normalised(sparse)
+            codes = reader.planes(self._of_logs).reshape(B, T)
+            # The lowest: nothing is left, or as good as nothing.
+            sparse.tail[...] = np.where(codes > 0, np.exp(self._logs.take(codes)), 0)
+        if config.kind != "sampled":
+            _normalise(sparse)
 
 
-class _Streams:
-    """Takes one stream after another, each of all rows."""
-
-    def __init__(self, records: Sequence[bytes], widths: dict[str, int]) -> None:
-        self._rows = [_frames(record) for record in records]
-        self._widths, self._next = widths, 0
-        self._decompressor = zstandard.ZstdDecompressor()
-
-    def take(self, stream: str) -> np.ndarray:
-        values: np.ndarray = self._plane()
-        for number in range(1, self._widths[stream]):
-            values = values | self._plane().astype(np.int32) << 8 * number
-        return values
-
-    def _plane(self) -> np.ndarray:
-        plane = b"".join(self._decompressor.decompress(row[self._next]) for row in self._rows)
-        self._next += 1
-        return np.frombuffer(plane, np.uint8)
+def _from_gaps(gaps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Ids int32 [n] of gaps int32 [n], so `numbers` [tokens] of them each."""
+    sums = np.cumsum(gaps, dtype=np.int32)  # may run over, which the difference takes back
+    ends = np.cumsum(numbers[:-1], dtype=np.int64)
+    before = np.zeros(len(numbers), np.int32)
+    before[1:] = np.where(ends > 0, sums[ends - 1], 0)
+    return sums - np.repeat(before + 1, numbers)
 
 
-def _normalised(sparse: SparseTargets) -> SparseTargets:
-    """Weights and tail with a sum of 1."""
+def _normalise(sparse: SparseTargets) -> None:
+    """Brings weights and tail to a sum of 1."""
     total = np.exp(sparse.log_weights).sum(axis=-1) + sparse.tail
-    return SparseTargets(sparse.ids, sparse.log_weights - np.log(total)[..., None], sparse.tail / total)
-
-
-def _width(largest: int) -> int:
-    """The bytes that hold a number."""
-    return max(1, (largest.bit_length() + 7) // 8)
-
-
-def _compressed(values: np.ndarray, width: int) -> list[bytes]:
-    compressor = zstandard.ZstdCompressor(level=_LEVEL)
-    planes = ((values >> 8 * number & 0xFF).astype(np.uint8) for number in range(width))
-    return [compressor.compress(plane.tobytes()) for plane in planes]
-
-
-def _frames(record: bytes) -> list[bytes]:
-    frames, at = [], _LENGTH.size
-    while at < len(record):
-        (length,) = _LENGTH.unpack_from(record, at)
-        at += _LENGTH.size
-        frames.append(record[at : at + length])
-        at += length
-    return frames
+    sparse.log_weights[...] -= np.log(total)[..., None]
+    sparse.tail[...] /= total
