@@ -47,11 +47,6 @@ class DistillConfig:
     model: ModelConfig | None = None
     layout: LayoutConfig | None = None
 
-    @property
-    def teaches(self) -> bool:
-        """Whether there is a teacher, or a cache of what one has said; without either, a run learns from text alone."""
-        return self.teacher is not None or self.cache is not None
-
     def __post_init__(self) -> None:
         if self.encoding is not None and self.cache is None:
             raise UserError(
@@ -66,6 +61,11 @@ class DistillConfig:
                 "distill.match and distill.cache are both set; a cache holds no hidden states, so one of them must be "
                 "null."
             )
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is a teacher, or a cache of what one has said; without either, a run learns from text alone."""
+        return self.teacher is not None or self.cache is not None
 
 
 def load_teacher(config: DistillConfig, student: ModelConfig, tokenizer: Tokenizer, mesh: Mesh) -> Gemma2:

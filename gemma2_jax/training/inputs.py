@@ -110,7 +110,7 @@ class Inputs:
             self.teacher_identity = fingerprint(self.judge)
         self._read: Compiled | None = None
         if self.teacher is not None and len(configs) > 1:
-            capture = of_teacher_for_all(config.distill.match for config in configs)
+            capture = of_teacher_for_all(each.distill.match for each in configs)
             reading = build_reading(config.compute, distill, capture)
             self._read = reading.lower(self.teacher, abstract_batch(data, mesh)).compile()
 

@@ -49,7 +49,7 @@ def train(config: RunConfig) -> None:
 
 
 def train_together(configs: Sequence[RunConfig]) -> None:
-    """Trains several runs at once, which share their data and one forward pass of their teacher a step.
+    """Trains several runs at once, which share their data and, if they have a teacher, one forward pass of it a step.
 
     Each ends as it would alone, but for rounding, in its own folder. Those that are ahead, after a stop, wait for
     the others.
@@ -117,11 +117,11 @@ def _what_decides(configs: Sequence[RunConfig]) -> dict[str, Any]:
 
 
 def _fed_the_same(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """Those who are taught, and those who are not.
+    """Those that are taught, and those that are not.
 
-    The latter have inputs of their own, although of the same batches: nothing of the teacher gets near them, and where
-    they stand in the data is saved without the cache of the others, as in a run alone. For that, each batch is read
-    from the disk and sent to the devices twice, which is little beside a step.
+    The latter have inputs of their own, although of the same batches: they get nothing of the teacher, and where they
+    stand in the data is saved without the others' cache, as by a run alone. The price is that each batch is read and
+    sent to the devices twice, which is little beside a step.
     """
     groups = [[config for config in configs if config.distill.teaches is taught] for taught in (True, False)]
     return [group for group in groups if group]

@@ -29,11 +29,11 @@ def test_what_each_makes_of_the_teacher_is_its_own():
     """As in the verb's description, and from a cache."""
     inside = ["inside", "model=small_1m", "distill=match", "distill.match.layers=[[1,3],[3,7]]"]
     scratch = ["scratch", "model=small_1m", "objective=cross_entropy", "distill.teacher=null"]
-    matching, text = compose_students(SHARED, [inside, scratch], None)
+    taught, matching, text = compose_students(SHARED, [["wide", "model=small_1m"], inside, scratch], None)
     assert matching.distill.teacher == "runs/teacher"
     assert matching.distill.match is not None
     assert not text.distill.teaches
-    check_together([matching, text])
+    check_together([taught, matching, text])
     of_a_cache = [*SHARED, "distill=cached", "distill.cache=runs/cache"]
     text_too = [*scratch, "distill.cache=null", "distill.encoding=null"]
     cached, text = compose_students(of_a_cache, [["small", "model=small_1m"], text_too], None)
