@@ -54,7 +54,7 @@ def main() -> None:
         abstract = abstract_state(config.model, optimizer, mesh)
         teacher = Gemma2.init(teacher_config, jax.random.key(1))
         step = build_train_step(config, optimizer, abstract)
-        read = build_reading(config.compute, config.distill)
+        read = build_reading(config.compute, config.distill, None)
         states = [init_state(config.model, optimizer, abstract, seed) for seed in range(STUDENTS)]
         text = compose([f"model={options.student}", f"data.batch_size={options.batch}", "mesh.data=1"])
         plain = build_train_step(text, optimizer, abstract)

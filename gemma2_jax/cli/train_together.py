@@ -15,14 +15,16 @@ Trains several runs at once on the same batches. A teacher reads each batch once
 students cost less than three runs; each ends as it would alone, in a folder of its own, and goes on there after a stop.
 
 What all of them have in common comes first, then each with --student NAME and what is its own: its model, optimizer,
-objective, initialise, seed. Data, tokenizer, teacher, mesh and the number of steps are shared. Where there is a
-teacher, each student has to learn from it by a divergence: a baseline from text alone (objective=cross_entropy) and
-students that match layers (distill=match) are refused, and trained by `gemma2 train`.
+objective, initialise, seed, the layers that it matches (distill.match), its own samples (distill.on_policy). Data,
+tokenizer, teacher, mesh and the number of steps are shared. A baseline from text alone goes along without the teacher:
+with distill.teacher=null, and beside students of a cache distill.cache=null distill.encoding=null as well.
 
   gemma2 train-together objective=distillation distill=online distill.teacher=runs/teacher output=runs/family \\
       --student wide model=small_1m \\
       --student deep model=small_1m model.d_model=64 model.num_layers=8 \\
-      --student careful model=small_1m optimizer.learning_rate=3e-3 objective=jsd
+      --student careful model=small_1m optimizer.learning_rate=3e-3 objective=jsd \\
+      --student inside model=small_1m distill=match 'distill.match.layers=[[1,3],[3,7]]' \\
+      --student scratch model=small_1m objective=cross_entropy distill.teacher=null
 
   runs/family/wide, runs/family/deep, ...      without output=: runs/wide, runs/deep, ...
 """

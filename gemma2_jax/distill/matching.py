@@ -5,7 +5,7 @@ is trained with the student and saved for a run that goes on, and is no part of 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -103,6 +103,18 @@ class MatchConfig:
         return {"M": len(self.layers), "D": student.d_model, "E": teacher.d_model}
 
 
+def of_teacher_for_all(matches: Iterable[MatchConfig | None]) -> Capture | None:
+    """What is taken of one forward pass of a teacher for several students; None if none of them matches."""
+    captures = [match.of_teacher for match in matches if match is not None]
+    if not captures:
+        return None
+    return Capture(
+        tuple(sorted({layer for capture in captures for layer in capture.layers})),
+        hidden=any(capture.hidden for capture in captures),
+        attention=any(capture.attention for capture in captures),
+    )
+
+
 def match_sums(
     match: MatchConfig,
     projections: jax.Array | None,
@@ -114,7 +126,7 @@ def match_sums(
 
     Args:
         projections: [M, D, E], one for each of `match.layers`; None where the widths are the same.
-        student, teacher: what `match.of_student` and `match.of_teacher` captured, by layer.
+        student, teacher: what `match.of_student` and `match.of_teacher` captured, or more, by layer.
     """
     distances: dict[str, list[jax.Array]] = {"hidden": [], "attention": []}  # [B, T] of each pair of layers
     for index, (own, its) in enumerate(match.layers):

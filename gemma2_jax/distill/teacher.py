@@ -12,6 +12,7 @@ from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.matching import MatchConfig
 from gemma2_jax.distill.on_policy import OnPolicyConfig
 from gemma2_jax.formats.load import load_params, open_for
+from gemma2_jax.formats.source import Source
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sharding.layout import LayoutConfig, laid_out, layout_in_use
@@ -61,12 +62,30 @@ class DistillConfig:
                 "null."
             )
 
+    @property
+    def teaches(self) -> bool:
+        """Whether there is a teacher, or a cache of what one has said; without either, a run learns from text alone."""
+        return self.teacher is not None or self.cache is not None
+
 
 def load_teacher(config: DistillConfig, student: ModelConfig, tokenizer: Tokenizer, mesh: Mesh) -> Gemma2:
     """The teacher, laid out on the student's mesh, with as many rows of padding in its vocabulary.
 
     Raises:
-        UserError: it is not whole, has another tokenizer than the student, or lacks a layer to match.
+        UserError: it is not whole, or what `open_teacher` refuses.
+    """
+    source, padded = open_teacher(config, student, tokenizer)
+    with as_teacher(config):
+        return Gemma2(padded, load_params(source, padded, config.dtype, mesh))
+
+
+def open_teacher(
+    config: DistillConfig, student: ModelConfig, tokenizer: Tokenizer
+) -> tuple[Source, ModelConfig]:
+    """The teacher's checkpoint, found to suit the student, and its sizes with the student's rows of padding.
+
+    Raises:
+        UserError: there is none, it has another tokenizer than the student, or lacks a layer to match.
     """
     if config.teacher is None:
         raise UserError("distill.teacher is null; it must be a checkpoint of the teacher.")
@@ -76,8 +95,7 @@ def load_teacher(config: DistillConfig, student: ModelConfig, tokenizer: Tokeniz
         config.match.check_teacher(student, padded)
     if config.model is not None:
         _check_sizes(config.model, padded, config.teacher)
-    with as_teacher(config):
-        return Gemma2(padded, load_params(source, padded, config.dtype, mesh))
+    return source, padded
 
 
 def as_teacher(config: DistillConfig) -> AbstractContextManager[None]:

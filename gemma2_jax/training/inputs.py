@@ -1,5 +1,6 @@
 """What a training step is fed: batches on the mesh, and a teacher, who reads them or has read them before."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -16,7 +17,8 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.reader import cached_batches, check_cache
 from gemma2_jax.distill.cache.writer import CacheTask
 from gemma2_jax.distill.fingerprint import fingerprint
-from gemma2_jax.distill.teacher import load_teacher
+from gemma2_jax.distill.matching import of_teacher_for_all
+from gemma2_jax.distill.teacher import load_teacher, open_teacher
 from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.objectives.schedule import ScheduleConfig
@@ -55,8 +57,8 @@ class Inputs:
     """The endless inputs of one run, or of several that share them.
 
     Args:
-        config: of any of the runs; what they are fed is the same.
-        runs: how many there are; for more than one, the teacher reads a batch before their steps, once.
+        configs: of the runs, which have the same data and, if anybody, the same to teach them. For more than one, the
+            teacher reads a batch before their steps, once.
 
     Attributes:
         teacher: that a step asks; None without one, or where a cache stands in for it.
@@ -70,7 +72,8 @@ class Inputs:
         UserError: data, teacher or cache do not fit the configuration.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh, runs: int) -> None:
+    def __init__(self, configs: Sequence[RunConfig], tokenizer: Tokenizer, mesh: Mesh) -> None:
+        config = configs[0]  # in all that is asked of it here, any of them
         self._data, self._mesh = config.data, mesh
         self._entries: int | None = None  # K of a cache
         self.teacher: Gemma2 | None = None
@@ -99,13 +102,16 @@ class Inputs:
             self.teacher_identity = manifest.teacher
             self.batches = cached_batches(data, distill.cache, *share)
         if distill.teacher is not None:
+            for other in configs[1:]:  # each may match other layers
+                open_teacher(other.distill, other.model, tokenizer)
             self.judge = load_teacher(distill, config.model, tokenizer, mesh)
         if distill.cache is None and self.judge is not None:
             self.teacher = self.judge
             self.teacher_identity = fingerprint(self.judge)
         self._read: Compiled | None = None
-        if self.teacher is not None and runs > 1:
-            reading = build_reading(config.compute, distill)
+        if self.teacher is not None and len(configs) > 1:
+            capture = of_teacher_for_all(each.distill.match for each in configs)
+            reading = build_reading(config.compute, distill, capture)
             self._read = reading.lower(self.teacher, abstract_batch(data, mesh)).compile()
 
     def __next__(self) -> tuple[Batch, Taught]:

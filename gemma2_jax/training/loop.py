@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from gemma2_jax.checkpoints.store import FOLDER, latest_step
 from gemma2_jax.compilation import programs_kept_in
 from gemma2_jax.config import UserError, to_dict
+from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import locked
 from gemma2_jax.sharding.hosts import HostsConfig, check_agreement, is_first
 from gemma2_jax.sharding.layout import laid_out
@@ -47,7 +49,7 @@ def train(config: RunConfig) -> None:
 
 
 def train_together(configs: Sequence[RunConfig]) -> None:
-    """Trains several runs at once, which share their data and one forward pass of their teacher a step.
+    """Trains several runs at once, which share their data and, if they have a teacher, one forward pass of it a step.
 
     Each ends as it would alone, but for rounding, in its own folder. Those that are ahead, after a stop, wait for
     the others.
@@ -74,23 +76,17 @@ def train_together(configs: Sequence[RunConfig]) -> None:
             for config in left:
                 _take_folder(config, stack)
         check_shared(left)
-        inputs = Inputs(left[0], tokenizer, mesh, len(left))
-        for config in left:
-            check_same_teacher(config, inputs.teacher_identity)
         name = left[0].name if len(left) == 1 else f"{len(left)} runs"
         progress = stack.enter_context(TrainingProgress(name, left[0].training.steps, show=is_first()))
-        # The one that is furthest behind comes last, and leaves the data where it has to go on.
-        begin = inputs.batches.get_state()
         trainers = []
-        for config in sorted(left, key=lambda config: latest_step(config.output) or 0, reverse=True):
-            inputs.batches.set_state(begin)
-            trainers.append(Trainer(config, inputs, tokenizer, mesh, progress, stack))
+        for fed_the_same in _fed_the_same(left):
+            trainers += _build_trainers(fed_the_same, tokenizer, mesh, progress, stack)
         for trainer in trainers:
             trainer.open_writers(stack)
         if is_first():
-            for config in left:
-                write_inputs(config, inputs.teacher_identity)  # now that nothing was refused
-        _run(trainers, inputs, progress, stack.enter_context(Profile(left[0], progress.say)))
+            for trainer in trainers:
+                write_inputs(trainer.config, trainer.inputs.teacher_identity)  # now that nothing was refused
+        _run(trainers, progress, stack.enter_context(Profile(left[0], progress.say)))
 
 
 def _take_folder(config: RunConfig, stack: ExitStack) -> None:
@@ -120,20 +116,56 @@ def _what_decides(configs: Sequence[RunConfig]) -> dict[str, Any]:
     return found | steps | data
 
 
-def _run(trainers: Sequence[Trainer], inputs: Inputs, progress: TrainingProgress, profile: Profile) -> None:
+def _fed_the_same(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """Those that are taught, and those that are not.
+
+    The latter have inputs of their own, although of the same batches: they get nothing of the teacher, and where they
+    stand in the data is saved without the others' cache, as by a run alone. The price is that each batch is read and
+    sent to the devices twice, which is little beside a step.
+    """
+    groups = [[config for config in configs if config.distill.teaches is taught] for taught in (True, False)]
+    return [group for group in groups if group]
+
+
+def _build_trainers(
+    configs: Sequence[RunConfig],
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    progress: TrainingProgress,
+    stack: ExitStack,
+) -> list[Trainer]:
+    """Of runs that share their inputs, which stand where the one that is furthest behind has to go on."""
+    inputs = Inputs(configs, tokenizer, mesh)
+    for config in configs:
+        check_same_teacher(config, inputs.teacher_identity)
+    begin = inputs.batches.get_state()
+    trainers = []
+    for config in sorted(configs, key=lambda config: latest_step(config.output) or 0, reverse=True):
+        inputs.batches.set_state(begin)
+        trainers.append(Trainer(config, inputs, tokenizer, mesh, progress, stack))
+    return trainers
+
+
+def _run(trainers: Sequence[Trainer], progress: TrainingProgress, profile: Profile) -> None:
     steps = trainers[0].config.training.steps
     for step in range(min(trainer.step for trainer in trainers), steps):
         stepping = [trainer for trainer in trainers if trainer.step == step]
         with profile.step(step + 1, settle=partial(_wait_for, stepping)):
-            fed = next(inputs)
-            for trainer in stepping:
-                trainer.take_step(*fed)
+            _take_steps(stepping)
         progress.advance(step + 1)
         # All clocks are stopped before the first run is evaluated.
         for trainer in stepping:
             trainer.settle()
         for trainer in stepping:
             trainer.report()
+
+
+def _take_steps(trainers: Sequence[Trainer]) -> None:
+    for inputs in dict.fromkeys(trainer.inputs for trainer in trainers):
+        fed = next(inputs)
+        for trainer in trainers:
+            if trainer.inputs is inputs:
+                trainer.take_step(*fed)
 
 
 def _wait_for(trainers: Sequence[Trainer]) -> None:

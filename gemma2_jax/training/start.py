@@ -1,7 +1,7 @@
 """What is checked, and written into the run folder, before anything is computed."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +54,10 @@ def check_shared(configs: Sequence[RunConfig]) -> None:
 
 
 def check_together(configs: Sequence[RunConfig]) -> None:
-    """Raises UserError if runs cannot be trained at once: by the same steps, on the same batches, of one teacher."""
-    first, *others = configs
-    for config in others:
-        for key, one, other in _differences(_shared(first), _shared(config)):
-            raise UserError(
-                f"{first.name} has {key}={one}, and {config.name} has {other}; runs that are trained together share it."
-            )
-        if config.distill.match is not None:
-            raise UserError(
-                "distill.match is set, which takes a teacher within each run's own step; train these runs one by one."
-            )
+    """Raises UserError if runs cannot be trained at once: by the same steps, on the same batches, and those of them
+    that have a teacher of the same one."""
+    _check_same(configs, _shared)
+    _check_same([config for config in configs if config.distill.teaches], _teaching)
     outputs = [config.output for config in configs]
     for output in outputs:
         if outputs.count(output) > 1:
@@ -148,17 +141,34 @@ def write_inputs(config: RunConfig, teacher_identity: str | None) -> None:
         write_text(folder / TEACHER_FILE, json.dumps({"identity": teacher_identity}))
 
 
+def _check_same(configs: Sequence[RunConfig], shared: Callable[[RunConfig], dict[str, Any]]) -> None:
+    for config in configs[1:]:
+        first = configs[0]
+        for key, one, other in _differences(shared(first), shared(config)):
+            raise UserError(
+                f"{first.name} has {key}={one}, and {config.name} has {other}; runs that are trained together share it."
+            )
+
+
 def _shared(config: RunConfig) -> dict[str, Any]:
     """What runs that are trained together have in common."""
     whole = to_dict(config)
-    names = ("data", "tokenizer", "mesh", "layout", "distill", "compute", "profile", "compilation_cache")
+    names = ("data", "tokenizer", "mesh", "layout", "compute", "profile", "compilation_cache")
+    in_training = ("steps", "profile_steps") if config.profile else ("steps",)
     shared = {name: whole[name] for name in names}
+    return {**shared, "training": {name: whole["training"][name] for name in in_training}}
+
+
+def _teaching(config: RunConfig) -> dict[str, Any]:
+    """What those of them that are taught have in common beside: all but what each makes of its teacher."""
+    whole = to_dict(config)
+    own = ("on_policy", "match")
+    shared = {"distill": {name: value for name, value in whole["distill"].items() if name not in own}}
     # The teacher has the rows of the student's vocabulary, and a cache one temperature.
     shared["model"] = {name: whole["model"][name] for name in ("vocab_size", "vocab_padding")}
     if config.distill.cache is not None:
         shared["objective"] = {"temperature": whole["objective"]["temperature"]}
-    in_training = ("steps", "profile_steps") if config.profile else ("steps",)
-    return {**shared, "training": {name: whole["training"][name] for name in in_training}}
+    return shared
 
 
 def _differences(

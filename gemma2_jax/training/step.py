@@ -1,7 +1,7 @@
 """The one training step, for every objective, and the evaluation step beside it."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,26 @@ from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.matching import update_matching
 from gemma2_jax.training.state import TrainState, state_shardings
 
-# What a teacher has said about a batch: its final hidden states [B, T, D], a few entries of its distributions,
-# or, with None, nothing yet.
-Taught = jax.Array | SparseTargets | None
 Layers = dict[int, CapturedLayer]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["hidden", "layers"], meta_fields=[])
+@dataclass(frozen=True)
+class Reading:
+    """What a teacher's forward pass over a batch gave, for the steps of any students. A pytree.
+
+    Attributes:
+        hidden: [B, T, D], its final hidden states.
+        layers: those that any of the students matches, by their number.
+    """
+
+    hidden: jax.Array
+    layers: Layers
+
+
+# What a teacher has said about a batch: all that it read, a few entries of its distributions, or, with None, nothing
+# yet.
+Taught = Reading | SparseTargets | None
 Trained = tuple[dict[str, Any], jax.Array | None]  # the parameters, and the projections of matching
 
 
@@ -124,14 +140,19 @@ def build_evaluation_step(compute: ComputeConfig, distill: DistillConfig, block_
     return jax.jit(step)
 
 
-def build_reading(compute: ComputeConfig, distill: DistillConfig) -> Wrapped:
-    """Compile-once `read(teacher, batch) -> taught`: one forward pass of the teacher, for the steps of any students."""
+def build_reading(compute: ComputeConfig, distill: DistillConfig, capture: Capture | None) -> Wrapped:
+    """Compile-once `read(teacher, batch) -> Reading`: one forward pass of the teacher, for the steps of any students.
+
+    Args:
+        distill: of any of the students, whose teacher is the same.
+        capture: what serves all students that match layers; None if none does.
+    """
     teacher_compute = _teacher_compute(compute, distill)
 
-    def read(teacher: Gemma2, batch: Batch) -> jax.Array:
+    def read(teacher: Gemma2, batch: Batch) -> Reading:
         with jax.named_scope("teacher"), as_teacher(distill):
-            hidden = teacher.hidden(batch.tokens, batch.positions, batch.segment_ids, teacher_compute)
-            return constrain(hidden, "BTD")
+            head, layers = _read(teacher, batch, teacher_compute, capture)
+            return Reading(constrain(head.hidden, "BTD"), layers)
 
     return jax.jit(read)
 
@@ -139,21 +160,14 @@ def build_reading(compute: ComputeConfig, distill: DistillConfig) -> Wrapped:
 def _listen(
     teacher: Gemma2 | None, batch: Batch, taught: Taught, compute: ComputeConfig, capture: Capture | None
 ) -> tuple[Teacher, Layers]:
-    if capture is None:
-        return _signal(teacher, batch, taught, compute), {}
-    if teacher is None or taught is not None:
-        raise ValueError(
-            "matching takes a teacher that reads the batch in the step: its layers are kept nowhere"
-        )
-    return _read(teacher, batch, compute, capture)
-
-
-def _signal(teacher: Gemma2 | None, batch: Batch, taught: Taught, compute: ComputeConfig) -> Teacher:
+    """The teacher's signal, and its layers, `capture`'s at least."""
     if isinstance(taught, SparseTargets):
-        return taught
+        return taught, {}
     if teacher is None:
-        return None
-    return _head(teacher, batch, compute) if taught is None else _head_on(teacher, taught)
+        return None, {}
+    if taught is None:
+        return _read(teacher, batch, compute, capture)
+    return _head_on(teacher, taught.hidden), taught.layers
 
 
 def _read(

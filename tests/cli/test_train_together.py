@@ -8,6 +8,7 @@ from gemma2_jax.checkpoints.store import latest_step
 from gemma2_jax.cli.main import main
 from gemma2_jax.cli.train_together import compose_students
 from gemma2_jax.config import UserError
+from gemma2_jax.training.start import check_together
 
 SHARED = ["objective=distillation", "distill=online", "distill.teacher=runs/teacher", "training.steps=60"]
 
@@ -22,6 +23,23 @@ def test_each_student_has_what_is_shared_and_its_own():
     assert wide.training == deep.training
     (inside,) = compose_students([*SHARED, "output=runs/family"], [["wide"]], None)
     assert inside.output == "runs/family/wide"
+
+
+def test_what_each_makes_of_the_teacher_is_its_own():
+    """As in the verb's description, and from a cache."""
+    inside = ["inside", "model=small_1m", "distill=match", "distill.match.layers=[[1,3],[3,7]]"]
+    scratch = ["scratch", "model=small_1m", "objective=cross_entropy", "distill.teacher=null"]
+    taught, matching, text = compose_students(SHARED, [["wide", "model=small_1m"], inside, scratch], None)
+    assert matching.distill.teacher == "runs/teacher"
+    assert matching.distill.match is not None
+    assert not text.distill.teaches
+    check_together([taught, matching, text])
+    of_a_cache = [*SHARED, "distill=cached", "distill.cache=runs/cache"]
+    text_too = [*scratch, "distill.cache=null", "distill.encoding=null"]
+    cached, text = compose_students(of_a_cache, [["small", "model=small_1m"], text_too], None)
+    assert cached.distill.encoding is not None
+    assert not text.distill.teaches
+    check_together([cached, text])
 
 
 @pytest.mark.parametrize(

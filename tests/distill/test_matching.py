@@ -14,7 +14,7 @@ import pytest
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.config import UserError, build, to_dict
 from gemma2_jax.data.batch import Batch
-from gemma2_jax.distill.matching import MatchConfig, match_sums
+from gemma2_jax.distill.matching import MatchConfig, match_sums, of_teacher_for_all
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.capture import Capture, CapturedLayer, hidden_and_captured
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
@@ -335,6 +335,17 @@ def test_layers_that_the_models_lack_are_refused(toy_run: RunConfig, toy_config:
         replace(toy_run, distill=DistillConfig("runs/teacher", "float32", match=match))
     with pytest.raises(UserError, match="names the teacher's layer 5, and the teacher has 4"):
         match.check_teacher(toy_config, toy_config)
+
+
+def test_what_serves_several_students() -> None:
+    hidden, attention = (
+        MatchConfig(((0, 3), (1, 1)), hidden=1.0),
+        MatchConfig(((0, 2), (1, 3)), attention=1.0),
+    )
+    assert of_teacher_for_all([None, hidden, None, attention]) == Capture((1, 2, 3), True, True)
+    assert of_teacher_for_all([hidden, None]) == Capture((1, 3), hidden=True, attention=False)
+    assert of_teacher_for_all([attention]) == Capture((2, 3), hidden=False, attention=True)
+    assert of_teacher_for_all([None, None]) is None
 
 
 def test_other_windows_are_refused(toy_config: ModelConfig) -> None:

@@ -135,3 +135,23 @@ def test_several_students_of_one_cache(full: RunConfig, tmp_path: Path) -> None:
     alone = replace(both[1], output=str(tmp_path / "alone"))
     train(alone)
     assert losses(both[1]) == losses(alone)
+
+
+def test_a_baseline_beside_a_student_of_a_cache(full: RunConfig, tmp_path: Path) -> None:
+    """Together up to a stop; then each goes on alone, the one without the cache and the other with it."""
+    objective = ObjectiveConfig(1.0, 0.0, temperature=1.0, block_tokens=48)
+    text = replace(full, name="text", objective=objective, distill=DistillConfig(None, "float32"))
+    warm = replace(
+        full, objective=replace(full.objective, temperature=2.0), distill=replace(full.distill, encoding=None)
+    )
+    with pytest.raises(UserError, match=r"toy has objective.temperature=1.0, and warm has 2.0"):
+        train_together([text, replace(full, distill=warm.distill), replace(warm, name="warm")])
+    whole = replace(text, output=str(tmp_path / "whole"))
+    train(whole)
+    both = [replace(text, output=str(tmp_path / "text")), replace(full, output=str(tmp_path / "same"))]
+    with stopped_after(5):
+        train_together(both)
+    assert [latest_step(config.output) for config in both] == [3, 3]
+    for config, expected in zip(both, (whole, full), strict=True):
+        train(config)
+        chex.assert_trees_all_equal(load_model(config.output).params(), load_model(expected.output).params())

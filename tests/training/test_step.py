@@ -298,12 +298,12 @@ def test_what_a_teacher_has_said_before(
         abstract = abstract_state(run.model, optimizer, mesh)
         state = init_state(run.model, optimizer, abstract, run.seed)
         teacher = a_teacher(run)
-        read = build_reading(run.compute, run.distill)
+        read = build_reading(run.compute, run.distill, None)
         step = build_train_step(run, optimizer, abstract)
         for batch, row in zip(batches[:2], expected, strict=True):
-            taught = hidden = read(teacher, on_mesh(batch, mesh))
+            taught = read(teacher, on_mesh(batch, mesh))
             if kind == "entries":
-                log_p = jax.nn.log_softmax(teacher.embedder.decode(hidden) / temperature)
+                log_p = jax.nn.log_softmax(teacher.embedder.decode(taught.hidden) / temperature)
                 ids = jnp.broadcast_to(jnp.arange(log_p.shape[-1], dtype=jnp.int32), log_p.shape)
                 taught = SparseTargets(ids, log_p, jnp.zeros(log_p.shape[:2]))
             asked = teacher if kind == "hidden states" else None

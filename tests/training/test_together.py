@@ -1,7 +1,9 @@
-"""Several students of one teacher at once: each as it would be alone."""
+"""Several students of one teacher at once, and a baseline beside them: each as it would be alone."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -11,11 +13,12 @@ from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.matching import MatchConfig
+from gemma2_jax.distill.on_policy import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
-from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.layers import Embedder
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.sharding.mesh import MeshConfig
-from gemma2_jax.training import trainer
+from gemma2_jax.training import inputs, trainer
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train, train_together
 from gemma2_jax.training.metrics import read_metrics
@@ -27,13 +30,16 @@ SPEEDS = ("tokens_per_second", "mfu")
 
 @pytest.fixture(scope="module")
 def students(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[RunConfig]:
-    """Three that differ in everything that students may differ in."""
+    """Four that differ in everything that students may differ in, and one of them has no teacher."""
     folder = tmp_path_factory.mktemp("together")
-    teacher = write_teacher(toy_run, vivid(replace(toy_run.model, d_model=48)), folder / "teacher")
+    teacher = write_teacher(
+        toy_run, vivid(replace(toy_run.model, d_model=48, num_layers=4)), folder / "teacher"
+    )
     first = replace(
         toy_run,
         name="first",
         output=str(folder / "first"),
+        data=replace(toy_run.data, batch_size=8),
         mesh=MeshConfig(1, 4, 2),
         objective=ObjectiveConfig(0.0, 1.0, temperature=1.0, block_tokens=48),
         distill=DistillConfig(teacher, "float32"),
@@ -48,10 +54,29 @@ def students(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> li
             output=str(folder / "second"),
             model=replace(first.model, num_layers=4, d_ff=32),
             objective=ObjectiveConfig(0.5, 0.0, temperature=2.0, block_tokens=30, jsd=0.5),
+            distill=replace(first.distill, match=MatchConfig(((1, 0), (3, 3)), hidden=1.0)),
             optimizer=replace(first.optimizer, learning_rate=3e-3),
             seed=3,
         ),
-        replace(first, name="third", output=str(folder / "third"), seed=4),
+        replace(
+            first,
+            name="third",
+            output=str(folder / "third"),
+            seed=4,
+            distill=replace(
+                first.distill,
+                match=MatchConfig(((0, 2), (1, 3)), hidden=0.5, attention=2.0, distance="cosine"),
+                on_policy=OnPolicyConfig(0.5, prompt_tokens=8),
+            ),
+            training=replace(first.training, accumulation=2),
+        ),
+        replace(
+            first,
+            name="text",
+            output=str(folder / "text"),
+            objective=ObjectiveConfig(1.0, 0.0, temperature=1.0, block_tokens=48),
+            distill=DistillConfig(None, "bfloat16"),
+        ),
     ]
 
 
@@ -67,6 +92,10 @@ def rows(output: str | Path) -> list[dict[str, float]]:
     ]
 
 
+def written(output: str | Path) -> set[str]:
+    return {path.name for path in Path(output).iterdir()}
+
+
 def test_each_is_as_it_would_be_alone(together: list[RunConfig], tmp_path: Path) -> None:
     for config in together:
         alone = replace(config, output=str(tmp_path / config.name))
@@ -75,6 +104,7 @@ def test_each_is_as_it_would_be_alone(together: list[RunConfig], tmp_path: Path)
             split = expected.pop("split")
             assert found.pop("split") == split
             assert found == pytest.approx(expected, rel=2e-5, abs=1e-7)
+        assert written(config.output) == written(alone.output)
 
 
 def test_the_teacher_reads_each_batch_once(
@@ -82,23 +112,24 @@ def test_the_teacher_reads_each_batch_once(
 ) -> None:
     """While the steps are compiled, the teacher is never traced: what they take is what it has said."""
     traced = []
-    hidden = Gemma2.hidden
+    encode = Embedder.encode
 
-    def watched(self: Gemma2, *arguments: object) -> jax.Array:
-        traced.append(self.config.d_model)
-        return hidden(self, *arguments)  # type: ignore[arg-type]
+    def watched(self: Embedder, tokens: jax.Array, dtype: Any) -> jax.Array:
+        traced.append(self.d_model)
+        return encode(self, tokens, dtype)
 
-    monkeypatch.setattr(Gemma2, "hidden", watched)
+    monkeypatch.setattr(Embedder, "encode", watched)
     monkeypatch.setattr(trainer, "validate", lambda *_: {"cross_entropy": 0.0, "perplexity": 1.0})
     train_together([replace(config, output=str(tmp_path / config.name)) for config in students])
     assert traced.count(48) == 1
-    assert traced.count(32) == 3
+    assert traced.count(32) >= len(students)
 
 
 def test_a_stop_between_two_checkpoints(
     together: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first had saved step 4 and the others not: it waits for them, and all end as without the stop."""
+    """The first had saved step 4 and the others not, and of one nothing is left: it waits for them, and all end as
+    without the stop."""
     cut = [replace(config, output=str(tmp_path / config.name)) for config in together]
     save = trainer.Trainer._save
 
@@ -111,7 +142,8 @@ def test_a_stop_between_two_checkpoints(
         patch.setattr(trainer.Trainer, "_save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             train_together(cut)
-    assert [latest_step(config.output) for config in cut] == [4, 2, 2]
+    assert [latest_step(config.output) for config in cut] == [4, 2, 2, 2]
+    shutil.rmtree(cut[1].output)
     train_together(cut)
     for config, whole in zip(cut, together, strict=True):
         assert rows(config.output) == rows(whole.output)
@@ -124,6 +156,20 @@ def test_one_that_is_done_is_left_alone(together: list[RunConfig], tmp_path: Pat
     train_together([together[2], new])
     assert rows(together[2].output) == before
     assert latest_step(new.output) == 5
+
+
+def test_a_baseline_alone_is_left(
+    together: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody loads the teacher for it."""
+
+    def loaded(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(inputs, "load_teacher", loaded)
+    left = replace(together[3], output=str(tmp_path / "left"))
+    train_together([*together[:3], left])
+    assert rows(left.output) == rows(together[3].output)
 
 
 def test_runs_that_do_not_go_together(students: list[RunConfig]) -> None:
@@ -142,6 +188,10 @@ def test_runs_that_do_not_go_together(students: list[RunConfig]) -> None:
     warm = replace(other, objective=replace(first.objective, temperature=2.0), distill=cached)
     with pytest.raises(UserError, match=r"first has objective.temperature=1.0, and other has 2.0"):
         train_together([replace(first, distill=cached), warm])
+    with pytest.raises(UserError, match=r"first has distill.dtype=float32, and other has bfloat16"):
+        train_together([first, students[3], replace(other, distill=replace(first.distill, dtype="bfloat16"))])
+    with pytest.raises(UserError, match=r"text has data.seed=0, and other has 1"):
+        train_together([students[3], replace(other, data=replace(first.data, seed=1))])
     with pytest.raises(UserError, match=r"for two runs; each needs a folder of its own"):
         train_together([first, replace(other, output=first.output)])
 
@@ -158,9 +208,22 @@ def test_one_that_is_refused_leaves_nothing_of_the_others(students: list[RunConf
     assert not any(tmp_path.iterdir())
 
 
-def test_matching_takes_a_teacher_in_each_step(students: list[RunConfig]) -> None:
-    distill = replace(students[0].distill, match=MatchConfig(((0, 0),), hidden=1.0))
-    with pytest.raises(
-        UserError, match=r"distill\.match is set, which takes a teacher within each run's own step"
-    ):
-        train_together([replace(student, distill=distill) for student in students])
+def test_what_any_of_them_is_to_match_has_to_be_there(students: list[RunConfig], tmp_path: Path) -> None:
+    """It is the last that asks for too much; the first loads the teacher."""
+
+    def refused(match: MatchConfig, **sizes: int) -> str:
+        first, other = (
+            replace(config, output=str(tmp_path / config.name)) for config in (students[0], students[2])
+        )
+        distill = replace(other.distill, match=match)
+        with pytest.raises(UserError) as error:
+            train_together([first, replace(other, model=replace(other.model, **sizes), distill=distill)])
+        assert not any(tmp_path.iterdir())
+        return str(error.value)
+
+    assert refused(MatchConfig(((1, 5),), hidden=1.0)) == (
+        "distill.match.layers names the teacher's layer 5, and the teacher has 4; layers are counted from 0 to 3."
+    )
+    assert "(model.sliding_window) is 16 and the teacher's 8" in refused(
+        MatchConfig(((0, 0),), attention=1.0), sliding_window=16
+    )
