@@ -24,8 +24,8 @@ from gemma2_jax.distill.cache.packing import Packer, row_checksums
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.kernels.lm_head import SparseTargets
 
-# Decoded by threads while the step before is trained on: zstd and numpy let go of Python's lock.
-_READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+# Decoded by a thread while the step before is trained on. A second one would wait for Python's lock most of the time.
+_READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 def check_cache(
