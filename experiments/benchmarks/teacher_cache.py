@@ -170,6 +170,7 @@ def cache(
         data=config.data,
         tokenizer=config.tokenizer,
         mesh=config.mesh,
+        layout=config.layout,
         steps=steps,
         block_tokens=config.objective.block_tokens,
     )

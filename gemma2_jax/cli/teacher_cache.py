@@ -22,7 +22,9 @@ student's run; its data, batch, number of steps and mesh decide what is computed
   distill.encoding.kind=top_k              the k likeliest ids and the probability of all others
   distill.encoding.entries=256             N, or k
 
-A cache that was stopped goes on where it was, and grows if training.steps does.
+A cache that was stopped goes on where it was, and grows if training.steps does. Several processes each write and read
+the rows that they feed: as many as have written a cache can train from it, and mesh.tensor x mesh.sequence must stay
+within a process.
 """
 
 

@@ -6,6 +6,7 @@ that holds the vocabulary.
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -243,8 +244,15 @@ class RecordWriter:
         self._writer.write(record)
 
     def finish(self) -> File:
-        """Closes the file and moves it to its place."""
-        self._writer.close()
+        """Closes the file and moves it to its place.
+
+        Raises:
+            UserError: not all of it could be written.
+        """
+        try:
+            self._writer.close()
+        except RuntimeError as error:  # what was written to a full disk is told here only
+            raise UserError(f"{self._path} could not be written: {str(error).partition(';')[0]}.") from None
         with self._temporary.open("rb") as file:
             os.fsync(file.fileno())
         written = File(self._path.name, self._temporary.stat().st_size, _sha256(self._temporary))
@@ -253,7 +261,8 @@ class RecordWriter:
 
     def abandon(self) -> None:
         """Closes the file and removes it."""
-        self._writer.close()
+        with suppress(RuntimeError):  # not all of it could be written
+            self._writer.close()
         self._temporary.unlink(missing_ok=True)
 
 

@@ -13,7 +13,7 @@ def token_blocks(B: int, T: int, block_tokens: int) -> int:
 
     A block has a token of each row at least.
     """
-    return -(-T // max(1, block_tokens * batch_shares() * sequence_shares() // B))
+    return -(-(T // sequence_shares()) // max(1, block_tokens * batch_shares() // B))
 
 
 def split_tokens(blocks: int, tree: Any) -> Any:

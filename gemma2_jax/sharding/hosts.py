@@ -175,7 +175,7 @@ def check_agreement(values: Mapping[str, Any]) -> None:
     """Raises UserError in a process that has other values than process 0: it would wait for what never comes.
 
     Args:
-        values: what JSON holds, by name.
+        values: what JSON holds, by name; of what is nested, the key that differs is told.
     """
     if jax.process_count() == 1:
         return
@@ -184,8 +184,8 @@ def check_agreement(values: Mapping[str, Any]) -> None:
     if is_first():
         client.key_value_set(key, json.dumps(values))
         return
-    first = json.loads(client.blocking_key_value_get(key, _WAIT_HOURS * 3600 * 1000))
-    own = json.loads(json.dumps(values))
+    first = _flat(json.loads(client.blocking_key_value_get(key, _WAIT_HOURS * 3600 * 1000)))
+    own = _flat(json.loads(json.dumps(values)))
     for name in own | first:
         there, here = first.get(name, "missing"), own.get(name, "missing")
         if there != here:
@@ -193,6 +193,14 @@ def check_agreement(values: Mapping[str, Any]) -> None:
                 f"{name} is {there} in process 0 and {here} in process {jax.process_index()}; all processes must be "
                 "started by the same command, and see the same files."
             )
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """By dotted key, what is nested."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return flat
 
 
 def _numbered(name: str) -> str:

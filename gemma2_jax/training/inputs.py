@@ -48,6 +48,7 @@ def cache_task(config: RunConfig) -> CacheTask:
         data=config.data,
         tokenizer=config.tokenizer,
         mesh=config.mesh,
+        layout=config.layout,
         steps=config.training.steps,
         block_tokens=config.objective.block_tokens,
     )

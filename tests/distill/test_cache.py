@@ -1,5 +1,6 @@
 """The offline teacher: written, stopped, gone on with, read back, and refused where it does not belong."""
 
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,7 @@ def task(toy_run: RunConfig, teacher: str, tmp_path_factory: pytest.TempPathFact
         data=toy_run.data,
         tokenizer=toy_run.tokenizer,
         mesh=MeshConfig(1, 4, 2),
+        layout=toy_run.layout,
         steps=STEPS,
         block_tokens=48,
     )
@@ -337,6 +339,57 @@ def test_broken_files_are_named(sampled: CacheTask, tmp_path: Path) -> None:
         read_cache(folder)
 
 
+def test_a_broken_record_is_told_where_it_is_read(sampled: CacheTask, tmp_path: Path) -> None:
+    folder = shutil.copytree(sampled.folder, tmp_path / "broken")
+    file = folder / read_cache(folder).files[0].file
+    content = bytearray(file.read_bytes())
+    record = next(iter(grain.sources.ArrayRecordDataSource([str(file)])))
+    content[content.find(record) + len(record) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"A record of distill.cache is not as it was written"):
+        list(cached_batches(sampled.data, str(folder)))
+
+
+def test_a_full_disk_is_told_and_what_was_whole_stays(sampled: CacheTask, tmp_path: Path) -> None:
+    """A limit to the size of a file stands for the end of the disk."""
+    task = replace(sampled, folder=str(tmp_path / "full"), steps=2)
+    write_cache(task)
+    before, limit = content(task.folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"signals-00001-000.arrayrecord could not be written: "):
+            write_cache(replace(task, steps=STEPS))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert content(task.folder) == before
+    write_cache(replace(task, steps=STEPS))
+    assert content(task.folder) == content(sampled.folder)
+
+
+def test_a_cache_that_another_has_written_meanwhile_is_not_written_again(
+    sampled: CacheTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = replace(sampled, folder=str(tmp_path / "meanwhile"))
+    locked = writer.locked
+
+    def written_just_before(folder: str, wait: bool) -> Any:
+        shutil.copytree(sampled.folder, folder, dirs_exist_ok=True)
+        return locked(folder, wait)
+
+    monkeypatch.setattr(writer, "locked", written_just_before)
+    with pytest.raises(UserError, match="was written by another process just now"):
+        write_cache(replace(task, steps=2))
+    assert content(task.folder) == content(sampled.folder)
+
+
+def test_the_students_layout_decides_how_rows_lie(task: CacheTask) -> None:
+    mesh = MeshConfig(data=1, fsdp=4, sequence=2)
+    rows = {"B": ("data", "fsdp", "sequence"), "T": ()}
+    layout = replace(task.layout, activations=task.layout.activations | rows)
+    with pytest.raises(UserError, match=r"data.batch_size is 4 rows, which the 8 devices"):
+        write_cache(replace(task, mesh=mesh, layout=layout))
+
+
 def test_a_mesh_that_the_batch_does_not_fit_is_refused(task: CacheTask) -> None:
     with pytest.raises(UserError, match=r"data.batch_size is 4 rows, which the 8 devices"):
         write_cache(replace(task, mesh=MeshConfig(8, 1, 1)))
@@ -354,9 +407,9 @@ def test_processes_that_the_mesh_does_not_feed_are_refused(
     ("settings", "told"),
     [
         ({"kind": "full"}, "entries is 50; it must be null for full"),
-        ({"entries": None}, "entries is None; it must be at least 1 for sampled"),
+        ({"entries": None}, "entries is null; it must be at least 1 for sampled"),
         ({"entries": 0}, "entries is 0"),
-        ({"kind": "top_p"}, "p is None; it must be above 0, at most 1 for top_p"),
+        ({"kind": "top_p"}, "p is null; it must be above 0, at most 1 for top_p"),
         ({"p": 0.5}, "p is 0.5; it must be null for sampled"),
         ({"kind": "top_p", "p": 1.5}, "p is 1.5"),
         ({"proposal_temperature": 0.5}, "proposal_temperature is 0.5; it must be at least 1"),

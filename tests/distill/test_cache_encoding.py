@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma2_jax.config import UserError
 from gemma2_jax.distill.cache.encoding import EncodingConfig, cumulative, encode, run_weights
 from gemma2_jax.distill.cache.packing import Packer, log_grid
 from gemma2_jax.kernels.lm_head import SparseTargets
@@ -159,6 +160,21 @@ def test_padding_is_never_drawn_and_a_certain_token_always() -> None:
     values[0, :5] = 4.0
     made = encode(EncodingConfig(entries=500), jnp.asarray(values), 990, jnp.uint32(0), jnp.arange(1))
     assert set(np.unique(made.ids)) == {0, 1, 2, 3, 4, 700}
+
+
+@pytest.mark.parametrize("kind", ["sampled", "top_k", "top_p", "full"])
+def test_a_teacher_that_gives_no_numbers_is_told(kind: str) -> None:
+    config = {
+        "sampled": EncodingConfig(entries=5),
+        "top_k": EncodingConfig("top_k", 5),
+        "top_p": EncodingConfig("top_p", 5, p=0.9),
+        "full": EncodingConfig("full", None),
+    }[kind]
+    values = logits().copy()
+    cached(config, values, 3)
+    values[7] = np.nan
+    with pytest.raises(UserError, match=r"distill.teacher gives no numbers \(NaN\)"):
+        cached(config, values, 3)
 
 
 def test_draws_differ_from_row_to_row_and_place_to_place_and_seed_to_seed() -> None:

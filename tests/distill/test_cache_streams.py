@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma2_jax.distill.cache.streams import RecordsReader, RecordWriter, width
+from gemma2_jax.distill.cache.streams import StreamsReader, StreamsWriter, width
 
 Values = list[list[int]]  # of each record
 
@@ -19,10 +19,10 @@ def rows(low: int, high: int) -> st.SearchStrategy[Values]:
     return st.lists(st.lists(near | st.integers(low, high), max_size=40), min_size=1, max_size=4)
 
 
-def written(values: Values, write: Callable[[RecordWriter, np.ndarray], None]) -> list[bytes]:
+def written(values: Values, write: Callable[[StreamsWriter, np.ndarray], None]) -> list[bytes]:
     records = []
     for number, row in enumerate(values):
-        writer = RecordWriter(number)
+        writer = StreamsWriter(number)
         write(writer, np.array(row, np.int64))
         records.append(writer.record())
     return records
@@ -37,12 +37,12 @@ def test_all_streams_come_back_in_their_order(scales: Values, small: Values, pla
     count = min(len(scales), len(small), len(planes))
     records = []
     for number in range(count):
-        writer = RecordWriter(7 + number)
+        writer = StreamsWriter(7 + number)
         writer.scales(np.array(scales[number], np.int64))
         writer.small(np.array(small[number], np.int64), 2)
         writer.planes(np.array(planes[number], np.int64), 3)
         records.append(writer.record())
-    reader = RecordsReader(records)
+    reader = StreamsReader(records)
     assert reader.checksums == [7 + number for number in range(count)]
     found, counts = reader.scales()
     assert found.tolist() == joined(scales[:count])
@@ -69,7 +69,7 @@ def test_gaps_take_little_more_than_their_entropy(mean: int, most: float) -> Non
     """
     values = np.random.default_rng(mean).geometric(1 / mean, 32_000)
     exact = np.log2(mean) - np.log2(1 - 1 / mean) * (mean - 1)  # bits a number, of the distribution
-    (record,) = written([values.tolist()], RecordWriter.scales)
+    (record,) = written([values.tolist()], StreamsWriter.scales)
     assert 1 <= 8 * len(record) / len(values) / exact < most
 
 
@@ -84,17 +84,17 @@ def test_numbers_of_draws_take_less_than_a_byte_each_squeezed(once: float, most:
 
 def test_a_record_that_is_not_whole_is_told() -> None:
     values = [np.random.default_rng(row).integers(1, 5000, 50).tolist() for row in range(2)]
-    first, second = written(values, RecordWriter.scales)
+    first, second = written(values, StreamsWriter.scales)
     for cut in (1, 5, len(first) - 1, len(first) - 40):
         with pytest.raises((ValueError, IndexError, struct.error, zstandard.ZstdError)):
-            RecordsReader([first[:-cut], second]).scales()
-    long = RecordWriter(0)  # bit lengths that no number has
+            StreamsReader([first[:-cut], second]).scales()
+    long = StreamsWriter(0)  # bit lengths that no number has
     long.planes(np.full(3, 200), 1)
     long.planes(np.zeros(75, int), 1)
     with pytest.raises(ValueError, match="too long"):
-        RecordsReader([long.record()]).scales()
-    fewer = RecordWriter(0)
+        StreamsReader([long.record()]).scales()
+    fewer = StreamsWriter(0)
     fewer.planes(np.full(100, 20), 1)
     fewer.planes(np.zeros(5, int), 1)
     with pytest.raises(ValueError, match="fewer bits"):
-        RecordsReader([fewer.record()]).scales()
+        StreamsReader([fewer.record()]).scales()

@@ -5,7 +5,8 @@ Four ways to keep a distribution P over V tokens:
 - `sampled`: N ids drawn with replacement, each with weight 1/N: an unbiased estimate of P, so that the gradient
   of the forward KL, which is linear in P, is unbiased too (Random Sampling KD, arXiv 2503.16870; Gemma 3 keeps
   256 draws, arXiv 2503.19786). Drawn from a flatter proposal q ~ P^(1/proposal_temperature), a draw has weight
-  p/q / N. Those weights sum to 1 in expectation only, and stay so: divided by their sum they would be biased.
+  p/q / N. Those weights sum to 1 in expectation only, and stay so: divided by their sum they would be biased. They
+  are unbiased but for the rounding of their logarithms, half a step of `packing.LogGrid` each.
 - `top_k`: the k largest probabilities, and what is left as the tail's.
 - `top_p`: of those k, the fewest that reach p together; and the tail.
 - `full`: all of P, for small vocabularies.
@@ -62,7 +63,7 @@ class EncodingConfig:
         if (self.kind == "full") != (self.entries is None):
             accepted = "null" if self.kind == "full" else "at least 1"
             raise UserError(
-                f"distill.encoding.entries is {self.entries}; it must be {accepted} for {self.kind}."
+                f"distill.encoding.entries is {_shown(self.entries)}; it must be {accepted} for {self.kind}."
             )
         if self.entries is not None and not 1 <= self.entries < 1 << 16:
             raise UserError(
@@ -70,7 +71,7 @@ class EncodingConfig:
             )
         if (self.kind == "top_p") != (self.p is not None):
             accepted = "above 0, at most 1" if self.kind == "top_p" else "null"
-            raise UserError(f"distill.encoding.p is {self.p}; it must be {accepted} for {self.kind}.")
+            raise UserError(f"distill.encoding.p is {_shown(self.p)}; it must be {accepted} for {self.kind}.")
         if self.p is not None and not 0 < self.p <= 1:
             raise UserError(f"distill.encoding.p is {self.p}; it must be above 0, at most 1.")
         if not self.proposal_temperature >= 1 or not math.isfinite(self.proposal_temperature):
@@ -101,13 +102,18 @@ class EncodingConfig:
         return self.kind in ("top_k", "top_p")
 
 
+def _shown(value: float | None) -> str:
+    return "null" if value is None else str(value)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Entries:
     """The entries of tokens [...], as devices give them: sorted by id.
 
     Attributes:
-        ids: int32 [..., N]; a drawn id as often as it was drawn, V where an entry is unused.
+        ids: int32 [..., N]; a drawn id as often as it was drawn, V where an entry is unused, -1 where the teacher gives
+            no numbers.
         logs: float32 [..., N]: log p of the id; with a proposal log p/q; None for draws from P itself.
         log_tail: float32 [...], log of the probability outside, below any token's where no token is there; None
             without a tail.
@@ -174,7 +180,15 @@ def encode(
     Returns:
         Entries of [...].
     """
-    logits = logits / config.temperature
+    entries = _encode(config, logits / config.temperature, num_tokens, rows, places)
+    # From NaN, all kinds would make entries like any others.
+    broken = jnp.isnan(jnp.max(logits, axis=-1, keepdims=True))
+    return replace(entries, ids=jnp.where(broken, -1, entries.ids))
+
+
+def _encode(
+    config: EncodingConfig, logits: jax.Array, num_tokens: int, rows: jax.Array, places: jax.Array
+) -> Entries:
     if config.kind == "sampled":
         return _sampled(config, logits, rows, places)
     log_p = jax.nn.log_softmax(logits, axis=-1)

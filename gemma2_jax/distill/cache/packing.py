@@ -21,7 +21,7 @@ import zstandard
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries
-from gemma2_jax.distill.cache.streams import RecordsReader, RecordWriter, width
+from gemma2_jax.distill.cache.streams import StreamsReader, StreamsWriter, width
 from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.kernels.softcap import NEVER
 from gemma2_jax.model.config import ModelConfig
@@ -77,6 +77,13 @@ class Packed:
     largest: int
 
 
+def broken_record() -> UserError:
+    """What is said of a record that is not whole."""
+    return UserError(
+        "A record of distill.cache is not as it was written; `gemma2 teacher-cache --verify` tells which file it is in."
+    )
+
+
 def row_checksums(batch: Batch) -> list[int]:
     """The crc32 of each row of a batch: of its tokens and of the documents that they belong to."""
     rows = zip(batch.tokens, batch.segment_ids, strict=True)
@@ -104,13 +111,22 @@ class Packer:
         self._logs = grid.logs()
 
     def pack(self, entries: Entries, checksum: int) -> Packed:
-        """The record of one row, from entries [T, N] of numpy arrays."""
+        """The record of one row, from entries [T, N] of numpy arrays.
+
+        Raises:
+            UserError: the teacher gave no numbers.
+        """
         config, ids = self._config, entries.ids
+        if ids.min() < 0:
+            raise UserError(
+                "distill.teacher gives no numbers (NaN) for some tokens; its weights are broken, or distill.dtype does "
+                "not suffice for them."
+            )
         first = ids < self._num_tokens  # of the draws of an id
         first[:, 1:] &= ids[:, 1:] != ids[:, :-1]
         numbers = first.sum(axis=1)
         places = np.flatnonzero(first)
-        writer = RecordWriter(checksum)
+        writer = StreamsWriter(checksum)
         if self._number is None:
             writer.planes(numbers, self._of_numbers)
         if config.kind != "full":
@@ -148,16 +164,13 @@ class Packer:
     def _unpack(self, records: Sequence[bytes], sparse: SparseTargets) -> list[int]:
         """Fills in the entries, and gives the checksums."""
         try:
-            reader = RecordsReader(records)
+            reader = StreamsReader(records)
             self._fill(reader, sparse)
             return reader.checksums
         except (struct.error, zstandard.ZstdError, ValueError, IndexError):
-            raise UserError(
-                "A record of distill.cache is not as it was written; `gemma2 teacher-cache --verify` tells which file "
-                "it is in."
-            ) from None
+            raise broken_record() from None
 
-    def _fill(self, reader: RecordsReader, sparse: SparseTargets) -> None:
+    def _fill(self, reader: StreamsReader, sparse: SparseTargets) -> None:
         config = self._config
         B, T, K = sparse.ids.shape
         numbers = np.full(B * T, self._number or 0)

@@ -20,7 +20,7 @@ from gemma2_jax.distill.cache.manifest import (
     refuse_other_order,
     refuse_other_teacher,
 )
-from gemma2_jax.distill.cache.packing import Packer, row_checksums
+from gemma2_jax.distill.cache.packing import Packer, broken_record, row_checksums
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.kernels.lm_head import SparseTargets
 
@@ -127,4 +127,8 @@ class _Steps:
 
     def __getitem__(self, step: int) -> tuple[SparseTargets, list[int]]:
         rows = range(step * self._rows, (step + 1) * self._rows)
-        return self._packer.unpack(self._records.__getitems__(rows), self._largest)
+        try:
+            records = self._records.__getitems__(rows)
+        except RuntimeError:  # ArrayRecord's checksum
+            raise broken_record() from None
+        return self._packer.unpack(records, self._largest)

@@ -35,7 +35,7 @@ def width(largest: int) -> int:
     return max(1, (largest.bit_length() + 7) // 8)
 
 
-class RecordWriter:
+class StreamsWriter:
     """Puts one record together; streams are read in the order in which they were added."""
 
     def __init__(self, checksum: int) -> None:
@@ -73,7 +73,7 @@ class RecordWriter:
         self._parts += [_LENGTH.pack(len(frame)), frame]
 
 
-class RecordsReader:
+class StreamsReader:
     """Takes one stream after another, each of all records at once.
 
     Raises, also from its methods:

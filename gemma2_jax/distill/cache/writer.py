@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gemma2_jax.config import UserError
+from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.pipeline import tokenizer_of, train_batches
 from gemma2_jax.data.shards import RecordWriter
@@ -45,7 +45,8 @@ from gemma2_jax.machine import cores
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sharding.feeding import feeding_share
-from gemma2_jax.sharding.layout import batch_sharding, on_mesh
+from gemma2_jax.sharding.hosts import check_agreement
+from gemma2_jax.sharding.layout import LayoutConfig, batch_sharding, laid_out, on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 STRETCH_ROWS = 4096  # over all processes, between two files: what a stopped run may have to do again
@@ -66,7 +67,7 @@ class CacheTask:
         model: the student's, whose vocabulary the teacher must have.
         compute: how the teacher's forward pass is executed, but for its dtype.
         data, tokenizer: the student's.
-        mesh: of the teacher.
+        mesh: of the teacher; layout: of the student, as which the teacher lies if distill.layout is null.
         steps: of training that the cache is for.
         block_tokens: tokens that each device computes logits of at a time.
     """
@@ -79,6 +80,7 @@ class CacheTask:
     data: DataConfig
     tokenizer: TokenizerConfig
     mesh: MeshConfig
+    layout: LayoutConfig
     steps: int
     block_tokens: int
 
@@ -98,7 +100,7 @@ def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
     """Makes `task.folder` hold the teacher's signal for the first `task.steps` steps; at once if it does already.
 
     Says first, on standard error, what it will take in bytes and hours, from a few steps. A cache that was stopped,
-    or made for fewer steps, goes on behind its last file, and is then the same as one written without a stop.
+    or made for fewer steps, goes on behind its last file, with the same rows as if it had not been.
     Every process of a job writes the files of its own rows, into a folder that all of them see.
 
     Returns:
@@ -106,28 +108,40 @@ def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
 
     Raises:
         UserError: the folder holds a cache for other data, teacher or settings, or is being written; the teacher
-            has another tokenizer; the batch does not fit the mesh.
+            has another tokenizer, or gives no numbers; the batch does not fit the mesh; the disk is full.
     """
     mesh = build_mesh(task.mesh)
-    check_rows(task.data.batch_size, task.data.seq_len, mesh, "data.batch_size")
-    _, shares = feeding_share(mesh)
-    if shares != jax.process_count():
-        raise UserError(
-            f"mesh gives the {jax.process_count()} processes {shares} different parts of a batch's rows, and each "
-            "writes the cache of a part of its own; let mesh.tensor x mesh.sequence divide the devices of a process."
-        )
-    manifest = _manifest(task)
-    if is_complete(task, manifest):
-        return manifest
-    with jax.set_mesh(mesh), ExitStack() as stack:
+    with jax.set_mesh(mesh), laid_out(task.layout), ExitStack() as stack:
+        check_rows(task.data.batch_size, task.data.seq_len, mesh, "data.batch_size")
+        _, shares = feeding_share(mesh)
+        if shares != jax.process_count():
+            raise UserError(
+                f"mesh gives the {jax.process_count()} processes {shares} different parts of a batch's rows, and "
+                "each writes the cache of a part of its own; let mesh.tensor x mesh.sequence divide the devices of a "
+                "process."
+            )
+        manifest = _manifest(task)
+        check_agreement({**to_dict(task), "distill.cache's rows": manifest.rows})
+        if is_complete(task, manifest):
+            return manifest
         if jax.process_index() == 0 and not estimate_only:
-            try:
-                stack.enter_context(locked(task.folder, wait=False))
-            except BlockingIOError:
-                raise UserError(
-                    f"distill.cache {task.folder} is being written by another process; wait for it."
-                ) from None
+            _lock(task, manifest, stack)
         return _Writing(task, manifest, mesh, stack).run(estimate_only)
+
+
+def _lock(task: CacheTask, manifest: Manifest, stack: ExitStack) -> None:
+    """Keeps others from writing, until the stack is closed."""
+    try:
+        stack.enter_context(locked(task.folder, wait=False))
+    except BlockingIOError:
+        raise UserError(
+            f"distill.cache {task.folder} is being written by another process; wait for it."
+        ) from None
+    found = find_cache(task.folder)
+    if found is not None and found != manifest:
+        raise UserError(
+            f"distill.cache {task.folder} was written by another process just now; run this again to go on with it."
+        )
 
 
 def is_complete(task: CacheTask, manifest: Manifest) -> bool:
@@ -217,10 +231,10 @@ class _Writing:
                 writer.write(packed.record)
                 rows += 1
                 largest = max(largest, packed.largest)
+            file = writer.finish()
         except BaseException:
             writer.abandon()
             raise
-        file = writer.finish()
         signals = Signals(file.file, file.size, file.sha256, share, rows, largest)
         files = [Signals(**values) for values in _from_all(asdict(signals))]
         self._manifest = replace(self._manifest, files=(*self._manifest.files, *files))
