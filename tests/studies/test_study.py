@@ -131,7 +131,8 @@ def test_the_table_fits_into_80_columns(stage, runs):
     printed = console.export_text()
     assert "…" not in printed
     assert [line.split() for line in printed.splitlines() if line.startswith(" distilled")] == [
-        ["distilled", "12,345", "67,890", "0.2000", "2.00", "75.0", "%", "0.1250"]
+        ["distilled", "12,345", "67,890", "0.2000", "2.00", "75.0", "%", "0.1250"],
+        ["distilled", "1,025"],
     ]
 
 
@@ -153,8 +154,14 @@ def test_the_report(stage, runs, console):
     ]
     assert "- scratch: `` scratch goes `on`|⏎here [bold] ``" in report
     assert "Python 3" in report
+    assert rows[5:10] == [
+        "| run | tokens/s in training |",
+        "| --- | ---: |",
+        *(f"| {name} | 1,025 |" for name in runs),
+    ]
     results = json.loads(Path("out/results.json").read_text())
     assert results["runs"]["distilled"]["loss"] == 0.2
+    assert results["costs"]["scratch"]["tokens_per_second"] == 1025
     assert set(results["seconds"]) >= {"data", "train teacher", "evaluate distilled"}
     assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
 
