@@ -6,6 +6,11 @@
 For each seed, it copies the study's top-k cache without its tails, trains the same student from the copy, and writes
 the study's report again with these runs in it. No option of the library makes such a cache: the weights are too large
 by the tail's share, so that a student learns to be surer than its teacher.
+
+Only the teacher's side is renormalised: its k probabilities are brought to a sum of 1, and are compared with the
+student's softmax over the whole vocabulary, as by trainers that store top-k probabilities as soft labels. All other
+tokens are thereby pushed down to nothing. The other common way, which is not measured here, brings both sides to a sum
+of 1 over the k tokens: what the student gives to all others then has no gradient, and is left as it is.
 """
 
 import dataclasses
@@ -18,22 +23,32 @@ from rich.console import Console
 
 from gemma2_jax.cli.roots import find_study
 from gemma2_jax.cli.run import compose_study
-from gemma2_jax.config import load
+from gemma2_jax.config import UserError, load
 from gemma2_jax.data.shards import RecordWriter
 from gemma2_jax.distill.cache.encoding import Entries
-from gemma2_jax.distill.cache.manifest import Signals, find_cache, read_cache, write_cache_manifest
+from gemma2_jax.distill.cache.manifest import Signals, find_cache, write_cache_manifest
 from gemma2_jax.distill.cache.packing import Packer
 from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.study import run_study
 
+STUDY = "teacher_source"
 WITH_TAIL, WITHOUT = "top_k_with_tail", "top_k_renormalised"
 
 
 def renormalise(source: Path, target: Path) -> None:
-    """Copies a top-k cache, with the probability of all other tokens set to nothing."""
+    """Copies a top-k cache, with the probability of all other tokens set to nothing.
+
+    Raises:
+        UserError: there is none in `source`, or it is not whole.
+    """
     if find_cache(target) is not None:
         return
-    manifest = read_cache(source)
+    manifest = find_cache(source)
+    if manifest is None:
+        raise UserError(
+            f"{source} holds no teacher's cache to copy; carry out the study before, by `gemma2 run {STUDY}` with the "
+            "same key=value."
+        )
     target.mkdir(parents=True, exist_ok=True)
     packer = Packer(manifest.encoding, manifest.grid, manifest.num_tokens, manifest.order.seq_len)
     files = []
@@ -53,8 +68,7 @@ def renormalise(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    name = "teacher_source"
-    study = load(StudyConfig, find_study(name))
+    study = load(StudyConfig, find_study(STUDY))
     with_tail = study.runs[WITH_TAIL]
     runs = {}
     for run, config in study.runs.items():
@@ -62,7 +76,7 @@ def main() -> None:
         if run == WITH_TAIL:
             runs[WITHOUT] = with_tail
     study = dataclasses.replace(study, runs=runs)
-    configs, output = compose_study(name, study, sys.argv[1:], None)
+    configs, output = compose_study(STUDY, study, sys.argv[1:], None)
     for seed in study.seeds:
         caches = Path(output) / "caches"
         renormalise(caches / f"{WITH_TAIL}-{seed}", caches / f"{WITHOUT}-{seed}")
@@ -70,4 +84,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"renormalised.py: {error}")

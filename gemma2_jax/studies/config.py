@@ -83,3 +83,7 @@ class StudyConfig:
             else:
                 found[name] = (name, None)
         return found
+
+    def folders(self, run: str) -> list[str]:
+        """The names of the folders of a run, one for each of its seeds."""
+        return [folder for folder, (of, _) in self.trained().items() if of == run]

@@ -13,6 +13,7 @@ from rich.console import Console
 from gemma2_jax.files import write_text
 from gemma2_jax.machine import describe_machine, peak_memory_gib
 from gemma2_jax.studies.config import StudyConfig
+from gemma2_jax.studies.costs import costs_by_run, costs_table
 from gemma2_jax.studies.plots import plot_losses, plot_summary
 from gemma2_jax.studies.stages import Measurement, read_times
 from gemma2_jax.studies.summary import group_by_run, summary_table
@@ -37,17 +38,22 @@ def write_report(
         summary = summary_table(study, groups)
         summary.print(console, "Means and standard deviations over the seeds")
         plot_summary(groups, folder / "summary.png")
+    costs = costs_by_run(study, runs, seconds)
+    costs_table(costs).print(console, "What the runs took")
     for number, prompt in enumerate(study.prompts):
         say(console, f"{prompt!r} goes on", "bold")
         for name, measurement in measurements.items():
             say(console, f"  {name + ':':<11} {measurement.samples[number]!r}")
     shown = [name for name, (_, seed) in study.trained().items() if seed in (None, *study.seeds[:1])]
     plot_losses({name: runs[name].output for name in shown}, folder / "loss.png")
-    write_text(folder / "report.md", _markdown(study, summary, table, measurements, seconds))
+    write_text(
+        folder / "report.md", _markdown(study, summary, table, measurements, costs_table(costs), seconds)
+    )
     results = {
         "title": study.title,
         "machine": describe_machine(jax.devices()),
         "seconds": seconds,
+        "costs": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
         "runs": {
             name: {**dataclasses.asdict(measurement.evaluation), "samples": list(measurement.samples)}
             for name, measurement in measurements.items()
@@ -86,6 +92,7 @@ def _markdown(
     summary: Table | None,
     table: Table,
     measurements: Mapping[str, Measurement],
+    costs: Table,
     seconds: Mapping[str, float],
 ) -> str:
     parts = [f"# {study.title}"]
@@ -107,7 +114,9 @@ def _markdown(
     total = _duration(sum(seconds.values()))
     parts += [
         "## Machine and time",
-        describe_machine(jax.devices()) + f". {total} in all:",
+        describe_machine(jax.devices()) + ".",
+        costs.markdown(),
+        f"{total} in all:",
         stages.markdown(),
     ]
     return "\n\n".join(parts) + "\n"

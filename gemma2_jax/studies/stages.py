@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from rich.console import Console
 
 from gemma2_jax.checkpoints.store import TOKENIZER_FILE, latest_step, load_model
-from gemma2_jax.config import UserError, load, save, to_dict
+from gemma2_jax.config import UserError, build, load, save, to_dict
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import find_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ from gemma2_jax.studies.tables import say
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import cache_task
 from gemma2_jax.training.loop import train
-from gemma2_jax.training.start import check_same_run, data_identity
+from gemma2_jax.training.start import changes, check_same_run, data_identity
 
 TEACHER_FILE = "teacher.yaml"  # in a distilled run's folder: the configuration that its teacher had
 
@@ -48,13 +49,10 @@ def check_unchanged(config: RunConfig, teacher: RunConfig | None = None) -> None
     file = Path(config.output) / TEACHER_FILE
     if teacher is None or not file.exists():
         return
-    then = load(RunConfig, file)
-    # Where the teacher lay, and what it ran on and reported to, does not change what it taught.
-    same = {name: getattr(teacher, name) for name in ("name", "output", "mesh", "metrics", "checkpoint")}
-    if dataclasses.replace(then, **same) != teacher:
+    for key, then, value in changes(load(RunConfig, file), teacher):
         raise UserError(
-            f"{config.output} was distilled from a teacher of another configuration (its {TEACHER_FILE}) than "
-            f"{teacher.output} is of now; give another output, or delete that folder to train it again."
+            f"{config.output} was distilled from a teacher with {key}={then} ({TEACHER_FILE}), and {value} is asked "
+            f"for in {teacher.output}; give another output, or delete that folder to train it again."
         )
 
 
@@ -81,9 +79,10 @@ def train_run(config: RunConfig, console: Console, teacher: RunConfig | None = N
         _say(console, "train", config.name, "already done, skipped")
         return
     _say(console, "train", config.name, f"{config.training.steps} steps in {config.output}")
+    train(config)
+    # Not before: of a run that is refused nothing is left, and one that was stopped tells its teacher by the weights.
     if teacher is not None and is_first():
         save(teacher, Path(config.output) / TEACHER_FILE)
-    train(config)
 
 
 def measure_run(
@@ -107,7 +106,9 @@ def measure_run(
         "data": data_identity(config.data),
     }
     stored = json.loads(file.read_text()) if file.exists() else {}
-    if stored.get("conditions") == conditions:
+    then = stored.get("conditions", {})
+    same_reference = _same_reference(then.get("reference"), reference)
+    if same_reference and {**then, "reference": conditions["reference"]} == conditions:
         _say(console, "evaluate", config.name, "already done, skipped")
         return Measurement(Evaluation(**stored["evaluation"]), tuple(stored["samples"]))
     _say(console, "evaluate", config.name, "on the validation split")
@@ -136,6 +137,12 @@ def read_times(folder: Path) -> dict[str, float]:
     """Returns the seconds of each stage of the study in `folder`, over all the commands that worked on it."""
     file = folder / "times.json"
     return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _same_reference(stored: Mapping[str, Any] | None, reference: RunConfig | None) -> bool:
+    if stored is None or reference is None:
+        return stored is None and reference is None
+    return not any(changes(build(RunConfig, stored, "evaluation.json"), reference))
 
 
 def _continue(config: RunConfig, prompts: Sequence[str], sample_tokens: int) -> list[str]:

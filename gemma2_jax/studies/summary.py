@@ -36,7 +36,7 @@ def group_by_run(
     """
     groups = []
     for name, run in study.runs.items():
-        folders = [folder for folder, (of, _) in study.trained().items() if of == name]
+        folders = study.folders(name)
         spent = sum(
             seconds.get(f"{stage} {folder}", 0.0) for stage in ("cache", "train") for folder in folders
         )

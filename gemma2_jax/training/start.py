@@ -88,15 +88,21 @@ def check_same_run(config: RunConfig) -> None:
     path = Path(config.output) / CONFIG_FILE
     if not path.exists():
         return
+    for key, begun, value in changes(load(RunConfig, path), config):
+        raise UserError(
+            f"{config.output} holds a run with {key}={begun}, and {value} is asked for; choose another "
+            "output, or delete that folder to train again."
+        )
+
+
+def changes(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The dotted key and both values of all that makes `asked` another run than `begun`."""
     may_change = set(_MAY_CHANGE)
-    if (path.parent / TEACHER_FILE).exists():  # which runs of before it was there have not
+    if (Path(asked.output) / TEACHER_FILE).exists():  # which runs of before it was there have not
         may_change.add("distill.teacher")
-    for key, begun, value in _differences(to_dict(load(RunConfig, path)), to_dict(config)):
+    for key, one, other in _differences(to_dict(begun), to_dict(asked)):
         if not {key, key.split(".")[0]} & may_change:
-            raise UserError(
-                f"{config.output} holds a run with {key}={begun}, and {value} is asked for; choose another "
-                "output, or delete that folder to train again."
-            )
+            yield key, one, other
 
 
 def check_same_data(run_folder: str | Path, data: DataConfig) -> None:

@@ -34,7 +34,12 @@ class Stage:
             raise self.fails[config.name]
         (folder / "checkpoints" / str(config.training.steps)).mkdir(parents=True)
         rows = [
-            {"step": step, "split": split, "cross_entropy": config.optimizer.learning_rate + 1 / step}
+            {
+                "step": step,
+                "split": split,
+                "cross_entropy": config.optimizer.learning_rate + 1 / step,
+                **({"tokens_per_second": 1000 + step} if split == "train" else {}),
+            }
             for step in range(10, config.training.steps + 1, 10)
             for split in ("train", "validation")
         ]

@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 
 from gemma2_jax.config import UserError, build
+from gemma2_jax.sharding.hosts import HostsConfig
+from gemma2_jax.studies import stages
 from gemma2_jax.studies.config import StudyConfig, StudyRun
 from gemma2_jax.studies.study import run_study
 
@@ -81,10 +83,39 @@ def test_a_student_of_another_teacher_is_not_taken_for_this_ones(stage, runs, co
     stage.calls.clear()
     runs["teacher"] = dataclasses.replace(runs["teacher"], seed=5)
     with pytest.raises(
-        UserError, match=r"out/distilled was distilled from a teacher of another configuration"
+        UserError, match=r"out/distilled was distilled from a teacher with seed=0 .*, and 5 is asked for"
     ):
         run_study(STUDY, runs, "out", console)
     assert stage.calls == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda run: {"hosts": HostsConfig(num_processes=2, process_id=1)},
+        lambda run: {"data": dataclasses.replace(run.data, workers=7)},
+        lambda run: {"compilation_cache": "programs", "profile": True},
+    ],
+    ids=["another process of the job", "workers", "programs"],
+)
+def test_what_changes_no_result_may_change(stage, runs, console, change):
+    run_study(STUDY, runs, "out", console)
+    stage.calls.clear()
+    changed = {name: dataclasses.replace(config, **change(config)) for name, config in runs.items()}
+    run_study(STUDY, changed, "out", console)
+    assert {kind for kind, _ in stage.calls} == {"prepare"}
+
+
+def test_a_run_that_is_refused_leaves_nothing(stage, runs, console, monkeypatch):
+    def refuse(config):
+        if config.name == "distilled":
+            raise UserError("it does not fit.")
+        stage.train(config)
+
+    monkeypatch.setattr(stages, "train", refuse)
+    with pytest.raises(UserError, match=r"it does not fit"):
+        run_study(STUDY, runs, "out", console)
+    assert not Path("out/distilled").exists()
 
 
 def test_other_prompts_are_sampled_without_training(stage, runs, console):
@@ -100,7 +131,8 @@ def test_the_table_fits_into_80_columns(stage, runs):
     printed = console.export_text()
     assert "…" not in printed
     assert [line.split() for line in printed.splitlines() if line.startswith(" distilled")] == [
-        ["distilled", "12,345", "67,890", "0.2000", "2.00", "75.0", "%", "0.1250"]
+        ["distilled", "12,345", "67,890", "0.2000", "2.00", "75.0", "%", "0.1250"],
+        ["distilled", "1,025"],
     ]
 
 
@@ -122,8 +154,14 @@ def test_the_report(stage, runs, console):
     ]
     assert "- scratch: `` scratch goes `on`|⏎here [bold] ``" in report
     assert "Python 3" in report
+    assert rows[5:10] == [
+        "| run | tokens/s in training |",
+        "| --- | ---: |",
+        *(f"| {name} | 1,025 |" for name in runs),
+    ]
     results = json.loads(Path("out/results.json").read_text())
     assert results["runs"]["distilled"]["loss"] == 0.2
+    assert results["costs"]["scratch"]["tokens_per_second"] == 1025
     assert set(results["seconds"]) >= {"data", "train teacher", "evaluate distilled"}
     assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
 

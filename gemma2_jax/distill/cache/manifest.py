@@ -97,6 +97,11 @@ class Manifest:
         return sum(file.size for file in self.files)
 
     @property
+    def bytes_per_token(self) -> float:
+        """Of a cache that has rows."""
+        return self.size / (self.rows * self.order.seq_len)
+
+    @property
     def largest(self) -> int:
         """K, the most entries that a token has."""
         return max((file.largest for file in self.files), default=0)

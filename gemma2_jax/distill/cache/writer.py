@@ -213,7 +213,7 @@ class _Writing:
             self._progress.update(bar, completed=self._manifest.rows)
         self._say(
             f"{task.folder}: {self._manifest.rows:,} rows of {task.data.seq_len:,} tokens, "
-            f"{self._manifest.size / (self._manifest.rows * task.data.seq_len):.1f} bytes a token"
+            f"{self._manifest.bytes_per_token:.1f} bytes a token"
         )
         return self._manifest
 

@@ -1,0 +1,75 @@
+"""What the runs of a study took: how fast they trained, and what their caches of the teacher came to."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gemma2_jax.distill.cache.manifest import read_cache
+from gemma2_jax.studies.config import StudyConfig
+from gemma2_jax.studies.tables import Table
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.metrics import read_metrics
+
+_NOTHING = "–"  # in a cell
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a run with all of its seeds.
+
+    Attributes:
+        tokens_per_second: in training, the median over the rows of metrics.
+        cache_seconds: mean time of writing a seed's cache; bytes_per_token: of the caches; None without caches.
+    """
+
+    tokens_per_second: float
+    cache_seconds: float | None = None
+    bytes_per_token: float | None = None
+
+
+def costs_by_run(
+    study: StudyConfig, runs: Mapping[str, RunConfig], seconds: Mapping[str, float]
+) -> dict[str, Cost]:
+    """The cost of each of the study's runs.
+
+    Args:
+        runs: by folder; seconds: of each stage, as `read_times` gives them.
+    """
+    return {
+        name: _cost({folder: runs[folder] for folder in study.folders(name)}, seconds) for name in study.runs
+    }
+
+
+def costs_table(costs: Mapping[str, Cost]) -> Table:
+    """One row for each run, without the columns that none of them has."""
+    columns = {
+        "tokens/s in training": [f"{cost.tokens_per_second:,.0f}" for cost in costs.values()],
+        "writing the cache": [_cell(cost.cache_seconds, ",.0f", " s") for cost in costs.values()],
+        "bytes a token": [_cell(cost.bytes_per_token, ".1f") for cost in costs.values()],
+    }
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {_NOTHING}}
+    return Table(["run", *shown], list(zip(costs, *shown.values(), strict=True)))
+
+
+def _cost(seeds: Mapping[str, RunConfig], seconds: Mapping[str, float]) -> Cost:
+    speeds = [
+        row["tokens_per_second"]
+        for config in seeds.values()
+        for row in read_metrics(config.output)
+        if row["split"] == "train"
+    ]
+    speed = statistics.median(speeds)
+    caches = {
+        folder: config.distill.cache for folder, config in seeds.items() if config.distill.cache is not None
+    }
+    if not caches:
+        return Cost(speed)
+    return Cost(
+        speed,
+        statistics.mean(seconds[f"cache {folder}"] for folder in caches),
+        statistics.mean(read_cache(cache).bytes_per_token for cache in caches.values()),
+    )
+
+
+def _cell(value: float | None, form: str, unit: str = "") -> str:
+    return _NOTHING if value is None else f"{value:{form}}{unit}"
