@@ -99,11 +99,15 @@ def found(
 
 
 def check(actual: Any, expected: Any, tolerance: float) -> None:
-    """Of float32 against float64, relative to the largest entry."""
+    """Of float32 against float64, relative to the largest entry, but 0.1 at least.
+
+    Where the student is sure in all of a few tokens, the gradient with respect to a logit is a small difference of
+    terms of up to 10, each rounded by 6e-8 of itself, times an embedding of up to 12.
+    """
     assert np.isfinite(actual[0])
     assert float(actual[0]) == pytest.approx(expected[0], rel=tolerance, abs=tolerance)
     for gradient, exact in zip(actual[1:], expected[1:], strict=True):
-        np.testing.assert_allclose(gradient, exact, rtol=0, atol=tolerance * np.abs(exact).max())
+        np.testing.assert_allclose(gradient, exact, rtol=0, atol=tolerance * max(0.1, np.abs(exact).max()))
 
 
 # Logits of size 40 are rounded by 2e-6 in float32, and exp makes of that a relative error of their probabilities;
