@@ -3,7 +3,7 @@
 import argparse
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
 
@@ -11,19 +11,22 @@ if TYPE_CHECKING:
     from gemma2_jax.training.config import RunConfig
 
 DESCRIPTION = """\
-Trains several runs at once on the same batches. A teacher reads each batch once for all of them, so that three
-students cost less than three runs; each ends as it would alone, in a folder of its own, and goes on there after a stop.
+Trains several runs at once on the same batches. A teacher reads each batch once for all of them (as a whole, also where
+a student has training.accumulation), so that three students cost less than three runs; each ends as it would alone,
+in a folder of its own, and goes on there after a stop. They take their steps in turns in one process: the speed of each
+(tokens_per_second, mfu) is that of its own tokens in the time that all of them take together.
 
 What all of them have in common comes first, then each with --student NAME and what is its own: its model, optimizer,
 objective, initialise, seed, the layers that it matches (distill.match), its own samples (distill.on_policy). Data,
-tokenizer, teacher, mesh and the number of steps are shared. A baseline from text alone goes along without the teacher:
-with distill.teacher=null, and beside students of a cache distill.cache=null distill.encoding=null as well.
+tokenizer, teacher, mesh, training.steps and training.log_every are shared. A baseline from text alone goes along
+without the teacher: with distill.teacher=null, and beside students of a cache distill.cache=null distill.encoding=null
+as well.
 
   gemma2 train-together objective=distillation distill=online distill.teacher=runs/teacher output=runs/family \\
       --student wide model=small_1m \\
       --student deep model=small_1m model.d_model=64 model.num_layers=8 \\
       --student careful model=small_1m optimizer.learning_rate=3e-3 objective=jsd \\
-      --student inside model=small_1m distill=match 'distill.match.layers=[[1,3],[3,7]]' \\
+      --student inside model=small_1m distill=match 'distill.match.layers=[[1,3],[3,5]]' \\
       --student scratch model=small_1m objective=cross_entropy distill.teacher=null
 
   runs/family/wide, runs/family/deep, ...      without output=: runs/wide, runs/deep, ...
@@ -56,10 +59,12 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.data.prepare import prepare
     from gemma2_jax.sharding.hosts import first_process_first, is_first, join
     from gemma2_jax.training.loop import train_together
+    from gemma2_jax.training.start import check_together
 
     if not arguments.student:
         raise UserError("there is no student to train; name each with --student NAME key=value ….")
     configs = compose_students(arguments.overrides, arguments.student, arguments.config_dir)
+    check_together(configs)  # before the data is prepared, which may take long
     join(configs[0].hosts)
     with first_process_first():
         prepare(configs[0].data, configs[0].tokenizer)
@@ -75,12 +80,13 @@ def compose_students(
     """The configuration of each student, given as its name and its own overrides.
 
     Raises:
-        UserError: a name that is none or is given twice, or what `compose` refuses.
+        UserError: a name that is none or is given twice, a key that is not a student's or not theirs together, or
+            what `compose` refuses.
     """
-    from gemma2_jax.cli.compose import compose, pairs
+    from gemma2_jax.cli.compose import compose
     from gemma2_jax.config import UserError
 
-    folders = [str(value) for key, value in pairs(shared) if key == "output"] or ["runs"]
+    folder = _folder_of_all(shared)
     names = [name for name, *_ in students]
     configs = []
     for name, *own in students:
@@ -88,11 +94,41 @@ def compose_students(
             raise UserError(
                 f"--student {name} is no name for a run; accepted: letters, digits, _ and -, each name once."
             )
-        for key, _ in pairs(own):
-            if key in ("name", "output"):
-                raise UserError(
-                    f"--student {name} sets {key}, which follows from its name; give output=FOLDER before the students."
-                )
-        values = {"name": name, "output": f"{folders[-1]}/{name}"}
-        configs.append(compose([*shared, *own], config_dir, values))
+        values = {"name": name, "output": f"{folder}/{name}"}
+        try:
+            _check_own(own)
+            configs.append(compose([*shared, *own], config_dir, values))
+        except UserError as error:
+            raise UserError(f"--student {name}: {error}") from None
     return configs
+
+
+def _folder_of_all(shared: Sequence[str]) -> str:
+    """The folder that the runs' folders are in."""
+    from gemma2_jax.cli.compose import pairs
+    from gemma2_jax.config import UserError
+
+    folder: Any = "runs"
+    for key, value in pairs(shared):
+        if key == "name":
+            raise UserError(f"name={value} has no effect, since each --student names its run; leave it out.")
+        if key == "output":
+            folder = value
+    if folder in (None, ""):
+        shown = "null" if folder is None else "empty"
+        raise UserError(
+            f"output is {shown}; it must be a folder for those of all runs, as in output=runs/family."
+        )
+    return str(folder)
+
+
+def _check_own(own: Sequence[str]) -> None:
+    """Raises UserError if a student is given a key that cannot be its own."""
+    from gemma2_jax.cli.compose import pairs
+    from gemma2_jax.config import UserError
+
+    for key, _ in pairs(own):
+        if key in ("name", "output"):
+            raise UserError(f"{key} follows from the student's name; give output=FOLDER before the students.")
+        if key.split(".")[0] == "hosts":
+            raise UserError(f"{key} belongs to the job and not to a student; give it before the students.")

@@ -1,6 +1,7 @@
 """What a training step is fed: batches on the mesh, and a teacher, who reads them or has read them before."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import grain
@@ -26,6 +27,7 @@ from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.step import Taught, build_reading
+from gemma2_jax.training.taught_by import TaughtBy
 
 
 def cache_task(config: RunConfig) -> CacheTask:
@@ -59,13 +61,13 @@ class Inputs:
 
     Args:
         configs: of the runs, which have the same data and, if anybody, the same to teach them. For more than one, the
-            teacher reads a batch before their steps, once.
+            teacher reads a batch before their steps, once, and as a whole: each may cut it into microbatches of its
+            own (training.accumulation). A batch of own samples (distill.on_policy) needs a reading of its own.
 
     Attributes:
         teacher: that a step asks; None without one, or where a cache stands in for it.
         judge: the teacher that validations compare a run with, beside a cache too; None without one.
-        teacher_identity: tells who teaches from another, wherever it lies: the teacher's fingerprint, or that of the
-            checkpoint which a cache was made of; None without one.
+        taught_by: tells who teaches from another, wherever it lies; None without one.
         batches: the iterator on the host, whose state belongs into a checkpoint.
         share: which part of each batch's rows this process feeds, of how many.
 
@@ -79,7 +81,7 @@ class Inputs:
         self._entries: int | None = None  # K of a cache
         self.teacher: Gemma2 | None = None
         self.judge: Gemma2 | None = None
-        self.teacher_identity: str | None = None
+        self.taught_by: TaughtBy | None = None
         self.batches: grain.DatasetIterator
         distill, data = config.distill, config.data
         self.share = share = feeding_share(mesh)
@@ -100,7 +102,7 @@ class Inputs:
                 None if distill.teacher is None else distill.dtype,
             )
             self._entries = manifest.largest
-            self.teacher_identity = manifest.teacher
+            self.taught_by = TaughtBy(manifest.teacher, manifest.encoding, manifest.dtype)
             self.batches = cached_batches(data, distill.cache, *share)
         if distill.teacher is not None:
             for other in configs[1:]:  # each may match other layers
@@ -108,28 +110,32 @@ class Inputs:
             self.judge = load_teacher(distill, config.model, tokenizer, mesh)
         if distill.cache is None and self.judge is not None:
             self.teacher = self.judge
-            self.teacher_identity = fingerprint(self.judge)
+            self.taught_by = TaughtBy(fingerprint(self.judge))
         self._read: Compiled | None = None
         if self.teacher is not None and len(configs) > 1:
             capture = of_teacher_for_all(each.distill.match for each in configs)
             reading = build_reading(config.compute, distill, capture)
             self._read = reading.lower(self.teacher, abstract_batch(data, mesh)).compile()
 
-    def __next__(self) -> tuple[Batch, Taught]:
-        """The next batch, and what has been said about it."""
+    def __next__(self) -> tuple[Batch, Callable[[], Taught]]:
+        """The next batch, and what has been said about it, for who asks.
+
+        The teacher reads it for the first who does: at a step that all take on samples of their own, nobody.
+        """
         rows = next(self.batches)
         if self._entries is not None:
             cached: tuple[Batch, SparseTargets] = on_mesh(rows, self._mesh)
-            return cached
+            batch, entries = cached
+            return batch, lambda: entries
         batch = on_mesh(rows, self._mesh)
-        return batch, self.read(batch)
+        return batch, cache(lambda: self.read(batch))
 
     def read(self, batch: Batch) -> Taught:
         """What the teacher says about a batch, if it is to read it before the steps; else None."""
         return None if self._read is None else self._read(self.teacher, batch)
 
     def abstract(self) -> tuple[Batch, Taught]:
-        """Shapes, dtypes and shardings of what `next` gives."""
+        """Shapes, dtypes and shardings of a batch, and of what is said about it."""
         taught: Any = None
         if self._entries is not None:
             taught = abstract_entries(self._data, self._mesh, self._entries)

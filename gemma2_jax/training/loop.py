@@ -25,13 +25,15 @@ from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.start import (
     check_batch,
     check_data,
+    check_same_data,
     check_same_run,
-    check_same_teacher,
     check_shared,
     check_together,
     data_identity,
+    names_other_teacher,
     write_inputs,
 )
+from gemma2_jax.training.taught_by import check_same_teacher
 from gemma2_jax.training.trainer import Trainer
 
 
@@ -63,9 +65,32 @@ def train_together(configs: Sequence[RunConfig]) -> None:
     check_agreement(_what_decides(configs))
     for config in configs:
         check_same_run(config)
-    left = [config for config in configs if latest_step(config.output) != config.training.steps]
-    if not left:
+        check_same_data(config.output, config.data)
+    done = [config for config in configs if latest_step(config.output) == config.training.steps]
+    left = [config for config in configs if config not in done]
+    if not any(config.distill.teaches for config in left):
+        _check_teacher_of(done)
+    if left:
+        _train(left, done)
+
+
+def _check_teacher_of(done: Sequence[RunConfig]) -> None:
+    """Raises UserError if runs that are done, beside which nobody is taught, name another teacher than their own.
+
+    It has to be loaded for that, and so is only where it has another name, or place, than when they were trained.
+    """
+    moved = [config for config in done if names_other_teacher(config)]
+    if not moved:
         return
+    mesh = build_mesh(moved[0].mesh)
+    with jax.set_mesh(mesh), laid_out(moved[0].layout):
+        taught_by = Inputs(moved[:1], check_data(moved[0]), mesh).taught_by
+    for config in moved:
+        check_same_teacher(config, taught_by)
+
+
+def _train(left: Sequence[RunConfig], done: Sequence[RunConfig]) -> None:
+    """Trains what is left of the runs, if those that are done were taught by the same."""
     mesh = build_mesh(left[0].mesh)
     for config in left:
         check_batch(config, mesh)
@@ -80,12 +105,15 @@ def train_together(configs: Sequence[RunConfig]) -> None:
         progress = stack.enter_context(TrainingProgress(name, left[0].training.steps, show=is_first()))
         trainers = []
         for fed_the_same in _fed_the_same(left):
-            trainers += _build_trainers(fed_the_same, tokenizer, mesh, progress, stack)
+            inputs = Inputs(fed_the_same, tokenizer, mesh)
+            for config in [*fed_the_same, *done]:
+                check_same_teacher(config, inputs.taught_by)
+            trainers += _build_trainers(fed_the_same, inputs, tokenizer, mesh, progress, stack)
         for trainer in trainers:
             trainer.open_writers(stack)
         if is_first():
             for trainer in trainers:
-                write_inputs(trainer.config, trainer.inputs.teacher_identity)  # now that nothing was refused
+                write_inputs(trainer.config, trainer.inputs.taught_by)  # now that nothing was refused
         _run(trainers, progress, stack.enter_context(Profile(left[0], progress.say)))
 
 
@@ -129,15 +157,13 @@ def _fed_the_same(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 
 def _build_trainers(
     configs: Sequence[RunConfig],
+    inputs: Inputs,
     tokenizer: Tokenizer,
     mesh: Mesh,
     progress: TrainingProgress,
     stack: ExitStack,
 ) -> list[Trainer]:
     """Of runs that share their inputs, which stand where the one that is furthest behind has to go on."""
-    inputs = Inputs(configs, tokenizer, mesh)
-    for config in configs:
-        check_same_teacher(config, inputs.teacher_identity)
     begin = inputs.batches.get_state()
     trainers = []
     for config in sorted(configs, key=lambda config: latest_step(config.output) or 0, reverse=True):
@@ -156,8 +182,7 @@ def _run(trainers: Sequence[Trainer], progress: TrainingProgress, profile: Profi
         # All clocks are stopped before the first run is evaluated.
         for trainer in stepping:
             trainer.settle()
-        for trainer in stepping:
-            trainer.report()
+        _report(stepping, len(trainers))
 
 
 def _take_steps(trainers: Sequence[Trainer]) -> None:
@@ -166,6 +191,24 @@ def _take_steps(trainers: Sequence[Trainer]) -> None:
         for trainer in trainers:
             if trainer.inputs is inputs:
                 trainer.take_step(*fed)
+
+
+def _report(trainers: Sequence[Trainer], together: int) -> None:
+    """Raises UserError if a loss is not finite: when the others have saved what is due, so that they can go on."""
+    broken = {}
+    for trainer in trainers:
+        try:
+            trainer.report()
+        except UserError as error:
+            broken[trainer.config.name] = error
+    if broken:
+        first = next(iter(broken.values()))
+        if len(broken) == together:
+            raise first
+        without = " ".join(f"--student {name}" for name in broken)
+        raise UserError(
+            f"{str(first).removesuffix('.')}; without {without}, the same command goes on with the others."
+        )
 
 
 def _wait_for(trainers: Sequence[Trainer]) -> None:

@@ -70,7 +70,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A Weights & Biases run, resumed under the id in RUN/wandb.id.
+    """A Weights & Biases run, resumed under the id in RUN/wandb.id; one of several where runs are trained together.
 
     It takes no step twice: rows after a checkpoint that a cut-off run had sent already are equal to their repeats.
     """
@@ -91,6 +91,7 @@ class WandbWriter:
             name=run_folder.name,
             dir=run_folder,
             resume="allow",
+            reinit="create_new",  # by default, a second run of one process ends the first
             config=dict(config),
         )
 

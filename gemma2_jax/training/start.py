@@ -21,9 +21,9 @@ from gemma2_jax.model.weights import dim_sizes
 from gemma2_jax.sharding.hosts import wait_for_all
 from gemma2_jax.sharding.layout import check_activations, laid_out
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.taught_by import TaughtBy, read_taught_by
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
-TEACHER_FILE = "teacher.json"  # and who taught it, if anybody did
 
 # What may differ between the configuration that a run began with and the one that goes on with it: where
 # things lie and what watches them. That the data, the tokenizer and the teacher are the same is checked by content.
@@ -68,8 +68,8 @@ def check_data(config: RunConfig) -> Tokenizer:
     """The run's tokenizer, after its data was found to be there and to fit.
 
     Raises:
-        UserError: the tokenizer has another number of tokens than the model, the data was prepared with another
-            one or has no validation documents, or the run was begun on other data.
+        UserError: the tokenizer has another number of tokens than the model, or the data was prepared with another
+            one or has no validation documents.
     """
     tokenizer = tokenizer_of(config.data, config.tokenizer)
     check_tokens(config.model, tokenizer.vocab_size, f"tokenizer.path {config.tokenizer.path}")
@@ -79,7 +79,6 @@ def check_data(config: RunConfig) -> Tokenizer:
             f"data.folder {config.data.folder} has no validation documents, which runs are evaluated on; prepare "
             "it with data.validation_fraction above 0."
         )
-    check_same_data(config.output, config.data)
     return tokenizer
 
 
@@ -98,10 +97,13 @@ def check_same_run(config: RunConfig) -> None:
 def changes(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """The dotted key and both values of all that makes `asked` another run than `begun`."""
     may_change = set(_MAY_CHANGE)
-    if (Path(asked.output) / TEACHER_FILE).exists():  # which runs of before it was there have not
+    taught_by = read_taught_by(asked.output)
+    if taught_by is not None:  # which runs of before it was there have not
         may_change.add("distill.teacher")
+        if taught_by.encoding is not None and asked.distill.cache is not None:
+            may_change.add("distill.cache")
     for key, one, other in _differences(to_dict(begun), to_dict(asked)):
-        if not {key, key.split(".")[0]} & may_change:
+        if not any(f"{key}.".startswith(f"{name}.") for name in may_change):
             yield key, one, other
 
 
@@ -115,19 +117,13 @@ def check_same_data(run_folder: str | Path, data: DataConfig) -> None:
         )
 
 
-def check_same_teacher(config: RunConfig, identity: str | None) -> None:
-    """Raises UserError if the run was taught by another than the one of `Inputs.teacher_identity`."""
-    path = Path(config.output) / TEACHER_FILE
-    if identity is None or not path.exists():
-        return
-    begun = json.loads(path.read_text(encoding="utf-8"))["identity"]
-    if begun != identity:
-        cache, teacher = config.distill.cache, config.distill.teacher
-        now = f"distill.teacher {teacher}" if cache is None else f"distill.cache {cache}"
-        raise UserError(
-            f"{config.output} was taught by other weights ({begun[:12]}, {TEACHER_FILE}) than those of {now} "
-            f"({identity[:12]}); choose another output, or delete that folder to train again."
-        )
+def names_other_teacher(config: RunConfig) -> bool:
+    """Whether the run in the folder had its teacher or its cache elsewhere, or another one."""
+    path = Path(config.output) / CONFIG_FILE
+    if not path.exists():
+        return False
+    begun = load(RunConfig, path).distill
+    return (begun.teacher, begun.cache) != (config.distill.teacher, config.distill.cache)
 
 
 def data_identity(data: DataConfig) -> dict[str, str]:
@@ -136,15 +132,15 @@ def data_identity(data: DataConfig) -> dict[str, str]:
     return {"documents": manifest.identity, "tokenizer": manifest.tokenizer}
 
 
-def write_inputs(config: RunConfig, teacher_identity: str | None) -> None:
-    """Save the resolved configuration, a copy of the tokenizer, and the data's and the teacher's identity in the run
+def write_inputs(config: RunConfig, taught_by: TaughtBy | None) -> None:
+    """Save the resolved configuration, a copy of the tokenizer, the data's identity and who teaches in the run
     folder."""
     folder = Path(config.output)
     save(config, folder / CONFIG_FILE)
     write_bytes(folder / TOKENIZER_FILE, Path(config.tokenizer.path).read_bytes())
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
-    if teacher_identity is not None:
-        write_text(folder / TEACHER_FILE, json.dumps({"identity": teacher_identity}))
+    if taught_by is not None:
+        taught_by.save(folder)
 
 
 def _check_same(configs: Sequence[RunConfig], shared: Callable[[RunConfig], dict[str, Any]]) -> None:
@@ -160,7 +156,8 @@ def _shared(config: RunConfig) -> dict[str, Any]:
     """What runs that are trained together have in common."""
     whole = to_dict(config)
     names = ("data", "tokenizer", "mesh", "layout", "compute", "profile", "compilation_cache")
-    in_training = ("steps", "profile_steps") if config.profile else ("steps",)
+    # When one logs, all clocks stand: the time of the others' evaluations and checkpoints is in no one's speed.
+    in_training = ("steps", "log_every", *(("profile_steps",) if config.profile else ()))
     shared = {name: whole[name] for name in names}
     return {**shared, "training": {name: whole["training"][name] for name in in_training}}
 

@@ -1,8 +1,10 @@
 """One run in progress: its state, its compiled steps, its checkpoints, and whom it reports to."""
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +103,16 @@ class Trainer:
             for writer in self._writers:
                 stack.callback(writer.close)
 
-    def take_step(self, batch: Batch, taught: Taught) -> None:
-        """Begins a step; it may still be computed when this returns."""
+    def take_step(self, batch: Batch, taught: Callable[[], Taught]) -> None:
+        """Begins a step on what `next(inputs)` gave; it may still be computed when this returns."""
         self._stopwatch.start()
         origin = {}
         if self._rollout is not None:
             origin["on_policy"] = self._on_policy_steps[self.step]
             if origin["on_policy"]:
                 batch = self._rollout(self.state.params, batch, self.state.step)
-                taught = self.inputs.read(batch)
-        self.state, row = self._train_step(self.state, self.inputs.teacher, batch, taught)
+                taught = partial(self.inputs.read, batch)
+        self.state, row = self._train_step(self.state, self.inputs.teacher, batch, taught())
         self._rows.append(row | origin)
         self.step += 1
 

@@ -1,10 +1,12 @@
 """The verb train-together: what each student's configuration becomes, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from gemma2_jax.checkpoints.store import latest_step
+from gemma2_jax.cli.compose import compose
 from gemma2_jax.cli.main import main
 from gemma2_jax.cli.train_together import compose_students
 from gemma2_jax.config import UserError
@@ -27,11 +29,12 @@ def test_each_student_has_what_is_shared_and_its_own():
 
 def test_what_each_makes_of_the_teacher_is_its_own():
     """As in the verb's description, and from a cache."""
-    inside = ["inside", "model=small_1m", "distill=match", "distill.match.layers=[[1,3],[3,7]]"]
+    inside = ["inside", "model=small_1m", "distill=match", "distill.match.layers=[[1,3],[3,5]]"]
     scratch = ["scratch", "model=small_1m", "objective=cross_entropy", "distill.teacher=null"]
     taught, matching, text = compose_students(SHARED, [["wide", "model=small_1m"], inside, scratch], None)
     assert matching.distill.teacher == "runs/teacher"
     assert matching.distill.match is not None
+    matching.distill.match.check_teacher(matching.model, compose(["experiment=quickstart/teacher"]).model)
     assert not text.distill.teaches
     check_together([taught, matching, text])
     of_a_cache = [*SHARED, "distill=cached", "distill.cache=runs/cache"]
@@ -47,12 +50,38 @@ def test_what_each_makes_of_the_teacher_is_its_own():
     [
         ([["a"], ["a"]], "--student a is no name for a run"),
         ([["model=toy"]], "--student model=toy is no name"),
-        ([["a", "output=x"]], "--student a sets output, which follows from its name"),
+        (
+            [["a", "output=x"]],
+            "--student a: output follows from the student's name; give output=FOLDER before",
+        ),
+        (
+            [["a", "hosts.process_id=1"]],
+            "--student a: hosts.process_id belongs to the job and not to a student",
+        ),
+        ([["a", "hosts=single"]], "--student a: hosts belongs to the job"),
+        ([["a"], ["b", "model=smal_1m"]], "--student b: there is no model smal_1m, did you mean small_1m"),
+        ([["a"], ["b", "seed"]], "--student b: 'seed' cannot be read"),
     ],
 )
-def test_names_that_are_none(students, told):
+def test_students_that_are_none(students, told):
     with pytest.raises(UserError, match=told):
         compose_students(SHARED, students, None)
+
+
+@pytest.mark.parametrize(
+    ("shared", "told"),
+    [
+        ("name=family", "name=family has no effect, since each --student names its run; leave it out."),
+        (
+            "output=null",
+            "output is null; it must be a folder for those of all runs, as in output=runs/family.",
+        ),
+        ("output=", "output is empty; it must be a folder for those of all runs, as in output=runs/family."),
+    ],
+)
+def test_what_cannot_be_shared(shared, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        compose_students([*SHARED, shared], [["a"]], None)
 
 
 def test_from_the_command_line(corpus: Path, tmp_path: Path, capsys):
@@ -86,5 +115,7 @@ def test_from_the_command_line(corpus: Path, tmp_path: Path, capsys):
         f"{tmp_path}/runs/{name} is trained to step 2.\n" for name in ("one", "two")
     )
     assert [latest_step(tmp_path / "runs" / name) for name in ("one", "two")] == [2, 2]
-    assert main([*command, "--student", "one", "--student", "three", "data.seed=5"]) == 1
+    unprepared = [*command, f"data.folder={tmp_path}/other"]
+    assert main([*unprepared, "--student", "one", "--student", "three", "data.seed=5"]) == 1
     assert "one has data.seed=0, and three has 5" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()  # refused before

@@ -16,6 +16,7 @@ from gemma2_jax.sharding.hosts import HostsConfig
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train as train_here
+from gemma2_jax.training.loop import train_together
 from gemma2_jax.training.metrics import read_metrics
 from tests.multihost.job import GEMMA2, Ended, run_job
 
@@ -95,6 +96,27 @@ def test_a_teacher_divided_over_two_processes(config: Path, alone: Path, tmp_pat
     train_here(replace(expected, output=str(tmp_path / "here"), mesh=MeshConfig(1, 4, 2)))
     assert_same_metrics(tmp_path / "two", tmp_path / "here")
     assert all(row["kl"] > 0 for row in read_metrics(tmp_path / "two"))
+
+
+@pytest.mark.slow
+def test_two_students_of_a_teacher_and_a_baseline(config: Path, alone: Path, tmp_path: Path) -> None:
+    experiment = tmp_path / "experiments" / "toy.yaml"
+    experiment.parent.mkdir()
+    experiment.write_text("# @package _global_\n" + config.read_text())
+    of_text = ["objective.cross_entropy=1.0", "objective.forward_kl=0.0", "distill.teacher=null"]
+    students = ["--student", "one", "seed=1", "--student", "other", "seed=2", "--student", "text", *of_text]
+    taught = ["objective.cross_entropy=0.0", "objective.forward_kl=1.0", f"distill.teacher={alone}"]
+    # What is shared goes last, since run_job adds to it where the processes are.
+    shared = ["--config-dir", str(tmp_path), "experiment=toy", f"output={tmp_path}/two", "training.steps=2"]
+    command = [*GEMMA2, "train-together", *students, *shared, *taught]
+    ended = run_job([command] * 2)
+    assert [process.code for process in ended] == [0, 0], ended
+    folders = [tmp_path / "two" / name for name in ("one", "other", "text")]
+    found = [load(RunConfig, folder / "config.yaml") for folder in folders]
+    train_together([replace(each, output=f"{each.output}-here", mesh=MeshConfig(1, 4, 2)) for each in found])
+    for folder in folders:
+        assert_same_metrics(folder, Path(f"{folder}-here"))
+        assert all(("kl" in row) == (folder.name != "text") for row in read_metrics(folder))
 
 
 def test_only_process_0_prints(two: tuple[Path, list[Ended]]) -> None:

@@ -1,5 +1,7 @@
 """A student that learns from a cache as it would from the teacher itself."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +89,45 @@ def test_a_run_from_a_cache_goes_on_where_it_was(full: RunConfig, tmp_path: Path
     train(cut)
     assert losses(cut) == losses(full)
     chex.assert_trees_all_equal(load_model(cut.output).params(), load_model(full.output).params())
+
+
+@pytest.fixture
+def begun(full: RunConfig, tmp_path: Path) -> RunConfig:
+    """A run that was stopped, from a cache of its own, which it takes as it is."""
+    cache = shutil.copytree(str(full.distill.cache), tmp_path / "cache")
+    distill = replace(full.distill, cache=str(cache), encoding=None)
+    config = replace(full, output=str(tmp_path / "run"), distill=distill)
+    with stopped_after(5):
+        train(config)
+    return config
+
+
+def test_a_run_goes_on_where_its_cache_was_moved_to(
+    begun: RunConfig, full: RunConfig, tmp_path: Path
+) -> None:
+    shutil.move(str(begun.distill.cache), tmp_path / "moved")
+    train(replace(begun, distill=replace(begun.distill, cache=str(tmp_path / "moved"))))
+    assert losses(begun) == losses(full)
+
+
+def test_a_cache_that_was_made_anew_is_not_the_runs(
+    begun: RunConfig, full: RunConfig, online: RunConfig
+) -> None:
+    other = cached(online, replace(FULL, weight_bits=12), "coarse").distill.cache
+    kept = Path(begun.output, "teacher.json")
+    shutil.rmtree(str(begun.distill.cache))
+    shutil.copytree(str(other), str(begun.distill.cache))
+    with pytest.raises(
+        UserError,
+        match=r"was taught by a cache with distill\.encoding\.weight_bits=16 .*, and that of .* has 12",
+    ):
+        train(begun)
+    # What was written before it told of the cache: the teacher is the same, and the cache has to be in its place.
+    kept.write_text(json.dumps({"identity": json.loads(kept.read_text())["identity"]}))
+    with pytest.raises(UserError, match=r"holds a run with distill\.cache="):
+        train(replace(begun, distill=replace(begun.distill, cache=other)))
+    train(begun)
+    assert latest_step(begun.output) == 8
 
 
 def test_on_another_mesh(full: RunConfig, tmp_path: Path) -> None:

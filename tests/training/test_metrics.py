@@ -67,6 +67,34 @@ def test_wandb_is_logged_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert settings["config"] == {"seed": 1}
 
 
+def test_wandb_is_logged_to_by_several_runs_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in that ends the run before, as wandb does unless it is asked for a new one beside it."""
+    runs: list[Any] = []
+
+    def init(*, name: str, reinit: str = "finish_previous", **_: Any) -> Any:
+        if reinit != "create_new":
+            for run in runs:
+                run.rows = None
+        run = SimpleNamespace(name=name, rows=[], finish=lambda: None)
+        run.log = lambda row, step: run.rows.append((step, row))
+        runs.append(run)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = MetricsConfig(tensorboard=False, wandb_project="study")
+    for name in ("wide", "deep"):
+        (tmp_path / name).mkdir()
+    both = [open_writers(config, tmp_path / name, 0, {}) for name in ("wide", "deep")]
+    for loss, writers in enumerate(both):
+        for writer in writers:
+            writer.write(1, "train", {"loss": float(loss)})
+            writer.close()
+    logged = {run.name: run.rows for run in runs}
+    assert logged == {"wide": [(1, {"train/loss": 0.0})], "deep": [(1, {"train/loss": 1.0})]}
+
+
 def test_wandb_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"install the extra gemma2_jax\[wandb\]"):

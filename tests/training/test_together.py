@@ -7,13 +7,15 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import pytest
 
 from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.config import UserError
+from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.matching import MatchConfig
-from gemma2_jax.distill.on_policy import OnPolicyConfig
+from gemma2_jax.distill.on_policy import OnPolicyConfig, on_policy_steps
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.layers import Embedder
 from gemma2_jax.objectives.objective import ObjectiveConfig
@@ -22,6 +24,7 @@ from gemma2_jax.training import inputs, trainer
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train, train_together
 from gemma2_jax.training.metrics import read_metrics
+from gemma2_jax.training.step import Taught
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
 
@@ -107,10 +110,26 @@ def test_each_is_as_it_would_be_alone(together: list[RunConfig], tmp_path: Path)
         assert written(config.output) == written(alone.output)
 
 
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> list[Taught]:
+    """What a teacher read before the steps, one for each time."""
+    found: list[Taught] = []
+    read = inputs.Inputs.read
+
+    def watched(self: inputs.Inputs, batch: Batch) -> Taught:
+        taught = read(self, batch)
+        if taught is not None:
+            found.append(taught)
+        return taught
+
+    monkeypatch.setattr(inputs.Inputs, "read", watched)
+    return found
+
+
 def test_the_teacher_reads_each_batch_once(
-    students: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    students: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readings: list[Taught]
 ) -> None:
-    """While the steps are compiled, the teacher is never traced: what they take is what it has said."""
+    """And is in no student's step, which takes what it has said."""
     traced = []
     encode = Embedder.encode
 
@@ -121,8 +140,49 @@ def test_the_teacher_reads_each_batch_once(
     monkeypatch.setattr(Embedder, "encode", watched)
     monkeypatch.setattr(trainer, "validate", lambda *_: {"cross_entropy": 0.0, "perplexity": 1.0})
     train_together([replace(config, output=str(tmp_path / config.name)) for config in students])
+    third = students[2]
+    assert third.distill.on_policy is not None
+    own = on_policy_steps(third.distill.on_policy, third.seed, third.training.steps)
+    assert sum(own) > 0
+    assert len(readings) == third.training.steps + sum(own)
     assert traced.count(48) == 1
     assert traced.count(32) >= len(students)
+
+
+def test_a_batch_that_nobody_takes_is_not_read(
+    students: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readings: list[Taught]
+) -> None:
+    """Both train on their own samples alone."""
+    device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: device)
+    first = replace(
+        students[0],
+        output=str(tmp_path / "one"),
+        mesh=MeshConfig(1, 1, 1),
+        distill=replace(students[0].distill, on_policy=OnPolicyConfig(1.0, prompt_tokens=8)),
+        training=replace(students[0].training, steps=2, eval_every=2),
+    )
+    train_together([first, replace(first, name="other", output=str(tmp_path / "other"))])
+    assert len(readings) == 2 * 2
+
+
+def test_one_whose_loss_breaks_lets_the_others_save(
+    students: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = trainer.Trainer._log
+
+    def broken(self: trainer.Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
+        if self.config.name == "first" and self.step == 2:
+            rows = [row | {"loss": jnp.float32("nan")} for row in rows]
+        log(self, rows, seconds)
+
+    monkeypatch.setattr(trainer.Trainer, "_log", broken)
+    first, text = (replace(students[place], output=str(tmp_path / str(place))) for place in (0, 3))
+    with pytest.raises(UserError) as error:
+        train_together([first, text])
+    assert "stopped before step 2: loss is nan; try a lower optimizer.learning_rate" in str(error.value)
+    assert str(error.value).endswith("; without --student first, the same command goes on with the others.")
+    assert [latest_step(config.output) for config in (first, text)] == [None, 2]
 
 
 def test_a_stop_between_two_checkpoints(
@@ -181,6 +241,9 @@ def test_runs_that_do_not_go_together(students: list[RunConfig]) -> None:
         train_together([first, replace(other, data=replace(first.data, seed=1))])
     with pytest.raises(UserError, match=r"first has training.steps=5, and other has 6"):
         train_together([first, replace(other, training=replace(first.training, steps=6))])
+    every_second = replace(first.training, log_every=2, eval_every=2)
+    with pytest.raises(UserError, match=r"first has training.log_every=1, and other has 2"):
+        train_together([first, replace(other, training=every_second)])
     padded = replace(first.model, vocab_size=416, vocab_padding=16)
     with pytest.raises(UserError, match=r"first has model.vocab_size=400, and other has 416"):
         train_together([first, replace(other, model=padded)])
