@@ -6,8 +6,10 @@ from its newest checkpoint. The job has the environment that it is submitted fro
 
 import importlib.util
 import shlex
+import signal
 import subprocess
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gemma2_jax.config import UserError
@@ -27,8 +29,16 @@ class Training:
         self.script = script
 
     def __call__(self) -> None:
-        process = subprocess.Popen(["bash", self.script])
+        # No signal before it is known whom to stop: the training would go on alone.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        release = partial(signal.pthread_sigmask, signal.SIG_SETMASK, held)
         try:
+            process = subprocess.Popen(["bash", self.script], preexec_fn=release)
+        except BaseException:
+            release()
+            raise
+        try:
+            release()
             code = process.wait()
         except BaseException:  # submitit stops this process alone
             process.terminate()

@@ -46,14 +46,24 @@ def test_a_slurm_job_does_not_end_at_the_signal_for_submitit(tmp_path: Path) -> 
     assert (done.returncode, done.stdout) == (0, "alive\n")
 
 
-def test_a_node_takes_its_training_along_when_it_is_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("starting", [0.0, 1.0])  # seconds: the second is stopped while it starts
+def test_a_node_takes_its_training_along_when_it_is_stopped(starting: float, tmp_path: Path) -> None:
     """submitit raises in the process that waits; the training would go on without it."""
     script = tmp_path / "job.sh"
     script.write_text(
         f"trap 'echo stopped > {tmp_path}/said; exit 1' TERM\necho $$ > {tmp_path}/pid\n"
         "while true; do sleep 0.05; done\n"
     )
-    waiting = f"from gemma2_jax.launching.slurm import Training; Training({str(script)!r})()"
+    waiting = (
+        "import subprocess, time\n"
+        "from gemma2_jax.launching.slurm import Training\n"
+        "class Popen(subprocess.Popen):\n"
+        "    def __init__(self, *arguments, **keywords):\n"
+        "        super().__init__(*arguments, **keywords)\n"
+        f"        time.sleep({starting})\n"
+        "subprocess.Popen = Popen\n"
+        f"Training({str(script)!r})()"
+    )
     with subprocess.Popen([sys.executable, "-c", waiting], stderr=subprocess.DEVNULL) as node:
         while not (tmp_path / "pid").exists():
             assert node.poll() is None
