@@ -57,6 +57,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
+def differences(
+    one: Mapping[str, Any], other: Mapping[str, Any], missing: Any = None, above: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """The dotted key and both values of what differs between two nested dicts; `missing` for a key that one lacks."""
+    for name in dict.fromkeys([*other, *one]):
+        first, second = one.get(name, missing), other.get(name, missing)
+        if isinstance(first, dict) and isinstance(second, dict):
+            yield from differences(first, second, missing, f"{above}{name}.")
+        elif first != second:
+            yield f"{above}{name}", first, second
+
+
 def save(config: Any, path: str | os.PathLike[str]) -> None:
     """Writes the dataclass to `path` as YAML; `load` gives an equal one back."""
     write_text(path, to_yaml(config))

@@ -225,12 +225,12 @@ def _parts(
                 _add_text(digest, text)
                 taken += 1
                 characters += len(text)
+            shards = {held_out: writer.finish() for held_out, writer in writers.items()}
         except BaseException:
             for writer in writers.values():
                 writer.abandon()
             raise
         if taken:
-            shards = {held_out: writer.finish() for held_out, writer in writers.items()}
             yield Part(taken, digest.hexdigest(), shards.get(False), shards.get(True))
             number += 1
 

@@ -26,7 +26,7 @@ import jax
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 
-from gemma2_jax.config import UserError
+from gemma2_jax.config import UserError, differences
 from gemma2_jax.sharding.ending import watch
 from gemma2_jax.sharding.rendezvous import meet, split_address
 
@@ -184,23 +184,12 @@ def check_agreement(values: Mapping[str, Any]) -> None:
     if is_first():
         client.key_value_set(key, json.dumps(values))
         return
-    first = _flat(json.loads(client.blocking_key_value_get(key, _WAIT_HOURS * 3600 * 1000)))
-    own = _flat(json.loads(json.dumps(values)))
-    for name in own | first:
-        there, here = first.get(name, "missing"), own.get(name, "missing")
-        if there != here:
-            raise UserError(
-                f"{name} is {there} in process 0 and {here} in process {jax.process_index()}; all processes must be "
-                "started by the same command, and see the same files."
-            )
-
-
-def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """By dotted key, what is nested."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
-    return flat
+    first = json.loads(client.blocking_key_value_get(key, _WAIT_HOURS * 3600 * 1000))
+    for name, there, here in differences(first, json.loads(json.dumps(values)), missing="missing"):
+        raise UserError(
+            f"{name} is {there} in process 0 and {here} in process {jax.process_index()}; all processes must be "
+            "started by the same command, and see the same files."
+        )
 
 
 def _numbered(name: str) -> str:

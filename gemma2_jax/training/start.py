@@ -1,7 +1,7 @@
 """What is checked, and written into the run folder, before anything is computed."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE
-from gemma2_jax.config import UserError, load, save, to_dict
+from gemma2_jax.config import UserError, differences, load, save, to_dict
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import tokenizer_of
 from gemma2_jax.data.shards import read_manifest
@@ -102,7 +102,7 @@ def changes(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]
         may_change.add("distill.teacher")
         if taught_by.encoding is not None and asked.distill.cache is not None:
             may_change.add("distill.cache")
-    for key, one, other in _differences(to_dict(begun), to_dict(asked)):
+    for key, one, other in differences(to_dict(begun), to_dict(asked)):
         if not any(f"{key}.".startswith(f"{name}.") for name in may_change):
             yield key, one, other
 
@@ -146,7 +146,7 @@ def write_inputs(config: RunConfig, taught_by: TaughtBy | None) -> None:
 def _check_same(configs: Sequence[RunConfig], shared: Callable[[RunConfig], dict[str, Any]]) -> None:
     for config in configs[1:]:
         first = configs[0]
-        for key, one, other in _differences(shared(first), shared(config)):
+        for key, one, other in differences(shared(first), shared(config)):
             raise UserError(
                 f"{first.name} has {key}={one}, and {config.name} has {other}; runs that are trained together share it."
             )
@@ -172,15 +172,3 @@ def _teaching(config: RunConfig) -> dict[str, Any]:
     if config.distill.cache is not None:
         shared["objective"] = {"temperature": whole["objective"]["temperature"]}
     return shared
-
-
-def _differences(
-    begun: Mapping[str, Any], asked: Mapping[str, Any], above: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """The dotted key and both values of all that differs between two configurations; None where one has no such key."""
-    for name in dict.fromkeys([*asked, *begun]):
-        one, other = begun.get(name), asked.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from _differences(one, other, f"{above}{name}.")
-        elif one != other:
-            yield f"{above}{name}", one, other

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -168,6 +169,20 @@ def stopped_after(
     assert not manifest.complete
     assert len(manifest.parts) == parts
     return manifest
+
+
+def test_a_full_disk_is_told(data: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path):
+    """A limit to the size of a file stands for the end of the disk."""
+    full, limit = replace(data, folder=str(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"train-00000.arrayrecord could not be written: "):
+            prepare(full, tokenizer_config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not [name for name in contents(tmp_path) if name.endswith((".tmp", ".arrayrecord"))]
+    prepare(full, tokenizer_config)
+    assert contents(tmp_path) == contents(data.folder)
 
 
 def test_interrupted_preparation_goes_on(

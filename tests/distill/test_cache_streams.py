@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma2_jax.distill.cache.streams import StreamsReader, StreamsWriter, width
+from gemma2_jax.distill.cache.streams import StreamsReader, StreamsWriter, bytes_for
 
 Values = list[list[int]]  # of each record
 
@@ -52,8 +52,8 @@ def test_all_streams_come_back_in_their_order(scales: Values, small: Values, pla
 
 
 @given(st.integers(1, 2**40))
-def test_the_width_is_the_least_that_holds_a_number(largest: int) -> None:
-    assert 256 ** width(largest) > largest >= 256 ** (width(largest) - 1)
+def test_the_bytes_are_the_least_that_holds_a_number(largest: int) -> None:
+    assert 256 ** bytes_for(largest) > largest >= 256 ** (bytes_for(largest) - 1)
 
 
 def entropy(values: np.ndarray) -> float:

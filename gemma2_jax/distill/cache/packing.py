@@ -21,7 +21,7 @@ import zstandard
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries
-from gemma2_jax.distill.cache.streams import StreamsReader, StreamsWriter, width
+from gemma2_jax.distill.cache.streams import StreamsReader, StreamsWriter, bytes_for
 from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.kernels.softcap import NEVER
 from gemma2_jax.model.config import ModelConfig
@@ -105,8 +105,8 @@ class Packer:
         # As many for every token, or None.
         self._number = {"full": num_tokens, "top_k": config.entries}.get(config.kind)
         draws = config.entries or 1
-        self._of_numbers, self._of_draws = width(draws), width(draws - 1)
-        self._of_logs = width((1 << grid.bits) - 1)
+        self._of_numbers, self._of_draws = bytes_for(draws), bytes_for(draws - 1)
+        self._of_logs = bytes_for((1 << grid.bits) - 1)
         self._log_shares = np.log(np.arange(1, draws + 1) / draws).astype(np.float32)
         self._logs = grid.logs()
 

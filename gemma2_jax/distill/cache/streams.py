@@ -1,6 +1,6 @@
 """Streams of unsigned integers to bytes and back, close to their entropy, by operations on whole arrays.
 
-A record is a checksum, then frames, each behind its length; a stream is one or two kinds of them:
+A record is a checksum, then frames, each behind its length. There are three ways to make frames of a stream:
 
     planes    numbers of a fixed width: all lowest bytes, all second ones, ..., each through zstd
     scales    numbers from 1 whose size varies: each one's bit length through zstd, and what follows its leading 1
@@ -30,7 +30,7 @@ _BITS = 8 * (_WINDOW - 1) + 1  # behind its leading 1, at most
 _ONES = np.left_shift(1, np.arange(_BITS + 1), dtype=np.int32)  # the leading 1 before so many
 
 
-def width(largest: int) -> int:
+def bytes_for(largest: int) -> int:
     """The bytes that hold a number."""
     return max(1, (largest.bit_length() + 7) // 8)
 
