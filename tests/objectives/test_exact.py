@@ -46,19 +46,21 @@ OBJECTIVES = {
 EACH = pytest.mark.parametrize("config", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 
 
-def heads(B: int, T: int, padding: int = 0) -> tuple[LMHead, LMHead, jax.Array, jax.Array]:
-    """Student, teacher, targets, mask. Logits reach 40, so that the cap bites; rows of padding would be larger."""
+def heads(
+    B: int, T: int, padding: int = 0, scale: float = 1.0
+) -> tuple[LMHead, LMHead, jax.Array, jax.Array]:
+    """Student, teacher, targets, mask. Logits reach 40 x scale: at 1 the cap bites. Rows of padding would be larger."""
     keys = jax.random.split(jax.random.key(B * 100 + T), 6)
     last = 1 + 30 * (jnp.arange(V + padding) >= V)[:, None]
     student = LMHead(
         jax.random.normal(keys[0], (B, T, D)),
-        last * 4 * jax.random.normal(keys[1], (V + padding, D)),
+        last * 4 * scale * jax.random.normal(keys[1], (V + padding, D)),
         softcap=30.0,
         vocab_padding=padding,
     )
     teacher = LMHead(
         jax.random.normal(keys[2], (B, T, D_TEACHER)),
-        last * 3 * jax.random.normal(keys[3], (V + padding, D_TEACHER)),
+        last * 3 * scale * jax.random.normal(keys[3], (V + padding, D_TEACHER)),
         softcap=25.0,
         vocab_padding=padding,
     )
@@ -99,15 +101,11 @@ def found(
 
 
 def check(actual: Any, expected: Any, tolerance: float) -> None:
-    """Of float32 against float64, relative to the largest entry, but 0.1 at least.
-
-    Where the student is sure in all of a few tokens, the gradient with respect to a logit is a small difference of
-    terms of up to 10, each rounded by 6e-8 of itself, times an embedding of up to 12.
-    """
+    """Of float32 against float64, relative to the largest entry."""
     assert np.isfinite(actual[0])
     assert float(actual[0]) == pytest.approx(expected[0], rel=tolerance, abs=tolerance)
     for gradient, exact in zip(actual[1:], expected[1:], strict=True):
-        np.testing.assert_allclose(gradient, exact, rtol=0, atol=tolerance * max(0.1, np.abs(exact).max()))
+        np.testing.assert_allclose(gradient, exact, rtol=0, atol=tolerance * np.abs(exact).max())
 
 
 # Logits of size 40 are rounded by 2e-6 in float32, and exp makes of that a relative error of their probabilities;
@@ -134,7 +132,8 @@ def test_each_objective(config: ObjectiveConfig, padding: int) -> None:
 )
 def test_blocks_of_any_size(B: int, T: int, block_tokens: int, name: str) -> None:
     config = replace(OBJECTIVES[name], block_tokens=block_tokens)
-    student, teacher, targets, mask = heads(B, T)
+    # Of one token that the student is sure of, the gradient is what float32's rounding leaves of 1 - 0.999.
+    student, teacher, targets, mask = heads(B, T, scale=0.25)
     signal = teacher if config.needs_teacher else None
     actual = found(config, student, signal, targets, mask)
     check(actual, value_and_gradients(config, student, signal, targets, mask), TOLERANCE)
