@@ -110,11 +110,13 @@ def test_teacher_cache(corpus: Path):
             "--steps=10",
             "--cached-steps=1",
             "--fed-tokens=1",
+            "--trained-steps=2",
         ),
         *(f"--source={corpus}", "--trained-vocab-size=400"),
     )
     assert list(figures)[:2] == ["sampled, N = 12", "sampled, N = 50"]
-    assert list(figures)[-1] == "training, on these devices"
+    batches = ["batches, B x T: 16 x 128", "batches, B x T: 32 x 1024"]
+    assert list(figures)[-4:] == [*batches, "training, text", "training, cached"]
     assert min(figures.values()) > 0
 
 
