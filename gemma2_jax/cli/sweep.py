@@ -9,12 +9,14 @@ from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
 
 if TYPE_CHECKING:
     from gemma2_jax.studies.sweep import Combination
-    from gemma2_jax.training.config import RunConfig
+
+_SHOWN = 10  # combinations that cannot be run, in the message about them
 
 DESCRIPTION = """\
 Trains one run for each combination of the keys that list several values, one after another, and compares their
-final validation losses in one table. Combinations that are done are skipped, so the same command goes on after a
-stop; one that fails is reported, and the others go on.
+final validation losses in one table, also averaged over seeds, and in a plot. All combinations are checked before the
+first one starts. Those that are done are skipped, so the same command goes on after a stop; one that fails is
+reported, and the others go on.
 
   gemma2 sweep experiment=quickstart/scratch optimizer.learning_rate=1e-3,3e-3 seed=0,1    four runs
   gemma2 sweep experiment=quickstart/scratch 'seed=range(0,5)' training.steps=200          five runs
@@ -22,7 +24,7 @@ stop; one that fails is reported, and the others go on.
 
 The runs lie in runs/sweeps/EXPERIMENT/KEYS (the first of these sweeps: runs/sweeps/quickstart/scratch/
 optimizer.learning_rate+seed; without an experiment runs/sweeps/train/KEYS), or in the folder output=, each named
-by its values, with table.md and results.json beside them.
+by its values, with table.md, summary.png, loss.png and results.json beside them.
 """
 
 
@@ -38,10 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from gemma2_jax.sharding.hosts import is_first, join
     from gemma2_jax.studies.sweep import run_sweep
-    from gemma2_jax.training.config import RunConfig
 
     combinations, output = compose_sweep(arguments.overrides, arguments.config_dir)
-    join(next(found.config for found in combinations if isinstance(found.config, RunConfig)).hosts)
+    join(combinations[0].config.hosts)
     return 0 if run_sweep(combinations, output, Console(quiet=not is_first())) else 1
 
 
@@ -49,8 +50,7 @@ def compose_sweep(overrides: list[str], config_dir: str | None) -> tuple[list["C
     """Returns the combinations of a sweep, each with its configuration, and the sweep's folder.
 
     Raises:
-        UserError: no key lists several values, one is set by the sweep itself, or none of the combinations can
-            be composed.
+        UserError: no key lists several values, one is set by the sweep itself, or a combination cannot be composed.
     """
     from gemma2_jax.cli.compose import combinations, compose, pairs
     from gemma2_jax.config import UserError
@@ -66,19 +66,36 @@ def compose_sweep(overrides: list[str], config_dir: str | None) -> tuple[list["C
         raise UserError("output= lists several values, but a sweep has one folder; give one value.")
     keys = "+".join(listed[0])
     output = str(given.get("output", f"runs/sweeps/{given.get('experiment', 'train')}/{keys}"))
-    found = []
+    found, refused = [], []
     for values in listed:
         name = ",".join(f"{key}={value}" for key, value in values.items())
         folder = str(Path(output) / re.sub(r"[^A-Za-z0-9_.,=+-]", "-", name))
+        chosen = [f"{key}={value}" for key, value in values.items()]
         try:
-            chosen = [f"{key}={value}" for key, value in values.items()]
-            config: RunConfig | UserError = compose(
-                [*shared, *chosen], config_dir, {"name": name, "output": folder}
-            )
+            config = compose([*shared, *chosen], config_dir, {"name": name, "output": folder})
         except UserError as error:
-            config = error
-        found.append(Combination(values, config))
-    errors = [combination.config for combination in found if isinstance(combination.config, UserError)]
-    if len(errors) == len(found):
-        raise errors[0]  # a mistake of the command line rather than of one combination
+            refused.append((name, str(error)))
+        else:
+            found.append(Combination(values, config))
+    if refused:
+        raise UserError(_refusal(refused, len(listed)))
+    by_folder: dict[str, str] = {}
+    for combination in found:
+        name, folder = combination.config.name, combination.config.output
+        if folder in by_folder:
+            raise UserError(
+                f"{name} and {by_folder[folder]} are one run, in {folder}; leave one of them out."
+            )
+        by_folder[folder] = name
     return found, output
+
+
+def _refusal(refused: list[tuple[str, str]], total: int) -> str:
+    """One sentence where all combinations share a mistake, and else one for each of the first few."""
+    reasons = dict.fromkeys(reason for _, reason in refused)
+    if len(refused) == total and len(reasons) == 1:
+        return next(iter(reasons))
+    lines = [f"  {name}: {reason}" for name, reason in refused[:_SHOWN]]
+    if len(refused) > _SHOWN:
+        lines.append(f"  and {len(refused) - _SHOWN} more.")
+    return "\n".join([f"{len(refused)} of {total} combinations cannot be run, so none was started:", *lines])

@@ -1,16 +1,19 @@
 """Loss curves, and what became of them, as pictures."""
 
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gemma2_jax.files import write_bytes
 from gemma2_jax.studies.summary import Group
-from gemma2_jax.training.metrics import read_metrics
+from gemma2_jax.training.metrics import format_number, read_metrics
 
 
 def plot_losses(runs: Mapping[str, str], target: Path) -> None:
@@ -26,16 +29,19 @@ def plot_losses(runs: Mapping[str, str], target: Path) -> None:
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    curves = {name: (_curve(folder, "validation"), _curve(folder, "train")) for name, folder in runs.items()}
+    # A run that diverged would flatten what there is to compare.
+    last = min(validation[1][-1] for validation, _ in curves.values())
     high = low = 0.0
-    for position, (name, folder) in enumerate(runs.items()):
+    for position, (name, (validation, training)) in enumerate(curves.items()):
         color = f"C{position}"
-        validation, training = _curve(folder, "validation"), _curve(folder, "train")
         axes.plot(*training, color=color, alpha=0.35, linewidth=0.8)
         label = f"{name} ({validation[1][-1]:.3f})"
         axes.plot(*validation, color=color, marker="o", markersize=3.5, linewidth=1.6, label=label)
-        high = max(high, *validation[1])
+        if validation[1][-1] < 2 * last:
+            high = max(high, *validation[1])
         low = min(low or high, *validation[1], *training[1])
-    # The first steps fall from ln V; drawn in full they would flatten what there is to compare.
+    # The first steps fall from ln V, and would do the same.
     margin = 0.05 * (high - low) + 0.01
     axes.set_ylim(low - margin, high + 4 * margin)
     axes.set_xlabel("optimizer step")
@@ -49,51 +55,74 @@ def plot_losses(runs: Mapping[str, str], target: Path) -> None:
     _write(figure, target)
 
 
-def plot_summary(groups: Sequence[Group], target: Path) -> None:
-    """Draws the validation perplexity of a study's runs, every seed and their mean, and writes a PNG to `target`.
+def plot_summary(groups: Sequence[Group], target: Path, axis: str = "parameters") -> None:
+    """Draws the validation perplexity of each group, every seed and their mean, and writes a PNG to `target`.
 
-    Runs of a series are points of one line over their number of parameters; without series, each run has a row.
+    Groups of a series are points of one line over their `x`; without series, each group has a row.
+
+    Args:
+        axis: what `x` is.
     """
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    series = dict.fromkeys(group.series for group in groups if group.series is not None)
-    if series:
-        for number, name in enumerate(series):
-            points = [group for group in groups if group.series == name]
-            sizes = [group.evaluations[0].parameters for group in points]
-            means = [_mean(group) for group in points]
-            axes.plot(sizes, means, color=f"C{number}", marker="o", label=name)
-            for size, group in zip(sizes, points, strict=True):
-                seeds = [found.perplexity for found in group.evaluations]
-                axes.plot([size] * len(seeds), seeds, "x", color=f"C{number}", alpha=0.6)
-        for number, group in enumerate(group for group in groups if group.series is None):
-            axes.axhline(
-                _mean(group),
-                color="0.4",
-                linestyle=["--", ":", "-."][number % 3],
-                linewidth=1,
-                label=group.name,
-            )
-        axes.set_xscale("log")
-        axes.set_xlabel("parameters")
+    if any(group.series is not None for group in groups):
+        _draw_lines(axes, groups)
+        axes.set_xlabel(axis)
         axes.set_ylabel("validation perplexity")
-        axes.legend(frameon=False)
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(frameon=False, fontsize=8)
     else:
-        for row, group in enumerate(groups):
-            seeds = [found.perplexity for found in group.evaluations]
-            axes.plot(seeds, [row] * len(seeds), "x", color=f"C{row}", alpha=0.6)
-            axes.plot(_mean(group), row, "o", color=f"C{row}")
-            axes.annotate(
-                f"{_mean(group):.2f}", (_mean(group), row), (0, 7), textcoords="offset points", fontsize=8
-            )
-        axes.set_yticks(range(len(groups)), [group.name for group in groups])
-        axes.invert_yaxis()
+        _draw_rows(axes, groups)
         axes.set_xlabel("validation perplexity")
-    axes.set_title("crosses: the seeds; dots: their mean", fontsize=9, loc="left")
+    if any(len(group.evaluations) > 1 for group in groups):
+        axes.set_title("crosses: the seeds; dots: their mean", fontsize=9, loc="left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     _write(figure, target)
+
+
+def _draw_lines(axes: Axes, groups: Sequence[Group]) -> None:
+    """A line for each series; a horizontal one for each group without a series."""
+    for number, name in enumerate(
+        dict.fromkeys(group.series for group in groups if group.series is not None)
+    ):
+        points = sorted((group for group in groups if group.series == name), key=lambda group: group.x or 0.0)
+        places = [group.x or 0.0 for group in points]
+        axes.plot(places, [_mean(group) for group in points], color=f"C{number}", marker="o", label=name)
+        for x, group in zip(places, points, strict=True):
+            if len(group.evaluations) > 1:
+                seeds = [found.perplexity for found in group.evaluations]
+                axes.plot([x] * len(seeds), seeds, "x", color=f"C{number}", alpha=0.6)
+    for number, group in enumerate(group for group in groups if group.series is None):
+        axes.axhline(
+            _mean(group), color="0.4", linestyle=["--", ":", "-."][number % 3], linewidth=1, label=group.name
+        )
+    axes.set_xscale(_scale([group.x for group in groups if group.x is not None]))
+    axes.set_yscale(_scale([_mean(group) for group in groups], least=20))
+
+
+def _draw_rows(axes: Axes, groups: Sequence[Group]) -> None:
+    for row, group in enumerate(groups):
+        seeds = [found.perplexity for found in group.evaluations]
+        axes.plot(seeds, [row] * len(seeds), "x", color=f"C{row}", alpha=0.6)
+        axes.plot(_mean(group), row, "o", color=f"C{row}")
+        axes.annotate(
+            format_number(_mean(group), 2),
+            (_mean(group), row),
+            (0, 7),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(groups)), [group.name for group in groups])
+    axes.set_xscale(_scale([_mean(group) for group in groups], least=20))
+    axes.invert_yaxis()
+
+
+def _scale(values: Sequence[float], least: float = 4) -> Literal["log", "linear"]:
+    """Logarithmic where the values are positive and the largest is so many times the smallest."""
+    finite = [value for value in values if math.isfinite(value)]
+    return "log" if finite and min(finite) > 0 and max(finite) >= least * min(finite) else "linear"
 
 
 def _mean(group: Group) -> float:

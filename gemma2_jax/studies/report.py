@@ -19,6 +19,7 @@ from gemma2_jax.studies.stages import Measurement, read_times
 from gemma2_jax.studies.summary import group_by_run, summary_table
 from gemma2_jax.studies.tables import Table, say
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.metrics import format_number
 
 
 def write_report(
@@ -35,7 +36,7 @@ def write_report(
     summary: Table | None = None
     if study.seeds:
         groups = group_by_run(study, measurements, seconds)
-        summary = summary_table(study, groups)
+        summary = summary_table(groups, study.reference)
         summary.print(console, "Means and standard deviations over the seeds")
         plot_summary(groups, folder / "summary.png")
     costs = costs_by_run(study, runs, seconds)
@@ -77,12 +78,12 @@ def _table(study: StudyConfig, measurements: Mapping[str, Measurement]) -> Table
             name,
             f"{found.parameters:,}",
             f"{found.tokens_seen:,}",
-            f"{found.loss:.4f}",
-            f"{found.perplexity:.2f}",
+            format_number(found.loss, 4),
+            format_number(found.perplexity, 2),
         ]
         if study.reference is not None:
             row.append("–" if found.agreement is None else f"{100 * found.agreement:.1f} %")
-            row.append("–" if found.kl is None else f"{found.kl:.4f}")
+            row.append(format_number(found.kl, 4))
         rows.append(row)
     return Table(columns, rows)
 

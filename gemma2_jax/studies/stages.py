@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -18,7 +18,7 @@ from gemma2_jax.data.shards import find_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.writer import write_cache
 from gemma2_jax.evaluation.evaluate import Evaluation, evaluate_run
-from gemma2_jax.files import write_text
+from gemma2_jax.files import locked, write_text
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.sharding.hosts import first_process_first, is_first
@@ -27,6 +27,7 @@ from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import cache_task
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.start import changes, check_same_run, data_identity
+from gemma2_jax.training.taught_by import read_taught_by
 
 TEACHER_FILE = "teacher.yaml"  # in a distilled run's folder: the configuration that its teacher had
 
@@ -91,28 +92,31 @@ def measure_run(
     reference: RunConfig | None = None,
     prompts: Sequence[str] = (),
     sample_tokens: int = 1,
+    teacher: str | None = None,
 ) -> Measurement:
     """Evaluates a trained run and lets it continue the prompts; an equal measurement is read back instead.
 
     Args:
         reference: the run whose predictions it is compared with.
+        teacher: in its place, the checkpoint that taught the run.
     """
     file = Path(config.output) / "evaluation.json"
     conditions = {
         "step": latest_step(config.output),
-        "reference": None if reference is None else to_dict(reference),
+        "reference": _teacher_identity(config, teacher) if reference is None else to_dict(reference),
         "prompts": list(prompts),
         "sample_tokens": sample_tokens,
         "data": data_identity(config.data),
     }
     stored = json.loads(file.read_text()) if file.exists() else {}
     then = stored.get("conditions", {})
-    same_reference = _same_reference(then.get("reference"), reference)
-    if same_reference and {**then, "reference": conditions["reference"]} == conditions:
+    if _same_reference(then.get("reference"), reference):
+        then = {**then, "reference": conditions["reference"]}
+    if then == conditions:
         _say(console, "evaluate", config.name, "already done, skipped")
         return Measurement(Evaluation(**stored["evaluation"]), tuple(stored["samples"]))
     _say(console, "evaluate", config.name, "on the validation split")
-    evaluation = evaluate_run(config.output, None if reference is None else reference.output)
+    evaluation = evaluate_run(config.output, teacher if reference is None else reference.output)
     samples = _continue(config, prompts, sample_tokens) if prompts else []
     record = {"conditions": conditions, "evaluation": dataclasses.asdict(evaluation), "samples": samples}
     if is_first():
@@ -139,9 +143,38 @@ def read_times(folder: Path) -> dict[str, float]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+@contextmanager
+def sole_command(folder: str | Path) -> Iterator[None]:
+    """Keeps other commands from working on the same study or sweep at the same time.
+
+    Raises:
+        UserError: another one does.
+    """
+    if not is_first():
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, wait=False))
+        except BlockingIOError:
+            raise UserError(
+                f"{folder} is in use by another `gemma2 run` or `gemma2 sweep`; wait for it, or give another output=."
+            ) from None
+        yield
+
+
+def _teacher_identity(config: RunConfig, teacher: str | None) -> Any:
+    """The teacher that a run is compared with, by its weights, which may have moved since."""
+    if teacher is None:
+        return None
+    taught_by = read_taught_by(config.output)
+    return {"teacher": teacher if taught_by is None else taught_by.identity}
+
+
 def _same_reference(stored: Mapping[str, Any] | None, reference: RunConfig | None) -> bool:
-    if stored is None or reference is None:
-        return stored is None and reference is None
+    """Whether a run was compared with a run of the same configuration, wherever that lies."""
+    if stored is None or reference is None or "teacher" in stored:
+        return False
     return not any(changes(build(RunConfig, stored, "evaluation.json"), reference))
 
 

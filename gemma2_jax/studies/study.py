@@ -13,6 +13,7 @@ from gemma2_jax.studies.stages import (
     check_unchanged,
     measure_run,
     prepare_all,
+    sole_command,
     timed,
     train_run,
 )
@@ -38,20 +39,21 @@ def run_study(study: StudyConfig, runs: Mapping[str, RunConfig], output: str, co
         teachers[folder_name] = runs[teacher] if teacher else None
     for name, config in runs.items():  # before hours go into the first of them
         check_unchanged(config, teachers[name])
-    say(console, study.title, "bold")
-    with timed(folder, "data"):
-        prepare_all(list(runs.values()), console)
-    for name, config in runs.items():
-        if config.distill.cache is not None:
-            with timed(folder, f"cache {name}"):
-                cache_teacher(config, console)
-        with timed(folder, f"train {name}"):
-            train_run(config, console, teachers[name])
-    reference = runs[study.reference] if study.reference else None
-    measurements = {}
-    for name, config in runs.items():
-        with timed(folder, f"evaluate {name}"):
-            other = reference if name != study.reference else None
-            measurements[name] = measure_run(config, console, other, study.prompts, study.sample_tokens)
-    if is_first():
-        write_report(study, runs, measurements, folder, console)
+    with sole_command(folder):
+        say(console, study.title, "bold")
+        with timed(folder, "data"):
+            prepare_all(list(runs.values()), console)
+        for name, config in runs.items():
+            if config.distill.cache is not None:
+                with timed(folder, f"cache {name}"):
+                    cache_teacher(config, console)
+            with timed(folder, f"train {name}"):
+                train_run(config, console, teachers[name])
+        reference = runs[study.reference] if study.reference else None
+        measurements = {}
+        for name, config in runs.items():
+            with timed(folder, f"evaluate {name}"):
+                other = reference if name != study.reference else None
+                measurements[name] = measure_run(config, console, other, study.prompts, study.sample_tokens)
+        if is_first():
+            write_report(study, runs, measurements, folder, console)

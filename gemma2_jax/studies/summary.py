@@ -1,4 +1,4 @@
-"""What a study with several seeds came to: means and deviations over them, as a table and a picture."""
+"""Results over several seeds: means and standard deviations, for a table and a plot."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -8,20 +8,24 @@ from gemma2_jax.evaluation.evaluate import Evaluation
 from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.stages import Measurement
 from gemma2_jax.studies.tables import Table
+from gemma2_jax.training.metrics import format_number
 
 
 @dataclass(frozen=True)
 class Group:
-    """A run of a study with all of its seeds.
+    """A run of a study, or a combination of a sweep, with all of its seeds.
 
     Attributes:
-        name: the run's; series: as in `StudyRun`.
+        name: the run's, or the combination's values.
+        series: the line of the plot that it is a point of.
+        x: where on that line; None where the plot has no lines.
         evaluations: one for each seed.
         seconds: mean time of a seed, its cache's included.
     """
 
     name: str
     series: str | None
+    x: float | None
     evaluations: tuple[Evaluation, ...]
     seconds: float
 
@@ -41,21 +45,26 @@ def group_by_run(
             seconds.get(f"{stage} {folder}", 0.0) for stage in ("cache", "train") for folder in folders
         )
         evaluations = tuple(measurements[folder].evaluation for folder in folders)
-        groups.append(Group(name, run.series, evaluations, spent / len(folders)))
+        x = None if run.series is None else evaluations[0].parameters
+        groups.append(Group(name, run.series, x, evaluations, spent / len(folders)))
     return groups
 
 
-def summary_table(study: StudyConfig, groups: Sequence[Group]) -> Table:
-    """Each figure as mean ± standard deviation over the seeds."""
+def summary_table(groups: Sequence[Group], reference: str | None) -> Table:
+    """Each figure as mean ± standard deviation over the seeds.
+
+    Args:
+        reference: the name of the model that all are compared with; None: no comparison.
+    """
     columns = ["run", "parameters", "seeds", "validation loss", "perplexity"]
-    figures: list[Callable[[Evaluation], float | None]] = [
+    measures: list[Callable[[Evaluation], float | None]] = [
         lambda found: found.loss,
         lambda found: found.perplexity,
     ]
     digits = [4, 2]
-    if study.reference is not None:
-        columns += [f"agrees with {study.reference}, %", f"KL from {study.reference}"]
-        figures += [
+    if reference is not None:
+        columns += [f"agrees with {reference}, %", f"KL from {reference}"]
+        measures += [
             lambda found: None if found.agreement is None else 100 * found.agreement,
             lambda found: found.kl,
         ]
@@ -63,8 +72,8 @@ def summary_table(study: StudyConfig, groups: Sequence[Group]) -> Table:
     rows = []
     for group in groups:
         row = [group.name, f"{group.evaluations[0].parameters:,}", str(len(group.evaluations))]
-        for figure, places in zip(figures, digits, strict=True):
-            row.append(_spread([figure(found) for found in group.evaluations], places))
+        for measure, places in zip(measures, digits, strict=True):
+            row.append(_spread([measure(found) for found in group.evaluations], places))
         rows.append([*row, f"{group.seconds:,.0f} s"])
     return Table([*columns, "time of one"], rows)
 
@@ -73,5 +82,5 @@ def _spread(values: Sequence[float | None], places: int) -> str:
     numbers = [value for value in values if value is not None]
     if not numbers:
         return "–"
-    mean = f"{statistics.mean(numbers):.{places}f}"
-    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{places}f}"
+    mean = format_number(statistics.mean(numbers), places)
+    return mean if len(numbers) == 1 else f"{mean} ± {format_number(statistics.stdev(numbers), places)}"

@@ -1,7 +1,5 @@
-"""A sweep: one run for each combination of values, one after another, compared in one table."""
+"""A sweep: one run for each combination of values, one after another."""
 
-import dataclasses
-import json
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +11,9 @@ from rich.console import Console
 from gemma2_jax.config import UserError
 from gemma2_jax.files import write_text
 from gemma2_jax.sharding.hosts import is_first
-from gemma2_jax.studies.stages import Measurement, measure_run, prepare_all, train_run
-from gemma2_jax.studies.tables import Table, say
+from gemma2_jax.studies.stages import Measurement, measure_run, prepare_all, sole_command, timed, train_run
+from gemma2_jax.studies.sweep_report import Result, write_sweep_report
+from gemma2_jax.studies.tables import say
 from gemma2_jax.training.config import RunConfig
 
 ERROR_FILE = "error.txt"
@@ -22,10 +21,10 @@ ERROR_FILE = "error.txt"
 
 @dataclass(frozen=True)
 class Combination:
-    """One combination of a sweep: the values that it sets, and its configuration or why it has none."""
+    """One combination of a sweep: the values that it sets, and the run's configuration."""
 
     values: Mapping[str, str]
-    config: RunConfig | UserError
+    config: RunConfig
 
 
 def run_sweep(combinations: Sequence[Combination], output: str, console: Console) -> bool:
@@ -35,78 +34,41 @@ def run_sweep(combinations: Sequence[Combination], output: str, console: Console
     several processes it ends the sweep.
 
     Args:
-        output: the sweep's folder; gets table.md and results.json.
+        output: the sweep's folder; gets table.md, summary.png, loss.png, results.json and times.json.
 
     Returns:
         Whether every combination has a result.
+
+    Raises:
+        UserError: another sweep works in the same folder.
     """
-    done: list[tuple[Combination, Measurement]] = []
-    failed: list[tuple[Combination, str]] = []
-    for number, combination in enumerate(combinations, 1):
-        told = " ".join(f"{key}={value}" for key, value in combination.values.items())
-        say(console, f"{number} of {len(combinations)}: {told}", "bold")
-        try:
-            done.append((combination, _run(combination, console)))
-        except Exception as error:  # whatever it is, it is one combination's, and is told
-            if jax.process_count() > 1:
-                raise  # perhaps in one process alone, and the others cannot go on without it
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            failed.append((combination, reason))
-            _keep_traceback(combination)
-            say(console, f"failed     {reason}", "red")
-    done.sort(key=lambda pair: pair[1].evaluation.loss)
-    if is_first():
-        _write(done, failed, Path(output), console)
-    return not failed
+    folder = Path(output)
+    results = []
+    with sole_command(folder):
+        for number, combination in enumerate(combinations, 1):
+            shown = " ".join(f"{key}={value}" for key, value in combination.values.items())
+            say(console, f"{number} of {len(combinations)}: {shown}", "bold")
+            config, found = combination.config, None
+            try:
+                found = _run(config, folder, console)
+            except Exception as error:  # whatever it is, it belongs to one combination, and is reported
+                if jax.process_count() > 1:
+                    raise  # perhaps in one process alone, and the others cannot go on without it
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                write_text(Path(config.output) / ERROR_FILE, traceback.format_exc())
+                say(console, f"failed     {reason}", "red")
+                results.append(Result(combination.values, config.output, error=reason))
+            else:
+                results.append(Result(combination.values, config.output, found.evaluation))
+        if is_first():
+            write_sweep_report(results, folder, console)
+    return all(result.error is None for result in results)
 
 
-def _run(combination: Combination, console: Console) -> Measurement:
-    if isinstance(combination.config, UserError):
-        raise combination.config
-    prepare_all([combination.config], console)
-    train_run(combination.config, console)
-    measurement = measure_run(combination.config, console)
-    (Path(combination.config.output) / ERROR_FILE).unlink(missing_ok=True)  # of an earlier try
+def _run(config: RunConfig, folder: Path, console: Console) -> Measurement:
+    prepare_all([config], console)
+    with timed(folder, f"train {config.output}"):
+        train_run(config, console)
+    measurement = measure_run(config, console, teacher=config.distill.teacher)
+    (Path(config.output) / ERROR_FILE).unlink(missing_ok=True)  # of an earlier try
     return measurement
-
-
-def _keep_traceback(combination: Combination) -> None:
-    if isinstance(combination.config, RunConfig):
-        write_text(Path(combination.config.output) / ERROR_FILE, traceback.format_exc())
-
-
-def _write(
-    done: Sequence[tuple[Combination, Measurement]],
-    failed: Sequence[tuple[Combination, str]],
-    folder: Path,
-    console: Console,
-) -> None:
-    keys = list(dict.fromkeys(key for combination, _ in [*done, *failed] for key in combination.values))
-    rows = [
-        [
-            *_cells(combination, keys),
-            f"{measurement.evaluation.loss:.4f}",
-            f"{measurement.evaluation.perplexity:.2f}",
-        ]
-        for combination, measurement in done
-    ]
-    rows += [[*_cells(combination, keys), "failed", "–"] for combination, _ in failed]
-    table = Table([*keys, "validation loss", "perplexity"], rows, left=len(keys))
-    table.print(
-        console, f"{len(done)} of {len(done) + len(failed)} combinations, lowest validation loss first"
-    )
-    reasons = [f"- {' '.join(_cells(combination, keys))} failed: {reason}" for combination, reason in failed]
-    write_text(
-        folder / "table.md",
-        "\n\n".join([table.markdown(), *(["\n".join(reasons)] if reasons else [])]) + "\n",
-    )
-    results = [
-        {"values": dict(combination.values), **dataclasses.asdict(measurement.evaluation)}
-        for combination, measurement in done
-    ] + [{"values": dict(combination.values), "error": reason} for combination, reason in failed]
-    write_text(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1))
-    say(console, f"table in {folder / 'table.md'}")
-
-
-def _cells(combination: Combination, keys: Sequence[str]) -> list[str]:
-    return [combination.values.get(key, "") for key in keys]

@@ -134,3 +134,10 @@ def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:
 def perplexity(cross_entropy: float) -> float:
     """exp of the mean cross-entropy in nats; infinite rather than an overflow error."""
     return math.exp(cross_entropy) if cross_entropy < 700 else math.inf
+
+
+def format_number(value: float | None, places: int) -> str:
+    """A number with so many decimal places, or as a power of ten where it is too large to read; – for None."""
+    if value is None:
+        return "–"
+    return f"{value:,.{places}f}" if abs(value) < 1e6 else f"{value:.2e}"

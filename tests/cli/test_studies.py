@@ -8,8 +8,6 @@ from gemma2_jax.cli.run import compose_study
 from gemma2_jax.cli.sweep import compose_sweep
 from gemma2_jax.config import UserError, load
 from gemma2_jax.studies.config import StudyConfig
-from gemma2_jax.studies.sweep import Combination
-from gemma2_jax.training.config import RunConfig
 
 
 @pytest.mark.parametrize("name", sorted(studies()))
@@ -107,11 +105,6 @@ def test_an_unknown_study_is_told(capsys):
     assert "there is no study quikstart, did you mean quickstart (accepted: " in capsys.readouterr().err
 
 
-def composed(combination: Combination) -> RunConfig:
-    assert isinstance(combination.config, RunConfig)
-    return combination.config
-
-
 def test_a_sweep_is_the_product_with_a_folder_for_each():
     overrides = [
         "experiment=quickstart/scratch",
@@ -121,13 +114,13 @@ def test_a_sweep_is_the_product_with_a_folder_for_each():
     ]
     found, output = compose_sweep(overrides, None)
     assert output == "runs/sweeps/quickstart/scratch/optimizer.learning_rate+seed"
-    assert [composed(combination).output for combination in found] == [
+    assert [combination.config.output for combination in found] == [
         f"{output}/optimizer.learning_rate={rate},seed={seed}"
         for rate in ("0.001", "0.0003")
         for seed in (0, 1)
     ]
-    assert [composed(combination).seed for combination in found] == [0, 1, 0, 1]
-    assert {composed(combination).model.d_model for combination in found} == {32}
+    assert [combination.config.seed for combination in found] == [0, 1, 0, 1]
+    assert {combination.config.model.d_model for combination in found} == {32}
     assert found[0].values == {"optimizer.learning_rate": "0.001", "seed": "0"}
 
 
@@ -135,8 +128,8 @@ def test_a_sweep_over_experiments_and_groups():
     overrides = ["experiment=quickstart/teacher,quickstart/scratch", "model=toy,small_1m", "output=out"]
     found, output = compose_sweep(overrides, None)
     assert output == "out"
-    assert composed(found[0]).output == "out/experiment=quickstart-teacher,model=toy"
-    assert [composed(combination).model.d_model for combination in found] == [32, 96, 32, 96]
+    assert found[0].config.output == "out/experiment=quickstart-teacher,model=toy"
+    assert [combination.config.model.d_model for combination in found] == [32, 96, 32, 96]
 
 
 def test_sweeps_over_other_keys_lie_in_other_folders():
@@ -144,10 +137,20 @@ def test_sweeps_over_other_keys_lie_in_other_folders():
     assert compose_sweep(["model=toy,small_1m"], None)[1] == "runs/sweeps/train/model"
 
 
-def test_a_combination_that_cannot_be_composed_is_kept_for_the_table():
-    found, _ = compose_sweep(["model.num_layers=3,4"], None)
-    assert isinstance(found[0].config, UserError)
-    assert composed(found[1]).model.num_layers == 4
+def test_nothing_is_run_where_a_combination_cannot_be_composed():
+    with pytest.raises(UserError) as caught:
+        compose_sweep(["optimizer.learning_rate=1e-3,x,-1", "seed=0,1"], None)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "4 of 6 combinations cannot be run, so none was started:"
+    assert 'optimizer.learning_rate=x,seed=0: the configuration: optimizer.learning_rate is "x"' in lines[1]
+    assert "optimizer.learning_rate=-1,seed=1: " in lines[4]
+    assert "must be above 0" in lines[4]
+
+
+def test_only_the_first_of_many_refusals_are_listed():
+    with pytest.raises(UserError) as caught:
+        compose_sweep(["seed=range(0,30)", "model.num_layers=3,4"], None)
+    assert str(caught.value).splitlines()[-1] == "  and 20 more."
 
 
 @pytest.mark.parametrize(
@@ -157,6 +160,10 @@ def test_a_combination_that_cannot_be_composed_is_kept_for_the_table():
         (["seed=1,2", "name=mine"], "name= has no effect, since a sweep names each run by its values"),
         (["name=a,b"], "name= has no effect, since a sweep names each run by its values"),
         (["seed=1,2", "output=a,b"], "output= lists several values, but a sweep has one folder"),
+        (
+            ["optimizer.learning_rate=1e-3,0.001"],
+            "are one run, in runs/sweeps/train/optimizer.learning_rate/",
+        ),
         (["sed=1,2"], "there is no key sed, did you mean seed"),
         (["experiment=quickstart/teachr", "seed=1,2"], "did you mean quickstart/teacher"),
     ],

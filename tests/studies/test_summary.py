@@ -60,7 +60,7 @@ def test_means_and_deviations():
         ("plain", 4.0),
         ("taught", 6.0),
     ]
-    table = summary_table(STUDY, groups)
+    table = summary_table(groups, STUDY.reference)
     assert table.rows[0] == ["teacher", "1,200", "1", "3.0000", "10.00", "–", "–", "0 s"]
     assert table.rows[1] == [
         *("plain", "1,200", "2", "3.0000 ± 0.0000", "22.00 ± 2.83", "50.0 ± 0.0", "0.4000 ± 0.1414", "4 s")

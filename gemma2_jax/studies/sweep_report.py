@@ -1,0 +1,149 @@
+"""The report of a sweep: one table of its runs, one of means over seeds, and plots."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from gemma2_jax.evaluation.evaluate import Evaluation
+from gemma2_jax.files import write_text
+from gemma2_jax.studies.plots import plot_losses, plot_summary
+from gemma2_jax.studies.stages import read_times
+from gemma2_jax.studies.summary import Group, summary_table
+from gemma2_jax.studies.tables import Table, say
+from gemma2_jax.training.metrics import format_number
+
+_SEED = "seed"  # the key whose values are averaged over
+_MOST_CURVES = 10  # in one plot: matplotlib has as many colours
+
+
+@dataclass(frozen=True)
+class Result:
+    """One combination of a sweep, done or failed.
+
+    Attributes:
+        values: what it sets, by key.
+        folder: of its run.
+        evaluation: None if it failed.
+        error: why it failed.
+    """
+
+    values: Mapping[str, str]
+    folder: str
+    evaluation: Evaluation | None = None
+    error: str | None = None
+
+
+def write_sweep_report(results: Sequence[Result], folder: Path, console: Console) -> None:
+    """Prints a sweep's tables, and writes table.md, summary.png, loss.png and results.json into `folder`."""
+    done = [result for result in results if result.evaluation is not None]
+    done.sort(key=lambda result: _evaluation(result).loss)
+    failed = [result for result in results if result.evaluation is None]
+    keys = list(dict.fromkeys(key for result in results for key in result.values))
+    compared = any(_evaluation(result).kl is not None for result in done)
+
+    parts = []
+    axis, groups = _groups(done, [key for key in keys if key != _SEED], read_times(folder))
+    if any(len(group.evaluations) > 1 for group in groups):
+        summary = summary_table(groups, "teacher" if compared else None)
+        summary.print(console, "Means and standard deviations over the seeds, lowest loss first")
+        parts += [summary.markdown()]
+    if len(groups) > 1:
+        plot_summary(groups, folder / "summary.png", axis)
+        parts += ["![Validation perplexity of each combination](summary.png)"]
+    table = _table(done, failed, keys, compared)
+    table.print(console, f"{len(done)} of {len(results)} combinations, lowest validation loss first")
+    parts += [table.markdown()]
+    if done:
+        best = done[:_MOST_CURVES]
+        plot_losses({_name(result.values): result.folder for result in best}, folder / "loss.png")
+        parts += ["![Loss against steps](loss.png)"]
+    if failed:
+        parts += ["\n".join(f"- {_name(result.values)} failed: {result.error}" for result in failed)]
+    write_text(folder / "table.md", "\n\n".join(parts) + "\n")
+    write_text(
+        folder / "results.json",
+        json.dumps([_record(result) for result in [*done, *failed]], ensure_ascii=False, indent=1),
+    )
+    say(console, f"table in {folder / 'table.md'}" + (f", plots beside it in {folder}" if done else ""))
+
+
+def _table(done: Sequence[Result], failed: Sequence[Result], keys: Sequence[str], compared: bool) -> Table:
+    columns = [*keys, "validation loss", "perplexity"]
+    if compared:
+        columns += ["agrees with teacher, %", "KL from teacher"]
+    rows = []
+    for result in done:
+        found = _evaluation(result)
+        row = [format_number(found.loss, 4), format_number(found.perplexity, 2)]
+        if compared:
+            row.append(format_number(None if found.agreement is None else 100 * found.agreement, 1))
+            row.append(format_number(found.kl, 4))
+        rows.append([*_cells(result, keys), *row])
+    blank = ["–"] * (len(columns) - len(keys) - 1)
+    rows += [[*_cells(result, keys), "failed", *blank] for result in failed]
+    return Table(columns, rows, left=len(keys))
+
+
+def _groups(
+    done: Sequence[Result], keys: Sequence[str], seconds: Mapping[str, float]
+) -> tuple[str, list[Group]]:
+    """The combinations without their seeds, lowest mean loss first; and the key along the axis of their plot.
+
+    That is the key with the most numbers; without one the plot has a row for each combination.
+    """
+    together: dict[tuple[str, ...], list[Result]] = {}
+    for result in done:
+        together.setdefault(tuple(_cells(result, keys)), []).append(result)
+    numbers = {key: {_number(result.values.get(key)) for result in done} for key in keys}
+    axis = max(keys, key=lambda key: 0 if None in numbers[key] else len(numbers[key]), default="")
+    has_axis = bool(axis) and None not in numbers[axis] and len(numbers[axis]) > 1
+    groups = []
+    for cells, results in together.items():
+        values = dict(zip(keys, cells, strict=True))
+        name = _name(values) or "all"
+        rest = _name({key: value for key, value in values.items() if key != axis})
+        spent = [seconds.get(f"train {result.folder}", 0.0) for result in results]
+        groups.append(
+            Group(
+                name,
+                (rest or axis) if has_axis else None,
+                _number(values[axis]) if has_axis else None,
+                tuple(_evaluation(result) for result in results),
+                sum(spent) / len(spent),
+            )
+        )
+    groups.sort(key=lambda group: sum(found.loss for found in group.evaluations) / len(group.evaluations))
+    return axis, groups
+
+
+def _evaluation(result: Result) -> Evaluation:
+    assert result.evaluation is not None
+    return result.evaluation
+
+
+def _record(result: Result) -> dict[str, object]:
+    if result.evaluation is None:
+        return {"values": dict(result.values), "error": result.error}
+    return {"values": dict(result.values), **dataclasses.asdict(result.evaluation)}
+
+
+def _cells(result: Result, keys: Sequence[str]) -> list[str]:
+    return [result.values.get(key, "") for key in keys]
+
+
+def _name(values: Mapping[str, str]) -> str:
+    """The values in one line, each behind the last part of its key where no other key ends in the same."""
+    ends = [key.split(".")[-1] for key in values]
+    short = {key: end if ends.count(end) == 1 else key for key, end in zip(values, ends, strict=True)}
+    return " ".join(f"{short[key]}={value}" for key, value in values.items())
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
