@@ -1,6 +1,7 @@
 """The console script `gemma2`: reads the command line, runs one verb, tells mistakes in one sentence."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -101,12 +102,21 @@ def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
         number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
         return 128 + number, f"\ngemma2: stopped{hint}."
     except Exception as error:
+        if isinstance(error, OSError) and (message := _of_a_file(error)):
+            return 1, f"gemma2: {message}."
         ending = sys.modules.get("gemma2_jax.sharding.ending")
         if ending is None or not ending.is_watched():
             raise
         if not ending.follows_another():
             traceback.print_exc()  # of whichever process: it is a mistake of ours, or its machine's
         return 1, f"gemma2: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _of_a_file(error: OSError) -> str | None:
+    """What is wrong with a file that is named, or with the disk; None if the error is of another kind."""
+    if isinstance(error.filename, str):
+        return f"{error.filename} cannot be used: {error.strerror}"
+    return f"{error.strerror}" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else None
 
 
 class _Stopped(KeyboardInterrupt):

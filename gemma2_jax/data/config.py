@@ -26,6 +26,9 @@ class DataConfig:
         shard_characters: a shard is closed after this many characters of text.
         streams: that the documents are divided among, each giving its share of every batch's rows; of them a process
             reads those of its rows only. With 1, each process reads everything.
+        skip_invalid: how many records of the source that cannot be read are left out, as a number of them, or below
+            1 as a share of all; more are refused. A record is a line of JSONL, a row of Parquet, a document of a text
+            file, or a file that holds none.
     """
 
     source: str | tuple[str, ...]
@@ -38,6 +41,7 @@ class DataConfig:
     workers: int | None = None
     shard_characters: int = 64_000_000
     streams: int = 1
+    skip_invalid: int | float = 0  # Older runs lack this key.
 
     def __post_init__(self) -> None:
         if not self.sources or not all(self.sources):
@@ -58,6 +62,11 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1.")
+        if self.skip_invalid < 0 or (self.skip_invalid > 1 and self.skip_invalid % 1):
+            raise UserError(
+                f"data.skip_invalid is {self.skip_invalid}; it must be a whole number of records, or a fraction of "
+                "them below 1."
+            )
         if self.batch_size % self.streams:
             raise UserError(
                 f"data.streams is {self.streams}, which does not divide data.batch_size ({self.batch_size}), as each "
