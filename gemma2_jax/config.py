@@ -36,7 +36,14 @@ def usable(key: str, path: str | os.PathLike[str]) -> Iterator[None]:
     except BlockingIOError:  # in use, and so usable
         raise
     except OSError as error:
-        raise UserError(f"{key} is {path}, which cannot be used: {error.strerror or error}.") from None
+        raise UserError(f"{key} is {path}, which cannot be used: {reason(error)}.") from None
+
+
+def reason(error: OSError) -> str:
+    """Why a file or folder cannot be used, without its name."""
+    if isinstance(error, FileExistsError | NotADirectoryError):  # where a folder is to be made
+        return "a file is in its place, or above it"
+    return error.strerror or str(error)
 
 
 def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.invalid import Invalid
+from gemma2_jax.machine import is_installed
 
 TEXT = (".txt", ".md", ".rst")
 FORMATS = (*TEXT, ".jsonl", ".parquet")
@@ -39,7 +40,8 @@ def match_files(patterns: Iterable[str]) -> tuple[list[Path], list[Invalid]]:
 
     Raises:
         NothingMatchesError: a pattern matches nothing, or folders only.
-        UserError: a folder or file on the way cannot be looked at, or there is no file of a known kind.
+        UserError: a folder or file on the way cannot be looked at, there is no file of a known kind, or what reads
+            one of them is not installed.
     """
     found: set[Path] = set()
     for pattern in patterns:
@@ -60,7 +62,15 @@ def match_files(patterns: Iterable[str]) -> tuple[list[Path], list[Invalid]]:
             invalid.append(problem)
     if not files:
         raise UserError(f"{invalid[0]}.")
+    parquet = next((path for path in files if kind_of(path) == ".parquet"), None)
+    if parquet is not None and not is_installed("pyarrow"):
+        raise without_pyarrow(parquet)
     return files, invalid
+
+
+def without_pyarrow(path: Path) -> UserError:
+    """What to say of a file that only pyarrow reads."""
+    return UserError(f"{path} needs pyarrow: pip install 'gemma2_jax[parquet]'.")
 
 
 def _problem(path: Path) -> Invalid | None:

@@ -23,7 +23,7 @@ import zstandard
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.invalid import Invalid
-from gemma2_jax.data.matching import kind_of
+from gemma2_jax.data.matching import kind_of, without_pyarrow
 
 # Characters of a text file that make a document, about a thousand tokens: enough for context to matter, and
 # few enough that one book is documents to shuffle, and to hold some out of.
@@ -143,8 +143,8 @@ def _parquet(path: Path, stream: IO[bytes], text_field: str) -> Iterator[Record]
     try:
         import pyarrow
         from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path} needs pyarrow: pip install 'gemma2_jax[parquet]'.") from None
+    except ImportError:  # it is there, and broken
+        raise without_pyarrow(path) from None
     with tempfile.TemporaryFile() as seekable:  # Parquet is read from its end
         try:
             if path.suffix.lower() != ".parquet":
