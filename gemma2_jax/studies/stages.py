@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from gemma2_jax.checkpoints.store import TOKENIZER_FILE, latest_step, load_model
-from gemma2_jax.config import UserError, build, load, save, to_dict
+from gemma2_jax.config import UserError, build, load, save, to_dict, usable
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import find_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
@@ -156,7 +156,8 @@ def sole_command(folder: str | Path) -> Iterator[None]:
         return
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(folder, wait=False))
+            with usable("output", folder):
+                stack.enter_context(locked(folder, wait=False))
         except BlockingIOError:
             raise UserError(
                 f"{folder} is in use by another `gemma2 run` or `gemma2 sweep`; wait for it, or give another output=."
