@@ -116,6 +116,8 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read.") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds {_shown(data)} where keys and values are expected.")
     return data

@@ -171,7 +171,7 @@ def _compose_files(chosen: dict[str, str], config_dir: str | os.PathLike[str] | 
             f", {suggest(str(error.missing_cfg_file).split('/')[-1], error.options)}" if error.options else ""
         )
         raise UserError(f"the configuration asks for {wanted}, which does not exist{hint}.") from None
-    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"the configuration cannot be composed: {_one_line(error)}.") from None
 
 

@@ -59,7 +59,7 @@ def _home() -> Path:
 def _own(config_dir: str | os.PathLike[str] | None) -> list[Path]:
     if config_dir is None:
         return []
-    folder = Path(config_dir).resolve()
+    folder = Path(os.path.realpath(config_dir))  # a link in a circle is no folder, and no error
     if not folder.is_dir():
         raise UserError(
             f"--config-dir is {config_dir}, which is no folder; it holds groups such as model/NAME.yaml."

@@ -107,4 +107,11 @@ def _load(arguments: argparse.Namespace) -> "tuple[Tokenizer, str]":
 
 
 def _argument(text: str) -> str:
-    return sys.stdin.read() if text == "-" else text
+    from gemma2_jax.config import UserError
+
+    try:
+        return sys.stdin.read() if text == "-" else text
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the standard input is not valid UTF-8 (byte 0x{error.object[error.start]:02x})."
+        ) from None

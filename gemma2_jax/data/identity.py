@@ -1,9 +1,8 @@
 """Whether a source still is what it was: by the content of its files, which are read only where they may have changed.
 
-A file whose size, inode and times are those that it had when it was hashed has not changed: nobody can set the time of
-the last change of an inode (ctime), which every write sets, also one that puts the time of modification back. What
-was seen of the files is kept beside the prepared data, for the next start; it is a memory and no more, and may be
-deleted.
+A file with the same size, inode and times as when it was hashed has the same content: every write sets the time of the
+inode's last change (ctime), and no program can set it back, as `touch -r` does with the time of modification. Sizes,
+times and hashes are kept beside the prepared data for the next start; without them, all files are read again.
 """
 
 import hashlib
@@ -16,8 +15,12 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from rich.progress import Progress, TaskID
 
+from gemma2_jax.config import UserError
+from gemma2_jax.data.config import DataConfig
+from gemma2_jax.data.matching import NothingMatchesError, printable
 from gemma2_jax.data.reading import reading
-from gemma2_jax.data.sources import Source
+from gemma2_jax.data.shards import Manifest
+from gemma2_jax.data.sources import Source, open_source
 from gemma2_jax.files import write_text
 
 SEEN_FILE = ".source.json"  # in a prepared folder: what was seen of the source's files
@@ -79,7 +82,7 @@ def content_of(source: Source, seen: Sequence[Seen], progress: Progress) -> Cont
 
 def _look(source: Source, path: Path, known: dict[str, Seen], progress: Progress, task: TaskID) -> Seen:
     begun = time.time_ns()
-    name = str(path.absolute())
+    name = printable(path.absolute())
     with reading(path):
         found = path.stat()
     now = (found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
@@ -109,7 +112,51 @@ def write_seen(folder: Path, content: Content) -> None:
         write_text(folder / SEEN_FILE, _ADAPTER.dump_json(content.files, indent=1).decode() + "\n")
 
 
-def changed_file(was: Sequence[Seen], now: Content) -> str | None:
-    """The first file of a content that was not seen before; None where files are gone or in another order."""
-    digests = {each.digest for each in was}
-    return next((file.path for file in now.files if digests and file.digest not in digests), None)
+def difference(identity: str, seen: Sequence[Seen], now: Content) -> str:
+    """The first file that was not seen before; else, where files are gone or in another order, both identities."""
+    digests = {each.digest for each in seen}
+    changed = next((file.path for file in now.files if digests and file.digest not in digests), None)
+    return changed or f"{identity}, now {now.identity}"
+
+
+def content_now(manifest: Manifest, data: DataConfig, progress: Progress) -> Content | None:
+    """What the source holds at present; None if it is gone, which a prepared folder may outlive."""
+    try:
+        source = open_source(data.sources, data.text_field, data.skip_invalid)
+    except NothingMatchesError:
+        if data.sources == manifest.source:
+            return None
+        raise
+    return content_of(source, read_seen(Path(data.folder)), progress)
+
+
+def refuse_other_content(manifest: Manifest, data: DataConfig, content: Content | None) -> None:
+    """Raises UserError if data.source holds other text than was prepared, whatever its files are called."""
+    folder = Path(data.folder)
+    seen = read_seen(folder)
+    if content is None:
+        return
+    if content.identity == manifest.identity:
+        if content.files != seen:
+            write_seen(folder, content)
+        return
+    trained = " and the file of tokenizer.path, trained on that text" if manifest.tokenizer_trained else ""
+    remedy = f"set data.folder to another folder, or delete this one{trained}"
+    if data.sources != manifest.source:
+        raise UserError(
+            f"data.folder {folder} was prepared from data.source {list(manifest.source)}, and {list(data.sources)} "
+            f"holds other text; {remedy}."
+        )
+    changed = difference(manifest.identity, seen, content)
+    raise UserError(f"data.source has changed since data.folder {folder} was prepared ({changed}); {remedy}.")
+
+
+def unchanged(source: Source, content: Content, folder: Path, progress: Progress) -> Content:
+    """The content of a source that was read to its end. Raises UserError if it is no longer what it was before."""
+    now = content_of(source, content.files, progress)
+    if now.identity != content.identity:
+        changed = difference(content.identity, content.files, now)
+        raise UserError(
+            f"data.source changed while it was prepared ({changed}); delete {folder} and run the same command again."
+        )
+    return now

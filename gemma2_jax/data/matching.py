@@ -31,6 +31,11 @@ def kind_of(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
 
 
+def printable(path: Path) -> str:
+    """A path as text that UTF-8 can express, which a file's name need not be."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def match_files(patterns: Iterable[str]) -> tuple[list[Path], list[Invalid]]:
     """Returns the files that patterns match, in the order of their paths, and the matches that cannot be read.
 
@@ -79,13 +84,15 @@ def _problem(path: Path) -> Invalid | None:
     if mode is None:
         detail = f"it links to {os.readlink(path)}" if path.is_symlink() else ""
         problem, hint = "a link to a file that is not there", "fetch that file, or remove the link"
-        return Invalid(str(path), problem, hint, detail)
+        return Invalid(printable(path), problem, hint, detail)
     if stat.S_ISDIR(mode):
-        return Invalid(str(path), "a folder named like a file", f"its files are {path}/*{kind_of(path)}")
+        return Invalid(
+            printable(path), "a folder named like a file", f"its files are {path}/*{kind_of(path)}"
+        )
     if not stat.S_ISREG(mode):
-        return Invalid(str(path), "neither a file nor a folder", "remove it from data.source")
+        return Invalid(printable(path), "neither a file nor a folder", "remove it from data.source")
     if kind_of(path) not in FORMATS:
-        return Invalid(str(path), "a file of no known kind", f"accepted: {ACCEPTED}")
+        return Invalid(printable(path), "a file of no known kind", f"accepted: {ACCEPTED}")
     return None
 
 

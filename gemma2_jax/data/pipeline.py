@@ -1,5 +1,7 @@
 """Shards to batches, with Grain: deterministic, one share for each process, resumable in the middle."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -98,5 +100,31 @@ def _rows_of_share(data: DataConfig, share: int, shares: int) -> slice:
 
 
 def _documents(data: DataConfig, manifest: Manifest, shards: tuple[Shard, ...]) -> grain.MapDataset:
-    source = grain.sources.ArrayRecordDataSource([str(Path(data.folder) / shard.file) for shard in shards])
+    source = _Records(Path(data.folder), shards)
     return grain.MapDataset.source(source).map(partial(np.frombuffer, dtype=manifest.dtype))
+
+
+class _Records:
+    """Random access to the records of shards. Raises UserError where one is damaged."""
+
+    def __init__(self, folder: Path, shards: tuple[Shard, ...]) -> None:
+        self._folder = folder
+        with self._damage_told():
+            self._source = grain.sources.ArrayRecordDataSource([str(folder / shard.file) for shard in shards])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> bytes:
+        with self._damage_told():
+            record: bytes = self._source[index]
+            return record
+
+    @contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError:  # ArrayRecord's checksum
+            raise UserError(
+                f"A shard of data.folder {self._folder} is not as it was written; `gemma2 data verify` names it."
+            ) from None

@@ -22,7 +22,15 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TaskProgressColumn, T
 
 from gemma2_jax.config import UserError, usable
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
-from gemma2_jax.data.identity import Content, changed_file, content_of, read_seen, write_seen
+from gemma2_jax.data.identity import (
+    content_now,
+    content_of,
+    difference,
+    read_seen,
+    refuse_other_content,
+    unchanged,
+    write_seen,
+)
 from gemma2_jax.data.invalid import Skipped, check_skipped
 from gemma2_jax.data.matching import NothingMatchesError
 from gemma2_jax.data.shards import (
@@ -62,12 +70,34 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
     if manifest is not None and manifest.complete and Path(tokenizer.path).exists():
         _refuse_other(manifest, data, _load(tokenizer))
         with _progress() as progress:
-            _refuse_other_content(manifest, data, _content_now(manifest, data, progress))
+            refuse_other_content(manifest, data, content_now(manifest, data, progress))
         return manifest
     with ExitStack() as stack:
         with usable("data.folder", folder):
             stack.enter_context(locked(folder, wait=True))
         return _prepare(data, tokenizer, folder, stack.enter_context(_progress()))
+
+
+def verify_source(folder: str | os.PathLike[str]) -> bool:
+    """Reads the files that a folder was prepared from anew; returns whether they are still there.
+
+    Raises:
+        UserError: their content has changed; or as `read_manifest`.
+    """
+    manifest = read_manifest(folder)
+    try:
+        source = open_source(manifest.source, manifest.text_field, skip_invalid=math.inf)
+    except NothingMatchesError:
+        return False
+    with _progress() as progress:
+        content = content_of(source, (), progress)
+    if content.identity != manifest.identity:
+        changed = difference(manifest.identity, read_seen(Path(folder)), content)
+        raise UserError(
+            f"data.source {list(manifest.source)} has changed since data.folder {folder} was prepared ({changed}); "
+            "delete that folder to prepare it anew, or restore the files."
+        )
+    return True
 
 
 def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progress: Progress) -> Manifest:
@@ -77,7 +107,7 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
     content = content_of(source, read_seen(folder), progress)
     manifest = find_manifest(folder)
     if manifest is not None and (manifest.complete or manifest.tokenizer_trained):
-        _refuse_other_content(manifest, data, content)
+        refuse_other_content(manifest, data, content)
     trains = not Path(tokenizer.path).exists()
     loaded = _train(data, tokenizer, source, progress) if trains else _load(tokenizer)
     if manifest is None:
@@ -116,7 +146,7 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
             write_seen(folder, content)  # not to be read again after a stop
 
     _refuse_empty(manifest, folder)
-    content = _unchanged(source, content, folder, progress)
+    content = unchanged(source, content, folder, progress)
     manifest = replace(manifest, complete=True, skipped=source.skipped)
     write_manifest(folder, manifest)
     write_seen(folder, content)
@@ -130,6 +160,7 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
         f"{validation.tokens:,} held out, prepared in {time.monotonic() - begun:.1f} s",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
     return manifest
 
@@ -177,73 +208,6 @@ def _refuse_other(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) ->
                 "set data.folder to another folder, or delete this one."
             )
     check_skipped(manifest.skipped, data.skip_invalid, f"data.folder {data.folder} was prepared without {{}}")
-
-
-def _content_now(manifest: Manifest, data: DataConfig, progress: Progress) -> Content | None:
-    """What the source holds at present; None if it is gone, which a prepared folder may outlive."""
-    try:
-        source = open_source(data.sources, data.text_field, data.skip_invalid)
-    except NothingMatchesError:
-        if data.sources == manifest.source:
-            return None
-        raise
-    return content_of(source, read_seen(Path(data.folder)), progress)
-
-
-def _refuse_other_content(manifest: Manifest, data: DataConfig, content: Content | None) -> None:
-    """Raises UserError if data.source holds other text than was prepared, whatever its files are called."""
-    folder = Path(data.folder)
-    seen = read_seen(folder)
-    if content is None:
-        return
-    if content.identity == manifest.identity:
-        if content.files != seen:
-            write_seen(folder, content)
-        return
-    trained = " and the file of tokenizer.path, trained on that text" if manifest.tokenizer_trained else ""
-    remedy = f"set data.folder to another folder, or delete this one{trained}"
-    if data.sources != manifest.source:
-        raise UserError(
-            f"data.folder {folder} was prepared from data.source {list(manifest.source)}, and {list(data.sources)} "
-            f"holds other text; {remedy}."
-        )
-    changed = changed_file(seen, content) or f"{manifest.identity}, now {content.identity}"
-    raise UserError(f"data.source has changed since data.folder {folder} was prepared ({changed}); {remedy}.")
-
-
-def verify_source(folder: str | os.PathLike[str]) -> bool:
-    """Reads the files that a folder was prepared from anew; returns whether they are still there.
-
-    Raises:
-        UserError: their content has changed; or as `read_manifest`.
-    """
-    manifest = read_manifest(folder)
-    try:
-        source = open_source(manifest.source, manifest.text_field, skip_invalid=math.inf)
-    except NothingMatchesError:
-        return False
-    with _progress() as progress:
-        content = content_of(source, (), progress)
-    if content.identity != manifest.identity:
-        changed = (
-            changed_file(read_seen(Path(folder)), content) or f"{manifest.identity}, now {content.identity}"
-        )
-        raise UserError(
-            f"data.source {list(manifest.source)} has changed since data.folder {folder} was prepared ({changed}); "
-            "delete that folder to prepare it anew, or restore the files."
-        )
-    return True
-
-
-def _unchanged(source: Source, content: Content, folder: Path, progress: Progress) -> Content:
-    """The content of a source that was read to its end. Raises UserError if it is no longer what it was before."""
-    now = content_of(source, content.files, progress)
-    if now.identity != content.identity:
-        raise UserError(
-            f"data.source changed while it was prepared ({changed_file(content.files, now)}); delete {folder} and run "
-            "the same command again."
-        )
-    return now
 
 
 def _refuse_empty(manifest: Manifest, folder: Path) -> None:

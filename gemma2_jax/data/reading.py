@@ -23,7 +23,7 @@ import zstandard
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.invalid import Invalid
-from gemma2_jax.data.matching import kind_of, without_pyarrow
+from gemma2_jax.data.matching import kind_of, printable, without_pyarrow
 
 # Characters of a text file that make a document, about a thousand tokens: enough for context to matter, and
 # few enough that one book is documents to shuffle, and to hold some out of.
@@ -69,7 +69,7 @@ def records_of(path: Path, raw: IO[bytes], text_field: str) -> Iterator[Record]:
     start = raw.read(max(map(len, _POINTERS)))
     for begins, (problem, hint) in _POINTERS.items():
         if start.startswith(begins):
-            yield Invalid(str(path), problem, hint)
+            yield Invalid(printable(path), problem, hint)
             return
     raw.seek(0)
     stream = _decompressed(path, raw)
@@ -111,9 +111,10 @@ def _text(path: Path, stream: IO[bytes]) -> Iterator[Record]:
 
 
 def _jsonl(path: Path, stream: IO[bytes], text_field: str) -> Iterator[Record]:
+    name = printable(path)
     for line in _lines(path, stream):
         if not line.text.isspace():
-            yield line.invalid or _of_json(line.text, f"{path}, line {line.number}", text_field)
+            yield line.invalid or _of_json(line.text, f"{name}, line {line.number}", text_field)
 
 
 def _of_json(line: str, place: str, text_field: str) -> Record:
@@ -145,6 +146,7 @@ def _parquet(path: Path, stream: IO[bytes], text_field: str) -> Iterator[Record]
         from pyarrow import parquet
     except ImportError:  # it is there, and broken
         raise without_pyarrow(path) from None
+    name = printable(path)
     with tempfile.TemporaryFile() as seekable:  # Parquet is read from its end
         try:
             if path.suffix.lower() != ".parquet":
@@ -153,17 +155,17 @@ def _parquet(path: Path, stream: IO[bytes], text_field: str) -> Iterator[Record]
             file = parquet.ParquetFile(stream)
             names = file.schema_arrow.names
             if text_field not in names:
-                yield _missing(names, str(path), text_field)
+                yield _missing(names, name, text_field)
                 return
             row = 0
             for group in file.iter_batches(batch_size=1024, columns=[text_field]):
                 for value in _values(group.column(0)):
                     row += 1
-                    yield _checked(value, names, f"{path}, row {row}", text_field)
+                    yield _checked(value, names, f"{name}, row {row}", text_field)
         except (pyarrow.ArrowException, UnicodeDecodeError, *_CORRUPT) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            raise _DamagedError(str(path), "not a whole Parquet file", error) from None
+            raise _DamagedError(name, "not a whole Parquet file", error) from None
 
 
 def _values(column: Any) -> list[Any]:
@@ -200,7 +202,7 @@ def _checked(value: Any, names: Iterable[str], place: str, text_field: str) -> R
 
 def _missing(names: Iterable[str], place: str, text_field: str) -> Invalid:
     listed = ", ".join(names) or "none"
-    hint = f"data.text_field names another field (fields there: {listed})"
+    hint = f"data.text_field names the field that is read (fields there: {listed})"
     return Invalid(place, f"no text in the field {text_field!r}", hint)
 
 
@@ -222,6 +224,7 @@ def _lines(path: Path, stream: IO[bytes], longest: int = -1) -> Iterator[_Line]:
 
     A line of more than `longest` bytes comes in several pieces under one number; -1 keeps every line whole.
     """
+    name = printable(path)
     decoder = codecs.getincrementaldecoder("utf-8")()  # a piece may end within a character
     number = length = 0  # lines read to their ends, and bytes read of the line after them
 
@@ -231,7 +234,7 @@ def _lines(path: Path, stream: IO[bytes], longest: int = -1) -> Iterator[_Line]:
         except UnicodeDecodeError as error:
             decoder.reset()
             position = length - len(error.object) + error.start
-            invalid = _not_utf8(f"{path}, line {number + 1}", error, position)
+            invalid = _not_utf8(f"{name}, line {number + 1}", error, position)
             return _Line(number + 1, error.object.decode(errors="replace"), invalid)
 
     try:
@@ -249,7 +252,7 @@ def _lines(path: Path, stream: IO[bytes], longest: int = -1) -> Iterator[_Line]:
     except _CORRUPT as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise _DamagedError(f"{path}, after line {number}", "cannot be read on", error) from None
+        raise _DamagedError(f"{name}, after line {number}", "cannot be read on", error) from None
 
 
 _CORRUPT = (OSError, EOFError, zlib.error, zstandard.ZstdError)

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import inspect
+import io
 import re
 import shutil
 
@@ -132,6 +133,12 @@ def test_encoded_and_decoded_is_the_same(overrides, capsys):
     assert "".join(ast.literal_eval(piece) for _, piece in rows) == text.replace(" ", "▁")
     assert main(["tokenizer", "decode", " ".join(number for number, _ in rows), *overrides]) == 0
     assert capsys.readouterr().out == text + "\n"
+
+
+def test_input_that_is_no_utf8_is_told(overrides, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 x"), encoding="utf-8"))
+    assert main(["tokenizer", "encode", "-", *overrides]) == 1
+    assert capsys.readouterr().err == "gemma2: the standard input is not valid UTF-8 (byte 0xe9).\n"
 
 
 def test_the_bytes_of_a_character_are_told_apart(overrides, capsys):

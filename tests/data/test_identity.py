@@ -242,6 +242,18 @@ def test_what_was_seen_may_be_lost(own: DataConfig, tokenizer_config: TokenizerC
     assert prepare(own, tokenizer_config) == manifest
 
 
+def test_names_need_not_be_utf8(
+    own: DataConfig, tokenizer_config: TokenizerConfig, source: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name in (b"caf\xe9.jsonl", b"caf\xe9.py"):
+        shutil.copyfile(source / "a.jsonl", os.fsencode(source / "x").removesuffix(b"x") + name)
+    asked = replace(own, source=str(source / "*"), skip_invalid=1)
+    manifest = prepare(asked, tokenizer_config)
+    assert r"first: " in (said := capsys.readouterr().err)
+    assert r"/caf\xe9.py" in said
+    assert prepare(asked, tokenizer_config) == manifest
+
+
 def test_python_docs_are_told_apart_by_their_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(tmp_path))
 

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,19 @@ def test_processes_share_the_batches_of_one(data: DataConfig, streams: int, proc
         assert all(state == whole.get_state() for state in states)
     else:  # each has its own, and all together have that of one process
         assert {name: value for state in states for name, value in state.items()} == whole.get_state()
+
+
+@pytest.mark.parametrize("part", [slice(1000, 4000), slice(65_536, 65_600)], ids=["records", "index"])
+def test_damaged_shards_are_told(data: DataConfig, tmp_path: Path, part: slice):
+    damaged = replace(data, folder=str(shutil.copytree(data.folder, tmp_path / "data")))
+    for shard in read_manifest(damaged.folder).train_shards:
+        content = bytearray((tmp_path / "data" / shard.file).read_bytes())
+        content[part] = bytes(byte ^ 0x55 for byte in content[part])
+        (tmp_path / "data" / shard.file).write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"A shard of data\.folder .* is not as it was written; `gemma2 data verify`"
+    ):
+        list(itertools.islice(train_batches(damaged), 100))
 
 
 def test_streams_divide_the_documents(data: DataConfig):

@@ -52,6 +52,15 @@ def test_every_document_is_stored_once_in_order(data: DataConfig, tokenizer: Tok
     assert train == [text for text in texts if text in set(train)]
 
 
+def test_brackets_in_the_folders_name_are_no_markup(
+    data: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "a [bold]@2"
+    prepare(replace(data, folder=str(folder)), tokenizer_config)
+    assert f"{folder}: " in capsys.readouterr().err
+    assert contents(folder) == contents(data.folder)
+
+
 def test_records_are_bos_text_eos_in_two_bytes(data: DataConfig, tokenizer: Tokenizer):
     shard = read_manifest(data.folder).train_shards[0]
     record = ArrayRecordDataSource(str(Path(data.folder) / shard.file))[0]

@@ -1,4 +1,4 @@
-"""Places that cannot be written to, and disks that fail: one sentence, whatever the verb."""
+"""Files that cannot be read or written, and disks that fail: one sentence, whatever the verb."""
 
 import errno
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 
 from gemma2_jax.cli import data as data_verb
 from gemma2_jax.cli.main import main
-from gemma2_jax.config import UserError
+from gemma2_jax.config import UserError, read_yaml
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 
@@ -69,3 +69,20 @@ def test_errors_of_other_things_are_not_hidden(monkeypatch):
     monkeypatch.setattr(data_verb, "prepare", fail)
     with pytest.raises(OSError, match="a library's own"):
         main(["data", "prepare"])
+
+
+def test_config_files_that_cannot_be_read_are_told(tmp_path, capsys):
+    deep = "a: " + "[" * 3000 + "]" * 3000
+    (tmp_path / "configs" / "model").mkdir(parents=True)
+    (tmp_path / "configs" / "model" / "deep.yaml").write_text(deep)
+    (tmp_path / "circle").symlink_to("circle")
+    for arguments, sentence in (
+        (["model=deep", f"--config-dir={tmp_path}/configs"], "the configuration cannot be composed: "),
+        ([f"--config-dir={tmp_path}/circle"], f"--config-dir is {tmp_path}/circle, which is no folder"),
+    ):
+        assert main(["config", "show", *arguments]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith(f"gemma2: {sentence}")
+        assert told.count("\n") == 1
+    with pytest.raises(UserError, match=r"deep\.yaml is nested too deeply to be read"):
+        read_yaml(tmp_path / "configs" / "model" / "deep.yaml")
