@@ -62,7 +62,7 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1.")
-        if self.skip_invalid < 0 or (self.skip_invalid > 1 and self.skip_invalid % 1):
+        if not (self.skip_invalid >= 0 and (self.skip_invalid <= 1 or self.skip_invalid % 1 == 0)):
             raise UserError(
                 f"data.skip_invalid is {self.skip_invalid}; it must be a whole number of records, or a fraction of "
                 "them below 1."
