@@ -92,7 +92,7 @@ def compose_students(
     for name, *own in students:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or names.count(name) > 1:
             raise UserError(
-                f"--student {name} is no name for a run; accepted: letters, digits, _ and -, each name once."
+                f"--student {name} cannot name a run; accepted: letters, digits, _ and -, each name once."
             )
         values = {"name": name, "output": f"{folder}/{name}"}
         try:

@@ -202,8 +202,7 @@ def _abstract_inputs(config: RunConfig, mesh: Mesh) -> Inputs:
         entries = None if encoding is None else encoding.entries or config.model.num_tokens
         if entries is None:
             raise UserError(
-                "distill.encoding is null, so that it is not known what the cache keeps of a token; set it as in "
-                "distill=cached."
+                "distill.encoding is null, so the cache's size is unknown; set it, as distill=cached does."
             )
         taught = abstract_entries(config.data, mesh, entries)
     teacher = _abstract_teacher(config, teacher_config(config), mesh)

@@ -61,8 +61,9 @@ def search(
     waiting = candidates(config, topology)
     if not waiting:
         raise UserError(
-            f"no mesh of the {len(topology.devices)} devices of {topology.name} divides the model's heads and "
-            f"data.batch_size ({config.data.batch_size}); a batch of a multiple of the devices does."
+            f"no mesh of the {len(topology.devices)} devices of {topology.name} divides both the model's heads and "
+            f"data.batch_size ({config.data.batch_size}); choose a data.batch_size that is a multiple of "
+            f"{len(topology.devices)}."
         )
     begun = time.perf_counter()
     plans: list[tuple[Candidate, Plan]] = []

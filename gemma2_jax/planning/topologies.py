@@ -81,7 +81,7 @@ def find_topology(name: str, gpu_memory_fraction: float = 0.75) -> Topology:
     wanted = dimensions or 1
     if len(shape) != wanted or min(shape) < 1 or slices < 1 or (dimensions == 0 and slices > 1):
         shown = f"{kind}:" + "x".join(["4"] * wanted) if dimensions else f"{kind}:8"
-        raise UserError(f"topology={name} has not the shape of {kind}; accepted: the form {shown}.")
+        raise UserError(f"topology={name} is not a shape of {kind}; accepted: shapes such as {shown}.")
     if kind == "cpu":
         return Topology(name, _CPU, _cpus(name, shape[0]), "cpu")
     chip = CHIPS[kind]
@@ -122,7 +122,7 @@ def _gpus(name: str, kind: str, chip: Chip, count: int) -> tuple[Any, ...]:
     nodes, rest = divmod(count, GPUS_OF_A_NODE)
     if nodes and rest:
         raise UserError(
-            f"topology={name} asks for {count} GPUs; accepted: up to {GPUS_OF_A_NODE}, or a multiple of it."
+            f"topology={name} asks for {count} GPUs; accepted: 1 to {GPUS_OF_A_NODE}, or a multiple of that."
         )
     layout = f"1x{max(nodes, 1)}x{GPUS_OF_A_NODE if nodes else rest}"
     return _describe(name, "cuda", kind, {"target_config": target_config(kind, chip), "topology": layout})

@@ -61,7 +61,7 @@ class StudyConfig:
         for position, (name, run) in enumerate(self.runs.items()):
             if name in keys or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise UserError(
-                    f"runs.{name} is no name for a run; accepted: letters, digits, _ and -, and no key of a run."
+                    f"runs.{name} cannot name a run; accepted: letters, digits, _ and -, but no key of a run."
                 )
             if run.teacher is not None and run.teacher not in names[:position]:
                 earlier = ", ".join(names[:position]) or "none"
@@ -70,7 +70,7 @@ class StudyConfig:
                 )
             if run.cache and run.teacher is None:
                 raise UserError(
-                    f"runs.{name}.cache is true and its teacher is null; there is nobody to cache."
+                    f"runs.{name}.cache is true and its teacher is null; name the teacher whose outputs are cached."
                 )
 
     def trained(self) -> dict[str, tuple[str, int | None]]:

@@ -163,13 +163,13 @@ class RunConfig:
             return
         if self.distill.teacher is None:
             raise UserError(
-                "distill.on_policy is set and distill.teacher is null; it needs a teacher, who judges the student's "
-                "samples."
+                "distill.on_policy is set and distill.teacher is null; on-policy distillation needs a teacher for the "
+                "student's samples."
             )
         if self.distill.cache is not None:
             raise UserError(
-                "distill.on_policy and distill.cache are both set; a cache knows nothing of the student's own samples, "
-                "so one of them must be null."
+                "distill.on_policy and distill.cache are both set; a cache holds no targets for the student's own "
+                "samples, so one of them must be null."
             )
         if self.objective.cross_entropy > 0:
             raise UserError(

@@ -48,8 +48,8 @@ def test_what_each_makes_of_the_teacher_is_its_own():
 @pytest.mark.parametrize(
     ("students", "told"),
     [
-        ([["a"], ["a"]], "--student a is no name for a run"),
-        ([["model=toy"]], "--student model=toy is no name"),
+        ([["a"], ["a"]], "--student a cannot name a run"),
+        ([["model=toy"]], "--student model=toy cannot name"),
         (
             [["a", "output=x"]],
             "--student a: output follows from the student's name; give output=FOLDER before",

@@ -123,7 +123,7 @@ def test_what_does_not_fit_says_what_would_help(planned_run, cpus):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"mesh": MeshConfig(data=3)}, "does not fit 8 device"),
+        ({"mesh": MeshConfig(data=3)}, "needs exactly 3 devices"),
         ({"mesh": MeshConfig(data=1, tensor=8)}, "along mesh.tensor, which is 8 and does not divide it"),
         ({"mesh": MeshConfig(data=8)}, "data.batch_size / training.accumulation is 4 rows"),
     ],
