@@ -20,7 +20,7 @@ class DataConfig:
         validation_fraction: share of the documents held out, in [0, 1); the content of a document decides.
         seq_len: T, tokens in a row of a batch.
         batch_size: B, rows of an optimizer step over all processes.
-        seed: order of the documents.
+        seed: order of the documents and of the rows.
         text_field: the field of JSONL objects, or the column of Parquet files, that holds the text.
         workers: processes that tokenise; None is one for each CPU.
         shard_characters: a shard is closed after this many characters of text.

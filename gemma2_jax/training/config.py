@@ -55,7 +55,7 @@ class RunConfig:
     Attributes:
         name: how the run is called in tables.
         output: the run folder.
-        seed: of the initial weights; the order of the data has its own, data.seed.
+        seed: of the initial weights and of own samples; the order of the data has its own, data.seed.
         compilation_cache: the folder or bucket that compiled programs are kept in, see `programs_kept_in`.
         profile: trace some steps (`training.profile_steps`) into the run folder; of runs that are trained together,
             into that of the first which is not done.
