@@ -61,11 +61,17 @@ def train_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.Da
     return StreamedBatches(open_stream, data.streams, data.batch_size, mine)
 
 
-def validation_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.IterDataset:
+def validation_batches(
+    data: DataConfig, share: int = 0, shares: int = 1, limit: int | None = None
+) -> grain.IterDataset:
     """Returns the batches of the validation split, every document once, in a fixed order; iterate it at will.
 
     Every process gets its rows of the same global batches, so that all of them see the same number; the last
     batch is filled up with padding.
+
+    Args:
+        limit: of a split of more batches, gives this many, of documents from all over the split: the same ones each
+            time, whatever `data.seed`.
 
     Raises:
         UserError: as `train_batches`, or if nothing was held out.
@@ -78,9 +84,15 @@ def validation_batches(data: DataConfig, share: int = 0, shares: int = 1) -> gra
             "data.validation_fraction above 0."
         )
     documents = _documents(data, manifest, manifest.validation_shards)
+    held_out = manifest.validation
+    rows = -(-(held_out.tokens - held_out.documents) // data.seq_len)
+    bounded = limit is not None and rows > limit * data.batch_size
+    if bounded:
+        documents = documents.shuffle(seed=0)
     packed = PackedRows(documents.to_iter_dataset(_READING), data.seq_len)
     fill = partial(grain.experimental.batch_and_pad, batch_size=data.batch_size)
-    return packed.batch(data.batch_size, batch_fn=fill).map(partial(to_batch, mine=mine))
+    batches = packed.batch(data.batch_size, batch_fn=fill).map(partial(to_batch, mine=mine))
+    return grain.experimental.LimitIterDataset(batches, limit) if bounded else batches
 
 
 def _packed(data: DataConfig, documents: grain.MapDataset, counts: Counts) -> grain.IterDataset:

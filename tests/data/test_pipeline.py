@@ -239,6 +239,28 @@ def test_validation_can_be_repeated_and_divided(data: DataConfig):
         assert_same(batch, jax.tree.map(lambda *rows: np.concatenate(rows), upper, lower))
 
 
+def test_a_limited_validation_is_a_sample_of_all_documents(data: DataConfig):
+    documents = stored(data, "validation")
+    sample = list(validation_batches(data, limit=2))
+    assert len(sample) == 2
+    assert sum(batch.loss_mask.sum() for batch in sample) == 2 * 4 * 32  # no padding
+    whole = unpacked(sample)
+    assert set(whole) <= set(documents)
+    assert max(documents.index(document) for document in whole) > len(documents) // 2
+    for batch, same in zip(sample, validation_batches(replace(data, seed=5), limit=2), strict=True):
+        assert_same(batch, same)
+    halves = [list(validation_batches(data, index, 2, limit=2)) for index in range(2)]
+    for batch, upper, lower in zip(sample, *halves, strict=True):
+        assert_same(batch, jax.tree.map(lambda *rows: np.concatenate(rows), upper, lower))
+
+
+def test_a_limit_that_all_documents_fit_into_changes_nothing(data: DataConfig):
+    whole = list(validation_batches(data))
+    for batch, same in zip(whole, validation_batches(data, limit=len(whole)), strict=True):
+        assert_same(batch, same)
+    assert len(list(validation_batches(data, limit=len(whole) - 1))) == len(whole) - 1
+
+
 def test_impossible_shares_are_refused(data: DataConfig):
     with pytest.raises(
         UserError, match=r"data\.batch_size is 4; it must be a multiple of the 3 parts that processes feed"
