@@ -14,7 +14,7 @@ the commonest keys:
                                   new data.folder with it
   training.steps=1000             optimizer steps
   optimizer.learning_rate=1e-3    the peak of the schedule
-  seed=1                          initial weights and order of the data
+  seed=1                          other initial weights (data.seed=1: another order of the data)
   output=runs/mine                the run's folder
 `gemma2 config list` names the choices of each group, `gemma2 config show` prints every key with its value.
 """

@@ -38,8 +38,8 @@ class StudyConfig:
         reference: a run with which the others' predictions are compared (agreement, KL); None: no comparison.
         prompts: texts that every run continues in the report.
         sample_tokens: how many tokens each continuation has at most.
-        seeds: every run is trained with each of them, but for teachers and the reference, of which there is one;
-            and the report gives means and deviations. None: all with the configuration's.
+        seeds: every run is trained with each of them (`seed` and `data.seed`), but for teachers and the reference, of
+            which there is one; and the report gives means and deviations. None: all with the configuration's.
     """
 
     title: str

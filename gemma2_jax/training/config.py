@@ -26,6 +26,8 @@ class TrainingConfig:
         accumulation: microbatches that each step's batch is split into, one after another, to save memory.
         log_every: steps between rows of metrics, each an average since the row before.
         eval_every: steps between evaluations on the validation split; the last step is always evaluated.
+        eval_batches: the most batches that an evaluation takes; of a larger split, the same sample of its documents
+            each time. None takes the whole split.
         profile_steps: the first and the last step that `profile` traces, counted from where the process begins, whose
             first steps are slower than the others.
     """
@@ -35,6 +37,7 @@ class TrainingConfig:
     log_every: int
     eval_every: int
     profile_steps: tuple[int, int] = (3, 5)  # not in runs of before it was there
+    eval_batches: int | None = None  # Older runs lack this key.
 
     def __post_init__(self) -> None:
         first, last = self.profile_steps
@@ -43,9 +46,10 @@ class TrainingConfig:
                 f"training.profile_steps is [{first}, {last}]; it must be the first step to trace, at least 1, and the "
                 "last."
             )
-        for name in ("steps", "accumulation", "log_every", "eval_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"training.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("steps", "accumulation", "log_every", "eval_every", "eval_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"training.{name} is {value}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class RunConfig:
     Attributes:
         name: how the run is called in tables.
         output: the run folder.
-        seed: of the initial weights; the order of the data has its own, data.seed.
+        seed: of the initial weights and of own samples; the order of the data has its own, data.seed.
         compilation_cache: the folder or bucket that compiled programs are kept in, see `programs_kept_in`.
         profile: trace some steps (`training.profile_steps`) into the run folder; of runs that are trained together,
             into that of the first which is not done.

@@ -29,7 +29,7 @@ DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was tr
 # things lie and what watches them. That the data, the tokenizer and the teacher are the same is checked by content.
 _MAY_CHANGE = {
     "name", "output", "hosts", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "training.log_every",
-    "training.profile_steps", "profile", "compilation_cache",
+    "training.eval_batches", "training.profile_steps", "profile", "compilation_cache",
     "data.folder", "data.workers", "data.shard_characters", "tokenizer.path",
 }  # fmt: skip
 

@@ -62,12 +62,20 @@ def test_overrides_win_over_the_experiment_and_the_experiment_over_the_groups():
 
 
 def test_references_follow_what_they_refer_to():
-    config = compose(["name=mine", "seed=7", "tokenizer.vocab_size=600"])
-    assert (config.output, config.data.seed, config.model.vocab_size) == ("runs/mine", 7, 600)
+    config = compose(["name=mine", "tokenizer.vocab_size=600"])
+    assert (config.output, config.model.vocab_size) == ("runs/mine", 600)
     cached = ["distill=cached", "distill.teacher=runs/x", "distill.cache=runs/x-cache"]
     warm = compose([*cached, "objective=distillation", "objective.temperature=2.0"])
     assert warm.distill.encoding is not None
     assert warm.distill.encoding.temperature == 2.0
+
+
+@pytest.mark.parametrize("data", ["python_docs", "files"])
+def test_the_seed_of_the_weights_leaves_the_data_as_it_is(data):
+    chosen = [f"data={data}", "data.source=x.txt"]
+    assert compose([*chosen, "seed=7"]).data == compose(chosen).data
+    config = compose([*chosen, "seed=7", "data.seed=3"])
+    assert (config.seed, config.data.seed) == (7, 3)
 
 
 @pytest.mark.parametrize("data", ["python_docs", "files"])

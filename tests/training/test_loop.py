@@ -43,7 +43,11 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def finished(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run that was never interrupted."""
-    config = replace(toy_run, output=str(tmp_path_factory.mktemp("runs") / "whole"))
+    config = replace(
+        toy_run,
+        output=str(tmp_path_factory.mktemp("runs") / "whole"),
+        data=replace(toy_run.data, shuffle_buffer=10),
+    )
     with pytest.MonkeyPatch.context() as patch:
         first = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda: first)
