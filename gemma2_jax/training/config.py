@@ -9,7 +9,7 @@ from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.objectives.objective import DIVERGENCES, ObjectiveConfig
-from gemma2_jax.objectives.schedule import ScheduleConfig
+from gemma2_jax.schedule import ScheduleConfig, count_steps
 from gemma2_jax.sharding.hosts import HostsConfig
 from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import MeshConfig
@@ -99,21 +99,8 @@ class RunConfig:
                 f"training.profile_steps ends with {self.training.profile_steps[1]}, after the last step "
                 f"({self.training.steps}); choose earlier ones, or profile=false."
             )
-        reserved = self.optimizer.warmup_steps
-        if self.optimizer.schedule == "wsd":
-            reserved += self.optimizer.decay_steps
-        if reserved > self.training.steps:
-            raise UserError(
-                f"optimizer.warmup_steps and decay_steps take {reserved} steps, more than training.steps "
-                f"({self.training.steps})."
-            )
-        for name, schedule in self._schedules().items():
-            reserved = schedule.warmup_steps + schedule.decay_steps
-            if reserved > self.training.steps:
-                raise UserError(
-                    f"{name}.warmup_steps and decay_steps take {reserved} steps, more than training.steps "
-                    f"({self.training.steps})."
-                )
+        for name, schedule in {"optimizer": self.optimizer, **self._schedules()}.items():
+            count_steps(name, schedule.warmup_steps, schedule.decay_steps, self.training.steps)
         intervals = {
             "checkpoint.every": self.checkpoint.every,
             "training.eval_every": self.training.eval_every,

@@ -18,6 +18,7 @@ from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.model.weights import dim_sizes
+from gemma2_jax.schedule import count_steps
 from gemma2_jax.sharding.hosts import wait_for_all
 from gemma2_jax.sharding.layout import check_activations, laid_out
 from gemma2_jax.training.config import RunConfig
@@ -102,9 +103,26 @@ def changes(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]
         may_change.add("distill.teacher")
         if taught_by.encoding is not None and asked.distill.cache is not None:
             may_change.add("distill.cache")
-    for key, one, other in differences(to_dict(begun), to_dict(asked)):
+    for key, one, other in differences(_in_steps(begun), _in_steps(asked)):
         if not any(f"{key}.".startswith(f"{name}.") for name in may_change):
             yield key, one, other
+
+
+def _in_steps(config: RunConfig) -> dict[str, Any]:
+    """The settings, each warm-up and decay as a number of steps: 0.1 and 50 are the same in a run of 500."""
+
+    def counted(settings: dict[str, Any], where: str) -> dict[str, Any]:
+        found = {
+            name: counted(value, f"{where}.{name}") if isinstance(value, dict) else value
+            for name, value in settings.items()
+        }
+        names = ("warmup_steps", "decay_steps")
+        if set(names) <= set(found):
+            warmup, decay = (found[name] for name in names)
+            found |= zip(names, count_steps(where, warmup, decay, config.training.steps), strict=True)
+        return found
+
+    return counted(to_dict(config), "")
 
 
 def check_same_data(run_folder: str | Path, data: DataConfig) -> None:

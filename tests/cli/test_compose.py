@@ -10,7 +10,9 @@ import yaml
 from gemma2_jax.cli.compose import combinations, compose, compose_file, groups, pairs
 from gemma2_jax.cli.roots import choices, find_study, studies
 from gemma2_jax.config import UserError, save, to_dict
+from gemma2_jax.schedule import build_schedule
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.optimizer import learning_rate_schedule
 
 
 @pytest.mark.parametrize("name", choices("experiment"))
@@ -32,6 +34,21 @@ def test_every_choice_of_every_group_composes(group):
         without = name in ("none", "cross_entropy", "random") or group not in needs
         given = [] if without else [*needs[group], *more.get(name, [])]
         assert isinstance(compose([f"{group}={name}", *given]), RunConfig)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+@pytest.mark.parametrize("optimizer", choices("optimizer"))
+def test_every_optimizer_suits_a_short_run(optimizer, steps):
+    config = compose([f"optimizer={optimizer}", f"training.steps={steps}"])
+    rates = [float(learning_rate_schedule(config.optimizer, steps)(step)) for step in range(steps)]
+    assert all(0 < rate <= config.optimizer.learning_rate * 1.0001 for rate in rates)
+
+
+def test_a_schedule_of_the_objective_suits_a_short_run():
+    teacher = ["distill=online", "distill.teacher=runs/teacher"]
+    config = compose(["objective=scheduled_mixture", "training.steps=3", *teacher])
+    at = build_schedule(config.objective.schedules["mix"], 3)
+    assert [float(at(step)) for step in range(3)] == [0, 1, 0]
 
 
 def test_every_group_is_a_part_of_the_run_and_has_choices():
