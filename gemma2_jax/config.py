@@ -11,6 +11,7 @@ import os
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -25,6 +26,24 @@ Config = TypeVar("Config")
 
 class UserError(ValueError):
     """Something that the user gave is wrong; the message is one sentence that says what and what is accepted."""
+
+
+@contextmanager
+def usable(key: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises UserError, naming the key, where the file or folder that it is set to cannot be used."""
+    try:
+        yield
+    except BlockingIOError:  # in use, and so usable
+        raise
+    except OSError as error:
+        raise UserError(f"{key} is {path}, which cannot be used: {reason(error)}.") from None
+
+
+def reason(error: OSError) -> str:
+    """Why a file or folder cannot be used, without its name."""
+    if isinstance(error, FileExistsError | NotADirectoryError):  # where a folder is to be made
+        return "a file is in its place, or above it"
+    return error.strerror or str(error)
 
 
 def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:

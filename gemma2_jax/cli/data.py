@@ -9,13 +9,14 @@ Works with the data that a configuration names: text (data.source) is tokenised 
 
   gemma2 data prepare         makes the shards, and the tokenizer if there is none; training does so by itself
   gemma2 data show            what the folder holds, and the beginning of a training batch
-  gemma2 data verify          reads every shard, and tells whether it is as it was written
+  gemma2 data verify          reads every shard and source file, and tells whether it is as it was
 """
 KEYS = """\
 the commonest keys:
   data=files data.source='my/*.txt'   text of your own: globs of .txt .md .rst .jsonl .parquet, also .gz .zst
   data.folder=data/mine               where the shards go; each source needs a folder of its own
   data.validation_fraction=0.02       share of the documents that are held out
+  data.skip_invalid=10                leave out up to 10 records that cannot be read (0.01: up to 1 % of them)
   tokenizer.path=my.model             the SentencePiece model; trained if it does not exist yet
   tokenizer.vocab_size=8192           the size that it is trained to
 """
@@ -34,7 +35,8 @@ Prints how many documents, tokens and characters each split holds, and how the f
 """
 VERIFY = """\
 Reads every shard of data.folder and compares it with the checksum taken when it was written: after a copy, or
-when a disk is in doubt. Names the first shard that differs, and then exits with 1.
+when a disk is in doubt. Then reads the files that the folder was prepared from, if they are there, and compares
+their content. Names the first file that differs, and then exits with 1.
 
   gemma2 data verify
   gemma2 data verify data.folder=data/notes
@@ -74,6 +76,8 @@ def show(arguments: argparse.Namespace) -> None:
         for split, counts in (("train", manifest.train), ("validation", manifest.validation))
     ]
     Table(["split", "documents", "tokens", "characters"], rows).print(Console(), config.data.folder)
+    if manifest.skipped.records:
+        print(f"left out: {manifest.skipped}")
     tokenizer = Tokenizer.load(config.tokenizer.path)
     batch = next(train_batches(config.data))
     print("\nthe first training batch, row by row: documents in it, and how it begins")
@@ -84,7 +88,14 @@ def show(arguments: argparse.Namespace) -> None:
 def verify(arguments: argparse.Namespace) -> None:
     from gemma2_jax.cli.compose import compose
     from gemma2_jax.data import shards
+    from gemma2_jax.data.prepare import verify_source
 
     config = compose(arguments.overrides, arguments.config_dir)
-    count = shards.verify(config.data.folder)
-    print(f"{config.data.folder}: {count} shards were read and are whole.")
+    folder = config.data.folder
+    count = shards.verify(folder)
+    print(f"{folder}: {count} shards were read and are whole.")
+    source = list(shards.read_manifest(folder).source)
+    if verify_source(folder):
+        print(f"{folder}: the files of data.source {source} are those that it was prepared from.")
+    else:
+        print(f"{folder}: data.source {source} is not there, and so was not compared.")

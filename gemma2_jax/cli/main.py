@@ -1,6 +1,7 @@
 """The console script `gemma2`: reads the command line, runs one verb, tells mistakes in one sentence."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -84,6 +85,15 @@ def _run(arguments: argparse.Namespace) -> int:
     return code
 
 
+def _file_problem(error: OSError) -> str | None:
+    """What is wrong with the file that an error names, or with the disk; None if it is of another kind."""
+    from gemma2_jax.config import reason
+
+    if isinstance(error.filename, str):
+        return f"{error.filename} cannot be used: {reason(error)}"
+    return reason(error) if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else None
+
+
 def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
     """Runs the verb; the exit code, and what is to be said about it."""
     from gemma2_jax.config import UserError  # brings pydantic, which --help does without
@@ -101,6 +111,8 @@ def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
         number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
         return 128 + number, f"\ngemma2: stopped{hint}."
     except Exception as error:
+        if isinstance(error, OSError) and (problem := _file_problem(error)):
+            return 1, f"gemma2: {problem}."
         ending = sys.modules.get("gemma2_jax.sharding.ending")
         if ending is None or not ending.is_watched():
             raise

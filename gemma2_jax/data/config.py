@@ -29,6 +29,9 @@ class DataConfig:
         shuffle_buffer: rows that are held in memory and given in random order before the next as many are read, so
             that the rows of a long document are spread over many batches; at most the rows of one epoch. 0 gives the
             rows of a document one after another.
+        skip_invalid: how many records of the source that cannot be read are left out, as a number of them, or below
+            1 as a share of all; more are refused. A record is a line of JSONL, a row of Parquet, a document of a text
+            file, or a file that holds none.
     """
 
     source: str | tuple[str, ...]
@@ -42,6 +45,7 @@ class DataConfig:
     shard_characters: int = 64_000_000
     streams: int = 1
     shuffle_buffer: int = 0  # Older runs lack this key.
+    skip_invalid: int | float = 0  # Older runs lack this key.
 
     def __post_init__(self) -> None:
         if not self.sources or not all(self.sources):
@@ -66,6 +70,11 @@ class DataConfig:
             raise UserError(
                 f"data.shuffle_buffer is {self.shuffle_buffer}; it must be a number of rows, or 0 to leave rows in the "
                 "order of their documents."
+            )
+        if self.skip_invalid < 0 or (self.skip_invalid > 1 and self.skip_invalid % 1):
+            raise UserError(
+                f"data.skip_invalid is {self.skip_invalid}; it must be a whole number of records, or a fraction of "
+                "them below 1."
             )
         if self.batch_size % self.streams:
             raise UserError(

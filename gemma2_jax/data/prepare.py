@@ -7,24 +7,31 @@ manifest is rewritten after every part, so that a preparation that was stopped g
 """
 
 import hashlib
+import math
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from gemma2_jax.config import UserError
+from gemma2_jax.config import UserError, usable
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.data.identity import Content, changed_file, content_of, read_seen, write_seen
+from gemma2_jax.data.invalid import Skipped, check_skipped
+from gemma2_jax.data.matching import NothingMatchesError
 from gemma2_jax.data.shards import (
     FORMAT,
     Manifest,
     Part,
     ShardWriter,
     find_manifest,
+    read_manifest,
     write_manifest,
 )
 from gemma2_jax.data.sources import Source, open_source
@@ -45,25 +52,34 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
     import the script anew; or set `data.workers` to 1.
 
     Raises:
-        UserError: the folder was prepared from another source, tokenizer or validation fraction; the tokenizer
-            or the source cannot be read; a split gets no document.
+        UserError: the folder was prepared from other content, with another tokenizer or validation fraction; the
+            tokenizer or the source cannot be read, or changed meanwhile; a split gets no document.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(1)  # a worker importing an unguarded script: its parent says so, and must not be waited for
     folder = Path(data.folder)
     manifest = find_manifest(folder)
     if manifest is not None and manifest.complete and Path(tokenizer.path).exists():
-        _refuse_other(manifest, data, _load(tokenizer), _identity_now(data))
+        _refuse_other(manifest, data, _load(tokenizer))
+        with _progress() as progress:
+            _refuse_other_content(manifest, data, _content_now(manifest, data, progress))
         return manifest
-    with locked(folder, wait=True), _progress() as progress:
-        return _prepare(data, tokenizer, folder, progress)
+    with ExitStack() as stack:
+        with usable("data.folder", folder):
+            stack.enter_context(locked(folder, wait=True))
+        return _prepare(data, tokenizer, folder, stack.enter_context(_progress()))
 
 
 def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progress: Progress) -> Manifest:
     begun = time.monotonic()
-    source = open_source(data.sources, data.text_field)
-    loaded = _load(tokenizer) if Path(tokenizer.path).exists() else _train(data, tokenizer, source, progress)
+    source = open_source(data.sources, data.text_field, data.skip_invalid)
+    # Before anything is made of it: what changes later is noticed in the end.
+    content = content_of(source, read_seen(folder), progress)
     manifest = find_manifest(folder)
+    if manifest is not None and (manifest.complete or manifest.tokenizer_trained):
+        _refuse_other_content(manifest, data, content)
+    trains = not Path(tokenizer.path).exists()
+    loaded = _train(data, tokenizer, source, progress) if trains else _load(tokenizer)
     if manifest is None:
         manifest = Manifest(
             format=FORMAT,
@@ -71,15 +87,21 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
             source=data.sources,
             text_field=data.text_field,
             validation_fraction=data.validation_fraction,
-            identity=source.identity,
+            identity=content.identity,
             tokenizer=loaded.fingerprint,
+            tokenizer_trained=trains,
             vocab_size=loaded.vocab_size,
+            skipped=Skipped(),
             parts=(),
         )
-    _refuse_other(manifest, data, loaded, source.identity)
+        if trains:  # so that a tokenizer of other text is known for one if this is stopped now
+            write_manifest(folder, manifest)
+    _refuse_other(manifest, data, loaded)
     if manifest.complete:
         return manifest
 
+    # Parts that are there are compared by their text; behind them the source may have been mended.
+    manifest = replace(manifest, source=data.sources, identity=content.identity)
     stream = iter(source)
     for part in manifest.parts:
         _skip(stream, part, folder)
@@ -90,11 +112,19 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
     ):
         manifest = replace(manifest, parts=(*manifest.parts, part))
         write_manifest(folder, manifest)
+        if len(manifest.parts) == 1:
+            write_seen(folder, content)  # not to be read again after a stop
 
     _refuse_empty(manifest, folder)
-    manifest = replace(manifest, complete=True)
+    content = _unchanged(source, content, folder, progress)
+    manifest = replace(manifest, complete=True, skipped=source.skipped)
     write_manifest(folder, manifest)
+    write_seen(folder, content)
     train, validation = manifest.train, manifest.validation
+    if manifest.skipped.records:
+        progress.console.print(
+            f"{folder}: left out {manifest.skipped}", soft_wrap=True, highlight=False, markup=False
+        )
     progress.console.print(
         f"{folder}: {train.documents:,} documents of {train.tokens:,} tokens to train on, {validation.documents:,} of "
         f"{validation.tokens:,} held out, prepared in {time.monotonic() - begun:.1f} s",
@@ -128,33 +158,92 @@ def _train(data: DataConfig, tokenizer: TokenizerConfig, source: Source, progres
         for text, _ in source
         if not is_validation(text, data.validation_fraction) and chance(text, "tokenizer") < share
     )
-    trained = train_tokenizer(documents, tokenizer.path, tokenizer.vocab_size)
+    with usable("tokenizer.path", tokenizer.path):
+        trained = train_tokenizer(documents, tokenizer.path, tokenizer.vocab_size)
     for task in progress.task_ids:
         progress.remove_task(task)
     return trained
 
 
-def _identity_now(data: DataConfig) -> str | None:
-    """What the source is at present; None if it is gone, which a prepared folder may outlive."""
-    try:
-        return open_source(data.sources, data.text_field).identity
-    except UserError:
-        return None
-
-
-def _refuse_other(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer, identity: str | None) -> None:
+def _refuse_other(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) -> None:
     for key, was, is_now in (
-        ("data.source", list(manifest.source), list(data.sources)),
         ("data.text_field", manifest.text_field, data.text_field),
         ("data.validation_fraction", manifest.validation_fraction, data.validation_fraction),
         ("the tokenizer", manifest.tokenizer[:12], tokenizer.fingerprint[:12]),
-        ("the content of data.source", manifest.identity, identity or manifest.identity),
     ):
         if was != is_now:
             raise UserError(
                 f"data.folder {data.folder} was prepared with another value of {key} ({was}, now {is_now}); "
                 "set data.folder to another folder, or delete this one."
             )
+    check_skipped(manifest.skipped, data.skip_invalid, f"data.folder {data.folder} was prepared without {{}}")
+
+
+def _content_now(manifest: Manifest, data: DataConfig, progress: Progress) -> Content | None:
+    """What the source holds at present; None if it is gone, which a prepared folder may outlive."""
+    try:
+        source = open_source(data.sources, data.text_field, data.skip_invalid)
+    except NothingMatchesError:
+        if data.sources == manifest.source:
+            return None
+        raise
+    return content_of(source, read_seen(Path(data.folder)), progress)
+
+
+def _refuse_other_content(manifest: Manifest, data: DataConfig, content: Content | None) -> None:
+    """Raises UserError if data.source holds other text than was prepared, whatever its files are called."""
+    folder = Path(data.folder)
+    seen = read_seen(folder)
+    if content is None:
+        return
+    if content.identity == manifest.identity:
+        if content.files != seen:
+            write_seen(folder, content)
+        return
+    trained = " and the file of tokenizer.path, trained on that text" if manifest.tokenizer_trained else ""
+    remedy = f"set data.folder to another folder, or delete this one{trained}"
+    if data.sources != manifest.source:
+        raise UserError(
+            f"data.folder {folder} was prepared from data.source {list(manifest.source)}, and {list(data.sources)} "
+            f"holds other text; {remedy}."
+        )
+    changed = changed_file(seen, content) or f"{manifest.identity}, now {content.identity}"
+    raise UserError(f"data.source has changed since data.folder {folder} was prepared ({changed}); {remedy}.")
+
+
+def verify_source(folder: str | os.PathLike[str]) -> bool:
+    """Reads the files that a folder was prepared from anew; returns whether they are still there.
+
+    Raises:
+        UserError: their content has changed; or as `read_manifest`.
+    """
+    manifest = read_manifest(folder)
+    try:
+        source = open_source(manifest.source, manifest.text_field, skip_invalid=math.inf)
+    except NothingMatchesError:
+        return False
+    with _progress() as progress:
+        content = content_of(source, (), progress)
+    if content.identity != manifest.identity:
+        changed = (
+            changed_file(read_seen(Path(folder)), content) or f"{manifest.identity}, now {content.identity}"
+        )
+        raise UserError(
+            f"data.source {list(manifest.source)} has changed since data.folder {folder} was prepared ({changed}); "
+            "delete that folder to prepare it anew, or restore the files."
+        )
+    return True
+
+
+def _unchanged(source: Source, content: Content, folder: Path, progress: Progress) -> Content:
+    """The content of a source that was read to its end. Raises UserError if it is no longer what it was before."""
+    now = content_of(source, content.files, progress)
+    if now.identity != content.identity:
+        raise UserError(
+            f"data.source changed while it was prepared ({changed_file(content.files, now)}); delete {folder} and run "
+            "the same command again."
+        )
+    return now
 
 
 def _refuse_empty(manifest: Manifest, folder: Path) -> None:

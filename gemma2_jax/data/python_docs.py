@@ -6,12 +6,17 @@ some modules of the standard library has effects.
 """
 
 import ast
+import hashlib
+import json
 import platform
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
+
+from gemma2_jax.data.invalid import Skipped
+from gemma2_jax.data.reading import reading
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 # Tests are code about code; site-packages is whatever somebody installed.
@@ -22,42 +27,49 @@ class PythonDocs:
     """The corpus of the Python that runs; another Python version is another corpus.
 
     Attributes:
-        identity: what the documents are, in words.
+        name: the Python, in words.
+        files: source files, in a fixed order.
         size: bytes of all source files, the measure of progress.
+        skipped: nothing; a file that is no Python is a template that merely ends in .py, and has no documents.
     """
 
     def __init__(self) -> None:
-        self.identity = f"{platform.python_implementation()} {platform.python_version()}"
+        self.name = f"{platform.python_implementation()} {platform.python_version()}"
+        self.skipped = Skipped()
         # The standard library of the base installation, also from within a virtual environment.
         self._root = Path(sysconfig.get_path("stdlib"))
-
-    @property
-    def size(self) -> int:
-        return sum(path.stat().st_size for path in self._files)
-
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        """Yields each document with the bytes of source files read so far, in a fixed order, no text twice."""
-        yield from self._documents
-
-    @cached_property
-    def _files(self) -> list[Path]:
         files = [
             path
             for path in self._root.rglob("*.py")
-            if not _SKIPPED & set(path.relative_to(self._root).parts)
+            if not _SKIPPED & set(path.relative_to(self._root).parts) and path.is_file()
         ]
-        return sorted(files, key=lambda path: path.relative_to(self._root).as_posix())
+        self.files = sorted(files, key=lambda path: path.relative_to(self._root).as_posix())
+        self.size = sum(path.stat().st_size for path in self.files)
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        """Yields each document with the bytes of source files read so far, in a fixed order, no text twice."""
+        seen: set[str] = set()
+        done = 0
+        for path, texts in self._documents.items():
+            done += path.stat().st_size
+            for text in texts:
+                if text not in seen:
+                    seen.add(text)
+                    yield text, done
+
+    def role(self, path: Path) -> str:
+        return ""
+
+    def digest(self, path: Path, advance: Callable[[int], None]) -> str:
+        """Sha256 of a file's documents: where its Python is installed, which some files hold, makes no difference."""
+        texts = self._documents[path]
+        advance(path.stat().st_size)
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
     @cached_property
-    def _documents(self) -> list[tuple[str, int]]:
+    def _documents(self) -> dict[Path, list[str]]:
         # Kept, for once: it is a few megabytes, and parsing takes longer than everything done with the result.
-        seen: dict[str, int] = {}
-        done = 0
-        for path in self._files:
-            done += path.stat().st_size
-            for text in _documents_of(path, self._module_name(path)):
-                seen.setdefault(text, done)
-        return list(seen.items())
+        return {path: list(_documents_of(path, self._module_name(path))) for path in self.files}
 
     def _module_name(self, path: Path) -> str:
         parts = path.relative_to(self._root).with_suffix("").parts
@@ -65,10 +77,12 @@ class PythonDocs:
 
 
 def _documents_of(path: Path, module: str) -> Iterator[str]:
+    with reading(path):
+        content = path.read_bytes()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings
-            tree = ast.parse(path.read_bytes())
+            tree = ast.parse(content)
     except (SyntaxError, ValueError):
         return  # a template that merely ends in .py
     if module == "pydoc_data.topics":

@@ -9,16 +9,17 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from pydantic import TypeAdapter, ValidationError
 
 from gemma2_jax.config import UserError
+from gemma2_jax.data.invalid import Skipped
 from gemma2_jax.files import write_text
 
-FORMAT = 1  # of the folder; raised when a reader of the old one would misread the new one
+FORMAT = 2  # of the folder; raised when a reader of the old one would misread the new one
 MANIFEST = "manifest.json"
 
 
@@ -80,9 +81,11 @@ class Manifest:
         format: version of the folder's layout.
         complete: whether the whole source was tokenised.
         source, text_field, validation_fraction: as configured.
-        identity: of the documents, see `sources.Source`.
+        identity: of the source's content, see `identity.Content`.
         tokenizer: fingerprint of its model file.
+        tokenizer_trained: whether it was trained on this source, by this preparation.
         vocab_size: V of that tokenizer.
+        skipped: records of the source that were left out.
         parts: stretches of the source, in order.
     """
 
@@ -93,7 +96,9 @@ class Manifest:
     validation_fraction: float
     identity: str
     tokenizer: str
+    tokenizer_trained: bool
     vocab_size: int
+    skipped: Skipped
     parts: tuple[Part, ...]
 
     @property
@@ -122,15 +127,17 @@ class Manifest:
         return sum((shard.counts for shard in self.validation_shards), Counts())
 
 
+@dataclass(frozen=True)
+class _Formatted:
+    """What manifests of every format have."""
+
+    format: int
+
+
 _ADAPTER = TypeAdapter(Manifest)
+_FORMATTED = TypeAdapter(_Formatted)
 
-
-class _HasFormat(Protocol):
-    @property
-    def format(self) -> int: ...
-
-
-Described = TypeVar("Described", bound=_HasFormat)
+Described = TypeVar("Described")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -168,7 +175,7 @@ def read_described(
     """Returns what the manifest in a folder says, None if there is none.
 
     Args:
-        adapter: of the manifest's type, which has a `format`; format: the one that this version reads.
+        adapter: of the manifest's type; format: the one that this version reads.
         expected: what the file should have been, and what to do; verb: as in `check_content`.
 
     Raises:
@@ -176,17 +183,21 @@ def read_described(
     """
     path = Path(folder) / MANIFEST
     try:
-        described = adapter.validate_json(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError):
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    try:
+        found = _FORMATTED.validate_json(content).format  # first, since another format may have other fields
+        if found != format:
+            raise UserError(
+                f"{path} has format {found}, but this version reads format {format}; "
+                f"delete {folder} to {verb} it anew."
+            )
+        return adapter.validate_json(content)
+    except ValidationError:
         raise UserError(f"{path} is not {expected}.") from None
-    if described.format != format:
-        raise UserError(
-            f"{path} has format {described.format}, but this version reads format {format}; "
-            f"delete {folder} to {verb} it anew."
-        )
-    return described
 
 
 def check_size(folder: Path, shard: File, verb: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from gemma2_jax.checkpoints.store import TOKENIZER_FILE, latest_step, load_model
-from gemma2_jax.config import UserError, build, load, save, to_dict
+from gemma2_jax.config import UserError, build, load, save, to_dict, usable
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import find_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from gemma2_jax.studies.tables import say
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import cache_task
 from gemma2_jax.training.loop import train
-from gemma2_jax.training.start import changes, check_same_run, data_identity
+from gemma2_jax.training.start import changes, check_same_data, check_same_run, data_identity
 from gemma2_jax.training.taught_by import read_taught_by
 
 TEACHER_FILE = "teacher.yaml"  # in a distilled run's folder: the configuration that its teacher had
@@ -76,6 +76,7 @@ def cache_teacher(config: RunConfig, console: Console) -> None:
 def train_run(config: RunConfig, console: Console, teacher: RunConfig | None = None) -> None:
     """Trains a run, or what is left of it; `teacher` is the configuration of the run that it learns from."""
     check_unchanged(config, teacher)
+    check_same_data(config.output, config.data)
     if latest_step(config.output) == config.training.steps:
         _say(console, "train", config.name, "already done, skipped")
         return
@@ -155,7 +156,8 @@ def sole_command(folder: str | Path) -> Iterator[None]:
         return
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(folder, wait=False))
+            with usable("output", folder):
+                stack.enter_context(locked(folder, wait=False))
         except BlockingIOError:
             raise UserError(
                 f"{folder} is in use by another `gemma2 run` or `gemma2 sweep`; wait for it, or give another output=."

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gemma2_jax.checkpoints.store import FOLDER, latest_step
 from gemma2_jax.compilation import programs_kept_in
-from gemma2_jax.config import UserError, to_dict
+from gemma2_jax.config import UserError, to_dict, usable
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import locked
 from gemma2_jax.sharding.hosts import HostsConfig, check_agreement, is_first
@@ -120,7 +120,8 @@ def _train(left: Sequence[RunConfig], done: Sequence[RunConfig]) -> None:
 def _take_folder(config: RunConfig, stack: ExitStack) -> None:
     """Locks the run folder until the stack is closed. If the run is refused until then, nothing of it is left."""
     try:
-        stack.enter_context(locked(config.output, wait=False))
+        with usable("output", config.output):
+            stack.enter_context(locked(config.output, wait=False))
     except BlockingIOError:
         raise UserError(
             f"{config.output} is being trained by another process; wait for it, or choose another output."

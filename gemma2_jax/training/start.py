@@ -31,7 +31,7 @@ DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was tr
 _MAY_CHANGE = {
     "name", "output", "hosts", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "training.log_every",
     "training.eval_batches", "training.profile_steps", "profile", "compilation_cache",
-    "data.folder", "data.workers", "data.shard_characters", "tokenizer.path",
+    "data.source", "data.folder", "data.workers", "data.shard_characters", "data.skip_invalid", "tokenizer.path",
 }  # fmt: skip
 
 

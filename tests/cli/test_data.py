@@ -47,7 +47,11 @@ def test_shards_are_verified(overrides, tmp_path, capsys):
     folder = tmp_path / "copied"
     shutil.copytree(prepared, folder)
     assert main(["data", "verify", *overrides, f"data.folder={folder}"]) == 0
-    assert capsys.readouterr().out == f"{folder}: 2 shards were read and are whole.\n"
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"{folder}: 2 shards were read and are whole."
+    assert re.fullmatch(
+        r".*: the files of data\.source \[.*\] are those that it was prepared from\.", told[1]
+    )
 
     shard = folder / "validation-00000.arrayrecord"
     content = bytearray(shard.read_bytes())
@@ -56,6 +60,61 @@ def test_shards_are_verified(overrides, tmp_path, capsys):
     assert main(["data", "verify", *overrides, f"data.folder={folder}"]) == 1
     told = capsys.readouterr().err
     assert f"{shard} has changed since it was written" in told
+    assert told.count("\n") == 1
+
+
+def test_a_source_is_verified_where_it_is(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text(
+        "\n\n".join(f"{number} phone 555-0199. " * 200 for number in range(9))
+    )
+    arguments = [
+        "data=files",
+        f"data.source={tmp_path}/notes.txt",
+        f"data.folder={tmp_path}/prepared",
+        "data.validation_fraction=0",
+        "data.workers=1",
+        "tokenizer.vocab_size=300",
+    ]
+    assert main(["data", "prepare", *arguments]) == 0
+    (tmp_path / "notes.txt").write_text((tmp_path / "notes.txt").read_text().replace("555-0199", "XXX-XXXX"))
+    capsys.readouterr()
+    assert main(["data", "verify", *arguments]) == 1
+    assert re.search(r"has changed since .* was prepared \(.*notes\.txt\); delete", capsys.readouterr().err)
+    (tmp_path / "notes.txt").unlink()
+    assert main(["data", "verify", *arguments]) == 0
+    assert "is not there, and so was not compared" in capsys.readouterr().out
+
+
+def test_what_was_left_out_is_shown(tmp_path, capsys):
+    lines = [f'{{"text": "{number} phone 555-0199. "}}' for number in range(200)]
+    (tmp_path / "notes.jsonl").write_text("\n".join([*lines, "{"]))
+    arguments = [
+        "data=files",
+        f"data.source={tmp_path}/*",
+        f"data.folder={tmp_path}/prepared/data",
+        "data.validation_fraction=0",
+        "data.workers=1",
+        "data.skip_invalid=0.01",
+        "data.seq_len=16",
+        "tokenizer.vocab_size=300",
+    ]
+    assert main(["data", "prepare", *arguments]) == 0
+    assert main(["data", "show", *arguments]) == 0
+    left_out = (
+        f"left out: 1 invalid records of 201 (not valid JSON: 1; first: {tmp_path}/notes.jsonl, line 201)"
+    )
+    assert left_out in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/x", "/proc/x", "{file}", "{file}/x/y"])
+@pytest.mark.parametrize("key", ["data.folder", "tokenizer.path"])
+def test_a_place_that_cannot_be_written_to_is_told(key, folder, overrides, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    place = folder.format(file=tmp_path / "file")
+    own = ["tokenizer.vocab_size=600", f"data.folder={tmp_path}/prepared", f"{key}={place}"]
+    assert main(["data", "prepare", *overrides, *own]) == 1
+    told = capsys.readouterr().err
+    assert place in told
     assert told.count("\n") == 1
 
 

@@ -16,6 +16,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from gemma2_jax.config import UserError
 from gemma2_jax.data import tokenise
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.data.identity import SEEN_FILE
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import (
     MANIFEST,
@@ -30,7 +31,12 @@ from gemma2_jax.data.tokenizer import Tokenizer
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+    """What was prepared; not when its source was looked at, nor which preparation trained the tokenizer."""
+    files = (path for path in Path(folder).iterdir() if path.is_file() and path.name != SEEN_FILE)
+    trained = b'"tokenizer_trained": true'
+    return {
+        path.name: path.read_bytes().replace(trained, trained.replace(b"true", b"false")) for path in files
+    }
 
 
 def split_texts(data: DataConfig, tokenizer: Tokenizer, split: str) -> list[str]:
@@ -142,9 +148,10 @@ def test_the_source_is_read_only_a_little_ahead(
 
 
 def test_second_call_changes_nothing(data: DataConfig, tokenizer_config: TokenizerConfig):
-    before = {path: path.stat().st_mtime_ns for path in Path(data.folder).iterdir()}
+    files = [Path(data.folder) / name for name in contents(data.folder)]
+    before = [path.stat().st_mtime_ns for path in files]
     assert prepare(data, tokenizer_config) == read_manifest(data.folder)
-    assert {path: path.stat().st_mtime_ns for path in Path(data.folder).iterdir()} == before
+    assert [path.stat().st_mtime_ns for path in files] == before
 
 
 def stopped_after(
@@ -222,7 +229,10 @@ def test_source_that_changed_between_is_refused(
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"source": "python-docs"}, r"data\.source \(\['.*corpus\.jsonl'\], now \['python-docs'\]\)"),
+        (
+            {"source": "python-docs"},
+            r"data\.source \['.*corpus\.jsonl'\], and \['python-docs'\] holds other text",
+        ),
         ({"text_field": "body"}, r"data\.text_field \(text, now body\)"),
         ({"validation_fraction": 0.1}, r"data\.validation_fraction \(0\.2, now 0\.1\)"),
     ],
@@ -252,7 +262,10 @@ def test_prepared_folder_outlives_its_source(
     other = replace(data, source=str(source), folder=str(tmp_path / "data"))
     manifest = prepare(other, tokenizer_config)
     source.write_text(source.read_text() + json.dumps({"text": "one more"}) + "\n")
-    with pytest.raises(UserError, match=r"the content of data.source \(1 files of .*, now 1 files of"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.source has changed since .* \(.*source\.jsonl\); set data\.folder",
+    ):
         prepare(other, tokenizer_config)
     source.unlink()
     assert prepare(other, tokenizer_config) == manifest
@@ -273,7 +286,7 @@ def test_damage_is_found(data: DataConfig, tokenizer_config: TokenizerConfig, tm
     (tmp_path / MANIFEST).write_text(
         json.dumps({**json.loads((tmp_path / MANIFEST).read_text()), "format": 0})
     )
-    with pytest.raises(UserError, match=r"has format 0, but this version reads format 1"):
+    with pytest.raises(UserError, match=r"has format 0, but this version reads format 2"):
         read_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(UserError, match=r"is not a manifest of prepared data"):
@@ -334,6 +347,11 @@ def test_tokenizer_is_trained_on_the_training_split(data: DataConfig, texts: lis
         ({"validation_fraction": 1.0}, r"data\.validation_fraction is 1\.0"),
         ({"seed": -1}, r"data\.seed is -1"),
         ({"workers": 0}, r"data\.workers is 0"),
+        (
+            {"skip_invalid": -1},
+            r"data\.skip_invalid is -1; it must be a whole number of records, or a fraction",
+        ),
+        ({"skip_invalid": 1.5}, r"data\.skip_invalid is 1\.5"),
         ({"source": ()}, r"data\.source is \(\)"),
         ({"folder": ""}, r"data\.folder is empty"),
     ],

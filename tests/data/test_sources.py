@@ -1,7 +1,8 @@
 import builtins
+import errno
 import gzip
 import hashlib
-import json
+import io
 import os
 import random
 import subprocess
@@ -11,33 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pytest
 import zstandard
-from pyarrow import parquet
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data import sources
+from gemma2_jax.data import reading
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.python_docs import PythonDocs
 from gemma2_jax.data.sources import open_source
+from tests.data.files import jsonl, parquet_bytes, parquet_of_bytes, zstandard_frame
 
 TEXTS = ["First, with an é.\nTwo lines.\n", "Second 😀", "Third"]
 
 
 def documents(pattern: str | Path, text_field: str = "text") -> list[str]:
     return [text for text, _ in open_source((str(pattern),), text_field)]
-
-
-def jsonl(texts: list[Any]) -> bytes:
-    return "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts).encode()
-
-
-def parquet_bytes(texts: list[Any]) -> bytes:
-    sink = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.table({"text": texts, "id": [1] * len(texts)}), sink)
-    return bytes(sink.getvalue())
 
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -90,7 +80,7 @@ def test_a_text_file_shorter_than_a_document_stays_whole(tmp_path: Path):
 
 
 def test_a_long_paragraph_is_cut_at_the_ends_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "LONGEST_DOCUMENT", 20)
+    monkeypatch.setattr(reading, "LONGEST_DOCUMENT", 20)
     (tmp_path / "file.txt").write_text("12345678\n12345678\n12345678\nrest\n\nnext")
     assert documents(tmp_path / "file.txt") == ["12345678\n12345678\n", "12345678\nrest\n\nnext"]
 
@@ -99,7 +89,7 @@ def test_a_long_paragraph_is_cut_at_the_ends_of_lines(tmp_path: Path, monkeypatc
 def test_an_endless_line_is_cut_between_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
 ):
-    monkeypatch.setattr(sources, "LONGEST_DOCUMENT", 10)
+    monkeypatch.setattr(reading, "LONGEST_DOCUMENT", 10)
     text = "aé😀" * 50 + "\nend"
     content = b"\xef\xbb\xbf" + text.encode()
     (tmp_path / f"file.txt{compression}").write_bytes(COMPRESSIONS[compression](content))
@@ -151,14 +141,6 @@ def test_globs_are_recursive_sorted_and_count_a_file_once(tmp_path: Path, monkey
     assert [done for _, done in source][-1] == source.size
 
 
-def test_identity_tells_other_content(tmp_path: Path):
-    (tmp_path / "a.txt").write_text("one")
-    before = open_source((str(tmp_path / "*.txt"),), "text").identity
-    assert open_source((str(tmp_path / "*.txt"),), "text").identity == before
-    (tmp_path / "a.txt").write_text("three")
-    assert open_source((str(tmp_path / "*.txt"),), "text").identity != before
-
-
 def truncated(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
@@ -192,11 +174,28 @@ def truncated(content: bytes) -> bytes:
             truncated(zstandard.compress(jsonl(TEXTS * 99))),
             r"a\.jsonl\.zst, after line \d+: cannot",
         ),
-        ("a.parquet", b"not parquet", r"a\.parquet is not a whole Parquet file"),
-        ("a.parquet.gz", b"not gzip", r"a\.parquet\.gz cannot be decompressed"),
+        ("a.parquet", b"not parquet", r"a\.parquet: not a whole Parquet file"),
+        ("a.parquet.gz", b"not gzip", r"a\.parquet\.gz: not a whole Parquet file \(Not a gzipped file"),
+        (
+            "a.parquet",
+            parquet_of_bytes([b"fine", b"caf\xe9"]),
+            r"a\.parquet, row 2: not valid UTF-8 \(byte 0xe9 at 3\)",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": ' + b"[" * 1200 + b"]" * 1200 + b"}",
+            r"line 1: JSON nested too deeply \(1,201",
+        ),
+        ("a.txt.zst", zstandard_frame(b"x", 32), r"its window is above 2 GiB; compress it again by zstd"),
+        (
+            "a.txt",
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            r"a\.txt: a Git LFS pointer; .* git lfs pull",
+        ),
+        ("a.jsonl.gz", b"/annex/objects/MD5E-s3--x\n", r"a\.jsonl\.gz: a git-annex pointer"),
         ("a.parquet", parquet_bytes(["x", None]), r"a\.parquet, row 2: no text in the field 'text'"),
         ("a.parquet", parquet_bytes([1, 2]), r"a\.parquet, row 1: the field 'text' holds int"),
-        ("a.csv", b"a,b", r"matches .*a\.csv, which is of no known kind; accepted: \.txt"),
+        ("a.csv", b"a,b", r"a\.csv: a file of no known kind; accepted: \.txt"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, sentence: str):
@@ -204,6 +203,53 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes,
     with pytest.raises(UserError, match=sentence) as caught:
         documents(tmp_path / "a*")
     assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("window_log", [28, 31])
+def test_long_windows_are_read(tmp_path: Path, window_log: int):
+    (tmp_path / "a.txt.zst").write_bytes(zstandard_frame(b"far back", window_log))
+    assert documents(tmp_path / "a.txt.zst") == ["far back"]
+
+
+def test_brackets_within_a_text_are_no_nesting(tmp_path: Path):
+    texts = ["[{" * 2000, '\\" [' * 2000]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts) + b'{"text": "", "n": [' + b"[], " * 2000 + b"1]}\n")
+    assert documents(tmp_path / "a.jsonl") == texts
+
+
+def refusing(path: Path, error: OSError) -> Callable[..., Any]:
+    """`Path.open`, but for one file."""
+    real = Path.open
+
+    def open_(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self == path:
+            raise error
+        return real(self, *args, **kwargs)
+
+    return open_
+
+
+def test_a_file_without_permission_is_named_and_never_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+    error = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Path, "open", refusing(tmp_path / "b.txt", error))
+    with pytest.raises(UserError, match=r"b\.txt cannot be read: Permission denied\.$"):
+        list(open_source((str(tmp_path / "*.txt"),), "text", skip_invalid=9))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.zst", "a.parquet", "a.parquet.gz"])
+def test_a_broken_disk_is_told_and_never_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / name).write_bytes(b"text")
+    monkeypatch.setattr(Path, "open", lambda self, mode: Broken())
+    with pytest.raises(UserError, match=rf"{name} cannot be read: Input/output error\.$"):
+        list(open_source((str(tmp_path / name),), "text", skip_invalid=9))
 
 
 def test_missing_columns_files_and_folders_are_named(tmp_path: Path):

@@ -192,3 +192,13 @@ def test_a_study_that_makes_no_sense_is_refused(data, sentence):
     with pytest.raises(UserError) as caught:
         build(StudyConfig, {"title": "?", **data}, "study.yaml")
     assert sentence in str(caught.value)
+
+
+def test_a_run_that_is_done_was_trained_on_the_data_that_is_there(stage, toy, data, console):
+    config = toy("done")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=data.folder))
+    stages.train_run(config, console)
+    identity = {"documents": "0123456789abcdef (1 files of 5 bytes)", "tokenizer": "0"}
+    (Path(config.output) / "data.json").write_text(json.dumps(identity))
+    with pytest.raises(UserError, match=r"was trained on other documents or with another tokenizer"):
+        stages.train_run(config, console)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gemma2_jax.config import UserError, to_dict
+from gemma2_jax.config import UserError, to_dict, usable
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.pipeline import tokenizer_of, train_batches
 from gemma2_jax.data.shards import RecordWriter
@@ -132,7 +132,8 @@ def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
 def _lock(task: CacheTask, manifest: Manifest, stack: ExitStack) -> None:
     """Keeps others from writing, until the stack is closed."""
     try:
-        stack.enter_context(locked(task.folder, wait=False))
+        with usable("distill.cache", task.folder):
+            stack.enter_context(locked(task.folder, wait=False))
     except BlockingIOError:
         raise UserError(
             f"distill.cache {task.folder} is being written by another process; wait for it."

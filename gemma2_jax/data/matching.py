@@ -1,0 +1,172 @@
+"""The files that the globs of `data.source` match, and what else they match."""
+
+import errno
+import fnmatch
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from gemma2_jax.config import UserError
+from gemma2_jax.data.invalid import Invalid
+from gemma2_jax.machine import is_installed
+
+TEXT = (".txt", ".md", ".rst")
+FORMATS = (*TEXT, ".jsonl", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+ACCEPTED = f"{', '.join(FORMATS)}, each optionally {' or '.join(COMPRESSIONS)}"
+
+_WILD = re.compile(r"[*?[]")
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+class NothingMatchesError(UserError):
+    """A pattern matches nothing."""
+
+
+def kind_of(path: Path) -> str:
+    """The file's format, a suffix with its point, whether compressed or not."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
+
+
+def match_files(patterns: Iterable[str]) -> tuple[list[Path], list[Invalid]]:
+    """Returns the files that patterns match, in the order of their paths, and the matches that cannot be read.
+
+    `*`, `?`, `[…]` and `**` mean what they do in Python's glob. A name that is there as written is taken as
+    written, so that `notes [old]/*.txt` finds its files. Folders among the matches are passed over, unless they
+    are named like files.
+
+    Raises:
+        NothingMatchesError: a pattern matches nothing, or folders only.
+        UserError: a folder or file on the way cannot be looked at, there is no file of a known kind, or what reads
+            one of them is not installed.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        matches = [Path(name) for name in _expand(pattern)]
+        if all(_is_plain_folder(path) for path in matches):
+            hint = f" (a folder: its files are {pattern.rstrip('/')}/**/*.txt)" if matches else ""
+            raise NothingMatchesError(
+                f"data.source {pattern!r} matches no file{hint}; accepted: python-docs, or globs of "
+                f"{', '.join(FORMATS)} files, each optionally .gz or .zst."
+            )
+        found.update(path for path in matches if not _is_plain_folder(path))
+    files, invalid = [], []
+    for path in sorted(found):
+        problem = _problem(path)
+        if problem is None:
+            files.append(path)
+        else:
+            invalid.append(problem)
+    if not files:
+        raise UserError(f"{invalid[0]}.")
+    parquet = next((path for path in files if kind_of(path) == ".parquet"), None)
+    if parquet is not None and not is_installed("pyarrow"):
+        raise without_pyarrow(parquet)
+    return files, invalid
+
+
+def without_pyarrow(path: Path) -> UserError:
+    """What to say of a file that only pyarrow reads."""
+    return UserError(f"{path} needs pyarrow: pip install 'gemma2_jax[parquet]'.")
+
+
+def _problem(path: Path) -> Invalid | None:
+    """Why a match is no file to read; None if it is one."""
+    mode = _mode(path)
+    if mode is None:
+        detail = f"it links to {os.readlink(path)}" if path.is_symlink() else ""
+        problem, hint = "a link to a file that is not there", "fetch that file, or remove the link"
+        return Invalid(str(path), problem, hint, detail)
+    if stat.S_ISDIR(mode):
+        return Invalid(str(path), "a folder named like a file", f"its files are {path}/*{kind_of(path)}")
+    if not stat.S_ISREG(mode):
+        return Invalid(str(path), "neither a file nor a folder", "remove it from data.source")
+    if kind_of(path) not in FORMATS:
+        return Invalid(str(path), "a file of no known kind", f"accepted: {ACCEPTED}")
+    return None
+
+
+def _is_plain_folder(path: Path) -> bool:
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode) and kind_of(path) not in FORMATS
+
+
+def _mode(path: Path) -> int | None:
+    """What `path` is, links followed; None if there is nothing at their end."""
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """The paths that a pattern matches, links that lead nowhere among them; some may come twice."""
+    path = Path(os.path.expanduser(pattern))
+    names = path.parts[1:] if path.anchor else path.parts
+    found = iter([path.anchor])
+    for number, name in enumerate(names, 1):
+        found = _matches_in(found, name, folders_only=number < len(names))
+    return found
+
+
+def _matches_in(folders: Iterable[str], name: str, folders_only: bool) -> Iterator[str]:
+    # (Python's own glob passes over folders that cannot be read, and walks in circles where a link leads up.)
+    for folder in folders:
+        if name == "**":
+            yield from _below(folder, folders_only)
+        elif _is_there(os.path.join(folder, name)):
+            yield os.path.join(folder, name)
+        elif _WILD.search(name):
+            for entry in _entries(folder, hidden=name.startswith(".")):
+                if fnmatch.fnmatchcase(entry.name, name) and not (folders_only and not _is_folder(entry)):
+                    yield os.path.join(folder, entry.name)
+
+
+def _is_there(path: str) -> bool:
+    """Whether there is something of this name, be it a link that leads nowhere."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    return True
+
+
+def _below(folder: str, folders_only: bool, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """`folder` itself and what is in it at any depth; a link to a folder that it lies in is not followed."""
+    real = os.path.realpath(folder or ".")
+    if real in above:
+        return
+    if folder:
+        yield folder
+    elif folders_only:
+        yield ""
+    for entry in _entries(folder, hidden=False):
+        path = os.path.join(folder, entry.name)
+        if _is_folder(entry):
+            yield from _below(path, folders_only, (*above, real))
+        elif not folders_only:
+            yield path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _entries(folder: str, hidden: bool) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder or ".") as entries:
+            return [entry for entry in entries if hidden or not entry.name.startswith(".")]
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return []
+        raise UserError(f"{folder} cannot be read: {error.strerror}.") from None

@@ -1,0 +1,303 @@
+"""One file to its records: text, JSONL or Parquet, compressed or not.
+
+A record is the text of a document, or says why it cannot be read.
+"""
+
+import codecs
+import gzip
+import io
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+
+from gemma2_jax.config import UserError
+from gemma2_jax.data.invalid import Invalid
+from gemma2_jax.data.matching import kind_of, without_pyarrow
+
+# Characters of a text file that make a document, about a thousand tokens: enough for context to matter, and
+# few enough that one book is documents to shuffle, and to hold some out of.
+TEXT_DOCUMENT = 4_000
+LONGEST_DOCUMENT = 1_000_000  # characters: text without blank lines is cut here, so that memory stays bounded
+
+_LARGEST_WINDOW = 1 << 31  # bytes that a Zstandard frame may refer back
+_DEEPEST_JSON = 500  # Python's own limit depends on its version and on who calls
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# How a file begins whose content lies elsewhere; both are written by git, in place of the content.
+_POINTERS = {
+    b"version https://git-lfs.github.com/spec/": ("a Git LFS pointer", "fetch its content: git lfs pull"),
+    b"/annex/objects/": ("a git-annex pointer", "fetch its content: git annex get"),
+}
+
+Record = str | Invalid
+
+
+class _DamagedError(Exception):
+    """A file cannot be read to its end."""
+
+    def __init__(self, place: str, problem: str, error: Exception) -> None:
+        lines = str(error).splitlines() or [type(error).__name__]
+        self.invalid = Invalid(place, problem, detail=lines[0].rstrip("."))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises UserError where the machine cannot read a file, which is no fault of a record's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def records_of(path: Path, raw: IO[bytes], text_field: str) -> Iterator[Record]:
+    """Yields the records of a file that is open at its beginning; of a damaged one, an invalid record comes last.
+
+    Raises:
+        OSError: the machine cannot read it.
+        UserError: what reads files of this kind is not installed.
+    """
+    start = raw.read(max(map(len, _POINTERS)))
+    for begins, (problem, hint) in _POINTERS.items():
+        if start.startswith(begins):
+            yield Invalid(str(path), problem, hint)
+            return
+    raw.seek(0)
+    stream = _decompressed(path, raw)
+    try:
+        if kind_of(path) == ".parquet":
+            yield from _parquet(path, stream, text_field)
+        elif kind_of(path) == ".jsonl":
+            yield from _jsonl(path, stream, text_field)
+        else:
+            yield from _text(path, stream)
+    except _DamagedError as damaged:
+        yield damaged.invalid
+
+
+def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(raw)  # type: ignore[return-value]  # GzipFile is a binary stream in all but name
+    if path.suffix.lower() == ".zst":
+        return io.BufferedReader(_Zstandard(raw))
+    return raw
+
+
+def _text(path: Path, stream: IO[bytes]) -> Iterator[Record]:
+    lines: list[str] = []
+    length = 0
+    invalid: Invalid | None = None  # of these lines, the first that cannot be read
+    after_blank = False
+    for line in _lines(path, stream, LONGEST_DOCUMENT):
+        blank = line.text.isspace()
+        between_paragraphs = after_blank and not blank  # blank lines, however many, stay with what they end
+        if (between_paragraphs and length >= TEXT_DOCUMENT) or length + len(line.text) > LONGEST_DOCUMENT:
+            yield invalid or "".join(lines)
+            lines, length, invalid = [], 0, None
+        lines.append(line.text)
+        length += len(line.text)
+        invalid = invalid or line.invalid
+        after_blank = blank
+    yield invalid or "".join(lines)
+
+
+def _jsonl(path: Path, stream: IO[bytes], text_field: str) -> Iterator[Record]:
+    for line in _lines(path, stream):
+        if not line.text.isspace():
+            yield line.invalid or _of_json(line.text, f"{path}, line {line.number}", text_field)
+
+
+def _of_json(line: str, place: str, text_field: str) -> Record:
+    if (depth := _json_depth(line)) > _DEEPEST_JSON:
+        return Invalid(
+            place, "JSON nested too deeply", f"accepted: {_DEEPEST_JSON} levels", f"{depth:,} levels"
+        )
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return Invalid(place, "not valid JSON", "each line must be one JSON object")
+    if not isinstance(record, dict):
+        return Invalid(place, "not a JSON object", "each line must be one")
+    return _checked(record.get(text_field), record.keys(), place, text_field)
+
+
+def _json_depth(line: str) -> int:
+    """Levels of a line's nesting; an upper bound where it is certainly allowed."""
+    brackets = line.count("[") + line.count("{")
+    if brackets <= _DEEPEST_JSON:
+        return brackets
+    outside = _STRING.sub("", line)
+    return max(accumulate((each in "[{") - (each in "]}") for each in outside), default=0)
+
+
+def _parquet(path: Path, stream: IO[bytes], text_field: str) -> Iterator[Record]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:  # it is there, and broken
+        raise without_pyarrow(path) from None
+    with tempfile.TemporaryFile() as seekable:  # Parquet is read from its end
+        try:
+            if path.suffix.lower() != ".parquet":
+                shutil.copyfileobj(stream, seekable, 1 << 20)
+                stream = seekable
+            file = parquet.ParquetFile(stream)
+            names = file.schema_arrow.names
+            if text_field not in names:
+                yield _missing(names, str(path), text_field)
+                return
+            row = 0
+            for group in file.iter_batches(batch_size=1024, columns=[text_field]):
+                for value in _values(group.column(0)):
+                    row += 1
+                    yield _checked(value, names, f"{path}, row {row}", text_field)
+        except (pyarrow.ArrowException, UnicodeDecodeError, *_CORRUPT) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise _DamagedError(str(path), "not a whole Parquet file", error) from None
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of an Arrow array; an error in the place of what is no UTF-8."""
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
+
+
+def _checked(value: Any, names: Iterable[str], place: str, text_field: str) -> Record:
+    """The value of the text field, if it is text that UTF-8 can express."""
+    if value is None:
+        return _missing(names, place, text_field)
+    if isinstance(value, UnicodeDecodeError):
+        return _not_utf8(place, value, value.start)
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        return Invalid(place, f"the field {text_field!r} holds {kind}", "it must hold text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return Invalid(place, "the text holds a lone surrogate", "UTF-8 cannot express it")
+    return value
+
+
+def _missing(names: Iterable[str], place: str, text_field: str) -> Invalid:
+    listed = ", ".join(names) or "none"
+    hint = f"data.text_field names another field (fields there: {listed})"
+    return Invalid(place, f"no text in the field {text_field!r}", hint)
+
+
+def _not_utf8(place: str, error: UnicodeDecodeError, position: int) -> Invalid:
+    return Invalid(place, "not valid UTF-8", detail=f"byte 0x{error.object[error.start]:02x} at {position}")
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line with its end, or a piece of a long one; U+FFFD stands for what is no UTF-8, and `invalid` says so."""
+
+    number: int
+    text: str
+    invalid: Invalid | None
+
+
+def _lines(path: Path, stream: IO[bytes], longest: int = -1) -> Iterator[_Line]:
+    """Lines, numbered from 1; a byte order mark is left out.
+
+    A line of more than `longest` bytes comes in several pieces under one number; -1 keeps every line whole.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()  # a piece may end within a character
+    number = length = 0  # lines read to their ends, and bytes read of the line after them
+
+    def decoded(piece: bytes, final: bool) -> _Line:
+        try:
+            return _Line(number + 1, decoder.decode(piece, final), None)
+        except UnicodeDecodeError as error:
+            decoder.reset()
+            position = length - len(error.object) + error.start
+            invalid = _not_utf8(f"{path}, line {number + 1}", error, position)
+            return _Line(number + 1, error.object.decode(errors="replace"), invalid)
+
+    try:
+        for piece in iter(partial(stream.readline, longest), b""):
+            first = number == length == 0
+            length += len(piece)
+            ends = piece.endswith(b"\n") or len(piece) != longest
+            line = decoded(piece, ends)
+            yield replace(line, text=line.text.removeprefix("\ufeff")) if first else line
+            if ends:
+                number, length = number + 1, 0
+        rest = decoded(b"", True)
+        if rest.invalid:
+            yield rest
+    except _CORRUPT as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise _DamagedError(f"{path}, after line {number}", "cannot be read on", error) from None
+
+
+_CORRUPT = (OSError, EOFError, zlib.error, zstandard.ZstdError)
+
+
+class _Zstandard(io.RawIOBase):
+    """Decompresses frames one after another. (zstandard's own reader takes a file that was cut off for whole.)"""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._frame = self._new_frame()
+        self._begun = False
+        self._ready = memoryview(b"")  # a view, since what is left of much must not be copied at every read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if self._frame.eof:
+                compressed = self._frame.unused_data or self._raw.read(1 << 17)
+                self._frame = self._new_frame()
+                self._begun = False
+            else:
+                compressed = self._raw.read(1 << 17)
+            if not compressed:
+                if self._begun:
+                    raise EOFError("compressed file ended before the end of a frame")
+                return 0
+            self._begun = True
+            self._ready = memoryview(self._decompress(compressed))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    @staticmethod
+    def _new_frame() -> Any:
+        # The most that `zstd --long=31` asks for; it is allocated only where a frame asks for it.
+        return zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
+
+    def _decompress(self, compressed: bytes) -> bytes:
+        try:
+            content: bytes = self._frame.decompress(compressed)
+            return content
+        except zstandard.ZstdError as error:
+            if "too much memory" not in str(error):
+                raise
+            raise zstandard.ZstdError(
+                "its window is above 2 GiB; compress it again by zstd --long=31 or less"
+            ) from None
