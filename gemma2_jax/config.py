@@ -10,7 +10,7 @@ import json
 import os
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -191,8 +191,16 @@ def _sentence(cls: type, data: Mapping[str, Any], error: ValidationError) -> str
         missing = ".".join([*keys, str(first["loc"][-1])])
         return f"{missing} is missing; accepted: {_accepted(_hints(kind)[str(first['loc'][-1])])}."
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])  # a dataclass's own words, which name the key in full
+        return _in_full(str(first["ctx"]["error"]), keys)
     return f"{key or 'the whole'} is {_shown(value)}; accepted: {_accepted(kind)}."
+
+
+def _in_full(sentence: str, keys: Sequence[str]) -> str:
+    """A dataclass's own words about a key of its own, `model.num_layers`, for one that is at `distill.model`."""
+    if len(keys) < 2:
+        return sentence
+    own = re.escape(keys[-1])
+    return re.sub(rf"(?<![\w.]){own}\.(?=\w)", f"{'.'.join(keys)}.", sentence)
 
 
 def _resolve(cls: type, data: Any, location: list[str]) -> tuple[list[str], Any, Any]:

@@ -34,7 +34,8 @@ from gemma2_jax.distill.importance import BlockImportance, Importance, measure
 from gemma2_jax.formats.load import load_params, open_for
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import Weight, abstract_params, map_weights
+from gemma2_jax.model.weights import Weight, abstract_params, dim_sizes, map_weights
+from gemma2_jax.sharding.layout import check_activations, key_in_use, laid_out, layout_in_use
 
 BLOCKS = ("local_block", "global_block")
 
@@ -120,12 +121,14 @@ def initial_params(
     teacher = replace(source.config, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
     _check(config, teacher, student)
     target = abstract_params(student, mesh=mesh)
-    params = load_params(source, teacher, "float32", mesh)
-    if teacher == student:
-        return params
     importance = None
-    if config.width == "importance":
-        importance = measure(Gemma2(teacher, params), islice(batches, config.batches), mesh)
+    with laid_out(layout_in_use(), key_in_use(), f"initialise.source {config.source}"):
+        params = load_params(source, teacher, "float32", mesh)
+        if teacher == student:
+            return params
+        if config.width == "importance":
+            check_activations(mesh, dim_sizes(teacher))
+            importance = measure(Gemma2(teacher, params), islice(batches, config.batches), mesh)
     cut = jax.jit(
         partial(select, teacher=teacher, student=student),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target),

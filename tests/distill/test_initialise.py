@@ -381,6 +381,15 @@ def test_another_vocabulary_is_refused(teacher: RunConfig, toy_run: RunConfig, t
         initial_params(InitConfig(teacher.output, "even", "first"), student, tokenizer, one_device(), [])
 
 
+def test_a_mesh_that_does_not_divide_the_source(teacher: RunConfig, tokenizer: Tokenizer) -> None:
+    """It does divide the student, which is another model."""
+    mesh = build_mesh(MeshConfig(data=1, fsdp=5), jax.devices()[:5])
+    student = replace(teacher.model, d_model=40)
+    found = rf"fsdp is 5, which does not divide dimension D \(48\) of initialise.source {teacher.output} "
+    with pytest.raises(UserError, match=found):
+        initial_params(InitConfig(teacher.output, width="first"), student, tokenizer, mesh, [])
+
+
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
