@@ -35,6 +35,7 @@ ALLOWED["evaluation"] = ALLOWED["training"] | {"training"}
 ALLOWED["studies"] = ALLOWED["evaluation"] | {"evaluation"}
 ALLOWED["planning"] = ALLOWED["training"] | {"training"}
 ALLOWED["launching"] = {"training"}
+ALLOWED["__main__"] = {"cli"}
 ALLOWED["cli"] = ALLOWED["studies"] | {"studies", "planning", "launching"}
 
 # Libraries that one room only may know.
