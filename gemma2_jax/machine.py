@@ -1,5 +1,6 @@
 """The machine that a process runs on: what it may use, and what a result was measured on."""
 
+import importlib.util
 import os
 import platform
 import resource
@@ -17,6 +18,16 @@ def describe_machine(devices: Sequence[Any]) -> str:
         f"{len(devices)} x {devices[0].device_kind}; "
         f"Python {platform.python_version()}, JAX {version('jax')}, {platform.system()}"
     )
+
+
+def is_installed(module: str) -> bool:
+    """Returns whether a module can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is the package that it would be in
+        return False
+    except ValueError:  # it is loaded, and has no note of where from
+        return True
 
 
 def peak_memory_gib() -> float:

@@ -136,7 +136,7 @@ def groups() -> tuple[str, ...]:
 
 @cache
 def keys() -> tuple[str, ...]:
-    """Returns every dotted key of a run's configuration, in its order; sections without a value of their own left out."""
+    """Returns every dotted key of a run's configuration, in its order, but for sections that are always there."""
     return tuple(_keys_of(RunConfig, ""))
 
 

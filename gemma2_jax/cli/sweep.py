@@ -39,9 +39,13 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma2_jax.sharding.hosts import is_first, join
     from gemma2_jax.studies.sweep import run_sweep
     from gemma2_jax.training.config import RunConfig
+    from gemma2_jax.training.packages import check_packages
 
     combinations, output = compose_sweep(arguments.overrides, arguments.config_dir)
-    join(next(found.config for found in combinations if isinstance(found.config, RunConfig)).hosts)
+    configs = [found.config for found in combinations if isinstance(found.config, RunConfig)]
+    for config in configs:
+        check_packages(config)
+    join(configs[0].hosts)
     return 0 if run_sweep(combinations, output, Console(quiet=not is_first())) else 1
 
 

@@ -18,6 +18,7 @@ import zstandard
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.python_docs import PythonDocs
+from gemma2_jax.machine import is_installed
 
 PYTHON_DOCS = "python-docs"
 # Characters of a text file that make a document, about a thousand tokens: enough for context to matter, and
@@ -99,6 +100,9 @@ def _matches(patterns: Iterable[str]) -> list[Path]:
                 f"data.source matches {path}, which is of no known kind; accepted: {', '.join(_FORMATS)}, "
                 "each optionally .gz or .zst."
             )
+    parquet = next((path for path in sorted(found) if _kind(path) == ".parquet"), None)
+    if parquet is not None and not is_installed("pyarrow"):
+        raise _without_pyarrow(parquet)
     return sorted(found)
 
 
@@ -159,8 +163,8 @@ def _parquet(path: Path, stream: IO[bytes], text_field: str) -> Iterator[str]:
     try:
         import pyarrow
         from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path} needs pyarrow: pip install 'gemma2_jax[parquet]'.") from None
+    except ImportError:  # it is there, and broken
+        raise _without_pyarrow(path) from None
     with tempfile.TemporaryFile() as seekable:  # Parquet is read from its end
         try:
             if path.suffix.lower() != ".parquet":
@@ -180,6 +184,10 @@ def _parquet(path: Path, stream: IO[bytes], text_field: str) -> Iterator[str]:
             raise UserError(
                 f"{path} is not a whole Parquet file: {str(error).splitlines()[0].rstrip('.')}."
             ) from None
+
+
+def _without_pyarrow(path: Path) -> UserError:
+    return UserError(f"{path} needs pyarrow: pip install 'gemma2_jax[parquet]'.")
 
 
 def _checked(text: Any, names: Iterable[str], place: str, text_field: str) -> str:
