@@ -46,7 +46,8 @@ def add_actions(verbs: Verbs, name: str, help: str, description: str) -> Verbs:
     parser = verbs.add_parser(
         name, help=help, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    return parser.add_subparsers(metavar="ACTION", required=True)
+    parser.set_defaults(shown=parser)
+    return parser.add_subparsers(metavar="ACTION")
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -42,9 +42,12 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.sharding.hosts import is_first, join
     from gemma2_jax.studies.config import StudyConfig
     from gemma2_jax.studies.study import run_study
+    from gemma2_jax.training.packages import check_packages
 
     study = load(StudyConfig, find_study(arguments.study, arguments.config_dir))
     runs, output = compose_study(arguments.study, study, arguments.overrides, arguments.config_dir)
+    for config in runs.values():
+        check_packages(config)
     join(next(iter(runs.values())).hosts)
     run_study(study, runs, output, Console(quiet=not is_first()))
 

@@ -8,7 +8,6 @@
 A TPU v4 is compiled for as it is used, one device a chip ("megacore"); a TPU7x chip is two devices.
 """
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from jax.experimental import topologies
 
 from gemma2_jax.chips import CHIPS, Chip
 from gemma2_jax.config import UserError, suggest
+from gemma2_jax.machine import is_installed
 from gemma2_jax.planning.gpus import target_config
 
 GPUS_OF_A_NODE = 8
@@ -101,7 +101,7 @@ def _cpus(name: str, count: int) -> tuple[Any, ...]:
 
 
 def _tpus(name: str, kind: str, shape: list[int], slices: int) -> tuple[Any, ...]:
-    if not _is_installed("libtpu"):
+    if not is_installed("libtpu"):
         raise UserError(
             f"topology={name} needs libtpu, the TPU's compiler: pip install -e '.[tpu]' brings it."
         )
@@ -115,7 +115,7 @@ def _tpus(name: str, kind: str, shape: list[int], slices: int) -> tuple[Any, ...
 
 
 def _gpus(name: str, kind: str, chip: Chip, count: int) -> tuple[Any, ...]:
-    if not any(_is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
+    if not any(is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
         raise UserError(
             f"topology={name} needs JAX's CUDA plugin, the GPU's compiler: pip install -e '.[cuda12]' brings it."
         )
@@ -126,13 +126,6 @@ def _gpus(name: str, kind: str, chip: Chip, count: int) -> tuple[Any, ...]:
         )
     layout = f"1x{max(nodes, 1)}x{GPUS_OF_A_NODE if nodes else rest}"
     return _describe(name, "cuda", kind, {"target_config": target_config(kind, chip), "topology": layout})
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # nor is the package that it would be in
-        return False
 
 
 def _describe(name: str, platform: str, asked: str, options: dict[str, Any]) -> tuple[Any, ...]:

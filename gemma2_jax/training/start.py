@@ -22,6 +22,7 @@ from gemma2_jax.schedule import count_steps
 from gemma2_jax.sharding.hosts import wait_for_all
 from gemma2_jax.sharding.layout import check_activations, laid_out
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.packages import check_packages
 from gemma2_jax.training.taught_by import TaughtBy, read_taught_by
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
@@ -56,7 +57,9 @@ def check_shared(configs: Sequence[RunConfig]) -> None:
 
 def check_together(configs: Sequence[RunConfig]) -> None:
     """Raises UserError if runs cannot be trained at once: by the same steps, on the same batches, and those of them
-    that have a teacher of the same one."""
+    that have a teacher of the same one; or if a package is missing that one of them needs."""
+    for config in configs:
+        check_packages(config)
     _check_same(configs, _shared)
     _check_same([config for config in configs if config.distill.teaches], _teaching)
     outputs = [config.output for config in configs]
