@@ -7,3 +7,5 @@ Dimensions have the same letters in every einsum, comment and shape, and in the 
     H  head width     F  feed-forward width      V  vocabulary
     L  layers         P  (local, global) pairs of layers
 """
+
+__version__ = "0.1.0"

@@ -1,6 +1,5 @@
 """Programs that are compiled once: XLA's results kept on disk, for the next process that would compile the same."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from gemma2_jax.config import UserError
+from gemma2_jax.machine import is_installed
 
 
 @contextmanager
@@ -28,14 +28,8 @@ def programs_kept_in(folder: str | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    scheme, is_url, _ = folder.partition("://")
-    if is_url and scheme != "gs":
-        raise UserError(
-            f"compilation_cache is {folder}; accepted: a folder, or a bucket as in gs://name/folder."
-        )
-    if is_url and importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"compilation_cache is {folder}, which takes gcsfs to write to: pip install gcsfs.")
-    if not is_url:
+    check_programs_folder(folder)
+    if "://" not in folder:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -49,6 +43,17 @@ def programs_kept_in(folder: str | None) -> Iterator[None]:
         yield
     finally:
         _use(before)
+
+
+def check_programs_folder(folder: str) -> None:
+    """Raises UserError if `folder` is of no kind that programs are kept in, or its package is not installed."""
+    scheme, is_url, _ = folder.partition("://")
+    if is_url and scheme != "gs":
+        raise UserError(
+            f"compilation_cache is {folder}; accepted: a folder, or a bucket as in gs://name/folder."
+        )
+    if is_url and not is_installed("gcsfs"):
+        raise UserError(f"compilation_cache is {folder}, which takes gcsfs to write to: pip install gcsfs.")
 
 
 def _use(folder: str | None) -> None:

@@ -10,11 +10,11 @@ import json
 import os
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -123,6 +123,48 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return data
 
 
+def type_of(cls: Any, key: str) -> Any:
+    """Returns the type that the dataclass gives a dotted key; None where it has no such key."""
+    kind = cls
+    for part in key.split("."):
+        inner = section_of(kind)
+        if inner is not None and part in _hints(inner):
+            kind = _hints(inner)[part]
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            return None
+    return kind
+
+
+def section_of(kind: Any) -> Any:
+    """Returns the dataclass that a type holds, perhaps beside other types (`MatchConfig | None`); None without one."""
+    return next((option for option in options_of(kind) if dataclasses.is_dataclass(option)), None)
+
+
+def options_of(kind: Any) -> Iterator[Any]:
+    """Yields the members of a union, or the type itself."""
+    if get_origin(kind) in (Union, types.UnionType):
+        yield from get_args(kind)
+    else:
+        yield kind
+
+
+def as_typed(kind: Any, value: Any, text: str) -> Any:
+    """Returns `text` in place of the `value` that it was read as, where a key takes text and no such value.
+
+    `name=1e3` names a run 1e3 and not 1000.0, `tokenizer.path=null` a file; `distill.teacher=null` remains null, since
+    that key takes it.
+    """
+    options = list(options_of(kind))
+    if isinstance(value, list) and tuple[str, ...] in options:
+        items = [item.strip() for item in text.strip().removeprefix("[").removesuffix("]").split(",")]
+        if len(items) == len(value):  # else a quoted item holds a comma
+            return [as_typed(str, *pair) for pair in zip(value, items, strict=True)]
+    plain = value is None or isinstance(value, bool | int | float)
+    return text.strip() if plain and str in options and type(value) not in options else value
+
+
 def suggest(name: str, accepted: Iterable[str]) -> str:
     """Returns "did you mean A (accepted: A, B, …)", nearest name first, to end the sentence about a wrong name."""
     names = sorted(accepted)
@@ -132,7 +174,12 @@ def suggest(name: str, accepted: Iterable[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in YAML 1.2 (PyYAML asks for 1.0e-3)."""
+    """YAML 1.2's numbers and texts: 1e-3 is a number (PyYAML asks for 1.0e-3), and 2024-01-01 is text."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 class _Dumper(yaml.SafeDumper):
@@ -193,8 +240,18 @@ def _sentence(cls: type, data: Mapping[str, Any], error: ValidationError) -> str
         missing = ".".join([*keys, str(first["loc"][-1])])
         return f"{missing} is missing; accepted: {_accepted(_hints(kind)[str(first['loc'][-1])])}."
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])  # a dataclass's own words, which name the key in full
-    return f"{key or 'the whole'} is {_shown(value)}; accepted: {_accepted(kind)}."
+        return _in_full(str(first["ctx"]["error"]), keys)
+    quoted = str in options_of(kind) and isinstance(value, bool | int | float)
+    hint = f" In quotes it is text: '{_shown(value)}'." if quoted else ""
+    return f"{key or 'the whole'} is {_shown(value)}; accepted: {_accepted(kind)}.{hint}"
+
+
+def _in_full(sentence: str, keys: Sequence[str]) -> str:
+    """A dataclass's own words about a key of its own, `model.num_layers`, for one that is at `distill.model`."""
+    if len(keys) < 2:
+        return sentence
+    own = re.escape(keys[-1])
+    return re.sub(rf"(?<![\w.]){own}\.(?=\w)", f"{'.'.join(keys)}.", sentence)
 
 
 def _resolve(cls: type, data: Any, location: list[str]) -> tuple[list[str], Any, Any]:
@@ -202,7 +259,7 @@ def _resolve(cls: type, data: Any, location: list[str]) -> tuple[list[str], Any,
     keys: list[str] = []
     kind: Any = cls
     for part in location:
-        inner = next((option for option in _options(kind) if dataclasses.is_dataclass(option)), None)
+        inner = section_of(kind)
         if get_origin(kind) is dict and isinstance(data, Mapping) and part in data:
             kind = get_args(kind)[1]
         elif inner is not None and isinstance(data, Mapping) and part in data and part in _hints(inner):
@@ -223,14 +280,6 @@ def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _options(kind: Any) -> Iterator[Any]:
-    """The members of a union, or the type itself."""
-    if get_origin(kind) in (Union, types.UnionType):
-        yield from get_args(kind)
-    else:
-        yield kind
-
-
 def _accepted(kind: Any) -> str:
     """A type in words."""
     words = {
@@ -241,7 +290,7 @@ def _accepted(kind: Any) -> str:
         type(None): "null",
     }
     told = []
-    for option in _options(kind):
+    for option in options_of(kind):
         if get_origin(option) is Literal:
             told.append(" or ".join(str(choice) for choice in get_args(option)))
         elif get_origin(option) is tuple and Ellipsis not in get_args(option):

@@ -34,7 +34,7 @@ class Row:
 
 
 ROWS = (
-    Row("pretrain_2b", "v5e:4x4", 5.0e9, "12.5 GB"),
+    Row("pretrain_2b", "v5e:4x4", 5.0e9, "12.5 GB; vocabulary tiled 6.9 (arguments 2.0, temporaries 4.9)"),
     Row("pretrain_9b", "v5e:4x4", 12.5e9, "15.3 GB tuned, else out of memory"),
     Row("pretrain_27b", "v5e:8x8", None, "arguments 5.1, temporaries 14.4 GB tuned, else out of memory"),
     Row("distill_2b_from_9b", "v5e:4x4", 8.0e9, "-"),

@@ -11,9 +11,10 @@ wherever it came from.
 import dataclasses
 import itertools
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
@@ -27,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gemma2_jax.cli.roots import EXPERIMENTS, choices, config_roots, experiment_roots
-from gemma2_jax.config import UserError, build, read_yaml, suggest
+from gemma2_jax.config import UserError, as_typed, build, options_of, read_yaml, section_of, suggest, type_of
 from gemma2_jax.training.config import RunConfig
 
 ROOT = "train"  # the name of the root file, configs/train.yaml
@@ -99,12 +100,28 @@ def combinations(overrides: Sequence[str]) -> tuple[list[dict[str, str]], list[s
 
 
 def pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    """Returns the key and the value of each override, in order. Raises UserError if one lists several values."""
-    parsed = _parse(overrides)
-    for override in parsed:
+    """Returns the key and the value of each override, in order; names and keys of text have the text as typed.
+
+    Raises:
+        UserError: one of them lists several values.
+    """
+    found = []
+    for override in _parse(overrides):
+        key, _, text = str(override.input_line).partition("=")
         if override.is_sweep_override():
-            raise UserError(f"{override.input_line} lists several values, which only `gemma2 sweep` takes.")
-    return [(override.key_or_group, override.value()) for override in parsed]
+            raise UserError(
+                f"{key}={text} lists several values, which only `gemma2 sweep` takes{_as_list(key, text)}."
+            )
+        # What chooses a file is a name; a key that does not exist is refused later, with its value as it was read.
+        kind = str if key in groups() else type_of(RunConfig, key)
+        found.append((override.key_or_group, as_typed(kind, override.value(), text)))
+    return found
+
+
+def _as_list(key: str, text: str) -> str:
+    """Returns how several values of a key that takes a list are given, as the end of a sentence."""
+    accepts_list = any(get_origin(option) in (tuple, list) for option in options_of(type_of(RunConfig, key)))
+    return f"; a list of them is in brackets and quotes: '{key}=[{text}]'" if accepts_list else ""
 
 
 @cache
@@ -117,21 +134,68 @@ def groups() -> tuple[str, ...]:
     return ("experiment", *parts)
 
 
+@cache
+def keys() -> tuple[str, ...]:
+    """Returns every dotted key of a run's configuration, in its order, but for sections that are always there."""
+    return tuple(_keys_of(RunConfig, ""))
+
+
+def _keys_of(cls: Any, above: str) -> Iterable[str]:
+    for name, kind in get_type_hints(cls).items():
+        section = section_of(kind)
+        if kind is not section:
+            yield f"{above}{name}"
+        if section is not None:
+            yield from _keys_of(section, f"{above}{name}.")
+
+
 def _parse(overrides: Sequence[str]) -> list[Override]:
     parsed = []
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException:
-            override = None
+    for position, text in enumerate(overrides):
+        override = None if _lacks_utf8(text) else _parse_one(text) or _parse_one(_quoted(text))
         plain = override is not None and override.type is OverrideType.CHANGE and override.package is None
-        if override is None or not plain or not override.key_or_group:
-            raise UserError(
-                f"{text!r} cannot be read; accepted: key=value, as in training.steps=100, "
-                "where a value with blanks or signs is put in quotes, as in 'name=\"a b\"'."
-            )
+        # `key= value`, which the shell cuts in two, begins like an empty value.
+        cut = text.endswith("=") and position + 1 < len(overrides) and "=" not in overrides[position + 1]
+        if override is None or not plain or not override.key_or_group or cut:
+            raise UserError(_unreadable(overrides, position))
         parsed.append(override)
     return parsed
+
+
+def _parse_one(text: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        return None
+
+
+def _quoted(text: str) -> str:
+    """Puts the value of a key of text in quotes, by which the grammar takes blanks and letters of any language."""
+    key, _, value = text.partition("=")
+    takes_text = str in options_of(type_of(RunConfig, key))
+    quote = next((quote for quote in "'\"" if quote not in value), None)
+    plain = value != "" and value[0] not in "'\"[{ " and value[-1] not in "\\ "
+    return f"{key}={quote}{value}{quote}" if takes_text and quote is not None and plain else text
+
+
+def _lacks_utf8(text: str) -> bool:
+    """Whether an argument holds bytes that Python could not decode, and has kept as lone surrogates."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _unreadable(overrides: Sequence[str], position: int) -> str:
+    """Returns the sentence about an override that is no key=value; `key = value` has come in up to three pieces."""
+    text = overrides[position]
+    if _lacks_utf8(text):
+        return f"{text!r} is not UTF-8; where the locale is not, LC_ALL=C.UTF-8 sets one that is."
+    pieces = " ".join(overrides[position : position + 3])
+    spaced = re.match(r"([A-Za-z_][\w.]*)(?: *= *|: +)([^\s=]+)", pieces)
+    if spaced is not None and " " in spaced[0]:
+        return f"{spaced[0]!r} cannot be read; write it without blanks: {spaced[1]}={spaced[2]}."
+    return (
+        f"{text!r} cannot be read; accepted: key=value, as in training.steps=100, "
+        "where a value with blanks or signs is put in quotes, as in 'name=\"a b\"'."
+    )
 
 
 def _split(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, text in found.lines:
         print(f"{name:<12} {text}")
     if not found.problems:
-        print(f"{'tensors':<12} all there, none misshaped or superfluous")
+        print(f"{'tensors':<12} complete: all names and shapes are those of the model")
     for problem in found.problems:
         print(f"{'problem':<12} {problem}")
     return 1 if found.problems else 0

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import gemma2_jax
 from gemma2_jax.cli import (
     config,
     convert,
@@ -26,6 +27,8 @@ from gemma2_jax.cli import (
     train,
     train_together,
 )
+from gemma2_jax.cli.mistakes import unknown_options
+from gemma2_jax.cli.streams import prepare_output
 
 DESCRIPTION = """\
 Gemma 2 in JAX: train it, distil it, look at it.
@@ -57,21 +60,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (that of the process by default).
 
     Returns the exit code: 0 done, 1 failed, 128 + N stopped by signal N (130: Ctrl-C). A wrong command line exits
-    with 2, as argparse does.
+    with 2, as argparse does. Without a verb, or the action of one, the help is printed.
     """
+    prepare_output()
+    given = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         "gemma2", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="print the versions of gemma2_jax and JAX"
+    )
+    parser.set_defaults(shown=parser)
+    verbs = parser.add_subparsers(metavar="VERB")
     for verb in VERBS:
         verb.add_parser(verbs)
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(given)
     # argparse takes positional arguments in one piece; key=value after an option lands in the rest.
     if rest and ("overrides" not in arguments or any(text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(unknown_options(rest, given, "overrides" in arguments))
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
+    if "run" not in arguments:  # a verb is missing, or an action
+        arguments.shown.print_help()
+        return 0
     return _run(arguments)
+
+
+class _Version(argparse.Action):
+    """Prints the versions that a report of a fault needs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+        from platform import python_version
+
+        try:
+            jax = version("jax")
+        except PackageNotFoundError:
+            jax = "not installed"
+        print(f"gemma2_jax {gemma2_jax.__version__} (Python {python_version()}, JAX {jax})")
+        parser.exit()
 
 
 def _run(arguments: argparse.Namespace) -> int:

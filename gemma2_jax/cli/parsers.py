@@ -14,7 +14,7 @@ the commonest keys:
                                   new data.folder with it
   training.steps=1000             optimizer steps
   optimizer.learning_rate=1e-3    the peak of the schedule
-  seed=1                          initial weights and order of the data
+  seed=1                          other initial weights (data.seed=1: another order of the data)
   output=runs/mine                the run's folder
 `gemma2 config list` names the choices of each group, `gemma2 config show` prints every key with its value.
 """
@@ -46,7 +46,8 @@ def add_actions(verbs: Verbs, name: str, help: str, description: str) -> Verbs:
     parser = verbs.add_parser(
         name, help=help, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    return parser.add_subparsers(metavar="ACTION", required=True)
+    parser.set_defaults(shown=parser)
+    return parser.add_subparsers(metavar="ACTION")
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ writes a report with one table, a sample of each run and the loss curves. Stages
 the same command goes on after a stop.
 
   gemma2 run quickstart                                     into runs/quickstart
-  gemma2 run quickstart seed=1 output=runs/quickstart-1     another seed for every run
+  gemma2 run quickstart seed=1 data.seed=1 output=runs/quickstart-1    other weights, another order of the data
   gemma2 run quickstart distilled.training.steps=1000       a key of one run, by the run's name
   gemma2 config list study                                  the studies that there are
 
@@ -42,9 +42,12 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.sharding.hosts import is_first, join
     from gemma2_jax.studies.config import StudyConfig
     from gemma2_jax.studies.study import run_study
+    from gemma2_jax.training.packages import check_packages
 
     study = load(StudyConfig, find_study(arguments.study, arguments.config_dir))
     runs, output = compose_study(arguments.study, study, arguments.overrides, arguments.config_dir)
+    for config in runs.values():
+        check_packages(config)
     join(next(iter(runs.values())).hosts)
     run_study(study, runs, output, Console(quiet=not is_first()))
 
@@ -86,7 +89,7 @@ def compose_study(
         if run.cache:
             values["distill.cache"] = str(Path(output) / "caches" / folder)
         if seed is not None:
-            values["seed"] = seed
+            values |= {"seed": seed, "data.seed": seed}
         given = [f"experiment={run.experiment}", *run.overrides, *shared, *own[run_name]]
         runs[folder] = compose(given, config_dir, values)
     return runs, output
@@ -100,7 +103,9 @@ def _refuse_own_keys(text: str, key: str, value: Any, study: "StudyConfig", runs
         raise UserError(
             f"{text} has no effect, since the study names each run as its study.yaml does; leave it out."
         )
-    if key == "seed" and study.seeds:
+    if study.seeds and (
+        key in ("seed", "data.seed") or (key == "data" and isinstance(value, dict) and "seed" in value)
+    ):
         raise UserError(
             f"{text} has no effect, since the study's study.yaml lists the seeds of its runs; leave it out."
         )

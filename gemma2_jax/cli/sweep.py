@@ -40,8 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     from gemma2_jax.sharding.hosts import is_first, join
     from gemma2_jax.studies.sweep import run_sweep
+    from gemma2_jax.training.packages import check_packages
 
     combinations, output = compose_sweep(arguments.overrides, arguments.config_dir)
+    for combination in combinations:
+        check_packages(combination.config)
     join(combinations[0].config.hosts)
     return 0 if run_sweep(combinations, output, Console(quiet=not is_first())) else 1
 

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.distill.cache.writer import check_teacher, is_complete, write_cache
     from gemma2_jax.sharding.hosts import first_process_first, is_first, join
     from gemma2_jax.training.inputs import cache_task
+    from gemma2_jax.training.packages import check_packages
 
     config = compose(arguments.overrides, arguments.config_dir)
     task = cache_task(config)
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         count = verify_cache(task.folder)
         print(f"{task.folder}: {count} files were read and are whole.")
         return
+    check_packages(config)
     join(config.hosts)
     check_teacher(task)
     with first_process_first():

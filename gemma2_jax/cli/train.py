@@ -33,11 +33,13 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.data.prepare import prepare
     from gemma2_jax.sharding.hosts import first_process_first, is_first, join
     from gemma2_jax.training.loop import train
+    from gemma2_jax.training.packages import check_packages
 
     if arguments.config:
         config = compose_file(arguments.config, arguments.overrides)
     else:
         config = compose(arguments.overrides, arguments.config_dir)
+    check_packages(config)
     join(config.hosts)
     with first_process_first():
         prepare(config.data, config.tokenizer)

@@ -3,7 +3,7 @@
 import argparse
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
 
@@ -92,7 +92,7 @@ def compose_students(
     for name, *own in students:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or names.count(name) > 1:
             raise UserError(
-                f"--student {name} is no name for a run; accepted: letters, digits, _ and -, each name once."
+                f"--student {name} cannot name a run; accepted: letters, digits, _ and -, each name once."
             )
         values = {"name": name, "output": f"{folder}/{name}"}
         try:
@@ -108,16 +108,15 @@ def _folder_of_all(shared: Sequence[str]) -> str:
     from gemma2_jax.cli.compose import pairs
     from gemma2_jax.config import UserError
 
-    folder: Any = "runs"
+    folder = "runs"
     for key, value in pairs(shared):
         if key == "name":
             raise UserError(f"name={value} has no effect, since each --student names its run; leave it out.")
         if key == "output":
             folder = value
-    if folder in (None, ""):
-        shown = "null" if folder is None else "empty"
+    if folder in ("null", ""):
         raise UserError(
-            f"output is {shown}; it must be a folder for those of all runs, as in output=runs/family."
+            f"output is {folder or 'empty'}; it must be a folder for those of all runs, as in output=runs/family."
         )
     return str(folder)
 

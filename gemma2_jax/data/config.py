@@ -20,12 +20,15 @@ class DataConfig:
         validation_fraction: share of the documents held out, in [0, 1); the content of a document decides.
         seq_len: T, tokens in a row of a batch.
         batch_size: B, rows of an optimizer step over all processes.
-        seed: order of the documents.
+        seed: order of the documents and of the rows.
         text_field: the field of JSONL objects, or the column of Parquet files, that holds the text.
         workers: processes that tokenise; None is one for each CPU.
         shard_characters: a shard is closed after this many characters of text.
         streams: that the documents are divided among, each giving its share of every batch's rows; of them a process
             reads those of its rows only. With 1, each process reads everything.
+        shuffle_buffer: rows that are held in memory and given in random order before the next as many are read, so
+            that the rows of a long document are spread over many batches; at most the rows of one epoch. 0 gives the
+            rows of a document one after another.
         skip_invalid: how many records of the source that cannot be read are left out, as a number of them, or below
             1 as a share of all; more are refused. A record is a line of JSONL, a row of Parquet, a document of a text
             file, or a file that holds none.
@@ -41,6 +44,7 @@ class DataConfig:
     workers: int | None = None
     shard_characters: int = 64_000_000
     streams: int = 1
+    shuffle_buffer: int = 0  # Older runs lack this key.
     skip_invalid: int | float = 0  # Older runs lack this key.
 
     def __post_init__(self) -> None:
@@ -62,6 +66,11 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1.")
+        if self.shuffle_buffer < 0:
+            raise UserError(
+                f"data.shuffle_buffer is {self.shuffle_buffer}; it must be a number of rows, or 0 to leave rows in the "
+                "order of their documents."
+            )
         if not (self.skip_invalid >= 0 and (self.skip_invalid <= 1 or self.skip_invalid % 1 == 0)):
             raise UserError(
                 f"data.skip_invalid is {self.skip_invalid}; it must be a whole number of records, or a fraction of "

@@ -11,7 +11,7 @@ import numpy as np
 from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.packing import PackedRows
-from gemma2_jax.data.shards import Manifest, Shard, read_manifest
+from gemma2_jax.data.shards import Counts, Manifest, Shard, read_manifest
 from gemma2_jax.data.streams import StreamedBatches, to_batch
 from gemma2_jax.data.tokenizer import Tokenizer
 
@@ -34,8 +34,8 @@ def train_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.Da
     """Returns an endless iterator of `Batch` (numpy arrays, B / shares rows) over the training split.
 
     Every document comes once in each epoch (of its stream, where there are several), in an order drawn from
-    `data.seed` and the epoch. A process gets part `share` of the rows of batches that are the same however many parts
-    they are divided into.
+    `data.seed` and the epoch. The rows packed from them are shuffled in turn, `data.shuffle_buffer` at a time. A
+    process gets part `share` of the rows of batches that are the same however many parts they are divided into.
     `get_state()` is small and can go through JSON; after `set_state`, with the states of all processes put together,
     the batches go on exactly where they were, for any number of processes.
 
@@ -52,20 +52,28 @@ def train_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.Da
         )
     documents = _documents(data, manifest, manifest.train_shards)
     if data.streams == 1:
-        return iter(_packed(data, documents).batch(data.batch_size).map(partial(to_batch, mine=mine)))
+        return iter(
+            _packed(data, documents, manifest.train).batch(data.batch_size).map(partial(to_batch, mine=mine))
+        )
 
     def open_stream(number: int) -> grain.DatasetIterator:
         own = documents[number :: data.streams]  # divided before it is shuffled: the same in every epoch
-        return iter(_packed(data, own).batch(data.batch_size // data.streams))
+        return iter(_packed(data, own, manifest.train).batch(data.batch_size // data.streams))
 
     return StreamedBatches(open_stream, data.streams, data.batch_size, mine)
 
 
-def validation_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.IterDataset:
+def validation_batches(
+    data: DataConfig, share: int = 0, shares: int = 1, limit: int | None = None
+) -> grain.IterDataset:
     """Returns the batches of the validation split, every document once, in a fixed order; iterate it at will.
 
     Every process gets its rows of the same global batches, so that all of them see the same number; the last
     batch is filled up with padding.
+
+    Args:
+        limit: of a split of more batches, gives this many, of documents from all over the split: the same ones each
+            time, whatever `data.seed`.
 
     Raises:
         UserError: as `train_batches`, or if nothing was held out.
@@ -78,14 +86,29 @@ def validation_batches(data: DataConfig, share: int = 0, shares: int = 1) -> gra
             "data.validation_fraction above 0."
         )
     documents = _documents(data, manifest, manifest.validation_shards)
+    held_out = manifest.validation
+    rows = -(-(held_out.tokens - held_out.documents) // data.seq_len)
+    bounded = limit is not None and rows > limit * data.batch_size
+    if bounded:
+        documents = documents.shuffle(seed=0)
     packed = PackedRows(documents.to_iter_dataset(_READING), data.seq_len)
     fill = partial(grain.experimental.batch_and_pad, batch_size=data.batch_size)
-    return packed.batch(data.batch_size, batch_fn=fill).map(partial(to_batch, mine=mine))
+    batches = packed.batch(data.batch_size, batch_fn=fill).map(partial(to_batch, mine=mine))
+    return grain.experimental.LimitIterDataset(batches, limit) if bounded else batches
 
 
-def _packed(data: DataConfig, documents: grain.MapDataset) -> PackedRows:
+def _packed(data: DataConfig, documents: grain.MapDataset, counts: Counts) -> grain.IterDataset:
+    """The endless rows of one stream of documents; `counts` is of all streams together."""
     shuffled = documents.shuffle(seed=data.seed).repeat()  # every epoch is shuffled anew
-    return PackedRows(shuffled.to_iter_dataset(_READING), data.seq_len)
+    rows = PackedRows(shuffled.to_iter_dataset(_READING), data.seq_len)
+    # The streams share the buffer, so that it reaches over as many batches however many streams there are. A window
+    # longer than an epoch would let some documents come again before others came at all.
+    epoch = (counts.tokens - counts.documents) // data.seq_len
+    window = min(-(-data.shuffle_buffer // data.streams), epoch // data.streams)
+    if window <= 1:
+        return rows
+    # Grain adds the number of the window to the seed, and takes no sum from 2**32 on.
+    return grain.experimental.WindowShuffleIterDataset(rows, window_size=window, seed=data.seed % 2**31)
 
 
 def _rows_of_share(data: DataConfig, share: int, shares: int) -> slice:

@@ -34,7 +34,8 @@ from gemma2_jax.distill.importance import BlockImportance, Importance, measure
 from gemma2_jax.formats.load import load_params, open_for
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import Weight, abstract_params, map_weights
+from gemma2_jax.model.weights import Weight, abstract_params, dim_sizes, map_weights
+from gemma2_jax.sharding.layout import check_activations, key_in_use, laid_out, layout_in_use
 
 BLOCKS = ("local_block", "global_block")
 
@@ -120,12 +121,14 @@ def initial_params(
     teacher = replace(source.config, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
     _check(config, teacher, student)
     target = abstract_params(student, mesh=mesh)
-    params = load_params(source, teacher, "float32", mesh)
-    if teacher == student:
-        return params
     importance = None
-    if config.width == "importance":
-        importance = measure(Gemma2(teacher, params), islice(batches, config.batches), mesh)
+    with laid_out(layout_in_use(), key_in_use(), f"initialise.source {config.source}"):
+        params = load_params(source, teacher, "float32", mesh)
+        if teacher == student:
+            return params
+        if config.width == "importance":
+            check_activations(mesh, dim_sizes(teacher))
+            importance = measure(Gemma2(teacher, params), islice(batches, config.batches), mesh)
     cut = jax.jit(
         partial(select, teacher=teacher, student=student),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target),
@@ -243,7 +246,7 @@ def _check(config: InitConfig, teacher: ModelConfig, student: ModelConfig) -> No
     for name in _CONSTANTS:
         theirs, ours = getattr(teacher, name), getattr(student, name)
         if theirs != ours:
-            why = ", since RoPE would turn what is left at other speeds" if name == "head_dim" else ""
+            why = ", since RoPE's frequencies depend on it" if name == "head_dim" else ""
             raise UserError(
                 f"{where} has {name} {theirs}, and model.{name} is {ours}; both must be the same{why}."
             )
@@ -251,16 +254,16 @@ def _check(config: InitConfig, teacher: ModelConfig, student: ModelConfig) -> No
         theirs, ours = getattr(teacher, name), getattr(student, name)
         if theirs < ours:
             raise UserError(
-                f"{where} has {name} {theirs}, and model.{name} is {ours}; a student can only be cut from a model "
+                f"{where} has {name} {theirs}, and model.{name} is {ours}; initialise.source must be a model "
                 "that has at least as many."
             )
     theirs = teacher.num_heads // teacher.num_kv_heads
     ours = student.num_heads // student.num_kv_heads
     if theirs < ours:
         raise UserError(
-            f"{where} has {theirs} query heads to each key/value head ({teacher.num_heads} to "
-            f"{teacher.num_kv_heads}), and the model {ours} ({student.num_heads} to {student.num_kv_heads}); "
-            "a group can only be cut."
+            f"{where} has {theirs} query heads for each key/value head ({teacher.num_heads} for "
+            f"{teacher.num_kv_heads}), and the model {ours} ({student.num_heads} for {student.num_kv_heads}); choose "
+            f"model.num_heads and model.num_kv_heads with at most {theirs}."
         )
     _check_asked(config, teacher, student)
 
@@ -284,13 +287,12 @@ def _check_asked(config: InitConfig, teacher: ModelConfig, student: ModelConfig)
         return
     if len(config.layers) != student.num_pairs:
         raise UserError(
-            f"initialise.layers names {len(config.layers)} pairs of layers, and model.num_layers "
-            f"({student.num_layers}) is {student.num_pairs} of them."
+            f"initialise.layers names {len(config.layers)} pairs of layers, but model.num_layers={student.num_layers} "
+            f"needs {student.num_pairs} pairs."
         )
     if max(config.layers) >= teacher.num_pairs:
         raise UserError(
-            f"initialise.layers names pair {max(config.layers)}, and {where} has the pairs 0 to "
-            f"{teacher.num_pairs - 1}."
+            f"initialise.layers names pair {max(config.layers)}, but {where} has pairs 0 to {teacher.num_pairs - 1}."
         )
 
 

@@ -24,9 +24,9 @@ from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.decoder import Decoder
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import WEIGHTS
-from gemma2_jax.objectives.schedule import ScheduleConfig, build_schedule, values_of
 from gemma2_jax.sampling.choice import Choice
 from gemma2_jax.sampling.decoding import advance, begin, row_keys
+from gemma2_jax.schedule import ScheduleConfig, build_schedule, values_of
 from gemma2_jax.sharding.layout import batch_sharding, constrain
 
 

@@ -15,12 +15,11 @@ def check_rows(rows: int, seq_len: int, mesh: Mesh, key: str) -> None:
     shares, parts = batch_shares(mesh), sequence_shares(mesh)
     if rows % shares:
         raise UserError(
-            f"{key} is {rows} rows, which the {shares} devices along the mesh's replica, data and fsdp axes do not "
-            f"divide; choose a multiple of {shares}."
+            f"{key} is {rows} rows, which mesh.replica x mesh.data x mesh.fsdp = {shares} does not divide; choose a "
+            f"multiple of {shares}."
         )
     if seq_len % parts:
         raise UserError(
-            f"data.seq_len is {seq_len}, which the {parts} devices along the mesh's sequence axis do not divide; "
-            f"choose a multiple of {parts}."
+            f"data.seq_len is {seq_len}, which mesh.sequence = {parts} does not divide; choose a multiple of {parts}."
         )
     feeding_share(mesh)

@@ -15,7 +15,14 @@ from gemma2_jax.formats.load import load_params, open_for
 from gemma2_jax.formats.source import Source
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.sharding.layout import LayoutConfig, laid_out, layout_in_use
+from gemma2_jax.model.weights import dim_sizes
+from gemma2_jax.sharding.layout import (
+    LayoutConfig,
+    check_activations,
+    key_in_use,
+    laid_out,
+    layout_in_use,
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ def load_teacher(config: DistillConfig, student: ModelConfig, tokenizer: Tokeniz
     """
     source, padded = open_teacher(config, student, tokenizer)
     with as_teacher(config):
+        check_activations(mesh, dim_sizes(padded))
         return Gemma2(padded, load_params(source, padded, config.dtype, mesh))
 
 
@@ -100,7 +108,10 @@ def open_teacher(
 
 def as_teacher(config: DistillConfig) -> AbstractContextManager[None]:
     """Has what is traced within lie as the teacher does."""
-    return laid_out(config.layout or layout_in_use())
+    model = f"distill.teacher {config.teacher}"
+    if config.layout is None:
+        return laid_out(layout_in_use(), key_in_use(), model)
+    return laid_out(config.layout, "distill.layout", model)
 
 
 def _check_sizes(planned: ModelConfig, found: ModelConfig, teacher: str) -> None:

@@ -1,10 +1,12 @@
 """Models by their name on the Hugging Face hub."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from gemma2_jax.config import UserError
+from gemma2_jax.machine import is_installed
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILES = [
@@ -21,20 +23,25 @@ def is_hub_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and not text.endswith(".gguf")
 
 
+def check_installed(path: str) -> None:
+    """Raises UserError if `path` is to be fetched from the hub, whose package is not installed."""
+    if is_hub_name(path) and not os.path.exists(path) and not is_installed("huggingface_hub"):
+        raise UserError(
+            f"{path} is no folder here; to fetch it from the Hugging Face hub, install the extra `hub` "
+            "(pip install 'gemma2_jax[hub]')."
+        )
+
+
 def download(name: str) -> Path:
     """The folder of a model's files, fetched from the hub unless they are in its cache already.
 
     Raises:
         UserError: the extra `hub` is missing, the hub cannot be reached, or it does not give the model out.
     """
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError:
-        raise UserError(
-            f"{name} is no folder here; to fetch it from the Hugging Face hub, install the extra `hub` "
-            "(pip install 'gemma2_jax[hub]')."
-        ) from None
+    check_installed(name)
+    import huggingface_hub
+    from huggingface_hub import errors
+
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
     except errors.GatedRepoError:

@@ -231,7 +231,7 @@ def _blockwise_backward(
     token_loss: TokenLoss, blocks: int, d_student: LMHead, cotangents: Sums
 ) -> tuple[LMHead, None, None, None, None]:
     scale = cotangents[0]
-    scaled = jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), d_student)
+    scaled = jax.tree.map(lambda gradient: (gradient * scale).astype(gradient.dtype), d_student)
     return scaled, None, None, None, None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from gemma2_jax.config import UserError
-from gemma2_jax.sharding.layout import layout_in_use
+from gemma2_jax.sharding.layout import key_in_use, layout_in_use, model_in_use
 
 # (tables, query [B, T, N, H], key, value [B, S, K, H], query_segments [B, T], key_segments [B, S]) -> [B, T, N, H]
 Attend = Callable[..., jax.Array]
@@ -52,13 +52,14 @@ def _check_heads(N: int, K: int) -> None:
     shares = math.prod(mesh[axis] for axis in axes["N"])
     if axes["N"] != axes["K"] and shares > 1:
         raise UserError(
-            f"layout.activations lays N along {_told(axes['N'])} and K along {_told(axes['K'])}, but a device needs "
-            "the keys of its own queries' heads; give both the same axes, or choose compute.attention.kernel=reference."
+            f"{key_in_use()}.activations lays N along {_told(axes['N'])} and K along {_told(axes['K'])}, but a device "
+            "needs the keys of its own queries' heads; give both the same axes, or choose "
+            "compute.attention.kernel=reference."
         )
     if K % shares:
         raise UserError(
-            f"{' x '.join(f'mesh.{axis}' for axis in axes['K'])} is {shares}, which does not divide the model's {K} "
-            "key/value heads, of which a device needs whole ones; choose a divisor, or "
+            f"{' x '.join(f'mesh.{axis}' for axis in axes['K'])} is {shares}, which does not divide the {K} "
+            f"key/value heads of {model_in_use()}, of which a device needs whole ones; choose a divisor, or "
             "compute.attention.kernel=reference."
         )
 

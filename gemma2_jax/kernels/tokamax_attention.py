@@ -1,6 +1,5 @@
 """Soft-capped, grouped-query attention on Hopper GPUs, by tokamax's Pallas kernel (extra `cuda12`)."""
 
-import importlib.util
 from types import ModuleType
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 
 from gemma2_jax.config import UserError
 from gemma2_jax.kernels.shards import on_each_device
+from gemma2_jax.machine import is_installed
 from gemma2_jax.sharding.layout import layout_in_use, sequence_shares
 
 _HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how JAX names them
@@ -83,19 +83,24 @@ def suits(query: jax.Array, device_kind: str) -> bool:
         and query.dtype == jnp.bfloat16
         and query.shape[-1] in (128, 256)
         and sequence_shares() == 1
-        and importlib.util.find_spec("tokamax") is not None
+        and is_installed("tokamax")
     )
 
 
-def _tokamax() -> ModuleType:
-    try:
-        import tokamax
-        from absl import flags
-    except ImportError:
+def check_installed() -> None:
+    """Raises UserError if tokamax, or what it reads its flags with, is not installed."""
+    if not (is_installed("tokamax") and is_installed("absl")):
         raise UserError(
             "compute.attention.kernel is tokamax, which is not installed; pip install -e '.[cuda12]', or choose "
             "auto or blockwise."
-        ) from None
+        )
+
+
+def _tokamax() -> ModuleType:
+    check_installed()
+    import tokamax
+    from absl import flags
+
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # or tokamax would look for flags of its own on our command line, and stop at ours
     return tokamax

@@ -56,9 +56,7 @@ class Submission:
         for command in self.commands:
             code = subprocess.run(command, check=False).returncode
             if code:
-                raise UserError(
-                    f"`{shlex.join(command)}` failed with exit code {code}; its own words are above."
-                )
+                raise UserError(f"`{shlex.join(command)}` failed with exit code {code}; its output is above.")
 
 
 def training_lines(
@@ -117,8 +115,8 @@ def check_config(config: RunConfig, slices: int = 1) -> None:
         value = getattr(config.hosts, item.name)
         if item.name != "timeout" and value != getattr(usual, item.name):
             raise UserError(
-                f"hosts.{item.name} is {value}, and the processes of a launched run are told by their engine who they "
-                "are; leave out all keys of hosts but hosts.timeout."
+                f"hosts.{item.name} is {value}, but a launched run's processes find one another through the engine; "
+                "leave out all keys of hosts but hosts.timeout."
             )
     replica = config.mesh.replica
     if replica != -1 and replica % slices:
@@ -140,4 +138,6 @@ def check_folder(folder: Path) -> None:
 def need_tool(tool: str, purpose: str, install: str) -> None:
     """Raises UserError if a program is not on this machine."""
     if shutil.which(tool) is None:
-        raise UserError(f"{tool} is not installed, which {purpose}; {install}, or look first with --dry-run.")
+        raise UserError(
+            f"{tool}, which {purpose}, is not installed; {install}, or use --dry-run, which works without it."
+        )

@@ -105,7 +105,7 @@ def submit(settings: SlurmSettings, job: Job) -> str:
         submitted = executor.submit(Training(str(path)))
     except (FailedSubmissionError, UncompletedJobError, OSError) as error:
         raise UserError(f"SLURM refuses the job: {' '.join(str(error).split())}") from None
-    words = f"what it says goes to {submitted.paths.folder}"
+    words = f"its output goes to {submitted.paths.folder}"
     if not settings.local:
         return f"{job.name} is job {submitted.job_id}; {words}."
     try:
@@ -153,5 +153,5 @@ def _logs(job: Job) -> str:
 def _need_submitit() -> None:
     if importlib.util.find_spec("submitit") is None:
         raise UserError(
-            "submitit is not installed, which submits jobs to SLURM: pip install -e '.[slurm]', in the checkout."
+            "submitit, which submits jobs to SLURM, is not installed: pip install -e '.[slurm]' in the checkout."
         )

@@ -73,9 +73,7 @@ class Attention(nnx.Module):
         query = product("BTD,DNH->BTNH", x, weight_for_use(self.query, "DNH", x.dtype))
         key = product("BTD,DKH->BTKH", x, weight_for_use(self.key, "DKH", x.dtype))
         value = product("BTD,DKH->BTKH", x, weight_for_use(self.value, "DKH", x.dtype))
-        query = rotate(query, positions, self.config.rope_base) * jnp.asarray(
-            self.config.query_scale, x.dtype
-        )
+        query = rotate(query, positions, self.config.rope_base, self.config.query_scale)
         key = rotate(key, positions, self.config.rope_base)
         return constrain(query, "BTNH"), constrain(key, "BTKH"), constrain(value, "BTKH")
 

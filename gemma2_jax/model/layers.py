@@ -1,6 +1,6 @@
 """The parts of a block besides attention: RMSNorm, GeGLU, rotary positions, the tied embedder.
 
-Modules hold float32 weights and compute in the dtype of their input.
+Modules compute in the dtype of their input, with weights of any dtype.
 """
 
 from collections.abc import Mapping
@@ -76,7 +76,9 @@ class RMSNorm(nnx.Module):
         """[..., D] to [..., D]."""
         x32 = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        return (x32 * jax.lax.rsqrt(variance + self.eps) * (1.0 + self.scale[...])).astype(x.dtype)
+        # In float32 whatever the weights are held in: bfloat16 has no room for w beside the 1.
+        scale = 1.0 + self.scale[...].astype(jnp.float32)
+        return (x32 * jax.lax.rsqrt(variance + self.eps) * scale).astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -95,10 +97,10 @@ class MLP(nnx.Module):
         return product("BTF,FD->BTD", hidden, weight_for_use(self.down, "FD", x.dtype))
 
 
-def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding: halves i and i + H/2 are a pair, turned by position * base^(-2i/H).
+def rotate(x: jax.Array, positions: jax.Array, base: float, scale: float = 1.0) -> jax.Array:
+    """Rotary position embedding: halves i and i + H/2 are a pair, turned by position * base^(-2i/H), times `scale`.
 
-    (Su et al., arXiv 2104.09864.) Angles are float32: position 8191 has no room in bfloat16.
+    (Su et al., arXiv 2104.09864.) Angles and scale are float32: position 8191 has no room in bfloat16.
 
     Args:
         x: [B, T, N, H]; positions: [B, T].
@@ -111,7 +113,8 @@ def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     rows = jnp.arange(x.shape[1])
     sin, cos = jnp.sin(angle)[:, rows], jnp.cos(angle)[:, rows]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return (turned * scale).astype(x.dtype)
 
 
 class Embedder(nnx.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from gemma2_jax.config import UserError
 from gemma2_jax.kernels.lm_head import Coefficients, SparseTargets, TokenLoss
 from gemma2_jax.objectives import terms
-from gemma2_jax.objectives.schedule import ScheduleConfig, build_schedule, values_of
+from gemma2_jax.schedule import ScheduleConfig, build_schedule, values_of
 
 Number = float | ScheduleConfig
 

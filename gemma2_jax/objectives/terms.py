@@ -8,12 +8,17 @@ scaled by tau^2: all of them are, to first order, quadratic in the difference of
 keeps the gradient's size when tau changes (Hinton et al., arXiv 1503.02531). What is about the text alone
 (cross-entropy, z-loss) has no temperature.
 
+At a high temperature T and S are close, and sum P (log P - log Q) is a small difference of large numbers. As both sum
+to 1, it is also the sum of Q - P - P log(Q / P), each of them at least 0, which is how it is computed here, from
+log(Q / P) as a difference of logits; gradients likewise.
+
 A row of padding has the logit -1e30 in both models: differences of its log-probabilities are finite, and its
 probability, 0, takes them out.
 """
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +45,14 @@ def forward_kl(student: jax.Array, teacher: jax.Array, temperature: Number) -> j
     """tau^2 KL(T || S). At tau = 1 this is Gemma 2's distillation loss less the teacher's entropy, which the
     student has no part in (Gemma 2 report, section 3.2).
     """
-    log_s, log_t = _softened(student, teacher, temperature)
-    return temperature**2 * _kl(log_t, log_s)
+    log_s, log_t, ratio = _softened(student, teacher, temperature)
+    return temperature**2 * _kl(log_t, log_s, ratio)
 
 
 def reverse_kl(student: jax.Array, teacher: jax.Array, temperature: Number) -> jax.Array:
     """tau^2 KL(S || T) (MiniLLM, arXiv 2306.08543)."""
-    log_s, log_t = _softened(student, teacher, temperature)
-    return temperature**2 * _kl(log_s, log_t)
+    log_s, log_t, ratio = _softened(student, teacher, temperature)
+    return temperature**2 * _kl(log_s, log_t, -ratio)
 
 
 def jsd(student: jax.Array, teacher: jax.Array, temperature: Number, beta: float) -> jax.Array:
@@ -55,52 +60,54 @@ def jsd(student: jax.Array, teacher: jax.Array, temperature: Number, beta: float
     Jensen-Shannon divergence (GKD, arXiv 2306.13649). It tends to 0 at both ends: divided by beta to the forward
     KL as beta -> 0, divided by 1 - beta to the reverse KL as beta -> 1.
     """
-    log_s, log_t = _softened(student, teacher, temperature)
-    log_m = _log_mixture(log_t, log_s, beta)
-    return temperature**2 * (beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m))
+    log_s, log_t, ratio = _softened(student, teacher, temperature)
+    log_m, mixed = _mixture(beta, log_t, log_s, ratio)
+    divergence = beta * _kl(log_t, log_m, mixed) + (1 - beta) * _kl(log_s, log_m, mixed - ratio)
+    return temperature**2 * divergence
 
 
 def skew_kl(student: jax.Array, teacher: jax.Array, temperature: Number, alpha: float) -> jax.Array:
     """tau^2 KL(T || alpha T + (1 - alpha) S), 0 <= alpha < 1 (DistiLLM, arXiv 2402.03898)."""
-    log_s, log_t = _softened(student, teacher, temperature)
-    return temperature**2 * _kl(log_t, _log_mixture(log_t, log_s, alpha))
+    log_s, log_t, ratio = _softened(student, teacher, temperature)
+    return temperature**2 * _kl(log_t, *_mixture(alpha, log_t, log_s, ratio))
 
 
 def skew_reverse_kl(student: jax.Array, teacher: jax.Array, temperature: Number, alpha: float) -> jax.Array:
     """tau^2 KL(S || alpha S + (1 - alpha) T), 0 <= alpha < 1 (DistiLLM)."""
-    log_s, log_t = _softened(student, teacher, temperature)
-    return temperature**2 * _kl(log_s, _log_mixture(log_s, log_t, alpha))
+    log_s, log_t, ratio = _softened(student, teacher, temperature)
+    return temperature**2 * _kl(log_s, *_mixture(alpha, log_s, log_t, -ratio))
 
 
 def sparse_forward_kl(student: jax.Array, teacher: SparseTargets, temperature: Number) -> jax.Array:
     """tau^2 KL(T || S) over the teacher's tokens, with all others as one more: their weights w_k and the tail's w_0,
 
-        sum_k w_k (log w_k - log S_k) + w_0 (log w_0 - log S_0),  S_0 = 1 - sum_k S_k
+        sum_k w_k (log w_k - log S_k) + w_0 (log w_0 - log S_0) + 1 - sum_k w_k - w_0,  S_0 = 1 - sum_k S_k
 
-    The weights have to be those of T at tau: they cannot be had from those at another. A token of weight 0
-    counts among the others. S_0 is summed over them: 1 - sum_k S_k would lose a small one to rounding. Where there
-    are no others, a tail is rounding alone, and left out.
+    The last part is 0 but for weights that sum to 1 in expectation only; with it, no value is below 0. The weights
+    have to be those of T at tau: they cannot be had from those at another. A token of weight 0 counts among the
+    others. S_0 is summed over them: 1 - sum_k S_k would lose a small one to rounding. Where there are no others, a
+    tail is rounding alone, and left out.
 
     Of N drawn tokens, sum_k w_k log w_k is that of the draws, whose entropy, log N at most, is below T's: the value
     lies above KL(T || S) by the difference, also where S is T. It is the same for every S, so that the gradient has no
     part in it; but values compare at the same N and T alone, and not with those of whole distributions.
     """
-    student = student / temperature
-    weights = jnp.exp(teacher.log_weights)
-    used = weights > 0
-    own = jnp.sum(jnp.where(used, weights * teacher.log_weights, 0.0), axis=-1)
+    log_s, _ = _log_softmax(student / temperature)
     # As an array over the vocabulary, since it lies on a mesh as the logits do: its product with them needs no
     # gather, and the gradient no scatter.
-    dense = _scatter(jnp.zeros(student.shape, jnp.float32), teacher.ids, weights)
+    dense = _scatter(jnp.zeros(student.shape, jnp.float32), teacher.ids, jnp.exp(teacher.log_weights))
     dense = constrain_in_head(dense, "BTV") if dense.ndim == 3 else dense
-    log_z = jax.nn.logsumexp(student, axis=-1)
-    named = jnp.sum(dense * student, axis=-1) - jnp.sum(weights, axis=-1) * log_z
+    is_named = dense > 0
+    log_w = jnp.log(jnp.where(is_named, dense, 1.0))
+    named = jnp.sum(jnp.where(is_named, _divergence(log_w, log_s, log_s - log_w), 0.0), axis=-1)
     never = NEVER / temperature  # as rows of padding have it
-    log_others = jax.nn.logsumexp(jnp.where(dense > 0, never, student), axis=-1) - log_z
-    has_tail = (teacher.tail > 0) & (log_others > never / 2)
-    log_tail = jnp.log(jnp.where(has_tail, teacher.tail, 1.0))
-    tail = jnp.where(has_tail, teacher.tail * (log_tail - log_others), 0.0)
-    return temperature**2 * (own - named + tail)
+    log_others = jax.nn.logsumexp(jnp.where(is_named, never, log_s), axis=-1)
+    has_others = log_others > never / 2
+    log_others = jnp.where(has_others, log_others, 0.0)
+    log_tail = jnp.log(jnp.where(teacher.tail > 0, teacher.tail, 1.0))
+    tail = _divergence(log_tail, log_others, log_others - log_tail)
+    others = jnp.where(teacher.tail > 0, tail, jnp.exp(log_others))
+    return temperature**2 * (named + jnp.where(has_others, others, 0.0))
 
 
 def entropy(logits: jax.Array) -> jax.Array:
@@ -114,22 +121,92 @@ def agreement(student: jax.Array, teacher: jax.Array) -> jax.Array:
     return (jnp.argmax(student, axis=-1) == jnp.argmax(teacher, axis=-1)).astype(jnp.float32)
 
 
-def _softened(student: jax.Array, teacher: jax.Array, temperature: Number) -> tuple[jax.Array, jax.Array]:
-    """log S and log T."""
-    log_s = jax.nn.log_softmax(student / temperature, axis=-1)
-    log_t = jax.nn.log_softmax(teacher / temperature, axis=-1)
-    return log_s, log_t
+def _softened(
+    student: jax.Array, teacher: jax.Array, temperature: Number
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """log S, log T and log(S / T). The last, which is not their difference but for rounding, carries no gradient."""
+    log_s, log_z_s = _log_softmax(student / temperature)
+    log_t, log_z_t = _log_softmax(teacher / temperature)
+    ratio = (student - teacher) / temperature - (log_z_s - log_z_t)
+    return log_s, log_t, jax.lax.stop_gradient(ratio)
 
 
-def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+@jax.custom_jvp
+def _log_softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log P, and the log-sum-exp of the logits [..., 1], which carries no gradient."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    shifted = logits - largest
+    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
+    return shifted - log_sum, largest + log_sum
 
 
-def _log_mixture(log_p: jax.Array, log_q: jax.Array, share: float) -> jax.Array:
-    """log(share P + (1 - share) Q)."""
+@_log_softmax.defjvp
+def _log_softmax_jvp(primals: Any, tangents: Any) -> Any:
+    log_p, log_z = _log_softmax(*primals)
+    (tangent,) = tangents
+    mean = jnp.sum(jnp.exp(log_p) * tangent, axis=-1, keepdims=True)
+    return (log_p, log_z), (tangent - mean, jnp.zeros_like(log_z))
+
+
+def _kl(log_p: jax.Array, log_q: jax.Array, ratio: jax.Array) -> jax.Array:
+    """KL(P || Q); ratio: log(Q / P)."""
+    return jnp.sum(_divergence(log_p, log_q, ratio), axis=-1)
+
+
+@jax.custom_jvp
+def _divergence(log_p: jax.Array, log_q: jax.Array, ratio: jax.Array) -> jax.Array:
+    """Q - P - P log(Q / P), at least 0, element by element; ratio: log(Q / P), without a gradient of its own."""
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    return jnp.where(_is_small(ratio), p * _exp_beyond_linear(ratio), q - p - p * ratio)
+
+
+@_divergence.defjvp
+def _divergence_jvp(primals: Any, tangents: Any) -> Any:
+    log_p, log_q, ratio = primals
+    d_log_p, d_log_q, _ = tangents
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    difference = jnp.where(_is_small(ratio), p * (ratio + _exp_beyond_linear(ratio)), q - p)
+    return _divergence(*primals), difference * d_log_q - p * ratio * d_log_p
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _mixture(
+    share: float, log_p: jax.Array, log_q: jax.Array, ratio: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """log M and log(M / P) of M = share P + (1 - share) Q; ratio: log(Q / P), as in `_divergence`."""
     if share == 0:
-        return log_q
-    return jnp.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+        return log_q, ratio
+    # log(share + (1 - share) e^ratio), about 1 where the ratio is small, and else about the larger of the two.
+    first, second = math.log(share), math.log1p(-share) + ratio
+    beyond = jnp.where(
+        _is_small(ratio),
+        (1 - share) * (ratio + _exp_beyond_linear(ratio)),
+        jnp.exp(-jnp.abs(first - second)),
+    )
+    mixed = jnp.log1p(beyond) + jnp.where(_is_small(ratio), 0.0, jnp.maximum(first, second))
+    return log_p + mixed, mixed
+
+
+@_mixture.defjvp
+def _mixture_jvp(share: float, primals: Any, tangents: Any) -> Any:
+    log_m, mixed = _mixture(share, *primals)
+    _, _, ratio = primals
+    d_log_p, d_log_q, _ = tangents
+    # What of M is P's, and what is Q's.
+    d_log_m = share * jnp.exp(-mixed) * d_log_p + (1 - share) * jnp.exp(ratio - mixed) * d_log_q
+    return (log_m, mixed), (d_log_m, jnp.zeros_like(mixed))
+
+
+def _is_small(ratio: jax.Array) -> jax.Array:
+    return jnp.abs(ratio) < 0.5
+
+
+def _exp_beyond_linear(x: jax.Array) -> jax.Array:
+    """e^x - 1 - x for |x| < 0.5, to float32's precision: by its series, where the formula would cancel."""
+    sum_ = jnp.full_like(x, 1 / math.factorial(8))
+    for power in range(7, 1, -1):
+        sum_ = sum_ * x + 1 / math.factorial(power)
+    return x * x * sum_
 
 
 @partial(jnp.vectorize, signature="(v),(k),(k)->(v)")

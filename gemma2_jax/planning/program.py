@@ -19,9 +19,9 @@ from gemma2_jax.distill.teacher import as_teacher
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import abstract_params, dim_sizes
 from gemma2_jax.planning.topologies import Topology
-from gemma2_jax.sharding.layout import laid_out
+from gemma2_jax.sharding.layout import check_activations, laid_out
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import abstract_batch, abstract_entries
@@ -41,7 +41,7 @@ class Memory:
     Attributes:
         argument: what a step is given: the state, the teacher, the batch.
         temp: what it makes and drops; None where the compiler gave up.
-        peak: the most that lies there at a time; of a program that does not fit, what the compiler wanted.
+        peak: what has to be free for it, see `_peak`; of a program that does not fit, what the compiler wanted.
         host: what lies in the host's memory for it (`compute.remat=offload`).
     """
 
@@ -156,7 +156,10 @@ def compile_step(config: RunConfig, topology: Topology) -> Program:
     seconds = time.perf_counter() - begun
     found: Any = compiled.memory_analysis()
     memory = Memory(
-        found.argument_size_in_bytes, found.temp_size_in_bytes, _peak(found), found.host_temp_size_in_bytes
+        found.argument_size_in_bytes,
+        found.temp_size_in_bytes,
+        _peak(found, topology.platform),
+        found.host_temp_size_in_bytes,
     )
     return Program(mesh, inputs, seconds, memory, compiled.as_text())
 
@@ -202,8 +205,7 @@ def _abstract_inputs(config: RunConfig, mesh: Mesh) -> Inputs:
         entries = None if encoding is None else encoding.entries or config.model.num_tokens
         if entries is None:
             raise UserError(
-                "distill.encoding is null, so that it is not known what the cache keeps of a token; set it as in "
-                "distill=cached."
+                "distill.encoding is null, so the cache's size is unknown; set it, as distill=cached does."
             )
         taught = abstract_entries(config.data, mesh, entries)
     teacher = _abstract_teacher(config, teacher_config(config), mesh)
@@ -216,6 +218,7 @@ def _abstract_teacher(config: RunConfig, sizes: ModelConfig | None, mesh: Mesh) 
     if sizes is None:
         return None
     with as_teacher(config.distill):
+        check_activations(mesh, dim_sizes(sizes))
         return Gemma2(sizes, abstract_params(sizes, jnp.dtype(config.distill.dtype), mesh))
 
 
@@ -227,8 +230,13 @@ def judge_bytes(config: RunConfig, mesh: Mesh) -> int:
         return device_bytes(_abstract_teacher(config, judge_config(config), mesh))
 
 
-def _peak(found: Any) -> int:
-    """The compiler's own figure; where it has none, all that it lays out side by side."""
-    whole = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    peak: int = found.peak_memory_in_bytes or whole + found.temp_size_in_bytes
-    return peak
+def _peak(found: Any, platform: str) -> int:
+    """Bytes of a device that a program needs: arguments, results that are not written over them, and temporaries.
+
+    CPUs and GPUs allocate all temporaries at once, so that a peak within them saves nothing; the CPU's compiler leaves
+    them out of its own figure altogether. The TPU's compiler places everything itself, and its figure is what counts.
+    """
+    if platform == "tpu" and found.peak_memory_in_bytes:
+        return int(found.peak_memory_in_bytes)
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    return int(found.argument_size_in_bytes + results + found.temp_size_in_bytes)

@@ -1,5 +1,6 @@
 """Which meshes, remat policies and microbatches fit, and which of them has the least bound on its step's time."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from gemma2_jax.model.config import Remat
 from gemma2_jax.model.counts import count_parameters, training_flops_per_token
 from gemma2_jax.planning.memory import head_blocks, saved_activations, shares
 from gemma2_jax.planning.plan import Plan, make_plan
-from gemma2_jax.planning.program import teacher_config
+from gemma2_jax.planning.program import judge_config, teacher_config
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.sharding.mesh import AXES, MeshConfig
 from gemma2_jax.training.config import RunConfig
@@ -61,8 +62,9 @@ def search(
     waiting = candidates(config, topology)
     if not waiting:
         raise UserError(
-            f"no mesh of the {len(topology.devices)} devices of {topology.name} divides the model's heads and "
-            f"data.batch_size ({config.data.batch_size}); a batch of a multiple of the devices does."
+            f"no mesh of the {len(topology.devices)} devices of {topology.name} divides the heads of the model and its "
+            f"teacher and data.batch_size ({config.data.batch_size}); choose a data.batch_size that is a multiple of "
+            f"{len(topology.devices)}."
         )
     begun = time.perf_counter()
     plans: list[tuple[Candidate, Plan]] = []
@@ -158,19 +160,25 @@ def estimated_seconds(config: RunConfig, topology: Topology, shape: dict[str, in
 
 
 def _meshes(config: RunConfig, topology: Topology) -> Iterator[MeshConfig]:
-    """Every mesh of the devices that divides the model; copies across slices stay as configured, or are one a slice."""
-    model, replica, devices = config.model, max(1, config.mesh.replica), len(topology.devices)
+    """Every mesh of the devices that divides model and teacher.
+
+    Copies across slices stay as configured, or are one a slice.
+    """
+    replica, devices = max(1, config.mesh.replica), len(topology.devices)
     if topology.platform == "tpu" and replica % topology.slices:
         replica = topology.slices
-    for tensor in _divisors(model.num_kv_heads):
-        if model.d_ff % tensor or model.vocab_size % tensor:
+    models, teacher = [config.model], judge_config(config)
+    if teacher is not None and config.distill.layout is None:  # it lies as the student does
+        models.append(teacher)
+    for tensor in _divisors(math.gcd(*(model.num_kv_heads for model in models))):
+        if any(model.d_ff % tensor or model.vocab_size % tensor for model in models):
             continue
         for sequence in _divisors(_WIDEST_SEQUENCE):
             rest, uneven = divmod(devices, replica * tensor * sequence)
             if uneven:
                 continue
             for fsdp in _divisors(rest):
-                if model.d_model % fsdp == 0:
+                if all(model.d_model % fsdp == 0 for model in models):
                     yield MeshConfig(rest // fsdp, fsdp, tensor, sequence, replica)
 
 

@@ -8,7 +8,6 @@
 A TPU v4 is compiled for as it is used, one device a chip ("megacore"); a TPU7x chip is two devices.
 """
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from jax.experimental import topologies
 
 from gemma2_jax.chips import CHIPS, Chip
 from gemma2_jax.config import UserError, suggest
+from gemma2_jax.machine import is_installed
 from gemma2_jax.planning.gpus import target_config
 
 GPUS_OF_A_NODE = 8
@@ -81,7 +81,7 @@ def find_topology(name: str, gpu_memory_fraction: float = 0.75) -> Topology:
     wanted = dimensions or 1
     if len(shape) != wanted or min(shape) < 1 or slices < 1 or (dimensions == 0 and slices > 1):
         shown = f"{kind}:" + "x".join(["4"] * wanted) if dimensions else f"{kind}:8"
-        raise UserError(f"topology={name} has not the shape of {kind}; accepted: the form {shown}.")
+        raise UserError(f"topology={name} is not a shape of {kind}; accepted: shapes such as {shown}.")
     if kind == "cpu":
         return Topology(name, _CPU, _cpus(name, shape[0]), "cpu")
     chip = CHIPS[kind]
@@ -101,7 +101,7 @@ def _cpus(name: str, count: int) -> tuple[Any, ...]:
 
 
 def _tpus(name: str, kind: str, shape: list[int], slices: int) -> tuple[Any, ...]:
-    if not _is_installed("libtpu"):
+    if not is_installed("libtpu"):
         raise UserError(
             f"topology={name} needs libtpu, the TPU's compiler: pip install -e '.[tpu]' brings it."
         )
@@ -115,24 +115,17 @@ def _tpus(name: str, kind: str, shape: list[int], slices: int) -> tuple[Any, ...
 
 
 def _gpus(name: str, kind: str, chip: Chip, count: int) -> tuple[Any, ...]:
-    if not any(_is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
+    if not any(is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
         raise UserError(
             f"topology={name} needs JAX's CUDA plugin, the GPU's compiler: pip install -e '.[cuda12]' brings it."
         )
     nodes, rest = divmod(count, GPUS_OF_A_NODE)
     if nodes and rest:
         raise UserError(
-            f"topology={name} asks for {count} GPUs; accepted: up to {GPUS_OF_A_NODE}, or a multiple of it."
+            f"topology={name} asks for {count} GPUs; accepted: 1 to {GPUS_OF_A_NODE}, or a multiple of that."
         )
     layout = f"1x{max(nodes, 1)}x{GPUS_OF_A_NODE if nodes else rest}"
     return _describe(name, "cuda", kind, {"target_config": target_config(kind, chip), "topology": layout})
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # nor is the package that it would be in
-        return False
 
 
 def _describe(name: str, platform: str, asked: str, options: dict[str, Any]) -> tuple[Any, ...]:

@@ -84,7 +84,8 @@ class Sampler:
         """Yields, again and again, the next tokens of every row (none after its stop token).
 
         Raises:
-            UserError: a prompt is empty, or holds an id that is none of the model's tokens.
+            UserError: a prompt is empty, or holds an id that is none of the model's tokens; or the model's logits are
+            NaN.
         """
         if not prompts:
             return
@@ -102,7 +103,7 @@ class Sampler:
         progress = _begin(
             self._decoder, padded, np.array(lengths, np.int32), keys, stop_ids, cache_size=size, choice=choice
         )
-        new = np.asarray(progress.tokens)[:, None]
+        new = self._checked(progress.tokens)[:, None]
         finished = np.zeros(len(prompts), bool)
         left, steps = config.max_new_tokens, _FIRST_STEPS
         while True:
@@ -120,8 +121,18 @@ class Sampler:
             progress, written = _advance(
                 self._decoder, progress, keys, stop_ids, steps=np.int32(steps), room=_ROOM, choice=choice
             )
-            new = np.asarray(written)[:, :steps]
+            new = self._checked(written)[:, :steps]
             steps = _pace(steps, time.perf_counter() - start)
+
+    def _checked(self, new: jax.Array) -> np.ndarray:
+        """Raises UserError if one of the chosen ids is that of no token, as `Choice` has it for NaN."""
+        ids = np.asarray(new)
+        if ids.max(initial=0) >= self._decoder.config.vocab_size:
+            raise UserError(
+                "The model's logits are NaN, so that no token can be chosen; its weights hold NaN or infinite numbers, "
+                "or are too large for the dtype that it computes in."
+            )
+        return ids
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         tokens = self._decoder.config.num_tokens

@@ -102,16 +102,28 @@ class LayoutConfig:
         }
 
 
-_IN_USE: ContextVar[LayoutConfig | None] = ContextVar("layout", default=None)
+@dataclass(frozen=True)
+class _InUse:
+    """A layout, the setting that it comes from, and the model that it is for, as messages call them."""
+
+    layout: LayoutConfig
+    key: str
+    model: str
+
+
+_IN_USE: ContextVar[_InUse | None] = ContextVar("layout", default=None)
 
 
 @contextmanager
-def laid_out(layout: LayoutConfig) -> Iterator[None]:
+def laid_out(layout: LayoutConfig, key: str = "layout", model: str = "the model") -> Iterator[None]:
     """Has what is traced within lie as `layout` says, as `jax.set_mesh` says on which devices.
 
     A teacher can so lie otherwise than its student, in one step and on one mesh.
+
+    Args:
+        key, model: what messages call the setting that `layout` comes from, and the model that it is for.
     """
-    token = _IN_USE.set(layout)
+    token = _IN_USE.set(_InUse(layout, key, model))
     try:
         yield
     finally:
@@ -120,7 +132,17 @@ def laid_out(layout: LayoutConfig) -> Iterator[None]:
 
 def layout_in_use() -> LayoutConfig:
     """That of the innermost `laid_out`; the default one outside."""
-    return _IN_USE.get() or _default()
+    return _in_use().layout
+
+
+def key_in_use() -> str:
+    """The setting that `layout_in_use` comes from."""
+    return _in_use().key
+
+
+def model_in_use() -> str:
+    """What messages call the model that the innermost `laid_out` is for."""
+    return _in_use().model
 
 
 def weight_sharding(mesh: Mesh, path: str, dims: str, sizes: Mapping[str, int]) -> NamedSharding:
@@ -136,7 +158,7 @@ def weight_sharding(mesh: Mesh, path: str, dims: str, sizes: Mapping[str, int]) 
         if sizes[d] % shares:
             raise UserError(
                 f"{' x '.join(f'mesh.{axis}' for axis in axes)} is {shares}, which does not divide dimension {d} "
-                f"({sizes[d]}) of the model's {path}; choose a divisor of {sizes[d]}."
+                f"({sizes[d]}) of {model_in_use()} ({path}); choose a divisor of {sizes[d]}."
             )
     return NamedSharding(mesh, layout.spec_of_weight(dims))
 
@@ -147,15 +169,16 @@ def check_activations(mesh: Mesh, sizes: Mapping[str, int]) -> None:
     Args:
         sizes: of the letters N, K, F and V.
     """
-    layout = layout_in_use()
-    columns = {f"layout.activations.{d}": (d, layout.activations.get(d, ())) for d in "NKFV"}
-    for key, (letter, axes) in {**columns, "layout.head": ("V", layout.head)}.items():
+    layout, setting = layout_in_use(), key_in_use()
+    columns = {f"{setting}.activations.{d}": (d, layout.activations.get(d, ())) for d in "NKFV"}
+    for key, (letter, axes) in {**columns, f"{setting}.head": ("V", layout.head)}.items():
         shares = math.prod(mesh.shape[axis] for axis in axes)
         if sizes[letter] % shares:
             split = " x ".join(f"mesh.{axis}" for axis in axes if mesh.shape[axis] > 1)
             raise UserError(
-                f"{key} splits the model's dimension {letter} ({sizes[letter]}) along {split}, which is {shares} and "
-                f"does not divide it; choose a divisor{', or layout=gathered' if key == 'layout.head' else ''}."
+                f"{key} splits dimension {letter} ({sizes[letter]}) of {model_in_use()} along {split}, which is "
+                f"{shares} and does not divide it; choose a divisor"
+                f"{', or layout=gathered' if key == 'layout.head' else ''}."
             )
 
 
@@ -215,9 +238,13 @@ def is_split(dimension: str) -> bool:
     return _shares(layout_in_use().weights.get(dimension, ()), None) > 1
 
 
+def _in_use() -> _InUse:
+    return _IN_USE.get() or _default()
+
+
 @cache
-def _default() -> LayoutConfig:
-    return LayoutConfig()
+def _default() -> _InUse:
+    return _InUse(LayoutConfig(), "layout", "the model")
 
 
 def _shares(axes: Axes, mesh: Mesh | AbstractMesh | None) -> int:

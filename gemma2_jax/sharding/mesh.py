@@ -1,7 +1,7 @@
 """The device mesh: named axes over which batches and weights are split."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -58,10 +58,7 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     given = math.prod(size for size in sizes if size != -1)
     shape = [len(devices) // given if size == -1 else size for size in sizes]
     if math.prod(shape) != len(devices):
-        asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1)
-        raise UserError(
-            f"mesh {asked or 'of 1'} does not fit {len(devices)} device(s); the axes must multiply to that number."
-        )
+        raise UserError(_misfit(dict(zip(AXES, sizes, strict=True)), given, devices))
     # A GPU has such a number as well, of its node. Nodes hold devices that follow one another, and the axes that send
     # the most are the last, so that they lie within one without more ado.
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform != "gpu"}) or 1
@@ -80,3 +77,15 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
         between = [slices, *(1 for _ in shape[1:])]
         array = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=types)
+
+
+def _misfit(sizes: Mapping[str, int], given: int, devices: Sequence[jax.Device]) -> str:
+    """The message about axes that do not multiply to the number of devices."""
+    count = len(devices)
+    asked = " ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "mesh.data=1"
+    wanted = f"a multiple of {given}" if -1 in sizes.values() else f"exactly {given}"
+    there = "1 device" if count == 1 else f"{count} devices"
+    remedy = f"choose axes that multiply to {count}"
+    if devices[0].platform == "cpu":
+        remedy += f", or get {given} with XLA_FLAGS=--xla_force_host_platform_device_count={given}"
+    return f"{asked} needs {wanted} devices, and there {'is' if count == 1 else 'are'} {there}; {remedy}."

@@ -38,8 +38,8 @@ class StudyConfig:
         reference: a run with which the others' predictions are compared (agreement, KL); None: no comparison.
         prompts: texts that every run continues in the report.
         sample_tokens: how many tokens each continuation has at most.
-        seeds: every run is trained with each of them, but for teachers and the reference, of which there is one;
-            and the report gives means and deviations. None: all with the configuration's.
+        seeds: every run is trained with each of them (`seed` and `data.seed`), but for teachers and the reference, of
+            which there is one; and the report gives means and deviations. None: all with the configuration's.
     """
 
     title: str
@@ -61,7 +61,7 @@ class StudyConfig:
         for position, (name, run) in enumerate(self.runs.items()):
             if name in keys or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise UserError(
-                    f"runs.{name} is no name for a run; accepted: letters, digits, _ and -, and no key of a run."
+                    f"runs.{name} cannot name a run; accepted: letters, digits, _ and -, but no key of a run."
                 )
             if run.teacher is not None and run.teacher not in names[:position]:
                 earlier = ", ".join(names[:position]) or "none"
@@ -70,7 +70,7 @@ class StudyConfig:
                 )
             if run.cache and run.teacher is None:
                 raise UserError(
-                    f"runs.{name}.cache is true and its teacher is null; there is nobody to cache."
+                    f"runs.{name}.cache is true and its teacher is null; name the teacher whose outputs are cached."
                 )
 
     def trained(self) -> dict[str, tuple[str, int | None]]:

@@ -109,7 +109,7 @@ def measure_run(
         "sample_tokens": sample_tokens,
         "data": data_identity(config.data),
     }
-    stored = json.loads(file.read_text()) if file.exists() else {}
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     then = stored.get("conditions", {})
     if _same_reference(then.get("reference"), reference):
         then = {**then, "reference": conditions["reference"]}
@@ -141,7 +141,7 @@ def timed(folder: Path, stage: str) -> Iterator[None]:
 def read_times(folder: Path) -> dict[str, float]:
     """Returns the seconds of each stage of the study in `folder`, over all the commands that worked on it."""
     file = folder / "times.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.objectives.objective import DIVERGENCES, ObjectiveConfig
-from gemma2_jax.objectives.schedule import ScheduleConfig
+from gemma2_jax.schedule import ScheduleConfig, count_steps
 from gemma2_jax.sharding.hosts import HostsConfig
 from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import MeshConfig
@@ -26,6 +26,8 @@ class TrainingConfig:
         accumulation: microbatches that each step's batch is split into, one after another, to save memory.
         log_every: steps between rows of metrics, each an average since the row before.
         eval_every: steps between evaluations on the validation split; the last step is always evaluated.
+        eval_batches: the most batches that an evaluation takes; of a larger split, the same sample of its documents
+            each time. None takes the whole split.
         profile_steps: the first and the last step that `profile` traces, counted from where the process begins, whose
             first steps are slower than the others.
     """
@@ -35,6 +37,7 @@ class TrainingConfig:
     log_every: int
     eval_every: int
     profile_steps: tuple[int, int] = (3, 5)  # not in runs of before it was there
+    eval_batches: int | None = None  # Older runs lack this key.
 
     def __post_init__(self) -> None:
         first, last = self.profile_steps
@@ -43,9 +46,10 @@ class TrainingConfig:
                 f"training.profile_steps is [{first}, {last}]; it must be the first step to trace, at least 1, and the "
                 "last."
             )
-        for name in ("steps", "accumulation", "log_every", "eval_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"training.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("steps", "accumulation", "log_every", "eval_every", "eval_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"training.{name} is {value}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class RunConfig:
     Attributes:
         name: how the run is called in tables.
         output: the run folder.
-        seed: of the initial weights; the order of the data has its own, data.seed.
+        seed: of the initial weights and of own samples; the order of the data has its own, data.seed.
         compilation_cache: the folder or bucket that compiled programs are kept in, see `programs_kept_in`.
         profile: trace some steps (`training.profile_steps`) into the run folder; of runs that are trained together,
             into that of the first which is not done.
@@ -95,21 +99,8 @@ class RunConfig:
                 f"training.profile_steps ends with {self.training.profile_steps[1]}, after the last step "
                 f"({self.training.steps}); choose earlier ones, or profile=false."
             )
-        reserved = self.optimizer.warmup_steps
-        if self.optimizer.schedule == "wsd":
-            reserved += self.optimizer.decay_steps
-        if reserved > self.training.steps:
-            raise UserError(
-                f"optimizer.warmup_steps and decay_steps take {reserved} steps, more than training.steps "
-                f"({self.training.steps})."
-            )
-        for name, schedule in self._schedules().items():
-            reserved = schedule.warmup_steps + schedule.decay_steps
-            if reserved > self.training.steps:
-                raise UserError(
-                    f"{name}.warmup_steps and decay_steps take {reserved} steps, more than training.steps "
-                    f"({self.training.steps})."
-                )
+        for name, schedule in {"optimizer": self.optimizer, **self._schedules()}.items():
+            count_steps(name, schedule.warmup_steps, schedule.decay_steps, self.training.steps)
         intervals = {
             "checkpoint.every": self.checkpoint.every,
             "training.eval_every": self.training.eval_every,
@@ -163,13 +154,13 @@ class RunConfig:
             return
         if self.distill.teacher is None:
             raise UserError(
-                "distill.on_policy is set and distill.teacher is null; it needs a teacher, who judges the student's "
-                "samples."
+                "distill.on_policy is set and distill.teacher is null; on-policy distillation needs a teacher for the "
+                "student's samples."
             )
         if self.distill.cache is not None:
             raise UserError(
-                "distill.on_policy and distill.cache are both set; a cache knows nothing of the student's own samples, "
-                "so one of them must be null."
+                "distill.on_policy and distill.cache are both set; a cache holds no targets for the student's own "
+                "samples, so one of them must be null."
             )
         if self.objective.cross_entropy > 0:
             raise UserError(

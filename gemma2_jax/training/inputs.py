@@ -22,7 +22,7 @@ from gemma2_jax.distill.matching import of_teacher_for_all
 from gemma2_jax.distill.teacher import load_teacher, open_teacher
 from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.objectives.schedule import ScheduleConfig
+from gemma2_jax.schedule import ScheduleConfig
 from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.training.config import RunConfig

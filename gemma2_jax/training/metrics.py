@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from gemma2_jax.config import UserError
 from gemma2_jax.files import write_text
+from gemma2_jax.machine import is_installed
 
 JSON_LINES = "metrics.jsonl"
 
@@ -25,6 +26,14 @@ class MetricsConfig:
 
     tensorboard: bool
     wandb_project: str | None
+
+
+def check_wandb(config: MetricsConfig) -> None:
+    """Raises UserError if metrics are to go to Weights & Biases, whose package is not installed."""
+    if config.wandb_project is not None and not is_installed("wandb"):
+        raise UserError(
+            "metrics.wandb_project is set but wandb is not installed; install the extra gemma2_jax[wandb]."
+        )
 
 
 class Writer(Protocol):
@@ -76,18 +85,14 @@ class WandbWriter:
     """
 
     def __init__(self, run_folder: Path, project: str, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "metrics.wandb_project is set but wandb is not installed; install the extra gemma2_jax[wandb]."
-            ) from None
+        import wandb
+
         file = run_folder / "wandb.id"  # drawn once, since two runs may lie under the same path elsewhere
         if not file.exists():
             write_text(file, secrets.token_hex(8))
         self._run = wandb.init(
             project=project,
-            id=file.read_text(),
+            id=file.read_text(encoding="utf-8"),
             name=run_folder.name,
             dir=run_folder,
             resume="allow",
@@ -110,6 +115,7 @@ def open_writers(
     Raises:
         UserError: a writer's package is not installed.
     """
+    check_wandb(config)
     writers: list[Writer] = []
     if config.wandb_project is not None:  # first, since it is the one that can fail
         writers.append(WandbWriter(run_folder, config.wandb_project, run_config))

@@ -7,6 +7,7 @@ import optax
 
 from gemma2_jax.config import UserError
 from gemma2_jax.model.weights import map_weights
+from gemma2_jax.schedule import StepCount, check_step_count, count_steps, curve
 
 
 @dataclass(frozen=True)
@@ -14,19 +15,23 @@ class OptimizerConfig:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and its learning rate over time.
 
     Attributes:
-        learning_rate: the peak, reached after `warmup_steps` of linear growth from 0.
+        learning_rate: the peak.
         schedule: after the warm-up, `cosine` falls to the end of the run; `wsd` (warmup-stable-decay)
             stays and falls linearly in the last `decay_steps`; `constant` stays.
-        decay_steps: of `wsd`, which needs at least 1; 0 with the others.
-        final_fraction: the last learning rate as a fraction of the peak; 1 with `constant`.
+        warmup_steps: steps of linear growth from 0 that a run begins with; the last of them has the peak. Either a
+            whole number of steps, or a fraction below 1 of training.steps (0.05 for a twentieth of the run), rounded
+            to at least 1 step.
+        decay_steps: of `wsd`, which needs at least 1, as a number or a fraction like `warmup_steps`; the first of
+            them is below the peak. 0 with the other schedules.
+        final_fraction: the learning rate of the run's last step as a fraction of the peak; 1 with `constant`.
         weight_decay: of every weight but the norms' scales, times the learning rate.
         clip_norm: gradients are scaled down to this global norm.
     """
 
     learning_rate: float
     schedule: Literal["cosine", "wsd", "constant"]
-    warmup_steps: int
-    decay_steps: int
+    warmup_steps: StepCount
+    decay_steps: StepCount
     final_fraction: float
     beta1: float
     beta2: float
@@ -38,9 +43,10 @@ class OptimizerConfig:
         for name in ("learning_rate", "eps", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0.")
-        for name in ("warmup_steps", "decay_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("warmup_steps", "decay_steps"):
+            check_step_count(f"optimizer.{name}", getattr(self, name))
+        if self.weight_decay < 0:
+            raise UserError(f"optimizer.weight_decay is {self.weight_decay}; it must not be negative.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(
@@ -48,9 +54,10 @@ class OptimizerConfig:
                 )
         if not 0 <= self.final_fraction <= 1:
             raise UserError(f"optimizer.final_fraction is {self.final_fraction}; it must be from 0 to 1.")
-        if self.schedule == "wsd" and self.decay_steps < 1:
+        if self.schedule == "wsd" and self.decay_steps == 0:
             raise UserError(
-                f"optimizer.decay_steps is {self.decay_steps}; it must be at least 1 with the schedule wsd."
+                "optimizer.decay_steps is 0; with the schedule wsd it must be at least 1, or a fraction of the run "
+                "(0.2)."
             )
         if self.schedule != "wsd" and self.decay_steps > 0:
             raise UserError(
@@ -65,21 +72,14 @@ class OptimizerConfig:
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of each step of a run of `steps`."""
-    peak, last = config.learning_rate, config.learning_rate * config.final_fraction
-    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
-    rest = steps - config.warmup_steps
-    if config.schedule == "cosine":
-        return optax.join_schedules(
-            [warmup, optax.cosine_decay_schedule(peak, max(1, rest), alpha=config.final_fraction)],
-            [config.warmup_steps],
-        )
-    if config.schedule == "wsd":
-        decay = optax.linear_schedule(peak, last, config.decay_steps)
-        return optax.join_schedules(
-            [warmup, optax.constant_schedule(peak), decay], [config.warmup_steps, steps - config.decay_steps]
-        )
-    return optax.join_schedules([warmup, optax.constant_schedule(peak)], [config.warmup_steps])
+    """The learning rate of each step of a run of `steps`, float32: step i of a warm-up of w has peak * (i + 1) / w.
+
+    Raises UserError as `count_steps`.
+    """
+    warmup, decay = count_steps("optimizer", config.warmup_steps, config.decay_steps, steps)
+    peak = config.learning_rate
+    start, rise = peak / max(1, warmup), max(0, warmup - 1)
+    return curve(config.schedule, start, peak, peak * config.final_fraction, rise, decay, steps)
 
 
 def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

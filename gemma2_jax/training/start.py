@@ -18,9 +18,11 @@ from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.model.weights import dim_sizes
+from gemma2_jax.schedule import count_steps
 from gemma2_jax.sharding.hosts import wait_for_all
 from gemma2_jax.sharding.layout import check_activations, laid_out
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.packages import check_packages
 from gemma2_jax.training.taught_by import TaughtBy, read_taught_by
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
@@ -29,7 +31,7 @@ DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was tr
 # things lie and what watches them. That the data, the tokenizer and the teacher are the same is checked by content.
 _MAY_CHANGE = {
     "name", "output", "hosts", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "training.log_every",
-    "training.profile_steps", "profile", "compilation_cache",
+    "training.eval_batches", "training.profile_steps", "profile", "compilation_cache",
     "data.source", "data.folder", "data.workers", "data.shard_characters", "data.skip_invalid", "tokenizer.path",
 }  # fmt: skip
 
@@ -55,7 +57,9 @@ def check_shared(configs: Sequence[RunConfig]) -> None:
 
 def check_together(configs: Sequence[RunConfig]) -> None:
     """Raises UserError if runs cannot be trained at once: by the same steps, on the same batches, and those of them
-    that have a teacher of the same one."""
+    that have a teacher of the same one; or if a package is missing that one of them needs."""
+    for config in configs:
+        check_packages(config)
     _check_same(configs, _shared)
     _check_same([config for config in configs if config.distill.teaches], _teaching)
     outputs = [config.output for config in configs]
@@ -102,9 +106,26 @@ def changes(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]
         may_change.add("distill.teacher")
         if taught_by.encoding is not None and asked.distill.cache is not None:
             may_change.add("distill.cache")
-    for key, one, other in differences(to_dict(begun), to_dict(asked)):
+    for key, one, other in differences(_in_steps(begun), _in_steps(asked)):
         if not any(f"{key}.".startswith(f"{name}.") for name in may_change):
             yield key, one, other
+
+
+def _in_steps(config: RunConfig) -> dict[str, Any]:
+    """The settings, each warm-up and decay as a number of steps: 0.1 and 50 are the same in a run of 500."""
+
+    def counted(settings: dict[str, Any], where: str) -> dict[str, Any]:
+        found = {
+            name: counted(value, f"{where}.{name}") if isinstance(value, dict) else value
+            for name, value in settings.items()
+        }
+        names = ("warmup_steps", "decay_steps")
+        if set(names) <= set(found):
+            warmup, decay = (found[name] for name in names)
+            found |= zip(names, count_steps(where, warmup, decay, config.training.steps), strict=True)
+        return found
+
+    return counted(to_dict(config), "")
 
 
 def check_same_data(run_folder: str | Path, data: DataConfig) -> None:

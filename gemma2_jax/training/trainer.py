@@ -165,7 +165,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         model = Gemma2(self.config.model, self.state.params)
-        batches = validation_batches(self.config.data, *self.inputs.share)
+        batches = validation_batches(self.config.data, *self.inputs.share, self.config.training.eval_batches)
         judge = self.inputs.judge
         self._write("validation", validate(self._evaluation_step, model, judge, batches, self.mesh))
 

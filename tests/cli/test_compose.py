@@ -10,7 +10,9 @@ import yaml
 from gemma2_jax.cli.compose import combinations, compose, compose_file, groups, pairs
 from gemma2_jax.cli.roots import choices, find_study, studies
 from gemma2_jax.config import UserError, save, to_dict
+from gemma2_jax.schedule import build_schedule
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.optimizer import learning_rate_schedule
 
 
 @pytest.mark.parametrize("name", choices("experiment"))
@@ -32,6 +34,21 @@ def test_every_choice_of_every_group_composes(group):
         without = name in ("none", "cross_entropy", "random") or group not in needs
         given = [] if without else [*needs[group], *more.get(name, [])]
         assert isinstance(compose([f"{group}={name}", *given]), RunConfig)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+@pytest.mark.parametrize("optimizer", choices("optimizer"))
+def test_every_optimizer_suits_a_short_run(optimizer, steps):
+    config = compose([f"optimizer={optimizer}", f"training.steps={steps}"])
+    rates = [float(learning_rate_schedule(config.optimizer, steps)(step)) for step in range(steps)]
+    assert all(0 < rate <= config.optimizer.learning_rate * 1.0001 for rate in rates)
+
+
+def test_a_schedule_of_the_objective_suits_a_short_run():
+    teacher = ["distill=online", "distill.teacher=runs/teacher"]
+    config = compose(["objective=scheduled_mixture", "training.steps=3", *teacher])
+    at = build_schedule(config.objective.schedules["mix"], 3)
+    assert [float(at(step)) for step in range(3)] == [0, 1, 0]
 
 
 def test_every_group_is_a_part_of_the_run_and_has_choices():
@@ -62,12 +79,20 @@ def test_overrides_win_over_the_experiment_and_the_experiment_over_the_groups():
 
 
 def test_references_follow_what_they_refer_to():
-    config = compose(["name=mine", "seed=7", "tokenizer.vocab_size=600"])
-    assert (config.output, config.data.seed, config.model.vocab_size) == ("runs/mine", 7, 600)
+    config = compose(["name=mine", "tokenizer.vocab_size=600"])
+    assert (config.output, config.model.vocab_size) == ("runs/mine", 600)
     cached = ["distill=cached", "distill.teacher=runs/x", "distill.cache=runs/x-cache"]
     warm = compose([*cached, "objective=distillation", "objective.temperature=2.0"])
     assert warm.distill.encoding is not None
     assert warm.distill.encoding.temperature == 2.0
+
+
+@pytest.mark.parametrize("data", ["python_docs", "files"])
+def test_the_seed_of_the_weights_leaves_the_data_as_it_is(data):
+    chosen = [f"data={data}", "data.source=x.txt"]
+    assert compose([*chosen, "seed=7"]).data == compose(chosen).data
+    config = compose([*chosen, "seed=7", "data.seed=3"])
+    assert (config.seed, config.data.seed) == (7, 3)
 
 
 @pytest.mark.parametrize("data", ["python_docs", "files"])
@@ -127,6 +152,14 @@ def test_distilled_and_scratch_differ_in_the_objective_alone():
         (["+seed=1"], "'+seed=1' cannot be read; accepted: key=value"),
         (["~seed"], "'~seed' cannot be read; accepted: key=value"),
         (["name=[a"], "'name=[a' cannot be read; accepted: key=value"),
+        (["training.steps", "=", "5"], "cannot be read; write it without blanks: training.steps=5."),
+        (["training.steps", "=5"], "cannot be read; write it without blanks: training.steps=5."),
+        (["seed=1", "training.steps=", "5"], "cannot be read; write it without blanks: training.steps=5."),
+        (["training.steps = 5"], "cannot be read; write it without blanks: training.steps=5."),
+        (["training.steps:", "5"], "cannot be read; write it without blanks: training.steps=5."),
+        (["steps", "seed=1"], "'steps' cannot be read; accepted: key=value"),
+        (["data.source=a.txt,b.txt"], "in brackets and quotes: 'data.source=[a.txt,b.txt]'."),
+        (["name=\udcff"], "'name=\\udcff' is not UTF-8"),
     ],
 )
 def test_a_mistake_is_told_in_one_sentence(overrides, sentence):
@@ -135,6 +168,44 @@ def test_a_mistake_is_told_in_one_sentence(overrides, sentence):
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "hydra" not in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1", "1e3", "1_000", "0x10", "007", "true", "null", "nan", "2024-01-01", "12:30:00", "é", "a 'b c"],
+)
+def test_a_key_of_text_has_the_text_as_typed(text, tmp_path):
+    """Also through the file that it is saved in."""
+    config = compose([f"name={text}", f"tokenizer.path={text}", f"data.text_field={text}"])
+    assert (config.name, config.tokenizer.path, config.data.text_field) == (text, text, text)
+    assert config.output == f"runs/{text}"
+    save(config, tmp_path / "config.yaml")
+    assert compose_file(tmp_path / "config.yaml") == config
+
+
+def test_text_as_typed_keeps_null_lists_and_quotes():
+    taught = ["objective=distillation", "distill=online", "distill.teacher=9"]
+    assert compose(taught).distill.teacher == "9"
+    assert compose(["compilation_cache=null"]).compilation_cache is None
+    assert compose(["data.source=[1,1e3, true,a b]"]).data.source == ("1", "1e3", "true", "a b")
+    assert compose(["name='1'"]).name == "1"
+    assert compose(["data.source=my notes/*.md"]).data.source == "my notes/*.md"
+    with pytest.raises(UserError, match="there is no model 1e3, accepted"):
+        compose(["model=1e3"])
+
+
+def test_text_of_a_file_that_looks_like_a_date_is_text_and_a_number_needs_quotes(tmp_path):
+    (tmp_path / "experiments").mkdir()
+    dated, numbered = (tmp_path / "experiments" / f"{name}.yaml" for name in ("dated", "numbered"))
+    dated.write_text("# @package _global_\nname: 2024-01-01\n")
+    numbered.write_text("# @package _global_\nname: 1\n")
+    assert compose(["experiment=dated"], tmp_path).name == "2024-01-01"
+    with pytest.raises(UserError, match=r"name is 1; accepted: text\. In quotes it is text: '1'."):
+        compose(["experiment=numbered"], tmp_path)
+    save(compose(), tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text().replace("name: run", "name: 2024-01-01")
+    (tmp_path / "config.yaml").write_text(text)
+    assert compose_file(tmp_path / "config.yaml").name == "2024-01-01"
 
 
 def test_a_saved_run_is_repeated_from_its_file_alone(tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_a_missing_tool_is_one_sentence(
         "/w",
     ]
     assert main(gke) == 1
-    assert capsys.readouterr().err.startswith("gemma2: xpk is not installed")
+    assert capsys.readouterr().err.startswith("gemma2: xpk, which makes jobs for GKE, is not installed")
 
 
 def test_a_run_on_this_machine(
@@ -121,7 +121,7 @@ def test_a_run_on_this_machine(
         "optimizer.warmup_steps=1",
     ]  # fmt: skip
     assert main(["launch", "slurm", *keys, "--local", "--allow-changes", "--workdir", "work"]) == 0
-    assert "is done; what it says goes to " in capsys.readouterr().out
+    assert "is done; its output goes to " in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(tmp_path / "work" / "runs" / "mine")] == [1, 2, 2]
     (launched,) = (tmp_path / "launches").iterdir()
     assert (launched / "code" / "gemma2_jax" / "__init__.py").exists()

@@ -1,13 +1,17 @@
 """The command line as a whole: help at once, exit codes, mistakes in one sentence."""
 
 import json
+import os
+import platform
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import yaml
 
+import gemma2_jax
 from gemma2_jax.cli import main as cli
 from gemma2_jax.cli import train as train_verb
 from gemma2_jax.cli.compose import compose
@@ -46,7 +50,7 @@ helps = []
 for command in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
         main([*command, "--help"])
-    helps.append(told.getvalue())
+    helps.append(getattr(told, "getvalue", str)())
 print(json.dumps([helps, sorted({name.split(".")[0] for name in sys.modules})]))
 """
 
@@ -89,10 +93,9 @@ def test_every_help_says_what_it_does_with_an_example(helps):
 @pytest.mark.parametrize(
     "command",
     [
-        [],
         ["trian"],
         ["run"],
-        ["data"],
+        ["data", "shwo"],
         ["config", "list", "model", "x"],
         ["generate"],
         ["train", "--confg", "x"],
@@ -103,6 +106,69 @@ def test_a_wrong_command_line_exits_with_2(command, capsys):
         main(command)
     assert caught.value.code == 2
     assert "usage: gemma2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["data"], ["config"], ["tokenizer"], ["launch"]])
+def test_without_a_verb_or_action_the_help_is_printed(command, helps, capsys):
+    assert main(command) == 0
+    told = capsys.readouterr()
+    assert told.out.split() == helps[0][COMMANDS.index(command)].split()
+    assert told.err == ""
+
+
+def test_the_module_is_the_same_program_and_tells_its_version():
+    done = subprocess.run(
+        [sys.executable, "-m", "gemma2_jax", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == (
+        f"gemma2_jax {gemma2_jax.__version__} (Python {platform.python_version()}, JAX {version('jax')})\n"
+    )
+    refused = subprocess.run([sys.executable, "-m", "gemma2_jax", "trian"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.startswith("usage: gemma2 ")) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--steps", "5"], "training.steps=5"),
+        (["--training.steps=5"], "training.steps=5"),
+        (["--learning-rate", "1e-3"], "optimizer.learning_rate=1e-3"),
+        (["model=toy", "--batch_size", "8"], "data.batch_size=8"),
+        (["--seed"], "seed=…"),
+    ],
+)
+def test_an_option_that_is_a_key_is_told_so(given, meant, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *given])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith(f" (did you mean {meant}?)\n")
+
+
+@pytest.mark.parametrize("command", [["train", "--xyz"], ["inspect", "runs/x", "--steps", "5"]])
+def test_an_option_that_is_like_no_key_is_only_refused(command, capsys):
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    ],
+    ids=str,
+)
+def test_a_terminal_that_lacks_letters_gets_them_spelt(environment):
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_ALL.replace("io.StringIO()", "sys.stdout"), json.dumps(COMMANDS)],
+        capture_output=True,
+        env={**os.environ, **environment},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"experiment=..." in done.stdout
+    assert b"_ is a space" in done.stdout
 
 
 def test_a_user_error_is_one_line_and_exits_with_1(capsys):

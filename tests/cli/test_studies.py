@@ -28,14 +28,18 @@ def test_each_seed_of_a_run_and_its_cache():
     ]
     first, second = runs["sampled_12-0"], runs["sampled_12-1"]
     assert (first.seed, second.seed, second.data.seed, second.model.d_model) == (0, 1, 1, 32)
+    assert {run.data.seed for name, run in runs.items() if name.endswith("-1")} == {
+        1
+    }  # the same for every arm
     assert first.distill.encoding is not None
     assert first.distill.encoding.entries == 12
     assert first.distill.cache == "runs/teacher_source/caches/sampled_12-0"
     assert {run.distill.teacher for run in (first, second)} == {"runs/teacher_source/teacher"}
-    with pytest.raises(
-        UserError, match=r"seed=3 has no effect, since the study's study.yaml lists the seeds"
-    ):
-        compose_study("teacher_source", study, ["seed=3"], None)
+    for override in ("seed=3", "data.seed=3", "sampled_12.data.seed=3", "data={seed:3}"):
+        with pytest.raises(
+            UserError, match=r"seed.*3.* has no effect, since the study's study.yaml lists the seeds"
+        ):
+            compose_study("teacher_source", study, [override], None)
     with pytest.raises(
         UserError, match=r"distill.cache=x has no effect, since the study puts the cache of sampled"
     ):
@@ -48,10 +52,10 @@ def quickstart():
 
 
 def test_the_study_places_its_runs_and_their_teacher(quickstart):
-    runs, _ = compose_study("quickstart", quickstart, ["output='runs/a b'", "seed=1"], None)
+    runs, _ = compose_study("quickstart", quickstart, ["output='runs/a b'", "seed=1", "data.seed=2"], None)
     assert [run.output for run in runs.values()] == [f"runs/a b/{name}" for name in runs]
     assert [run.name for run in runs.values()] == list(runs)
-    assert {run.seed for run in runs.values()} == {run.data.seed for run in runs.values()} == {1}
+    assert {(run.seed, run.data.seed) for run in runs.values()} == {(1, 2)}
     assert runs["distilled"].distill.teacher == "runs/a b/teacher"
     assert runs["scratch"].distill.teacher is None
 
@@ -120,6 +124,7 @@ def test_a_sweep_is_the_product_with_a_folder_for_each():
         for seed in (0, 1)
     ]
     assert [combination.config.seed for combination in found] == [0, 1, 0, 1]
+    assert len({combination.config.data for combination in found}) == 1  # in the same order
     assert {combination.config.model.d_model for combination in found} == {32}
     assert found[0].values == {"optimizer.learning_rate": "0.001", "seed": "0"}
 

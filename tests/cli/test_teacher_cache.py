@@ -41,6 +41,10 @@ def test_a_cache_is_estimated_written_and_verified(
     assert capsys.readouterr().out == f"{tmp_path}/cache holds the teacher's signal for 400 rows.\n"
     assert main(["teacher-cache", *overrides, "--estimate"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/cache holds the teacher's signal for 400 rows.\n"
+    assert main(["teacher-cache", *overrides, "seed=3"]) == 0  # other weights, of the same data
+    assert capsys.readouterr().out == f"{tmp_path}/cache holds the teacher's signal for 400 rows.\n"
+    assert main(["teacher-cache", *overrides, "data.seed=3"]) == 1
+    assert "another value of data.seed (0, now 3)" in capsys.readouterr().err
     assert main(["teacher-cache", *overrides, "--verify"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/cache: 1 files were read and are whole.\n"
     assert main(["teacher-cache", *overrides, "distill.encoding.entries=12"]) == 1

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from gemma2_jax.checkpoints.store import latest_step
+from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.cli.main import main
 from gemma2_jax.cli.train_together import compose_students
@@ -48,8 +49,8 @@ def test_what_each_makes_of_the_teacher_is_its_own():
 @pytest.mark.parametrize(
     ("students", "told"),
     [
-        ([["a"], ["a"]], "--student a is no name for a run"),
-        ([["model=toy"]], "--student model=toy is no name"),
+        ([["a"], ["a"]], "--student a cannot name a run"),
+        ([["model=toy"]], "--student model=toy cannot name"),
         (
             [["a", "output=x"]],
             "--student a: output follows from the student's name; give output=FOLDER before",
@@ -110,11 +111,13 @@ def test_from_the_command_line(corpus: Path, tmp_path: Path, capsys):
     ]
     assert main(command) == 1
     assert "there is no student to train" in capsys.readouterr().err
-    assert main([*command, "--student", "one", "--student", "two", "optimizer.learning_rate=1e-2"]) == 0
+    assert main([*command, "--student", "one", "--student", "two", "seed=3"]) == 0
     assert capsys.readouterr().out == "".join(
         f"{tmp_path}/runs/{name} is trained to step 2.\n" for name in ("one", "two")
     )
     assert [latest_step(tmp_path / "runs" / name) for name in ("one", "two")] == [2, 2]
+    one, two = (load_model(tmp_path / "runs" / name).params() for name in ("one", "two"))
+    assert not np.array_equal(one["embedder"]["embedding"], two["embedder"]["embedding"])
     unprepared = [*command, f"data.folder={tmp_path}/other"]
     assert main([*unprepared, "--student", "one", "--student", "three", "data.seed=5"]) == 1
     assert "one has data.seed=0, and three has 5" in capsys.readouterr().err

@@ -2,6 +2,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,8 +96,10 @@ def test_seed_decides_the_order(data: DataConfig):
     assert not np.array_equal(next(train_batches(replace(data, seed=1))).tokens, first.tokens)
 
 
+@pytest.mark.parametrize("shuffle_buffer", [0, 8, 30])
 @pytest.mark.parametrize("taken", [0, 1, 2, 3, 17, 60])
-def test_resumed_is_uninterrupted(data: DataConfig, taken: int):
+def test_resumed_is_uninterrupted(data: DataConfig, taken: int, shuffle_buffer: int):
+    data = replace(data, shuffle_buffer=shuffle_buffer)
     iterator = train_batches(data)
     for _ in range(taken):
         next(iterator)
@@ -109,10 +112,70 @@ def test_resumed_is_uninterrupted(data: DataConfig, taken: int):
         assert_same(next(resumed), batch)
 
 
+def rows_of(batches: Iterable[Batch]) -> list[bytes]:
+    """Each row's tokens and segments, in order."""
+    return [
+        np.concatenate(row).tobytes()
+        for batch in batches
+        for row in zip(batch.tokens, batch.segment_ids, strict=True)
+    ]
+
+
+def test_shuffled_rows_are_those_of_before_a_buffer_at_a_time(data: DataConfig):
+    plain = rows_of(itertools.islice(train_batches(data), 60))
+    shuffled = rows_of(itertools.islice(train_batches(replace(data, shuffle_buffer=12)), 60))
+    windows = [(plain[first : first + 12], shuffled[first : first + 12]) for first in range(0, 240, 12)]
+    for before, after in windows:
+        assert Counter(before) == Counter(after)
+    orders = {tuple(before.index(row) for row in after) for before, after in windows}
+    assert len(orders) > 10  # not one permutation again and again
+    again = rows_of(itertools.islice(train_batches(replace(data, shuffle_buffer=12)), 60))
+    assert again == shuffled
+    other = rows_of(itertools.islice(train_batches(replace(data, shuffle_buffer=12, seed=1)), 60))
+    assert other != shuffled
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_a_long_document_is_spread(tokenizer_config: TokenizerConfig, streams: int, tmp_path: Path):
+    texts = ["probability " * 100, *(f"{number} attention window" for number in range(800))]
+    source = tmp_path / "long.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = DataConfig(str(source), str(tmp_path / "data"), 0.0, 32, 4, seed=0, workers=1, streams=streams)
+    epoch = prepare(data, tokenizer_config).train.tokens // (4 * 32)
+
+    def of_long_document(data: DataConfig) -> list[int]:
+        """How many rows of each batch hold one document alone, which is longer than a row."""
+        batches = itertools.islice(train_batches(data), epoch)
+        return [int((batch.segment_ids.max(axis=1) == 1).sum()) for batch in batches]
+
+    plain, spread = of_long_document(data), of_long_document(replace(data, shuffle_buffer=10_000))
+    assert sum(number >= 4 // streams for number in plain) >= 4
+    assert max(spread) < 4
+    assert sum(number > 0 for number in spread) > 1.5 * sum(number > 0 for number in plain)
+
+
+def test_no_row_comes_again_before_all_came(data: DataConfig):
+    """A buffer of more rows than there are reaches no further than an epoch."""
+    counts = read_manifest(data.folder).train
+    epoch = (counts.tokens - counts.documents) // data.seq_len
+    plain = rows_of(itertools.islice(train_batches(data), epoch // 4 + 1))
+    shuffled = rows_of(itertools.islice(train_batches(replace(data, shuffle_buffer=10**6)), epoch // 4 + 1))
+    assert Counter(shuffled[:epoch]) == Counter(plain[:epoch])
+    assert shuffled != plain
+
+
+def test_the_largest_seed_shuffles_rows(data: DataConfig):
+    data = replace(data, seed=2**32 - 1, shuffle_buffer=8)
+    assert len(rows_of(itertools.islice(train_batches(data), 10))) == 40
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 12, 1000])
 @pytest.mark.parametrize("streams", [1, 2, 4])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_batches_of_one(data: DataConfig, streams: int, processes: int):
-    data = replace(data, streams=streams)
+def test_processes_share_the_batches_of_one(
+    data: DataConfig, streams: int, processes: int, shuffle_buffer: int
+):
+    data = replace(data, streams=streams, shuffle_buffer=shuffle_buffer)
     whole, shares = train_batches(data), [train_batches(data, index, processes) for index in range(processes)]
     for _ in range(30):
         parts = [next(share) for share in shares]
@@ -153,8 +216,9 @@ def test_streams_divide_the_documents(data: DataConfig):
         assert Counter(half[: len(own)]) == Counter(own) == Counter(half[len(own) : 2 * len(own)])
 
 
-def test_streams_go_on_where_they_were(data: DataConfig):
-    data = replace(data, streams=4)
+@pytest.mark.parametrize("shuffle_buffer", [0, 30])
+def test_streams_go_on_where_they_were(data: DataConfig, shuffle_buffer: int):
+    data = replace(data, streams=4, shuffle_buffer=shuffle_buffer)
     iterator = train_batches(data)
     for _ in range(17):
         next(iterator)
@@ -189,6 +253,28 @@ def test_validation_can_be_repeated_and_divided(data: DataConfig):
         assert_same(batch, jax.tree.map(lambda *rows: np.concatenate(rows), upper, lower))
 
 
+def test_a_limited_validation_is_a_sample_of_all_documents(data: DataConfig):
+    documents = stored(data, "validation")
+    sample = list(validation_batches(data, limit=2))
+    assert len(sample) == 2
+    assert sum(batch.loss_mask.sum() for batch in sample) == 2 * 4 * 32  # no padding
+    whole = unpacked(sample)
+    assert set(whole) <= set(documents)
+    assert max(documents.index(document) for document in whole) > len(documents) // 2
+    for batch, same in zip(sample, validation_batches(replace(data, seed=5), limit=2), strict=True):
+        assert_same(batch, same)
+    halves = [list(validation_batches(data, index, 2, limit=2)) for index in range(2)]
+    for batch, upper, lower in zip(sample, *halves, strict=True):
+        assert_same(batch, jax.tree.map(lambda *rows: np.concatenate(rows), upper, lower))
+
+
+def test_a_limit_that_all_documents_fit_into_changes_nothing(data: DataConfig):
+    whole = list(validation_batches(data))
+    for batch, same in zip(whole, validation_batches(data, limit=len(whole)), strict=True):
+        assert_same(batch, same)
+    assert len(list(validation_batches(data, limit=len(whole) - 1))) == len(whole) - 1
+
+
 def test_impossible_shares_are_refused(data: DataConfig):
     with pytest.raises(
         UserError, match=r"data\.batch_size is 4; it must be a multiple of the 3 parts that processes feed"
@@ -200,6 +286,8 @@ def test_impossible_shares_are_refused(data: DataConfig):
         train_batches(replace(data, batch_size=400, streams=400))
     with pytest.raises(UserError, match=r"data\.streams is 3, which does not divide data\.batch_size \(4\)"):
         replace(data, streams=3)
+    with pytest.raises(UserError, match=r"data\.shuffle_buffer is -1; it must be a number of rows, or 0"):
+        replace(data, shuffle_buffer=-1)
 
 
 def test_unprepared_folders_and_empty_splits_are_refused(

@@ -260,8 +260,9 @@ def test_another_data_order_is_refused(sampled: CacheTask) -> None:
         replace(sampled.data, seed=1),
         replace(sampled.data, seq_len=16),
         replace(sampled.data, batch_size=8),
+        replace(sampled.data, shuffle_buffer=8),
     ]
-    for key, data in zip(("seed", "seq_len", "batch_size"), others, strict=True):
+    for key, data in zip(("seed", "seq_len", "batch_size", "shuffle_buffer"), others, strict=True):
         was, value = getattr(sampled.data, key), getattr(data, key)
         with pytest.raises(UserError, match=rf"data.{key} \({was}, now {value}\)"):
             cached_batches(data, sampled.folder)

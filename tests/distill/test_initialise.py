@@ -339,19 +339,19 @@ def test_the_same_model_is_loaded_as_it_is(teacher: RunConfig, tokenizer: Tokeni
 @pytest.mark.parametrize(
     ("changed", "choice", "sentence"),
     [
-        (dict(d_model=64), {}, r"teacher has d_model 32, and model.d_model is 64; a student can only be cut"),
-        (dict(num_layers=6), {}, r"teacher has num_layers 4, and model.num_layers is 6; a student can only"),
-        (dict(num_heads=8, num_kv_heads=4), {}, r"has num_heads 4, and model.num_heads is 8; a student"),
-        (dict(head_dim=4), {}, r"teacher has head_dim 8, and model.head_dim is 4; both .*, since RoPE would"),
+        (dict(d_model=64), {}, r"teacher has d_model 32, and model.d_model is 64; initialise.source must be a model"),
+        (dict(num_layers=6), {}, r"teacher has num_layers 4, and model.num_layers is 6; initialise.source must"),
+        (dict(num_heads=8, num_kv_heads=4), {}, r"has num_heads 4, and model.num_heads is 8; initialise.source"),
+        (dict(head_dim=4), {}, r"teacher has head_dim 8, and model.head_dim is 4; both .*, since RoPE's"),
         (dict(sliding_window=4), {}, r"teacher has sliding_window 8, and model.sliding_window is 4; both must"),
         (dict(vocab_size=64), {}, r"teacher has vocab_size 97, and model.vocab_size is 64; both must"),
         (
             dict(num_heads=4, num_kv_heads=1),
             {},
-            r"has 2 query heads to each key/value head \(4 to 2\), and the model 4 \(4 to 1\); a group can",
+            r"has 2 query heads for each key/value head \(4 for 2\), and the model 4 \(4 for 1\); choose",
         ),
-        (dict(num_layers=2), dict(layers=(2,)), r"layers names pair 2, and .* teacher has the pairs 0 to 1\.$"),
-        (dict(num_layers=2), dict(layers=(0, 1)), r"layers names 2 pairs .*, and model.num_layers \(2\) is 1 of"),
+        (dict(num_layers=2), dict(layers=(2,)), r"layers names pair 2, but .* teacher has pairs 0 to 1\.$"),
+        (dict(num_layers=2), dict(layers=(0, 1)), r"layers names 2 pairs .*, but model.num_layers=2 needs 1 pairs"),
         (dict(num_layers=2), dict(layers=None), r"has num_layers 4, and model.num_layers is 2; choose with init"),
         (dict(d_ff=32), dict(width=None), r"teacher has d_ff 64, and model.d_ff is 32; choose with initialise.w"),
     ],
@@ -379,6 +379,15 @@ def test_another_vocabulary_is_refused(teacher: RunConfig, toy_run: RunConfig, t
     student = replace(toy_run.model, vocab_size=500)
     with pytest.raises(UserError, match="holds a model of 400 tokens, and the configuration's has 500"):
         initial_params(InitConfig(teacher.output, "even", "first"), student, tokenizer, one_device(), [])
+
+
+def test_a_mesh_that_does_not_divide_the_source(teacher: RunConfig, tokenizer: Tokenizer) -> None:
+    """It does divide the student, which is another model."""
+    mesh = build_mesh(MeshConfig(data=1, fsdp=5), jax.devices()[:5])
+    student = replace(teacher.model, d_model=40)
+    found = rf"fsdp is 5, which does not divide dimension D \(48\) of initialise.source {teacher.output} "
+    with pytest.raises(UserError, match=found):
+        initial_params(InitConfig(teacher.output, width="first"), student, tokenizer, mesh, [])
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,12 @@ from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params
 from gemma2_jax.objectives.objective import ObjectiveConfig
-from gemma2_jax.objectives.schedule import ScheduleConfig
 from gemma2_jax.objectives.terms import forward_kl, jsd, reverse_kl
 from gemma2_jax.sampling.choice import Choice
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.decoding import row_keys
 from gemma2_jax.sampling.sampler import Sampler
+from gemma2_jax.schedule import ScheduleConfig
 from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training import trainer

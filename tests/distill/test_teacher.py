@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import pytest
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, CheckpointStore, load_model, save_params
-from gemma2_jax.config import UserError, save, to_dict
+from gemma2_jax.config import UserError, build, save, to_dict
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from gemma2_jax.distill.fingerprint import fingerprint
 from gemma2_jax.distill.teacher import DistillConfig, load_teacher
 from gemma2_jax.evaluation.evaluate import evaluate_run
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.weights import dim_sizes
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.objectives.terms import forward_kl
-from gemma2_jax.sharding.layout import on_mesh
+from gemma2_jax.sharding.layout import LayoutConfig, check_activations, on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
@@ -198,3 +199,31 @@ def test_a_teacher_of_other_sizes_than_planned_is_refused(teacher: RunConfig, to
         f"distill.model.num_layers is 6, and {teacher.output} has {teacher.model.num_layers}; set distill.model to the "
         "teacher's sizes, or to null."
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "told"),
+    [
+        (None, "layout.activations.K splits dimension K (2)"),
+        (LayoutConfig(head=("fsdp",)), "distill.layout.activations.K splits dimension K (2)"),
+        (LayoutConfig(activations={}, head=()), "mesh.tensor is 4, which does not divide dimension K (2)"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_teacher(
+    layout: LayoutConfig | None, told: str, teacher: RunConfig, toy_run: RunConfig
+) -> None:
+    """It does divide the student, which is another model."""
+    student = replace(toy_run.model, num_kv_heads=4)
+    distill = DistillConfig(teacher.output, "float32", layout=layout)
+    mesh = build_mesh(MeshConfig(data=2, tensor=4))
+    check_activations(mesh, dim_sizes(student))
+    with pytest.raises(UserError) as error:
+        load_teacher(distill, student, Tokenizer.load(toy_run.tokenizer.path), mesh)
+    assert str(error.value).startswith(f"{told} of distill.teacher {teacher.output} ")
+
+
+def test_sizes_of_a_teacher_that_cannot_be(toy_run: RunConfig) -> None:
+    values = to_dict(toy_run)
+    values["distill"] |= {"teacher": "runs/teacher", "model": {**values["model"], "num_layers": 3}}
+    with pytest.raises(UserError, match=r"here: distill\.model\.num_layers is 3; it must be even"):
+        build(RunConfig, values, "here")

@@ -56,6 +56,19 @@ def test_equals_the_mean_over_every_target(finished: RunConfig) -> None:
     assert logged["tokens"] == count
 
 
+def test_evaluations_in_training_are_bounded_and_the_final_one_is_not(
+    finished: RunConfig, tmp_path: Path
+) -> None:
+    config = replace(
+        finished, output=str(tmp_path / "run"), training=replace(finished.training, eval_batches=1)
+    )
+    train(config)
+    whole, sample = (read_metrics(run.output)[-1] for run in (finished, config))
+    assert sample["tokens"] == 4 * 32 < whole["tokens"]
+    assert sample["loss"] != whole["loss"]
+    assert evaluate_run(config.output) == evaluate_run(finished.output)
+
+
 def test_a_run_agrees_with_itself(finished: RunConfig) -> None:
     found = evaluate_run(finished.output, finished.output)
     assert found.agreement == 1.0

@@ -185,7 +185,7 @@ def test_heads_that_devices_do_not_share_alike_are_refused():
     given = inputs(8, 128, 2, 2, 128, [128])
     with jax.set_mesh(build_mesh(MeshConfig(data=1, tensor=8))), pytest.raises(UserError) as error:
         self_attention(*given, None, 5.0, SPLASH)
-    assert "mesh.tensor is 8, which does not divide the model's 2 key/value heads" in str(error.value)
+    assert "mesh.tensor is 8, which does not divide the 2 key/value heads of the model" in str(error.value)
     layout = LayoutConfig(activations={"B": ("data",), "N": ("tensor",)})
     mesh = build_mesh(MeshConfig(data=4, tensor=2))
     with jax.set_mesh(mesh), laid_out(layout), pytest.raises(UserError) as error:

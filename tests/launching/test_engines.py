@@ -152,18 +152,20 @@ def test_several_slices_of_tpu_vms() -> None:
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job.shutil, "which", lambda _: None)
     with pytest.raises(
-        UserError, match="xpk is not installed, which makes jobs for GKE; pipx install xpk, or look"
+        UserError, match="xpk, which makes jobs for GKE, is not installed; pipx install xpk, or use"
     ):
         gke.check_tools()
-    with pytest.raises(UserError, match="gcloud is not installed, which asks for TPU VMs; see https://cloud"):
+    with pytest.raises(
+        UserError, match="gcloud, which asks for TPU VMs, is not installed; see https://cloud"
+    ):
         tpu_vm.check_tools()
     monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"submitit is not installed.*: pip install -e '\.\[slurm\]'"):
+    with pytest.raises(UserError, match=r"submitit.* is not installed: pip install -e '\.\[slurm\]'"):
         slurm.check_tools(slurm.SlurmSettings("."))
 
 
 def test_a_command_that_fails_is_told() -> None:
-    with pytest.raises(UserError, match=r"^`false` failed with exit code 1; its own words are above"):
+    with pytest.raises(UserError, match=r"^`false` failed with exit code 1; its output is above"):
         job.Submission([["false"], ["true"]]).carry_out()
 
 
@@ -203,7 +205,7 @@ def test_what_would_fail_on_the_hosts_is_refused(toy_run: RunConfig) -> None:
         job.check_config(replace(toy_run, mesh=MeshConfig()), slices=2)
     job.check_config(replace(toy_run, hosts=HostsConfig(timeout=5)))
     for hosts in (HostsConfig(detect=False), HostsConfig(process_id=0)):
-        with pytest.raises(UserError, match=r"^hosts\.(detect is False|process_id is 0), and the processes"):
+        with pytest.raises(UserError, match=r"^hosts\.(detect is False|process_id is 0), but a launched run"):
             job.check_config(replace(toy_run, hosts=hosts))
 
 

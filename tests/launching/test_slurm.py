@@ -47,7 +47,7 @@ def test_a_job_is_submitted_as_it_was_shown(cluster: Path) -> None:
     write_program(cluster / "bin" / "sbatch", f'cp "$1" {cluster}/sent; echo Submitted batch job 17')
     settings, job = SlurmSettings(str(cluster), nodes=2), Job("toy", cluster / "toy")
     slurm.check_tools(settings)
-    assert slurm.submit(settings, job).startswith("toy is job 17; what it says goes to ")
+    assert slurm.submit(settings, job).startswith("toy is job 17; its output goes to ")
     lines = (cluster / "sent").read_text().splitlines()
     shown = slurm.told(settings, job).splitlines()
     assert "#SBATCH --nodes=2" in lines
@@ -69,7 +69,7 @@ def test_a_job_that_slurm_refuses(cluster: Path) -> None:
 
 def test_sbatch_is_needed(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(cluster / "bin"))
-    with pytest.raises(UserError, match=r"^sbatch is not installed"):
+    with pytest.raises(UserError, match=r"^sbatch, which submits jobs, is not installed"):
         slurm.check_tools(SlurmSettings("."))
 
 
@@ -79,11 +79,11 @@ def test_a_job_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     slurm.check_tools(settings)
     monkeypatch.setattr(slurm, "script", lambda *_: f"#!/bin/bash\necho trained > {tmp_path}/result\n")
     said = slurm.submit(settings, job)
-    assert said.startswith("toy is done; what it says goes to ")
+    assert said.startswith("toy is done; its output goes to ")
     assert (tmp_path / "result").read_text() == "trained\n"
     failing = "#!/bin/bash\necho 'gemma2: first' >&2\necho 'gemma2: no such disk.' >&2\nexit 1\n"
     monkeypatch.setattr(slurm, "script", lambda *_: failing)
-    with pytest.raises(UserError, match=r"^toy failed: no such disk; what it says goes to "):
+    with pytest.raises(UserError, match=r"^toy failed: no such disk; its output goes to "):
         slurm.submit(settings, job)
 
 
@@ -93,7 +93,7 @@ def test_a_job_on_this_machine_that_is_killed(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Submitted, "_results_timeout_s", 0)
     monkeypatch.setattr(slurm, "script", lambda *_: "#!/bin/bash\nkill -9 $PPID\n")
-    with pytest.raises(UserError, match=r"^toy failed; what it says goes to "):
+    with pytest.raises(UserError, match=r"^toy failed; its output goes to "):
         slurm.submit(SlurmSettings(str(tmp_path), local=True), Job("toy", tmp_path / "toy"))
 
 

@@ -34,6 +34,15 @@ def test_rms_norm_sums_in_float32(toy_config):
     np.testing.assert_allclose(double(normed[0, 0, 1]), (8191 / 4096) ** -0.5, rtol=2**-8)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rms_norm_widens_its_weights_before_it_adds_one(toy_config, dtype):
+    x, scale = normal(0, 2, 5, 32), (0.01 * normal(1, 32)).astype(dtype)
+    norm = RMSNorm({"scale": scale}, toy_config)
+    expected = formulas.rms_norm(double(x), double(scale), toy_config.norm_eps)
+    np.testing.assert_allclose(norm(x), expected, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda x: norm(x))(x), norm(x), rtol=1e-6, atol=1e-6)
+
+
 def test_geglu():
     x, gate, up, down = normal(0, 2, 3, 8), normal(1, 8, 16), normal(2, 8, 16), normal(3, 16, 8)
     x64, gate64, up64, down64 = (double(each) for each in (x, gate, up, down))
@@ -68,6 +77,14 @@ def test_rotary_angles_survive_bfloat16():
     np.testing.assert_allclose(
         np.float32(rotate(x.astype(jnp.bfloat16), jnp.array([[8191]]), 10_000.0)), exact, atol=0.05
     )
+
+
+def test_the_scale_of_queries_is_not_rounded_to_the_activations():
+    """1/12, that of the 27B, is 0.2 % larger in bfloat16."""
+    x = normal(0, 1, 1, 1, 512).astype(jnp.bfloat16)
+    scaled = rotate(x, jnp.array([[0]]), 10_000.0, 144**-0.5)
+    assert scaled.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(scaled, (x.astype(jnp.float32) * 144**-0.5).astype(jnp.bfloat16))
 
 
 def test_softcap():

@@ -20,11 +20,11 @@ from tests.multihost.test_training import assert_same_metrics, train
 
 @pytest.fixture(scope="module")
 def run(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Two steps of a student over two streams of the data."""
+    """Two steps of a student over two streams of the data, with shuffled rows."""
     folder = tmp_path_factory.mktemp("multihost-cache")
     return replace(
         toy_run,
-        data=replace(toy_run.data, streams=2),
+        data=replace(toy_run.data, streams=2, shuffle_buffer=16),
         mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
         objective=ObjectiveConfig(cross_entropy=0.0, forward_kl=1.0, temperature=1.0, block_tokens=48),
         distill=DistillConfig(

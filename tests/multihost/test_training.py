@@ -29,9 +29,9 @@ def config(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("multihost")
     config = replace(
         toy_run,
-        data=replace(toy_run.data, streams=2),
+        data=replace(toy_run.data, streams=2, shuffle_buffer=16),
         mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
-        training=replace(toy_run.training, steps=4, eval_every=2),
+        training=replace(toy_run.training, steps=4, eval_every=2, eval_batches=3),
         optimizer=replace(toy_run.optimizer, warmup_steps=1),
         checkpoint=replace(toy_run.checkpoint, every=2),
     )

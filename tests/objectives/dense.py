@@ -9,7 +9,7 @@ import numpy as np
 
 from gemma2_jax.kernels.lm_head import LMHead, SparseTargets
 from gemma2_jax.objectives.objective import ObjectiveConfig
-from gemma2_jax.objectives.schedule import ScheduleConfig
+from gemma2_jax.schedule import ScheduleConfig
 
 
 def value_and_gradients(

@@ -18,7 +18,7 @@ from gemma2_jax.objectives.objective import (
     evaluation_loss,
     token_loss,
 )
-from gemma2_jax.objectives.schedule import ScheduleConfig
+from gemma2_jax.schedule import ScheduleConfig
 
 STUDENT, TEACHER = jax.random.normal(jax.random.key(0), (2, 6, 30)) * 4
 TARGETS = jax.random.randint(jax.random.key(1), (6,), 0, 30)
@@ -73,14 +73,14 @@ def test_scheduled_coefficients() -> None:
     )
     at = jax.jit(build_coefficients(config, 10))
     found = [at(step) for step in range(10)]
-    assert [float(now["temperature"]) for now in found] == pytest.approx([4 - 0.3 * i for i in range(10)])
-    mix = [0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert [float(now["temperature"]) for now in found] == pytest.approx([4 - 3 * i / 9 for i in range(10)])
+    mix = [0, 0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
     assert [float(now["mix"]) for now in found] == pytest.approx(mix)
     assert [float(now["forward_kl"]) for now in found] == pytest.approx(mix)
     assert [float(now["cross_entropy"]) for now in found] == pytest.approx([1 - value for value in mix])
     assert set(config.schedules) == {"temperature", "mix"}
-    total, metrics = compute(config, TEACHER, step=7)
-    np.testing.assert_allclose(metrics["kl"], terms.forward_kl(STUDENT, TEACHER, 1.9), rtol=1e-5)
+    total, metrics = compute(config, TEACHER, step=6)
+    np.testing.assert_allclose(metrics["kl"], terms.forward_kl(STUDENT, TEACHER, 2.0), rtol=1e-5)
     np.testing.assert_allclose(total, 0.75 * metrics["kl"] + 0.25 * metrics["cross_entropy"], rtol=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.objectives import terms
+from gemma2_jax.objectives.matching import cosine_distance
 
 LOGITS = hnp.arrays(np.float32, (3, 11), elements=st.floats(-30, 30, width=32))
 
@@ -128,3 +131,81 @@ def test_padding_takes_no_part(name: str) -> None:
         assert float(value) == pytest.approx(float(without), rel=1e-5)
         np.testing.assert_allclose(gradient[:40], expected, rtol=1e-4, atol=1e-6)
         assert not np.any(gradient[40:])
+
+
+def divergence64(name: str, student: np.ndarray, teacher: np.ndarray, tau: float) -> tuple[Any, Any]:
+    """A divergence by its formula in float64, and its gradient by the student's logits."""
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x, jnp.float64) for x in (student, teacher)]
+
+        def value(student: jax.Array) -> jax.Array:
+            log_s, log_t = (jax.nn.log_softmax(x / tau) for x in (student, arrays[1]))
+
+            def kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+                return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
+
+            def log_mixture(share: float, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+                return jnp.log(share * jnp.exp(log_p) + (1 - share) * jnp.exp(log_q))
+
+            if name == "jsd":
+                log_m = log_mixture(0.3, log_t, log_s)
+                found = 0.3 * kl(log_t, log_m) + 0.7 * kl(log_s, log_m)
+            else:
+                found = {
+                    "forward_kl": lambda: kl(log_t, log_s),
+                    "reverse_kl": lambda: kl(log_s, log_t),
+                    "skew_kl": lambda: kl(log_t, log_mixture(0.2, log_t, log_s)),
+                    "skew_reverse_kl": lambda: kl(log_s, log_mixture(0.2, log_s, log_t)),
+                }[name]()
+            return tau**2 * found
+
+        found, gradient = jax.jit(jax.value_and_grad(value))(arrays[0])
+        return float(found), np.asarray(gradient)
+
+
+@pytest.mark.parametrize("V", [97, 256_000])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_no_temperature_leaves_rounding_alone(name: str, V: int) -> None:
+    """Where T and S are close, T log(T / S) cancels: 1,000 leaves nothing of it in float32."""
+    first, second = jax.random.split(jax.random.key(7))
+    teacher = 0.5 * jax.random.normal(first, (V,))
+    student = teacher + 0.5 * jax.random.normal(second, (V,))
+    find = jax.jit(jax.value_and_grad(DIVERGENCES[name]))
+    for temperature in (0.1, 1.0, 30.0, 1e3, 1e4):
+        value, gradient = find(student, teacher, temperature)
+        expected, exact = divergence64(name, np.asarray(student), np.asarray(teacher), temperature)
+        # At 10,000, what rounding does to the two sums over V is left, squared.
+        assert float(value) == pytest.approx(expected, rel=2e-3 if temperature > 1e3 else 5e-5)
+        assert np.linalg.norm(gradient - exact) < 1e-5 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e3])
+def test_no_temperature_leaves_rounding_alone_of_sparse_targets(temperature: float) -> None:
+    V, K = 50_000, 40
+    first, second, third = jax.random.split(jax.random.key(8), 3)
+    teacher = 0.5 * jax.random.normal(first, (V,))
+    student = teacher + 0.5 * jax.random.normal(second, (V,))
+    ids = jax.random.choice(third, V, (K,), replace=False).astype(jnp.int32)
+    log_t = np.asarray(jax.nn.log_softmax(teacher / temperature), np.float64)
+    weights = np.exp(log_t[ids])
+    targets = SparseTargets(ids, jnp.log(jnp.asarray(weights, jnp.float32)), jnp.float32(1 - weights.sum()))
+    kept, tail = np.exp(np.asarray(targets.log_weights, np.float64)), float(targets.tail)
+    s = softmax64(np.asarray(student, np.float64) / temperature)
+    others = 1 - s[ids].sum()
+    parts = [*(s[ids] - kept - kept * np.log(s[ids] / kept)), others - tail - tail * np.log(others / tail)]
+    found = float(terms.sparse_forward_kl(student, targets, temperature))
+    assert found == pytest.approx(temperature**2 * sum(parts), rel=0.02)
+    assert found > 0
+
+
+def test_entropy_at_a_high_temperature() -> None:
+    logits = jax.random.normal(jax.random.key(0), (256_000,)) / 1e3
+    assert float(terms.entropy(logits)) == pytest.approx(np.log(256_000), rel=2e-6)
+
+
+def test_cosine_distance_of_what_is_nearly_parallel() -> None:
+    states = jax.random.normal(jax.random.key(1), (5, 64))
+    near = states + 1e-4 * jax.random.normal(jax.random.key(2), (5, 64))
+    a, b = (np.asarray(x, np.float64) for x in (states, near))
+    exact = 1 - np.sum(a * b, -1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    np.testing.assert_allclose(cosine_distance(states, near), exact, rtol=1e-3)

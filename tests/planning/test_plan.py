@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from gemma2_jax.planning.count import Cost
 from gemma2_jax.planning.memory import memory_parts, saved_activations, what_helps
 from gemma2_jax.planning.placement import find_placement
 from gemma2_jax.planning.plan import make_plan
-from gemma2_jax.planning.program import abstract_inputs, mesh_of, teacher_config, wanted_bytes
+from gemma2_jax.planning.program import _peak, abstract_inputs, mesh_of, teacher_config, wanted_bytes
 from gemma2_jax.planning.roofline import bandwidth_along, bounds
 from gemma2_jax.planning.search import candidates, search
 from gemma2_jax.planning.topologies import Topology, find_topology
@@ -56,8 +57,8 @@ def test_a_plan_needs_no_data_and_no_teacher(plan, planned_run):
         planned_run.model, 32, teacher
     )
     memory = found["memory_per_device"]
-    assert memory["argument_bytes"] <= memory["peak_bytes"] <= memory["capacity_bytes"]
-    assert memory["peak_bytes"] <= 2 * (memory["argument_bytes"] + memory["temp_bytes"])
+    together = memory["argument_bytes"] + memory["temp_bytes"]
+    assert together <= memory["peak_bytes"] <= min(1.1 * together, memory["capacity_bytes"])
     assert set(found["program_per_device"]["collective_bytes_sent"]) >= {"fsdp", "tensor"}
     estimate = found["estimate"]
     assert estimate["step_seconds_at_least"] == max(estimate["bounds_seconds"].values())
@@ -108,6 +109,29 @@ def test_remat_keeps_less(planned_run):
     assert kept[2] == 2 * 32 * 4 * planned_run.model.d_model  # 2 rows a device, one pair of layers
 
 
+@pytest.mark.parametrize(("platform", "peak"), [("cpu", 1820), ("cuda", 1820), ("tpu", 1100)])
+def test_temporaries_need_memory_beside_the_arguments(platform, peak):
+    """As the CPU's compiler tells it: its own peak is that of the arguments."""
+    found = SimpleNamespace(
+        argument_size_in_bytes=1000,
+        output_size_in_bytes=920,
+        alias_size_in_bytes=900,
+        temp_size_in_bytes=800,
+        peak_memory_in_bytes=1100,
+    )
+    assert _peak(found, platform) == peak
+
+
+def test_a_plan_for_cpus_can_fail_by_its_temporaries(planned_run, cpus, plan):
+    memory = plan.program.memory
+    assert memory.temp > 0
+    between = replace(cpus, chip=replace(cpus.chip, memory=memory.argument + memory.temp // 2))
+    refused = make_plan(planned_run, between)
+    assert not refused.fits
+    (_, searched), *_ = search(planned_run, replace(cpus, chip=replace(cpus.chip, memory=1000)), 0.0).plans
+    assert searched.program.memory.peak > searched.program.memory.argument + searched.program.memory.temp - 1
+
+
 def test_what_does_not_fit_says_what_would_help(planned_run, cpus):
     small = replace(cpus, chip=replace(cpus.chip, memory=1000))
     plan = make_plan(planned_run, small)
@@ -123,7 +147,7 @@ def test_what_does_not_fit_says_what_would_help(planned_run, cpus):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"mesh": MeshConfig(data=3)}, "does not fit 8 device"),
+        ({"mesh": MeshConfig(data=3)}, "needs exactly 3 devices"),
         ({"mesh": MeshConfig(data=1, tensor=8)}, "along mesh.tensor, which is 8 and does not divide it"),
         ({"mesh": MeshConfig(data=8)}, "data.batch_size / training.accumulation is 4 rows"),
     ],

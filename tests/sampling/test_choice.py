@@ -92,3 +92,54 @@ def test_samples_follow_the_distribution():
 def test_greedy_takes_the_first_of_the_best():
     logits = jnp.array([[1.0, 7.0, 7.0], [-3.0, -5.0, -9.0]])
     assert Choice(0.0)(logits, jax.random.split(jax.random.key(0), 2)).tolist() == [1, 0]
+
+
+KEYS = jax.random.split(jax.random.key(3), 64)
+
+
+def drawn(choice: Choice, logits: list[float]) -> set[int]:
+    many = jnp.broadcast_to(jnp.array(logits), (64, len(logits)))
+    return set(jax.jit(choice)(many, KEYS).tolist())
+
+
+def test_all_of_the_probability_cuts_nothing():
+    """Sums of 256,000 float32 probabilities reach 1 before the last of them."""
+    logits = 5 * jax.random.normal(jax.random.key(0), (1, 256_000))
+    np.testing.assert_array_equal(distribution(Choice(1.0, top_p=1.0), logits), logits)
+    np.testing.assert_array_equal(distribution(Choice(1.0, top_k=256_000), logits), logits)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1 - 1e-4, 1 - 1e-6])
+def test_the_cut_is_where_float64_has_it(top_p):
+    logits = 5 * jax.random.normal(jax.random.key(0), (1, 256_000))
+    p = np.exp(np.asarray(logits[0], np.float64))
+    p = np.sort(p / p.sum())[::-1]
+    before = np.cumsum(p) - p
+    expected = int(np.sum(before < top_p))
+    found = int(np.sum(np.isfinite(distribution(Choice(1.0, top_p=top_p), logits))))
+    assert found == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-20, 1e-6])
+def test_a_temperature_near_zero_takes_the_best(temperature):
+    assert drawn(Choice(temperature), [1.0, -3.0, 2.5, 2.0]) == {2}
+    assert drawn(Choice(temperature), [-1.0, -3.0, -2.5]) == {0}
+    assert drawn(Choice(temperature, top_k=2, top_p=0.9), [1.0, 2.0, 29.9, 30.0]) == {3}
+    assert drawn(Choice(temperature), [30.0, 1.0, 30.0]) == {0, 2}  # equals stay equals
+
+
+@pytest.mark.parametrize("temperature", [1e4, 1e30, 1e38, 1e300])
+def test_at_a_huge_temperature_padding_is_no_token_yet(temperature):
+    logits = [3.0, -30.0, 30.0, -1e30, -jnp.inf]
+    assert drawn(Choice(temperature), logits) == {0, 1, 2}
+    assert drawn(Choice(temperature, top_p=1.0), logits) == {0, 1, 2}
+    assert drawn(Choice(temperature, top_k=5), logits) == {0, 1, 2}
+
+
+def test_a_tiny_top_p_takes_the_best():
+    assert drawn(Choice(1.0, top_p=1e-30), [1.0, 1.1, 0.9]) == {1}
+
+
+@pytest.mark.parametrize("choice", [Choice(0.0), Choice(1.0), Choice(1.0, top_k=2), Choice(1.0, top_p=0.5)])
+def test_nan_is_no_token(choice):
+    assert drawn(choice, [1.0, jnp.nan, 2.0, 3.0]) == {4}

@@ -163,6 +163,14 @@ def test_prompts_that_cannot_be_read(sampler, prompts, sentence):
         sampler.generate_tokens(prompts, GREEDY)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_logits_are_nan_is_told(model, tokenizer, temperature):
+    params = jax.tree.map(lambda weight: weight * np.float32("nan"), model.params())
+    broken = Sampler(Gemma2(model.config, params), tokenizer)
+    with pytest.raises(UserError, match=r"^The model's logits are NaN"):
+        broken.generate_tokens(PROMPTS[:1], replace(GREEDY, temperature=temperature))
+
+
 @pytest.mark.parametrize("padding", [0, 9, 11])
 def test_a_foreign_tokenizer_is_refused(model, tokenizer, padding):
     other = Gemma2(replace(model.config, vocab_padding=padding), model.params())

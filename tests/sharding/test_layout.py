@@ -107,8 +107,8 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(toy_config):
     with pytest.raises(UserError) as error:
         abstract_params(replace(toy_config, vocab_size=96), mesh=mesh)
     assert str(error.value) == (
-        "mesh.tensor is 8, which does not divide dimension K (2) of the model's "
-        "pairs/global_block/attention/key; choose a divisor of 2."
+        "mesh.tensor is 8, which does not divide dimension K (2) of the model (pairs/global_block/attention/key); "
+        "choose a divisor of 2."
     )
 
 

@@ -10,7 +10,7 @@ from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.on_policy import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.objectives.objective import ObjectiveConfig
-from gemma2_jax.objectives.schedule import ScheduleConfig
+from gemma2_jax.schedule import ScheduleConfig
 from gemma2_jax.training.config import RunConfig
 
 
@@ -29,7 +29,9 @@ def test_a_schedule_longer_than_the_run(toy_run: RunConfig, name: str) -> None:
     schedule = ScheduleConfig("wsd", peak=1.0, start=0.5, end=0.5, warmup_steps=4, decay_steps=5)
     numbers: dict[str, Any] = {"temperature": 1.0, "mix": None, name: schedule}
     distill = replace(toy_run.distill, teacher="runs/teacher")
-    with pytest.raises(UserError, match=rf"objective\.{name}\.warmup_steps and decay_steps take 9 steps"):
+    with pytest.raises(
+        UserError, match=rf"objective\.{name}\.warmup_steps \(4\) and decay_steps \(5\) take 9 steps"
+    ):
         replace(toy_run, objective=ObjectiveConfig(0.5, 0.5, block_tokens=8, **numbers), distill=distill)
 
 
@@ -63,7 +65,7 @@ def test_a_schedule_longer_than_the_run(toy_run: RunConfig, name: str) -> None:
             "runs/teacher",
             ScheduleConfig("linear", peak=1.0, start=0.0, end=0.0, warmup_steps=9),
             8,
-            r"distill\.on_policy\.fraction\.warmup_steps and decay_steps take 9 steps",
+            r"distill\.on_policy\.fraction\.warmup_steps \(9\) and decay_steps \(0\) take 9 steps",
         ),
     ],
 )

@@ -94,3 +94,13 @@ def test_parts_of_a_layout_may_change(done: RunConfig, tmp_path: Path) -> None:
         UserError, match=r"holds a run with distill\.dtype=float32, and bfloat16 is asked for"
     ):
         check_same_run(replace(begun, distill=replace(begun.distill, dtype="bfloat16")))
+
+
+def test_a_fraction_of_the_run_is_the_number_of_steps_that_it_comes_to(
+    toy_run: RunConfig, tmp_path: Path
+) -> None:
+    begun = replace(toy_run, output=str(tmp_path))
+    save(begun, tmp_path / CONFIG_FILE)
+    check_same_run(replace(begun, optimizer=replace(begun.optimizer, warmup_steps=0.25)))  # 2 of 8
+    with pytest.raises(UserError, match=r"optimizer\.warmup_steps=2, and 4 is asked for"):
+        check_same_run(replace(begun, optimizer=replace(begun.optimizer, warmup_steps=0.5)))

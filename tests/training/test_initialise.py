@@ -72,7 +72,9 @@ def test_a_teacher_of_another_kind(sharded, released, tmp_path):
 
 def test_another_model_or_tokenizer_is_refused(sharded, released, texts, tmp_path):
     given = InitConfig(str(released / "hf"))
-    with pytest.raises(UserError, match=r"hf has d_ff 64, and model.d_ff is 72; a student can only be cut"):
+    with pytest.raises(
+        UserError, match=r"hf has d_ff 64, and model.d_ff is 72; initialise.source must be a model"
+    ):
         train(
             replace(
                 sharded,

@@ -19,7 +19,7 @@ from gemma2_jax.distill.on_policy import OnPolicyConfig, on_policy_steps
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.files import locked
 from gemma2_jax.objectives.objective import ObjectiveConfig
-from gemma2_jax.objectives.schedule import ScheduleConfig
+from gemma2_jax.schedule import ScheduleConfig
 from gemma2_jax.training import inputs, loop, trainer
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
@@ -43,7 +43,11 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def finished(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run that was never interrupted."""
-    config = replace(toy_run, output=str(tmp_path_factory.mktemp("runs") / "whole"))
+    config = replace(
+        toy_run,
+        output=str(tmp_path_factory.mktemp("runs") / "whole"),
+        data=replace(toy_run.data, shuffle_buffer=10),
+    )
     with pytest.MonkeyPatch.context() as patch:
         first = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda: first)
@@ -63,8 +67,9 @@ def test_what_a_run_leaves(finished: RunConfig) -> None:
     assert [row["step"] for row in rows if row["split"] == "validation"] == [8]
     first, last = rows[0], rows[-1]
     assert first["perplexity"] == pytest.approx(np.exp(first["cross_entropy"]))
-    assert first["learning_rate"] == 0
-    assert rows[2]["learning_rate"] == pytest.approx(1e-2)
+    assert first["learning_rate"] == pytest.approx(5e-3)
+    assert rows[1]["learning_rate"] == pytest.approx(1e-2)
+    assert rows[7]["learning_rate"] == pytest.approx(1e-3)
     assert all(row[name] > 0 for row in rows[:8] for name in (*TIMES, "gradient_norm"))
     assert rows[7]["tokens"] == 8 * 4 * 32
     assert last["loss"] < first["loss"] - 0.5
@@ -104,9 +109,9 @@ def test_a_scheduled_run_says_its_values_and_goes_on_with_them(finished: RunConf
     whole = scheduled(finished, tmp_path / "whole")
     train(whole)
     rows = read_metrics(whole.output)
-    assert [row["mix"] for row in rows[:8]] == pytest.approx([0, 0.5, 1, 1, 1, 1, 2 / 3, 1 / 3])
+    assert [row["mix"] for row in rows[:8]] == pytest.approx([0, 0.5, 1, 1, 1, 2 / 3, 1 / 3, 0])
     assert rows[0]["temperature"] == 2.0
-    assert rows[4]["temperature"] == pytest.approx(1.5)
+    assert [rows[3]["temperature"] + rows[4]["temperature"], rows[7]["temperature"]] == pytest.approx([3, 1])
     for row in rows[:8]:
         expected = row["mix"] * row["jsd"] + (1 - row["mix"]) * row["cross_entropy"]
         assert row["loss"] == pytest.approx(expected, rel=1e-5)

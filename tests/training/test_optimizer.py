@@ -3,27 +3,72 @@
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gemma2_jax.config import UserError
 from gemma2_jax.training.config import RunConfig
-from gemma2_jax.training.optimizer import learning_rate_schedule
+from gemma2_jax.training.optimizer import build_projection_optimizer, learning_rate_schedule
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"schedule": "cosine"}, {0: 0.0, 5: 0.5, 10: 1.0, 55: 0.55, 100: 0.1}),
-        ({"schedule": "wsd", "decay_steps": 20}, {0: 0.0, 10: 1.0, 50: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
-        ({"schedule": "constant", "final_fraction": 1.0}, {0: 0.0, 10: 1.0, 99: 1.0}),
+        ({"schedule": "cosine"}, {0: 0.1, 4: 0.5, 9: 1.0, 54: 0.55, 99: 0.1}),
+        ({"schedule": "cosine", "warmup_steps": 0.1}, {0: 0.1, 4: 0.5, 9: 1.0, 54: 0.55, 99: 0.1}),
+        ({"schedule": "cosine", "warmup_steps": 1}, {0: 1.0, 99: 0.1}),
+        ({"schedule": "cosine", "warmup_steps": 0}, {0: 1.0, 33: 0.775, 66: 0.325, 99: 0.1}),
+        ({"schedule": "cosine", "warmup_steps": 100}, {0: 0.01, 98: 0.99, 99: 0.1}),
+        ({"schedule": "cosine", "final_fraction": 0.0}, {54: 0.5, 99: 0.0}),
+        ({"schedule": "wsd", "decay_steps": 20}, {0: 0.1, 9: 1.0, 50: 1.0, 79: 1.0, 89: 0.55, 99: 0.1}),
+        ({"schedule": "wsd", "decay_steps": 1}, {98: 1.0, 99: 0.1}),
+        ({"schedule": "wsd", "decay_steps": 90}, {8: 0.9, 9: 1.0, 10: 0.99, 99: 0.1}),
+        ({"schedule": "wsd", "decay_steps": 100, "warmup_steps": 0}, {0: 0.991, 99: 0.1}),
+        ({"schedule": "constant", "final_fraction": 1.0}, {0: 0.1, 9: 1.0, 99: 1.0}),
+        ({"schedule": "constant", "final_fraction": 1.0, "warmup_steps": 100}, {0: 0.01, 99: 1.0}),
         ({"schedule": "constant", "final_fraction": 1.0, "warmup_steps": 0}, {0: 1.0, 99: 1.0}),
-        ({"schedule": "cosine", "final_fraction": 0.0}, {55: 0.5, 100: 0.0}),
     ],
 )
 def test_learning_rate(toy_run: RunConfig, changes: dict[str, Any], expected: dict[int, float]) -> None:
     config = replace(toy_run.optimizer, **{"learning_rate": 1.0, "warmup_steps": 10, **changes})
     schedule = learning_rate_schedule(config, steps=100)
-    assert {step: float(schedule(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
+    assert {step: float(schedule(step)) for step in expected} == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 20, 777])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_last_step_has_the_final_rate_exactly(toy_run: RunConfig, schedule: Any, steps: int) -> None:
+    decay = 0.2 if schedule == "wsd" else 0
+    config = replace(
+        toy_run.optimizer, learning_rate=1e-3, schedule=schedule, warmup_steps=0.1, decay_steps=decay
+    )
+    rates = [float(learning_rate_schedule(config, steps)(step)) for step in range(steps)]
+    assert rates[-1] == np.float32(1e-4)
+    assert min(rates) > 0
+    if steps > 2:
+        assert max(rates) == pytest.approx(1e-3, rel=1e-6)
+
+
+def test_the_optimizer_follows_the_schedule(toy_run: RunConfig) -> None:
+    """Its updates, not the schedule alone: of AdamW without momentum, each is as large as the rate."""
+    config = replace(
+        toy_run.optimizer,
+        beta1=0.0,
+        beta2=0.0,
+        eps=1e-30,
+        weight_decay=0.0,
+        learning_rate=1.0,
+        warmup_steps=2,
+    )
+    optimizer = build_projection_optimizer(config, 4)
+    params = {"w": jnp.ones(1)}
+    state = optimizer.init(params)
+    found = []
+    for _ in range(4):
+        updates, state = optimizer.update({"w": jnp.full(1, 0.5)}, state, params)
+        found.append(-float(updates["w"][0]))
+    assert found == pytest.approx([0.5, 1.0, 0.55, 0.1], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +79,9 @@ def test_learning_rate(toy_run: RunConfig, changes: dict[str, Any], expected: di
         ("clip_norm", -1.0),
         ("warmup_steps", -1),
         ("decay_steps", -1),
+        ("warmup_steps", -0.1),
+        ("warmup_steps", 1.0),
+        ("decay_steps", 2.5),
         ("weight_decay", -0.1),
         ("beta1", 1.0),
         ("beta2", -0.1),
@@ -53,7 +101,7 @@ def test_refused(toy_run: RunConfig, name: str, value: Any) -> None:
             {"schedule": "constant", "final_fraction": 1.0, "decay_steps": 5},
             "decay_steps is 5, which the schedule constant does not use; it must be 0",
         ),
-        ({"schedule": "wsd"}, "decay_steps is 0; it must be at least 1 with the schedule wsd"),
+        ({"schedule": "wsd"}, "decay_steps is 0; with the schedule wsd it must be at least 1"),
         (
             {"schedule": "constant"},
             "final_fraction is 0.1, which the schedule constant does not use; it must be 1",

@@ -32,6 +32,7 @@ class DataOrder:
     batch_size: int
     process_count: int
     streams: int = 1  # in caches of before there were several
+    shuffle_buffer: int = 0  # Older caches lack this key.
 
     @classmethod
     def of(cls, data: DataConfig, process_count: int) -> "DataOrder":
@@ -45,6 +46,7 @@ class DataOrder:
             batch_size=data.batch_size,
             process_count=process_count,
             streams=data.streams,
+            shuffle_buffer=data.shuffle_buffer,
         )
 
 

@@ -1,0 +1,22 @@
+"""Packages that only some runs need, missed before minutes go into their data and their programs."""
+
+from gemma2_jax.compilation import check_programs_folder
+from gemma2_jax.formats import hub
+from gemma2_jax.kernels import tokamax_attention
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.metrics import check_wandb
+
+
+def check_packages(config: RunConfig) -> None:
+    """Raises UserError if a run needs a package that is not installed.
+
+    (Parquet files, which `data.source` may match, are missed when its files are listed.)
+    """
+    check_wandb(config.metrics)
+    if config.compilation_cache is not None:
+        check_programs_folder(config.compilation_cache)
+    if config.compute.attention.kernel == "tokamax":
+        tokamax_attention.check_installed()
+    for path in (config.distill.teacher, config.initialise.source):
+        if path is not None:
+            hub.check_installed(path)

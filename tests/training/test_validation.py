@@ -1,0 +1,40 @@
+"""Validation: one synchronisation, after the last batch."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from gemma2_jax.data.batch import Batch
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from gemma2_jax.training.validation import validate
+
+
+def test_numbers_are_fetched_once_and_after_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    fetched_after: list[int] = []
+    device_get = jax.device_get
+
+    def batches() -> Iterator[Batch]:
+        for number in range(1, 6):
+            ids = np.full((8, 4), number, np.int32)
+            given.append(number)
+            yield Batch(ids, ids, ids, ids, np.ones((8, 4), np.float32))
+
+    def step(model: None, teacher: None, batch: Batch) -> dict[str, jax.Array]:
+        return {"cross_entropy": jnp.sum(batch.tokens * 0.25), "tokens": jnp.sum(batch.loss_mask)}
+
+    def fetch(values: object) -> object:
+        fetched_after.append(len(given))
+        return device_get(values)
+
+    monkeypatch.setattr(jax, "device_get", fetch)
+    mesh: Mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    with jax.set_mesh(mesh):
+        metrics = validate(step, None, None, batches(), mesh)  # type: ignore[arg-type]
+    assert fetched_after == [5]
+    assert metrics["tokens"] == 5 * 8 * 4
+    assert metrics["cross_entropy"] == pytest.approx(0.25 * 3)
