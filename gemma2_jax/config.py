@@ -102,6 +102,16 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return data
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Returns what a JSON file holds. Raises UserError if there is no such file or it is cut or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:  # of the encoding, too
+        raise UserError(f"{path} is cut or broken, and no JSON: {error}.") from None
+
+
 def suggest(name: str, accepted: Iterable[str]) -> str:
     """Returns "did you mean A (accepted: A, B, …)", nearest name first, to end the sentence about a wrong name."""
     names = sorted(accepted)
