@@ -164,7 +164,7 @@ def find(run_folder: str | Path, tree: str | None = None, contents: bool = True)
         UserError: there are checkpoints, and none is whole.
     """
     folder = Path(run_folder).absolute() / FOLDER
-    passed_over = []
+    passed_over: list[str] = []
     for step in _steps(folder):
         path = folder / str(step)
         wrong = missing(path, tree)
@@ -282,9 +282,8 @@ def _checkpointer(folder: Path, saving: Callable[[], int], **options: Any) -> oc
 
 def _no_checkpoint(run_folder: str | Path) -> UserError:
     folder = Path(run_folder) / FOLDER
-    if not folder.is_dir():
-        return UserError(f"{run_folder} holds no checkpoint: {folder} is missing.")
-    return UserError(f"{run_folder} holds no checkpoint; expected one in {folder}/<step>.")
+    lacks = "" if folder.is_dir() else f", and {folder} is missing"
+    return UserError(f"{run_folder} holds no checkpoint; expected one in {folder}/<step>{lacks}.")
 
 
 def _about(config: Mapping[str, Any]) -> dict[str, Any]:

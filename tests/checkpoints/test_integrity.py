@@ -26,7 +26,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import train_batches
 
-Damage = Callable[[Path], Any]
+Damage = Callable[[Path], object]
 
 
 def trees(step: float) -> dict[str, Any]:
@@ -82,17 +82,31 @@ def test_the_manifest_names_every_file_of_every_tree(written: Path) -> None:
     assert changed(checkpoint) is None
 
 
+def delete(*files: Path) -> None:
+    for file in files:
+        file.unlink()
+
+
+def cut(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def put_a_file_in_the_place_of(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
 DAMAGES: dict[str, Damage] = {
-    "all files deleted": lambda path: [file.unlink() for file in files_of(path)],
+    "all files deleted": lambda path: delete(*files_of(path)),
     "all files emptied": lambda path: [file.write_bytes(b"") for file in files_of(path)],
-    "an array's file deleted": lambda path: arrays(path).unlink(),
-    "an array's file emptied": lambda path: arrays(path).write_bytes(b""),
-    "an array's file cut": lambda path: arrays(path).write_bytes(arrays(path).read_bytes()[:-1]),
-    "the manifest deleted": lambda path: (path / MANIFEST).unlink(),
-    "the manifest cut": lambda path: (path / MANIFEST).write_text((path / MANIFEST).read_text()[:200]),
+    "an array's file deleted": lambda path: delete(arrays(path)),
+    "an array's file emptied": lambda path: cut(arrays(path), 0),
+    "an array's file cut": lambda path: cut(arrays(path), -1),
+    "the manifest deleted": lambda path: delete(path / MANIFEST),
+    "the manifest cut": lambda path: cut(path / MANIFEST, 200),
     "the manifest of something else": lambda path: (path / MANIFEST).write_text("[1, 2]"),
-    "the folder emptied": lambda path: [shutil.rmtree(path), path.mkdir()],
-    "no folder": lambda path: [shutil.rmtree(path), path.write_text("")],
+    "the trees deleted": lambda path: [shutil.rmtree(tree) for tree in path.iterdir() if tree.is_dir()],
+    "no folder": put_a_file_in_the_place_of,
 }
 
 
@@ -214,7 +228,7 @@ def test_none_is_whole(run: Path) -> None:
 
 def test_no_checkpoint(tmp_path: Path) -> None:
     assert find(tmp_path) is None
-    with pytest.raises(UserError, match=r"holds no checkpoint: .*/checkpoints is missing"):
+    with pytest.raises(UserError, match=r"holds no checkpoint; .*/checkpoints is missing"):
         find_params(tmp_path)
     (tmp_path / "checkpoints" / "note").mkdir(parents=True)
     with pytest.raises(UserError, match=r"holds no checkpoint; expected one in .*/checkpoints/<step>"):
