@@ -165,6 +165,16 @@ def as_typed(kind: Any, value: Any, text: str) -> Any:
     return text.strip() if plain and str in options and type(value) not in options else value
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Returns what a JSON file holds. Raises UserError if there is no such file or it is cut or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:  # of the encoding, too
+        raise UserError(f"{path} is cut or broken, and no JSON: {error}.") from None
+
+
 def suggest(name: str, accepted: Iterable[str]) -> str:
     """Returns "did you mean A (accepted: A, B, …)", nearest name first, to end the sentence about a wrong name."""
     names = sorted(accepted)

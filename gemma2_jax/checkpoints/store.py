@@ -5,22 +5,21 @@
                           /matching    projections of distillation's matching and their optimizer's state, if any
                           /data        where the data iterator stands, from each process
                           /_CHECKPOINT_METADATA   the resolved config, and the step
+                          /manifest.json   sizes and checksums of all files, see `integrity.py`
 
-Orbax writes into a temporary folder and renames it, so a checkpoint is whole or not there. Everything
-restores into an abstract target, which fixes shapes, dtypes and shardings: a checkpoint moves between meshes.
+Orbax writes into a temporary folder and renames it, so a checkpoint is whole or not there. What happens to its files
+later, a copy that is cut off or a disk that fails, is found by its manifest: such a checkpoint does not count, and the
+one before it is used. Everything restores into an abstract target, which fixes shapes, dtypes and shardings: a
+checkpoint moves between meshes.
 """
 
-import gc
-import inspect
 import json
-import logging
+import re
+import shutil
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,21 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from gemma2_jax.checkpoints.failures import reading, writing
+from gemma2_jax.checkpoints.integrity import ANNOUNCED, changed, missing, write_manifest
+from gemma2_jax.checkpoints.trees import array_metadata, check_trees, name_of
 from gemma2_jax.config import UserError, build, read_yaml
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.sharding.hosts import first_finding, is_first, wait_for_all
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.yaml"  # the whole configuration of the run
 TOKENIZER_FILE = "tokenizer.model"  # a copy of its tokenizer
+PARAMS = "params"  # the tree that a model is read from
 _ITERATOR = "data"
-_PATIENCE = 30  # seconds
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,38 @@ class CheckpointConfig:
                 raise UserError(f"checkpoint.{name} is {getattr(self, name)}; it must be at least 1.")
 
 
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that can be read.
+
+    Attributes:
+        step: of the run.
+        path: its folder.
+        passed_over: what is wrong with the newer ones, a clause each.
+    """
+
+    step: int
+    path: Path
+    passed_over: tuple[str, ...] = ()
+
+
 class CheckpointStore:
-    """The checkpoints in one run folder. A context manager: leaving it waits for what is being written."""
+    """The checkpoints in one run folder. A context manager: leaving it waits for what is being written.
+
+    Attributes:
+        latest_step: of the checkpoint that was saved or restored last; before, of the newest whole one. None without.
+    """
 
     def __init__(self, run_folder: str | Path, keep: int):
+        self.latest_step = latest_step(run_folder)
         folder = Path(run_folder).absolute() / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         policy = ocp.training.preservation_policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(
-            folder, preservation_policy=policy, cleanup_tmp_directories=True
+        self._saving = 0  # the step of the save in progress
+        self._checkpointer = _checkpointer(
+            folder, lambda: self._saving, preservation_policy=policy, cleanup_tmp_directories=True
         )
+        self._broken: list[Path] = []  # newer than the one that was restored
 
     def __enter__(self) -> "CheckpointStore":
         return self
@@ -76,36 +101,99 @@ class CheckpointStore:
     def __exit__(self, *_: Any) -> None:
         self._checkpointer.close()
 
-    @property
-    def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
-
     def save(self, step: int, trees: Mapping[str, Any], iterator: Any, config: Mapping[str, Any]) -> None:
         """Start saving and return; arrays may be donated and the iterator moved on as soon as this returns."""
+        if self._broken:
+            self._set_aside()
+        self._checkpointer.wait()  # for the save before, which is known by `_saving`
+        self._saving = step
         self._checkpointer.save_checkpointables_async(
-            step, {**trees, _ITERATOR: iterator}, force=True, custom_metadata={"config": dict(config)}
+            step, {**trees, _ITERATOR: iterator}, force=True, custom_metadata=_about(config)
         )
+        self.latest_step = step
 
     def restore(self, step: int, abstract_trees: Mapping[str, Any], iterator: Any) -> dict[str, Any]:
         """The trees saved at `step`, laid out as their abstract versions; `iterator` is moved to where it stood.
 
+        The checkpoint is one that `find` gave. Newer ones, which are not whole, stay until the first `save`.
+
         Raises:
             UserError: an array is missing, superfluous or of another shape, or a file is damaged.
         """
-        path = Path(self._checkpointer.directory) / str(step)
-        _check_trees(path, abstract_trees)
-        with _reading(path):
-            restored = self._checkpointer.load_checkpointables(step, abstract_trees)
-            iterator.set_state(_iterator_state(path / _ITERATOR))
+        folder = Path(self._checkpointer.directory)
+        path = folder / str(step)
+        check_trees(path, abstract_trees)
+        with reading(path):
+            restored = ocp.load_checkpointables(path, abstract_trees)
+        iterator.set_state(_iterator_state(path / _ITERATOR))
+        self.latest_step = step
+        self._broken = [folder / str(newer) for newer in _steps(folder) if newer > step]
         return {name: restored[name] for name in abstract_trees}
 
+    def _set_aside(self) -> None:
+        """Renames the newer ones that are not whole: Orbax would count them as the newest, and keep them instead."""
+        if is_first():
+            for path in self._broken:
+                aside = path.with_name(f"{path.name}.broken")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+        wait_for_all("broken checkpoints")
+        self._checkpointer.reload()
+        self._broken = []
 
-def latest_step(run_folder: str | Path) -> int | None:
-    """The step of the newest whole checkpoint in a run folder, or None."""
+
+def checkpoint_steps(run_folder: str | Path) -> list[int]:
+    """The steps that have a checkpoint in a run folder, whole or not, the newest first."""
+    return _steps(Path(run_folder) / FOLDER)
+
+
+def latest_step(run_folder: str | Path, tree: str | None = None) -> int | None:
+    """The step of the newest checkpoint in a run folder that is whole, or of which one tree is; or None."""
     folder = Path(run_folder) / FOLDER
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-    return max(steps, default=None)
+    return next((step for step in _steps(folder) if missing(folder / str(step), tree) is None), None)
+
+
+def find(run_folder: str | Path, tree: str | None = None, contents: bool = True) -> Found | None:
+    """The newest checkpoint in a run folder that is whole, or of which one tree is; None if there is none of any kind.
+
+    Args:
+        contents: compare the files with their checksums too, each process of a job reading some of them: all processes
+            call this together. Else only what is there, and of what size.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
+    """
+    folder = Path(run_folder).absolute() / FOLDER
+    passed_over: list[str] = []
+    for step in _steps(folder):
+        path = folder / str(step)
+        wrong = missing(path, tree)
+        if contents:
+            own = wrong or changed(path, tree, jax.process_index(), jax.process_count())
+            wrong = first_finding(own)
+        if wrong is None:
+            return Found(step, path, tuple(passed_over))
+        passed_over.append(f"{path} is not whole ({wrong})")
+    if passed_over:
+        raise UserError(
+            f"{run_folder} holds no whole checkpoint: {'; '.join(passed_over)}; copy {folder} again, or delete it to "
+            "train from the start."
+        )
+    return None
+
+
+def find_params(run_folder: str | Path) -> Found:
+    """As `find`, for the parameters alone, and says on standard error which checkpoints it passes over.
+
+    Raises:
+        UserError: there is no checkpoint, or of none the parameters are whole.
+    """
+    found = find(run_folder, PARAMS)
+    if found is None:
+        raise _no_checkpoint(run_folder)
+    if found.passed_over and is_first():
+        print(f"{'; '.join(found.passed_over)}: {found.path} is used.", file=sys.stderr, flush=True)
+    return found
 
 
 def load_params(run_folder: str | Path, target: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,21 +202,28 @@ def load_params(run_folder: str | Path, target: Mapping[str, Any]) -> dict[str, 
     Raises:
         UserError: there is no checkpoint, it holds other shapes, or a file is damaged.
     """
-    path = _newest(run_folder)
-    _check_trees(path, {"params": target})
-    with _reading(path / "params"):
-        loaded: dict[str, Any] = ocp.load_checkpointables(path, {"params": target})["params"]
+    return read_params(find_params(run_folder), target)
+
+
+def read_params(found: Found, target: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a checkpoint that `find_params` gave, as `target` has them. Raises as `load_params`."""
+    check_trees(found.path, {PARAMS: target})
+    with reading(found.path / PARAMS):
+        loaded: dict[str, Any] = ocp.load_checkpointables(found.path, {PARAMS: target})[PARAMS]
     return loaded
 
 
-def describe_params(run_folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of the newest parameters of a run as they are saved, by path, without reading them.
+def describe_params(run_folder: str | Path) -> tuple[Found, dict[str, jax.ShapeDtypeStruct]]:
+    """The newest parameters of a run, and their shapes and dtypes as they are saved, by path, without reading them.
 
     Raises:
         UserError: there is no checkpoint, or none of ours.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(_metadata(_newest(run_folder), "params"))
-    return {_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
+    found = find(run_folder, PARAMS, contents=False)
+    if found is None:
+        raise _no_checkpoint(run_folder)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(array_metadata(found.path, PARAMS))
+    return found, {name_of(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
 def save_params(run_folder: str | Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -139,16 +234,18 @@ def save_params(run_folder: str | Path, params: Mapping[str, Any], config: Mappi
     """
     folder = Path(run_folder).absolute() / FOLDER
     folder.mkdir(parents=True)
-    with (
-        _orbax(partial(_not_written, folder)),
-        ocp.training.Checkpointer(folder) as checkpointer,
-    ):
-        checkpointer.save_checkpointables(0, {"params": params}, custom_metadata={"config": dict(config)})
+    with writing(folder), _checkpointer(folder, lambda: 0) as checkpointer:
+        checkpointer.save_checkpointables(0, {PARAMS: params}, custom_metadata=_about(config))
 
 
 def load_model_config(run_folder: str | Path) -> ModelConfig:
     """The model section of a run's config.yaml."""
     path = Path(run_folder) / CONFIG_FILE
+    if not path.exists() and checkpoint_steps(run_folder):
+        raise UserError(
+            f"{path} is missing, which says what model is in {path.with_name(FOLDER)}; copy it there from where the "
+            "run was trained."
+        )
     if not path.exists():
         raise UserError(f"{run_folder} is not a run folder: it has no {CONFIG_FILE}.")
     config = read_yaml(path)
@@ -170,128 +267,50 @@ def load_model(run_folder: str | Path, dtype: Any = "float32", mesh: Mesh | None
     return Gemma2(config, load_params(run_folder, abstract_params(config, dtype, mesh)))
 
 
+def _checkpointer(folder: Path, saving: Callable[[], int], **options: Any) -> ocp.training.Checkpointer:
+    """Orbax's, which ends each checkpoint with its manifest; `saving` gives the step of the save in progress."""
+
+    def finish() -> None:
+        # Called when the files of all processes are written, before their folder gets its name.
+        step = saving()
+        write_manifest(next(folder.glob(f"{step}.orbax-checkpoint-tmp*"), folder / str(step)))
+
+    context = ocp.Context()
+    context.async_options.post_finalization_callback = finish
+    return ocp.training.Checkpointer(folder, context=context, **options)
+
+
+def _no_checkpoint(run_folder: str | Path) -> UserError:
+    folder = Path(run_folder) / FOLDER
+    lacks = "" if folder.is_dir() else f", and {folder} is missing"
+    return UserError(f"{run_folder} holds no checkpoint; expected one in {folder}/<step>{lacks}.")
+
+
+def _about(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself in _CHECKPOINT_METADATA."""
+    return {"config": dict(config), **ANNOUNCED}
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in a folder of them, whole or not, the newest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((int(path.name) for path in found if re.fullmatch("[0-9]+", path.name)), reverse=True)
+
+
 def _iterator_state(folder: Path) -> Any:
     """The states of all processes put together; Orbax asks for that of the same process among as many."""
-    files = sorted(folder.glob("process_*.json"))
-    if not files:
-        raise ValueError("the state of the data is not there")
-    return reduce(_merged, (json.loads(file.read_text(encoding="utf-8")) for file in files))
+    try:
+        states = [
+            json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("process_*.json"))
+        ]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be read as the state of the data: {error}.") from None
+    if not states:
+        raise UserError(f"{folder} lacks process_0.json, the state of the data.")
+    return reduce(_merged, states)
 
 
 def _merged(state: Any, other: Any) -> Any:
     if not (isinstance(state, dict) and isinstance(other, dict)):
         return state  # what several processes have is the same
     return {**other, **{key: _merged(value, other.get(key)) for key, value in state.items()}}
-
-
-def _newest(run_folder: str | Path) -> Path:
-    step = latest_step(run_folder)
-    if step is None:
-        raise UserError(
-            f"{run_folder} holds no checkpoint; expected one in {Path(run_folder) / FOLDER}/<step>."
-        )
-    return Path(run_folder).absolute() / FOLDER / str(step)
-
-
-def _metadata(path: Path, tree: str) -> Any:
-    """What a checkpoint says about the arrays of one of its trees."""
-    with _reading(path / tree):
-        found = ocp.metadata(path, tree).metadata
-        if found is None:  # Orbax's word for a tree whose files it cannot read
-            raise ValueError("its files are damaged or not all there")
-    return found
-
-
-def _reading(path: Path) -> AbstractContextManager[None]:
-    """Tells in one sentence that Orbax cannot read what is at `path`."""
-    return _orbax(lambda reason: UserError(f"{path} cannot be read as a checkpoint of ours: {reason}."))
-
-
-@contextmanager
-def _orbax(told: Callable[[str], Exception]) -> Iterator[None]:
-    """Raises what `told` makes of the reason where Orbax fails, in the place of all that it says and raises itself."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    hook = sys.unraisablehook
-
-    def without_leftovers(unraisable: Any) -> None:
-        if not _is_left_over(unraisable):
-            hook(unraisable)
-
-    sys.unraisablehook = without_leftovers
-    reason = None
-    try:
-        yield
-    except Exception as error:  # whatever the code that met the broken file does, wrapped several times
-        reason = _reason(error)
-    finally:
-        if reason is not None:
-            gc.collect()  # tasks that failed beside the first one complain when they go
-        else:
-            # After a failure it stays: reads beside the first that failed end at any later time, and find nobody.
-            sys.unraisablehook = hook
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-    if reason is not None:
-        raise told(reason)
-
-
-def _is_left_over(unraisable: Any) -> bool:
-    """Whether it comes of what Orbax gave up: a read that finds its event loop closed, or one of its coroutines."""
-    codes = [frame.f_code for frame, _ in traceback.walk_tb(unraisable.exc_traceback)]
-    if inspect.iscoroutine(unraisable.object):
-        codes.append(unraisable.object.cr_code)
-    in_orbax = any("/orbax/checkpoint/" in code.co_filename for code in codes)
-    return in_orbax or str(unraisable.exc_value) == "Event loop is closed"
-
-
-def _not_written(folder: Path, reason: str) -> OSError:
-    """The error of a folder that could not be written whole, once nothing in it changes any more.
-
-    Orbax fails with the first write that does, and cannot be asked to wait for the others: they would make files, and
-    folders for them, in the place of those that the caller then removes.
-    """
-    before: set[tuple[str, int]] | None = None
-    for _ in range(_PATIENCE):
-        found = set()
-        for path in folder.rglob("*"):
-            with suppress(FileNotFoundError):
-                found.add((str(path), path.stat().st_mtime_ns))
-        if found == before:
-            break
-        before = found
-        time.sleep(1.0)
-    return OSError(reason)
-
-
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:300].rstrip(".")
-
-
-def _check_trees(path: Path, targets: Mapping[str, Any]) -> None:
-    """Compare what a checkpoint holds with what is wanted, before any of it is read."""
-    for tree, target in targets.items():
-        found = _shapes(_metadata(path, tree))
-        wanted = _shapes(target)
-        for name in sorted(wanted.keys() | found.keys()):
-            if name not in found:
-                raise UserError(f"{path}/{tree} lacks {name} of shape {wanted[name]}.")
-            if name not in wanted:
-                raise UserError(f"{path}/{tree} holds {name}, which this configuration does not have.")
-            if found[name] != wanted[name]:
-                raise UserError(
-                    f"{path}/{tree} holds {name} of shape {found[name]}, where this configuration has {wanted[name]}."
-                )
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name(path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

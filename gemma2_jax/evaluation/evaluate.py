@@ -5,12 +5,14 @@ from pathlib import Path
 
 import jax
 
-from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, latest_step, load_model
-from gemma2_jax.config import UserError, load
+from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, find_params, read_params
+from gemma2_jax.config import load
 from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.teacher import DistillConfig, load_teacher
 from gemma2_jax.model.counts import count_parameters
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.weights import abstract_params
 from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
@@ -52,13 +54,11 @@ def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = Non
             another vocabulary or tokenizer.
     """
     config = load(RunConfig, Path(run_folder) / CONFIG_FILE)
-    step = latest_step(run_folder)
-    if step is None:
-        raise UserError(f"{run_folder} holds no checkpoint; train it first.")
     check_same_data(run_folder, config.data)
+    found = find_params(run_folder)
     mesh = build_mesh(config.mesh)
     with jax.set_mesh(mesh), laid_out(config.layout):
-        model = load_model(run_folder, mesh=mesh)
+        model = Gemma2(config.model, read_params(found, abstract_params(config.model, mesh=mesh)))
         teacher = None
         # The teacher is asked in the student's own precision here, whatever it taught in.
         distill = DistillConfig(None if teacher_folder is None else str(teacher_folder), config.compute.dtype)
@@ -71,7 +71,7 @@ def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = Non
         metrics = validate(step_function, model, teacher, batches, mesh)
     return Evaluation(
         parameters=count_parameters(config.model).total,
-        tokens_seen=step * config.data.batch_size * config.data.seq_len,
+        tokens_seen=found.step * config.data.batch_size * config.data.seq_len,
         loss=metrics["loss"],
         perplexity=metrics["perplexity"],
         agreement=metrics.get("agreement"),

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from gemma2_jax.checkpoints.store import latest_step
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.formats.gguf_header import Header, is_gguf, read_header
@@ -40,10 +39,12 @@ def inspect(path: str | Path, published: Mapping[str, ModelConfig]) -> Inspectio
         return _inspect_gguf(Path(path), read_header(path), published)
     source = open_source(path)
     problems = source.problems()
+    if isinstance(source, RunSource):
+        problems += [f"{clause}." for clause in source.passed_over]
     lines = [
         ("kind", source.kind),
         ("path", str(source.path)),
-        *([("step", f"{latest_step(source.path):,}")] if isinstance(source, RunSource) else []),
+        *([("step", f"{source.step:,}")] if isinstance(source, RunSource) else []),
         ("files", _files(source)),
         *_model(source.config, source.tensors, published),
     ]

@@ -57,7 +57,8 @@ def _reader_of(folder: Path) -> Callable[[Path], Source] | None:
         return HuggingFaceSource
     if is_orbax(folder):
         return DeepMindSource
-    return RunSource if is_run else None  # one without checkpoints, which it tells
+    # Of a run folder that is not whole, it tells what is missing.
+    return RunSource if is_run or store.checkpoint_steps(folder) else None
 
 
 def _what_is(path: Path) -> str:

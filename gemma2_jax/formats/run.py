@@ -19,7 +19,10 @@ from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 
 class RunSource(Source):
-    """The newest checkpoint of a run; all of its parameters are read into memory with the first weight.
+    """The newest checkpoint of a run whose parameters are whole; all of them are read with the first weight.
+
+    Attributes:
+        step: of the checkpoint; passed_over: what is wrong with newer ones, a clause each.
 
     Raises:
         UserError: the folder holds no checkpoint of ours.
@@ -32,10 +35,11 @@ class RunSource(Source):
         self.config = store.load_model_config(self.path)
         tokenizer = self.path / store.TOKENIZER_FILE
         self.tokenizer = tokenizer if tokenizer.exists() else None
-        file = self.path / store.FOLDER / str(store.latest_step(self.path))
+        found, params = store.describe_params(self.path)
+        self.step, self.passed_over = found.step, found.passed_over
         self.tensors = {
-            name: TensorInfo(tuple(leaf.shape), str(leaf.dtype), file)
-            for name, leaf in store.describe_params(self.path).items()
+            name: TensorInfo(tuple(leaf.shape), str(leaf.dtype), self.path / store.FOLDER / str(found.step))
+            for name, leaf in params.items()
         }
 
     def problems(self) -> list[str]:

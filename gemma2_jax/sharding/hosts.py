@@ -192,6 +192,20 @@ def check_agreement(values: Mapping[str, Any]) -> None:
         )
 
 
+def first_finding(found: str | None) -> str | None:
+    """What the first process that found something has found, in all processes; None if none has. Waits for all."""
+    if jax.process_count() == 1:
+        return found
+    client: Any = distributed.global_state.client
+    key = _numbered("finding")
+    client.key_value_set(f"{key}/{jax.process_index()}", found or "")
+    each = (
+        client.blocking_key_value_get(f"{key}/{number}", _WAIT_HOURS * 3600 * 1000)
+        for number in range(jax.process_count())
+    )
+    return next((text for text in list(each) if text), None)
+
+
 def _numbered(name: str) -> str:
     _counter[name] = _counter.get(name, 0) + 1
     return f"{_PREFIX}/{name}/{_counter[name]}"

@@ -24,9 +24,10 @@ from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.sharding.hosts import first_process_first, is_first
 from gemma2_jax.studies.tables import say
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.going_on import changes, check_same_run
 from gemma2_jax.training.inputs import cache_task
 from gemma2_jax.training.loop import train
-from gemma2_jax.training.start import changes, check_same_data, check_same_run, data_identity
+from gemma2_jax.training.start import check_folder, check_same_data, data_identity
 from gemma2_jax.training.taught_by import read_taught_by
 
 TEACHER_FILE = "teacher.yaml"  # in a distilled run's folder: the configuration that its teacher had
@@ -46,6 +47,7 @@ def check_unchanged(config: RunConfig, teacher: RunConfig | None = None) -> None
     Raises:
         UserError: says what differs and what to do.
     """
+    check_folder(config)
     check_same_run(config)
     file = Path(config.output) / TEACHER_FILE
     if teacher is None or not file.exists():

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gemma2_jax.checkpoints.store import FOLDER, latest_step
+from gemma2_jax.checkpoints.store import FOLDER, find, latest_step
 from gemma2_jax.compilation import programs_kept_in
 from gemma2_jax.config import UserError, to_dict, usable
 from gemma2_jax.data.tokenizer import Tokenizer
@@ -19,14 +19,16 @@ from gemma2_jax.sharding.hosts import HostsConfig, check_agreement, is_first
 from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.going_on import check_same_run
 from gemma2_jax.training.inputs import Inputs
+from gemma2_jax.training.metrics import JSON_LINES, read_metrics
 from gemma2_jax.training.profile import Profile
 from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.start import (
     check_batch,
     check_data,
+    check_folder,
     check_same_data,
-    check_same_run,
     check_shared,
     check_together,
     data_identity,
@@ -64,14 +66,24 @@ def train_together(configs: Sequence[RunConfig]) -> None:
     check_together(configs)
     check_agreement(_what_decides(configs))
     for config in configs:
+        check_folder(config)
         check_same_run(config)
         check_same_data(config.output, config.data)
-    done = [config for config in configs if latest_step(config.output) == config.training.steps]
+    done = [config for config in configs if _is_done(config)]
     left = [config for config in configs if config not in done]
     if not any(config.distill.teaches for config in left):
         _check_teacher_of(done)
     if left:
         _train(left, done)
+
+
+def _is_done(config: RunConfig) -> bool:
+    """Whether a run is at its last step, and evaluated there: one that was to be longer may not be."""
+    steps, folder = config.training.steps, Path(config.output)
+    if latest_step(folder) != steps:
+        return False
+    rows = read_metrics(folder) if (folder / JSON_LINES).is_file() else None
+    return rows is None or any((row["step"], row["split"]) == (steps, "validation") for row in rows)
 
 
 def _check_teacher_of(done: Sequence[RunConfig]) -> None:
@@ -166,15 +178,24 @@ def _build_trainers(
 ) -> list[Trainer]:
     """Of runs that share their inputs, which stand where the one that is furthest behind has to go on."""
     begin = inputs.batches.get_state()
+    found = {config.output: find(config.output) for config in configs}
+
+    def step(config: RunConfig) -> int:
+        checkpoint = found[config.output]
+        return 0 if checkpoint is None else checkpoint.step
+
     trainers = []
-    for config in sorted(configs, key=lambda config: latest_step(config.output) or 0, reverse=True):
+    for config in sorted(configs, key=step, reverse=True):
         inputs.batches.set_state(begin)
-        trainers.append(Trainer(config, inputs, tokenizer, mesh, progress, stack))
+        trainers.append(Trainer(config, inputs, tokenizer, mesh, progress, stack, found[config.output]))
     return trainers
 
 
 def _run(trainers: Sequence[Trainer], progress: TrainingProgress, profile: Profile) -> None:
     steps = trainers[0].config.training.steps
+    for trainer in trainers:
+        if trainer.step == steps:
+            trainer.evaluate()
     for step in range(min(trainer.step for trainer in trainers), steps):
         stepping = [trainer for trainer in trainers if trainer.step == step]
         with profile.step(step + 1, settle=partial(_wait_for, stepping)):

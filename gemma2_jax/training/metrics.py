@@ -131,10 +131,20 @@ def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise UserError(f"{path} does not exist; {run_folder} has not been trained yet.")
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            rows.append(_row(line, f"{path}, line {number},"))
     return rows
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not {"step", "split"} <= row.keys():
+        raise UserError(f"{where} is broken: it is no row of metrics; delete that line.")
+    return row
 
 
 def perplexity(cross_entropy: float) -> float:

@@ -1,15 +1,15 @@
 """What is checked, and written into the run folder, before anything is computed."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE
-from gemma2_jax.config import UserError, differences, load, save, to_dict
+from gemma2_jax.checkpoints.store import CONFIG_FILE, FOLDER, TOKENIZER_FILE, checkpoint_steps, find
+from gemma2_jax.config import UserError, differences, load, read_json, read_yaml, save, to_dict
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import tokenizer_of
 from gemma2_jax.data.shards import read_manifest
@@ -18,22 +18,22 @@ from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.model.weights import dim_sizes
-from gemma2_jax.schedule import count_steps
 from gemma2_jax.sharding.hosts import wait_for_all
 from gemma2_jax.sharding.layout import check_activations, laid_out
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.metrics import JSON_LINES, read_metrics
 from gemma2_jax.training.packages import check_packages
-from gemma2_jax.training.taught_by import TaughtBy, read_taught_by
+from gemma2_jax.training.taught_by import TEACHER_FILE, TaughtBy
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
 
-# What may differ between the configuration that a run began with and the one that goes on with it: where
-# things lie and what watches them. That the data, the tokenizer and the teacher are the same is checked by content.
-_MAY_CHANGE = {
-    "name", "output", "hosts", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "training.log_every",
-    "training.eval_batches", "training.profile_steps", "profile", "compilation_cache",
-    "data.source", "data.folder", "data.workers", "data.shard_characters", "data.skip_invalid", "tokenizer.path",
-}  # fmt: skip
+# The files beside the checkpoints of a run, each of which a run that goes on needs.
+_PURPOSES = {
+    CONFIG_FILE: "which says how the checkpoints beside it were trained",
+    DATA_FILE: "which says on what data the run was trained",
+    TOKENIZER_FILE: "the tokenizer that the run was trained with",
+    TEACHER_FILE: "which says from which teacher the run was distilled",
+}
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:
@@ -86,52 +86,56 @@ def check_data(config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def check_same_run(config: RunConfig) -> None:
-    """Raises UserError if the run folder was begun with a configuration that gives another result."""
-    path = Path(config.output) / CONFIG_FILE
-    if not path.exists():
+def check_folder(config: RunConfig) -> None:
+    """Raises UserError if the run folder holds a part of a run only, or something else than a run of `train`.
+
+    What is missing would otherwise be taken for a run that has not begun, or not be compared with what is asked for.
+    """
+    folder = Path(config.output)
+    if not checkpoint_steps(folder):
+        _check_no_checkpoints(folder)
         return
-    for key, begun, value in changes(load(RunConfig, path), config):
+    if (folder / CONFIG_FILE).is_file() and set(read_yaml(folder / CONFIG_FILE)) == {"model"}:
         raise UserError(
-            f"{config.output} holds a run with {key}={begun}, and {value} is asked for; choose another "
-            "output, or delete that folder to train again."
+            f"{folder} holds a converted model; choose another output, where initialise.source={folder} begins with "
+            "its weights."
         )
+    for name in _PURPOSES:
+        if not (folder / name).is_file() and (name != TEACHER_FILE or config.distill.teaches):
+            raise _missing(folder / name)
+    find(folder, contents=False)
 
 
-def changes(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """The dotted key and both values of all that makes `asked` another run than `begun`."""
-    may_change = set(_MAY_CHANGE)
-    taught_by = read_taught_by(asked.output)
-    if taught_by is not None:  # which runs of before it was there have not
-        may_change.add("distill.teacher")
-        if taught_by.encoding is not None and asked.distill.cache is not None:
-            may_change.add("distill.cache")
-    for key, one, other in differences(_in_steps(begun), _in_steps(asked)):
-        if not any(f"{key}.".startswith(f"{name}.") for name in may_change):
-            yield key, one, other
+def _missing(path: Path) -> UserError:
+    return UserError(
+        f"{path} is missing, {_PURPOSES[path.name]}; copy it there from where the run was trained, or choose another "
+        "output."
+    )
 
 
-def _in_steps(config: RunConfig) -> dict[str, Any]:
-    """The settings, each warm-up and decay as a number of steps: 0.1 and 50 are the same in a run of 500."""
-
-    def counted(settings: dict[str, Any], where: str) -> dict[str, Any]:
-        found = {
-            name: counted(value, f"{where}.{name}") if isinstance(value, dict) else value
-            for name, value in settings.items()
-        }
-        names = ("warmup_steps", "decay_steps")
-        if set(names) <= set(found):
-            warmup, decay = (found[name] for name in names)
-            found |= zip(names, count_steps(where, warmup, decay, config.training.steps), strict=True)
-        return found
-
-    return counted(to_dict(config), "")
+def _check_no_checkpoints(folder: Path) -> None:
+    """Raises UserError if a folder without checkpoints has lost them."""
+    if (folder / FOLDER).is_dir() or not all((folder / name).is_file() for name in (CONFIG_FILE, JSON_LINES)):
+        return
+    begun, rows = load(RunConfig, folder / CONFIG_FILE), read_metrics(folder)
+    last = max((row["step"] for row in rows), default=0)
+    # A run that was stopped where its first checkpoint was due may not have written it.
+    ended = any((row["step"], row["split"]) == (begun.training.steps, "validation") for row in rows)
+    if last > begun.checkpoint.every or ended:
+        raise UserError(
+            f"{folder / FOLDER} is missing, though {folder / JSON_LINES} has rows up to step {last}; copy it there "
+            f"from where the run was trained, or delete {folder} to train again."
+        )
 
 
 def check_same_data(run_folder: str | Path, data: DataConfig) -> None:
     """Raises UserError if `data.folder` holds other documents or tokens than the run was trained on."""
     path = Path(run_folder) / DATA_FILE
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != data_identity(data):
+    if not path.exists():
+        if checkpoint_steps(run_folder):
+            raise _missing(path)
+        return
+    if read_json(path) != data_identity(data):
         raise UserError(
             f"{run_folder} was trained on other documents or with another tokenizer ({DATA_FILE}) than data.folder "
             f"{data.folder} holds now; choose another output, or delete that folder to train again."

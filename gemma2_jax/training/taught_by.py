@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma2_jax.config import UserError, build, to_dict
+from gemma2_jax.config import UserError, build, read_json, to_dict
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.files import write_text
 from gemma2_jax.training.config import RunConfig
@@ -36,7 +36,10 @@ def read_taught_by(run_folder: str | Path) -> TaughtBy | None:
     path = Path(run_folder) / TEACHER_FILE
     if not path.exists():
         return None
-    return build(TaughtBy, json.loads(path.read_text(encoding="utf-8")), str(path))
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is cut or broken: it holds no keys and values.")
+    return build(TaughtBy, found, str(path))
 
 
 def check_same_teacher(config: RunConfig, now: TaughtBy | None) -> None:

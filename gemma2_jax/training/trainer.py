@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from gemma2_jax.checkpoints.store import CheckpointStore
+from gemma2_jax.checkpoints.store import CheckpointStore, Found
 from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import train_batches, validation_batches
@@ -41,6 +41,7 @@ class Trainer:
 
     Args:
         inputs: what it is fed; their iterator is moved to where the run stood.
+        found: the checkpoint to go on from; None to begin.
         stack: closes what is opened here.
     """
 
@@ -52,15 +53,17 @@ class Trainer:
         mesh: Mesh,
         progress: TrainingProgress,
         stack: ExitStack,
+        found: Found | None = None,
     ) -> None:
         self.config, self.inputs, self.mesh, self.progress = config, inputs, mesh, progress
         optimizer = build_optimizer(config.optimizer, config.training.steps)
         abstract = abstract_state(config.model, optimizer, mesh)
         abstract = replace(abstract, matching=abstract_matching(config, inputs.teacher, mesh))
         self.store = stack.enter_context(CheckpointStore(config.output, config.checkpoint.keep))
-        self.step = self.store.latest_step or 0
-        if self.step:
-            self.progress.say(f"{config.name} goes on from its checkpoint at step {self.step}")
+        self.step = 0 if found is None else found.step
+        if found is not None:
+            passed_over = "".join(f"; {clause}" for clause in found.passed_over)
+            self.progress.say(f"{config.name} goes on from its checkpoint at step {self.step}{passed_over}")
             self.state = self._restore(abstract)
         elif config.initialise.source is not None:
             rows = train_batches(config.data, *inputs.share)
@@ -128,7 +131,7 @@ class Trainer:
             self._log(self._rows, self._stopwatch.take())
             self._rows = []
         if self._is_due(self.config.training.eval_every):
-            self._evaluate()
+            self.evaluate()
         if self._is_due(self.config.checkpoint.every):
             self._save()
 
@@ -163,7 +166,8 @@ class Trainer:
             row["mfu"] = speed * self._flops_per_token / (self._peak_flops * self.mesh.size)
         self._write("train", row)
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
+        """Writes the row of the validation split."""
         model = Gemma2(self.config.model, self.state.params)
         batches = validation_batches(self.config.data, *self.inputs.share, self.config.training.eval_batches)
         judge = self.inputs.judge

@@ -65,7 +65,6 @@ def test_restores_bit_equal_on_another_mesh(
     folder, state = saved
     _, abstract = new_state(toy_run, mesh)
     with CheckpointStore(folder, keep=2) as store:
-        assert store.latest_step == 3
         restored = store.restore(3, trees(abstract), train_batches(data))
     for found, expected, wanted in zip(
         jax.tree.leaves(restored),
@@ -142,19 +141,10 @@ def test_a_missing_and_a_superfluous_array(saved: tuple[Path, TrainState], toy_r
         load_params(folder, target)
 
 
-def test_a_damaged_checkpoint(saved: tuple[Path, TrainState], tmp_path: Path) -> None:
-    folder = shutil.copytree(saved[0], tmp_path / "run")
-    (folder / "checkpoints" / "3" / "params" / "_METADATA").unlink()
-    with pytest.raises(UserError, match="checkpoints/3/params cannot be read as a checkpoint"):
-        load_model(folder)
-
-
 def test_a_half_written_checkpoint_does_not_count(saved: tuple[Path, TrainState], tmp_path: Path) -> None:
     folder = shutil.copytree(saved[0], tmp_path / "run")
     (folder / "checkpoints" / "4.orbax-checkpoint-tmp-0").mkdir()
     assert latest_step(folder) == 3
-    with CheckpointStore(folder, keep=2) as store:
-        assert store.latest_step == 3
 
 
 def test_no_run_folder(tmp_path: Path, toy_config: ModelConfig) -> None:
@@ -171,19 +161,6 @@ def test_no_run_folder(tmp_path: Path, toy_config: ModelConfig) -> None:
 def test_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"checkpoint.{name} is 0"):
         CheckpointConfig(**{"every": 1, "keep": 1, name: 0})
-
-
-@pytest.mark.parametrize("damaged", ["ocdbt.process_0/d/*", "d/*", "array_metadatas/*"])
-def test_a_damaged_checkpoint_is_one_sentence(saved, toy_run, tmp_path, damaged, caplog):
-    folder = Path(shutil.copytree(saved[0], tmp_path / "run"))
-    for file in (folder / "checkpoints" / "3" / "params").glob(damaged):
-        file.write_bytes(file.read_bytes()[:10])
-    abstract = abstract_params(toy_run.model, "float32", build_mesh(MeshConfig()))
-    with pytest.raises(
-        UserError, match=r"checkpoints/3/params cannot be read as a checkpoint of ours: .*\.$"
-    ):
-        load_params(folder, abstract)
-    assert caplog.text == ""
 
 
 def test_a_damaged_checkpoint_is_not_resumed(saved, toy_run, data, tmp_path):

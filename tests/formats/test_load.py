@@ -11,6 +11,7 @@ import pytest
 from gemma2_jax.config import UserError
 from gemma2_jax.formats import hub
 from gemma2_jax.formats.huggingface import HuggingFaceSource
+from gemma2_jax.formats.layouts import Place
 from gemma2_jax.formats.load import load, load_params, open_source
 from gemma2_jax.formats.run import RunSource
 from gemma2_jax.model.weights import abstract_params
@@ -181,3 +182,46 @@ def test_the_hub_gives_a_folder(monkeypatch, exported, small):
     )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(exported))
     assert open_source("google/gemma-2-2b").config == small
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "config.yaml",
+            r"run/config\.yaml is missing, which says what model is in .*run/checkpoints; copy it there",
+        ),
+        ("checkpoints", r"run holds no checkpoint; .*run/checkpoints is missing"),
+        ("tokenizer.model", r"run has no tokenizer\.model"),
+    ],
+)
+def test_what_is_missing_of_a_run_folder_is_named(run_folder, tmp_path, name, told):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    shutil.move(run / name, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=told):
+        load(run)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "model:\n", "model:\n  num_layers: 2\n", "model: {", "\0\0\0", "- model\n"]
+)
+def test_a_broken_configuration_of_a_run_is_named(run_folder, tmp_path, content):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    (run / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"run/config\.yaml"):
+        load(run)
+
+
+def test_weights_that_changed_on_the_disk_are_not_read(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    largest = max((run / "checkpoints" / "0" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    source = open_source(run)
+    with pytest.raises(
+        UserError, match=r"run/checkpoints/0 is not whole \(params/.* has changed since it was written"
+    ):
+        source.weight(Place("final_norm/scale", None))
+    with pytest.raises(UserError, match=r"has changed since it was written"):
+        load(run)

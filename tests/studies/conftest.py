@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from gemma2_jax.checkpoints.integrity import write_manifest
+from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.config import save
 from gemma2_jax.evaluation.evaluate import Evaluation
 from gemma2_jax.studies import stages
 from gemma2_jax.training.config import RunConfig
-from gemma2_jax.training.start import CONFIG_FILE
+from gemma2_jax.training.start import DATA_FILE
+from gemma2_jax.training.taught_by import TEACHER_FILE
 
 
 class Stage:
@@ -32,7 +35,13 @@ class Stage:
         save(config, folder / CONFIG_FILE)
         if config.name in self.fails:
             raise self.fails[config.name]
-        (folder / "checkpoints" / str(config.training.steps)).mkdir(parents=True)
+        checkpoint = folder / "checkpoints" / str(config.training.steps)
+        for file in (folder / TOKENIZER_FILE, folder / DATA_FILE, checkpoint / "params" / "_METADATA"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("{}")
+        if config.distill.teaches:
+            (folder / TEACHER_FILE).write_text('{"identity": "0"}')
+        write_manifest(checkpoint)
         rows = [
             {
                 "step": step,

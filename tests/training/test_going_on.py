@@ -5,21 +5,33 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import chex
 import jax
 import pytest
+from orbax.checkpoint import v1 as ocp
 
-from gemma2_jax.checkpoints.store import CONFIG_FILE, latest_step
-from gemma2_jax.config import UserError, save
+from gemma2_jax.checkpoints.integrity import write_manifest
+from gemma2_jax.checkpoints.store import CONFIG_FILE, find, latest_step
+from gemma2_jax.config import UserError, load, save
+from gemma2_jax.distill.on_policy import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.files import write_text
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.objectives.schedule import ScheduleConfig
 from gemma2_jax.sharding.layout import LayoutConfig
+from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training import loop
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.going_on import changes, check_same_run
 from gemma2_jax.training.loop import train, train_together
-from gemma2_jax.training.start import check_same_run
+from gemma2_jax.training.metrics import read_metrics
+from gemma2_jax.training.optimizer import build_optimizer
+from gemma2_jax.training.state import abstract_state
 from tests.distill.test_cache import write_teacher
+from tests.training.stops import stopped_after
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -104,3 +116,238 @@ def test_a_fraction_of_the_run_is_the_number_of_steps_that_it_comes_to(
     check_same_run(replace(begun, optimizer=replace(begun.optimizer, warmup_steps=0.25)))  # 2 of 8
     with pytest.raises(UserError, match=r"optimizer\.warmup_steps=2, and 4 is asked for"):
         check_same_run(replace(begun, optimizer=replace(begun.optimizer, warmup_steps=0.5)))
+
+
+def pretend(folder: Path, *steps: int) -> None:
+    """Whole checkpoints that nothing is in."""
+    for step in steps:
+        checkpoint = folder / "checkpoints" / str(step)
+        write_text(checkpoint / "params" / "_METADATA", "{}")
+        write_manifest(checkpoint)
+
+
+TIMES = ("tokens_per_second", "mfu")  # all that may differ between two runs of the same configuration
+CONSTANT = {"schedule": "constant", "final_fraction": 1.0}
+WSD = {"schedule": "wsd", "decay_steps": 2}
+COSINE = ScheduleConfig("cosine", peak=2.0, end=1.0)
+
+
+def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """With these keys of these sections."""
+    return replace(
+        config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
+    )
+
+
+def begun_with(
+    config: RunConfig, folder: Path, done: tuple[int, ...], **sections: dict[str, Any]
+) -> RunConfig:
+    """A run folder with this configuration, and checkpoints at the steps that are done."""
+    begun = replace(changed(config, **sections), output=str(folder))
+    save(begun, folder / CONFIG_FILE)
+    pretend(folder, *done)
+    return begun
+
+
+@pytest.mark.parametrize(
+    ("done", "begun", "asked"),
+    [
+        ((6, 8), {"optimizer": CONSTANT}, {"training": {"steps": 12}}),
+        ((6,), {"optimizer": CONSTANT}, {"training": {"steps": 6}}),
+        ((6,), {"optimizer": WSD}, {"training": {"steps": 12}}),  # before its decay
+        ((6,), {"optimizer": WSD}, {"optimizer": {"decay_steps": 1}}),
+        ((6,), {"optimizer": WSD}, {"optimizer": {**CONSTANT, "decay_steps": 0}}),
+        ((6,), {"optimizer": CONSTANT}, {"training": {"steps": 12}, "optimizer": {**WSD, "decay_steps": 6}}),
+        ((), {}, {"training": {"steps": 12}}),  # nothing is done but the beginning
+        ((8,), {}, {"training": {"eval_every": 2, "accumulation": 2}, "checkpoint": {"keep": 9}}),
+        ((8,), {}, {"compute": {"remat": "full", "unroll_layers": True}, "objective": {"block_tokens": 16}}),
+        ((8,), {}, {"tokenizer": {"vocab_size": None}, "distill": {"dtype": "bfloat16"}}),
+        ((8,), {}, {"initialise": {"batches": 2}}),
+    ],
+)
+def test_what_leaves_the_done_steps_as_they_are_is_allowed(
+    toy_run: RunConfig, tmp_path: Path, done: tuple[int, ...], begun: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    config = begun_with(toy_run, tmp_path, done, **begun)
+    check_same_run(changed(config, **asked))
+    if "steps" in asked.get("training", {}) or "optimizer" in asked:
+        assert list(changes(config, changed(config, **asked)))  # it will end as another run
+
+
+@pytest.mark.parametrize(
+    ("done", "begun", "asked", "told"),
+    [
+        ((8,), {}, {"training": {"steps": 12}}, r"with training\.steps=8, and 12 .* optimizer\.schedule=cosine gives"
+         r" another learning rate from step 4 on, .* write training\.steps=8, or choose another output"),
+        ((6,), {}, {"training": {"steps": 7}}, r"training\.steps=8, and 7 .* optimizer\.schedule=cosine"),
+        ((6, 8), {"optimizer": WSD}, {"training": {"steps": 12}}, r"optimizer\.schedule=wsd gives another learning rate"
+         r" from step [78] on, .* write training\.steps=8, delete the checkpoints after 6 in .*checkpoints"),
+        ((8,), {"optimizer": CONSTANT}, {"training": {"steps": 7}}, r"is trained to step 8 already, and"
+         r" training\.steps=7 is asked for; write training\.steps=8 or more"),
+        ((8,), {"optimizer": CONSTANT}, {"training": {"steps": 12}, "optimizer": {"warmup_steps": 3}},
+         r"optimizer\.warmup_steps=2, and 3 is asked for; write optimizer\.warmup_steps=2"),
+        ((8,), {}, {"optimizer": {"learning_rate": 0.02}}, r"optimizer\.learning_rate=0\.01, and 0\.02 is asked for"),
+        ((8,), {}, {"optimizer": {"clip_norm": 2.0}}, r"optimizer\.clip_norm=1\.0, and 2\.0 is asked for"),
+        ((), {}, {"optimizer": {"learning_rate": 0.02}, "training": {"steps": 9}}, r"is asked for"),
+    ],
+)  # fmt: skip
+def test_what_changes_the_done_steps_is_refused(
+    toy_run: RunConfig,
+    tmp_path: Path,
+    done: tuple[int, ...],
+    begun: dict[str, Any],
+    asked: dict[str, Any],
+    told: str,
+) -> None:
+    config = begun_with(toy_run, tmp_path, done, **begun)
+    if not done:  # with a first step that has a learning rate
+        config = begun_with(toy_run, tmp_path, done, optimizer={"warmup_steps": 0})
+    with pytest.raises(UserError, match=told):
+        check_same_run(changed(config, **asked))
+
+
+def test_schedules_of_the_objective_are_compared_by_their_values(done: RunConfig, tmp_path: Path) -> None:
+    config = begun_with(
+        changed(done, training={"steps": 8}, optimizer=CONSTANT),
+        tmp_path,
+        (4,),
+        objective={"temperature": COSINE},
+    )
+    with pytest.raises(
+        UserError, match=r"objective\.temperature\.kind=cosine gives another temperature from step 2 on"
+    ):
+        check_same_run(changed(config, training={"steps": 12}))
+    constant = begun_with(config, tmp_path, (4,), objective={"temperature": 2.0})
+    check_same_run(changed(constant, training={"steps": 12}))
+    check_same_run(changed(constant, objective={"temperature": ScheduleConfig("constant", peak=2.0)}))
+    later = ScheduleConfig("wsd", peak=2.0, end=1.0, decay_steps=2)
+    check_same_run(changed(constant, objective={"temperature": later}))
+    with pytest.raises(UserError, match=r"objective\.temperature=2\.0, and .* is asked for; write objective"):
+        check_same_run(changed(constant, objective={"temperature": replace(later, decay_steps=6)}))
+
+
+def test_own_samples_are_compared_by_their_steps(done: RunConfig, tmp_path: Path) -> None:
+    def with_own(config: RunConfig, fraction: float | ScheduleConfig, prompt_tokens: int = 6) -> RunConfig:
+        return changed(config, distill={"on_policy": OnPolicyConfig(fraction, prompt_tokens)})
+
+    steps = changed(done, training={"steps": 30, "eval_every": 1}, optimizer=CONSTANT)
+    config = begun_with(with_own(steps, 0.5), tmp_path, (20,))
+    check_same_run(changed(config, training={"steps": 40}))
+    with pytest.raises(UserError, match=r"on_policy\.prompt_tokens=6, and 5 is asked for; write distill"):
+        check_same_run(with_own(config, 0.5, prompt_tokens=5))
+    falling = ScheduleConfig("linear", peak=1.0, end=0.0)
+    config = begun_with(with_own(steps, falling), tmp_path, (20,))
+    with pytest.raises(
+        UserError, match=r"on_policy\.fraction\.kind=linear gives another choice between data and own"
+    ):
+        check_same_run(changed(config, training={"steps": 300}))
+    none_yet = ScheduleConfig("wsd", peak=0.0, end=1.0, decay_steps=5)
+    config = begun_with(with_own(steps, none_yet), tmp_path, (20,))
+    check_same_run(with_own(config, none_yet, prompt_tokens=5))
+
+
+def rows_of(config: RunConfig, split: str) -> list[dict[str, Any]]:
+    rows = [row for row in read_metrics(config.output) if row["split"] == split]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def last_state(config: RunConfig) -> Any:
+    """Parameters and optimizer state of the last checkpoint."""
+    found = find(config.output)
+    assert found is not None
+    optimizer = build_optimizer(config.optimizer, config.training.steps)
+    state = abstract_state(config.model, optimizer, build_mesh(config.mesh))
+    return ocp.load_checkpointables(found.path, {"params": state.params, "optimizer": state.optimizer})
+
+
+def test_a_longer_run_is_the_uninterrupted_one(toy_run: RunConfig, tmp_path: Path) -> None:
+    def of(steps: int, output: str) -> RunConfig:
+        config = changed(
+            toy_run, optimizer=CONSTANT, training={"steps": steps, "log_every": 3, "eval_every": 3}
+        )
+        return replace(config, output=str(tmp_path / output))
+
+    train(of(5, "longer"))
+    train(of(7, "longer"))
+    train(of(7, "whole"))
+    longer, whole = of(7, "longer"), of(7, "whole")
+    assert load(RunConfig, Path(longer.output) / CONFIG_FILE) == longer
+    chex.assert_trees_all_equal(last_state(longer), last_state(whole))
+    # The old last step keeps its rows. Each step is in one average.
+    assert [row["step"] for row in rows_of(longer, "train")] == [3, 5, 6, 7]
+    assert [row["step"] for row in rows_of(whole, "train")] == [3, 6, 7]
+    assert rows_of(longer, "train")[-1] == rows_of(whole, "train")[-1]
+    validated = rows_of(longer, "validation")
+    assert [row["step"] for row in validated] == [3, 5, 6, 7]
+    assert [row for row in validated if row["step"] != 5] == rows_of(whole, "validation")
+
+    before = (Path(longer.output) / "metrics.jsonl").read_text()
+    train(longer)
+    assert (Path(longer.output) / "metrics.jsonl").read_text() == before
+
+
+def test_a_shorter_run_is_evaluated_at_its_end(toy_run: RunConfig, tmp_path: Path) -> None:
+    config = changed(
+        toy_run, optimizer=CONSTANT, training={"steps": 8, "eval_every": 8}, checkpoint={"every": 2}
+    )
+    config = replace(config, output=str(tmp_path / "run"))
+    with stopped_after(3):
+        train(config)
+    shorter = changed(config, training={"steps": 2})
+    train(shorter)
+    whole = replace(shorter, output=str(tmp_path / "whole"))
+    train(whole)
+    assert rows_of(shorter, "train") == rows_of(whole, "train")
+    assert rows_of(shorter, "validation") == rows_of(whole, "validation")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "tokenizer.model", "data.json", "teacher.json", "checkpoints"]
+)
+def test_what_is_missing_of_a_run_folder_is_named(done: RunConfig, tmp_path: Path, name: str) -> None:
+    run = Path(shutil.copytree(done.output, tmp_path / "run"))
+    shutil.move(run / name, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=rf"{run / name} is missing"):
+        train(replace(done, output=str(run)))
+    assert not (run / name).exists()  # nothing was begun anew
+
+
+BROKEN = [b"\0\0\0\n\0\n", b"{\n", b"[1, 2]\n", b"\xff\xfe\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, b"") for name in ("config.yaml", "data.json", "teacher.json")),
+        *(
+            (name, text)
+            for name in ("config.yaml", "data.json", "teacher.json", "metrics.jsonl")
+            for text in BROKEN
+        ),
+    ],
+)
+def test_a_broken_file_of_a_run_folder_is_named(
+    done: RunConfig, tmp_path: Path, name: str, content: bytes
+) -> None:
+    run = Path(shutil.copytree(done.output, tmp_path / "run"))
+    (run / name).write_bytes(content)
+    moved = shutil.copytree(str(done.distill.teacher), tmp_path / "moved")  # so that teacher.json is compared
+    with pytest.raises(UserError, match=rf"{run / name}|{run} was (taught|trained)"):
+        train(replace(taught_by(done, moved), output=str(run)))
+
+
+def test_checkpoints_that_were_deleted_are_not_trained_over(done: RunConfig, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(done.output, tmp_path / "run"))
+    for file in (run / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    with pytest.raises(UserError, match=r"holds no whole checkpoint: .*/checkpoints/2 is not whole"):
+        train(replace(done, output=str(run)))
+
+
+def test_a_converted_model_is_no_run_to_go_on_with(done: RunConfig, tmp_path: Path) -> None:
+    teacher_folder = Path(str(done.distill.teacher))
+    run = Path(shutil.copytree(teacher_folder, tmp_path / "run"))
+    write_text(run / CONFIG_FILE, "model:\n  num_layers: 2\n")
+    with pytest.raises(UserError, match=r"holds a converted model; .*initialise\.source="):
+        train(replace(done, output=str(run)))

@@ -91,6 +91,37 @@ def test_a_resumed_run_is_bit_identical(finished: RunConfig, cut_after: int, tmp
     chex.assert_trees_all_equal(resumed.params(), whole.params())
 
 
+def test_a_run_goes_on_from_the_one_before_a_broken_checkpoint(
+    finished: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished.output, tmp_path / "run"))
+    for file in (run / "checkpoints" / "8").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    config = replace(finished, output=str(run))
+    train(config)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "goes on from its checkpoint at step 6" in said
+    assert "checkpoints/8 is not whole" in said
+    assert without_times(run) == without_times(Path(finished.output))
+    chex.assert_trees_all_equal(load_model(run).params(), load_model(finished.output).params())
+
+
+def test_flipped_bits_are_trained_again(finished: RunConfig, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished.output, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "8")
+    with stopped_after(8):  # at step 6 again, which is the newest
+        train(replace(finished, output=str(run)))
+    largest = max((run / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 64
+    largest.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"holds no whole checkpoint: .*checkpoints/6 is not whole \(.* has changed"
+    ):
+        train(replace(finished, output=str(run)))
+
+
 def scheduled(finished: RunConfig, output: Path) -> RunConfig:
     """Distilled from `finished` by a mixture whose weights and temperature change."""
     objective = ObjectiveConfig(

@@ -1,0 +1,148 @@
+"""What Orbax raises and says where it cannot read or write a checkpoint, as one error of ours."""
+
+import gc
+import inspect
+import logging
+import sys
+import sysconfig
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gemma2_jax.config import UserError
+
+_PATIENCE = 30  # seconds
+_QUIET = 0.2  # seconds without a complaint, after which no more is expected
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
+_THEIRS = ("/orbax/checkpoint/", "/tensorstore/", "/etils/")  # in paths of source files
+
+
+def reading(path: Path) -> AbstractContextManager[None]:
+    """Tells in one sentence that Orbax cannot read what is at `path`."""
+    return _orbax(lambda reason: UserError(f"{path} cannot be read as a checkpoint of ours: {reason}."))
+
+
+def writing(folder: Path) -> AbstractContextManager[None]:
+    """Raises an OSError where Orbax cannot write into `folder`, once nothing in it changes any more."""
+    return _orbax(partial(_not_written, folder))
+
+
+@contextmanager
+def _orbax(translate: Callable[[str], Exception]) -> Iterator[None]:
+    """Raises what `translate` makes of the reason where Orbax or the file system fails.
+
+    Of what Orbax logs and raises itself, nothing is shown. Other errors (too little memory, a mistake in the code
+    inside) stay what they are.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+    leftovers = _Leftovers(hook)
+    sys.unraisablehook = leftovers
+    reason = None
+    try:
+        yield
+    except Exception as error:
+        origin = _origin(error)
+        if not _is_theirs(origin):
+            raise origin from None
+        reason = _one_line(origin)
+        del origin
+        _let_go(error)
+        leftovers.wait()
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    if reason is not None:
+        raise translate(reason) from None
+
+
+class _Leftovers:
+    """A `sys.unraisablehook` that keeps silent about what Orbax leaves behind after a failure: reads that find their
+    event loop closed, and coroutines that never ran."""
+
+    def __init__(self, hook: Callable[[Any], None]) -> None:
+        self._hook = hook
+        self._last = time.monotonic()
+
+    def __call__(self, unraisable: Any) -> None:
+        if _is_left_over(unraisable):
+            self._last = time.monotonic()
+        else:
+            self._hook(unraisable)
+
+    def wait(self) -> None:
+        """Returns when what is left behind has gone, as far as can be seen."""
+        begun = time.monotonic()
+        while time.monotonic() < min(max(begun, self._last) + _QUIET, begun + _PATIENCE):
+            time.sleep(_QUIET / 4)
+
+
+def _is_left_over(unraisable: Any) -> bool:
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(unraisable.exc_traceback)]
+    if inspect.iscoroutine(unraisable.object):
+        codes.append(unraisable.object.cr_code)
+    in_orbax = any(_THEIRS[0] in code.co_filename for code in codes)
+    return in_orbax or str(unraisable.exc_value) == "Event loop is closed"
+
+
+def _origin(error: BaseException) -> BaseException:
+    """What an error began with, where Orbax has wrapped it."""
+    while error.__cause__ is not None and _is_theirs(error):
+        error = error.__cause__
+    return error
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Lets go of the reads that an error's frames hold, so that they complain now and not at any later time."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
+
+
+def _is_theirs(error: BaseException) -> bool:
+    """Whether an error comes of the file system or of Orbax: its own kinds, and any that was raised in its code."""
+    if isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError):
+        return False
+    if isinstance(error, OSError) or type(error).__module__.startswith("orbax."):
+        return True
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [file for file in files if not _in_standard_library(file)]
+    return bool(own) and any(name in own[-1] for name in _THEIRS)
+
+
+def _in_standard_library(file: str) -> bool:
+    return file.startswith((_STANDARD_LIBRARY, "<")) and "-packages" not in file
+
+
+def _not_written(folder: Path, reason: str) -> OSError:
+    """The error of a folder that could not be written whole, once nothing in it changes any more.
+
+    Orbax fails with the first write that does, and cannot be asked to wait for the others: they would make files, and
+    folders for them, in the place of those that the caller then removes.
+    """
+    before: set[tuple[str, int]] | None = None
+    for _ in range(_PATIENCE):
+        found = set()
+        for path in folder.rglob("*"):
+            with suppress(FileNotFoundError):
+                found.add((str(path), path.stat().st_mtime_ns))
+        if found == before:
+            break
+        before = found
+        time.sleep(1.0)
+    return OSError(reason)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")

@@ -1,0 +1,47 @@
+"""What a checkpoint says about the arrays of its trees, before any of them is read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from gemma2_jax.checkpoints.failures import reading
+from gemma2_jax.config import UserError
+
+
+def array_metadata(path: Path, tree: str) -> Any:
+    """What a checkpoint says about the arrays of one of its trees."""
+    with reading(path / tree):
+        found = ocp.metadata(path, tree).metadata
+    if found is None:  # Orbax's word for a tree whose files it cannot read
+        raise UserError(
+            f"{path / tree} cannot be read as a checkpoint of ours: its files are damaged or not all there."
+        )
+    return found
+
+
+def check_trees(path: Path, targets: Mapping[str, Any]) -> None:
+    """Compare what a checkpoint holds with what is wanted, before any of it is read."""
+    for tree, target in targets.items():
+        found = _shapes(array_metadata(path, tree))
+        wanted = _shapes(target)
+        for name in sorted(wanted.keys() | found.keys()):
+            if name not in found:
+                raise UserError(f"{path}/{tree} lacks {name} of shape {wanted[name]}.")
+            if name not in wanted:
+                raise UserError(f"{path}/{tree} holds {name}, which this configuration does not have.")
+            if found[name] != wanted[name]:
+                raise UserError(
+                    f"{path}/{tree} holds {name} of shape {found[name]}, where this configuration has {wanted[name]}."
+                )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {name_of(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def name_of(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,89 @@
+"""What fails in Orbax or on the disk is one sentence; all else stays what it is, and nothing is left replaced."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gemma2_jax.checkpoints.failures import reading, writing
+from gemma2_jax.config import UserError
+
+
+class WrappedError(Exception):
+    """As Orbax's own."""
+
+
+WrappedError.__module__ = "orbax.checkpoint.somewhere"
+
+
+def fail_in(file: str, error: str) -> Callable[[], None]:
+    """A function that raises `error`, as if it were in a source file of that path."""
+    found: dict[str, Callable[[], None]] = {}
+    exec(compile(f"def fail():\n    raise {error}", file, "exec"), found)
+    return found["fail"]
+
+
+def raise_from(error: Exception, cause: Exception | Callable[[], None]) -> None:
+    """Raises `error` from a cause that was raised itself."""
+    try:
+        if isinstance(cause, Exception):
+            raise cause
+        cause()
+    except Exception as raised:
+        raise error from raised
+
+
+IN_ORBAX = "/site-packages/orbax/checkpoint/_src/handlers/handler.py"
+
+
+@pytest.mark.parametrize("error", ["OSError('no')", "ValueError('no')", "TypeError('no')", "Exception('no')"])
+def test_what_orbax_raises_is_one_sentence(error: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"3 cannot be read as a checkpoint of ours: no\."),
+        reading(tmp_path / "3"),
+    ):
+        fail_in(IN_ORBAX, error)()
+
+
+def test_the_cause_is_told_and_not_what_it_is_wrapped_in(tmp_path: Path) -> None:
+    cause = fail_in(IN_ORBAX, "ValueError('the cause')")
+    with pytest.raises(UserError, match=r"ours: the cause\.$"), reading(tmp_path):
+        raise_from(WrappedError("no handler"), cause)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("too much"), UserError("a sentence."), TypeError("of the caller"), ZeroDivisionError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_other_errors_stay_what_they_are(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as raised, reading(tmp_path):
+        raise error
+    assert raised.value is error
+    with pytest.raises(type(error)) as raised, reading(tmp_path):
+        raise_from(WrappedError("no handler"), error)
+    assert raised.value is error
+
+
+def test_an_error_of_ours_about_a_file_stays_ours(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="our own words"), reading(tmp_path):
+        raise_from(UserError("our own words."), OSError("the file system's"))
+
+
+@pytest.mark.parametrize("error", [None, OSError("no"), MemoryError(), KeyboardInterrupt()])
+def test_the_hook_is_given_back(error: BaseException | None, tmp_path: Path) -> None:
+    hook = sys.unraisablehook
+    try:
+        with reading(tmp_path):
+            assert sys.unraisablehook is not hook
+            if error is not None:
+                raise error
+    except BaseException:
+        assert error is not None
+    assert sys.unraisablehook is hook
+
+
+def test_a_disk_that_takes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), writing(tmp_path):
+        raise OSError("No space left on device")
