@@ -12,6 +12,7 @@ restores into an abstract target, which fixes shapes, dtypes and shardings: a ch
 
 import gc
 import inspect
+import itertools
 import json
 import logging
 import sys
@@ -39,6 +40,7 @@ CONFIG_FILE = "config.yaml"  # the whole configuration of the run
 TOKENIZER_FILE = "tokenizer.model"  # a copy of its tokenizer
 _ITERATOR = "data"
 _PATIENCE = 30  # seconds
+_stores = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class CheckpointStore:
         folder.mkdir(parents=True, exist_ok=True)
         policy = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            folder, preservation_policy=policy, cleanup_tmp_directories=True
+            folder, preservation_policy=policy, cleanup_tmp_directories=True, context=_own_barriers()
         )
 
     def __enter__(self) -> "CheckpointStore":
@@ -99,6 +101,16 @@ class CheckpointStore:
             restored = self._checkpointer.load_checkpointables(step, abstract_trees)
             iterator.set_state(_iterator_state(path / _ITERATOR))
         return {name: restored[name] for name in abstract_trees}
+
+
+def _own_barriers() -> ocp.Context:
+    """Keeps the processes that wait for one another in one store apart from those in another that is open beside it.
+
+    Stores are made in the same order in all processes.
+    """
+    context = ocp.Context()
+    context.multiprocessing.barrier_sync_key_prefix = f"store{next(_stores)}"
+    return context
 
 
 def latest_step(run_folder: str | Path) -> int | None:
