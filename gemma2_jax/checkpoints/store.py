@@ -13,6 +13,7 @@ one before it is used. Everything restores into an abstract target, which fixes 
 checkpoint moves between meshes.
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -42,6 +43,7 @@ CONFIG_FILE = "config.yaml"  # the whole configuration of the run
 TOKENIZER_FILE = "tokenizer.model"  # a copy of its tokenizer
 PARAMS = "params"  # the tree that a model is read from
 _ITERATOR = "data"
+_stores = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,11 @@ def load_model(run_folder: str | Path, dtype: Any = "float32", mesh: Mesh | None
 
 
 def _checkpointer(folder: Path, saving: Callable[[], int], **options: Any) -> ocp.training.Checkpointer:
-    """Orbax's, which ends each checkpoint with its manifest; `saving` gives the step of the save in progress."""
+    """Orbax's, which ends each checkpoint with its manifest; `saving` gives the step of the save in progress.
+
+    Processes that wait for one another in one store are kept apart from those in another that is open beside it: stores
+    are made in the same order in all processes, and numbered.
+    """
 
     def finish() -> None:
         # Called when the files of all processes are written, before their folder gets its name.
@@ -277,6 +283,7 @@ def _checkpointer(folder: Path, saving: Callable[[], int], **options: Any) -> oc
 
     context = ocp.Context()
     context.async_options.post_finalization_callback = finish
+    context.multiprocessing.barrier_sync_key_prefix = f"store{next(_stores)}"
     return ocp.training.Checkpointer(folder, context=context, **options)
 
 

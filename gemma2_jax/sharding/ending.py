@@ -1,14 +1,14 @@
 """How a job of several processes ends when one of them fails: all end, and process 0 says why, in a sentence.
 
 The first that fails leaves its reason with JAX's coordinator. A thread in each of the others waits for that, since
-their main threads may be waiting for a result that never comes. One that is killed leaves none: process 0 notices that
-its connection has ended without a farewell, long before JAX does, and leaves the reason for it.
+their main threads may be waiting for a result that never comes. One that is killed or suspended leaves none: process 0
+notices it by its connection (`links`), long before JAX does, and leaves the reason for it. Where that is process 0,
+there is no coordinator to leave a reason with, and the others end by themselves.
 """
 
 import _thread
 import json
 import os
-import selectors
 import signal
 import socket
 import sys
@@ -19,10 +19,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gemma2_jax.sharding.links import LiveLinks
+
 _REASON = "gemma2_jax/ended"  # the key of the reason with the coordinator
 _DONE = "done"  # in its place, when there is none
-_FAREWELL = b"."
-_TOGETHER = 0.2  # seconds in which processes of one host that goes down are gone
 _GRACE = 0.5  # seconds in which a process that fails by itself, as all may at once, does so
 _UNWIND = 10.0  # seconds to close files in
 _NOTICE = 2.0  # seconds in which process 0 tells of one that is gone, surely
@@ -37,7 +37,7 @@ class _Reason:
         process: the one that failed first, or tells of those that are gone.
         code: with which all exit.
         told: a sentence, perhaps empty.
-        gone: processes that cannot be waited for.
+        gone: processes that cannot be waited for, killed or suspended.
     """
 
     process: int
@@ -55,7 +55,7 @@ class _Watch:
     """
 
     def __init__(self, client: Any, process: int, count: int, links: Mapping[int, socket.socket]) -> None:
-        self.client, self.process, self.count, self.links = client, process, count, links
+        self.client, self.process, self.count, self.links = client, process, count, LiveLinks(links)
         self.leaving = threading.Event()
         self.another_ended = threading.Event()
         self.interrupted = False
@@ -77,8 +77,7 @@ def watch(client: Any, process: int, count: int, links: Mapping[int, socket.sock
     global _watch
     _watch = _Watch(client, process, count, links)
     _watch.thread.start()
-    if process == 0:  # where that is gone, JAX has lost its coordinator, and aborts the others at once
-        threading.Thread(target=_mind, args=(_watch,), daemon=True, name="links to other processes").start()
+    threading.Thread(target=_mind, args=(_watch,), daemon=True, name="links to other processes").start()
 
 
 def is_watched() -> bool:
@@ -112,7 +111,7 @@ def _finish(watch: _Watch) -> None:
     """Waits until all are done: process 0 takes the coordinator with it."""
     watch.client.wait_at_barrier("gemma2_jax/done", 24 * 3600 * 1000)
     watch.leaving.set()
-    _say_farewell(watch)
+    watch.links.say_farewell()
     # A thread that still waits in C++ when Python ends would abort the process.
     if watch.process == 0:
         watch.client.key_value_set(_REASON, _DONE)
@@ -132,7 +131,7 @@ def _end(watch: _Watch, own: _Reason) -> None:
         left = [number for number in range(watch.count) if number not in first.gone]
         with suppress(Exception):  # some are gone already
             watch.client.wait_at_barrier("gemma2_jax/ending", int(2 * _UNWIND * 1000), left)
-        _say_farewell(watch)
+        watch.links.say_farewell()
         if watch.process == 0:
             time.sleep(_GRACE)
     finally:
@@ -179,36 +178,12 @@ def _wait(watch: _Watch) -> None:
 
 
 def _mind(watch: _Watch) -> None:
-    """Leaves a reason, in process 0, for processes whose connection ends without a farewell."""
-    with selectors.DefaultSelector() as selector:
-        for number, link in watch.links.items():
-            selector.register(link, selectors.EVENT_READ, number)
-        while selector.get_map():
-            selector.select()
-            time.sleep(_TOGETHER)
-            gone = []
-            for key, _ in selector.select(0):
-                selector.unregister(key.fileobj)
-                if not _has_said_farewell(watch.links[key.data]):
-                    gone.append(key.data)
-            if gone:
-                names = (
-                    f"process {gone[0]} is"
-                    if len(gone) == 1
-                    else f"processes {', '.join(map(str, gone))} are"
-                )
-                told = f"gemma2: {names} gone: killed, or the host is down."
-                _publish(watch, _Reason(0, 1, told, gone))  # which this process follows, as all do
-
-
-def _say_farewell(watch: _Watch) -> None:
-    for link in watch.links.values():
-        with suppress(OSError):
-            link.send(_FAREWELL)
-
-
-def _has_said_farewell(link: socket.socket) -> bool:
-    try:
-        return link.recv(1) == _FAREWELL
-    except OSError:
-        return False
+    """Ends the job for processes that are lost: by a reason that all follow, but where there is no coordinator."""
+    for lost in watch.links.lost():
+        told = f"gemma2: {lost}"
+        if watch.process == 0:
+            _publish(watch, _Reason(0, 1, told, lost.numbers))  # which this process follows, as all do
+        elif not watch.leaving.is_set():
+            if watch.process == 1:  # one of them suffices
+                print(told, file=sys.stderr, flush=True)
+            os._exit(1)

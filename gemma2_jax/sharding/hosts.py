@@ -13,8 +13,10 @@ import json
 import os
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +30,11 @@ from jax._src.clusters import ClusterEnv
 
 from gemma2_jax.config import UserError, differences
 from gemma2_jax.sharding.ending import watch
+from gemma2_jax.sharding.links import JAX_SILENCE
 from gemma2_jax.sharding.rendezvous import meet, split_address
 
-_WAIT_HOURS = 24  # for process 0 to prepare data, at most
+_WAIT_MS = 24 * 3600 * 1000  # for process 0 to prepare data, at most
+_BETWEEN_LOOKS = 0.2  # seconds
 _PREFIX = "gemma2_jax"  # of what is kept with JAX's coordinator
 _CLUSTERS = {
     "slurm": "SLURM",
@@ -110,6 +114,7 @@ def join(config: HostsConfig) -> None:
         place.devices,
         cluster_detection_method="deactivate",
         initialization_timeout=config.timeout,
+        heartbeat_timeout_seconds=JAX_SILENCE,
     )
     watch(distributed.global_state.client, place.process_id, place.num_processes, links)
     if not is_first():
@@ -167,8 +172,7 @@ def first_process_first() -> Iterator[None]:
 def wait_for_all(name: str) -> None:
     """Returns when all processes have come here; without their devices, for which some may have to compile first."""
     if jax.process_count() > 1:
-        client: Any = distributed.global_state.client
-        client.wait_at_barrier(_numbered(name), _WAIT_HOURS * 3600 * 1000)
+        _interruptibly(_client().wait_at_barrier, _numbered(name), _WAIT_MS)
 
 
 def check_agreement(values: Mapping[str, Any]) -> None:
@@ -179,12 +183,7 @@ def check_agreement(values: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    client: Any = distributed.global_state.client
-    key = _numbered("agreement")
-    if is_first():
-        client.key_value_set(key, json.dumps(values))
-        return
-    first = json.loads(client.blocking_key_value_get(key, _WAIT_HOURS * 3600 * 1000))
+    first = from_first(values)
     for name, there, here in differences(first, json.loads(json.dumps(values)), missing="missing"):
         raise UserError(
             f"{name} is {there} in process 0 and {here} in process {jax.process_index()}; all processes must be "
@@ -194,16 +193,48 @@ def check_agreement(values: Mapping[str, Any]) -> None:
 
 def first_finding(found: str | None) -> str | None:
     """What the first process that found something has found, in all processes; None if none has. Waits for all."""
+    return next((text for text in from_all(found) if text), None)
+
+
+def from_first(value: Any) -> Any:
+    """What process 0 gives, in all processes, as JSON holds it."""
     if jax.process_count() == 1:
-        return found
-    client: Any = distributed.global_state.client
-    key = _numbered("finding")
-    client.key_value_set(f"{key}/{jax.process_index()}", found or "")
-    each = (
-        client.blocking_key_value_get(f"{key}/{number}", _WAIT_HOURS * 3600 * 1000)
-        for number in range(jax.process_count())
-    )
-    return next((text for text in list(each) if text), None)
+        return json.loads(json.dumps(value))
+    key = _numbered("first")
+    if is_first():
+        _client().key_value_set(key, json.dumps(value))
+    return json.loads(_interruptibly(_client().blocking_key_value_get, key, _WAIT_MS))
+
+
+def from_all(value: Any) -> list[Any]:
+    """What each process gives, by its number, in all processes, as JSON holds it; waits for all."""
+    if jax.process_count() == 1:
+        return [json.loads(json.dumps(value))]
+    key = _numbered("all")
+    _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    wait_for_all(key)
+    given = {name.rpartition("/")[2]: text for name, text in _client().key_value_dir_get(f"{key}/")}
+    return [json.loads(given[str(number)]) for number in range(jax.process_count())]
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+def _interruptibly(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What `call` gives, which waits in C++: in a thread, so that a signal, or another's end, can end the wait here."""
+    given: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            given.set_result(call(*arguments))
+        except BaseException as error:
+            given.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="waiting for other processes").start()
+    while not given.done():
+        wait([given], _BETWEEN_LOOKS)  # `_thread.interrupt_main` is seen between two waits only
+    return given.result()
 
 
 def _numbered(name: str) -> str:

@@ -26,9 +26,9 @@ from gemma2_jax.training.taught_by import read_taught_by
 # same is checked by content.
 _MAY_CHANGE = {
     "name", "output", "hosts", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "profile",
-    "compilation_cache", "training.log_every", "training.eval_every", "training.eval_batches",
-    "training.profile_steps",
-    "data.source", "data.folder", "data.workers", "data.shard_characters", "data.skip_invalid", "tokenizer", "distill.model",
+    "compilation_cache", "training.log_every", "training.eval_every", "training.eval_batches", "training.profile_steps",
+    "data.source", "data.folder", "data.workers", "data.shard_characters", "data.skip_invalid", "tokenizer",
+    "distill.model",
     "compute.remat", "compute.unroll_layers", "compute.attention", "objective.block_tokens", "training.accumulation",
 }  # fmt: skip
 _STEPS = "training.steps"

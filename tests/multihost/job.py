@@ -34,8 +34,18 @@ def environment(devices: int) -> dict[str, str]:
     }
 
 
-def run_job(commands: Sequence[Sequence[str]], devices: int = 1) -> list[Ended]:
-    """Runs `python COMMAND` for each process, told where the others are, and waits for all."""
+def run_job(
+    commands: Sequence[Sequence[str]],
+    devices: int = 1,
+    folders: Sequence[Path] | None = None,
+    frozen: int | None = None,
+) -> list[Ended]:
+    """Runs `python COMMAND` for each process, told where the others are, and waits for all.
+
+    Args:
+        folders: that they are started in, one for each.
+        frozen: one that does not end by itself.
+    """
     port = free_port()
     running = [
         subprocess.Popen(
@@ -44,18 +54,23 @@ def run_job(commands: Sequence[Sequence[str]], devices: int = 1) -> list[Ended]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=None if folders is None else folders[number],
         )
         for number, command in enumerate(commands)
     ]
     try:
-        told = [process.communicate(timeout=_SECONDS) for process in running]
+        told = {
+            number: process.communicate(timeout=_SECONDS)
+            for number, process in enumerate(running)
+            if number != frozen
+        }
+        if frozen is not None:
+            running[frozen].kill()
+            told[frozen] = running[frozen].communicate()
     finally:
         for process in running:
             process.kill()
-    return [
-        Ended(process.returncode, _own(output), _own(errors))
-        for process, (output, errors) in zip(running, told, strict=True)
-    ]
+    return [Ended(process.returncode, *map(_own, told[number])) for number, process in enumerate(running)]
 
 
 def hosts(port: int, count: int, number: int) -> list[str]:

@@ -55,6 +55,22 @@ def test_one_that_is_killed(command: list[str]) -> None:
     assert "Traceback" not in first.errors
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_one_that_is_suspended(command: list[str], frozen: int) -> None:
+    """Its connections stay; it is noticed sooner here than usual. Process 1 tells of process 0, which cannot."""
+    impatient = "from gemma2_jax.sharding import ending, links; links.SILENCE = 5; ending._UNWIND = 2"
+    waiting = ["-c", f"{impatient}; from gemma2_jax.cli.main import main; raise SystemExit(main())", *command]
+    commands = [waiting, waiting]
+    commands[frozen] = [*FAILING, "SIGSTOP", *command]
+    ended = run_job(commands, frozen=frozen)
+    other = ended[1 - frozen]
+    assert other.code == 1
+    assert other.errors.splitlines()[-1] == (
+        f"gemma2: process {frozen} has not answered for 5 s: suspended (SIGSTOP), or the host hangs."
+    )
+    assert "Traceback" not in other.errors
+
+
 def test_one_that_was_started_otherwise(command: list[str]) -> None:
     first, second = run_job([[*GEMMA2, *command], [*GEMMA2, *command, "seed=1"]])
     assert (first.code, second.code) == (1, 1)

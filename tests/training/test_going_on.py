@@ -20,7 +20,7 @@ from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.files import write_text
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.objectives.objective import ObjectiveConfig
-from gemma2_jax.objectives.schedule import ScheduleConfig
+from gemma2_jax.schedule import ScheduleConfig
 from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training import loop
