@@ -54,7 +54,10 @@ class Submission:
         for path, text in self.files.items():
             write_text(path, text)
         for command in self.commands:
-            code = subprocess.run(command, check=False).returncode
+            try:
+                code = subprocess.run(command, check=False).returncode
+            except OSError as error:
+                raise UserError(f"{command[0]} cannot be run: {error.strerror}.") from None
             if code:
                 raise UserError(f"`{shlex.join(command)}` failed with exit code {code}; its output is above.")
 

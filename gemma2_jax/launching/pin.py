@@ -21,6 +21,7 @@ from pathlib import Path
 import gemma2_jax
 from gemma2_jax.config import UserError, to_yaml
 from gemma2_jax.files import replacing, write_bytes, write_text
+from gemma2_jax.launching.reasons import meaningful_line
 from gemma2_jax.training.config import RunConfig
 
 CODE, ARCHIVE, CONFIG, PIN = "code", "code.tar.gz", "config.yaml", "pin.json"
@@ -63,6 +64,9 @@ def find_checkout() -> Path:
             f"gemma2_jax runs from {folder}, which is no git checkout, so its code cannot be pinned; launch from a "
             "checkout (pip install -e .)."
         )
+    _git(
+        folder, "rev-parse", "--git-dir"
+    )  # what git has against the checkout is told by this, and not by a diff
     return folder
 
 
@@ -142,7 +146,8 @@ def _tree_of_files(checkout: Path, new: Sequence[str], dry_run: bool) -> str:
     """Git's name for the files that it knows, as they lie, and the new ones; neither they nor the index are touched."""
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index"
-        shutil.copyfile(_git_path(checkout, "index"), index)
+        # With its time: a file that changed in the same instant counts as changed by that.
+        shutil.copy2(_git_path(checkout, "index"), index)
         variables = {"GIT_INDEX_FILE": str(index), "GIT_LITERAL_PATHSPECS": "1"}
         if dry_run:
             (Path(folder) / "objects").mkdir()
@@ -166,10 +171,13 @@ def _git_bytes(checkout: Path, *arguments: str, **variables: str) -> bytes:
     done = subprocess.run(
         ["git", "-C", str(checkout), *arguments],
         capture_output=True,
-        env={**os.environ, **variables},
+        env={**os.environ, "LC_ALL": "C", **variables},  # its messages in English
         check=False,
     )
     if done.returncode:
-        reason = " ".join(done.stderr.decode(errors="replace").split()).rstrip(".")
-        raise UserError(f"git {arguments[0]} failed in {checkout}: {reason}.")
+        said = done.stderr.decode(errors="replace")
+        reason = meaningful_line(said) or f"exit code {done.returncode}"
+        allow = next((line.strip() for line in said.splitlines() if "safe.directory" in line), None)
+        remedy = "" if allow is None else f"; if you trust it: {allow}"
+        raise UserError(f"git {arguments[0]} failed in {checkout}: {reason}{remedy}.")
     return done.stdout

@@ -16,6 +16,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.files import write_text
 from gemma2_jax.launching.job import SCRIPT, Job, import_from, need_tool, script_of, training_lines
 from gemma2_jax.launching.pin import CODE, CONFIG
+from gemma2_jax.launching.reasons import meaningful_line
 from gemma2_jax.launching.settings import SlurmSettings
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def submit(settings: SlurmSettings, job: Job) -> str:
     try:
         submitted = executor.submit(Training(str(path)))
     except (FailedSubmissionError, UncompletedJobError, OSError) as error:
-        raise UserError(f"SLURM refuses the job: {' '.join(str(error).split())}") from None
+        raise UserError(f"SLURM refuses the job: {meaningful_line(str(error))}.") from None
     words = f"its output goes to {submitted.paths.folder}"
     if not settings.local:
         return f"{job.name} is job {submitted.job_id}; {words}."

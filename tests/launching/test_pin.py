@@ -128,3 +128,27 @@ def test_a_package_outside_a_checkout_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("gemma2_jax.__file__", str(tmp_path / "gemma2_jax" / "__init__.py"))
     with pytest.raises(UserError, match="which is no git checkout, so its code cannot be pinned"):
         find_checkout()
+
+
+def test_a_checkout_that_git_does_not_trust_is_told_in_gits_own_words(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`git diff` would print its usage there, since it takes the folder for none of git's."""
+    monkeypatch.setattr("gemma2_jax.__file__", str(checkout / "gemma2_jax" / "__init__.py"))
+    assert find_checkout() == checkout
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(UserError) as caught:
+        find_checkout()
+    assert str(caught.value) == (
+        f"git rev-parse failed in {checkout}: fatal: detected dubious ownership in repository at '{checkout}'; if you "
+        f"trust it: git config --global --add safe.directory {checkout}."
+    )
+
+
+def test_a_broken_checkout_is_told_in_gits_own_words(
+    checkout: Path, toy_run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / ".git" / "HEAD").write_text("nonsense")
+    monkeypatch.setattr("gemma2_jax.__file__", str(checkout / "gemma2_jax" / "__init__.py"))
+    with pytest.raises(UserError, match=r"^git rev-parse failed in [^\n]*: fatal: [^\n]*\.$"):
+        find_checkout()
