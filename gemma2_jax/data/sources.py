@@ -1,7 +1,7 @@
 """Where documents come from: the built-in corpus, or files of the user's own, read as a stream."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +24,7 @@ class Source(Protocol):
     """
 
     name: str
-    files: Sequence[Path]
+    files: list[Path]
     size: int
     skipped: Skipped
 
