@@ -18,6 +18,7 @@ from gemma2_jax.files import locked
 from gemma2_jax.sharding.hosts import HostsConfig, check_agreement, is_first
 from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
+from gemma2_jax.sharding.sharing import check_shared
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.inputs import Inputs
 from gemma2_jax.training.profile import Profile
@@ -26,8 +27,8 @@ from gemma2_jax.training.start import (
     check_batch,
     check_data,
     check_same_data,
+    check_same_inputs,
     check_same_run,
-    check_shared,
     check_together,
     data_identity,
     names_other_teacher,
@@ -71,6 +72,7 @@ def train_together(configs: Sequence[RunConfig]) -> None:
     if not any(config.distill.teaches for config in left):
         _check_teacher_of(done)
     if left:
+        check_same_inputs(left)
         _train(left, done)
 
 
@@ -100,7 +102,7 @@ def _train(left: Sequence[RunConfig], done: Sequence[RunConfig]) -> None:
         if is_first():
             for config in left:
                 _take_folder(config, stack)
-        check_shared(left)
+        check_shared([("output", config.output) for config in left])
         name = left[0].name if len(left) == 1 else f"{len(left)} runs"
         progress = stack.enter_context(TrainingProgress(name, left[0].training.steps, show=is_first()))
         trainers = []
