@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+LOCK = ".lock"  # in a folder that `locked` holds
+
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes `text` as UTF-8 to `path`, making its folder; a reader never sees half of it."""
@@ -83,7 +85,7 @@ def locked(folder: str | os.PathLike[str], wait: bool) -> Iterator[None]:
     path = Path(folder)
     made = [each for each in (path, *path.parents) if not each.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    lock = path / ".lock"
+    lock = path / LOCK
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:

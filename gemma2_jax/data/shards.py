@@ -21,6 +21,7 @@ from gemma2_jax.files import write_text
 
 FORMAT = 2  # of the folder; raised when a reader of the old one would misread the new one
 MANIFEST = "manifest.json"
+_BLOCK, _BLOCK_HEADER, _RECORD_OVERHEAD = 64 * 1024, 24, 50  # bytes, of an ArrayRecord file
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,18 @@ class RecordWriter:
         with suppress(RuntimeError):  # not all of it could be written
             self._writer.close()
         self._temporary.unlink(missing_ok=True)
+
+
+def record_file_size(records: int, content: int) -> int:
+    """Bytes of a file that `RecordWriter` makes of so many records without compression, `content` bytes together.
+
+    ArrayRecord pads what it writes to whole blocks, the file's own header too. Beside its content, a record takes a
+    header and an entry of the index, both with its length as a varint; and each block has a header. Found by
+    measurement of files from 1 to 130,000 records of 10 bytes to 1 MB: it is right to a block.
+    """
+    varint = -(-max(1, content // max(1, records)).bit_length() // 7)
+    filled = content + records * (_RECORD_OVERHEAD + 2 * varint)
+    return _BLOCK * (1 + max(1, -(-filled // (_BLOCK - _BLOCK_HEADER))))
 
 
 class ShardWriter:

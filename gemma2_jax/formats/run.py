@@ -12,7 +12,7 @@ from gemma2_jax.checkpoints import store
 from gemma2_jax.config import to_dict, to_yaml
 from gemma2_jax.files import write_text
 from gemma2_jax.formats.layouts import Place
-from gemma2_jax.formats.source import Source, TensorInfo, misfits, wrong_dtypes
+from gemma2_jax.formats.source import Source, TensorInfo, files_below, misfits, wrong_dtypes
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.weights import abstract_params, dim_sizes, weights_by_path
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
@@ -41,6 +41,11 @@ class RunSource(Source):
             name: TensorInfo(tuple(leaf.shape), str(leaf.dtype), self.path / store.FOLDER / str(found.step))
             for name, leaf in params.items()
         }
+
+    @property
+    def files(self) -> list[Path]:
+        step = self.path / store.FOLDER / str(store.latest_step(self.path))
+        return files_below([step / "params"])
 
     def problems(self) -> list[str]:
         sizes = dim_sizes(self.config)

@@ -1,7 +1,7 @@
 """A checkpoint of any kind, as something that gives our weights one at a time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,11 @@ class Source(ABC):
     config: ModelConfig
     tokenizer: Path | None
     tensors: Mapping[str, TensorInfo]
+
+    @property
+    def files(self) -> list[Path]:
+        """All that the weights are read from, sorted."""
+        return files_below({info.file for info in self.tensors.values()})
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -103,6 +108,12 @@ class ForeignSource(Source):
     def problems(self) -> list[str]:
         shapes = {name: entry.shape for name, entry in self.entries.items()}
         return misfits(self.path, shapes, self.tensors) + wrong_dtypes(self.tensors)
+
+
+def files_below(paths: Iterable[Path]) -> list[Path]:
+    """The files among `paths` and those in its folders, sorted."""
+    inside = (path.rglob("*") if path.is_dir() else [path] for path in paths)
+    return sorted(path for found in inside for path in found if path.is_file())
 
 
 def misfits(

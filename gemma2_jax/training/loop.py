@@ -18,6 +18,7 @@ from gemma2_jax.files import locked
 from gemma2_jax.sharding.hosts import HostsConfig, check_agreement, is_first
 from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
+from gemma2_jax.sharding.sharing import check_shared
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.going_on import check_same_run
 from gemma2_jax.training.inputs import Inputs
@@ -29,7 +30,7 @@ from gemma2_jax.training.start import (
     check_data,
     check_folder,
     check_same_data,
-    check_shared,
+    check_same_inputs,
     check_together,
     data_identity,
     names_other_teacher,
@@ -74,6 +75,7 @@ def train_together(configs: Sequence[RunConfig]) -> None:
     if not any(config.distill.teaches for config in left):
         _check_teacher_of(done)
     if left:
+        check_same_inputs(left)
         _train(left, done)
 
 
@@ -112,7 +114,7 @@ def _train(left: Sequence[RunConfig], done: Sequence[RunConfig]) -> None:
         if is_first():
             for config in left:
                 _take_folder(config, stack)
-        check_shared(left)
+        check_shared([("output", config.output) for config in left])
         name = left[0].name if len(left) == 1 else f"{len(left)} runs"
         progress = stack.enter_context(TrainingProgress(name, left[0].training.steps, show=is_first()))
         trainers = []

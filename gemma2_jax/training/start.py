@@ -8,18 +8,27 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gemma2_jax.checkpoints.store import CONFIG_FILE, FOLDER, TOKENIZER_FILE, checkpoint_steps, find
+from gemma2_jax.checkpoints.store import (
+    CONFIG_FILE,
+    FOLDER,
+    TOKENIZER_FILE,
+    checkpoint_steps,
+    find,
+    latest_step,
+)
 from gemma2_jax.config import UserError, differences, load, read_json, read_yaml, save, to_dict
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import tokenizer_of
-from gemma2_jax.data.shards import read_manifest
+from gemma2_jax.data.shards import MANIFEST, read_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.files import write_bytes, write_text
+from gemma2_jax.formats.load import open_source
+from gemma2_jax.formats.source import files_below
 from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.model.weights import dim_sizes
-from gemma2_jax.sharding.hosts import wait_for_all
 from gemma2_jax.sharding.layout import check_activations, laid_out
+from gemma2_jax.sharding.sharing import check_same_files
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
 from gemma2_jax.training.packages import check_packages
@@ -42,17 +51,6 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
     with laid_out(config.layout):
         check_activations(mesh, dim_sizes(config.model))
         check_rows(rows, config.data.seq_len, mesh, "data.batch_size / training.accumulation")
-
-
-def check_shared(configs: Sequence[RunConfig]) -> None:
-    """Raises UserError if a run folder that process 0 has made is not there for this one."""
-    wait_for_all("folders")
-    for config in configs:
-        if not Path(config.output).is_dir():
-            raise UserError(
-                f"output is {config.output}, which process 0 has made and process {jax.process_index()} does not see; "
-                "it must lie on a disk that all processes share."
-            )
 
 
 def check_together(configs: Sequence[RunConfig]) -> None:
@@ -155,6 +153,27 @@ def data_identity(data: DataConfig) -> dict[str, str]:
     """What tells one prepared data set from another, wherever it lies."""
     manifest = read_manifest(data.folder)
     return {"documents": manifest.identity, "tokenizer": manifest.tokenizer}
+
+
+def check_same_inputs(configs: Sequence[RunConfig]) -> None:
+    """Raises UserError if another process reads other weights or another cache from the paths that all are given.
+
+    What the data was tokenised from, and by what, is in `data_identity`; a run folder is shared.
+    """
+    if jax.process_count() > 1:
+        check_same_files(dict(_read_from(configs)))
+
+
+def _read_from(configs: Sequence[RunConfig]) -> Iterator[tuple[str, list[Path]]]:
+    for config in configs:
+        sources = {"distill.teacher": config.distill.teacher}
+        if latest_step(config.output) is None:
+            sources["initialise.source"] = config.initialise.source
+        for key, path in sources.items():
+            if path is not None:
+                yield f"{key} {path}", open_source(path).files
+        if config.distill.cache is not None:
+            yield f"distill.cache {config.distill.cache}", files_below([Path(config.distill.cache, MANIFEST)])
 
 
 def write_inputs(config: RunConfig, taught_by: TaughtBy | None) -> None:

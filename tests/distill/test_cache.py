@@ -190,21 +190,54 @@ def test_reading_goes_on_where_it_was(top_k: CacheTask) -> None:
         assert np.array_equal(getattr(expected[1], name), getattr(found[1], name))
 
 
+@pytest.mark.parametrize(
+    ("changes", "encoding", "steps"),
+    [
+        ({}, EncodingConfig("sampled", 12), STEPS),
+        (
+            {"seq_len": 8, "batch_size": 16},
+            EncodingConfig("sampled", 12),
+            40,
+        ),  # rows beside which headers are much
+        (
+            {"batch_size": 16},
+            EncodingConfig("full", None, weight_bits=16),
+            30,
+        ),  # much beside the blocks of a file
+    ],
+)
 def test_size_and_time_are_told_before_anything_is_written(
-    task: CacheTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: CacheTask,
+    changes: dict[str, int],
+    encoding: EncodingConfig,
+    steps: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    planned = replace(task, folder=str(tmp_path / "planned"))
+    monkeypatch.setattr(writer, "STRETCH_ROWS", 200)
+    data = replace(task.data, **changes)
+    planned = replace(task, folder=str(tmp_path / "planned"), data=data, encoding=encoding, steps=steps)
     write_cache(planned, estimate_only=True)
     told = capsys.readouterr().err
     assert not Path(planned.folder).exists()
-    assert "24 rows to go, about" in told
-    estimate = float(told.split("(")[1].split(" bytes a token")[0])
+    assert f"{steps * data.batch_size} rows to go, about" in told
     made = write_cache(planned)
-    assert float(told.split("about ")[1].split(" KB")[0]) * 1000 == pytest.approx(made.size, rel=0.05)
-    # Not the files' sizes: each of them has 128 KiB of its own, beside which toy rows are nothing.
+    assert kilobytes(told, "about ") == pytest.approx(made.size / 1000, rel=0.02)
+    # What is told of a token is without the files' own headers and padding, beside which toy rows are little.
     records = grain.sources.ArrayRecordDataSource([f"{planned.folder}/{file.file}" for file in made.files])
     size = sum(len(records[row]) for row in range(made.rows))
-    assert estimate == pytest.approx(size / (made.rows * planned.data.seq_len), rel=0.1)
+    estimate = float(told.split("(")[1].split(" bytes a token")[0])
+    assert estimate == pytest.approx(size / (made.rows * data.seq_len), rel=0.02)
+    assert kilobytes(told, "a token; ") == pytest.approx((made.size - size) / 1000, abs=66 * len(made.files))
+    written = f"{made.rows:,} rows of {data.seq_len} tokens, "
+    assert kilobytes(capsys.readouterr().err, written) == pytest.approx(made.size / 1000, rel=0.005)
+
+
+def kilobytes(told: str, before: str) -> float:
+    """The size that follows `before` in a line."""
+    value, unit, *_ = told.split(before)[1].split()
+    return float(value) * {"KB": 1, "MB": 1000}[unit]
 
 
 def test_a_single_step_is_not_timed(
@@ -214,7 +247,7 @@ def test_a_single_step_is_not_timed(
     write_cache(replace(task, folder=str(tmp_path / "one"), steps=1), estimate_only=True)
     told = capsys.readouterr().err
     assert told.startswith(f"{tmp_path}/one: 4 rows to go, about ")
-    assert told.endswith("bytes a token)\n")
+    assert told.endswith("are headers and padding of files)\n")
 
 
 def test_full_is_the_whole_distribution(task: CacheTask, tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """A teacher's cache that two processes write and read, each its own rows."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from gemma2_jax.config import save, to_yaml
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.cache.manifest import read_cache, verify_cache
 from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.config import RunConfig
@@ -39,20 +42,26 @@ def run(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConf
     )
 
 
-def teacher_cache(run: RunConfig, folder: Path, *own: tuple[str, ...]) -> list[Ended]:
-    """How the processes, one for each of `own`, its part of the command, that wrote `folder` have ended."""
+LATE = [str(Path(__file__).parent / "late.py")]
+
+
+def teacher_cache(
+    run: RunConfig, folder: Path, programs: Sequence[list[str]], folders: Sequence[Path] | None = None
+) -> list[Ended]:
+    """How the processes that wrote `folder`, one for each of `programs`, have ended."""
     experiments = folder.with_suffix(".configs") / "experiments"
     experiments.mkdir(parents=True)
     (experiments / "toy.yaml").write_text(f"# @package _global_\n{to_yaml(run)}")
-    command = [*GEMMA2, "teacher-cache", "--config-dir", str(experiments.parent), "experiment=toy"]
-    commands = [[*command, f"distill.cache={folder}", *overrides] for overrides in own]
-    return run_job(commands, devices=2 // len(own))
+    asked = ["teacher-cache", "--config-dir", str(experiments.parent), "experiment=toy"]
+    commands = [[*program, *asked, f"distill.cache={folder}"] for program in programs]
+    return run_job(commands, devices=2 // len(programs), folders=folders)
 
 
 def test_two_processes_write_and_read_what_one_does(run: RunConfig, tmp_path: Path) -> None:
-    for processes in (1, 2):
+    for programs in ([GEMMA2], [LATE, LATE]):
+        processes = len(programs)
         cache = tmp_path / f"cache-{processes}"
-        ended = teacher_cache(run, cache, *[()] * processes)
+        ended = teacher_cache(run, cache, programs)
         assert [process.code for process in ended] == [0] * processes, ended
         config = tmp_path / f"toy-{processes}.yaml"
         save(replace(run, distill=replace(run.distill, cache=str(cache))), config)
@@ -63,9 +72,14 @@ def test_two_processes_write_and_read_what_one_does(run: RunConfig, tmp_path: Pa
     assert_same_metrics(tmp_path / "run-2", tmp_path / "run-1")
 
 
-def test_processes_that_would_write_different_caches(run: RunConfig, tmp_path: Path) -> None:
-    ended = teacher_cache(run, tmp_path / "cache", (), ("distill.encoding.seed=1",))
+def test_processes_that_see_different_teachers(run: RunConfig, tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for seed, folder in enumerate(folders):
+        write_teacher(run, Gemma2.init(run.model, jax.random.key(seed)), folder / "teacher")
+    elsewhere = replace(run, distill=replace(run.distill, teacher="teacher"))
+    ended = teacher_cache(elsewhere, tmp_path / "cache", [GEMMA2, GEMMA2], folders)
     assert [process.code for process in ended] == [1, 1]
-    told = "".join(process.errors for process in ended)
-    assert "encoding.seed is 0 in process 0 and 1 in process 1" in told
-    assert not list(tmp_path.glob("cache/signals*"))
+    assert ended[0].errors.startswith("gemma2: process 1: the weights of distill.teacher teacher is ")
+    assert ended[0].errors.endswith("must be started by the same command, and see the same files.\n")
+    assert ended[0].errors.count("\n") == 1
+    assert not (tmp_path / "cache").exists()

@@ -119,6 +119,36 @@ def test_two_students_of_a_teacher_and_a_baseline(config: Path, alone: Path, tmp
         assert all(("kl" in row) == (folder.name != "text") for row in read_metrics(folder))
 
 
+def test_processes_that_see_different_weights(config: Path, alone: Path, tmp_path: Path) -> None:
+    """Under one path, below the folders that they were started in."""
+    for folder in ("first", "second"):
+        shutil.copytree(alone, tmp_path / folder / "source")
+    shutil.rmtree(tmp_path / "second" / "source" / "checkpoints" / "4")
+    (tmp_path / "second" / "source" / "checkpoints" / "2").rename(
+        tmp_path / "second" / "source" / "checkpoints" / "4"
+    )
+    command = [
+        *GEMMA2,
+        "train",
+        "--config",
+        str(config),
+        f"output={tmp_path}/run",
+        "initialise.source=source",
+    ]
+    ended = run_job([command] * 2, folders=[tmp_path / "first", tmp_path / "second"])
+    assert [process.code for process in ended] == [1, 1]
+    assert ended[0].errors.startswith("gemma2: process 1: the content of initialise.source source is ")
+    assert ended[0].errors.endswith("must be started by the same command, and see the same files.\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_save_at_the_same_time(tmp_path: Path) -> None:
+    ended = run_job([[str(Path(__file__).parent / "saving.py"), str(tmp_path)]] * 2)
+    assert [process.code for process in ended] == [0, 0], ended
+    for run in ("one", "other"):
+        assert sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) == ["11", "12"]
+
+
 def test_only_process_0_prints(two: tuple[Path, list[Ended]]) -> None:
     folder, (first, second) = two
     assert first.output == f"{folder} is trained to step 4.\n"

@@ -1,7 +1,6 @@
 """A teacher and prepared data to a cache: one forward pass over the rows that a student will train on."""
 
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gemma2_jax.config import UserError, to_dict, usable
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.pipeline import tokenizer_of, train_batches
-from gemma2_jax.data.shards import RecordWriter
+from gemma2_jax.data.shards import RecordWriter, record_file_size
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries, check_encoding, encode_batch
 from gemma2_jax.distill.cache.identity import teacher_identity
@@ -45,15 +43,15 @@ from gemma2_jax.machine import cores
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sharding.feeding import feeding_share
-from gemma2_jax.sharding.hosts import check_agreement
+from gemma2_jax.sharding.hosts import check_agreement, from_all, is_first, wait_for_all
 from gemma2_jax.sharding.layout import LayoutConfig, batch_sharding, laid_out, on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from gemma2_jax.sharding.sharing import check_shared
 
 STRETCH_ROWS = 4096  # over all processes, between two files: what a stopped run may have to do again
-_ESTIMATED_STEPS = 4  # that size and time are estimated from; the first, which compiles, gives no time
-_FILE_BYTES = (
-    128 * 1024
-)  # that ArrayRecord adds to the records of a file, as a header and an index in blocks of 64 KiB
+# Steps that size and time are estimated from; the first, which compiles, gives no time. More of them where they are
+# small: fewer tokens would not tell how large a record is on average.
+_ESTIMATED_STEPS, _ESTIMATED_TOKENS = 4, 8192
 
 
 @dataclass(frozen=True)
@@ -121,12 +119,24 @@ def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
                 "process."
             )
         manifest = _manifest(task)
-        check_agreement({**to_dict(task), "distill.cache's rows": manifest.rows})
+        check_agreement({**to_dict(task), **_what_decides(task, manifest)})
         if is_complete(task, manifest):
             return manifest
-        if jax.process_index() == 0 and not estimate_only:
-            _lock(task, manifest, stack)
+        if not estimate_only:
+            if is_first():
+                _lock(task, manifest, stack)
+            check_shared([("distill.cache", task.folder)])
         return _Writing(task, manifest, mesh, stack).run(estimate_only)
+
+
+def _what_decides(task: CacheTask, manifest: Manifest) -> dict[str, Any]:
+    """What all processes must find on disk for their files to be those of one cache."""
+    data = {
+        f"{name} of data.folder {task.data.folder}": getattr(manifest.order, name)
+        for name in ("documents", "tokenizer")
+    }
+    weights = f"the weights of distill.teacher {task.distill.teacher}"
+    return {"distill.cache's rows": manifest.rows, weights: manifest.teacher, **data}
 
 
 def _lock(task: CacheTask, manifest: Manifest, stack: ExitStack) -> None:
@@ -186,7 +196,7 @@ class _Writing:
         self._first_step = manifest.rows // task.data.batch_size
         self._packer = Packer(manifest.encoding, manifest.grid, manifest.num_tokens, task.data.seq_len)
         self._pool = stack.enter_context(ThreadPoolExecutor(cores()))
-        self._console = Console(stderr=True, quiet=jax.process_index() > 0)
+        self._console = Console(stderr=True, quiet=not is_first())
         self._progress = stack.enter_context(
             Progress(
                 TextColumn("{task.description}"),
@@ -212,9 +222,10 @@ class _Writing:
             count = min(per_stretch, task.steps - first)
             self._write_stretch(itertools.islice(steps, count))
             self._progress.update(bar, completed=self._manifest.rows)
+        wait_for_all("cache")  # whose manifest process 0 writes
         self._say(
             f"{task.folder}: {self._manifest.rows:,} rows of {task.data.seq_len:,} tokens, "
-            f"{self._manifest.bytes_per_token:.1f} bytes a token"
+            f"{_bytes(self._manifest.size)} in {len(self._manifest.files)} files"
         )
         return self._manifest
 
@@ -237,25 +248,26 @@ class _Writing:
             writer.abandon()
             raise
         signals = Signals(file.file, file.size, file.sha256, share, rows, largest)
-        files = [Signals(**values) for values in _from_all(asdict(signals))]
+        files = [Signals(**values) for values in from_all(asdict(signals))]
         self._manifest = replace(self._manifest, files=(*self._manifest.files, *files))
-        if jax.process_index() == 0:
+        if is_first():
             write_cache_manifest(folder, self._manifest)
 
     def _estimated(self, steps: Iterator[list[Packed]]) -> Iterator[list[Packed]]:
         """Passes steps on, after it has told from the first of them what all of them will take."""
+        tokens = self._task.data.batch_size * self._task.data.seq_len
         head = list(itertools.islice(steps, 1))
         begun = time.perf_counter()
-        head += itertools.islice(steps, _ESTIMATED_STEPS - 1)
+        head += itertools.islice(steps, max(_ESTIMATED_STEPS, -(-_ESTIMATED_TOKENS // tokens)) - 1)
         seconds = time.perf_counter() - begun
         left = self._task.steps - self._first_step
-        own = sum(len(packed.record) for step in head for packed in step)
-        size = own / len(head) * left * jax.process_count()
-        files = -(-left // self._steps_of_a_stretch()) * jax.process_count()
-        tokens = self._task.data.batch_size * self._task.data.seq_len
+        records = [packed.record for step in head for packed in step]
+        record = sum(map(len, records)) / len(records)
+        content = record * left * self._task.data.batch_size
+        size = self._size_of_files(left, record)
         sized = (
-            f"{self._task.folder}: {left * self._task.data.batch_size:,} rows to go, about "
-            f"{_bytes(size + files * _FILE_BYTES)} ({size / left / tokens:.1f} bytes a token)"
+            f"{self._task.folder}: {left * self._task.data.batch_size:,} rows to go, about {_bytes(size)} "
+            f"({content / left / tokens:.1f} bytes a token; {_bytes(size - content)} are headers and padding of files)"
         )
         timed = len(head) - 1  # a first step alone would be timed with its compilation
         each = seconds / max(1, timed)
@@ -263,6 +275,13 @@ class _Writing:
         self._say(sized + told)
         yield from head
         yield from steps
+
+    def _size_of_files(self, steps: int, record: float) -> int:
+        """Bytes of the files of all processes for so many steps, whose records have `record` bytes on average."""
+        own_rows = self._task.data.batch_size // jax.process_count()
+        stretch = self._steps_of_a_stretch()
+        rows = [min(stretch, steps - first) * own_rows for first in range(0, steps, stretch)]
+        return sum(record_file_size(each, round(each * record)) for each in rows) * jax.process_count()
 
     def _packed(self) -> Iterator[list[Packed]]:
         """The records of each step's rows, packed by threads while devices are at the next step."""
@@ -311,15 +330,6 @@ def _own_rows(values: jax.Array) -> np.ndarray:
     """This process's rows of an array that is split along its first axis only."""
     parts = {shard.index[0].start or 0: shard.data for shard in values.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
-
-
-def _from_all(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each process has, given to all; waits for all."""
-    if jax.process_count() == 1:
-        return [values]
-    text = json.dumps(values).encode().ljust(512)
-    texts = multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
-    return [json.loads(row.tobytes()) for row in np.asarray(texts)]
 
 
 def _bytes(size: float) -> str:

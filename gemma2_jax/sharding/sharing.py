@@ -1,0 +1,83 @@
+"""What the processes of a job have in common on disk: folders that process 0 makes, and files that all of them read."""
+
+import hashlib
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+from gemma2_jax.config import UserError
+from gemma2_jax.files import LOCK
+from gemma2_jax.machine import cores
+from gemma2_jax.sharding.hosts import check_agreement, from_all, from_first, is_first, wait_for_all
+
+
+def check_shared(folders: Iterable[tuple[str, str]]) -> None:
+    """Returns in all processes when process 0 has made the folders, whose locks it holds.
+
+    Args:
+        folders: the setting that names each, and its value.
+
+    Raises:
+        UserError: a folder is not there for this process, or is another one under the same name.
+    """
+    if jax.process_count() == 1:
+        return
+    folders, mark = list(folders), secrets.token_hex(8)
+    if is_first():
+        for _, folder in folders:
+            (Path(folder) / LOCK).write_text(mark)
+    mark = from_first(mark)
+    for key, folder in folders:
+        try:
+            found = (Path(folder) / LOCK).read_text()
+        except OSError:
+            found = ""
+        if found != mark:
+            raise UserError(
+                f"{key} is {folder}, and what process {jax.process_index()} finds there ({Path(folder).absolute()}) is "
+                "not the folder that process 0 has made; it must lie on a disk that all processes share."
+            )
+    wait_for_all("shared")  # before anything is written there, and where process 0 can still undo it
+
+
+def check_same_files(files: Mapping[str, Sequence[Path]]) -> None:
+    """Raises UserError in a process whose files differ from those of process 0, which would give another result.
+
+    Files on a disk that the processes share are known by size, time and number. Others are read, by all processes.
+
+    Args:
+        files: by what they are of, for the message; the same names in all processes.
+    """
+    if jax.process_count() == 1:
+        return
+    own = {name: _of_disk(paths) for name, paths in files.items()}
+    first = from_first(own)
+    apart = {
+        name for names in from_all([name for name in own if own[name] != first.get(name)]) for name in names
+    }
+    check_agreement({f"the content of {name}": _of_content(files[name]) for name in own if name in apart})
+
+
+def _of_disk(paths: Sequence[Path]) -> str:
+    """A digest that is the same for the same files of one disk, however it is mounted."""
+    found = [(path.name, path.stat()) for path in paths]
+    states = [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in found]
+    return hashlib.sha256(repr(states).encode()).hexdigest()
+
+
+def _of_content(paths: Sequence[Path]) -> str:
+    with ThreadPoolExecutor(cores()) as pool:
+        contents = list(pool.map(_sha256, paths))
+    names = [path.name for path in paths]
+    return hashlib.sha256(repr(list(zip(names, contents, strict=True))).encode()).hexdigest()[:12]
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
