@@ -1,7 +1,7 @@
 """What is checked, and written into the run folder, before anything is computed."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
