@@ -28,8 +28,10 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from gemma2_jax.checkpoints.paths import check_path
 from gemma2_jax.config import UserError, build, read_yaml
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.narrowing import check_restored
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
@@ -63,6 +65,7 @@ class CheckpointStore:
     """The checkpoints in one run folder. A context manager: leaving it waits for what is being written."""
 
     def __init__(self, run_folder: str | Path, keep: int):
+        check_path(run_folder)
         folder = Path(run_folder).absolute() / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         policy = ocp.training.preservation_policies.LatestN(keep)
@@ -112,12 +115,19 @@ def load_params(run_folder: str | Path, target: Mapping[str, Any]) -> dict[str, 
     """The newest parameters of a run, as `target` has them: shapes, dtype and shardings.
 
     Raises:
-        UserError: there is no checkpoint, it holds other shapes, or a file is damaged.
+        UserError: there is no checkpoint, it holds other shapes or values beyond what the target's dtype can hold, or a
+            file is damaged.
     """
     path = _newest(run_folder)
     _check_trees(path, {"params": target})
-    with _reading(path / "params"):
-        loaded: dict[str, Any] = ocp.load_checkpointables(path, {"params": target})["params"]
+
+    def read(target: Any) -> dict[str, Any]:
+        with _reading(path / "params"):
+            loaded: dict[str, Any] = ocp.load_checkpointables(path, {"params": target})["params"]
+        return loaded
+
+    loaded = read(target)
+    check_restored(loaded, _metadata(path, "params"), read, str(path / "params"))
     return loaded
 
 
@@ -137,6 +147,7 @@ def save_params(run_folder: str | Path, params: Mapping[str, Any], config: Mappi
     Raises:
         OSError: the disk does not take them.
     """
+    check_path(run_folder)
     folder = Path(run_folder).absolute() / FOLDER
     folder.mkdir(parents=True)
     with (
@@ -185,6 +196,7 @@ def _merged(state: Any, other: Any) -> Any:
 
 
 def _newest(run_folder: str | Path) -> Path:
+    check_path(run_folder)
     step = latest_step(run_folder)
     if step is None:
         raise UserError(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE
+from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, latest_step
 from gemma2_jax.config import UserError, differences, load, save, to_dict
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import tokenizer_of
@@ -16,6 +16,7 @@ from gemma2_jax.data.shards import read_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.files import write_bytes, write_text
+from gemma2_jax.formats.load import open_source
 from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.model.weights import dim_sizes
 from gemma2_jax.sharding.hosts import wait_for_all
@@ -141,6 +142,10 @@ def write_inputs(config: RunConfig, taught_by: TaughtBy | None) -> None:
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
     if taught_by is not None:
         taught_by.save(folder)
+    # Where a text ends, and how a chat is written, the run learns from the model that it begins with or its teacher.
+    origin = config.initialise.source or config.distill.teacher
+    if origin is not None and latest_step(folder) is None:
+        open_source(origin).metadata.save(folder)
 
 
 def _check_same(configs: Sequence[RunConfig], shared: Callable[[RunConfig], dict[str, Any]]) -> None:
