@@ -24,7 +24,8 @@ import numpy as np
 
 from gemma2_jax.config import load
 from gemma2_jax.formats.convert import SHARD_BYTES
-from gemma2_jax.formats.huggingface import CONFIG_FILE, config_json, write_shards
+from gemma2_jax.formats.huggingface import write_shards
+from gemma2_jax.formats.huggingface_config import CONFIG_FILE, config_json
 from gemma2_jax.formats.layouts import HUGGINGFACE, expand
 from gemma2_jax.formats.load import load_params, open_source
 from gemma2_jax.machine import peak_memory_gib

@@ -30,9 +30,11 @@ from orbax.checkpoint import v1 as ocp
 
 from gemma2_jax.checkpoints.failures import reading, writing
 from gemma2_jax.checkpoints.integrity import ANNOUNCED, changed, missing, write_manifest
+from gemma2_jax.checkpoints.paths import check_path
 from gemma2_jax.checkpoints.trees import array_metadata, check_trees, name_of
 from gemma2_jax.config import UserError, build, read_yaml
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.narrowing import check_restored
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params
 from gemma2_jax.sharding.hosts import first_finding, is_first, wait_for_all
@@ -87,6 +89,7 @@ class CheckpointStore:
     """
 
     def __init__(self, run_folder: str | Path, keep: int):
+        check_path(run_folder)
         self.latest_step = latest_step(run_folder)
         folder = Path(run_folder).absolute() / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,6 +168,7 @@ def find(run_folder: str | Path, tree: str | None = None, contents: bool = True)
     Raises:
         UserError: there are checkpoints, and none is whole.
     """
+    check_path(run_folder)
     folder = Path(run_folder).absolute() / FOLDER
     passed_over: list[str] = []
     for step in _steps(folder):
@@ -202,7 +206,8 @@ def load_params(run_folder: str | Path, target: Mapping[str, Any]) -> dict[str, 
     """The newest parameters of a run, as `target` has them: shapes, dtype and shardings.
 
     Raises:
-        UserError: there is no checkpoint, it holds other shapes, or a file is damaged.
+        UserError: there is no checkpoint, it holds other shapes or values beyond what the target's dtype can hold, or a
+            file is damaged.
     """
     return read_params(find_params(run_folder), target)
 
@@ -210,8 +215,14 @@ def load_params(run_folder: str | Path, target: Mapping[str, Any]) -> dict[str, 
 def read_params(found: Found, target: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a checkpoint that `find_params` gave, as `target` has them. Raises as `load_params`."""
     check_trees(found.path, {PARAMS: target})
-    with reading(found.path / PARAMS):
-        loaded: dict[str, Any] = ocp.load_checkpointables(found.path, {PARAMS: target})[PARAMS]
+
+    def read(target: Any) -> dict[str, Any]:
+        with reading(found.path / PARAMS):
+            params: dict[str, Any] = ocp.load_checkpointables(found.path, {PARAMS: target})[PARAMS]
+        return params
+
+    loaded = read(target)
+    check_restored(loaded, array_metadata(found.path, PARAMS), read, str(found.path / PARAMS))
     return loaded
 
 
@@ -234,6 +245,7 @@ def save_params(run_folder: str | Path, params: Mapping[str, Any], config: Mappi
     Raises:
         OSError: the disk does not take them.
     """
+    check_path(run_folder)
     folder = Path(run_folder).absolute() / FOLDER
     folder.mkdir(parents=True)
     with writing(folder), _checkpointer(folder, lambda: 0) as checkpointer:

@@ -12,6 +12,7 @@ all of them are continued together, and printed when they are done.
   gemma2 generate --checkpoint runs/quickstart/distilled --prompt "Return a list of"
   gemma2 generate --checkpoint runs/quickstart/teacher --prompt "The file" --temperature 0    the likeliest tokens
   echo "The function" | gemma2 generate --checkpoint runs/quickstart/teacher --max-new-tokens 200 --top-p 0.9
+  gemma2 generate --checkpoint runs/quickstart/teacher --prompt "1." --stop "2." --stop 107
   gemma2 generate --checkpoint google/gemma-2-2b-it --dtype bfloat16 --chat --prompt "Why is the sky blue?"
 
 RUN is a run folder, a Hugging Face folder or its name on the hub (extra `hub`), or DeepMind's Orbax checkpoint.
@@ -43,6 +44,14 @@ def add_parser(verbs: Verbs) -> None:
         metavar="X",
         help="draw among the likeliest tokens that hold X of the probability",
     )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT|ID",
+        help="end at this text, or at the token of this id, as well as where the checkpoint says; may be given several "
+        "times",
+    )
     add("--seed", type=int, default=0, metavar="N", help="the same seed draws the same text (0)")
     add(
         "--dtype",
@@ -58,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.model.config import ComputeConfig
     from gemma2_jax.sampling.config import SamplingConfig
     from gemma2_jax.sampling.sampler import Sampler
+    from gemma2_jax.sampling.stops import with_stops
 
     config = SamplingConfig(
         max_new_tokens=arguments.max_new_tokens,
@@ -67,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     model, tokenizer = load(arguments.checkpoint, arguments.dtype)
+    if arguments.stop or arguments.chat:
+        config = with_stops(config, tokenizer, arguments.stop, arguments.chat)
     sampler = Sampler(model, tokenizer, ComputeConfig(dtype=arguments.dtype, unroll_layers=True))
     prompts = arguments.prompt or [_from_standard_input()]
     # What is shown before the continuation: in a chat, the answer stands by itself.

@@ -38,8 +38,9 @@ class Tokenizer:
         fingerprint: sha256 of the model file, in hexadecimal.
     """
 
-    def __init__(self, model: bytes, name: str) -> None:
-        """Args: `model`: content of a SentencePiece model file; `name`: what to call it in an error."""
+    def __init__(self, model: bytes, name: str, stop_ids: Iterable[int] | None = None) -> None:
+        """Args: `model`: content of a SentencePiece model file; `name`: what to call it in an error; `stop_ids`: those
+        of the checkpoint that it belongs to, by default the ends of a text and of a turn."""
         try:
             self._pieces = SentencePieceProcessor(model_proto=model)
         except RuntimeError:
@@ -57,12 +58,13 @@ class Tokenizer:
             END_OF_TURN: self._find(END_OF_TURN),
             _SPACE: None if self._pieces.unk_id() in space else space,
         }
+        self._stop_ids = None if stop_ids is None else frozenset(stop_ids)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+    def load(cls, path: str | os.PathLike[str], stop_ids: Iterable[int] | None = None) -> "Tokenizer":
         """Reads a SentencePiece model file. Raises UserError if there is none or it is something else."""
         try:
-            return cls(Path(path).read_bytes(), str(path))
+            return cls(Path(path).read_bytes(), str(path), stop_ids)
         except OSError as error:
             raise UserError(f"The tokenizer {path} cannot be read: {error.strerror}.") from None
 
@@ -91,6 +93,11 @@ class Tokenizer:
     def end_of_turn_id(self) -> int:
         """Ends a turn of a chat; the end-of-text id in files that know no turns."""
         return (self._special[END_OF_TURN] or [self.eos_id])[0]
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Those that end a generated text."""
+        return frozenset((self.eos_id, self.end_of_turn_id)) if self._stop_ids is None else self._stop_ids
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, control: bool = False) -> list[int]:
         """Returns the token ids of `text`.
@@ -133,6 +140,11 @@ class Tokenizer:
             UserError: the id is not in the vocabulary.
         """
         return str(self._pieces.id_to_piece(self._known(number)))
+
+    def control_id(self, text: str) -> int | None:
+        """The id of a control token such as `<eos>`, which has no text of its own when it is decoded, by its name."""
+        number = int(self._pieces.piece_to_id(text))
+        return number if self._pieces.is_control(number) else None
 
     def _known(self, number: int) -> int:
         if not 0 <= number < self.vocab_size:

@@ -13,12 +13,15 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import replacing, sole_writer, write_text
 from gemma2_jax.formats import gguf, huggingface
 from gemma2_jax.formats.huggingface import HuggingFaceSource
+from gemma2_jax.formats.huggingface_config import CONFIG_FILE, config_json
 from gemma2_jax.formats.layouts import EMBEDDING, GGUF, HUGGINGFACE, Entry, Place, expand
 from gemma2_jax.formats.load import load_params, load_tokenizer, open_source
+from gemma2_jax.formats.metadata import GENERATION_FILE
 from gemma2_jax.formats.run import RunSource, write_run
 from gemma2_jax.formats.source import DTYPES, Source, all_places
 from gemma2_jax.formats.tokenizer_files import write_tokenizer_files
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.narrowing import check_range
 from gemma2_jax.model.vocabulary import without_padding
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
@@ -73,10 +76,10 @@ def convert(
                 raise UserError(f"{target} exists already; choose another target, or delete it.")
             temporary.touch()  # what cannot be written is told before gigabytes are read
             temporary.unlink()
-            source = open_source(source_path)
+            source = open_source(source_path, tokenizer_path)
             source.check()
-            tokenizer = load_tokenizer(source, tokenizer_path)
-            file = Path(tokenizer_path or source.tokenizer or "")
+            tokenizer = load_tokenizer(source)
+            file = Path(source.tokenizer or "")
             kind = kind or ("huggingface" if isinstance(source, RunSource) else "run")
             dtype = dtype or source.dtype
             if kind == "run":
@@ -117,7 +120,7 @@ def _write_run(source: Source, folder: Path, dtype: str, tokenizer: Path, progre
         source, source.config, dtype, mesh, lambda done, total: progress("reading", done, total)
     )
     progress("writing", 0, 1)
-    write_run(folder, source.config, params, tokenizer)
+    write_run(folder, source.config, params, tokenizer, source.metadata)
 
 
 def _write_huggingface(
@@ -125,15 +128,16 @@ def _write_huggingface(
 ) -> None:
     config = without_padding(source.config)
     entries = expand(HUGGINGFACE, config)
-    written = huggingface.token_ids(tokenizer)
+    tokens, metadata = config.num_tokens, source.metadata
+    ids = huggingface.token_ids(tokenizer)
+    # Where a text of the model ends is what its makers say, if they say it.
+    named = {**ids, **metadata.token_ids(tokens)}
     for name, content in (
-        (huggingface.CONFIG_FILE, {**huggingface.config_json(config, dtype), **written}),
-        (huggingface.GENERATION_FILE, written),
+        (CONFIG_FILE, {**config_json(config, dtype), **metadata.model, **named}),
+        (GENERATION_FILE, {**named, **metadata.generation_json(tokens)}),
     ):
-        # Where a model ends is what its makers say, if they say it.
-        kept = source.token_ids(name) if isinstance(source, HuggingFaceSource) else {}
-        write_text(folder / name, json.dumps({**content, **kept}, indent=2) + "\n")
-    write_tokenizer_files(folder, file.read_bytes())
+        write_text(folder / name, json.dumps(content, indent=2) + "\n")
+    write_tokenizer_files(folder, file.read_bytes(), metadata)
     width = np.dtype(dtype).itemsize
     sizes = {name: int(np.prod(entry.shape)) * width for name, entry in entries.items()}
     tensors = _tensors(source, config, entries, progress)
@@ -154,6 +158,7 @@ def _write_gguf(
         tokenizer.read_bytes(),
         encoding,
         name,
+        source.metadata,
     )
     gguf.compare_gguf(path, config, _tensors(source, config, entries, progress, "verifying"), encoding)
 
@@ -178,11 +183,9 @@ def _weight(source: Source, place: Place, config: ModelConfig) -> np.ndarray:
 
 
 def _cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = array.astype(dtype)
-    if dtype == "float16" and (np.isinf(cast) & np.isfinite(array)).any():
-        raise UserError(f"{name} has values beyond what float16 can hold; choose bfloat16 or float32.")
-    return cast
+    check_range(array, dtype, name)
+    with np.errstate(invalid="ignore"):
+        return array.astype(dtype)
 
 
 def _compare(source: Source, written: Source, dtype: str, progress: Progress) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ from gemma2_jax.formats.layouts import deepmind
 from gemma2_jax.formats.source import TOKENIZER_FILE, ForeignSource, TensorInfo
 from gemma2_jax.model.config import ModelConfig
 
-_ARRAY = "/.zarray"
+_ARRAYS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}  # a file that each array has, and TensorStore's driver
 _METADATA = "_METADATA"
+_EMBEDDING = "embedder/input_embedding"
 _ROWS, _PADDING = 256_128, 128  # rows of the released embeddings, and how many of them belong to no token
 
 
 class DeepMindSource(ForeignSource):
     """An Orbax checkpoint in DeepMind's layout, nested or in the flat form of the released files.
+
+    The tree may lie in another one, such as `params` of a training state, whose other branches are passed over.
 
     What its shapes do not tell is taken as in the released models: window 4096, soft caps 50 and 30, queries
     scaled by head_dim^-1/2, except for the 27B's (d_model / heads)^-1/2.
@@ -43,24 +46,33 @@ class DeepMindSource(ForeignSource):
 
     def read(self, name: str) -> np.ndarray:
         try:
-            return np.asarray(self._open(self._stored_names[name]).read().result())
+            return np.asarray(self._open(*self._stored_names[name]).read().result())
         except ValueError as error:
             raise UserError(f"{self.path} does not give up {name}: {_one_line(error)}") from None
 
-    def _list(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        """What is there by the layout's names, and the names it is stored under."""
-        tensors, stored_names = {}, {}
+    def _list(self) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, str]]]:
+        """What is there by the layout's names, and the name and driver that each is stored with."""
+        found = {}
         try:
             keys = [key.decode() for key in ts.KvStore.open(self._store).result().list().result()]
             for key in keys:
-                if key.endswith(_ARRAY):
-                    stored = key.removesuffix(_ARRAY)
-                    array = self._open(stored)
-                    name = _name(stored.replace(".", "/"))
+                for ending, driver in _ARRAYS.items():
+                    if key.endswith(ending):
+                        stored = key.removesuffix(ending)
+                        found[_path(stored.replace(".", "/"))] = stored, driver
+            branch = _branch(self.path, list(found))
+            tensors, stored_names = {}, {}
+            for path, (stored, driver) in found.items():
+                if path.startswith(branch):
+                    array = self._open(stored, driver)
+                    name = _name(path, branch)
                     tensors[name] = TensorInfo(tuple(array.shape), array.dtype.name, self.path)
-                    stored_names[name] = stored
+                    stored_names[name] = stored, driver
         except ValueError as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{self.path} is no whole Orbax checkpoint: {_one_line(error)}") from None
+        self._branch = branch
         return tensors, stored_names
 
     def _announced(self) -> list[str]:
@@ -70,16 +82,17 @@ class DeepMindSource(ForeignSource):
             return []
         try:
             leaves = json.loads(path.read_bytes())["tree_metadata"].values()
-            return [_name("/".join(str(key["key"]) for key in leaf["key_metadata"])) for leaf in leaves]
+            paths = [_path("/".join(str(key["key"]) for key in leaf["key_metadata"])) for leaf in leaves]
+            return [_name(path, self._branch) for path in paths if path.startswith(self._branch)]
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(
                 f"{path} is cut off or does not list the arrays of an Orbax checkpoint."
             ) from None
 
-    def _open(self, stored: str) -> Any:
+    def _open(self, stored: str, driver: str) -> Any:
         return ts.open(
             {
-                "driver": "zarr",
+                "driver": driver,
                 "kvstore": {**self._store, "path": f"{self._store.get('path', '')}{stored}/"},
                 "fill_missing_data_reads": False,  # a lost file would be read as zeros
             }
@@ -98,14 +111,47 @@ def _arrays_folder(folder: Path) -> Path:
 
 
 def _key_value_store(folder: Path) -> dict[str, Any]:
-    if (folder / "manifest.ocdbt").exists():
-        return {"driver": "ocdbt", "base": f"file://{folder.absolute()}/"}
-    return {"driver": "file", "path": f"{folder.absolute()}/"}
+    # No URL: characters such as % and # would have to be escaped in one.
+    files = {"driver": "file", "path": f"{folder.absolute()}/"}
+    return {"driver": "ocdbt", "base": files} if (folder / "manifest.ocdbt").exists() else files
 
 
-def _name(path: str) -> str:
-    """A layout's name for an array of either spelling."""
-    return path.removeprefix("transformer/").removesuffix("/w")
+def _path(path: str) -> str:
+    """An array's path in the tree, the same in either spelling of the layout."""
+    return path.removesuffix("/w")
+
+
+def _name(path: str, branch: str) -> str:
+    """The layout's name for an array."""
+    return path.removeprefix(branch).removeprefix("transformer/")
+
+
+def _branch(folder: Path, paths: Sequence[str]) -> str:
+    """Where the model lies in the checkpoint's tree: empty, or as in `params/`.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    ending = f"transformer/{_EMBEDDING}"
+    found = {
+        path.removesuffix(ending) if path.endswith(ending) else path.removesuffix(_EMBEDDING)
+        for path in paths
+        if path == _EMBEDDING or path.endswith(f"/{_EMBEDDING}")
+    }
+    if not found:
+        named = ", ".join(sorted(paths)[:3])
+        raise UserError(
+            f"{folder} is no Gemma 2 in DeepMind's layout: it lacks the tensor {_EMBEDDING} and holds "
+            f"{named or 'no arrays'}{', …' if len(paths) > 3 else ''}."
+        )
+    for usual in ("", "params/"):
+        if usual in found:
+            return usual
+    if len(found) > 1:
+        raise UserError(
+            f"{folder} holds several models, {', '.join(sorted(found))}; accepted: one, or params."
+        )
+    return found.pop()
 
 
 def _read_config(
@@ -120,14 +166,17 @@ def _read_config(
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in tensors:
-            raise UserError(f"{folder} is no Gemma 2 in DeepMind's layout: it lacks the tensor {name}.")
+            what = _other_gemma(tensors)
+            raise UserError(f"{folder} is {what} in DeepMind's layout: it lacks the tensor {name}.")
         if len(tensors[name].shape) != axes:
             raise UserError(
                 f"{folder} holds {name} of shape {list(tensors[name].shape)}; it must have {axes} axes."
             )
         return tensors[name].shape
 
-    V, D = shape("embedder/input_embedding", 2)
+    if any("_query_norm" in name for name in tensors):
+        raise UserError(f"{folder} is a Gemma 3 in DeepMind's layout; accepted: Gemma 2.")
+    V, D = shape(_EMBEDDING, 2)
     N, _, H = shape("layer_0/attn/q_einsum", 3)
     _, K, _, _ = shape("layer_0/attn/kv_einsum", 4)
     F, _ = shape("layer_0/mlp/linear", 2)
@@ -151,11 +200,18 @@ def _read_config(
             head_dim=H,
             d_ff=F,
             sliding_window=4096,
-            query_pre_attn_scalar=D / N if num_layers == 46 else H,
+            query_pre_attn_scalar=D / N if num_layers == 46 else float(H),
         )
     except UserError as error:
         raise UserError(f"{folder} is no Gemma 2: {error}") from None
     return config, gating[1:] == (F, D)
+
+
+def _other_gemma(tensors: dict[str, TensorInfo]) -> str:
+    """What a checkpoint is that lacks a tensor of Gemma 2's first layer."""
+    if "layer_0/pre_ffw_norm/scale" in tensors and "layer_0/post_ffw_norm/scale" not in tensors:
+        return "a Gemma 1 and no Gemma 2"
+    return "no Gemma 2"
 
 
 def _one_line(error: Exception) -> str:

@@ -15,6 +15,13 @@ _FILES = [
     "config.json",
     "generation_config.json",
     "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "adapter_config.json",
 ]
 
 

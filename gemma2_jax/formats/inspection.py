@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from gemma2_jax.config import UserError
+from gemma2_jax.data.chat import chat_template
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.formats.gguf_header import Header, is_gguf, read_header
 from gemma2_jax.formats.layouts import GGUF, expand
@@ -50,7 +51,12 @@ def inspect(path: str | Path, published: Mapping[str, ModelConfig]) -> Inspectio
     ]
     try:
         tokenizer = load_tokenizer(source)
-        lines.append(("tokenizer", f"{source.tokenizer}, {_describe(tokenizer)}"))
+        lines += [
+            ("tokenizer", f"{source.tokenizer}, {_describe(tokenizer)}"),
+            ("stops at", ", ".join(map(str, sorted(tokenizer.stop_ids))) or "nothing"),
+            ("chats", _template(source, tokenizer)),
+            *_renamed(source, tokenizer),
+        ]
     except UserError as error:
         lines.append(("tokenizer", "none" if source.tokenizer is None else "does not fit"))
         problems.append(str(error))
@@ -134,6 +140,24 @@ def _size(count: float) -> str:
             return f"{count:,.4g} {unit}"
         count /= 1000
     return f"{count:,.2f} GB"
+
+
+def _template(source: Source, tokenizer: Tokenizer) -> str:
+    own = source.metadata.chat_template
+    if own is not None and own != chat_template():
+        return "a template of its own, which exports keep; --chat uses Gemma 2's"
+    return "Gemma 2's format" if tokenizer.end_of_turn_id != tokenizer.eos_id else "none"
+
+
+def _renamed(source: Source, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Tokens whose text other files have changed, which tools that read tokenizer.model alone do not see."""
+    size = tokenizer.vocab_size
+    names = {number: name for number, name in source.added_tokens(0).items() if number < size}
+    others = {number: name for number, name in names.items() if name != tokenizer.piece(number)}
+    if not others:
+        return []
+    shown = ", ".join(f"{number} {tokenizer.piece(number)} (there {name})" for number, name in others.items())
+    return [("renamed", f"tokenizer.model is used, where tokenizer files beside it differ: {shown:.200}")]
 
 
 def _describe(tokenizer: Tokenizer) -> str:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,26 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.formats import hub
 from gemma2_jax.formats.deepmind import DeepMindSource, is_orbax
-from gemma2_jax.formats.gguf_header import is_gguf
-from gemma2_jax.formats.huggingface import CONFIG_FILE, HuggingFaceSource
+from gemma2_jax.formats.huggingface import HuggingFaceSource
+from gemma2_jax.formats.huggingface_config import CONFIG_FILE
+from gemma2_jax.formats.recognise import ADAPTER_CONFIG, describe, run_around
 from gemma2_jax.formats.run import RunSource
 from gemma2_jax.formats.source import DTYPES, Source, all_places
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.narrowing import check_range
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens, resize_rows, without_padding
 from gemma2_jax.model.weights import abstract_params
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
+_PADDING = 1024  # rows, or a quarter of the tokens: more of them are those of another tokenizer
 
-def open_source(path: str | Path) -> Source:
+
+def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source:
     """The checkpoint at `path`, or of that name on the Hugging Face hub, whatever kind it is of.
+
+    Args:
+        tokenizer: a SentencePiece model file, in the place of the checkpoint's own.
 
     Raises:
         UserError: there is none, or none of a known kind.
@@ -39,14 +46,15 @@ def open_source(path: str | Path) -> Source:
         folder = hub.download(str(path))
     try:
         reader = _reader_of(folder)
-        if reader is not None:
-            return reader(folder)
-        raise UserError(
-            f"{path} {_what_is(folder)}; accepted: a run folder, a Hugging Face folder with config.json and "
-            "*.safetensors or its name on the hub, and DeepMind's Orbax checkpoint (`gemma2 inspect` takes GGUF too)."
-        )
+        if reader is None:
+            raise UserError(f"{path} {_what_is(folder)}.")
+        source = reader(folder)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    if tokenizer is not None:
+        source.tokenizer = Path(tokenizer)
+    _find_padding(source)
+    return source
 
 
 def _reader_of(folder: Path) -> Callable[[Path], Source] | None:
@@ -55,22 +63,43 @@ def _reader_of(folder: Path) -> Callable[[Path], Source] | None:
         return RunSource
     if (folder / CONFIG_FILE).exists():
         return HuggingFaceSource
-    if is_orbax(folder):
+    if is_orbax(folder) and run_around(folder) is None:
         return DeepMindSource
     # Of a run folder that is not whole, it tells what is missing.
     return RunSource if is_run or store.checkpoint_steps(folder) else None
 
 
 def _what_is(path: Path) -> str:
-    if is_gguf(path):
-        return "is a GGUF file, which is written and not read"
-    if path.is_file():
-        return "is a file of no known kind"
-    if not path.is_dir():
-        return "does not exist"
-    inside = next((inner for inner in sorted(path.iterdir()) if inner.is_dir() and _reader_of(inner)), None)
-    hint = "" if inside is None else f", but {inside} does"
-    return f"holds no checkpoint that is known{hint}"
+    if path.is_dir() and not (path / ADAPTER_CONFIG).exists():
+        inside = next(
+            (inner for inner in sorted(path.iterdir()) if inner.is_dir() and _reader_of(inner)), None
+        )
+        if inside is not None:
+            return f"holds no checkpoint that is known, but {inside} does"
+    found = describe(path)
+    if found is not None and ";" in found:
+        return found
+    unknown = "is a file of no known kind" if path.is_file() else "holds no checkpoint that is known"
+    return (
+        f"{found or unknown}; accepted: a run folder, a Hugging Face folder with config.json "
+        "and *.safetensors or its name on the hub, and DeepMind's Orbax checkpoint (`gemma2 inspect` takes GGUF too)"
+    )
+
+
+def _find_padding(source: Source) -> None:
+    """Takes rows of the embedding behind those of the tokenizer's tokens for padding, if nothing names them.
+
+    Embeddings are filled up to a round number of rows, and a config.json does not tell how many of them are used.
+    """
+    if source.tokenizer is None or isinstance(source, RunSource):  # whose configuration tells
+        return
+    try:
+        tokens = Tokenizer.load(source.tokenizer).vocab_size
+    except UserError:  # is told where a tokenizer is needed
+        return
+    padding = source.config.vocab_size - tokens
+    if 0 <= padding <= max(_PADDING, tokens // 4) and not (padding and source.added_tokens(tokens)):
+        source.config = replace(source.config, vocab_padding=padding)
 
 
 def load(
@@ -92,8 +121,8 @@ def load(
     """
     if not _is_accepted(dtype):
         raise UserError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}.")
-    source = open_source(path)
-    found = load_tokenizer(source, tokenizer)
+    source = open_source(path, tokenizer)
+    found = load_tokenizer(source)
     return Gemma2(source.config, load_params(source, source.config, dtype, mesh)), found
 
 
@@ -104,9 +133,9 @@ def _is_accepted(dtype: Any) -> bool:
         return False
 
 
-def load_tokenizer(source: Source, path: str | Path | None = None) -> Tokenizer:
-    """The checkpoint's tokenizer, or the one at `path` for it. Raises UserError if its size is not the model's."""
-    path = source.tokenizer if path is None else path
+def load_tokenizer(source: Source) -> Tokenizer:
+    """The checkpoint's tokenizer, which knows where its texts end. Raises UserError if it has none that fits."""
+    path = source.tokenizer
     if path is None:
         other = source.path / "tokenizer.json"  # all that transformers 5 saves
         seen = "; its tokenizer.json is not enough" if other.exists() else ""
@@ -114,9 +143,26 @@ def load_tokenizer(source: Source, path: str | Path | None = None) -> Tokenizer:
             f"{source.path} has no tokenizer.model, the SentencePiece file of Gemma's tokenizer{seen}; put it there, "
             "or name it to convert as --tokenizer FILE."
         )
-    tokenizer = Tokenizer.load(path)
-    check_tokens(source.config, tokenizer.vocab_size, str(path))
+    tokenizer = Tokenizer.load(path, source.metadata.stop_ids)
+    if isinstance(source, RunSource):
+        check_tokens(source.config, tokenizer.vocab_size, str(path))
+    elif tokenizer.vocab_size != source.config.num_tokens:
+        raise UserError(_misfit(source, path, tokenizer.vocab_size))
     return tokenizer
+
+
+def _misfit(source: Source, path: Path, tokens: int) -> str:
+    """How a tokenizer does not fit the embedding of a checkpoint of another tool's."""
+    rows = source.config.vocab_size
+    added = source.added_tokens(tokens)
+    if not added:
+        return f"{path} has {tokens} tokens and the embedding in {source.path} {rows} rows; it is another model's."
+    named = ", ".join(f"{name!r} ({number})" for number, name in list(added.items())[:3])
+    more = f" and {len(added) - 3} more" if len(added) > 3 else ""
+    return (
+        f"{source.path} adds tokens to the {tokens} of {path}: {named}{more}; name a tokenizer.model that has them to "
+        f"convert as --tokenizer FILE, or take them out of it (in transformers, resize_token_embeddings({tokens}))."
+    )
 
 
 def open_for(tokenizer: Tokenizer, path: str | Path, key: str) -> Source:
@@ -152,7 +198,7 @@ def load_params(
         progress: told how many weights are read, and of how many.
 
     Raises:
-        UserError: the checkpoint is not whole, or of another model.
+        UserError: the checkpoint is not whole, of another model, or has weights beyond what the dtype can hold.
     """
     source.check()
     _check_same_model(source, config)
@@ -173,6 +219,7 @@ def _load_weights(source: Source, target: Any, progress: Callable[[int, int], No
     for done, place in enumerate(places, 1):
         leaf, branch, name = _find(target, params, place.path)
         part = source.weight(place)
+        check_range(part, leaf.dtype, f"{source.path}: {place.path}")
         if place.pair is None:
             branch[name] = _converter(leaf.dtype, leaf.sharding)(_put(part, leaf.sharding))
         else:

@@ -12,6 +12,7 @@ from gemma2_jax.checkpoints import store
 from gemma2_jax.config import to_dict, to_yaml
 from gemma2_jax.files import write_text
 from gemma2_jax.formats.layouts import Place
+from gemma2_jax.formats.metadata import Metadata, load_metadata
 from gemma2_jax.formats.source import Source, TensorInfo, files_below, misfits, wrong_dtypes
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.weights import abstract_params, dim_sizes, weights_by_path
@@ -35,6 +36,7 @@ class RunSource(Source):
         self.config = store.load_model_config(self.path)
         tokenizer = self.path / store.TOKENIZER_FILE
         self.tokenizer = tokenizer if tokenizer.exists() else None
+        self.metadata = load_metadata(self.path)
         found, params = store.describe_params(self.path)
         self.step, self.passed_over = found.step, found.passed_over
         self.tensors = {
@@ -63,10 +65,14 @@ class RunSource(Source):
         return jax.tree.map(np.asarray, store.load_params(self.path, target))
 
 
-def write_run(folder: Path, config: ModelConfig, params: Any, tokenizer: Path) -> None:
+def write_run(
+    folder: Path, config: ModelConfig, params: Any, tokenizer: Path, metadata: Metadata | None = None
+) -> None:
     """Write a run folder that holds a model and no training: what `load_model` and a training's start take."""
     store.save_params(folder, params, {"model": to_dict(config)})
     shutil.copyfile(tokenizer, folder / store.TOKENIZER_FILE)
+    if metadata is not None:
+        metadata.save(folder)
     write_text(folder / store.CONFIG_FILE, "model:\n" + _indented(to_yaml(config)))
 
 

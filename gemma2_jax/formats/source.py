@@ -9,6 +9,7 @@ import numpy as np
 
 from gemma2_jax.config import UserError
 from gemma2_jax.formats.layouts import Place, Tensor, expand
+from gemma2_jax.formats.metadata import Metadata
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.weights import weights_by_path
 
@@ -38,6 +39,7 @@ class Source(ABC):
         path: its folder.
         config: of the model in it.
         tokenizer: its SentencePiece model file, or None if it has none.
+        metadata: what it holds beside.
         tensors: what its files hold, by the names used there.
     """
 
@@ -45,6 +47,7 @@ class Source(ABC):
     path: Path
     config: ModelConfig
     tokenizer: Path | None
+    metadata: Metadata = Metadata()
     tensors: Mapping[str, TensorInfo]
 
     @property
@@ -73,6 +76,10 @@ class Source(ABC):
         Raises:
             UserError: the file does not give it up.
         """
+
+    def added_tokens(self, first: int) -> dict[int, str]:
+        """Tokens from the id `first` on that have a row of the embedding and a name in files beside tokenizer.model."""
+        return {}
 
     def check(self) -> None:
         """Raises UserError with the first of the `problems`, and how many more there are."""

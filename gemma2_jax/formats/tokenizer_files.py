@@ -30,27 +30,30 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.chat import chat_template
 from gemma2_jax.data.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 from gemma2_jax.files import write_bytes, write_text
+from gemma2_jax.formats.metadata import TOKENIZER_CONFIG_FILE, Metadata, templates_json
 from gemma2_jax.formats.source import TOKENIZER_FILE
-
-CONFIG_FILE = "tokenizer_config.json"
 
 _MESSAGES: Any = sentencepiece_model_pb2  # whose classes are made when it is imported
 
 
-def write_tokenizer_files(folder: str | Path, model: bytes) -> None:
-    """Writes tokenizer.model and tokenizer_config.json, with the chat template where the tokenizer knows turns.
+def write_tokenizer_files(folder: str | Path, model: bytes, metadata: Metadata = Metadata()) -> None:
+    """Writes tokenizer.model and tokenizer_config.json, with a chat template where the tokenizer knows turns.
 
     Args:
         folder: made if it does not exist.
         model: content of a SentencePiece model file.
+        metadata: of the model that the tokenizer belongs to.
 
     Raises:
         UserError: the tokenizer has a setting that `GemmaTokenizer` does not know, so that it would encode
             differently. Nothing is written.
     """
-    config = json.dumps(tokenizer_config(model), indent=2, ensure_ascii=False) + "\n"
+    values = {**tokenizer_config(model), **metadata.tokenizer}
+    if metadata.chat_template is not None:
+        values["chat_template"] = templates_json(metadata.chat_template)
+    config = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     write_bytes(Path(folder) / TOKENIZER_FILE, model)
-    write_text(Path(folder) / CONFIG_FILE, config)
+    write_text(Path(folder) / TOKENIZER_CONFIG_FILE, config)
 
 
 def tokenizer_config(model: bytes) -> dict[str, Any]:

@@ -65,8 +65,12 @@ class TpuVmSettings:
     service_account: str | None = None
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"gs://[^/\s]+(/\S*)?", self.bucket):
-            _refuse(f"--bucket is {self.bucket}; accepted: gs://BUCKET or gs://BUCKET/FOLDER.")
+        # gcloud takes the other signs for patterns and versions.
+        if not re.fullmatch(r"gs://[^/\s*?#\[\]]+(/[^\s*?#\[\]]*)?", self.bucket):
+            _refuse(
+                f"--bucket is {self.bucket}; accepted: gs://BUCKET or gs://BUCKET/FOLDER, without blanks, *, ?, #, [ "
+                "and ]."
+            )
         if self.spot and self.reserved:
             _refuse("--spot and --reserved exclude one another.")
         _check_least(self, slices=1)

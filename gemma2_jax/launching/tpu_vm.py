@@ -41,7 +41,7 @@ def submission(settings: TpuVmSettings, job: Job) -> Submission:
         *nodes,
         f"--accelerator-type={settings.accelerator_type}",
         f"--runtime-version={settings.runtime_version}",
-        f"--metadata-from-file=startup-script={script_path}",
+        f"--metadata-from-file={_one_item(f'startup-script={script_path}')}",
     ]
     create += ["--spot"] if settings.spot else []
     create += ["--reserved"] if settings.reserved else []
@@ -49,6 +49,14 @@ def submission(settings: TpuVmSettings, job: Job) -> Submission:
     pinned = [str(job.folder / name) for name in (ARCHIVE, CONFIG)]
     upload = ["gcloud", "storage", "cp", *pinned, f"{remote}/"]
     return Submission([upload, create], {script_path: _script(settings, remote)})
+
+
+def _one_item(text: str) -> str:
+    """One item of what gcloud takes for a list with commas; see `gcloud topic escaping`."""
+    if "," not in text:
+        return text
+    delimiter = next(sign for sign in ":;|@~!%" if sign not in text)
+    return f"^{delimiter}^{text}"
 
 
 def delete_command(settings: TpuVmSettings, job: Job) -> str:

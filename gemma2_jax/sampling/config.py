@@ -15,8 +15,9 @@ class SamplingConfig:
         top_k: choose among the k most likely tokens only; null for all of them.
         top_p: then choose among the fewest most likely tokens that together have this probability; null for all.
         seed: the same seed, prompts and settings give the same text.
-        stop_tokens: ids that end a row and are not part of its text; null for the tokenizer's end of text
-            and end of turn, an empty list for none.
+        stop_tokens: ids that end a row and are not part of its text; null for those of the checkpoint or, where it
+            names none, the tokenizer's end of text and end of turn; an empty list for none.
+        stop_texts: end a row's text where one of them begins. Of no effect on functions that give tokens.
     """
 
     max_new_tokens: int = 128
@@ -25,6 +26,7 @@ class SamplingConfig:
     top_p: float | None = None
     seed: int = 0
     stop_tokens: tuple[int, ...] | None = None
+    stop_texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -44,3 +46,7 @@ class SamplingConfig:
         for token in self.stop_tokens or ():
             if token < 0:
                 raise UserError(f"sampling.stop_tokens holds {token}; token ids begin at 0.")
+        if "" in self.stop_texts:
+            raise UserError(
+                "sampling.stop_texts holds an empty text, which no text goes on behind; leave it out."
+            )

@@ -63,11 +63,13 @@ class Sampler:
 
     def stream_batch(self, prompts: Sequence[str], config: SamplingConfig) -> Iterator[list[str]]:
         """Yields, again and again, the next piece of every row ("" where there is none)."""
-        rows = [TextStream(self._tokenizer) for _ in prompts]
+        rows = [TextStream(self._tokenizer, config.stop_texts) for _ in prompts]
         ids = [self._tokenizer.encode(prompt, bos=True, control=True) for prompt in prompts]
         stop = self._stop_tokens(config)
         for new in self.stream_tokens(ids, config):
             yield [row.push(id for id in ids if id not in stop) for row, ids in zip(rows, new, strict=True)]
+            if rows and all(row.ended for row in rows):
+                break
         yield [row.finish() for row in rows]
 
     def generate_tokens(self, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> list[list[int]]:
@@ -148,7 +150,7 @@ class Sampler:
 
     def _stop_tokens(self, config: SamplingConfig) -> frozenset[int]:
         if config.stop_tokens is None:
-            return frozenset((self._tokenizer.eos_id, self._tokenizer.end_of_turn_id))
+            return self._tokenizer.stop_ids
         return frozenset(config.stop_tokens)
 
 

@@ -1,6 +1,6 @@
 """Text from tokens that are still arriving."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from gemma2_jax.data.tokenizer import Tokenizer
 
@@ -12,25 +12,53 @@ class TextStream:
     """Decodes a row's tokens as they come, never half a character.
 
     A character may be spelt by several byte tokens, so the last bytes of the text are held back as long as
-    they are none but may become one.
+    they are none but may become one. So is what may become one of the texts that end it.
+
+    Args:
+        stop: the text ends where one of these begins.
+
+    Attributes:
+        ended: whether one of them has come; what is pushed after it gives nothing.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self._tokenizer = tokenizer
+        self._stop = stop
         self._ids: list[int] = []
         self._given = 0  # characters
+        self.ended = False
 
     def push(self, ids: Iterable[int]) -> str:
         """Take the next tokens; returns the text that is certain now and was not given before."""
+        if self.ended:
+            return ""
         self._ids.extend(ids)
-        text = self._tokenizer.decode(self._ids)
-        held = len(text) - len(text.rstrip(_CUT))
-        return self._give(text, len(text) - min(held, _LONGEST_CUT))
+        text, self.ended = self._until_stop()
+        if self.ended:
+            return self._give(text, len(text))
+        cut = len(text) - len(text.rstrip(_CUT))
+        certain = text[: len(text) - min(cut, _LONGEST_CUT)]
+        return self._give(text, self._beginning_of_stop(certain))
 
     def finish(self) -> str:
         """Returns what was held back, when no more tokens will come."""
-        text = self._tokenizer.decode(self._ids)
+        if self.ended:
+            return ""
+        text, self.ended = self._until_stop()
         return self._give(text, len(text))
+
+    def _until_stop(self) -> tuple[str, bool]:
+        """The text so far, up to the first of the stops, and whether there is one."""
+        text = self._tokenizer.decode(self._ids)
+        found = [start for stop in self._stop if (start := text.find(stop)) >= 0]
+        return (text[: min(found)], True) if found else (text, False)
+
+    def _beginning_of_stop(self, text: str) -> int:
+        """Where the end of the text may be the beginning of a stop; its length if nowhere."""
+        lengths = [
+            length for stop in self._stop for length in range(1, len(stop)) if text.endswith(stop[:length])
+        ]
+        return len(text) - max(lengths, default=0)
 
     def _give(self, text: str, end: int) -> str:
         piece = text[self._given : end]

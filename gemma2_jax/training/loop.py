@@ -43,8 +43,8 @@ from gemma2_jax.training.trainer import Trainer
 def train(config: RunConfig) -> None:
     """Train to `config.training.steps`, going on from the newest checkpoint in the run folder if there is one.
 
-    Writes config.yaml, tokenizer.model, data.json, teacher.json (of a student), metrics.jsonl, tensorboard/ and
-    checkpoints/ into config.output.
+    Writes config.yaml, tokenizer.model, data.json, teacher.json (of a student), metadata.json (if the checkpoint that
+    it begins with, or else its teacher, has some), metrics.jsonl, tensorboard/ and checkpoints/ into config.output.
     A run that is done already is left as it is.
 
     Raises:

@@ -185,6 +185,10 @@ def write_inputs(config: RunConfig, taught_by: TaughtBy | None) -> None:
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
     if taught_by is not None:
         taught_by.save(folder)
+    # Where a text ends, and how a chat is written, the run learns from the model that it begins with or its teacher.
+    origin = config.initialise.source or config.distill.teacher
+    if origin is not None and latest_step(folder) is None:
+        open_source(origin).metadata.save(folder)
 
 
 def _check_same(configs: Sequence[RunConfig], shared: Callable[[RunConfig], dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """The verb generate: what is handed to the sampler, and what is printed."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,7 @@ def asked(monkeypatch):
 
     class Sampler:
         def __init__(self, model, tokenizer, compute):
-            assert (model, tokenizer) == ("bfloat16 model of RUN", "tokenizer of RUN")
+            assert (model, tokenizer) == ("bfloat16 model of RUN", TOKENIZER)
             assert compute.dtype == "bfloat16"
 
         def generate(self, prompts, config):
@@ -28,9 +29,15 @@ def asked(monkeypatch):
     monkeypatch.setattr("gemma2_jax.sampling.sampler.Sampler", Sampler)
     monkeypatch.setattr(
         "gemma2_jax.formats.load.load",
-        lambda folder, dtype: (f"{dtype} model of {folder}", f"tokenizer of {folder}"),
+        lambda folder, dtype: (f"{dtype} model of {folder}", TOKENIZER),
     )
     return calls
+
+
+# Of a model whose texts end at id 1, and turns at 5.
+TOKENIZER = SimpleNamespace(
+    stop_ids=frozenset([1]), end_of_turn_id=5, vocab_size=9, control_id=lambda text: {"<bos>": 2}.get(text)
+)
 
 
 COMMAND = ["generate", "--checkpoint", "RUN", "--dtype", "bfloat16"]
@@ -54,7 +61,15 @@ def test_a_chat_prints_the_answer_alone(asked, capsys):
     assert main([*COMMAND, "--chat", "--prompt", "Why?"]) == 0
     turns = "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n"
     assert asked[0][0] == [turns]
+    assert asked[0][1].stop_tokens == (1, 5)
     assert capsys.readouterr().out == f" [{len(turns)}]\n"
+
+
+def test_it_stops_where_it_is_told_to_as_well(asked, capsys):
+    assert main([*COMMAND, "--prompt", "x", "--stop", "7", "--stop", "\n\n", "--stop", "<bos>"]) == 0
+    assert (asked[0][1].stop_tokens, asked[0][1].stop_texts) == ((1, 2, 7), ("\n\n",))
+    assert main([*COMMAND, "--prompt", "x", "--stop", "9"]) == 1
+    assert "--stop is 9; accepted: a text, or a token id from 0 to 8." in capsys.readouterr().err
 
 
 def test_the_prompt_may_be_piped(asked, capsys, monkeypatch):

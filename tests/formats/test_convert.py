@@ -17,7 +17,8 @@ from gemma2_jax.config import UserError
 from gemma2_jax.formats import huggingface
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.load import load, open_source
-from gemma2_jax.formats.run import write_run
+from gemma2_jax.formats.run import RunSource, write_run
+from tests.model.models import vivid
 
 
 def left(folder: Path) -> list[str]:
@@ -234,6 +235,41 @@ def test_too_large_for_float16(small, params, tokenizer_config, tmp_path):
     write_run(tmp_path / "run", small, large, Path(tokenizer_config.path))
     with pytest.raises(UserError, match=r"model.norm.weight has values beyond what float16 can hold"):
         convert(tmp_path / "run", tmp_path / "hf", dtype="float16")
+    with pytest.raises(UserError, match=r"final_norm/scale has values beyond what float16 can hold"):
+        convert(tmp_path / "run", tmp_path / "other", "run", dtype="float16")
+    assert left(tmp_path) == ["run"]
+
+
+def test_too_large_for_bfloat16(small, params, tokenizer_config, tmp_path):
+    scale = params["final_norm"]["scale"].astype("float32").at[3].set(3.4e38)
+    write_run(
+        tmp_path / "run", small, {**params, "final_norm": {"scale": scale}}, Path(tokenizer_config.path)
+    )
+    with pytest.raises(UserError, match=r"has values beyond what bfloat16 can hold; choose float32\.$"):
+        convert(tmp_path / "run", tmp_path / "hf", dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"d_model": 40, "num_heads": 6},
+            "d_model is 40 and model.num_heads 6; transformers loads a Gemma 2 only",
+        ),
+        (
+            {"query_pre_attn_scalar": 8.5},
+            "query_pre_attn_scalar is 8.5, and transformers takes whole numbers",
+        ),
+    ],
+)
+def test_what_transformers_does_not_load_is_not_written(
+    small, tokenizer_config, tmp_path, monkeypatch, changes, sentence
+):
+    config = replace(small, **changes)
+    write_run(tmp_path / "run", config, vivid(config).params(), Path(tokenizer_config.path))
+    monkeypatch.setattr(RunSource, "weight", None)  # it is told before any weight is read
+    with pytest.raises(UserError, match=sentence):
+        convert(tmp_path / "run", tmp_path / "hf")
     assert left(tmp_path) == ["run"]
 
 
@@ -254,21 +290,6 @@ def test_several_dtypes_are_told(hf_folder, tmp_path):
     save_file(tensors, hf_folder / "model.safetensors")
     done = convert(hf_folder, tmp_path / "run")
     assert (done.dtype, done.source_dtypes) == ("float32", ("bfloat16", "float32"))
-
-
-def test_the_ids_that_end_a_text_are_kept(hf_folder, tmp_path):
-    """A base model ends a text with <eos> alone, which its tokenizer does not tell."""
-    config = json.loads((hf_folder / "config.json").read_text())
-    (hf_folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 1, "pad_token_id": None}))
-    (hf_folder / "generation_config.json").write_text('{"eos_token_id": [1, 9], "temperature": 2}')
-    convert(hf_folder, tmp_path / "again", "huggingface", "float32")
-    config = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert (config["eos_token_id"], config["bos_token_id"], config["pad_token_id"]) == (1, 2, 0)
-    generation = json.loads((tmp_path / "again" / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 2, "eos_token_id": [1, 9], "pad_token_id": 0}
-    (hf_folder / "generation_config.json").unlink()
-    convert(hf_folder, tmp_path / "without", "huggingface")
-    assert json.loads((tmp_path / "without" / "generation_config.json").read_text())["eos_token_id"] == [1, 5]
 
 
 def test_a_broken_run_is_refused(run_folder, tmp_path):

@@ -57,8 +57,10 @@ def flattened(tree):
     return flat
 
 
-def save(folder, tree, ocdbt=True):
-    ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)).save(folder.absolute(), tree)
+def save(folder, tree, ocdbt=True, zarr3=False):
+    ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)).save(
+        folder.absolute(), tree
+    )
     return folder
 
 
@@ -72,6 +74,42 @@ def test_read(tmp_path, small, params, tokenizer_config, transposed, flat, ocdbt
     assert source.config == small
     assert source.problems() == []
     jax.tree.map(np.testing.assert_array_equal, load_params(source, small, "bfloat16"), params)
+
+
+@pytest.mark.parametrize("name", ["a b", "50%", "%41", "a#b", "a?b", "[1]*", "ü&$HOME;'\""])
+@pytest.mark.parametrize("ocdbt", [False, True], ids=["files", "ocdbt"])
+def test_a_path_is_no_url(tmp_path, small, params, ocdbt, name):
+    saved = save(tmp_path / "dm", theirs(params, small, False, True), ocdbt)
+    folder = saved.rename(tmp_path / name)
+    source = open_source(folder)
+    assert source.problems() == []
+    jax.tree.map(np.testing.assert_array_equal, load_params(source, small, "bfloat16"), params)
+
+
+@pytest.mark.parametrize("ocdbt", [False, True], ids=["files", "ocdbt"])
+def test_zarr3(tmp_path, small, params, ocdbt):
+    folder = save(tmp_path / "dm", theirs(params, small, False, False), ocdbt, zarr3=True)
+    source = open_source(folder)
+    assert source.problems() == []
+    jax.tree.map(np.testing.assert_array_equal, load_params(source, small, "bfloat16"), params)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("ocdbt", [False, True], ids=["files", "ocdbt"])
+def test_a_tree_within_another(tmp_path, small, params, ocdbt, flat):
+    """As a training state, whose optimizer has a copy of every name."""
+    tree = theirs(params, small, False, flat)
+    state = {"params": tree, "opt_state": {"mu": {"params": tree}}, "step": np.zeros(1, np.int32)}
+    source = open_source(save(tmp_path / "dm", state, ocdbt))
+    assert (source.problems(), source.config) == ([], small)
+    jax.tree.map(np.testing.assert_array_equal, load_params(source, small, "bfloat16"), params)
+
+
+def test_several_trees(tmp_path, small, params):
+    tree = theirs(params, small, False, False)
+    folder = save(tmp_path / "dm", {"ema": tree, "raw": tree})
+    with pytest.raises(UserError, match=r"dm holds several models, ema/, raw/; accepted: one, or params\."):
+        open_source(folder)
 
 
 def test_the_tokenizer_lies_beside_it(tmp_path, small, params, tokenizer, tokenizer_config):
@@ -106,11 +144,14 @@ def test_what_is_no_gemma_2(tmp_path, small, params):
     tree = theirs(params, small, False, False)
     first = {**tree, "layer_0": {name: w for name, w in tree["layer_0"].items() if "post" not in name}}
     with pytest.raises(
-        UserError, match="is no Gemma 2 in DeepMind's layout: it lacks the tensor layer_0/post"
+        UserError, match="is a Gemma 1 and no Gemma 2 in DeepMind's layout: it lacks the tensor layer_0/post"
     ):
         open_source(save(tmp_path / "gemma1", first))
-    with pytest.raises(UserError, match=r"lacks the tensor embedder/input_embedding"):
+    with pytest.raises(UserError, match=r"lacks the tensor embedder/input_embedding and holds weights\."):
         open_source(save(tmp_path / "other", {"weights": np.zeros(3)}))
+    tree["layer_0"]["attn"]["_query_norm"] = {"scale": np.zeros(8, np.float32)}
+    with pytest.raises(UserError, match=r"gemma3 is a Gemma 3 in DeepMind's layout; accepted: Gemma 2\."):
+        open_source(save(tmp_path / "gemma3", tree))
 
 
 def test_a_truncated_array(tmp_path, small, params):

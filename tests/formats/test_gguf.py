@@ -185,6 +185,7 @@ def test_one_tensor_is_held_at_a_time(path, model_file):
             "query_pre_attn_scalar is 16, .* llama.cpp takes head_dim, here 24",
         ),
         ({"sliding_window": None}, "sliding_window is null"),
+        ({"num_layers": 514}, "num_layers is 514, which llama.cpp does not load; it takes 512 at most"),
         ({"vocab_padding": 9}, "The tokenizer has 310 tokens and the model 311"),
     ],
 )
@@ -223,6 +224,23 @@ def test_what_f16_cannot_hold_is_refused(path, model_file, value):
     with pytest.raises(UserError, match=r"blk.1.ffn_up.weight holds .* accepted: f32, bf16"):
         write_gguf(path, CONFIG, given.items(), model_file, "f16", "toy")
     write_gguf(path, CONFIG, given.items(), model_file, "bf16", "toy")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "value", "told"),
+    [
+        ("bf16", 3.4e38, "has values beyond what bfloat16 can hold; choose float32"),
+        ("q8_0", 1e7, "holds a value that is no finite number in q8_0; accepted: f32, bf16"),
+        ("q4_0", -1e6, "holds a value that is no finite number in q4_0; accepted: f32, bf16"),
+        ("q8_0", np.nan, "holds a value that is no finite number in q8_0; accepted: f32, bf16"),
+    ],
+)
+def test_what_other_encodings_cannot_hold_is_refused(path, model_file, encoding, value, told):
+    given = arrays()
+    given["blk.1.ffn_up.weight"][3, 5] = value
+    with pytest.raises(UserError, match=f"blk.1.ffn_up.weight {told}"):
+        write_gguf(path, CONFIG, given.items(), model_file, encoding, "toy")
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

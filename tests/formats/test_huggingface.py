@@ -1,7 +1,6 @@
-"""Hugging Face folders: what is read, what is refused, what is written."""
+"""Hugging Face folders: what is read, what is refused, what is written. See test_huggingface_config for config.json."""
 
 import json
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,17 +9,10 @@ from safetensors.numpy import load_file, save_file
 
 from gemma2_jax.config import UserError
 from gemma2_jax.formats import huggingface
-from gemma2_jax.formats.huggingface import HuggingFaceSource, config_json, read_config, write_shards
-from gemma2_jax.formats.load import load, load_params, open_source
+from gemma2_jax.formats.huggingface import HuggingFaceSource, write_shards
+from gemma2_jax.formats.load import load_params, open_source
 
 WEIGHTS = "model.safetensors"
-
-
-def edit_config(folder, **values):
-    path = folder / "config.json"
-    data = json.loads(path.read_text()) | values
-    path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
-    return path
 
 
 def edit_weights(folder, **changes):
@@ -36,85 +28,6 @@ def test_read_as_written(exported, small, params):
     assert isinstance(source, HuggingFaceSource)
     assert (source.config, source.dtype, source.problems()) == (small, "bfloat16", [])
     jax.tree.map(np.testing.assert_array_equal, load_params(source, small, "bfloat16"), params)
-
-
-@pytest.mark.parametrize("window", [7, None])
-def test_config_there_and_back(tmp_path, small, window):
-    config = replace(small, sliding_window=window, query_pre_attn_scalar=144, rope_base=5e4, norm_eps=1e-5)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(config_json(config, "float32")))
-    assert read_config(path) == config
-
-
-def test_a_query_scale_that_transformers_does_not_take(small):
-    with pytest.raises(
-        UserError, match=r"query_pre_attn_scalar is 8.5, and transformers takes whole numbers"
-    ):
-        config_json(replace(small, query_pre_attn_scalar=8.5), "float32")
-
-
-def test_a_config_as_transformers_5_writes_it(hf_folder, small):
-    rope = {"rope_theta": 5e4, "rope_type": "default"}
-    path = edit_config(
-        hf_folder, rope_theta=..., rope_parameters=rope, use_bidirectional_attention=None, layer_types=None
-    )
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a BOM, which an editor put there
-    assert read_config(path) == replace(small, rope_base=5e4)
-
-
-def test_an_older_config_without_constants(hf_folder, small):
-    """As transformers fills them in: those of the 2B and 9B."""
-    gone = dict.fromkeys(
-        ["query_pre_attn_scalar", "attn_logit_softcapping", "layer_types", "rope_theta", "hidden_activation"],
-        ...,
-    )
-    path = edit_config(hf_folder, **gone)
-    assert read_config(path) == replace(small, query_pre_attn_scalar=256)
-
-
-@pytest.mark.parametrize(
-    ("values", "sentence"),
-    [
-        ({"model_type": "gemma"}, "has model_type 'gemma'; accepted: 'gemma2'."),
-        ({"tie_word_embeddings": False}, "has tie_word_embeddings False; Gemma 2 has True."),
-        ({"attention_bias": True}, "has attention_bias True; Gemma 2 has False."),
-        ({"hidden_activation": "gelu"}, "has hidden_activation 'gelu'; Gemma 2 has 'gelu_pytorch_tanh'."),
-        ({"num_hidden_layers": ...}, "has num_hidden_layers None; it must be a whole number."),
-        ({"attn_logit_softcapping": None}, "has attn_logit_softcapping None; it must be a number."),
-        (
-            {"num_hidden_layers": 3, "layer_types": ...},
-            "is no Gemma 2: model.num_layers is 3; it must be even",
-        ),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "has RoPE of type 'yarn'; Gemma 2 has 'default'."),
-        ({"rope_scaling": ["x"]}, "has rope_scaling ['x']; accepted: rope_type and rope_theta, or null."),
-        ({"rope_parameters": "default"}, "has rope_parameters 'default'; accepted: rope_type and"),
-        ({"rope_parameters": {"rope_theta": None}}, "has rope_theta None; it must be a number."),
-        ({"rope_parameters": {"rope_theta": "abc"}}, "has rope_theta 'abc'; it must be a number."),
-        (
-            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
-            "has rope_parameters with full_attention; accepted: rope_type and rope_theta.",
-        ),
-        ({"rope_theta": None}, "has rope_theta None; it must be a number."),
-        ({"rope_theta": float("inf")}, "has rope_theta inf; it must be a number."),
-        ({"rms_norm_eps": 10**400}, "has rms_norm_eps 1000"),
-        ({"vocab_size": True}, "has vocab_size True; it must be a whole number."),
-        ({"sliding_window": True}, "has sliding_window True; it must be a whole number."),
-        ({"use_bidirectional_attention": True}, "has use_bidirectional_attention True; accepted: none"),
-        ({"quantization_config": {"bits": 4}}, "has quantization_config {'bits': 4}; accepted: none"),
-        ({"layer_types": 5}, "has layer_types 5; accepted: sliding_attention and full_attention in turns"),
-        ({"layer_types": {}}, "has layer_types {}; accepted: sliding_attention and full_attention in turns"),
-        (
-            {"layer_types": ["full_attention", "sliding_attention"] * 2},
-            "accepted: sliding_attention and full_attention in turns",
-        ),
-    ],
-)
-def test_a_config_that_is_no_gemma_2(hf_folder, values, sentence):
-    path = edit_config(hf_folder, **values)
-    with pytest.raises(UserError) as caught:
-        open_source(hf_folder)
-    assert str(caught.value).startswith(str(path))
-    assert sentence in str(caught.value)
 
 
 NORM, QUERY = "model__norm__weight", "model__layers__2__self_attn__q_proj__weight"
@@ -216,7 +129,10 @@ def test_other_files_in_the_folder(hf_folder):
     (hf_folder / "model.safetensors.index.json").unlink()
     assert open_source(hf_folder).problems() == []
     (hf_folder / "weights.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds no \*.safetensors of a whole model"):
+    with pytest.raises(UserError, match=r"hf holds a LoRA adapter and no whole model"):
+        open_source(hf_folder)
+    (hf_folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"hf holds no \*.safetensors of a whole model\.$"):
         open_source(hf_folder)
 
 
@@ -233,10 +149,7 @@ def test_files_that_are_cut_or_missing(hf_folder):
         with pytest.raises(UserError, match=rf"{weights} is cut off or no safetensors file: .*\.$"):
             open_source(hf_folder)
     weights.rename(hf_folder / "pytorch_model.bin")
-    with pytest.raises(
-        UserError,
-        match=r"holds no \*.safetensors of a whole model; other files of weights, which may run code",
-    ):
+    with pytest.raises(UserError, match=r"hf holds pickles of PyTorch, which may run code and are not read"):
         open_source(hf_folder)
 
 
@@ -256,8 +169,17 @@ def test_shards(exported, hf_folder, small, params):
     last = hf_folder / files[-1]
     kept = last.read_bytes()
     last.unlink()
-    with pytest.raises(UserError, match=rf"{last} does not exist"):
+    with pytest.raises(UserError, match=rf"{last} does not exist; download or copy"):
         open_source(hf_folder)
+    first = hf_folder / files[0]
+    first.rename(hf_folder / "away")
+    with pytest.raises(UserError, match=rf"{first} does not exist, nor do 1 other files of its weights;"):
+        open_source(hf_folder)
+    (hf_folder / "model.safetensors.index.json").rename(hf_folder / "index")
+    with pytest.raises(UserError, match=rf"{first} does not exist, nor do 1 other"):
+        open_source(hf_folder)
+    (hf_folder / "index").rename(hf_folder / "model.safetensors.index.json")
+    (hf_folder / "away").rename(first)
     save_file({"other": np.zeros(2)}, last)
     with pytest.raises(
         UserError, match=rf"{last} lacks the tensor model.*, which .*index.json says is there"
@@ -268,18 +190,38 @@ def test_shards(exported, hf_folder, small, params):
         open_source(hf_folder)
 
 
-def test_a_tokenizer_of_another_size(hf_folder):
-    edit_config(hf_folder, vocab_size=401)
-    edit_weights(hf_folder, model__embed_tokens__weight=lambda w: np.concatenate([w, w[:1]]))
-    with pytest.raises(UserError, match=r"tokenizer.model has 400 tokens and the model 401"):
-        load(hf_folder)
-    (hf_folder / "tokenizer.model").unlink()
-    with pytest.raises(UserError, match=r"hf has no tokenizer.model"):
-        load(hf_folder)
+@pytest.mark.parametrize("prefix", ["model.", ""], ids=["whole", "saved without its head"])
+def test_buffers_of_older_transformers_are_passed_over(hf_folder, small, params, prefix):
+    """And a Gemma2Model that was saved by itself has names without `model.`, which transformers takes too."""
+    tensors = {
+        prefix + name.removeprefix("model."): tensor
+        for name, tensor in load_file(hf_folder / WEIGHTS).items()
+    }
+    for layer in range(small.num_layers):
+        tensors[f"{prefix}layers.{layer}.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    tensors[f"{prefix}rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(tensors, hf_folder / WEIGHTS)
+    source = open_source(hf_folder)
+    assert (source.problems(), source.dtype) == ([], "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, load_params(source, small, "bfloat16"), params)
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{", "\xff"])
-def test_a_config_that_is_no_json(hf_folder, content):
-    (hf_folder / "config.json").write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match=r"config.json (is not valid JSON|holds no JSON object)\.$"):
+def test_a_head_of_its_own_that_is_the_embedding(hf_folder):
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert open_source(hf_folder).problems() == [
+        f"{hf_folder}/config.json has tie_word_embeddings false, and lm_head.weight is not there."
+    ]
+    embedding = load_file(hf_folder / WEIGHTS)["model.embed_tokens.weight"]
+    edit_weights(hf_folder, lm_head__weight=lambda _: embedding)
+    assert open_source(hf_folder).problems() == []
+    edit_weights(hf_folder, lm_head__weight=lambda _: embedding + 1)
+    assert len(open_source(hf_folder).problems()) == 1
+
+
+def test_a_pointer_of_git_lfs(hf_folder):
+    (hf_folder / WEIGHTS).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5000000\n"
+    )
+    with pytest.raises(UserError, match=r"model.safetensors is a pointer of Git LFS; .*`git lfs pull`"):
         open_source(hf_folder)

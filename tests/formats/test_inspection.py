@@ -23,6 +23,7 @@ def test_a_hugging_face_folder(exported, small, tokenizer):
     assert lines["parameters"].startswith(f"{total:,} (12,800 embedding + ")
     assert lines["tiny"] == f"{total:,} parameters in the report (12,800 + {total - 12800:,}); the same model"
     assert lines["tokenizer"].endswith(f"400 tokens, fingerprint {tokenizer.fingerprint[:12]}")
+    assert (lines["stops at"], lines["chats"]) == ("1, 5", "Gemma 2's format")
 
 
 def test_a_run(run_folder, small):
@@ -46,15 +47,15 @@ def test_problems_are_all_told(hf_folder, small):
     tensors["extra"] = np.zeros(3, np.float32)
     save_file(tensors, hf_folder / "model.safetensors")
     config = json.loads((hf_folder / "config.json").read_text())
-    (hf_folder / "config.json").write_text(json.dumps(config | {"vocab_size": 402}))
+    (hf_folder / "config.json").write_text(json.dumps(config | {"vocab_size": 398}))
     found = inspect(hf_folder, {})
     counts = count_parameters(small)
     parameters = dict(found.lines)["parameters"]
-    assert parameters.startswith(f"{counts.total + 2 * 32:,} (")
+    assert parameters.startswith(f"{counts.total - 2 * 32:,} (")
     assert parameters.endswith(f"; the tensors that were found hold {counts.total - 32 + 3:,}")
     told = "\n".join(found.problems)
     assert len(found.problems) == 4
-    for part in ("lacks the tensor model.norm.weight", "tensor extra, which", "[400, 32], where", "402"):
+    for part in ("lacks the tensor model.norm.weight", "tensor extra, which", "[400, 32], where", "398 rows"):
         assert part in told
     assert dict(found.lines)["published"].startswith("no model of these sizes")
     assert dict(found.lines)["tokenizer"] == "does not fit"
@@ -83,3 +84,12 @@ def test_gguf(exported, small, tmp_path):
     assert "q8_0" in lines["dtype"]
     assert lines["tiny"].endswith("; the same model")
     assert lines["tokenizer"] == "in the file, 400 tokens"
+
+
+def test_renamed_tokens(hf_folder):
+    assert "renamed" not in dict(inspect(hf_folder, {}).lines)
+    config = json.loads((hf_folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["5"]["content"] = "<|im_end|>"
+    (hf_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    found = dict(inspect(hf_folder, {}).lines)["renamed"]
+    assert found.endswith("files beside it differ: 5 <end_of_turn> (there <|im_end|>)")

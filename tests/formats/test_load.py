@@ -3,6 +3,7 @@
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 
 from gemma2_jax.config import UserError
 from gemma2_jax.formats import hub
+from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.layouts import Place
 from gemma2_jax.formats.load import load, load_params, open_source
-from gemma2_jax.formats.run import RunSource
+from gemma2_jax.formats.run import RunSource, write_run
 from gemma2_jax.model.weights import abstract_params
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
@@ -71,7 +73,7 @@ def test_a_folder_above_names_the_one_below(run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "weights" / "run")
     (tmp_path / "weights" / "other").mkdir()
     with pytest.raises(
-        UserError, match=r"weights holds no checkpoint that is known, but .*weights/run does;"
+        UserError, match=r"weights holds no checkpoint that is known, but .*weights/run does\.$"
     ):
         open_source(tmp_path / "weights")
 
@@ -91,10 +93,30 @@ def test_a_config_of_another_tool_hides_nothing(hf_folder, run_folder):
     shutil.copytree(run_folder / "checkpoints", hf_folder / "checkpoints")
     shutil.copyfile(run_folder / "config.yaml", hf_folder / "config.yaml")
     assert isinstance(open_source(hf_folder), RunSource)
+    (hf_folder / "config.yaml").rename(hf_folder / "gone.yaml")
+    (hf_folder / "config.json").rename(hf_folder / "gone.json")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        open_source(hf_folder)
+    (hf_folder / "gone.yaml").rename(hf_folder / "config.yaml")
     shutil.rmtree(hf_folder / "checkpoints")
-    (hf_folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"hf holds no checkpoint; expected one in"):
         open_source(hf_folder)
+
+
+@pytest.mark.parametrize("kind", ["run", "huggingface"])
+def test_a_weight_that_the_dtype_cannot_hold_is_refused(small, params, tokenizer_config, tmp_path, kind):
+    scale = params["final_norm"]["scale"]
+    for name, value in (("large", 1e5), ("infinite", np.inf)):
+        changed = {**params, "final_norm": {"scale": scale.at[3].set(value)}}
+        write_run(tmp_path / name, small, changed, Path(tokenizer_config.path))
+        if kind == "huggingface":
+            convert(tmp_path / name, tmp_path / f"{name} again")
+            shutil.rmtree(tmp_path / name)
+            (tmp_path / f"{name} again").rename(tmp_path / name)
+    with pytest.raises(UserError, match=r"final_norm/scale has values beyond what float16 can hold; choose"):
+        load(tmp_path / "large", "float16")
+    assert load(tmp_path / "large")[0].final_norm.scale[...][3] == np.float32(99840)
+    assert np.isinf(load(tmp_path / "infinite", "float16")[0].final_norm.scale[...][3])  # as it was
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", None, "float64"])

@@ -62,6 +62,16 @@ def jobset(golden: str, command: Sequence[str]) -> Any:
     return made["spec"]
 
 
+def test_a_folder_with_commas_is_one_value_for_gcloud() -> None:
+    for folder, told in {
+        "/tmp/launches": "startup-script=/tmp/launches/job.sh",
+        "/tmp/a, b": "^:^startup-script=/tmp/a, b/job.sh",
+        "/tmp/a:b,c": "^;^startup-script=/tmp/a:b,c/job.sh",
+    }.items():
+        made = tpu_vm.submission(tpu_vm.TpuVmSettings(**TPU_VM), Job("toy", Path(folder)))
+        assert flags(made.commands[1])["metadata-from-file"] == told
+
+
 def test_tpu_slices_on_gke(tmp_path: Path) -> None:
     settings = gke.GkeSettings(**GKE, tpu_type="v5litepod-16", slices=2, max_restarts=3)
     submission = gke.submission(settings, JOB)
@@ -180,6 +190,8 @@ def test_a_command_that_fails_is_told() -> None:
         (gke.GkeSettings, {**GKE, "tpu_type": "t", "workdir": "w"}, "--workdir is w; it must be absolute"),
         (tpu_vm.TpuVmSettings, {**TPU_VM, "bucket": "mine"}, "--bucket is mine; accepted: gs://BUCKET"),
         (tpu_vm.TpuVmSettings, {**TPU_VM, "bucket": "gs://"}, "--bucket is gs://; accepted: gs://BUCKET"),
+        (tpu_vm.TpuVmSettings, {**TPU_VM, "bucket": "gs://a/b*"}, r"--bucket is gs://a/b\*; accepted: gs://BUCKET"),
+        (tpu_vm.TpuVmSettings, {**TPU_VM, "bucket": "gs://a/[b]"}, r"--bucket is gs://a/\[b\]; accepted: gs://BUCKET"),
         (tpu_vm.TpuVmSettings, {**TPU_VM, "slices": 0}, "--slices is 0; it must be at least 1"),
         (tpu_vm.TpuVmSettings, {**TPU_VM, "workdir": "w"}, "--workdir is w; it must be absolute"),
         (tpu_vm.TpuVmSettings, {**TPU_VM, "spot": True, "reserved": True}, "--spot and --reserved exclude"),

@@ -97,6 +97,27 @@ def test_a_row_ends_at_its_stop_token_and_others_go_on(sampler, greedy):
     assert found[1:] == greedy[1:]
 
 
+def test_rows_end_at_texts(sampler, tokenizer, greedy, monkeypatch):
+    """Each at its own place; when all have ended, no more tokens are asked for."""
+    monkeypatch.setattr(tokenizer, "encode", lambda prompt, **_: PROMPTS[int(prompt)])
+    whole = sampler.generate(["0", "1", "2"], GREEDY)
+    stop = whole[0][3:5]
+    config = replace(GREEDY, stop_texts=(stop, "never said"))
+    expected = [text[: text.index(stop)] if stop in text else text for text in whole]
+    assert sampler.generate(["0", "1", "2"], config) == expected
+    asked = []
+    stream_tokens = sampler.stream_tokens
+
+    def counted(*arguments):
+        for new in stream_tokens(*arguments):
+            asked.append(len(new[0]))
+            yield new
+
+    monkeypatch.setattr(sampler, "stream_tokens", counted)
+    assert sampler.generate(["0"], config) == expected[:1]
+    assert sum(asked) < 55
+
+
 def test_it_stops_when_all_rows_have(sampler, greedy, monkeypatch):
     """And no token is computed after the dispatch that ended the last row."""
     calls = []

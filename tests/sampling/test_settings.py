@@ -16,6 +16,7 @@ from gemma2_jax.sampling.config import SamplingConfig
         ({"top_p": 0.0}, "sampling.top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_p": 1.5}, "sampling.top_p is 1.5; it must be above 0 and at most 1"),
         ({"seed": -1}, "sampling.seed is -1; it must be from 0 to 4294967295."),
+        ({"stop_texts": ("a", "")}, "sampling.stop_texts holds an empty text"),
         ({"stop_tokens": (1, -1)}, "sampling.stop_tokens holds -1; token ids begin at 0."),
     ],
 )

@@ -44,3 +44,36 @@ def test_bytes_that_never_become_a_character_do_not_hold_the_text_up(tokenizer):
     given_so_far = "".join(stream.push([continuation]) for _ in range(10))
     assert given_so_far == "\ufffd" * 7
     assert stream.push(tokenizer.encode("a")) + stream.finish() == "\ufffd" * 3 + "a"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text("ab🙂", max_size=20),
+    stops=st.lists(st.text("ab🙂", min_size=1, max_size=3), min_size=1, max_size=2),
+    sizes=st.lists(st.integers(1, 4), min_size=1),
+)
+def test_a_text_ends_where_the_first_stop_begins(tokenizer, text, stops, sizes):
+    """Also one that comes in several portions; nothing of it is shown."""
+    ids = tokenizer.encode(text)
+    stream, start = TextStream(tokenizer, stops), 0
+    pieces: list[str] = []
+    while start < len(ids):
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(stream.push(ids[start : start + size]))
+        start += size
+    end = min((text.index(stop) for stop in stops if stop in text), default=len(text))
+    assert "".join([*pieces, stream.finish()]) == text[:end]
+    assert stream.ended == any(stop in text for stop in stops)
+
+
+def test_what_may_become_a_stop_is_held_back(tokenizer):
+    stream = TextStream(tokenizer, ["b🙂c"])
+    assert [stream.push([token]) for token in tokenizer.encode("ab🙂b🙂")] == [
+        "a",
+        *[""] * 5,
+        "b🙂",
+        *[""] * 4,
+    ]
+    assert stream.push(tokenizer.encode("c")) == ""
+    assert stream.ended
+    assert stream.push(tokenizer.encode("d")) + stream.finish() == ""

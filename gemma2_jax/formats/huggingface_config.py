@@ -1,0 +1,188 @@
+"""config.json of a Gemma 2: read as transformers 5 reads it, and written so that transformers loads it.
+
+Keys that transformers does not use are not looked at. Where several keys give the same setting, the one that
+transformers uses counts: `hidden_activation` and not `hidden_act`; of RoPE, a `rope_scaling` that is not empty takes
+the place of `rope_parameters`, and a `rope_theta` in either the place of the one beside them.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma2_jax.config import UserError
+from gemma2_jax.formats.json_file import read_json, shown
+from gemma2_jax.formats.layouts import CONTEXT
+from gemma2_jax.model.config import ModelConfig
+
+CONFIG_FILE = "config.json"
+
+# Ours, theirs, and what transformers takes where config.json has no such key: the sizes of the 2B.
+_SIZES = {
+    "vocab_size": ("vocab_size", 256_000),
+    "num_layers": ("num_hidden_layers", 26),
+    "d_model": ("hidden_size", 2304),
+    "num_heads": ("num_attention_heads", 8),
+    "num_kv_heads": ("num_key_value_heads", 4),
+    "head_dim": ("head_dim", 256),
+    "d_ff": ("intermediate_size", 9216),
+}
+_CONSTANTS = {
+    "query_pre_attn_scalar": ("query_pre_attn_scalar", 256),
+    "attn_logit_softcap": ("attn_logit_softcapping", 50.0),
+    "final_logit_softcap": ("final_logit_softcapping", 30.0),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+}
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+_RENAMED = {"attention": _GLOBAL}  # names of before, which transformers still takes
+# All of them are the tanh approximation of GELU, computed in another order.
+_ACTIVATION = "gelu_pytorch_tanh"
+_ACTIVATIONS = (_ACTIVATION, "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh")
+# Keys that make another model of it, or other files, where they are set.
+_ABSENT = {
+    "attention_bias": "no bias in its attention",
+    "use_bidirectional_attention": "causal attention",
+    "per_layer_config": "one configuration for all layers",
+    "quantization_config": "weights that are not quantised; take the checkpoint that these were quantised from",
+    "quantization": "weights that are not quantised; take the checkpoint that these were quantised from",  # MLX
+}
+_FAMILY = {
+    "gemma": "Gemma 1",
+    "gemma3": "Gemma 3",
+    "gemma3_text": "Gemma 3",
+    "gemma3n": "Gemma 3n",
+    "gemma3n_text": "Gemma 3n",
+    "paligemma": "PaliGemma",
+    "recurrent_gemma": "RecurrentGemma",
+    "t5gemma": "T5Gemma",
+}
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The model that a config.json describes. Raises UserError if it is no Gemma 2."""
+    data = read_json(path)
+    _check_model_type(path, data)
+    _check_same_formula(path, data)
+    values: dict[str, Any] = {}
+    for ours, (theirs, default) in _SIZES.items():
+        values[ours] = _whole_number(path, theirs, data.get(theirs, default))
+    for ours, (theirs, constant) in _CONSTANTS.items():
+        values[ours] = _number(path, theirs, data.get(theirs, constant))
+    values["rope_base"] = _rope_base(path, data)
+    values["sliding_window"] = _window(path, data, values["num_layers"])
+    try:
+        return ModelConfig(**values)
+    except UserError as error:
+        raise UserError(f"{path} is no Gemma 2: {error}") from None
+
+
+def ties_embeddings(path: Path) -> bool:
+    """Whether a config.json says that the head is the embedding, as in Gemma 2."""
+    return bool(read_json(path).get("tie_word_embeddings", True))
+
+
+def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The content of config.json but for token ids; `read_config` gives the same model back.
+
+    Raises:
+        UserError: transformers would refuse to load the model.
+    """
+    if config.d_model % config.num_heads:
+        raise UserError(
+            f"model.d_model is {config.d_model} and model.num_heads {config.num_heads}; transformers loads a Gemma 2 "
+            "only if d_model is a multiple of num_heads, so this one cannot become a Hugging Face folder."
+        )
+    if not float(config.query_pre_attn_scalar).is_integer():
+        raise UserError(
+            f"model.query_pre_attn_scalar is {config.query_pre_attn_scalar}, and transformers takes whole numbers only."
+        )
+    # transformers 5 refuses a whole number where it has floats, and the other way round.
+    values: dict[str, Any] = {theirs: int(getattr(config, ours)) for ours, (theirs, _) in _SIZES.items()}
+    values |= {theirs: float(getattr(config, ours)) for ours, (theirs, _) in _CONSTANTS.items()}
+    values["query_pre_attn_scalar"] = int(config.query_pre_attn_scalar)
+    kinds = (_GLOBAL if config.sliding_window is None else _LOCAL, _GLOBAL)
+    return {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        **values,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": _ACTIVATION,
+        "hidden_activation": _ACTIVATION,
+        "initializer_range": 0.02,
+        "layer_types": list(kinds) * config.num_pairs,
+        "max_position_embeddings": CONTEXT,
+        "rope_theta": float(config.rope_base),
+        "sliding_window": config.sliding_window or CONTEXT,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def _check_model_type(path: Path, data: Mapping[str, Any]) -> None:
+    if "model_type" not in data and "registered_name" in data:
+        raise UserError(f"{path} is of a Keras preset; accepted: a folder as transformers saves it.")
+    kind = data.get("model_type")
+    if kind != "gemma2":
+        name = f"is of a {_FAMILY[kind]}" if isinstance(kind, str) and kind in _FAMILY else "is no Gemma 2"
+        raise UserError(f'{path} {name}: it has model_type {shown(kind)}; accepted: "gemma2".')
+
+
+def _check_same_formula(path: Path, data: Mapping[str, Any]) -> None:
+    """Raises UserError if transformers would compute something else with the same sizes and constants."""
+    if data.get("hidden_activation") not in (None, *_ACTIVATIONS):
+        raise UserError(
+            f'{path} has hidden_activation {shown(data["hidden_activation"])}; Gemma 2 has "{_ACTIVATION}".'
+        )
+    if not data.get("is_causal", True):
+        raise UserError(f"{path} has is_causal {shown(data['is_causal'])}; Gemma 2 has causal attention.")
+    for key, accepted in _ABSENT.items():
+        if data.get(key):
+            raise UserError(f"{path} has {key} {shown(data[key])}; Gemma 2 has {accepted}.")
+
+
+def _rope_base(path: Path, data: Mapping[str, Any]) -> float:
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(data.get(key), dict | None):
+            raise UserError(
+                f"{path} has {key} {shown(data[key])}; accepted: rope_type and rope_theta, or null."
+            )
+    key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
+    rope: dict[str, Any] = data.get(key) or {}
+    for name in (_LOCAL, _GLOBAL):
+        if name in rope:
+            raise UserError(f"{path} has {key} for {name}; accepted: the same for all layers.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" and not (kind == "linear" and rope.get("factor") == 1):
+        raise UserError(f'{path} has RoPE of type {shown(kind)}; Gemma 2 has "default".')
+    for share in (rope.get("partial_rotary_factor"), data.get("partial_rotary_factor")):
+        if share not in (None, 1):
+            raise UserError(f"{path} has partial_rotary_factor {shown(share)}; Gemma 2 has 1.0.")
+    return _number(path, "rope_theta", rope.get("rope_theta", data.get("rope_theta", 10_000.0)))
+
+
+def _window(path: Path, data: Mapping[str, Any], layers: int) -> int | None:
+    kinds = data.get("layer_types")
+    if isinstance(kinds, list):
+        kinds = [_RENAMED.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
+    if kinds == [_GLOBAL] * layers:
+        return None
+    if kinds not in (None, [_LOCAL, _GLOBAL] * (layers // 2)):
+        raise UserError(
+            f"{path} has layer_types {shown(kinds)}; accepted for {layers} layers: {_LOCAL} and {_GLOBAL} in turns, or "
+            f"{_GLOBAL} alone."
+        )
+    return _whole_number(path, "sliding_window", data.get("sliding_window", 4096))
+
+
+def _whole_number(path: Path, key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{path} has {key} {shown(value)}; it must be a whole number.")
+    return value
+
+
+def _number(path: Path, key: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        raise UserError(f"{path} has {key} {shown(value)}; it must be a number.")
+    return float(value)

@@ -1,0 +1,186 @@
+"""What a checkpoint holds beside weights, sizes and tokenizer.model, for generation and for other tools.
+
+Hugging Face's files hold it: the ids that end a text, the chat template, the names of special tokens. A run folder
+keeps it in `metadata.json`, so that it is still there when the run is used and exported.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma2_jax.config import UserError
+from gemma2_jax.files import write_text
+from gemma2_jax.formats.json_file import read_json, shown
+
+METADATA_FILE = "metadata.json"  # in a run folder
+
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+_MODEL_FILE = "config.json"
+_SPECIAL_FILE = "special_tokens_map.json"
+_TEMPLATE_FILE = "chat_template.jinja"
+_TEMPLATE_FOLDER = "additional_chat_templates"  # of further templates, each called as its file
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Of config.json, what no ModelConfig holds and other tools use.
+_MODEL_KEYS = (*_IDS, "max_position_embeddings", "attention_dropout", "initializer_range")
+# Of tokenizer_config.json, what does not follow from tokenizer.model.
+_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_TOKENIZER_KEYS = (
+    *_NAMES, "add_bos_token", "add_eos_token", "additional_special_tokens", "extra_special_tokens",
+    "padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Each empty or None where the checkpoint lacks it.
+
+    Attributes:
+        model: of config.json, token ids and limits.
+        generation: generation_config.json.
+        tokenizer: of tokenizer_config.json, the names of special tokens and how a text is padded and cut.
+        chat_template: in Jinja; several of them by name.
+    """
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | Mapping[str, str] | None = None
+
+    @property
+    def stop_ids(self) -> frozenset[int] | None:
+        """The ids that end a text, as transformers finds them; None if the checkpoint names none."""
+        for values in (self.generation, self.model):
+            if values.get("eos_token_id") is not None:
+                return frozenset(_listed(values["eos_token_id"]))
+        return None
+
+    def token_ids(self, tokens: int) -> dict[str, Any]:
+        """The bos, eos and pad ids of config.json among the first `tokens`; others would have no embedding."""
+        return _within(self.model, tokens)
+
+    def generation_json(self, tokens: int) -> dict[str, Any]:
+        """The content of generation_config.json for `tokens` tokens; that of config.json's ids if there is none."""
+        if not self.generation:
+            return self.token_ids(tokens)
+        others = {key: value for key, value in self.generation.items() if key not in _IDS}
+        return {**_within(self.generation, tokens), **others}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes METADATA_FILE, unless there is nothing to keep."""
+        if self != Metadata():
+            text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+            write_text(Path(folder) / METADATA_FILE, text + "\n")
+
+
+def templates_json(template: str | Mapping[str, str]) -> str | list[dict[str, str]]:
+    """A chat template as tokenizer_config.json and GGUF have it."""
+    if isinstance(template, str):
+        return template
+    return [{"name": name, "template": text} for name, text in template.items()]
+
+
+def load_metadata(run_folder: Path) -> Metadata:
+    """What a run folder keeps. Raises UserError if its file is damaged."""
+    path = run_folder / METADATA_FILE
+    if not path.exists():
+        return Metadata()
+    data = read_json(path)
+    for key in ("model", "generation", "tokenizer"):
+        if not isinstance(data.get(key, {}), dict):
+            raise UserError(f"{path} has {key} {shown(data[key])}; it must be an object of keys and values.")
+        _check_ids(path, data.get(key, {}))
+    return Metadata(
+        data.get("model", {}),
+        data.get("generation", {}),
+        data.get("tokenizer", {}),
+        _template(path, data.get("chat_template")),
+    )
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What a folder of Hugging Face's holds. Raises UserError if one of its files is no JSON object."""
+    model = _read(folder / _MODEL_FILE)
+    generation = _read(folder / GENERATION_FILE)
+    generation.pop("transformers_version", None)
+    tokenizer = _read(folder / TOKENIZER_CONFIG_FILE)
+    names = {**_read(folder / _SPECIAL_FILE), **tokenizer}
+    return Metadata(
+        {key: model[key] for key in _MODEL_KEYS if model.get(key) is not None},
+        generation,
+        _tokenizer_values(names),
+        _template_files(folder) or _template(folder / TOKENIZER_CONFIG_FILE, tokenizer.get("chat_template")),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data = read_json(path) if path.exists() else {}
+    _check_ids(path, data)
+    return data
+
+
+def _check_ids(path: Path, data: Mapping[str, Any]) -> None:
+    for key in _IDS:
+        value = data.get(key)
+        if value is not None and not all(type(number) is int for number in _listed(value)):
+            raise UserError(f"{path} has {key} {shown(value)}; it must be a token id or a list of them.")
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _within(values: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    found = {}
+    for key in _IDS:
+        value = values.get(key)
+        kept = [number for number in _listed(value) if value is not None and 0 <= number < tokens]
+        if kept:
+            found[key] = kept if isinstance(value, list) else value
+    return found
+
+
+def _tokenizer_values(names: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: _text(names[key]) for key in _TOKENIZER_KEYS if names.get(key) is not None}
+    extra = found.get("extra_special_tokens")
+    if isinstance(extra, list):  # what transformers 5 calls the additional ones
+        del found["extra_special_tokens"]
+        found["additional_special_tokens"] = extra
+    return found
+
+
+def _text(value: Any) -> Any:
+    """A token's text, where a file has it with how it is looked for in a text."""
+    if isinstance(value, dict) and "content" in value:
+        return value["content"]
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    return value
+
+
+def _template_files(folder: Path) -> str | dict[str, str] | None:
+    files = {path.stem: path for path in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja"))}
+    if (folder / _TEMPLATE_FILE).exists():
+        files = {"default": folder / _TEMPLATE_FILE, **files}
+    try:
+        texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{folder / _TEMPLATE_FILE} is not a text file in UTF-8.") from None
+    return texts.get("default") if len(texts) < 2 else texts
+
+
+def _template(path: Path, value: Any) -> str | dict[str, str] | None:
+    """A template as a JSON file has it: a text, or several by name, as an object or a list."""
+    if value is None or isinstance(value, str):
+        return value
+    named = value
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        named = {item.get("name"): item.get("template") for item in value}
+    if isinstance(named, dict) and all(isinstance(text, str) for pair in named.items() for text in pair):
+        return named
+    raise UserError(f"{path} has chat_template {shown(value)}; it must be a text, or texts by name.")

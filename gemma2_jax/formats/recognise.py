@@ -1,0 +1,162 @@
+"""What lies at a path that is no checkpoint of a kind that is read, and what to do with it.
+
+Files are told apart by their names and first bytes. None of them is loaded: some of these kinds may run code.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from gemma2_jax.checkpoints import store
+from gemma2_jax.config import UserError
+from gemma2_jax.formats.gguf_header import is_gguf
+from gemma2_jax.formats.json_file import read_json
+
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
+
+_SAVE = "save it as safetensors, in transformers with AutoModelForCausalLM.from_pretrained(…).save_pretrained(NEW)"
+_PICKLES = (
+    "pickles of PyTorch, which may run code and are not read",
+    _SAVE,
+)
+_KERAS = (
+    "weights of Keras",
+    "export them to transformers (export_to_transformers in keras_hub) and give that folder",
+)
+_OTHER = "give the checkpoint that it was made from"
+# Endings of files of weights: what they are, and what to do.
+_ENDINGS = {
+    ".bin": _PICKLES,
+    ".pt": _PICKLES,
+    ".pth": _PICKLES,
+    ".ckpt": _PICKLES,
+    ".h5": _KERAS,
+    ".keras": _KERAS,
+    ".gguf": ("GGUF, which is written and not read", _OTHER),
+    ".npz": ("arrays of NumPy or MLX", _SAVE),
+    ".msgpack": ("weights of Flax", _SAVE),
+    ".onnx": ("an ONNX model", _OTHER),
+    ".tflite": ("a LiteRT model", _OTHER),
+    ".task": ("a LiteRT model", _OTHER),
+    ".litertlm": ("a LiteRT model", _OTHER),
+    ".sbs": ("weights of gemma.cpp", _OTHER),
+}
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".zst", ".xz")
+_LFS = b"version https://git-lfs.github.com/spec/"
+# First bytes of files, whatever they are called.
+_BEGINNINGS = {
+    **{bytes((0x80, protocol)): ".pt" for protocol in range(2, 6)},  # a pickle
+    b"\x89HDF\r\n\x1a\n": ".h5",
+}
+_TOKENIZER_FILES = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+
+
+def describe(path: Path) -> str | None:
+    """What is at `path` and what to do, to go behind its name in a sentence; None if nothing is known of it."""
+    if path.is_file():
+        return _describe_file(path)
+    if not path.is_dir():
+        return "does not exist"
+    return _describe_folder(path)
+
+
+def describe_weights(folder: Path) -> str | None:
+    """Which files of weights a folder without whole safetensors holds, and what to do; None if it has none."""
+    if (folder / ADAPTER_CONFIG).exists() or (folder / "adapter_model.safetensors").exists():
+        return _describe_adapter(folder)
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in _ENDINGS and file.name != "training_args.bin":
+            what, remedy = _ENDINGS[file.suffix]
+            return f"holds {what} ({file.name}); {remedy}"
+    return None
+
+
+def missing_shards(names: Iterable[str]) -> list[str]:
+    """The files that numbered ones, `NAME-00001-of-00003.safetensors`, lack among them."""
+    names = set(names)
+    found = [match for match in map(_SHARD.fullmatch, sorted(names)) if match]
+    whole = {
+        f"{match[1]}-{number:0{len(match[2])}}-of-{match[3]}.safetensors"
+        for match in found
+        for number in range(1, int(match[3]) + 1)
+    }
+    return sorted(whole - names)
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in the place of one that it has not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS
+
+
+def _describe_file(path: Path) -> str | None:
+    if is_gguf(path):
+        return "is a GGUF file, which is written and not read"
+    with path.open("rb") as file:
+        begin = file.read(64)
+    if begin.startswith(_LFS):
+        return "is a pointer of Git LFS; fetch the file itself with `git lfs pull`"
+    if path.suffix == ".safetensors" or path.name == "config.json":
+        return f"is one file of a checkpoint; give its folder, {path.parent}"
+    ending = next((kind for magic, kind in _BEGINNINGS.items() if begin.startswith(magic)), path.suffix)
+    if ending in _ENDINGS and ending != ".gguf":
+        what, remedy = _ENDINGS[ending]
+        return f"holds {what}; {remedy}"
+    if path.suffix in _ARCHIVES:
+        return "is an archive; unpack it and give the folder"
+    if path.name in _TOKENIZER_FILES:
+        return "is a tokenizer; give the folder of a model"
+    return None
+
+
+def _describe_folder(folder: Path) -> str | None:
+    if (run := run_around(folder)) is not None:
+        return f"lies in a run folder; give the run folder, {run}"
+    if (folder / "snapshots").is_dir():
+        return _describe_cache(folder)
+    weights = describe_weights(folder)
+    if weights is not None:
+        return weights
+    names = {path.name for path in folder.iterdir()}
+    if any(name.endswith(".safetensors") for name in names):
+        return "holds safetensors without their config.json; copy it from where the model is from"
+    if names & _TOKENIZER_FILES:
+        return "holds a tokenizer and no weights; give the folder of a model"
+    return None
+
+
+def run_around(folder: Path) -> Path | None:
+    """The run folder whose checkpoints `folder` holds, or a part of them."""
+    whole = folder.absolute()
+    for run in whole.parents:
+        if whole.is_relative_to(run / store.FOLDER) and (run / store.CONFIG_FILE).exists():
+            return run
+    return None
+
+
+def _describe_cache(folder: Path) -> str:
+    """A folder of the hub's cache, `models--OWNER--NAME`."""
+    snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    if main.is_file():
+        named = folder / "snapshots" / main.read_text(encoding="utf-8").strip()
+        snapshots = [named] if named in snapshots else snapshots
+    if not snapshots:
+        return "is a folder of the hub's cache without a snapshot; download the model again"
+    return f"is a folder of the hub's cache; give the snapshot in it, {snapshots[-1]}"
+
+
+def _describe_adapter(folder: Path) -> str:
+    try:
+        config = read_json(folder / ADAPTER_CONFIG)
+    except UserError:
+        config = {}
+    base = config.get("base_model_name_or_path")
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    kind = config.get("peft_type", "LORA")
+    name = "a LoRA adapter" if kind == "LORA" else f"an adapter of PEFT ({kind})"
+    return (
+        f"holds {name}{of} and no whole model; merge the two with PEFT first: "
+        "model.merge_and_unload().save_pretrained(NEW)"
+    )

@@ -1,0 +1,137 @@
+"""What is no checkpoint that is read: named, with what to do, and never loaded."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from gemma2_jax.config import UserError
+from gemma2_jax.formats.load import open_source
+
+
+class Trap:
+    """A pickle that leaves a file where it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def refusal(path):
+    with pytest.raises(UserError) as caught:
+        open_source(path)
+    assert str(caught.value).startswith(str(path))
+    return str(caught.value).removeprefix(str(path)).strip()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["alone", "beside config.json"])
+def test_an_adapter(hf_folder, whole):
+    (hf_folder / "model.safetensors").rename(hf_folder / "adapter_model.safetensors")
+    content = {"peft_type": "LORA", "base_model_name_or_path": "google/gemma-2-2b"}
+    (hf_folder / "adapter_config.json").write_text(json.dumps(content))
+    (hf_folder / "checkpoint-10").mkdir()
+    if not whole:
+        (hf_folder / "config.json").unlink()
+    assert refusal(hf_folder) == (
+        "holds a LoRA adapter of google/gemma-2-2b and no whole model; merge the two with PEFT first: "
+        "model.merge_and_unload().save_pretrained(NEW)."
+    )
+    (hf_folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    assert refusal(hf_folder).startswith("holds an adapter of PEFT (IA3) and no whole model; merge")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.bin", "a.pth", "a.pt", "a.ckpt"])
+@pytest.mark.parametrize("whole", [False, True], ids=["alone", "beside config.json"])
+def test_a_pickle_is_named_and_not_loaded(hf_folder, tmp_path, name, whole):
+    (hf_folder / "model.safetensors").unlink()
+    (hf_folder / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    if not whole:
+        (hf_folder / "config.json").unlink()
+    told = refusal(hf_folder)
+    assert told.startswith(
+        f"holds pickles of PyTorch, which may run code and are not read ({name}); save it as"
+    )
+    assert "save_pretrained" in told
+    assert refusal(hf_folder / name).startswith("holds pickles of PyTorch")
+    (hf_folder / name).rename(hf_folder / "weights")
+    assert refusal(hf_folder / "weights").startswith("holds pickles of PyTorch")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("model.weights.h5", b"\x89HDF\r\n\x1a\n", "holds weights of Keras; export them"),
+        ("model.keras", b"PK", "holds weights of Keras; export them"),
+        ("weights.npz", b"PK", "holds arrays of NumPy or MLX; save it"),
+        ("flax_model.msgpack", b"x", "holds weights of Flax; save it"),
+        ("model.onnx", b"x", "holds an ONNX model; give the checkpoint"),
+        ("model.litertlm", b"x", "holds a LiteRT model; give the checkpoint"),
+        ("2b.sbs", b"x", "holds weights of gemma.cpp; give the checkpoint"),
+        ("gemma.tar.gz", b"x", "is an archive; unpack it"),
+        (
+            "model.safetensors",
+            b"version https://git-lfs.github.com/spec/v1",
+            "is a pointer of Git LFS; fetch",
+        ),
+        ("model.safetensors", b"x", "is one file of a checkpoint; give its folder,"),
+        ("config.json", b"{}", "is one file of a checkpoint; give its folder,"),
+        ("tokenizer.model", b"x", "is a tokenizer; give the folder of a model"),
+    ],
+)
+def test_other_files(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    assert refusal(tmp_path / name).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["model.weights.h5", "task.json"], "holds weights of Keras (model.weights.h5); export them"),
+        (["a.gguf", "README.md"], "holds GGUF, which is written and not read (a.gguf); give the checkpoint"),
+        (["model.safetensors"], "holds safetensors without their config.json; copy it"),
+        (["tokenizer.model", "README.md"], "holds a tokenizer and no weights; give the folder of a model."),
+        (["README.md"], "holds no checkpoint that is known; accepted: a run folder"),
+    ],
+)
+def test_other_folders(tmp_path, names, told):
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    assert refusal(tmp_path).startswith(told)
+
+
+@pytest.mark.parametrize("main", [False, True])
+def test_a_folder_of_the_hubs_cache(exported, tmp_path, main):
+    cache = tmp_path / "models--google--gemma-2-2b"
+    shutil.copytree(exported, cache / "snapshots" / "abc")
+    (cache / "snapshots" / "def").mkdir()
+    if main:
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text("abc")
+    snapshot = cache / "snapshots" / ("abc" if main else "def")
+    assert refusal(cache) == f"is a folder of the hub's cache; give the snapshot in it, {snapshot}."
+    assert open_source(cache / "snapshots" / "abc").problems() == []
+
+
+def test_parts_of_a_run(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    for part in ("checkpoints", "checkpoints/0", "checkpoints/0/params"):
+        assert refusal(run / part) == f"lies in a run folder; give the run folder, {run}."
+    (run / "config.yaml").unlink()
+    assert "config.yaml" in refusal(run)
+
+
+def test_quantised_weights_of_mlx(hf_folder):
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps(config | {"quantization": {"bits": 4}}))
+    assert refusal(hf_folder).endswith("take the checkpoint that these were quantised from.")
+
+
+def test_arrays_in_a_numpy_file_are_not_loaded(tmp_path):
+    np.savez(tmp_path / "weights.npz", a=np.array([Trap(tmp_path / "sprung")], object))
+    assert refusal(tmp_path).startswith("holds arrays of NumPy or MLX (weights.npz); save it")
+    assert not (tmp_path / "sprung").exists()
