@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from gemma2_jax.checkpoints.store import TOKENIZER_FILE, latest_step, load_model
-from gemma2_jax.config import UserError, build, load, save, to_dict, usable
+from gemma2_jax.config import UserError, build, load, read_json, save, to_dict, usable
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import find_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def measure_run(
         "sample_tokens": sample_tokens,
         "data": data_identity(config.data),
     }
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    stored = read_json(file) if file.exists() else {}
     then = stored.get("conditions", {})
     if _same_reference(then.get("reference"), reference):
         then = {**then, "reference": conditions["reference"]}
@@ -143,7 +143,8 @@ def timed(folder: Path, stage: str) -> Iterator[None]:
 def read_times(folder: Path) -> dict[str, float]:
     """Returns the seconds of each stage of the study in `folder`, over all the commands that worked on it."""
     file = folder / "times.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    times: dict[str, float] = read_json(file) if file.exists() else {}
+    return times
 
 
 @contextmanager
