@@ -110,7 +110,7 @@ def measure_run(
     same_reference = _same_reference(then.get("reference"), reference)
     if same_reference and {**then, "reference": conditions["reference"]} == conditions:
         _say(console, "evaluate", config.name, "already done, skipped")
-        return Measurement(Evaluation(**stored["evaluation"]), tuple(stored["samples"]))
+        return Measurement(_evaluation(stored["evaluation"]), tuple(stored["samples"]))
     _say(console, "evaluate", config.name, "on the validation split")
     evaluation = evaluate_run(config.output, None if reference is None else reference.output)
     samples = _continue(config, prompts, sample_tokens) if prompts else []
@@ -137,6 +137,11 @@ def read_times(folder: Path) -> dict[str, float]:
     """Returns the seconds of each stage of the study in `folder`, over all the commands that worked on it."""
     file = folder / "times.json"
     return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _evaluation(stored: Mapping[str, Any]) -> Evaluation:
+    """Older files call the cross-entropy `loss`."""
+    return Evaluation(**{"cross_entropy" if name == "loss" else name: stored[name] for name in stored})
 
 
 def _same_reference(stored: Mapping[str, Any] | None, reference: RunConfig | None) -> bool:

@@ -47,9 +47,9 @@ def group_by_run(
 
 def summary_table(study: StudyConfig, groups: Sequence[Group]) -> Table:
     """Each figure as mean ± standard deviation over the seeds."""
-    columns = ["run", "parameters", "seeds", "validation loss", "perplexity"]
+    columns = ["run", "parameters", "seeds", "validation cross-entropy", "perplexity"]
     figures: list[Callable[[Evaluation], float | None]] = [
-        lambda found: found.loss,
+        lambda found: found.cross_entropy,
         lambda found: found.perplexity,
     ]
     digits = [4, 2]

@@ -29,7 +29,7 @@ class Combination:
 
 
 def run_sweep(combinations: Sequence[Combination], output: str, console: Console) -> bool:
-    """Runs what is missing of a sweep and reports all of it, the lowest validation loss first.
+    """Runs what is missing of a sweep and reports all of it, the lowest validation cross-entropy first.
 
     A combination that fails is reported, its traceback kept as error.txt in its folder, and the rest goes on; but with
     several processes it ends the sweep.
@@ -54,7 +54,7 @@ def run_sweep(combinations: Sequence[Combination], output: str, console: Console
             failed.append((combination, reason))
             _keep_traceback(combination)
             say(console, f"failed     {reason}", "red")
-    done.sort(key=lambda pair: pair[1].evaluation.loss)
+    done.sort(key=lambda pair: pair[1].evaluation.cross_entropy)
     if is_first():
         _write(done, failed, Path(output), console)
     return not failed
@@ -85,15 +85,16 @@ def _write(
     rows = [
         [
             *_cells(combination, keys),
-            f"{measurement.evaluation.loss:.4f}",
+            f"{measurement.evaluation.cross_entropy:.4f}",
             f"{measurement.evaluation.perplexity:.2f}",
         ]
         for combination, measurement in done
     ]
     rows += [[*_cells(combination, keys), "failed", "–"] for combination, _ in failed]
-    table = Table([*keys, "validation loss", "perplexity"], rows, left=len(keys))
+    table = Table([*keys, "validation cross-entropy", "perplexity"], rows, left=len(keys))
     table.print(
-        console, f"{len(done)} of {len(done) + len(failed)} combinations, lowest validation loss first"
+        console,
+        f"{len(done)} of {len(done) + len(failed)} combinations, lowest validation cross-entropy first",
     )
     reasons = [f"- {' '.join(_cells(combination, keys))} failed: {reason}" for combination, reason in failed]
     write_text(

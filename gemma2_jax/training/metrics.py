@@ -120,15 +120,32 @@ def open_writers(
 
 
 def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a last line that was cut off is left out."""
+    """The rows of a run's metrics.jsonl; a last line that was cut off is left out.
+
+    Names have one meaning, in files of older versions too: see `_renamed`.
+    """
     path = Path(run_folder) / JSON_LINES
     if not path.exists():
         raise UserError(f"{path} does not exist; {run_folder} has not been trained yet.")
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
-            rows.append(json.loads(line))
+            rows.append(_renamed(json.loads(line)))
     return rows
+
+
+def _renamed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the names of today.
+
+    Older versions wrote `tokens` for the positions seen in training and for the targets of an evaluation, and the
+    cross-entropy of an evaluation as its `loss` too.
+    """
+    row = dict(row)
+    if "tokens" in row:
+        row["tokens_seen" if row["split"] == "train" else "targets"] = row.pop("tokens")
+    if row["split"] == "validation":
+        row.pop("loss", None)
+    return row
 
 
 def perplexity(cross_entropy: float) -> float:

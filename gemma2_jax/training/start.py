@@ -1,6 +1,7 @@
 """What is checked, and written into the run folder, before anything is computed."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from gemma2_jax.schedule import count_steps
 from gemma2_jax.sharding.hosts import wait_for_all
 from gemma2_jax.sharding.layout import check_activations, laid_out
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.metrics import JSON_LINES, read_metrics
+from gemma2_jax.training.optimizer import learning_rate_schedule
 from gemma2_jax.training.taught_by import TaughtBy, read_taught_by
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
@@ -112,7 +115,7 @@ def _in_steps(config: RunConfig) -> dict[str, Any]:
     """The settings, each warm-up and decay as a number of steps: 0.1 and 50 are the same in a run of 500."""
 
     def counted(settings: dict[str, Any], where: str) -> dict[str, Any]:
-        found = {
+        found: dict[str, Any] = {
             name: counted(value, f"{where}.{name}") if isinstance(value, dict) else value
             for name, value in settings.items()
         }
@@ -123,6 +126,26 @@ def _in_steps(config: RunConfig) -> dict[str, Any]:
         return found
 
     return counted(to_dict(config), "")
+
+
+def older_schedule(config: RunConfig, step: int) -> str | None:
+    """A line to say where the run's learning rates up to `step` are not those of its schedule, else None.
+
+    Older versions were one step behind: no step had the final rate, and the first of a warm-up had 0.
+    """
+    if not (Path(config.output) / JSON_LINES).exists():
+        return None
+    rows = [row for row in read_metrics(config.output) if row["split"] == "train" and row["step"] <= step]
+    if not rows:
+        return None
+    logged, done = rows[-1]["learning_rate"], rows[-1]["step"]
+    rate = float(learning_rate_schedule(config.optimizer, config.training.steps)(done - 1))
+    if math.isclose(logged, rate, rel_tol=1e-4):
+        return None
+    return (
+        f"{config.name} was begun by an older version, whose schedule was a step behind: step {done} had the learning "
+        f"rate {logged:.4g}, where it would now have {rate:.4g}. The steps from here on have today's."
+    )
 
 
 def check_same_data(run_folder: str | Path, data: DataConfig) -> None:

@@ -30,6 +30,7 @@ from gemma2_jax.training.matching import abstract_matching, init_matching
 from gemma2_jax.training.metrics import Writer, open_writers, perplexity
 from gemma2_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from gemma2_jax.training.progress import TrainingProgress
+from gemma2_jax.training.start import older_schedule
 from gemma2_jax.training.state import TrainState, abstract_state, init_state, state_from_params
 from gemma2_jax.training.step import Taught, build_evaluation_step, build_train_step
 from gemma2_jax.training.throughput import Stopwatch, peak_flops
@@ -61,6 +62,8 @@ class Trainer:
         self.step = self.store.latest_step or 0
         if self.step:
             self.progress.say(f"{config.name} goes on from its checkpoint at step {self.step}")
+            if (line := older_schedule(config, self.step)) is not None:
+                self.progress.say(line)
             self.state = self._restore(abstract)
         elif config.initialise.source is not None:
             rows = train_batches(config.data, *inputs.share)
@@ -113,6 +116,8 @@ class Trainer:
                 batch = self._rollout(self.state.params, batch, self.state.step)
                 taught = partial(self.inputs.read, batch)
         self.state, row = self._train_step(self.state, self.inputs.teacher, batch, taught())
+        if origin.get("on_policy"):
+            row["sampled_cross_entropy"] = row.pop("cross_entropy")
         self._rows.append(row | origin)
         self.step += 1
 
@@ -138,10 +143,14 @@ class Trainer:
     def _log(self, rows: list[dict[str, jax.Array]], seconds: float) -> None:
         """One row: averages over the steps since the last one, and the speed, which all devices have reached.
 
+        `loss` is the objective. `cross_entropy` and `perplexity` are those of text alone; of on-policy steps, whose
+        targets the student has chosen itself, it is `sampled_cross_entropy`. `tokens_seen` counts the positions of all
+        batches since the run began, padding included.
         `tokens_per_second` counts targets of the loss. The time of an on-policy step is also that of its sampling, and
         its targets are the tokens that were sampled, without their prompts.
         """
-        values = {name: [float(row[name]) for row in rows] for name in rows[0]}
+        names = dict.fromkeys(name for row in rows for name in row)
+        values = {name: [float(row[name]) for row in rows if name in row] for name in names}
         tokens = sum(values.pop("tokens"))
         averages = {name: sum(steps) / len(steps) for name, steps in values.items()}
         for name, average in averages.items():
@@ -154,11 +163,12 @@ class Trainer:
         speed = tokens / seconds
         row = {
             **averages,
-            "perplexity": perplexity(averages["cross_entropy"]),
             "learning_rate": float(self._learning_rate(self.step - 1)),
-            "tokens": self.step * self.config.data.batch_size * self.config.data.seq_len,
+            "tokens_seen": self.step * self.config.data.batch_size * self.config.data.seq_len,
             "tokens_per_second": speed,
         }
+        if "cross_entropy" in averages:
+            row["perplexity"] = perplexity(averages["cross_entropy"])
         if self._peak_flops is not None:
             row["mfu"] = speed * self._flops_per_token / (self._peak_flops * self.mesh.size)
         self._write("train", row)

@@ -14,8 +14,8 @@ from gemma2_jax.training.metrics import perplexity
 def validate(
     step: Wrapped, model: Gemma2, teacher: Gemma2 | None, batches: Iterable[Batch], mesh: Mesh
 ) -> dict[str, float]:
-    """Averages over every target of `batches`: `loss` and `cross_entropy` (nats), `perplexity`, `entropy`, and
-    against a teacher `kl`, `agreement` and `teacher_entropy`; and `tokens`, the number of targets.
+    """Averages over every target of `batches`: `cross_entropy` (nats), `perplexity`, `entropy`, and against a teacher
+    `kl`, `agreement` and `teacher_entropy`; and `targets`, their number.
     """
     totals: dict[str, float] = {}
     for batch in batches:
@@ -23,6 +23,5 @@ def validate(
             totals[name] = totals.get(name, 0.0) + float(value)
     tokens = totals.pop("tokens")
     averages = {name: total / tokens for name, total in totals.items()}
-    averages["loss"] = averages["cross_entropy"]
     averages["perplexity"] = perplexity(averages["cross_entropy"])
-    return averages | {"tokens": tokens}
+    return averages | {"targets": tokens}

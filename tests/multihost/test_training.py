@@ -122,7 +122,7 @@ def test_two_students_of_a_teacher_and_a_baseline(config: Path, alone: Path, tmp
 def test_only_process_0_prints(two: tuple[Path, list[Ended]]) -> None:
     folder, (first, second) = two
     assert first.output == f"{folder} is trained to step 4.\n"
-    assert first.errors.count("validation loss") == 2
+    assert first.errors.count("validation cross-entropy") == 2
     assert (second.output, second.errors) == ("", "")
 
 

@@ -25,7 +25,7 @@ def rows() -> list[str]:
 def test_the_table_is_sorted_by_loss(stage, combinations):
     assert run_sweep(combinations, "out", Console())
     assert rows() == [
-        "| rate | validation loss | perplexity |",
+        "| rate | validation cross-entropy | perplexity |",
         "| --- | ---: | ---: |",
         "| 0.1 | 0.1000 | 2.00 |",
         "| 0.2 | 0.2000 | 2.00 |",
@@ -33,7 +33,7 @@ def test_the_table_is_sorted_by_loss(stage, combinations):
     ]
     results = json.loads(Path("out/results.json").read_text())
     assert [result["values"] for result in results] == [{"rate": "0.1"}, {"rate": "0.2"}, {"rate": "0.3"}]
-    assert results[0]["loss"] == 0.1
+    assert results[0]["cross_entropy"] == 0.1
 
 
 @pytest.mark.parametrize("error", [UserError("too hot."), RuntimeError("out of memory")])
