@@ -90,7 +90,7 @@ def count_steps(where: str, warmup: StepCount, decay: StepCount, steps: int) -> 
         UserError: together they are longer than the run.
     """
     warmup_steps, decay_steps = (
-        count if isinstance(count, int) or count == 0 else max(1, round(count * steps))
+        count if isinstance(count, int) else max(1, round(count * steps)) if count > 0 else 0
         for count in (warmup, decay)
     )
     if isinstance(warmup, float) and isinstance(decay, float) and warmup + decay <= 1:

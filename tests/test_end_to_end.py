@@ -47,7 +47,7 @@ def study(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(folder: Path, run: str) -> list[tuple[int, str, float]]:
     rows = read_metrics(folder / "runs" / "quickstart" / run)
-    return [(row["step"], row["split"], row["loss"]) for row in rows]
+    return [(row["step"], row["split"], row["cross_entropy"]) for row in rows]
 
 
 def test_everything_is_there(study: Path) -> None:

@@ -14,9 +14,9 @@ _SHOWN = 10  # combinations that cannot be run, in the message about them
 
 DESCRIPTION = """\
 Trains one run for each combination of the keys that list several values, one after another, and compares their
-final validation losses in one table, also averaged over seeds, and in a plot. All combinations are checked before the
-first one starts. Those that are done are skipped, so the same command goes on after a stop; one that fails is
-reported, and the others go on.
+final validation cross-entropies in one table, also averaged over seeds, and in a plot. All combinations are checked
+before the first one starts. Those that are done are skipped, so the same command goes on after a stop; one that fails
+is reported, and the others go on.
 
   gemma2 sweep experiment=quickstart/scratch optimizer.learning_rate=1e-3,3e-3 seed=0,1    four runs
   gemma2 sweep experiment=quickstart/scratch 'seed=range(0,5)' training.steps=200          five runs

@@ -29,7 +29,7 @@ class Evaluation:
     Attributes:
         parameters: of the model, its tied embedding counted once.
         tokens_seen: training tokens, padding included.
-        loss: mean cross-entropy in nats; perplexity: exp of it.
+        cross_entropy: mean in nats; perplexity: exp of it.
         agreement: share of positions where the run and the teacher find the same token most likely.
         kl: KL(teacher || run) in nats.
         entropy: mean entropy of the run's distributions in nats; teacher_entropy: of the teacher's. What is about
@@ -38,7 +38,7 @@ class Evaluation:
 
     parameters: int
     tokens_seen: int
-    loss: float
+    cross_entropy: float
     perplexity: float
     agreement: float | None
     kl: float | None
@@ -72,7 +72,7 @@ def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = Non
     return Evaluation(
         parameters=count_parameters(config.model).total,
         tokens_seen=found.step * config.data.batch_size * config.data.seq_len,
-        loss=metrics["loss"],
+        cross_entropy=metrics["cross_entropy"],
         perplexity=metrics["perplexity"],
         agreement=metrics.get("agreement"),
         kl=metrics.get("kl"),

@@ -52,3 +52,12 @@ def stays_in_loop(x: jax.Array, number: jax.Array) -> jax.Array:
     """
     one = jnp.where(number == jnp.iinfo(number.dtype).min, 2.0, 1.0).astype(x.dtype)
     return x * one
+
+
+def turned_apart(x: Any) -> Any:
+    """x, float32 products of narrower arrays that are to be transposed, which is not to become a part of the product.
+
+    Where one block is all there is, nothing else stands between the two, and XLA on CPU (JAX 0.10 and 0.12) makes one
+    product of them that it then cannot compute: "Unsupported element type for DotThunk: BF16 x BF16 = F32".
+    """
+    return jax.lax.optimization_barrier(x)

@@ -71,7 +71,8 @@ def _forward(
         visible = _visible(positions, segment_ids, queries, keys, window)
         scores = softcap * capped(query[:, :, :, queries], key[:, :, keys], softcap)
         shift = jnp.float32(0)
-        if softcap > _LARGEST_CAP_WITHOUT_SHIFT:
+        # Weights become float16 before they are divided by their sum, and that ends at 65,504.
+        if softcap > _LARGEST_CAP_WITHOUT_SHIFT or value.dtype == jnp.float16:
             shift = jnp.max(scores, axis=-1, where=visible, initial=-softcap, keepdims=True)
         weights = jnp.where(visible, jnp.exp(scores - shift), 0.0)
         total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.kernels.blocks import join_tokens, split_tokens, stays_in_loop, token_blocks
+from gemma2_jax.kernels.blocks import join_tokens, split_tokens, stays_in_loop, token_blocks, turned_apart
 from gemma2_jax.kernels.softcap import mask_padding, softcap
 from gemma2_jax.sharding.layout import batch_shares_in_head, constrain, constrain_in_head, is_split
 
@@ -223,7 +223,7 @@ def _sums_and_gradients(
     (sums, d_embedding), d_hidden = jax.lax.scan(body, carry, split)
     d_hidden = join_tokens(d_hidden, targets.shape[1])
     d_embedding = constrain_in_head(jnp.sum(d_embedding, axis=0), plan.sums_as)
-    d_embedding = d_embedding if plan.sums_as == "VD" else d_embedding.T
+    d_embedding = d_embedding if plan.sums_as == "VD" else turned_apart(d_embedding).T
     return sums, replace(student, hidden=d_hidden, embedding=d_embedding.astype(student.embedding.dtype))
 
 

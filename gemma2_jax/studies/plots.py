@@ -136,6 +136,6 @@ def _write(figure: Figure, target: Path) -> None:
 
 
 def _curve(run_folder: str, split: str) -> tuple[list[int], list[float]]:
-    """Steps and cross-entropy of a split."""
-    rows = [row for row in read_metrics(run_folder) if row["split"] == split]
+    """Steps and cross-entropy of a split, but for training rows of on-policy steps alone, which have none."""
+    rows = [row for row in read_metrics(run_folder) if row["split"] == split and "cross_entropy" in row]
     return [row["step"] for row in rows], [row["cross_entropy"] for row in rows]

@@ -68,7 +68,7 @@ def write_report(
 
 
 def _table(study: StudyConfig, measurements: Mapping[str, Measurement]) -> Table:
-    columns = ["run", "parameters", "tokens seen", "validation loss", "perplexity"]
+    columns = ["run", "parameters", "tokens seen", "validation cross-entropy", "perplexity"]
     if study.reference is not None:
         columns += [f"agrees with {study.reference}", f"KL from {study.reference}"]
     rows = []
@@ -78,7 +78,7 @@ def _table(study: StudyConfig, measurements: Mapping[str, Measurement]) -> Table
             name,
             f"{found.parameters:,}",
             f"{found.tokens_seen:,}",
-            format_number(found.loss, 4),
+            format_number(found.cross_entropy, 4),
             format_number(found.perplexity, 2),
         ]
         if study.reference is not None:
@@ -99,9 +99,9 @@ def _markdown(
     parts = [f"# {study.title}"]
     if summary is not None:
         parts += [summary.markdown(), "![Perplexity of each run, over its seeds](summary.png)"]
-    parts += [table.markdown(), "![Loss against steps](loss.png)"]
+    parts += [table.markdown(), "![Cross-entropy against steps](loss.png)"]
     notes = [
-        "Loss is the mean cross-entropy of the validation split's tokens in nats; perplexity is its exponential."
+        "Cross-entropy is the mean over the validation split's tokens in nats; perplexity is its exponential."
     ]
     if study.reference is not None:
         notes.append(f"A run agrees with {study.reference} where both find the same next token most likely.")

@@ -117,7 +117,7 @@ def measure_run(
         then = {**then, "reference": conditions["reference"]}
     if then == conditions:
         _say(console, "evaluate", config.name, "already done, skipped")
-        return Measurement(Evaluation(**stored["evaluation"]), tuple(stored["samples"]))
+        return Measurement(_evaluation(stored["evaluation"]), tuple(stored["samples"]))
     _say(console, "evaluate", config.name, "on the validation split")
     evaluation = evaluate_run(config.output, teacher if reference is None else reference.output)
     samples = _continue(config, prompts, sample_tokens) if prompts else []
@@ -174,6 +174,11 @@ def _teacher_identity(config: RunConfig, teacher: str | None) -> Any:
         return None
     taught_by = read_taught_by(config.output)
     return {"teacher": teacher if taught_by is None else taught_by.identity}
+
+
+def _evaluation(stored: Mapping[str, Any]) -> Evaluation:
+    """Older files call the cross-entropy `loss`."""
+    return Evaluation(**{"cross_entropy" if name == "loss" else name: stored[name] for name in stored})
 
 
 def _same_reference(stored: Mapping[str, Any] | None, reference: RunConfig | None) -> bool:

@@ -56,9 +56,9 @@ def summary_table(groups: Sequence[Group], reference: str | None) -> Table:
     Args:
         reference: the name of the model that all are compared with; None: no comparison.
     """
-    columns = ["run", "parameters", "seeds", "validation loss", "perplexity"]
+    columns = ["run", "parameters", "seeds", "validation cross-entropy", "perplexity"]
     measures: list[Callable[[Evaluation], float | None]] = [
-        lambda found: found.loss,
+        lambda found: found.cross_entropy,
         lambda found: found.perplexity,
     ]
     digits = [4, 2]

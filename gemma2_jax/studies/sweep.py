@@ -28,7 +28,7 @@ class Combination:
 
 
 def run_sweep(combinations: Sequence[Combination], output: str, console: Console) -> bool:
-    """Runs what is missing of a sweep and reports all of it, the lowest validation loss first.
+    """Runs what is missing of a sweep and reports all of it, the lowest validation cross-entropy first.
 
     A combination that fails is reported, its traceback kept as error.txt in its folder, and the rest goes on; but with
     several processes it ends the sweep.

@@ -40,7 +40,7 @@ class Result:
 def write_sweep_report(results: Sequence[Result], folder: Path, console: Console) -> None:
     """Prints a sweep's tables, and writes table.md, summary.png, loss.png and results.json into `folder`."""
     done = [result for result in results if result.evaluation is not None]
-    done.sort(key=lambda result: _evaluation(result).loss)
+    done.sort(key=lambda result: _evaluation(result).cross_entropy)
     failed = [result for result in results if result.evaluation is None]
     keys = list(dict.fromkeys(key for result in results for key in result.values))
     compared = any(_evaluation(result).kl is not None for result in done)
@@ -49,13 +49,13 @@ def write_sweep_report(results: Sequence[Result], folder: Path, console: Console
     axis, groups = _groups(done, [key for key in keys if key != _SEED], read_times(folder))
     if any(len(group.evaluations) > 1 for group in groups):
         summary = summary_table(groups, "teacher" if compared else None)
-        summary.print(console, "Means and standard deviations over the seeds, lowest loss first")
+        summary.print(console, "Means and standard deviations over the seeds, lowest cross-entropy first")
         parts += [summary.markdown()]
     if len(groups) > 1:
         plot_summary(groups, folder / "summary.png", axis)
         parts += ["![Validation perplexity of each combination](summary.png)"]
     table = _table(done, failed, keys, compared)
-    table.print(console, f"{len(done)} of {len(results)} combinations, lowest validation loss first")
+    table.print(console, f"{len(done)} of {len(results)} combinations, lowest validation cross-entropy first")
     parts += [table.markdown()]
     if done:
         best = done[:_MOST_CURVES]
@@ -72,13 +72,13 @@ def write_sweep_report(results: Sequence[Result], folder: Path, console: Console
 
 
 def _table(done: Sequence[Result], failed: Sequence[Result], keys: Sequence[str], compared: bool) -> Table:
-    columns = [*keys, "validation loss", "perplexity"]
+    columns = [*keys, "validation cross-entropy", "perplexity"]
     if compared:
         columns += ["agrees with teacher, %", "KL from teacher"]
     rows = []
     for result in done:
         found = _evaluation(result)
-        row = [format_number(found.loss, 4), format_number(found.perplexity, 2)]
+        row = [format_number(found.cross_entropy, 4), format_number(found.perplexity, 2)]
         if compared:
             row.append(format_number(None if found.agreement is None else 100 * found.agreement, 1))
             row.append(format_number(found.kl, 4))
@@ -116,7 +116,9 @@ def _groups(
                 sum(spent) / len(spent),
             )
         )
-    groups.sort(key=lambda group: sum(found.loss for found in group.evaluations) / len(group.evaluations))
+    groups.sort(
+        key=lambda group: sum(found.cross_entropy for found in group.evaluations) / len(group.evaluations)
+    )
     return axis, groups
 
 

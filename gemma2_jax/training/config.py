@@ -99,7 +99,11 @@ class RunConfig:
                 f"training.profile_steps ends with {self.training.profile_steps[1]}, after the last step "
                 f"({self.training.steps}); choose earlier ones, or profile=false."
             )
-        for name, schedule in {"optimizer": self.optimizer, **self._schedules()}.items():
+        scheduled: dict[str, OptimizerConfig | ScheduleConfig] = {
+            "optimizer": self.optimizer,
+            **self._schedules(),
+        }
+        for name, schedule in scheduled.items():
             count_steps(name, schedule.warmup_steps, schedule.decay_steps, self.training.steps)
         intervals = {
             "checkpoint.every": self.checkpoint.every,

@@ -5,6 +5,7 @@ step (learning rate, temperature, mix, which steps are on-policy) are compared b
 run can be made longer or shorter where its schedules agree.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from gemma2_jax.config import UserError, build, differences, load, to_dict
 from gemma2_jax.distill.on_policy import on_policy_steps
 from gemma2_jax.schedule import ScheduleConfig, build_schedule, count_steps
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.metrics import JSON_LINES, read_metrics
 from gemma2_jax.training.optimizer import learning_rate_schedule
 from gemma2_jax.training.taught_by import read_taught_by
 
@@ -82,6 +84,26 @@ def changes(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]
     yield from _changed_keys(begun, asked)
     for number, _ in _changed_numbers(begun, asked, asked.training.steps):
         yield from _keys_of(number, begun, asked)[:1]
+
+
+def older_schedule(config: RunConfig, step: int) -> str | None:
+    """A line to say where the run's learning rates up to `step` are not those of its schedule, else None.
+
+    Older versions were one step behind: no step had the final rate, and the first of a warm-up had 0.
+    """
+    if not (Path(config.output) / JSON_LINES).exists():
+        return None
+    rows = [row for row in read_metrics(config.output) if row["split"] == "train" and row["step"] <= step]
+    if not rows:
+        return None
+    logged, done = rows[-1]["learning_rate"], rows[-1]["step"]
+    rate = float(learning_rate_schedule(config.optimizer, config.training.steps)(done - 1))
+    if math.isclose(logged, rate, rel_tol=1e-4):
+        return None
+    return (
+        f"{config.name} was begun by an older version, whose schedule was a step behind: step {done} had the learning "
+        f"rate {logged:.4g}, where it would now have {rate:.4g}. The steps from here on have today's."
+    )
 
 
 def _changed_keys(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]]:

@@ -126,14 +126,17 @@ def open_writers(
 
 
 def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a last line that was cut off is left out."""
+    """The rows of a run's metrics.jsonl; a last line that was cut off is left out.
+
+    Names have one meaning, in files of older versions too: see `_renamed`.
+    """
     path = Path(run_folder) / JSON_LINES
     if not path.exists():
         raise UserError(f"{path} does not exist; {run_folder} has not been trained yet.")
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if line.endswith(b"\n"):
-            rows.append(_row(line, f"{path}, line {number},"))
+            rows.append(_renamed(_row(line, f"{path}, line {number},")))
     return rows
 
 
@@ -144,6 +147,20 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         row = None
     if not isinstance(row, dict) or not {"step", "split"} <= row.keys():
         raise UserError(f"{where} is broken: it is no row of metrics; delete that line.")
+    return row
+
+
+def _renamed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the names of today.
+
+    Older versions wrote `tokens` for the positions seen in training and for the targets of an evaluation, and the
+    cross-entropy of an evaluation as its `loss` too.
+    """
+    row = dict(row)
+    if "tokens" in row:
+        row["tokens_seen" if row["split"] == "train" else "targets"] = row.pop("tokens")
+    if row["split"] == "validation":
+        row.pop("loss", None)
     return row
 
 

@@ -51,7 +51,9 @@ class TrainingProgress:
             status = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
             self._bar.update(self._task, completed=step, status=status)
         else:
-            status = f"validation loss {row['cross_entropy']:.4f}  perplexity {row['perplexity']:.2f}"
+            status = (
+                f"validation cross-entropy {row['cross_entropy']:.4f}  perplexity {row['perplexity']:.2f}"
+            )
             if "agreement" in row:
                 status += f"  agreement with the teacher {row['agreement']:.1%}"
         if split != "train" or not self._console.is_terminal:

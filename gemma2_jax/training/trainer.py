@@ -25,6 +25,7 @@ from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sharding.hosts import is_first
 from gemma2_jax.sharding.layout import on_mesh
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.going_on import older_schedule
 from gemma2_jax.training.inputs import Inputs
 from gemma2_jax.training.matching import abstract_matching, init_matching
 from gemma2_jax.training.metrics import Writer, open_writers, perplexity
@@ -64,6 +65,8 @@ class Trainer:
         if found is not None:
             passed_over = "".join(f"; {clause}" for clause in found.passed_over)
             self.progress.say(f"{config.name} goes on from its checkpoint at step {self.step}{passed_over}")
+            if (line := older_schedule(config, self.step)) is not None:
+                self.progress.say(line)
             self.state = self._restore(abstract)
         elif config.initialise.source is not None:
             rows = train_batches(config.data, *inputs.share)
@@ -116,6 +119,8 @@ class Trainer:
                 batch = self._rollout(self.state.params, batch, self.state.step)
                 taught = partial(self.inputs.read, batch)
         self.state, row = self._train_step(self.state, self.inputs.teacher, batch, taught())
+        if origin.get("on_policy"):
+            row["sampled_cross_entropy"] = row.pop("cross_entropy")
         self._rows.append(row | origin)
         self.step += 1
 
@@ -141,10 +146,14 @@ class Trainer:
     def _log(self, rows: list[dict[str, jax.Array]], seconds: float) -> None:
         """One row: averages over the steps since the last one, and the speed, which all devices have reached.
 
+        `loss` is the objective. `cross_entropy` and `perplexity` are those of text alone; of on-policy steps, whose
+        targets the student has chosen itself, it is `sampled_cross_entropy`. `tokens_seen` counts the positions of all
+        batches since the run began, padding included.
         `tokens_per_second` counts targets of the loss. The time of an on-policy step is also that of its sampling, and
         its targets are the tokens that were sampled, without their prompts.
         """
-        values = {name: [float(row[name]) for row in rows] for name in rows[0]}
+        names = dict.fromkeys(name for row in rows for name in row)
+        values = {name: [float(row[name]) for row in rows if name in row] for name in names}
         tokens = sum(values.pop("tokens"))
         averages = {name: sum(steps) / len(steps) for name, steps in values.items()}
         for name, average in averages.items():
@@ -157,11 +166,12 @@ class Trainer:
         speed = tokens / seconds
         row = {
             **averages,
-            "perplexity": perplexity(averages["cross_entropy"]),
             "learning_rate": float(self._learning_rate(self.step - 1)),
-            "tokens": self.step * self.config.data.batch_size * self.config.data.seq_len,
+            "tokens_seen": self.step * self.config.data.batch_size * self.config.data.seq_len,
             "tokens_per_second": speed,
         }
+        if "cross_entropy" in averages:
+            row["perplexity"] = perplexity(averages["cross_entropy"])
         if self._peak_flops is not None:
             row["mfu"] = speed * self._flops_per_token / (self._peak_flops * self.mesh.size)
         self._write("train", row)

@@ -19,8 +19,8 @@ _AHEAD = (
 def validate(
     step: Wrapped, model: Gemma2, teacher: Gemma2 | None, batches: Iterable[Batch], mesh: Mesh
 ) -> dict[str, float]:
-    """Averages over every target of `batches`: `loss` and `cross_entropy` (nats), `perplexity`, `entropy`, and
-    against a teacher `kl`, `agreement` and `teacher_entropy`; and `tokens`, the number of targets.
+    """Averages over every target of `batches`: `cross_entropy` (nats), `perplexity`, `entropy`, and against a teacher
+    `kl`, `agreement` and `teacher_entropy`; and `targets`, their number.
     """
     sums: list[dict[str, jax.Array]] = []
     for batch in batches:
@@ -33,6 +33,5 @@ def validate(
     totals = {name: sum(float(of_batch[name]) for of_batch in fetched) for name in fetched[0]}
     tokens = totals.pop("tokens")
     averages = {name: total / tokens for name, total in totals.items()}
-    averages["loss"] = averages["cross_entropy"]
     averages["perplexity"] = perplexity(averages["cross_entropy"])
-    return averages | {"tokens": tokens}
+    return averages | {"targets": tokens}

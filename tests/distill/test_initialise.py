@@ -297,7 +297,7 @@ def test_a_student_begins_ahead(teacher: RunConfig, toy_run: RunConfig, tokenize
     def loss(model: ModelConfig, params: dict[str, Any]) -> float:
         batches = validation_batches(toy_run.data)
         with jax.set_mesh(mesh):
-            return validate(step, Gemma2(model, params), None, batches, mesh)["loss"]
+            return validate(step, Gemma2(model, params), None, batches, mesh)["cross_entropy"]
 
     def begun(model: ModelConfig, **choice: Any) -> float:
         batches = (on_mesh(batch, mesh) for batch in train_batches(toy_run.data))

@@ -45,15 +45,15 @@ def test_equals_the_mean_over_every_target(finished: RunConfig) -> None:
         entropy -= (np.exp(log_probabilities) * log_probabilities).sum(-1)[real].sum()
         count += real.sum()
     found = evaluate_run(finished.output)
-    assert found.loss == pytest.approx(total / count, rel=1e-5)
+    assert found.cross_entropy == pytest.approx(total / count, rel=1e-5)
     assert found.perplexity == pytest.approx(np.exp(total / count), rel=1e-4)
     assert found.entropy == pytest.approx(entropy / count, rel=1e-5)
     assert (found.agreement, found.kl, found.teacher_entropy) == (None, None, None)
     assert found.tokens_seen == 3 * 4 * 32
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(model.params()))
     logged = read_metrics(finished.output)[-1]
-    assert logged["loss"] == pytest.approx(found.loss, rel=1e-6)
-    assert logged["tokens"] == count
+    assert logged["cross_entropy"] == pytest.approx(found.cross_entropy, rel=1e-6)
+    assert logged["targets"] == count
 
 
 def test_evaluations_in_training_are_bounded_and_the_final_one_is_not(

@@ -152,7 +152,7 @@ def test_runs_that_save_at_the_same_time(tmp_path: Path) -> None:
 def test_only_process_0_prints(two: tuple[Path, list[Ended]]) -> None:
     folder, (first, second) = two
     assert first.output == f"{folder} is trained to step 4.\n"
-    assert first.errors.count("validation loss") == 2
+    assert first.errors.count("validation cross-entropy") == 2
     assert (second.output, second.errors) == ("", "")
 
 

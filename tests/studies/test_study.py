@@ -144,7 +144,9 @@ def test_the_report(stage, runs, console):
     report = Path("out/report.md").read_text()
     rows = [line for line in report.splitlines() if line.startswith("| ")]
     agrees = ["agrees with teacher", "KL from teacher"]
-    header = " | ".join(["run", "parameters", "tokens seen", "validation loss", "perplexity", *agrees])
+    header = " | ".join(
+        ["run", "parameters", "tokens seen", "validation cross-entropy", "perplexity", *agrees]
+    )
     assert rows[:5] == [
         f"| {header} |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -160,7 +162,7 @@ def test_the_report(stage, runs, console):
         *(f"| {name} | 1,025 |" for name in runs),
     ]
     results = json.loads(Path("out/results.json").read_text())
-    assert results["runs"]["distilled"]["loss"] == 0.2
+    assert results["runs"]["distilled"]["cross_entropy"] == 0.2
     assert results["costs"]["scratch"]["tokens_per_second"] == 1025
     assert set(results["seconds"]) >= {"data", "train teacher", "evaluate distilled"}
     assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")

@@ -30,7 +30,7 @@ def rows() -> list[str]:
 def test_the_table_is_sorted_by_loss(stage, combinations):
     assert run_sweep(combinations, "out", Console())
     assert rows() == [
-        "| rate | validation loss | perplexity |",
+        "| rate | validation cross-entropy | perplexity |",
         "| --- | ---: | ---: |",
         "| 0.1 | 0.1000 | 2.00 |",
         "| 0.2 | 0.2000 | 2.00 |",
@@ -38,7 +38,7 @@ def test_the_table_is_sorted_by_loss(stage, combinations):
     ]
     results = json.loads(Path("out/results.json").read_text())
     assert [result["values"] for result in results] == [{"rate": "0.1"}, {"rate": "0.2"}, {"rate": "0.3"}]
-    assert results[0]["loss"] == 0.1
+    assert results[0]["cross_entropy"] == 0.1
 
 
 @pytest.mark.parametrize("error", [UserError("too hot."), RuntimeError("out of memory")])
@@ -77,7 +77,7 @@ def test_runs_with_a_teacher_are_compared_with_it(stage, toy):
     ]
     assert run_sweep(both, "out", Console())
     assert rows() == [
-        "| objective | validation loss | perplexity | agrees with teacher, % | KL from teacher |",
+        "| objective | validation cross-entropy | perplexity | agrees with teacher, % | KL from teacher |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| distillation | 0.1000 | 2.00 | 75.0 | 0.1250 |",
         "| cross_entropy | 0.2000 | 2.00 | – | – |",
@@ -108,7 +108,7 @@ def test_seeds_are_averaged(stage, toy):
     ]
     assert run_sweep(both, "out", Console())
     means = rows()[:4]
-    assert means[0].startswith("| run | parameters | seeds | validation loss | perplexity |")
+    assert means[0].startswith("| run | parameters | seeds | validation cross-entropy | perplexity |")
     assert "| learning_rate=0.1 | 12,345 | 2 | 1.1000 ± 1.4142 | 2.00 ± 0.00 |" in means[2]
     assert "| learning_rate=0.4 | 12,345 | 2 | 1.4000 ± 1.4142 | 2.00 ± 0.00 |" in means[3]
     for picture in ("summary.png", "loss.png"):

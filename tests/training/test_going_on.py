@@ -25,10 +25,10 @@ from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training import loop
 from gemma2_jax.training.config import RunConfig
-from gemma2_jax.training.going_on import changes, check_same_run
+from gemma2_jax.training.going_on import changes, check_same_run, older_schedule
 from gemma2_jax.training.loop import train, train_together
-from gemma2_jax.training.metrics import read_metrics
-from gemma2_jax.training.optimizer import build_optimizer
+from gemma2_jax.training.metrics import JSON_LINES, read_metrics
+from gemma2_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from gemma2_jax.training.state import abstract_state
 from tests.distill.test_cache import write_teacher
 from tests.training.stops import stopped_after
@@ -106,6 +106,20 @@ def test_parts_of_a_layout_may_change(done: RunConfig, tmp_path: Path) -> None:
         UserError, match=r"holds a run with distill\.dtype=float32, and bfloat16 is asked for"
     ):
         check_same_run(replace(begun, distill=replace(begun.distill, dtype="bfloat16")))
+
+
+def test_a_run_that_an_older_schedule_began_is_told(toy_run: RunConfig, tmp_path: Path) -> None:
+    config = replace(toy_run, output=str(tmp_path))
+    assert older_schedule(config, 4) is None  # there is nothing to compare with
+    rate = learning_rate_schedule(config.optimizer, config.training.steps)
+    for late, line in ((0, None), (1, "step 4 had the learning rate 0.009")):
+        rows = [
+            {"step": step, "split": "train", "learning_rate": float(rate(step - 1 - late))}
+            for step in range(1, 9)
+        ]
+        (tmp_path / JSON_LINES).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        told = older_schedule(config, 4)
+        assert told is None if line is None else line in (told or "")
 
 
 def test_a_fraction_of_the_run_is_the_number_of_steps_that_it_comes_to(

@@ -71,8 +71,11 @@ def test_what_a_run_leaves(finished: RunConfig) -> None:
     assert rows[1]["learning_rate"] == pytest.approx(1e-2)
     assert rows[7]["learning_rate"] == pytest.approx(1e-3)
     assert all(row[name] > 0 for row in rows[:8] for name in (*TIMES, "gradient_norm"))
-    assert rows[7]["tokens"] == 8 * 4 * 32
-    assert last["loss"] < first["loss"] - 0.5
+    assert rows[7]["tokens_seen"] == 8 * 4 * 32
+    assert last["cross_entropy"] < first["cross_entropy"] - 0.5
+    # One name has one meaning: `loss` is the objective, and no evaluation has one.
+    assert {"loss", "tokens_seen"} & set(last) == {"tokens", "targets"} & set(first) == set()
+    assert 0 < last["targets"] == int(last["targets"])
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,10 @@ def test_an_on_policy_run_says_its_steps_and_goes_on_with_them(finished: RunConf
     assert [row["on_policy"] for row in rows] == expected.tolist()
     assert {True, False} == set(expected[3:].tolist())  # both after the checkpoint that it goes on from
     assert all(row["loss"] == row["reverse_kl"] > 0 for row in rows)
+    of_text = {"cross_entropy", "perplexity"}
+    for row in rows:  # its own samples are no text to be perplexed by
+        assert of_text & set(row) == (set() if row["on_policy"] else of_text)
+        assert ("sampled_cross_entropy" in row) == row["on_policy"]
 
     cut = replace(whole, output=str(tmp_path / "cut"))
     with stopped_after(5):
@@ -195,6 +202,8 @@ def test_the_share_of_on_policy_steps_is_an_average_like_any_other(
     train(config)
     (row,) = (row for row in read_metrics(tmp_path) if row["split"] == "train")
     assert row["on_policy"] == np.mean(on_policy_steps(OnPolicyConfig(0.5, 6), seed=1, steps=4))
+    assert {"cross_entropy", "sampled_cross_entropy"} <= set(row)
+    assert row["perplexity"] == pytest.approx(np.exp(row["cross_entropy"]))
 
 
 def test_without_on_policy_steps_a_run_is_as_without_the_setting(finished: RunConfig, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Writers, perplexity and throughput."""
 
+import json
 import struct
 import sys
 from pathlib import Path
@@ -24,6 +25,19 @@ def test_json_lines_continue_after_the_last_checkpoint(tmp_path: Path) -> None:
     writer.write(3, "train", {"loss": 30.0})
     writer.close()
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_rows_of_older_versions_have_the_names_of_today(tmp_path: Path) -> None:
+    old = [
+        {"step": 1, "split": "train", "loss": 2.5, "cross_entropy": 3.0, "tokens": 64},
+        {"step": 1, "split": "validation", "loss": 3.5, "cross_entropy": 3.5, "tokens": 20},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    now = [
+        {"step": 1, "split": "train", "loss": 2.5, "cross_entropy": 3.0, "tokens_seen": 64},
+        {"step": 1, "split": "validation", "cross_entropy": 3.5, "targets": 20},
+    ]
+    assert read_metrics(tmp_path) == now
 
 
 def test_tensorboard_events(tmp_path: Path) -> None:

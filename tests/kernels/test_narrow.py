@@ -1,0 +1,116 @@
+"""Products of 16-bit numbers that are summed in float32: in a loop, where one block is all there is, and transposed."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma2_jax.kernels.attention import attention, visible_keys
+from gemma2_jax.kernels.blockwise_attention import blockwise_attention
+from gemma2_jax.kernels.cached_attention import cached_attention
+from gemma2_jax.kernels.lm_head import LMHead, blockwise_loss, dense_loss
+from gemma2_jax.kernels.looped_attention import looped_attention
+from gemma2_jax.model.capture import CapturedLayer
+from gemma2_jax.objectives import terms
+from gemma2_jax.objectives.matching import hidden_distance
+
+DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def close(found: Any, expected: Any) -> None:
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        exact = np.asarray(other, np.float64)
+        np.testing.assert_allclose(np.asarray(one, np.float64), exact, atol=0.05 * np.abs(exact).max())
+
+
+@DTYPES
+@pytest.mark.parametrize(("B", "T"), [(8, 32), (1, 1), (2, 11)])
+@pytest.mark.parametrize("block_tokens", [512, 4])
+@pytest.mark.parametrize("narrow_embedding", [False, True])
+def test_the_loss(dtype: Any, B: int, T: int, block_tokens: int, narrow_embedding: bool) -> None:
+    hidden, embedding, taught = normal(0, B, T, 24), normal(1, 61, 24), normal(2, B, T, 24)
+    targets, mask = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
+
+    def token_loss(student: jax.Array, teacher: Any, targets: jax.Array, _: Any) -> Any:
+        return terms.cross_entropy(student, targets) + terms.forward_kl(student, teacher, 1.0), {}
+
+    def total(hidden: jax.Array, embedding: jax.Array, loss: Callable[..., Any]) -> jax.Array:
+        teacher = LMHead(taught.astype(hidden.dtype), embedding, 30.0)
+        summed: jax.Array = loss(token_loss, LMHead(hidden, embedding, 30.0), teacher, targets, mask)[0]
+        return summed
+
+    narrow = hidden.astype(dtype), embedding.astype(dtype) if narrow_embedding else embedding
+    blockwise = partial(total, loss=partial(blockwise_loss, block_tokens=block_tokens))
+    expected = jax.value_and_grad(partial(total, loss=dense_loss), (0, 1))(hidden, embedding)
+    close(jax.jit(blockwise)(*narrow), expected[0])
+    close(jax.jit(jax.value_and_grad(blockwise, (0, 1)))(*narrow), expected)
+
+
+def reference(query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array) -> jax.Array:
+    segments = jnp.ones_like(positions)
+    visible = visible_keys(positions, positions, segments, segments, 8)
+    return attention(query, key, value, visible, 50.0)
+
+
+def blockwise(query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array) -> jax.Array:
+    return blockwise_attention(query, key, value, positions, jnp.ones_like(positions), 8, 50.0)
+
+
+def looped(query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array) -> jax.Array:
+    segments = jnp.ones_like(positions)
+    return looped_attention(8, 50.0, query, key, value, segments, segments, positions[0])
+
+
+@DTYPES
+@pytest.mark.parametrize("kernel", [reference, blockwise, looped])
+@pytest.mark.parametrize(("B", "T", "N", "K"), [(2, 11, 4, 2), (2, 32, 4, 1), (1, 9, 1, 1), (1, 140, 2, 1)])
+def test_attention(dtype: Any, kernel: Callable[..., jax.Array], B: int, T: int, N: int, K: int) -> None:
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    # exp of the scores of the first is beyond float16; bfloat16 has the room, and fewer digits.
+    scale = 1.0 if dtype == jnp.float16 else 0.5
+    arrays = scale * normal(0, B, T, N, 16), normal(1, B, T, K, 16), normal(2, B, T, K, 16)
+
+    def total(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+        return jnp.sum(attend(*arrays, positions).astype(jnp.float32) ** 2)
+
+    narrow = [x.astype(dtype) for x in arrays]
+    close(
+        jax.jit(jax.grad(partial(total, kernel), (0, 1, 2)))(*narrow),
+        jax.grad(partial(total, reference), (0, 1, 2))(*arrays),
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize(("B", "N", "K"), [(2, 4, 2), (1, 1, 1), (3, 4, 1)])
+def test_attention_to_a_cache(dtype: Any, B: int, N: int, K: int) -> None:
+    query, key, value = normal(0, B, N, 16), normal(1, B, K, 24, 16), normal(2, B, K, 24, 16)
+
+    @jax.jit
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return cached_attention(query, key, value, jnp.ones((B, 24), bool), 50.0)
+
+    close(attend(*(x.astype(dtype) for x in (query, key, value))), attend(query, key, value))
+
+
+@DTYPES
+@pytest.mark.parametrize(("B", "T"), [(2, 11), (1, 1)])
+def test_distances_through_a_projection(dtype: Any, B: int, T: int) -> None:
+    states, target, projection = normal(0, B, T, 12), normal(1, B, T, 20), normal(2, 12, 20)
+
+    def total(states: jax.Array, projection: jax.Array) -> jax.Array:
+        student, teacher = (
+            CapturedLayer(hidden=hidden, query=None, key=None, window=None, softcap=50.0)
+            for hidden in (states, target.astype(states.dtype))
+        )
+        return jnp.sum(hidden_distance(student, teacher, projection, "mse"))
+
+    gradient = jax.jit(jax.grad(total, (0, 1)))
+    close(gradient(states.astype(dtype), projection), gradient(states, projection))
