@@ -7,6 +7,7 @@ manifest is rewritten after every part, so that a preparation that was stopped g
 """
 
 import hashlib
+import itertools
 import multiprocessing
 import sys
 import time
@@ -28,9 +29,10 @@ from gemma2_jax.data.shards import (
     write_manifest,
 )
 from gemma2_jax.data.sources import Source, open_source
+from gemma2_jax.data.split import divide
 from gemma2_jax.data.tokenise import Task, Tokenised, chance, is_validation, tokenise_all
-from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
-from gemma2_jax.files import locked
+from gemma2_jax.data.tokenizer import Tokenizer, VocabularyTooLargeError, train_tokenizer
+from gemma2_jax.files import locked, undone_after
 from gemma2_jax.machine import cores
 
 TRAINING_BYTES = 100_000_000  # of source that a tokenizer is trained on; of a larger one, a sample by content
@@ -44,27 +46,44 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
     same time wait for one another. In a script, call this under `if __name__ == "__main__":`, since workers
     import the script anew; or set `data.workers` to 1.
 
+    The tokenizer may have fewer tokens than `tokenizer.vocab_size`, if the text supports no more: see the manifest's
+    `vocab_size`. After a UserError nothing is left of what was made, unless a whole shard of it can be gone on from.
+
     Raises:
         UserError: the folder was prepared from another source, tokenizer or validation fraction; the tokenizer
-            or the source cannot be read; a split gets no document.
+            or the source cannot be read, or the latter holds no text.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(1)  # a worker importing an unguarded script: its parent says so, and must not be waited for
     folder = Path(data.folder)
     manifest = find_manifest(folder)
     if manifest is not None and manifest.complete and Path(tokenizer.path).exists():
-        _refuse_other(manifest, data, _load(tokenizer), _identity_now(data))
+        _refuse_other(manifest, data, _load(tokenizer, manifest), _identity_now(data))
         return manifest
-    with locked(folder, wait=True), _progress() as progress:
+
+    def has_parts() -> bool:
+        manifest = find_manifest(folder)
+        return manifest is not None and len(manifest.parts) > 0
+
+    with (
+        locked(folder, wait=True),
+        undone_after(UserError, folder, Path(tokenizer.path), unless=has_parts),
+        _progress() as progress,
+    ):
         return _prepare(data, tokenizer, folder, progress)
 
 
 def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progress: Progress) -> Manifest:
     begun = time.monotonic()
-    source = open_source(data.sources, data.text_field)
-    loaded = _load(tokenizer) if Path(tokenizer.path).exists() else _train(data, tokenizer, source, progress)
     manifest = find_manifest(folder)
-    if manifest is None:
+    source, held_out_below = divide(
+        open_source(data.sources, data.text_field), data.sources, data.validation_fraction
+    )
+    if Path(tokenizer.path).exists():
+        loaded = _load(tokenizer, manifest)
+    else:
+        loaded = _train(held_out_below, tokenizer, source, progress)
+    if manifest is None or not manifest.parts:
         manifest = Manifest(
             format=FORMAT,
             complete=False,
@@ -75,7 +94,11 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
             tokenizer=loaded.fingerprint,
             vocab_size=loaded.vocab_size,
             parts=(),
+            # A smaller one than asked for has just been trained, as large as could be, or is known to be.
+            vocabulary_full=loaded.vocab_size < (tokenizer.vocab_size or 0) or _known_full(loaded, manifest),
         )
+        # Before the first part is done, so that a preparation that is stopped in it finds its tokenizer again.
+        write_manifest(folder, manifest)
     _refuse_other(manifest, data, loaded, source.identity)
     if manifest.complete:
         return manifest
@@ -86,12 +109,14 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
     task = progress.add_task("tokenising", total=source.size)
     tasks = _tasks(stream, min(_TASK_CHARACTERS, data.shard_characters))
     for part in _parts(
-        _tokenised(tasks, data, tokenizer.path, progress, task), data, folder, len(manifest.parts)
+        _tokenised(tasks, data.workers, held_out_below, tokenizer.path, progress, task),
+        data,
+        folder,
+        len(manifest.parts),
     ):
         manifest = replace(manifest, parts=(*manifest.parts, part))
         write_manifest(folder, manifest)
 
-    _refuse_empty(manifest, folder)
     manifest = replace(manifest, complete=True)
     write_manifest(folder, manifest)
     train, validation = manifest.train, manifest.validation
@@ -104,17 +129,27 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
     return manifest
 
 
-def _load(tokenizer: TokenizerConfig) -> Tokenizer:
+def _known_full(loaded: Tokenizer, manifest: Manifest | None) -> bool:
+    """Whether the folder's manifest says that the text supports no larger vocabulary than this tokenizer's."""
+    return manifest is not None and manifest.vocabulary_full and manifest.tokenizer == loaded.fingerprint
+
+
+def _load(tokenizer: TokenizerConfig, manifest: Manifest | None) -> Tokenizer:
     loaded = Tokenizer.load(tokenizer.path)
-    if tokenizer.vocab_size not in (None, loaded.vocab_size):
+    asked = tokenizer.vocab_size
+    if asked is None or asked == loaded.vocab_size:
+        return loaded
+    if asked < loaded.vocab_size or not _known_full(loaded, manifest):
         raise UserError(
-            f"tokenizer.vocab_size is {tokenizer.vocab_size}, but {tokenizer.path} has {loaded.vocab_size} tokens; "
-            "set tokenizer.path to a new file to train another."
+            f"tokenizer.vocab_size is {asked}, but {tokenizer.path} has {loaded.vocab_size} tokens; set it to that "
+            "number, or set tokenizer.path to a new file to train another."
         )
     return loaded
 
 
-def _train(data: DataConfig, tokenizer: TokenizerConfig, source: Source, progress: Progress) -> Tokenizer:
+def _train(
+    held_out_below: float, tokenizer: TokenizerConfig, source: Source, progress: Progress
+) -> Tokenizer:
     if tokenizer.vocab_size is None:
         raise UserError(
             f"There is no tokenizer file {tokenizer.path}; set tokenizer.path to one, or tokenizer.vocab_size to "
@@ -122,13 +157,23 @@ def _train(data: DataConfig, tokenizer: TokenizerConfig, source: Source, progres
         )
     progress.add_task("training the tokenizer", total=None)
     share = TRAINING_BYTES / max(source.size, 1)
-    # Only documents of the training split: what is held out must not have shaped the tokenizer either.
-    documents = (
-        text
-        for text, _ in source
-        if not is_validation(text, data.validation_fraction) and chance(text, "tokenizer") < share
-    )
-    trained = train_tokenizer(documents, tokenizer.path, tokenizer.vocab_size)
+
+    def documents() -> Iterator[str]:
+        """Of the training split alone: what is held out must not have shaped the tokenizer either."""
+        for text, _ in source:
+            if not is_validation(text, held_out_below) and chance(text, "tokenizer") < share:
+                yield text
+
+    try:
+        trained = train_tokenizer(documents(), tokenizer.path, tokenizer.vocab_size)
+    except VocabularyTooLargeError as error:
+        progress.console.print(
+            f"tokenizer.vocab_size is {tokenizer.vocab_size}, but this text supports at most {error.most}; lowered to "
+            f"{error.most}.",
+            soft_wrap=True,
+            highlight=False,
+        )
+        trained = train_tokenizer(documents(), tokenizer.path, error.most)
     for task in progress.task_ids:
         progress.remove_task(task)
     return trained
@@ -143,29 +188,29 @@ def _identity_now(data: DataConfig) -> str | None:
 
 
 def _refuse_other(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer, identity: str | None) -> None:
-    for key, was, is_now in (
+    values = (
         ("data.source", list(manifest.source), list(data.sources)),
         ("data.text_field", manifest.text_field, data.text_field),
         ("data.validation_fraction", manifest.validation_fraction, data.validation_fraction),
         ("the tokenizer", manifest.tokenizer[:12], tokenizer.fingerprint[:12]),
-        ("the content of data.source", manifest.identity, identity or manifest.identity),
-    ):
-        if was != is_now:
-            raise UserError(
-                f"data.folder {data.folder} was prepared with another value of {key} ({was}, now {is_now}); "
-                "set data.folder to another folder, or delete this one."
-            )
-
-
-def _refuse_empty(manifest: Manifest, folder: Path) -> None:
-    train, validation = manifest.train.documents, manifest.validation.documents
-    if train + validation == 0:
-        raise UserError(f"data.source {list(manifest.source)} holds no text.")
-    if train == 0 or (validation == 0 and manifest.validation_fraction > 0):
+        *(
+            [("the content of data.source", manifest.identity, identity or manifest.identity)]
+            if manifest.source == data.sources
+            else []
+        ),
+    )
+    others = [f"another value of {key} ({was}, now {is_now})" for key, was, is_now in values if was != is_now]
+    if others:
         raise UserError(
-            f"data.validation_fraction {manifest.validation_fraction} leaves {train} documents to train on and "
-            f"{validation} to validate on; change it, and delete {folder}."
+            f"data.folder {data.folder} was prepared with {', '.join(others)}; set data.folder to another folder, or "
+            f"delete this one, as in data.folder={_beside(data.folder)}."
         )
+
+
+def _beside(folder: str) -> str:
+    """The first name of a folder beside `folder` that is free."""
+    name = folder.rstrip("/")
+    return next(f"{name}-{number}" for number in itertools.count(2) if not Path(f"{name}-{number}").exists())
 
 
 def _skip(stream: Iterator[tuple[str, int]], part: Part, folder: Path) -> None:
@@ -195,11 +240,15 @@ def _tasks(stream: Iterator[tuple[str, int]], characters: int) -> Iterator[Task]
 
 
 def _tokenised(
-    tasks: Iterable[Task], data: DataConfig, tokenizer_path: str, progress: Progress, task: TaskID
+    tasks: Iterable[Task],
+    workers: int | None,
+    held_out_below: float,
+    tokenizer_path: str,
+    progress: Progress,
+    task: TaskID,
 ) -> Iterator[tuple[str, Tokenised]]:
     """Yields documents with what they became, in their order."""
-    workers = data.workers or cores()
-    for (texts, position), done in tokenise_all(tasks, tokenizer_path, data.validation_fraction, workers):
+    for (texts, position), done in tokenise_all(tasks, tokenizer_path, held_out_below, workers or cores()):
         yield from zip(texts, done, strict=True)
         progress.update(task, completed=position)
 

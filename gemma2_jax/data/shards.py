@@ -83,6 +83,7 @@ class Manifest:
         identity: of the documents, see `sources.Source`.
         tokenizer: fingerprint of its model file.
         vocab_size: V of that tokenizer.
+        vocabulary_full: whether it was trained on these documents, which support no larger one.
         parts: stretches of the source, in order.
     """
 
@@ -95,6 +96,7 @@ class Manifest:
     tokenizer: str
     vocab_size: int
     parts: tuple[Part, ...]
+    vocabulary_full: bool = False  # Older folders lack this key.
 
     @property
     def dtype(self) -> np.dtype:

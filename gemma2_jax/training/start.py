@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE
 from gemma2_jax.config import UserError, differences, load, save, to_dict
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import tokenizer_of
-from gemma2_jax.data.shards import read_manifest
+from gemma2_jax.data.shards import find_manifest, read_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.files import write_bytes, write_text
@@ -32,6 +33,20 @@ _MAY_CHANGE = {
     "training.eval_batches", "training.profile_steps", "profile", "compilation_cache",
     "data.folder", "data.workers", "data.shard_characters", "tokenizer.path",
 }  # fmt: skip
+
+
+def as_prepared(config: RunConfig) -> RunConfig:
+    """The run with the vocabulary of its prepared data, where the text supports no larger one.
+
+    The model follows if it has as many tokens as were asked for.
+    """
+    manifest, asked = find_manifest(config.data.folder), config.tokenizer.vocab_size
+    if manifest is None or not manifest.vocabulary_full or asked is None or asked <= manifest.vocab_size:
+        return config
+    model, tokens = config.model, manifest.vocab_size
+    if model.num_tokens == asked:
+        model = replace(model, vocab_size=tokens + model.vocab_padding)
+    return replace(config, model=model, tokenizer=replace(config.tokenizer, vocab_size=tokens))
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:
@@ -87,7 +102,7 @@ def check_same_run(config: RunConfig) -> None:
     path = Path(config.output) / CONFIG_FILE
     if not path.exists():
         return
-    for key, begun, value in changes(load(RunConfig, path), config):
+    for key, begun, value in changes(load(RunConfig, path), as_prepared(config)):
         raise UserError(
             f"{config.output} holds a run with {key}={begun}, and {value} is asked for; choose another "
             "output, or delete that folder to train again."
