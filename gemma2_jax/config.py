@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from gemma2_jax.files import write_text
 
@@ -25,7 +26,14 @@ Config = TypeVar("Config")
 
 
 class UserError(ValueError):
-    """Something that the user gave is wrong; the message is one sentence that says what and what is accepted."""
+    """Something that the user gave is wrong; the message says what and what is accepted, one sentence for each thing,
+    each on a line of its own."""
+
+
+def refuse(complaints: Iterable[str]) -> None:
+    """Raises UserError with all complaints together, if there are any."""
+    if found := list(complaints):
+        raise UserError("\n".join(found))
 
 
 @contextmanager
@@ -56,7 +64,8 @@ def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
         where: what the data came from (a file, "the command line"); begins the sentence of an error.
 
     Raises:
-        UserError: an unknown or missing key, a wrong type or value, or a combination that a dataclass refuses.
+        UserError: unknown or missing keys, wrong types or values, and, where there is none of these, combinations that
+            a dataclass refuses; all of them, one a line.
     """
     try:
         # JSON is what makes strict types bearable: it knows lists only, so a list may become a tuple.
@@ -67,7 +76,10 @@ def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
         built: Config = _adapter(cls).validate_json(document)["root"]  # type: ignore[arg-type]  # classes are hashable
         return built
     except ValidationError as error:
-        raise UserError(f"{where}: {_sentence(cls, data, error)}") from None
+        complaints = _sentences(cls, data, error)
+        raise UserError(
+            "\n  ".join([f"{where}:", *complaints]) if complaints[1:] else f"{where}: {complaints[0]}"
+        ) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -231,13 +243,40 @@ def _to_plain(value: Any) -> Any:
     raise TypeError(f"{value!r} of type {type(value).__name__}")
 
 
-def _sentence(cls: type, data: Mapping[str, Any], error: ValidationError) -> str:
-    """The most telling of the errors: an unknown key first, since a misspelt key is also a missing one."""
-    errors = error.errors(include_url=False)
-    order = {"unexpected_keyword_argument": 0, "value_error": 1, "missing": 2}
-    # Keys and values where a single value could stand as well (a number or a schedule): what is wrong with them
-    # tells more than that they are no number.
-    first = min(errors, key=lambda item: order.get(item["type"], 3 if isinstance(item["input"], dict) else 1))
+_ORDER = {"unexpected_keyword_argument": 0, "value_error": 1, "missing": 2}
+
+
+def _sentences(cls: type, data: Mapping[str, Any], error: ValidationError) -> list[str]:
+    """What is wrong, unknown keys first; of the errors about one part, the most telling ones alone.
+
+    A part is a key, or the keys of a dataclass: a misspelt key is also a missing one.
+    """
+    parts: dict[str, list[tuple[int, ErrorDetails]]] = {}
+    for item in error.errors(include_url=False):
+        # Keys and values where a single value could stand as well (a number or a schedule): what is wrong with them
+        # tells more than that they are no number.
+        rank = _ORDER.get(item["type"], 3 if isinstance(item["input"], dict) else 1)
+        keys, _, _ = _resolve(cls, data, [str(part) for part in item["loc"][1:]])
+        parts.setdefault(".".join(keys), []).append((rank, item))
+    found: dict[str, int] = {}
+    for name, items in parts.items():
+        best = min(rank for rank, _ in items)
+        if best == 3 and any(other.startswith(f"{name}.") for other in parts):
+            continue
+        chosen = [item for rank, item in items if rank == best]
+        if best == 2 and chosen[1:]:
+            above = f"{name}." if name else ""
+            listed = ", ".join(f"{above}{item['loc'][-1]}" for item in chosen)
+            found.setdefault(f"the keys {listed} are missing.", best)
+            continue
+        # Members of a union are refused for a reason each, which says the same.
+        for item in chosen if best == 0 else chosen[:1]:
+            for line in _sentence(cls, data, item).split("\n"):
+                found.setdefault(line, best)
+    return sorted(found, key=lambda line: found[line])
+
+
+def _sentence(cls: type, data: Mapping[str, Any], first: ErrorDetails) -> str:
     keys, kind, value = _resolve(cls, data, [str(part) for part in first["loc"][1:]])
     key = ".".join(keys)
     if first["type"] == "unexpected_keyword_argument":

@@ -5,9 +5,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 LOCK = ".lock"  # in a folder that `locked` holds
 
@@ -76,26 +77,67 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
 def locked(folder: str | os.PathLike[str], wait: bool) -> Iterator[None]:
     """Holds the lock of `folder`, making the folder; a process that ends in any way lets go of it.
 
-    If nothing has come into the folder in the end, it is gone again, and so are those above that were made for it; but
-    with `wait`, since others may wait for the file that is locked.
+    If nothing has come into the folder in the end, it is gone again, and so are those above that were made for it.
 
     Raises:
         BlockingIOError: another process holds it, and `wait` is false.
     """
     path = Path(folder)
-    made = [each for each in (path, *path.parents) if not each.exists()]
-    path.mkdir(parents=True, exist_ok=True)
     lock = path / LOCK
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with ExitStack() as stack:
+        while True:
+            made = [each for each in (path, *path.parents) if not each.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                file = stack.enter_context(lock.open("w"))
+            except FileNotFoundError:  # Another process has removed the folder since.
+                continue
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(file, lock):
+                break  # Else the process that held it has removed it meanwhile.
         try:
             yield
         finally:
             with suppress(OSError):  # there is something in one of them
-                if not wait and list(path.iterdir()) == [lock]:
+                if list(path.iterdir()) == [lock]:
                     lock.unlink()
                     for each in made:
                         each.rmdir()
+
+
+@contextmanager
+def undone_after(error: type[Exception], *paths: Path, unless: Callable[[], bool]) -> Iterator[None]:
+    """After `error`, removes what was made meanwhile, unless that is to be kept.
+
+    Args:
+        paths: files, and folders, of which what was in them before stays. Folders made above them are removed as well,
+            if nothing else is in them.
+    """
+    above = {folder for path in paths for folder in path.parents if not folder.exists()}
+    before = {path for each in paths for path in _at(each)}
+    try:
+        yield
+    except error:
+        if not unless():
+            for path in {path for each in paths for path in _at(each)} - before:
+                _remove(path)
+            for folder in sorted(above, key=lambda folder: len(folder.parts), reverse=True):
+                with suppress(OSError):  # there is something in it
+                    folder.rmdir()
+        raise
+
+
+def _at(path: Path) -> list[Path]:
+    """A file, if it is there, or what is in a folder."""
+    return list(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _remove(path: Path) -> None:

@@ -116,6 +116,23 @@ def test_a_mistake_is_told_in_one_sentence(data, sentence):
     assert "pydantic" not in str(caught.value)
 
 
+def test_all_mistakes_are_told_together_one_a_line():
+    data = {"inner": {"widht": 2, "rate": "x"}, "named": {"a": {"width": 3}}, "othr": 1}
+    with pytest.raises(UserError) as caught:
+        build(Outer, data, "here")
+    first, *lines = str(caught.value).split("\n")
+    assert first == "here:"
+    beginnings = [
+        "there is no key inner.widht,",
+        "there is no key othr,",
+        'inner.rate is "x";',
+        "inner.width is 3;",
+    ]
+    for beginning in beginnings:
+        assert sum(line.strip().startswith(beginning) for line in lines) == 1
+    assert len(lines) == 4  # inner.width is not missing as well
+
+
 def test_saved_and_loaded_is_equal(tmp_path):
     config = Outer(Inner(2, 1e-5, files=("é", "b: c"), window=None), named={"x": Inner(4, on=True)})
     save(config, tmp_path / "new" / "config.yaml")

@@ -28,7 +28,17 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gemma2_jax.cli.roots import EXPERIMENTS, choices, config_roots, experiment_roots
-from gemma2_jax.config import UserError, as_typed, build, options_of, read_yaml, section_of, suggest, type_of
+from gemma2_jax.config import (
+    UserError,
+    as_typed,
+    build,
+    options_of,
+    read_yaml,
+    refuse,
+    section_of,
+    suggest,
+    type_of,
+)
 from gemma2_jax.training.config import RunConfig
 
 ROOT = "train"  # the name of the root file, configs/train.yaml
@@ -55,10 +65,12 @@ def compose(
         UserError: an override that is no key=value, a name that no group has, or what `build` refuses.
     """
     chosen, given = _split(overrides)
-    for group, name in chosen.items():
-        accepted = choices(group, config_dir)
-        if name not in accepted:
-            raise UserError(f"there is no {group} {name}, {suggest(name, accepted)}.")
+    accepted = {group: choices(group, config_dir) for group in chosen}
+    refuse(
+        f"there is no {group} {name}, {suggest(name, accepted[group])}."
+        for group, name in chosen.items()
+        if name not in accepted[group]
+    )
     return _finish(_compose_files(chosen, config_dir), {**given, **(values or {})}, COMMAND_LINE)
 
 
@@ -250,9 +262,14 @@ def _finish(data: dict[str, Any], values: dict[str, Any], where: str) -> RunConf
             f"{where}: {error.full_key} refers to something that is not there: {reason}."
         ) from None
     assert isinstance(resolved, dict)
-    for key in _missing(resolved):
-        raise UserError(f"{key} has no value yet; give one, as in {key}=….")
-    return build(RunConfig, {str(key): value for key, value in resolved.items()}, where)
+    complaints = [f"{key} has no value yet; give one, as in {key}=…." for key in _missing(resolved)]
+    try:
+        config = build(RunConfig, {str(key): value for key, value in resolved.items()}, where)
+    except UserError as error:
+        # What stands for a value that is missing is not also of a wrong type.
+        complaints += [line for line in str(error).split("\n") if '"???"' not in line or not complaints]
+    refuse(complaints)
+    return config
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:

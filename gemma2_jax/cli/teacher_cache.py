@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     with first_process_first():
         prepare(config.data, config.tokenizer)
     with programs_kept_in(config.compilation_cache):
+        task = cache_task(config)  # anew, with the vocabulary that the data has come to
         manifest = write_cache(task, arguments.estimate)
     if is_first() and is_complete(task, manifest):
         print(f"{task.folder} holds the teacher's signal for {manifest.rows} rows.")

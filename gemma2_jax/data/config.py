@@ -1,10 +1,11 @@
 """What text is trained on (`DataConfig`) and the tokenizer that reads it (`TokenizerConfig`)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gemma2_jax.config import UserError
+from gemma2_jax.config import refuse
 
-SMALLEST_VOCABULARY = 300  # of a tokenizer to train: 256 bytes, special tokens, and a little room to learn
+SMALLEST_VOCABULARY = 282  # of a tokenizer to train: 256 bytes, 25 pieces of its own, and one character
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class DataConfig:
             of Parquet are a document; a text file is cut at blank lines into documents of 4,000 characters or
             a little more, and is one if it is shorter.
         folder: where the tokenised shards and their manifest are kept; runs may share it.
-        validation_fraction: share of the documents held out, in [0, 1); the content of a document decides.
+        validation_fraction: share of the documents held out, in [0, 1); the content of a document decides. Above 0, at
+            least one document is held out and one is left, if a lone document has to be cut for it.
         seq_len: T, tokens in a row of a batch.
         batch_size: B, rows of an optimizer step over all processes.
         seed: order of the documents and of the rows.
@@ -48,36 +50,35 @@ class DataConfig:
     skip_invalid: int | float = 0  # Older runs lack this key.
 
     def __post_init__(self) -> None:
+        refuse(self._complaints())
+
+    def _complaints(self) -> Iterator[str]:
         if not self.sources or not all(self.sources):
-            raise UserError(
-                f"data.source is {self.source!r}; accepted: python-docs, or one or several globs of files."
-            )
+            yield f"data.source is {self.source!r}; accepted: python-docs, or one or several globs of files."
         if not self.folder:
-            raise UserError("data.folder is empty; it must name the folder that the prepared data goes to.")
+            yield "data.folder is empty; it must name the folder that the prepared data goes to."
         if not 0 <= self.validation_fraction < 1:
-            raise UserError(
-                f"data.validation_fraction is {self.validation_fraction}; accepted: at least 0, below 1."
-            )
+            yield f"data.validation_fraction is {self.validation_fraction}; accepted: at least 0, below 1."
         if self.seq_len < 2:
-            raise UserError(f"data.seq_len is {self.seq_len}; it must be at least 2.")
+            yield f"data.seq_len is {self.seq_len}; it must be at least 2."
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"data.seed is {self.seed}; it must be at least 0 and below 2**32.")
+            yield f"data.seed is {self.seed}; it must be at least 0 and below 2**32."
         for name in ("batch_size", "workers", "shard_characters", "streams"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"data.{name} is {value}; it must be at least 1.")
+                yield f"data.{name} is {value}; it must be at least 1."
         if self.shuffle_buffer < 0:
-            raise UserError(
+            yield (
                 f"data.shuffle_buffer is {self.shuffle_buffer}; it must be a number of rows, or 0 to leave rows in the "
                 "order of their documents."
             )
         if not (self.skip_invalid >= 0 and (self.skip_invalid <= 1 or self.skip_invalid % 1 == 0)):
-            raise UserError(
+            yield (
                 f"data.skip_invalid is {self.skip_invalid}; it must be a whole number of records, or a fraction of "
                 "them below 1."
             )
-        if self.batch_size % self.streams:
-            raise UserError(
+        if self.streams > 0 and self.batch_size % self.streams:
+            yield (
                 f"data.streams is {self.streams}, which does not divide data.batch_size ({self.batch_size}), as each "
                 "stream gives as many rows."
             )
@@ -94,18 +95,21 @@ class TokenizerConfig:
 
     Attributes:
         path: a SentencePiece model file, such as Gemma's own tokenizer.model.
-        vocab_size: if there is no file at `path` yet, one of this size is trained on the training documents;
-            None only loads.
+        vocab_size: if there is no file at `path` yet, one of this size is trained on the training documents, or of
+            the largest size that they support; None only loads.
     """
 
     path: str
     vocab_size: int | None
 
     def __post_init__(self) -> None:
+        refuse(self._complaints())
+
+    def _complaints(self) -> Iterator[str]:
         if not self.path:
-            raise UserError("tokenizer.path is empty; it must name a SentencePiece model file.")
+            yield "tokenizer.path is empty; it must name a SentencePiece model file."
         if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
-            raise UserError(
+            yield (
                 f"tokenizer.vocab_size is {self.vocab_size}; it must be at least {SMALLEST_VOCABULARY} "
-                "(256 bytes, special tokens, and room to learn), or null to load only."
+                "(256 bytes, special tokens, and a character), or null to load only."
             )

@@ -7,6 +7,7 @@ manifest is rewritten after every part, so that a preparation that was stopped g
 """
 
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -42,10 +43,11 @@ from gemma2_jax.data.shards import (
     read_manifest,
     write_manifest,
 )
-from gemma2_jax.data.sources import Source, open_source
+from gemma2_jax.data.sources import Documents, open_source
+from gemma2_jax.data.split import divide
 from gemma2_jax.data.tokenise import Task, Tokenised, chance, is_validation, tokenise_all
-from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
-from gemma2_jax.files import locked
+from gemma2_jax.data.tokenizer import Tokenizer, VocabularyTooLargeError, train_tokenizer
+from gemma2_jax.files import locked, undone_after
 from gemma2_jax.machine import cores
 
 TRAINING_BYTES = 100_000_000  # of source that a tokenizer is trained on; of a larger one, a sample by content
@@ -59,22 +61,31 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
     same time wait for one another. In a script, call this under `if __name__ == "__main__":`, since workers
     import the script anew; or set `data.workers` to 1.
 
+    The tokenizer may have fewer tokens than `tokenizer.vocab_size`, if the text supports no more: see the manifest's
+    `vocab_size`. After a UserError nothing is left of what was made, unless a whole shard of it can be gone on from.
+
     Raises:
         UserError: the folder was prepared from other content, with another tokenizer or validation fraction; the
-            tokenizer or the source cannot be read, or changed meanwhile; a split gets no document.
+            tokenizer or the source cannot be read, or changed meanwhile; there is no text.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(1)  # a worker importing an unguarded script: its parent says so, and must not be waited for
     folder = Path(data.folder)
     manifest = find_manifest(folder)
     if manifest is not None and manifest.complete and Path(tokenizer.path).exists():
-        _refuse_other(manifest, data, _load(tokenizer))
+        _refuse_other(manifest, data, _load(tokenizer, manifest))
         with _progress() as progress:
             refuse_other_content(manifest, data, content_now(manifest, data, progress))
         return manifest
+
+    def has_parts() -> bool:
+        manifest = find_manifest(folder)
+        return manifest is not None and len(manifest.parts) > 0
+
     with ExitStack() as stack:
         with usable("data.folder", folder):
             stack.enter_context(locked(folder, wait=True))
+        stack.enter_context(undone_after(UserError, folder, Path(tokenizer.path), unless=has_parts))
         return _prepare(data, tokenizer, folder, stack.enter_context(_progress()))
 
 
@@ -102,15 +113,16 @@ def verify_source(folder: str | os.PathLike[str]) -> bool:
 
 def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progress: Progress) -> Manifest:
     begun = time.monotonic()
-    source = open_source(data.sources, data.text_field, data.skip_invalid)
+    opened = open_source(data.sources, data.text_field, data.skip_invalid)
     # Before anything is made of it: what changes later is noticed in the end.
-    content = content_of(source, read_seen(folder), progress)
+    content = content_of(opened, read_seen(folder), progress)
     manifest = find_manifest(folder)
     if manifest is not None and (manifest.complete or manifest.tokenizer_trained):
         refuse_other_content(manifest, data, content)
+    source, held_out_below = divide(opened, data.sources, data.validation_fraction)
     trains = not Path(tokenizer.path).exists()
-    loaded = _train(data, tokenizer, source, progress) if trains else _load(tokenizer)
-    if manifest is None:
+    loaded = _train(held_out_below, tokenizer, source, progress) if trains else _load(tokenizer, manifest)
+    if manifest is None or not manifest.parts:
         manifest = Manifest(
             format=FORMAT,
             complete=False,
@@ -119,13 +131,15 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
             validation_fraction=data.validation_fraction,
             identity=content.identity,
             tokenizer=loaded.fingerprint,
-            tokenizer_trained=trains,
+            tokenizer_trained=trains or _was_trained(loaded, manifest),
             vocab_size=loaded.vocab_size,
             skipped=Skipped(),
             parts=(),
+            # A smaller one than asked for has just been trained, as large as could be, or is known to be.
+            vocabulary_full=loaded.vocab_size < (tokenizer.vocab_size or 0) or _known_full(loaded, manifest),
         )
-        if trains:  # so that a tokenizer of other text is known for one if this is stopped now
-            write_manifest(folder, manifest)
+        # Before the first part is done, so that a preparation that is stopped in it finds its tokenizer again.
+        write_manifest(folder, manifest)
     _refuse_other(manifest, data, loaded)
     if manifest.complete:
         return manifest
@@ -138,16 +152,18 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
     task = progress.add_task("tokenising", total=source.size)
     tasks = _tasks(stream, min(_TASK_CHARACTERS, data.shard_characters))
     for part in _parts(
-        _tokenised(tasks, data, tokenizer.path, progress, task), data, folder, len(manifest.parts)
+        _tokenised(tasks, data.workers, held_out_below, tokenizer.path, progress, task),
+        data,
+        folder,
+        len(manifest.parts),
     ):
         manifest = replace(manifest, parts=(*manifest.parts, part))
         write_manifest(folder, manifest)
         if len(manifest.parts) == 1:
             write_seen(folder, content)  # not to be read again after a stop
 
-    _refuse_empty(manifest, folder)
-    content = unchanged(source, content, folder, progress)
-    manifest = replace(manifest, complete=True, skipped=source.skipped)
+    content = unchanged(opened, content, folder, progress)
+    manifest = replace(manifest, complete=True, skipped=opened.skipped)
     write_manifest(folder, manifest)
     write_seen(folder, content)
     train, validation = manifest.train, manifest.validation
@@ -165,17 +181,32 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
     return manifest
 
 
-def _load(tokenizer: TokenizerConfig) -> Tokenizer:
+def _was_trained(loaded: Tokenizer, manifest: Manifest | None) -> bool:
+    """Whether the folder's manifest says that this tokenizer was trained on its source."""
+    return manifest is not None and manifest.tokenizer_trained and manifest.tokenizer == loaded.fingerprint
+
+
+def _known_full(loaded: Tokenizer, manifest: Manifest | None) -> bool:
+    """Whether the folder's manifest says that the text supports no larger vocabulary than this tokenizer's."""
+    return manifest is not None and manifest.vocabulary_full and manifest.tokenizer == loaded.fingerprint
+
+
+def _load(tokenizer: TokenizerConfig, manifest: Manifest | None) -> Tokenizer:
     loaded = Tokenizer.load(tokenizer.path)
-    if tokenizer.vocab_size not in (None, loaded.vocab_size):
+    asked = tokenizer.vocab_size
+    if asked is None or asked == loaded.vocab_size:
+        return loaded
+    if asked < loaded.vocab_size or not _known_full(loaded, manifest):
         raise UserError(
-            f"tokenizer.vocab_size is {tokenizer.vocab_size}, but {tokenizer.path} has {loaded.vocab_size} tokens; "
-            "set tokenizer.path to a new file to train another."
+            f"tokenizer.vocab_size is {asked}, but {tokenizer.path} has {loaded.vocab_size} tokens; set it to that "
+            "number, or set tokenizer.path to a new file to train another."
         )
     return loaded
 
 
-def _train(data: DataConfig, tokenizer: TokenizerConfig, source: Source, progress: Progress) -> Tokenizer:
+def _train(
+    held_out_below: float, tokenizer: TokenizerConfig, source: Documents, progress: Progress
+) -> Tokenizer:
     if tokenizer.vocab_size is None:
         raise UserError(
             f"There is no tokenizer file {tokenizer.path}; set tokenizer.path to one, or tokenizer.vocab_size to "
@@ -183,42 +214,51 @@ def _train(data: DataConfig, tokenizer: TokenizerConfig, source: Source, progres
         )
     progress.add_task("training the tokenizer", total=None)
     share = TRAINING_BYTES / max(source.size, 1)
-    # Only documents of the training split: what is held out must not have shaped the tokenizer either.
-    documents = (
-        text
-        for text, _ in source
-        if not is_validation(text, data.validation_fraction) and chance(text, "tokenizer") < share
-    )
-    with usable("tokenizer.path", tokenizer.path):
-        trained = train_tokenizer(documents, tokenizer.path, tokenizer.vocab_size)
+
+    def documents() -> Iterator[str]:
+        """Of the training split alone: what is held out must not have shaped the tokenizer either."""
+        for text, _ in source:
+            if not is_validation(text, held_out_below) and chance(text, "tokenizer") < share:
+                yield text
+
+    def train(vocab_size: int) -> Tokenizer:
+        with usable("tokenizer.path", tokenizer.path):
+            return train_tokenizer(documents(), tokenizer.path, vocab_size)
+
+    try:
+        trained = train(tokenizer.vocab_size)
+    except VocabularyTooLargeError as error:
+        progress.console.print(
+            f"tokenizer.vocab_size is {tokenizer.vocab_size}, but this text supports at most {error.most}; lowered to "
+            f"{error.most}.",
+            soft_wrap=True,
+            highlight=False,
+        )
+        trained = train(error.most)
     for task in progress.task_ids:
         progress.remove_task(task)
     return trained
 
 
 def _refuse_other(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) -> None:
-    for key, was, is_now in (
+    values = (
         ("data.text_field", manifest.text_field, data.text_field),
         ("data.validation_fraction", manifest.validation_fraction, data.validation_fraction),
         ("the tokenizer", manifest.tokenizer[:12], tokenizer.fingerprint[:12]),
-    ):
-        if was != is_now:
-            raise UserError(
-                f"data.folder {data.folder} was prepared with another value of {key} ({was}, now {is_now}); "
-                "set data.folder to another folder, or delete this one."
-            )
+    )
+    others = [f"another value of {key} ({was}, now {is_now})" for key, was, is_now in values if was != is_now]
+    if others:
+        raise UserError(
+            f"data.folder {data.folder} was prepared with {', '.join(others)}; set data.folder to another folder, or "
+            f"delete this one, as in data.folder={_beside(data.folder)}."
+        )
     check_skipped(manifest.skipped, data.skip_invalid, f"data.folder {data.folder} was prepared without {{}}")
 
 
-def _refuse_empty(manifest: Manifest, folder: Path) -> None:
-    train, validation = manifest.train.documents, manifest.validation.documents
-    if train + validation == 0:
-        raise UserError(f"data.source {list(manifest.source)} holds no text.")
-    if train == 0 or (validation == 0 and manifest.validation_fraction > 0):
-        raise UserError(
-            f"data.validation_fraction {manifest.validation_fraction} leaves {train} documents to train on and "
-            f"{validation} to validate on; change it, and delete {folder}."
-        )
+def _beside(folder: str) -> str:
+    """The first name of a folder beside `folder` that is free."""
+    name = folder.rstrip("/")
+    return next(f"{name}-{number}" for number in itertools.count(2) if not Path(f"{name}-{number}").exists())
 
 
 def _skip(stream: Iterator[tuple[str, int]], part: Part, folder: Path) -> None:
@@ -248,11 +288,15 @@ def _tasks(stream: Iterator[tuple[str, int]], characters: int) -> Iterator[Task]
 
 
 def _tokenised(
-    tasks: Iterable[Task], data: DataConfig, tokenizer_path: str, progress: Progress, task: TaskID
+    tasks: Iterable[Task],
+    workers: int | None,
+    held_out_below: float,
+    tokenizer_path: str,
+    progress: Progress,
+    task: TaskID,
 ) -> Iterator[tuple[str, Tokenised]]:
     """Yields documents with what they became, in their order."""
-    workers = data.workers or cores()
-    for (texts, position), done in tokenise_all(tasks, tokenizer_path, data.validation_fraction, workers):
+    for (texts, position), done in tokenise_all(tasks, tokenizer_path, held_out_below, workers or cores()):
         yield from zip(texts, done, strict=True)
         progress.update(task, completed=position)
 

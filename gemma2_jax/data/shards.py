@@ -87,6 +87,7 @@ class Manifest:
         tokenizer_trained: whether it was trained on this source, by this preparation.
         vocab_size: V of that tokenizer.
         skipped: records of the source that were left out.
+        vocabulary_full: whether it was trained on these documents, which support no larger one.
         parts: stretches of the source, in order.
     """
 
@@ -101,6 +102,7 @@ class Manifest:
     vocab_size: int
     skipped: Skipped
     parts: tuple[Part, ...]
+    vocabulary_full: bool = False  # Older folders lack this key.
 
     @property
     def dtype(self) -> np.dtype:

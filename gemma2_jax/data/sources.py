@@ -13,23 +13,29 @@ from gemma2_jax.data.reading import reading, records_of
 PYTHON_DOCS = "python-docs"
 
 
-class Source(Protocol):
-    """Documents, in the same order every time.
+class Documents(Protocol):
+    """Documents, in the same order every time."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that are to be read, the measure of progress."""
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        """Yields each document that is not blank, with the bytes read so far."""
+
+
+class Source(Documents, Protocol):
+    """The documents of some files.
 
     Attributes:
         name: the source in a few words.
         files: that are read, in order.
-        size: bytes that are to be read, the measure of progress.
         skipped: the records that were left out, once the source was read to its end.
     """
 
     name: str
     files: list[Path]
-    size: int
     skipped: Skipped
-
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        """Yields each document that is not blank, with the bytes read so far."""
 
     def role(self, path: Path) -> str:
         """What, beside its content, decides the documents of a file."""

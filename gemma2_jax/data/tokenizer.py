@@ -29,6 +29,14 @@ _SPACES = [_SPACE * length for length in range(2, 17)]
 _SPECIAL = re.compile(f"({START_OF_TURN}|{END_OF_TURN}|{_SPACE})")
 
 
+class VocabularyTooLargeError(UserError):
+    """A tokenizer cannot be trained to as many tokens as asked for; `most` is what the text supports."""
+
+    def __init__(self, asked: int, most: int) -> None:
+        super().__init__(f"tokenizer.vocab_size is {asked}; these documents allow at most {most}.")
+        self.most = most
+
+
 class Tokenizer:
     """Text to token ids and back. `decode(encode(text)) == text` for every text that UTF-8 can express.
 
@@ -184,7 +192,8 @@ def train_tokenizer(documents: Iterable[str], path: str | os.PathLike[str], voca
     SentencePiece needs them there.
 
     Raises:
-        UserError: the documents hold too little text for `vocab_size`, or too many different characters.
+        VocabularyTooLargeError: the documents hold too little text for `vocab_size`.
+        UserError: they hold too many different characters.
     """
     buffer = io.BytesIO()
     # Newlines are pieces of their own, so no other piece crosses one: feeding lines gives what feeding whole
@@ -218,7 +227,7 @@ def train_tokenizer(documents: Iterable[str], path: str | os.PathLike[str], voca
     except RuntimeError as error:
         if lines.failure is not None:
             raise lines.failure from None
-        raise UserError(_training_failure(str(error), vocab_size)) from None
+        raise _training_failure(str(error), vocab_size) from None
     write_bytes(path, buffer.getvalue())
     return Tokenizer(buffer.getvalue(), str(path))
 
@@ -243,11 +252,11 @@ class _Lines:
             raise
 
 
-def _training_failure(message: str, vocab_size: int) -> str:
-    limit = re.search(r"a value <= (\d+)", message) or re.search(r"required_chars\. \d+ vs (\d+)", message)
-    if limit is None:
-        return (
-            f"No tokenizer of {vocab_size} tokens can be trained on these documents: {message.strip(' .')}."
-        )
-    bound = "most" if "<=" in limit[0] else "least"
-    return f"tokenizer.vocab_size is {vocab_size}; these documents allow at {bound} {limit[1]}."
+def _training_failure(message: str, vocab_size: int) -> UserError:
+    if most := re.search(r"a value <= (\d+)", message):
+        return VocabularyTooLargeError(vocab_size, int(most[1]))
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return UserError(f"tokenizer.vocab_size is {vocab_size}; these documents allow at least {least[1]}.")
+    return UserError(
+        f"No tokenizer of {vocab_size} tokens can be trained on these documents: {message.strip(' .')}."
+    )

@@ -1,9 +1,10 @@
 """Everything that one training run takes: the rooms' configurations, put together and checked as a whole."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from gemma2_jax.checkpoints.store import CheckpointConfig
-from gemma2_jax.config import UserError
+from gemma2_jax.config import UserError, refuse
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.teacher import DistillConfig
@@ -40,16 +41,19 @@ class TrainingConfig:
     eval_batches: int | None = None  # Older runs lack this key.
 
     def __post_init__(self) -> None:
+        refuse(self._complaints())
+
+    def _complaints(self) -> Iterator[str]:
         first, last = self.profile_steps
         if not 1 <= first <= last:
-            raise UserError(
+            yield (
                 f"training.profile_steps is [{first}, {last}]; it must be the first step to trace, at least 1, and the "
                 "last."
             )
         for name in ("steps", "accumulation", "log_every", "eval_every", "eval_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"training.{name} is {value}; it must be at least 1.")
+                yield f"training.{name} is {value}; it must be at least 1."
 
 
 @dataclass(frozen=True)
@@ -87,15 +91,18 @@ class RunConfig:
     profile: bool = False
 
     def __post_init__(self) -> None:
-        self._check_teacher()
-        self._check_on_policy()
+        refuse(self._complaints())
+
+    def _complaints(self) -> Iterator[str]:
+        yield from self._about_teacher()
+        yield from self._about_on_policy()
         if self.data.batch_size % self.training.accumulation:
-            raise UserError(
+            yield (
                 f"training.accumulation is {self.training.accumulation}, which does not divide data.batch_size "
                 f"({self.data.batch_size})."
             )
         if self.profile and self.training.profile_steps[1] > self.training.steps:
-            raise UserError(
+            yield (
                 f"training.profile_steps ends with {self.training.profile_steps[1]}, after the last step "
                 f"({self.training.steps}); choose earlier ones, or profile=false."
             )
@@ -104,75 +111,82 @@ class RunConfig:
             **self._schedules(),
         }
         for name, schedule in scheduled.items():
-            count_steps(name, schedule.warmup_steps, schedule.decay_steps, self.training.steps)
+            try:
+                count_steps(name, schedule.warmup_steps, schedule.decay_steps, self.training.steps)
+            except UserError as error:
+                yield str(error)
         intervals = {
             "checkpoint.every": self.checkpoint.every,
             "training.eval_every": self.training.eval_every,
         }
         for name, every in intervals.items():
             if every % self.training.log_every:
-                raise UserError(
+                yield (
                     f"{name} is {every}; it must be a multiple of training.log_every ({self.training.log_every}), "
                     "so that a resumed run logs the same averages."
                 )
 
-    def _check_teacher(self) -> None:
-        """Raises UserError if the objective and what teaches do not fit together."""
+    def _about_teacher(self) -> Iterator[str]:
+        """Where the objective and the teacher do not fit together."""
         teachers = {"distill.teacher": self.distill.teacher, "distill.cache": self.distill.cache}
         given = [name for name, value in teachers.items() if value is not None]
         divergences = self.objective.divergences
         if divergences and not given:
-            raise UserError(
+            yield (
                 f"objective.{divergences[0]} is above 0, which needs a teacher; set distill.teacher to its checkpoint."
             )
         if self.distill.match is not None:
-            self.distill.match.check_student(self.model)
+            try:
+                self.distill.match.check_student(self.model)
+            except UserError as error:
+                yield str(error)
         elif given and not divergences:
-            raise UserError(
+            yield (
                 f"{given[0]} is set, but no divergence of the objective has a weight above 0 "
                 f"({', '.join(DIVERGENCES)}) and distill.match is null, so it would teach nothing."
             )
         if self.distill.cache is None:
             return
         if divergences != ("forward_kl",):
-            raise UserError(
+            yield (
                 "distill.cache holds a few tokens of each distribution, which give forward_kl alone, and the objective "
                 f"has {', '.join(divergences)}; set objective=distillation, or train without a cache."
             )
         if "temperature" in self.objective.schedules:
-            raise UserError(
+            yield (
                 "objective.temperature is a schedule, and distill.cache was made at one temperature; it must be that "
                 "number."
             )
+            return
         encoding = self.distill.encoding
         if encoding is not None and encoding.temperature != self.objective.temperature:
-            raise UserError(
+            yield (
                 f"distill.encoding.temperature is {encoding.temperature}, and objective.temperature is "
                 f"{self.objective.temperature}; both must be the same, since a cache is trained from at its own "
                 "temperature alone."
             )
 
-    def _check_on_policy(self) -> None:
+    def _about_on_policy(self) -> Iterator[str]:
         on_policy = self.distill.on_policy
         if on_policy is None:
             return
         if self.distill.teacher is None:
-            raise UserError(
+            yield (
                 "distill.on_policy is set and distill.teacher is null; on-policy distillation needs a teacher for the "
                 "student's samples."
             )
         if self.distill.cache is not None:
-            raise UserError(
+            yield (
                 "distill.on_policy and distill.cache are both set; a cache holds no targets for the student's own "
                 "samples, so one of them must be null."
             )
         if self.objective.cross_entropy > 0:
-            raise UserError(
+            yield (
                 f"objective.cross_entropy is {self.objective.cross_entropy}; it must be 0 with distill.on_policy, "
                 "since a student learns nothing from the cross-entropy with its own samples."
             )
         if on_policy.prompt_tokens >= self.data.seq_len:
-            raise UserError(
+            yield (
                 f"distill.on_policy.prompt_tokens is {on_policy.prompt_tokens}; it must be below data.seq_len "
                 f"({self.data.seq_len}), to leave room for the student's tokens."
             )

@@ -22,6 +22,7 @@ from gemma2_jax.schedule import ScheduleConfig, build_schedule, count_steps
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
 from gemma2_jax.training.optimizer import learning_rate_schedule
+from gemma2_jax.training.start import as_prepared
 from gemma2_jax.training.taught_by import read_taught_by
 
 # Where things lie, how they are executed, and what is looked at. That the data, the tokenizer and the teacher are the
@@ -60,6 +61,7 @@ def check_same_run(config: RunConfig) -> None:
     if not path.exists():
         return
     begun, latest = load(RunConfig, path), latest_step(config.output) or 0
+    config = as_prepared(config)
     steps = config.training.steps
     for key, one, other in _changed_keys(begun, config):
         if key != _STEPS:

@@ -26,6 +26,7 @@ from gemma2_jax.schedule import ScheduleConfig
 from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.start import as_prepared
 from gemma2_jax.training.step import Taught, build_reading
 from gemma2_jax.training.taught_by import TaughtBy
 
@@ -36,7 +37,7 @@ def cache_task(config: RunConfig) -> CacheTask:
     Raises:
         UserError: it does not say where, or what to keep.
     """
-    distill = config.distill
+    config, distill = as_prepared(config), config.distill
     if distill.cache is None or distill.encoding is None:
         raise UserError(
             "distill.cache and distill.encoding must be set to write a teacher's cache; distill=cached sets the latter."

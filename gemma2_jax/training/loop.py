@@ -26,6 +26,7 @@ from gemma2_jax.training.metrics import JSON_LINES, read_metrics
 from gemma2_jax.training.profile import Profile
 from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.start import (
+    as_prepared,
     check_batch,
     check_data,
     check_folder,
@@ -63,7 +64,7 @@ def train_together(configs: Sequence[RunConfig]) -> None:
         UserError: as `train`; or the runs do not go together.
     """
     # Which processes there are belongs to the job, and not to what it trains.
-    configs = [replace(config, hosts=HostsConfig()) for config in configs]
+    configs = [as_prepared(replace(config, hosts=HostsConfig())) for config in configs]
     check_together(configs)
     check_agreement(_what_decides(configs))
     for config in configs:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gemma2_jax.checkpoints.store import (
 from gemma2_jax.config import UserError, differences, load, read_json, read_yaml, save, to_dict
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import tokenizer_of
-from gemma2_jax.data.shards import MANIFEST, read_manifest
+from gemma2_jax.data.shards import MANIFEST, find_manifest, read_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.files import write_bytes, write_text
@@ -43,6 +44,20 @@ _PURPOSES = {
     TOKENIZER_FILE: "the tokenizer that the run was trained with",
     TEACHER_FILE: "which says from which teacher the run was distilled",
 }
+
+
+def as_prepared(config: RunConfig) -> RunConfig:
+    """The run with the vocabulary of its prepared data, where the text supports no larger one.
+
+    The model follows if it has as many tokens as were asked for.
+    """
+    manifest, asked = find_manifest(config.data.folder), config.tokenizer.vocab_size
+    if manifest is None or not manifest.vocabulary_full or asked is None or asked <= manifest.vocab_size:
+        return config
+    model, tokens = config.model, manifest.vocab_size
+    if model.num_tokens == asked:
+        model = replace(model, vocab_size=tokens + model.vocab_padding)
+    return replace(config, model=model, tokenizer=replace(config.tokenizer, vocab_size=tokens))
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:

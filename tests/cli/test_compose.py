@@ -208,6 +208,29 @@ def test_text_of_a_file_that_looks_like_a_date_is_text_and_a_number_needs_quotes
     assert compose_file(tmp_path / "config.yaml").name == "2024-01-01"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentences"),
+    [
+        (["model=smal", "data=fils"], ["there is no model smal, did", "there is no data fils, did"]),
+        (["data=files", "training.stepz=3"], ["data.source has no value yet", "no key training.stepz, did"]),
+        (
+            ["data.seq_len=1", "data.batch_size=0", "training.steps=0"],
+            ["data.seq_len is 1;", "data.batch_size is 0;", "training.steps is 0;"],
+        ),
+        (
+            ["checkpoint.every=3", "training.accumulation=5", "objective=distillation"],
+            ["checkpoint.every is 3;", "training.accumulation is 5,", "objective.forward_kl is above 0,"],
+        ),
+    ],
+)
+def test_mistakes_that_can_be_found_together_are_told_together(overrides, sentences):
+    with pytest.raises(UserError) as caught:
+        compose(overrides)
+    lines = str(caught.value).split("\n")
+    for sentence in sentences:
+        assert sum(sentence in line for line in lines) == 1
+
+
 def test_a_saved_run_is_repeated_from_its_file_alone(tmp_path, monkeypatch):
     config = compose(["experiment=quickstart/distilled", "seed=3", "data.source=[a.txt,b.md]"])
     save(config, tmp_path / "config.yaml")

@@ -303,27 +303,63 @@ def test_damage_is_found(data: DataConfig, tokenizer_config: TokenizerConfig, tm
 
 
 @pytest.mark.parametrize(
-    ("text", "fraction", "sentence"),
-    [
-        ("", 0.5, r"holds no text"),
-        ("only one", 0.01, r"validation_fraction 0\.01 leaves 1 documents to train on and 0 to validate on"),
-        ("only one", 0.999999, r"validation_fraction 0\.999999 leaves 0 documents to train on and 1"),
-    ],
+    ("text", "sentence"), [(" \n\n", "holds no text"), ("x", "holds a single character")]
 )
-def test_splits_without_documents_are_refused(
-    data: DataConfig,
-    tokenizer_config: TokenizerConfig,
-    tmp_path: Path,
-    text: str,
-    fraction: float,
-    sentence: str,
-):
+def test_a_refused_preparation_leaves_nothing(data: DataConfig, text: str, sentence: str, tmp_path: Path):
     (tmp_path / "a.txt").write_text(text)
-    config = replace(
-        data, source=str(tmp_path / "*.txt"), folder=str(tmp_path / "data"), validation_fraction=fraction
-    )
+    new = tmp_path / "new"
+    config = replace(data, source=str(tmp_path / "*.txt"), folder=str(new / "data" / "notes"))
     with pytest.raises(UserError, match=sentence):
-        prepare(config, tokenizer_config)
+        prepare(config, TokenizerConfig(str(new / "tokenizers" / "a.model"), 400))
+    assert not new.exists()
+
+
+def test_a_line_that_cannot_be_read_leaves_nothing_but_what_was_there(data: DataConfig, tmp_path: Path):
+    source = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"line {number} of the text"}) for number in range(300)]
+    source.write_text("\n".join([*lines, '{"text": 5}']))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "own.txt").write_text("of the user")
+    config = replace(data, source=str(source), folder=str(folder), shard_characters=10**9)
+    with pytest.raises(UserError):
+        prepare(config, TokenizerConfig(str(folder / "tokenizer.model"), 320))
+    assert {path.name for path in folder.iterdir()} - {".lock"} == {"own.txt"}
+
+
+def test_the_vocabulary_is_an_upper_bound(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source = tmp_path / "a.jsonl"
+    source.write_text(
+        "".join(json.dumps({"text": f"note {number} of few words"}) + "\n" for number in range(40))
+    )
+    config = replace(data, source=str(source), folder=str(tmp_path / "data"))
+    asked = TokenizerConfig(str(tmp_path / "data" / "tokenizer.model"), 4096)
+    manifest = prepare(config, asked)
+    assert 300 < manifest.vocab_size < 400
+    assert (
+        f"tokenizer.vocab_size is 4096, but this text supports at most {manifest.vocab_size}; lowered to "
+        f"{manifest.vocab_size}." in capsys.readouterr().err
+    )
+    for size in (4096, 8192, manifest.vocab_size, None):  # once more, from a saved configuration too
+        assert prepare(config, replace(asked, vocab_size=size)) == manifest
+    with pytest.raises(UserError, match=rf"vocab_size is 300, but .* has {manifest.vocab_size} tokens"):
+        prepare(config, replace(asked, vocab_size=300))
+    # The same file as of one who asks for the number that is possible.
+    other = replace(asked, path=str(tmp_path / "other.model"), vocab_size=manifest.vocab_size)
+    assert prepare(replace(config, folder=str(tmp_path / "other")), other).tokenizer == manifest.tokenizer
+
+
+def test_all_that_differs_is_told_at_once_with_a_folder_that_is_free(
+    data: DataConfig, tokenizer_config: TokenizerConfig
+):
+    other = replace(data, text_field="body", validation_fraction=0.1)
+    with pytest.raises(UserError) as caught:
+        prepare(other, tokenizer_config)
+    for part in ("data.text_field (text, now body)", "data.validation_fraction (0.2, now 0.1)"):
+        assert part in str(caught.value)
+    assert str(caught.value).endswith(f"as in data.folder={data.folder}-2.")
 
 
 def test_tokenizer_is_trained_on_the_training_split(data: DataConfig, texts: list[str], tmp_path: Path):
@@ -371,5 +407,5 @@ def test_values_that_make_no_sense_are_refused(data: DataConfig, changes: dict[s
 
 
 def test_small_vocabularies_are_refused():
-    with pytest.raises(UserError, match=r"tokenizer\.vocab_size is 100; it must be at least 300"):
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size is 100; it must be at least 282"):
         TokenizerConfig(path="a.model", vocab_size=100)
