@@ -166,7 +166,7 @@ def _in_steps(config: RunConfig) -> dict[str, Any]:
     """The settings, each warm-up and decay as a number of steps: 0.1 and 50 are the same in a run of 500."""
 
     def counted(settings: dict[str, Any], where: str) -> dict[str, Any]:
-        found = {
+        found: dict[str, Any] = {
             name: counted(value, f"{where}.{name}") if isinstance(value, dict) else value
             for name, value in settings.items()
         }

@@ -87,6 +87,11 @@ def delete(*files: Path) -> None:
         file.unlink()
 
 
+def delete_folders(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
 def cut(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
@@ -105,7 +110,7 @@ DAMAGES: dict[str, Damage] = {
     "the manifest deleted": lambda path: delete(path / MANIFEST),
     "the manifest cut": lambda path: cut(path / MANIFEST, 200),
     "the manifest of something else": lambda path: (path / MANIFEST).write_text("[1, 2]"),
-    "the trees deleted": lambda path: [shutil.rmtree(tree) for tree in path.iterdir() if tree.is_dir()],
+    "the trees deleted": lambda path: delete_folders(*filter(Path.is_dir, path.iterdir())),
     "no folder": put_a_file_in_the_place_of,
 }
 

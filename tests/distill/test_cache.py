@@ -208,7 +208,7 @@ def test_reading_goes_on_where_it_was(top_k: CacheTask) -> None:
 )
 def test_size_and_time_are_told_before_anything_is_written(
     task: CacheTask,
-    changes: dict[str, int],
+    changes: dict[str, Any],
     encoding: EncodingConfig,
     steps: int,
     tmp_path: Path,

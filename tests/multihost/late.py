@@ -28,5 +28,5 @@ def written_and_read(*arguments):
 write_cache = writer.write_cache
 writer.locked = late(writer.locked)
 writer.write_cache_manifest = late(writer.write_cache_manifest)
-writer.write_cache = written_and_read  # type: ignore[assignment]
+writer.write_cache = written_and_read
 sys.exit(main())
