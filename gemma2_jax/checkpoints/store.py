@@ -4,7 +4,7 @@
                           /optimizer   the optimizer's state
                           /matching    projections of distillation's matching and their optimizer's state, if any
                           /data        where the data iterator stands, from each process
-                          /_CHECKPOINT_METADATA   the resolved config, and the step
+                          /_CHECKPOINT_METADATA   the resolved config, the step, and what of it is not reported yet
 
 Orbax writes into a temporary folder and renames it, so a checkpoint is whole or not there. Everything
 restores into an abstract target, which fixes shapes, dtypes and shardings: a checkpoint moves between meshes.
@@ -14,12 +14,13 @@ import gc
 import inspect
 import json
 import logging
+import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ FOLDER = "checkpoints"
 CONFIG_FILE = "config.yaml"  # the whole configuration of the run
 TOKENIZER_FILE = "tokenizer.model"  # a copy of its tokenizer
 _ITERATOR = "data"
+_METADATA = "_CHECKPOINT_METADATA"  # Orbax's name for the file
+_UNREPORTED = "unreported"
 _PATIENCE = 30  # seconds
 
 
@@ -48,15 +51,37 @@ class CheckpointConfig:
     Attributes:
         every: steps between checkpoints.
         keep: the newest so many checkpoints stay; older ones are deleted.
+        grace_seconds: a run that is stopped by a signal (Ctrl-C, SIGTERM) has so many seconds to end its step and save
+            it; 0 stops it at once. Keep it below what a cluster grants between SIGTERM and SIGKILL, mostly 30 s.
     """
 
     every: int
     keep: int
+    grace_seconds: float = 25.0  # Older runs lack this key.
 
     def __post_init__(self) -> None:
+        if not 0 <= self.grace_seconds < math.inf:
+            raise UserError(
+                f"checkpoint.grace_seconds is {self.grace_seconds}; it must be a number of seconds, 0 or more."
+            )
         for name in ("every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"checkpoint.{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Unreported:
+    """What a run that was stopped between two rows of metrics has still to report.
+
+    Attributes:
+        rows: the metrics of each step since the last row, of which the next row is the average.
+        seconds: that these steps took.
+        evaluated: False if the evaluation that was due at the step of the checkpoint was cut short.
+    """
+
+    rows: Sequence[Mapping[str, float]] = ()
+    seconds: float = 0.0
+    evaluated: bool = True
 
 
 class CheckpointStore:
@@ -81,11 +106,40 @@ class CheckpointStore:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, trees: Mapping[str, Any], iterator: Any, config: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        trees: Mapping[str, Any],
+        iterator: Any,
+        config: Mapping[str, Any],
+        unreported: Unreported = Unreported(),
+    ) -> None:
         """Start saving and return; arrays may be donated and the iterator moved on as soon as this returns."""
         self._checkpointer.save_checkpointables_async(
-            step, {**trees, _ITERATOR: iterator}, force=True, custom_metadata={"config": dict(config)}
+            step,
+            {**trees, _ITERATOR: iterator},
+            force=True,
+            custom_metadata={"config": dict(config), _UNREPORTED: asdict(unreported)},
         )
+
+    def wait(self) -> None:
+        """Returns when all that `save` has begun is written."""
+        self._checkpointer.wait()
+
+    def unreported(self, step: int) -> Unreported:
+        """What `save` was given beside the step; nothing in older checkpoints.
+
+        Raises:
+            UserError: its file cannot be read.
+        """
+        path = Path(self._checkpointer.directory) / str(step) / _METADATA
+        try:
+            custom = json.loads(path.read_text(encoding="utf-8"))["custom_metadata"]
+            return Unreported(**custom.get(_UNREPORTED, {}))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{path} cannot be read; delete {path.parent} to go on from the checkpoint before."
+            ) from None
 
     def restore(self, step: int, abstract_trees: Mapping[str, Any], iterator: Any) -> dict[str, Any]:
         """The trees saved at `step`, laid out as their abstract versions; `iterator` is moved to where it stood.

@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from gemma2_jax import stops
 from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.shards import (
@@ -55,7 +57,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
     if manifest is not None and manifest.complete and Path(tokenizer.path).exists():
         _refuse_other(manifest, data, _load(tokenizer), _identity_now(data))
         return manifest
-    with locked(folder, wait=True), _progress() as progress:
+    with stops.resuming(partial(_goes_on, folder)), locked(folder, wait=True), _progress() as progress:
         return _prepare(data, tokenizer, folder, progress)
 
 
@@ -102,6 +104,15 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
         highlight=False,
     )
     return manifest
+
+
+def _goes_on(folder: Path) -> str:
+    """What the same command does after a stop."""
+    manifest = find_manifest(folder)
+    if manifest is None or not manifest.parts:
+        return f"nothing of {folder} is prepared yet, and the same command begins anew"
+    documents = manifest.train.documents + manifest.validation.documents
+    return f"{documents:,} documents of {folder} are prepared, and the same command goes on behind them"
 
 
 def _load(tokenizer: TokenizerConfig) -> Tokenizer:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -177,10 +177,10 @@ def train_tokenizer(documents: Iterable[str], path: str | os.PathLike[str], voca
     buffer = io.BytesIO()
     # Newlines are pieces of their own, so no other piece crosses one: feeding lines gives what feeding whole
     # documents would, and keeps within SentencePiece's limits on a sentence.
-    lines = (line for document in documents for line in document.split("\n") if line)
+    lines = _Lines(documents)
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=iter(lines),
             model_writer=buffer,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -204,9 +204,31 @@ def train_tokenizer(documents: Iterable[str], path: str | os.PathLike[str], voca
             minloglevel=2,
         )
     except RuntimeError as error:
+        if lines.failure is not None:
+            raise lines.failure from None
         raise UserError(_training_failure(str(error), vocab_size)) from None
     write_bytes(path, buffer.getvalue())
     return Tokenizer(buffer.getvalue(), str(path))
+
+
+class _Lines:
+    """The lines of documents, to be read from C++, which makes a RuntimeError of any exception.
+
+    Attributes:
+        failure: that exception: bad input, or a signal that ends the process.
+    """
+
+    def __init__(self, documents: Iterable[str]) -> None:
+        self._documents = documents
+        self.failure: BaseException | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for document in self._documents:
+                yield from filter(None, document.split("\n"))
+        except BaseException as error:
+            self.failure = error
+            raise
 
 
 def _training_failure(message: str, vocab_size: int) -> str:
