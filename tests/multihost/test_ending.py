@@ -30,8 +30,9 @@ def test_one_that_fails_in_the_middle(command: list[str]) -> None:
     assert (second.output, second.errors) == ("", "")
 
 
-def test_one_that_is_stopped(command: list[str]) -> None:
-    """All exit as it does, so that what started them knows that they may be started again."""
+def test_one_that_is_stopped(command: list[str], tmp_path: Path) -> None:
+    """All exit as it does, so that what started them knows that they may be started again, and save the same step."""
+    command = [*command, f"output={tmp_path}/run"]
     first, second = run_job([[*GEMMA2, *command], [*FAILING, "SIGTERM", *command]])
     assert (first.code, second.code) == (128 + signal.SIGTERM,) * 2
     saved = r"gemma2: (process 1: )?stopped; the same command goes on from step 2 of .*/run\."
