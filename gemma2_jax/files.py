@@ -5,10 +5,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO
+
+from gemma2_jax.stops import cleanup
 
 LOCK = ".lock"  # in a folder that `locked` holds
 
@@ -34,11 +37,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     # The random part keeps two writers of the same file apart, on whatever hosts; the last one to finish wins.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with cleanup(partial(_remove, temporary)):
         yield temporary
         os.replace(temporary, target)
-    finally:
-        _remove(temporary)
 
 
 @contextmanager
@@ -53,24 +54,18 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     target = Path(path)
     made = [folder for folder in target.parents if not folder.exists()]
-    try:
+    with cleanup(partial(_remove_empty, made)):
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = target.with_name(f".{target.name}.lock")
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
+            with cleanup(lock.unlink):
                 # Of `replacing`, or of one within another.
                 left = re.compile(rf"\.+{re.escape(target.name)}(\.[0-9a-f]{{8}}\.tmp)+")
                 for beside in target.parent.iterdir():
                     if left.fullmatch(beside.name):
                         _remove(beside)
                 yield
-            finally:
-                lock.unlink()
-    finally:
-        for folder in made:
-            with suppress(OSError):  # there is something in it
-                folder.rmdir()
 
 
 @contextmanager
@@ -95,14 +90,21 @@ def locked(folder: str | os.PathLike[str], wait: bool) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(file, lock):
                 break  # Else the process that held it has removed it meanwhile.
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # there is something in one of them
+
+        def let_go() -> None:
+            with suppress(OSError):  # the folder is gone already
                 if list(path.iterdir()) == [lock]:
                     lock.unlink()
-                    for each in made:
-                        each.rmdir()
+                    _remove_empty(made)
+
+        with cleanup(let_go):
+            yield
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # there is something in it
+            folder.rmdir()
 
 
 @contextmanager

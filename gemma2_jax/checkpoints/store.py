@@ -4,7 +4,7 @@
                           /optimizer   the optimizer's state
                           /matching    projections of distillation's matching and their optimizer's state, if any
                           /data        where the data iterator stands, from each process
-                          /_CHECKPOINT_METADATA   the resolved config, and the step
+                          /_CHECKPOINT_METADATA   the resolved config, the step, and what of it is not reported yet
                           /manifest.json   sizes and checksums of all files, see `integrity.py`
 
 Orbax writes into a temporary folder and renames it, so a checkpoint is whole or not there. What happens to its files
@@ -15,11 +15,12 @@ checkpoint moves between meshes.
 
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ CONFIG_FILE = "config.yaml"  # the whole configuration of the run
 TOKENIZER_FILE = "tokenizer.model"  # a copy of its tokenizer
 PARAMS = "params"  # the tree that a model is read from
 _ITERATOR = "data"
+_METADATA = "_CHECKPOINT_METADATA"  # Orbax's name for the file
+_UNREPORTED = "unreported"
 _stores = itertools.count()
 
 
@@ -55,12 +58,19 @@ class CheckpointConfig:
     Attributes:
         every: steps between checkpoints.
         keep: the newest so many checkpoints stay; older ones are deleted.
+        grace_seconds: a run that is stopped by a signal (Ctrl-C, SIGTERM) has so many seconds to end its step and save
+            it; 0 stops it at once. Keep it below what a cluster grants between SIGTERM and SIGKILL, mostly 30 s.
     """
 
     every: int
     keep: int
+    grace_seconds: float = 25.0  # Older runs lack this key.
 
     def __post_init__(self) -> None:
+        if not 0 <= self.grace_seconds < math.inf:
+            raise UserError(
+                f"checkpoint.grace_seconds is {self.grace_seconds}; it must be a number of seconds, 0 or more."
+            )
         for name in ("every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"checkpoint.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -79,6 +89,21 @@ class Found:
     step: int
     path: Path
     passed_over: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unreported:
+    """What a run that was stopped between two rows of metrics has still to report.
+
+    Attributes:
+        rows: the metrics of each step since the last row, of which the next row is the average.
+        seconds: that these steps took.
+        evaluated: False if the evaluation that was due at the step of the checkpoint was cut short.
+    """
+
+    rows: Sequence[Mapping[str, float]] = ()
+    seconds: float = 0.0
+    evaluated: bool = True
 
 
 class CheckpointStore:
@@ -106,16 +131,45 @@ class CheckpointStore:
     def __exit__(self, *_: Any) -> None:
         self._checkpointer.close()
 
-    def save(self, step: int, trees: Mapping[str, Any], iterator: Any, config: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        trees: Mapping[str, Any],
+        iterator: Any,
+        config: Mapping[str, Any],
+        unreported: Unreported = Unreported(),
+    ) -> None:
         """Start saving and return; arrays may be donated and the iterator moved on as soon as this returns."""
         if self._broken:
             self._set_aside()
         self._checkpointer.wait()  # for the save before, which is known by `_saving`
         self._saving = step
         self._checkpointer.save_checkpointables_async(
-            step, {**trees, _ITERATOR: iterator}, force=True, custom_metadata=_about(config)
+            step,
+            {**trees, _ITERATOR: iterator},
+            force=True,
+            custom_metadata={**_about(config), _UNREPORTED: asdict(unreported)},
         )
         self.latest_step = step
+
+    def wait(self) -> None:
+        """Returns when all that `save` has begun is written."""
+        self._checkpointer.wait()
+
+    def unreported(self, step: int) -> Unreported:
+        """What `save` was given beside the step; nothing in older checkpoints.
+
+        Raises:
+            UserError: its file cannot be read.
+        """
+        path = Path(self._checkpointer.directory) / str(step) / _METADATA
+        try:
+            custom = json.loads(path.read_text(encoding="utf-8"))["custom_metadata"]
+            return Unreported(**custom.get(_UNREPORTED, {}))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{path} cannot be read; delete {path.parent} to go on from the checkpoint before."
+            ) from None
 
     def restore(self, step: int, abstract_trees: Mapping[str, Any], iterator: Any) -> dict[str, Any]:
         """The trees saved at `step`, laid out as their abstract versions; `iterator` is moved to where it stood.

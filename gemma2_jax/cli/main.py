@@ -5,13 +5,12 @@ import errno
 import os
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import gemma2_jax
+from gemma2_jax import stops
 from gemma2_jax.cli import (
     config,
     convert,
@@ -55,6 +54,8 @@ VERBS = (
     config,
 )
 
+GOES_ON = "the same command goes on with what is saved"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (that of the process by default).
@@ -63,7 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with 2, as argparse does. Without a verb, or the action of one, the help is printed.
     """
     prepare_output()
-    given = sys.argv[1:] if argv is None else list(argv)
+    with stops.handled():
+        arguments = _parsed(sys.argv[1:] if argv is None else list(argv))
+        if "run" not in arguments:  # a verb is missing, or an action
+            arguments.shown.print_help()
+            return 0
+        code = _run(arguments)
+        if argv is None and code:  # the process is this command's alone
+            stops.leave_at_once(code)
+    return code
+
+
+def _parsed(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "gemma2", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,10 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(unknown_options(rest, given, "overrides" in arguments))
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
-    if "run" not in arguments:  # a verb is missing, or an action
-        arguments.shown.print_help()
-        return 0
-    return _run(arguments)
+    return arguments
 
 
 class _Version(argparse.Action):
@@ -126,18 +135,19 @@ def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
     from gemma2_jax.config import UserError  # brings pydantic, which --help does without
 
     try:
-        with _signals_unwind():
+        with stops.resuming(lambda: GOES_ON if arguments.resumes else ""):
             return int(arguments.run(arguments) or 0), None
     except UserError as error:
-        return 1, f"gemma2: {error}"
+        told = f"gemma2: {error}"
+        return _stopped(error, told) if stops.requested() else (1, told)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, None
     except KeyboardInterrupt as stop:
-        hint = "; the same command goes on where this one was" if arguments.resumes else ""
-        number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
-        return 128 + number, f"\ngemma2: stopped{hint}."
+        return _stopped(stop)
     except Exception as error:
+        if stops.requested():  # some C++ code has made it of ours
+            return _stopped(error)
         if isinstance(error, OSError) and (problem := _file_problem(error)):
             return 1, f"gemma2: {problem}."
         ending = sys.modules.get("gemma2_jax.sharding.ending")
@@ -148,37 +158,10 @@ def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
         return 1, f"gemma2: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-class _Stopped(KeyboardInterrupt):
-    """A signal that asks the process to end, taken as Ctrl-C is: what is half written is removed on the way out."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-@contextmanager
-def _signals_unwind() -> Iterator[None]:
-    """Has SIGTERM and SIGHUP raise `_Stopped`, but for those that are ignored (nohup) or somebody else's."""
-    numbers = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) == signal.SIG_DFL
-        and threading.current_thread() is threading.main_thread()
-    ]
-
-    def stop(number: int, frame: Any) -> None:
-        # `timeout` and a closing terminal send more than one: the way out is not to be cut off.
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise _Stopped(number)
-
-    for number in numbers:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+def _stopped(error: BaseException, before: str = "") -> tuple[int, str]:
+    """The exit code, and what is to be said, after `before`, about a stop that has ended the verb by `error`."""
+    number = stops.number() or signal.SIGINT
+    return 128 + number, before + stops.message(error)
 
 
 if __name__ == "__main__":

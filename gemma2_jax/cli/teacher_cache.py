@@ -2,6 +2,7 @@
 
 import argparse
 
+from gemma2_jax import stops
 from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
 
 DESCRIPTION = """\
@@ -51,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = compose(arguments.overrides, arguments.config_dir)
     task = cache_task(config)
     if arguments.verify:
-        count = verify_cache(task.folder)
+        with stops.resuming(lambda: ""):
+            count = verify_cache(task.folder)
         print(f"{task.folder}: {count} files were read and are whole.")
         return
     check_packages(config)

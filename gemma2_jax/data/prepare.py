@@ -16,11 +16,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from gemma2_jax import stops
 from gemma2_jax.config import UserError, usable
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.identity import (
@@ -83,6 +85,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
         return manifest is not None and len(manifest.parts) > 0
 
     with ExitStack() as stack:
+        stack.enter_context(stops.resuming(partial(_goes_on, folder)))
         with usable("data.folder", folder):
             stack.enter_context(locked(folder, wait=True))
         stack.enter_context(undone_after(UserError, folder, Path(tokenizer.path), unless=has_parts))
@@ -179,6 +182,15 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
         markup=False,
     )
     return manifest
+
+
+def _goes_on(folder: Path) -> str:
+    """What the same command does after a stop."""
+    manifest = find_manifest(folder)
+    if manifest is None or not manifest.parts:
+        return f"nothing of {folder} is prepared yet, and the same command begins anew"
+    documents = manifest.train.documents + manifest.validation.documents
+    return f"{documents:,} documents of {folder} are prepared, and the same command goes on behind them"
 
 
 def _was_trained(loaded: Tokenizer, manifest: Manifest | None) -> bool:

@@ -79,7 +79,12 @@ def _in_workers(
     )
     try:
         for task in tasks:
-            pending.append((task, pool.submit(_work, task[0])))
+            # A worker that it starts inherits the mask: Ctrl-C is the parent's to handle, from the first moment on.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                pending.append((task, pool.submit(_work, task[0])))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             if len(pending) == 2 * workers:  # enough to keep them busy; the source must not pile up here
                 task, future = pending.popleft()
                 yield task, future.result()
@@ -100,7 +105,6 @@ _worker: tuple[Tokenizer, float] | None = None
 def _start_worker(tokenizer_path: str, validation_fraction: float) -> None:
     global _worker
     _worker = (Tokenizer.load(tokenizer_path), validation_fraction)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gemma2_jax import stops
 from gemma2_jax.sharding.links import LiveLinks
 
 _REASON = "gemma2_jax/ended"  # the key of the reason with the coordinator
@@ -77,6 +78,7 @@ def watch(client: Any, process: int, count: int, links: Mapping[int, socket.sock
     global _watch
     _watch = _Watch(client, process, count, links)
     _watch.thread.start()
+    stops.leave_by(leave)
     threading.Thread(target=_mind, args=(_watch,), daemon=True, name="links to other processes").start()
 
 
@@ -103,7 +105,8 @@ def leave(code: int, told: str | None) -> None:
         _finish(_watch)
         return
     _watch.leaving.set()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end(_watch, _Reason(_watch.process, code, "" if told is None or _watch.interrupted else told))
 
 
@@ -168,6 +171,7 @@ def _wait(watch: _Watch) -> None:
         watch.another_ended.set()
         if not watch.leaving.wait(_GRACE):
             watch.interrupted = True
+            stops.hurry()
             # In the background of a script SIGINT is ignored; the command line takes SIGTERM as it takes that.
             ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             _thread.interrupt_main(signal.SIGTERM if ignored else signal.SIGINT)

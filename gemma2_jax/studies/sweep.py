@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from gemma2_jax import stops
 from gemma2_jax.config import UserError
 from gemma2_jax.files import write_text
 from gemma2_jax.sharding.hosts import is_first
@@ -52,6 +53,7 @@ def run_sweep(combinations: Sequence[Combination], output: str, console: Console
             try:
                 found = _run(config, folder, console)
             except Exception as error:  # whatever it is, it belongs to one combination, and is reported
+                stops.check()  # or comes of a signal, which is for the whole sweep
                 if jax.process_count() > 1:
                     raise  # perhaps in one process alone, and the others cannot go on without it
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

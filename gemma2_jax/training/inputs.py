@@ -54,6 +54,7 @@ def cache_task(config: RunConfig) -> CacheTask:
         layout=config.layout,
         steps=config.training.steps,
         block_tokens=config.objective.block_tokens,
+        grace_seconds=config.checkpoint.grace_seconds,
     )
 
 

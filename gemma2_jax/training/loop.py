@@ -10,11 +10,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from gemma2_jax import stops
 from gemma2_jax.checkpoints.store import FOLDER, find, latest_step
 from gemma2_jax.compilation import programs_kept_in
 from gemma2_jax.config import UserError, to_dict, usable
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import locked
+from gemma2_jax.sharding.agreed_stop import AgreedStop, stopping_together
 from gemma2_jax.sharding.hosts import HostsConfig, check_agreement, is_first
 from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
@@ -67,6 +69,11 @@ def train_together(configs: Sequence[RunConfig]) -> None:
     configs = [as_prepared(replace(config, hosts=HostsConfig())) for config in configs]
     check_together(configs)
     check_agreement(_what_decides(configs))
+    with stops.resuming(partial(_goes_on, configs)):
+        _train_what_is_left(configs)
+
+
+def _train_what_is_left(configs: Sequence[RunConfig]) -> None:
     for config in configs:
         check_folder(config)
         check_same_run(config)
@@ -87,6 +94,15 @@ def _is_done(config: RunConfig) -> bool:
         return False
     rows = read_metrics(folder) if (folder / JSON_LINES).is_file() else None
     return rows is None or any((row["step"], row["split"]) == (steps, "validation") for row in rows)
+
+
+def _goes_on(configs: Sequence[RunConfig]) -> str:
+    """What the same command does after a stop."""
+    steps = {config.output: latest_step(config.output) for config in configs}
+    saved = [f"step {step} of {output}" for output, step in steps.items() if step is not None]
+    if not saved:
+        return "no step is saved yet, and the same command begins anew"
+    return f"the same command goes on from {' and '.join(saved)}"
 
 
 def _check_teacher_of(done: Sequence[RunConfig]) -> None:
@@ -141,7 +157,7 @@ def _take_folder(config: RunConfig, stack: ExitStack) -> None:
         raise UserError(
             f"{config.output} is being trained by another process; wait for it, or choose another output."
         ) from None
-    stack.callback(_remove_empty, Path(config.output, FOLDER))
+    stack.enter_context(stops.cleanup(partial(_remove_empty, Path(config.output, FOLDER))))
 
 
 def _remove_empty(folder: Path) -> None:
@@ -195,19 +211,37 @@ def _build_trainers(
 
 
 def _run(trainers: Sequence[Trainer], progress: TrainingProgress, profile: Profile) -> None:
+    """Takes all steps that are left; a signal ends it behind one of them, which is saved."""
     steps = trainers[0].config.training.steps
+    grace = max(trainer.config.checkpoint.grace_seconds for trainer in trainers)
+    with stopping_together(grace, progress.say) as stop:
+        for trainer in trainers:
+            trainer.evaluate_if_due(stop)  # what an earlier stop has cut short
+        _stop_if_due(stop, trainers)
+        for step in range(min(trainer.step for trainer in trainers), steps):
+            stepping = [trainer for trainer in trainers if trainer.step == step]
+            with profile.step(step + 1, settle=partial(_wait_for, stepping)):
+                _take_steps(stepping)
+            progress.advance(step + 1)
+            # All clocks are stopped before the first run is evaluated.
+            for trainer in stepping:
+                trainer.settle()
+            _report(stepping, len(trainers), stop)
+            _stop_if_due(stop, trainers)
+
+
+def _stop_if_due(stop: AgreedStop, trainers: Sequence[Trainer]) -> None:
+    if not stop.is_due():
+        return
+    broken = []
     for trainer in trainers:
-        if trainer.step == steps:
-            trainer.evaluate()
-    for step in range(min(trainer.step for trainer in trainers), steps):
-        stepping = [trainer for trainer in trainers if trainer.step == step]
-        with profile.step(step + 1, settle=partial(_wait_for, stepping)):
-            _take_steps(stepping)
-        progress.advance(step + 1)
-        # All clocks are stopped before the first run is evaluated.
-        for trainer in stepping:
-            trainer.settle()
-        _report(stepping, len(trainers))
+        try:
+            trainer.save_what_is_left()
+        except UserError as error:
+            broken.append(error)
+    if broken:
+        raise broken[0]
+    stops.check()
 
 
 def _take_steps(trainers: Sequence[Trainer]) -> None:
@@ -218,12 +252,12 @@ def _take_steps(trainers: Sequence[Trainer]) -> None:
                 trainer.take_step(*fed)
 
 
-def _report(trainers: Sequence[Trainer], together: int) -> None:
+def _report(trainers: Sequence[Trainer], together: int, stop: AgreedStop) -> None:
     """Raises UserError if a loss is not finite: when the others have saved what is due, so that they can go on."""
     broken = {}
     for trainer in trainers:
         try:
-            trainer.report()
+            trainer.report(stop)
         except UserError as error:
             broken[trainer.config.name] = error
     if broken:

@@ -45,12 +45,18 @@ class Writer(Protocol):
 
 
 class JsonLinesWriter:
-    """RUN/metrics.jsonl, one object a line; rows after `last_step`, of a run that was cut off there, are dropped."""
+    """RUN/metrics.jsonl, one object a line; rows of a run that was cut off are dropped, if they will come again.
 
-    def __init__(self, run_folder: Path, last_step: int):
+    Args:
+        last_step: that the run goes on behind.
+        evaluated: whether its validation row stays, too.
+    """
+
+    def __init__(self, run_folder: Path, last_step: int, evaluated: bool = True):
         path = run_folder / JSON_LINES
         if path.exists():
-            kept = [row for row in read_metrics(run_folder) if row["step"] <= last_step]
+            last = (last_step, "validation" if evaluated else "train")
+            kept = [row for row in read_metrics(run_folder) if (row["step"], row["split"]) <= last]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -108,9 +114,13 @@ class WandbWriter:
 
 
 def open_writers(
-    config: MetricsConfig, run_folder: Path, last_step: int, run_config: Mapping[str, Any]
+    config: MetricsConfig,
+    run_folder: Path,
+    last_step: int,
+    run_config: Mapping[str, Any],
+    evaluated: bool = True,
 ) -> list[Writer]:
-    """The writers that the configuration asks for, each continuing after `last_step`.
+    """The writers that the configuration asks for, each continuing after `last_step`, as `JsonLinesWriter`.
 
     Raises:
         UserError: a writer's package is not installed.
@@ -121,7 +131,7 @@ def open_writers(
         writers.append(WandbWriter(run_folder, config.wandb_project, run_config))
     if config.tensorboard:
         writers.append(TensorBoardWriter(run_folder, last_step))
-    writers.append(JsonLinesWriter(run_folder, last_step))
+    writers.append(JsonLinesWriter(run_folder, last_step, evaluated))
     return writers
 
 

@@ -31,10 +31,14 @@ def measure_matmul_flops(size: int = 1024, repetitions: int = 5) -> float:
 
 
 class Stopwatch:
-    """Time spent in training steps: started and stopped around them, so that evaluation does not count."""
+    """Time spent in training steps: started and stopped around them, so that evaluation does not count.
 
-    def __init__(self) -> None:
-        self._elapsed = 0.0
+    Args:
+        elapsed: seconds to begin with.
+    """
+
+    def __init__(self, elapsed: float = 0.0) -> None:
+        self._elapsed = elapsed
         self._started: float | None = None
 
     def start(self) -> None:

@@ -1,8 +1,8 @@
 """One run in progress: its state, its compiled steps, its checkpoints, and whom it reports to."""
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from gemma2_jax.checkpoints.store import CheckpointStore, Found
+from gemma2_jax.checkpoints.store import CheckpointStore, Found, Unreported
 from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import train_batches, validation_batches
@@ -22,6 +22,7 @@ from gemma2_jax.distill.initialise import initial_params
 from gemma2_jax.distill.on_policy import build_rollout, on_policy_steps
 from gemma2_jax.model.counts import training_flops_per_token
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.sharding.agreed_stop import AgreedStop
 from gemma2_jax.sharding.hosts import is_first
 from gemma2_jax.sharding.layout import on_mesh
 from gemma2_jax.training.config import RunConfig
@@ -62,7 +63,9 @@ class Trainer:
         abstract = replace(abstract, matching=abstract_matching(config, inputs.teacher, mesh))
         self.store = stack.enter_context(CheckpointStore(config.output, config.checkpoint.keep))
         self.step = 0 if found is None else found.step
+        unreported = Unreported()
         if found is not None:
+            unreported = self.store.unreported(self.step)
             passed_over = "".join(f"; {clause}" for clause in found.passed_over)
             self.progress.say(f"{config.name} goes on from its checkpoint at step {self.step}{passed_over}")
             if (line := older_schedule(config, self.step)) is not None:
@@ -97,15 +100,20 @@ class Trainer:
         teacher = None if inputs.teacher is None else inputs.teacher.config
         self._flops_per_token = training_flops_per_token(config.model, config.data.seq_len, teacher)
         self._peak_flops = peak_flops(jax.devices()[0])
-        self._stopwatch = Stopwatch()
-        self._rows: list[dict[str, jax.Array]] = []  # of the steps since the last row of metrics
+        self._stopwatch = Stopwatch(unreported.seconds)
+        # Of the steps since the last row of metrics.
+        self._rows: list[Mapping[str, jax.Array | float]] = list(unreported.rows)
+        # Whether what is due at this step is done. (A run that was to be longer may end here.)
+        self._evaluated = unreported.evaluated and self.step < config.training.steps
         self._writers: list[Writer] = []
 
     def open_writers(self, stack: ExitStack) -> None:
         """Opens what metrics go to: once no other run beside this one can be refused."""
         config = self.config
         if is_first():
-            self._writers = open_writers(config.metrics, Path(config.output), self.step, to_dict(config))
+            self._writers = open_writers(
+                config.metrics, Path(config.output), self.step, to_dict(config), self._evaluated
+            )
             for writer in self._writers:
                 stack.callback(writer.close)
 
@@ -123,6 +131,7 @@ class Trainer:
             row["sampled_cross_entropy"] = row.pop("cross_entropy")
         self._rows.append(row | origin)
         self.step += 1
+        self._evaluated = not self._is_due(self.config.training.eval_every)
 
     def settle(self) -> None:
         """Where metrics are due, waits for the devices, and stops the clock."""
@@ -130,20 +139,51 @@ class Trainer:
             jax.block_until_ready(self.state)
             self._stopwatch.stop()
 
-    def report(self) -> None:
+    def report(self, stop: AgreedStop) -> None:
         """Logs, evaluates and saves, each where it is due. Goes after `settle`."""
         if self._is_due(self.config.training.log_every):
             self._log(self._rows, self._stopwatch.take())
             self._rows = []
-        if self._is_due(self.config.training.eval_every):
-            self.evaluate()
+        self.evaluate_if_due(stop)
         if self._is_due(self.config.checkpoint.every):
             self._save()
+
+    def evaluate_if_due(self, stop: AgreedStop) -> None:
+        """Evaluates, unless that is done at this step.
+
+        A stop cuts it short, and it is done when the run goes on; except at the last step, where a run does not go on.
+        """
+        if self._evaluated:
+            return
+        batches: Iterable[Batch] = validation_batches(
+            self.config.data, *self.inputs.share, self.config.training.eval_batches
+        )
+        if self.step < self.config.training.steps:
+            batches = _until(stop, batches)
+        with suppress(_CutShortError):
+            self._evaluate(batches)
+            self._evaluated = True
+
+    def save_what_is_left(self) -> None:
+        """Saves the step that the run is at, if that is not done, and waits until it is written.
+
+        Raises:
+            UserError: a metric is not finite; nothing is saved then.
+        """
+        self.store.wait()
+        if self.step and self.store.latest_step != self.step:
+            jax.block_until_ready(self.state)
+            self._stopwatch.stop()
+            rows = [{name: float(value) for name, value in row.items()} for row in self._rows]
+            for row in rows:
+                self._check_finite(row)
+            self._save(rows, self._stopwatch.take())
+        self.store.wait()
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.training.steps
 
-    def _log(self, rows: list[dict[str, jax.Array]], seconds: float) -> None:
+    def _log(self, rows: Sequence[Mapping[str, jax.Array | float]], seconds: float) -> None:
         """One row: averages over the steps since the last one, and the speed, which all devices have reached.
 
         `loss` is the objective. `cross_entropy` and `perplexity` are those of text alone; of on-policy steps, whose
@@ -156,13 +196,7 @@ class Trainer:
         values = {name: [float(row[name]) for row in rows if name in row] for name in names}
         tokens = sum(values.pop("tokens"))
         averages = {name: sum(steps) / len(steps) for name, steps in values.items()}
-        for name, average in averages.items():
-            # Before anything is saved: a checkpoint of broken weights would replace the last good one.
-            if not math.isfinite(average):
-                raise UserError(
-                    f"{self.config.output} stopped before step {self.step}: {name} is {average}; try a lower "
-                    "optimizer.learning_rate or optimizer.clip_norm in another output."
-                )
+        self._check_finite(averages)
         speed = tokens / seconds
         row = {
             **averages,
@@ -176,10 +210,17 @@ class Trainer:
             row["mfu"] = speed * self._flops_per_token / (self._peak_flops * self.mesh.size)
         self._write("train", row)
 
-    def evaluate(self) -> None:
-        """Writes the row of the validation split."""
+    def _check_finite(self, row: Mapping[str, float]) -> None:
+        """Before anything is saved: a checkpoint of broken weights would replace the last good one."""
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{self.config.output} stopped before step {self.step}: {name} is {value}; try a lower "
+                    "optimizer.learning_rate or optimizer.clip_norm in another output."
+                )
+
+    def _evaluate(self, batches: Iterable[Batch]) -> None:
         model = Gemma2(self.config.model, self.state.params)
-        batches = validation_batches(self.config.data, *self.inputs.share, self.config.training.eval_batches)
         judge = self.inputs.judge
         self._write("validation", validate(self._evaluation_step, model, judge, batches, self.mesh))
 
@@ -188,12 +229,25 @@ class Trainer:
             writer.write(self.step, split, row)
         self.progress.report(self.config.name, self.step, split, row)
 
-    def _save(self) -> None:
-        self.store.save(self.step, _trees(self.state), self.inputs.batches, to_dict(self.config))
+    def _save(self, rows: Sequence[Mapping[str, float]] = (), seconds: float = 0.0) -> None:
+        """Args: of the steps since the last row of metrics, if there are any."""
+        unreported = Unreported(rows, seconds, self._evaluated)
+        self.store.save(self.step, _trees(self.state), self.inputs.batches, to_dict(self.config), unreported)
 
     def _restore(self, abstract: TrainState) -> TrainState:
         trees = self.store.restore(self.step, _trees(abstract), self.inputs.batches)
         return TrainState(jax.device_put(jnp.int32(self.step), abstract.step.sharding), **trees)
+
+
+class _CutShortError(Exception):
+    """An evaluation is not finished because the run is stopped."""
+
+
+def _until(stop: AgreedStop, batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        if stop.is_due():
+            raise _CutShortError
+        yield batch
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

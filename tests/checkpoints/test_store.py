@@ -1,5 +1,6 @@
 """Checkpoints move between meshes unchanged, are whole or absent, and tell what does not fit."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from gemma2_jax.checkpoints.store import (
     CheckpointConfig,
     CheckpointStore,
+    Unreported,
     latest_step,
     load_model,
     load_params,
@@ -91,6 +93,23 @@ def test_the_iterator_goes_on_where_it_stood(
     chex.assert_trees_all_equal(next(iterator), next(uninterrupted))
 
 
+def test_what_is_not_reported_yet(saved: tuple[Path, TrainState], data: DataConfig, tmp_path: Path) -> None:
+    _, state = saved
+    unreported = Unreported([{"loss": 0.1 + 0.2}, {"loss": 1e-30}], seconds=1 / 3, evaluated=False)
+    with CheckpointStore(tmp_path, keep=2) as store:
+        store.save(1, trees(state), train_batches(data), {"seed": 3}, unreported)
+        store.wait()
+        assert store.unreported(1) == unreported
+        file = tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+        metadata = json.loads(file.read_text())
+        del metadata["custom_metadata"]["unreported"]  # as of older runs
+        file.write_text(json.dumps(metadata))
+        assert store.unreported(1) == Unreported()
+        file.write_text("{")
+        with pytest.raises(UserError, match=r"/1/_CHECKPOINT_METADATA cannot be read; delete "):
+            store.unreported(1)
+
+
 def test_only_the_newest_are_kept(saved: tuple[Path, TrainState]) -> None:
     folder, _ = saved
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "3"]
@@ -161,6 +180,12 @@ def test_no_run_folder(tmp_path: Path, toy_config: ModelConfig) -> None:
 def test_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"checkpoint.{name} is 0"):
         CheckpointConfig(**{"every": 1, "keep": 1, name: 0})
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
+def test_a_grace_that_is_none(seconds: float) -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.grace_seconds is .*; it must be a number of seconds"):
+        CheckpointConfig(every=1, keep=1, grace_seconds=seconds)
 
 
 def test_a_damaged_checkpoint_is_not_resumed(saved, toy_run, data, tmp_path):

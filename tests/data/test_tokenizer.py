@@ -104,6 +104,20 @@ def test_training_on_nothing_is_refused(tmp_path: Path):
         train_tokenizer([], tmp_path / "model", 400)
 
 
+@pytest.mark.parametrize("error", [UserError("line 3 is no JSON."), KeyboardInterrupt(), ZeroDivisionError()])
+def test_what_ends_the_documents_stays_what_it_is(tmp_path: Path, error: BaseException):
+    """SentencePiece asks for them from C++, and makes a RuntimeError of it."""
+
+    def documents():
+        yield "some text"
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        train_tokenizer(documents(), tmp_path / "t.model", 300)
+    assert caught.value is error
+    assert not list(tmp_path.iterdir())
+
+
 def test_gemmas_own_layout_is_read_by_name(texts: list[str], tmp_path: Path):
     # Gemma's file has <mask>, two more and <unused0> to <unused98> before the turn tokens.
     symbols = [

@@ -1,12 +1,14 @@
 """A sweep: one run after another, whatever becomes of one of them."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from gemma2_jax import stops
 from gemma2_jax.config import UserError
 from gemma2_jax.evaluation.evaluate import Evaluation
 from gemma2_jax.files import locked
@@ -159,3 +161,22 @@ def test_an_interrupt_stops_the_sweep(stage, combinations):
         ("train", "rate=0.1"),
         ("train", "rate=0.2"),
     ]
+
+
+def test_a_signal_that_looks_like_a_failure_stops_the_sweep(stage, combinations, monkeypatch):
+    """C++ code may make another exception of ours."""
+    train = stage.train
+
+    def interrupted(config):
+        train(config)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as stop:
+            raise RuntimeError("INTERNAL") from stop
+
+    monkeypatch.setattr(stages, "train", interrupted)
+    with stops.handled(), pytest.raises(stops.Stopped):
+        run_sweep(combinations, "out", Console())
+    assert [call for call in stage.calls if call[0] == "train"] == [("train", "rate=0.3")]
+    assert not Path("out/table.md").exists()
+    assert not Path("out/rate=0.3/error.txt").exists()

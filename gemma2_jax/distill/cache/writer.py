@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gemma2_jax import stops
+from gemma2_jax.checkpoints.store import CheckpointConfig
 from gemma2_jax.config import UserError, to_dict, usable
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.pipeline import tokenizer_of, train_batches
@@ -42,6 +44,7 @@ from gemma2_jax.formats.load import open_for, open_source
 from gemma2_jax.machine import cores
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.sharding.agreed_stop import AgreedStop, stopping_together
 from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.hosts import check_agreement, from_all, is_first, wait_for_all
 from gemma2_jax.sharding.layout import LayoutConfig, batch_sharding, laid_out, on_mesh
@@ -68,6 +71,7 @@ class CacheTask:
         mesh: of the teacher; layout: of the student, as which the teacher lies if distill.layout is null.
         steps: of training that the cache is for.
         block_tokens: tokens that each device computes logits of at a time.
+        grace_seconds: for a step and its file, after a signal.
     """
 
     folder: str
@@ -81,6 +85,7 @@ class CacheTask:
     layout: LayoutConfig
     steps: int
     block_tokens: int
+    grace_seconds: float = CheckpointConfig.grace_seconds
 
 
 def check_teacher(task: CacheTask) -> None:
@@ -122,6 +127,7 @@ def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
         check_agreement({**to_dict(task), **_what_decides(task, manifest)})
         if is_complete(task, manifest):
             return manifest
+        stack.enter_context(stops.resuming(lambda: "" if estimate_only else _goes_on(task)))
         if not estimate_only:
             if is_first():
                 _lock(task, manifest, stack)
@@ -153,6 +159,14 @@ def _lock(task: CacheTask, manifest: Manifest, stack: ExitStack) -> None:
         raise UserError(
             f"distill.cache {task.folder} was written by another process just now; run this again to go on with it."
         )
+
+
+def _goes_on(task: CacheTask) -> str:
+    """What the same command does after a stop."""
+    found = find_cache(task.folder)
+    if found is None:
+        return f"nothing of {task.folder} is written yet, and the same command begins anew"
+    return f"{found.rows:,} rows of {task.folder} are written, and the same command goes on behind them"
 
 
 def is_complete(task: CacheTask, manifest: Manifest) -> bool:
@@ -214,14 +228,18 @@ class _Writing:
         task = self._task
         per_stretch = self._steps_of_a_stretch()
         steps = self._estimated(self._packed())
+        head = next(steps)  # which compiles: a stop until now has nothing to save
         if estimate_only:
-            next(steps)
             return self._manifest
+        steps = itertools.chain([head], steps)
         bar = self._progress.add_task("teaching", total=task.steps * task.data.batch_size)
-        for first in range(self._first_step, task.steps, per_stretch):
-            count = min(per_stretch, task.steps - first)
-            self._write_stretch(itertools.islice(steps, count))
-            self._progress.update(bar, completed=self._manifest.rows)
+        with stopping_together(task.grace_seconds, self._say) as stop:
+            for first in range(self._first_step, task.steps, per_stretch):
+                count = min(per_stretch, task.steps - first)
+                self._write_stretch(itertools.islice(steps, count), stop)
+                self._progress.update(bar, completed=self._manifest.rows)
+                if stop.is_due():
+                    stops.check()
         wait_for_all("cache")  # whose manifest process 0 writes
         self._say(
             f"{task.folder}: {self._manifest.rows:,} rows of {task.data.seq_len:,} tokens, "
@@ -232,17 +250,20 @@ class _Writing:
     def _steps_of_a_stretch(self) -> int:
         return max(1, STRETCH_ROWS // self._task.data.batch_size)
 
-    def _write_stretch(self, steps: Iterator[list[Packed]]) -> None:
-        """Writes one file of each process, and the manifest that names them."""
+    def _write_stretch(self, steps: Iterator[list[Packed]], stop: AgreedStop) -> None:
+        """Writes one file of each process, and the manifest that names them; they are shorter at a stop."""
         folder, (share, _) = Path(self._task.folder), feeding_share(self._mesh)
         number = len(self._manifest.files) // jax.process_count()
         writer = RecordWriter(folder / f"signals-{number:05d}-{share:03d}.arrayrecord", ",uncompressed")
         rows = largest = 0
         try:
-            for packed in itertools.chain.from_iterable(steps):
-                writer.write(packed.record)
-                rows += 1
-                largest = max(largest, packed.largest)
+            for step in steps:
+                for packed in step:
+                    writer.write(packed.record)
+                    rows += 1
+                    largest = max(largest, packed.largest)
+                if stop.is_due():
+                    break
             file = writer.finish()
         except BaseException:
             writer.abandon()

@@ -1,0 +1,243 @@
+"""A run that a signal stops: the step it is at is saved, and it goes on as if it never had been stopped."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import pytest
+
+from gemma2_jax import stops
+from gemma2_jax.checkpoints.store import CheckpointConfig, CheckpointStore, latest_step, load_model
+from gemma2_jax.config import UserError
+from gemma2_jax.distill.cache import writer
+from gemma2_jax.distill.cache.encoding import EncodingConfig
+from gemma2_jax.distill.cache.manifest import read_cache
+from gemma2_jax.distill.cache.writer import write_cache
+from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.training import trainer
+from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training.inputs import cache_task
+from gemma2_jax.training.loop import train, train_together
+from gemma2_jax.training.metrics import read_metrics
+from gemma2_jax.training.trainer import Trainer
+from tests.distill.test_cache import content, write_teacher
+
+TIMES = ("tokens_per_second", "mfu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device() -> Iterator[None]:
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: first)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run that is never stopped, with rows of several steps and checkpoints seldom."""
+    config = replace(
+        toy_run,
+        output=str(tmp_path_factory.mktemp("stopped") / "whole"),
+        training=replace(toy_run.training, steps=9, log_every=3, eval_every=3),
+        checkpoint=CheckpointConfig(every=6, keep=2),
+    )
+    train(config)
+    return config
+
+
+@contextmanager
+def signal_at(step: int, owner: Any = Trainer, name: str = "take_step") -> Iterator[None]:
+    """SIGTERM comes while a run is at `step` and begins with something; what is done inside ends by it."""
+    function = getattr(owner, name)
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        if not isinstance(self, Trainer) or self.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return function(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with stops.handled(), pytest.raises(stops.Stopped) as caught:
+            yield
+    assert caught.value.number == signal.SIGTERM
+    stop.append(caught.value)
+
+
+stop: list[stops.Stopped] = []  # how the last one ended
+
+
+def promise() -> str:
+    return stops.message(stop.pop()).strip()
+
+
+def rows(folder: str) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(folder)]
+
+
+def assert_same(config: RunConfig, whole: RunConfig) -> None:
+    assert rows(config.output) == rows(whole.output)
+    chex.assert_trees_all_equal(load_model(config.output).params(), load_model(whole.output).params())
+
+
+@pytest.mark.parametrize("step", [4, pytest.param(0, marks=pytest.mark.slow)])
+def test_it_saves_its_step_and_goes_on(whole: RunConfig, tmp_path: Path, step: int) -> None:
+    """The rows that were not reported yet are part of the checkpoint, so that averages are those of the whole run."""
+    config = replace(whole, output=str(tmp_path / "run"))
+    with signal_at(step):
+        train(config)
+    assert latest_step(config.output) == step + 1
+    assert promise() == f"gemma2: stopped; the same command goes on from step {step + 1} of {config.output}."
+    assert all(row["step"] <= step for row in rows(config.output))
+    train(config)
+    assert_same(config, whole)
+
+
+@pytest.mark.slow
+def test_stopped_at_every_step(whole: RunConfig, tmp_path: Path) -> None:
+    """The extra checkpoints count as others do; and the speed of a row is that of all of its steps."""
+    config = replace(whole, output=str(tmp_path / "run"))
+    for step in range(whole.training.steps):
+        with signal_at(step):
+            train(config)
+        kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+        assert kept == [number for number in (step, step + 1) if number]
+    train(config)
+    assert_same(config, whole)
+    assert all(row["tokens_per_second"] > 0 for row in read_metrics(config.output) if row["split"] == "train")
+
+
+# Where no checkpoint is due, and where one is.
+@pytest.mark.parametrize("step", [3, pytest.param(6, marks=pytest.mark.slow)])
+def test_an_evaluation_that_is_cut_short_is_done_later(whole: RunConfig, tmp_path: Path, step: int) -> None:
+    config = replace(whole, output=str(tmp_path / "run"))
+    with signal_at(step, Trainer, "_evaluate"):
+        train(config)
+    assert latest_step(config.output) == step
+    assert [row["split"] for row in rows(config.output) if row["step"] == step] == ["train"]
+    with signal_at(step, Trainer, "_evaluate"):  # and again
+        train(config)
+    assert latest_step(config.output) == step
+    with pytest.MonkeyPatch.context() as patch:  # killed when it is done, before anything is saved
+        patch.setattr(Trainer, "take_step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert rows(config.output)[-1]["split"] == "validation"
+    train(config)
+    assert_same(config, whole)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_last_evaluation_is_not_cut_short(whole: RunConfig, tmp_path: Path) -> None:
+    """No run goes on behind it."""
+    config = replace(whole, output=str(tmp_path / "run"))
+    with signal_at(9, Trainer, "_evaluate"):
+        train(config)
+    assert latest_step(config.output) == 9
+    assert_same(config, whole)
+
+
+def test_a_signal_while_a_checkpoint_is_written(whole: RunConfig, tmp_path: Path) -> None:
+    config = replace(whole, output=str(tmp_path / "run"))
+    with signal_at(6, CheckpointStore, "save"):
+        train(config)
+    assert latest_step(config.output) == 6
+    assert promise() == f"gemma2: stopped; the same command goes on from step 6 of {config.output}."
+    train(config)
+    assert_same(config, whole)
+
+
+def test_before_the_first_step_nothing_is_saved(whole: RunConfig, tmp_path: Path) -> None:
+    config = replace(whole, output=str(tmp_path / "run"))
+    with signal_at(0, trainer, "build_train_step"):
+        train(config)
+    assert promise() == "gemma2: stopped; no step is saved yet, and the same command begins anew."
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_weights_are_not_saved(
+    whole: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(whole, output=str(tmp_path / "run"))
+    step = Trainer.take_step
+
+    def broken(self: Trainer, *fed: Any) -> None:
+        step(self, *fed)
+        if self.step == 7:
+            self._rows[-1] = dict(self._rows[-1]) | {"loss": float("nan")}
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "take_step", broken)
+    with stops.handled(), pytest.raises(UserError, match=r"stopped before step 7: loss is nan"):
+        train(config)
+    assert latest_step(config.output) == 6
+
+
+def test_runs_that_are_trained_together(whole: RunConfig, tmp_path: Path) -> None:
+    """One of them was ahead."""
+    configs = [
+        replace(whole, name=name, seed=seed, output=str(tmp_path / name))
+        for seed, name in enumerate(("one", "other"))
+    ]
+    with signal_at(3):
+        train(configs[1])
+    with signal_at(1):
+        train_together(configs)
+    assert [latest_step(config.output) for config in configs] == [2, 4]
+    one, other = (config.output for config in configs)
+    assert (
+        promise() == f"gemma2: stopped; the same command goes on from step 2 of {one} and step 4 of {other}."
+    )
+    with signal_at(6):
+        train_together(configs)
+    assert [latest_step(config.output) for config in configs] == [7, 7]
+    train_together(configs)
+    assert_same(configs[0], whole)
+
+
+def test_a_cache_keeps_the_step_it_is_at(
+    whole: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = write_teacher(whole, Gemma2.init(whole.model, jax.random.key(1)), tmp_path / "teacher")
+    distill = DistillConfig(teacher, "float32", cache=str(tmp_path / "cache"), encoding=EncodingConfig())
+    objective = ObjectiveConfig(0.0, 1.0, temperature=1.0, block_tokens=48)
+    task = cache_task(replace(whole, distill=distill, objective=objective))
+    write: Callable[..., None] = writer.RecordWriter.write
+    written = []
+
+    def interrupted(self: writer.RecordWriter, record: bytes) -> None:
+        written.append(record)
+        if len(written) == 4 * 5 + 2:  # in the middle of the sixth step
+            signal.raise_signal(signal.SIGTERM)
+        write(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.RecordWriter, "write", interrupted)
+        with stops.handled(), pytest.raises(stops.Stopped) as caught:
+            write_cache(task)
+    assert read_cache(task.folder).rows == 4 * 6
+    assert stops.message(caught.value).strip() == (
+        f"gemma2: stopped; 24 rows of {task.folder} are written, and the same command goes on behind them."
+    )
+    write_cache(task)
+    assert read_cache(task.folder).rows == 4 * 9
+    again = replace(task, folder=str(tmp_path / "again"))
+    write_cache(again)
+    assert records(task.folder) == records(again.folder)
+
+
+def records(folder: str) -> list[bytes]:
+    import grain
+
+    files = [str(Path(folder) / name) for name in sorted(content(folder)) if name.endswith(".arrayrecord")]
+    return list(grain.sources.ArrayRecordDataSource(files))
