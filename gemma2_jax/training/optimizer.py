@@ -17,8 +17,11 @@ class OptimizerConfig:
         learning_rate: the peak, reached after `warmup_steps` of linear growth from 0.
         schedule: after the warm-up, `cosine` falls to the end of the run; `wsd` (warmup-stable-decay)
             stays and falls linearly in the last `decay_steps`; `constant` stays.
+        warmup_steps: of linear growth to the peak, at the beginning.
         decay_steps: of `wsd`, which needs at least 1; 0 with the others.
         final_fraction: the last learning rate as a fraction of the peak; 1 with `constant`.
+        beta1, beta2: decay rates of the averages of the gradient and of its square.
+        eps: is added to the root of the latter, by which the former is divided.
         weight_decay: of every weight but the norms' scales, times the learning rate.
         clip_norm: gradients are scaled down to this global norm.
     """
