@@ -2,6 +2,8 @@
 
 import codecs
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _HANDLER = "gemma2.ascii"
 # What tables, messages and help texts hold beside ASCII.
@@ -36,6 +38,20 @@ def prepare_output() -> None:
         usual = getattr(stream, "errors", None) in ("strict", "backslashreplace", "surrogateescape")
         if usual and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_HANDLER)
+
+
+@contextmanager
+def utf8_output() -> Iterator[None]:
+    """Has standard output be UTF-8 within, unless it is a terminal: for a file that is read again, as it is meant."""
+    before = getattr(sys.stdout, "encoding", None) or "utf-8"
+    changes = hasattr(sys.stdout, "reconfigure") and not sys.stdout.isatty()
+    if changes:
+        sys.stdout.reconfigure(encoding="utf-8")
+    try:
+        yield
+    finally:
+        if changes:
+            sys.stdout.reconfigure(encoding=before)
 
 
 def read_standard_input() -> str:
