@@ -287,12 +287,12 @@ def _sentence(cls: type, data: Mapping[str, Any], first: ErrorDetails) -> str:
         kind
     ):  # else an item of a list that is too short
         missing = ".".join([*keys, str(first["loc"][-1])])
-        return f"{missing} is missing; accepted: {_accepted(_hints(kind)[str(first['loc'][-1])])}."
+        return f"{missing} is missing; accepted: {describe_type(_hints(kind)[str(first['loc'][-1])])}."
     if first["type"] == "value_error":
         return _in_full(str(first["ctx"]["error"]), keys)
     quoted = str in options_of(kind) and isinstance(value, bool | int | float)
     hint = f" In quotes it is text: '{_shown(value)}'." if quoted else ""
-    return f"{key or 'the whole'} is {_shown(value)}; accepted: {_accepted(kind)}.{hint}"
+    return f"{key or 'the whole'} is {_shown(value)}; accepted: {describe_type(kind)}.{hint}"
 
 
 def _in_full(sentence: str, keys: Sequence[str]) -> str:
@@ -329,8 +329,8 @@ def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _accepted(kind: Any) -> str:
-    """A type in words."""
+def describe_type(kind: Any) -> str:
+    """Returns in words what a key of this type takes."""
     words = {
         int: "a whole number",
         float: "a number",
@@ -344,13 +344,13 @@ def _accepted(kind: Any) -> str:
             told.append(" or ".join(str(choice) for choice in get_args(option)))
         elif get_origin(option) is tuple and Ellipsis not in get_args(option):
             inner = get_args(option)
-            told.append(f"a list of {len(inner)}, each {_accepted(inner[0])}")
+            told.append(f"a list of {len(inner)}, each {describe_type(inner[0])}")
         elif get_origin(option) in (tuple, list):
-            told.append(f"a list of {_accepted(get_args(option)[0])}")
+            told.append(f"a list of {describe_type(get_args(option)[0])}")
         elif dataclasses.is_dataclass(option):
             told.append("keys " + ", ".join(field.name for field in dataclasses.fields(option)))
         elif get_origin(option) is dict:
-            told.append("names, each with " + _accepted(get_args(option)[1]))
+            told.append("names, each with " + describe_type(get_args(option)[1]))
         else:
             told.append(words.get(option, str(option)))
     return " or ".join(told)

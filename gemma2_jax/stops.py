@@ -225,6 +225,20 @@ def deferred(seconds: float, say: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
+def handled_elsewhere(number: signal.Signals) -> Iterator[None]:
+    """Within, a signal belongs to the handler that the caller sets for it, and stops nothing."""
+    numbers = [] if _handling is None else _handling.numbers
+    if number not in numbers:
+        yield
+        return
+    numbers.remove(number)
+    try:
+        yield
+    finally:
+        numbers.append(number)
+
+
+@contextmanager
 def resuming(sentence: Callable[[], str]) -> Iterator[None]:
     """What `message` promises of a stop within, unless there is another `resuming` further inside.
 

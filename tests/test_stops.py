@@ -186,3 +186,19 @@ def test_cleanup_of_a_block_that_ends_by_itself() -> None:
     with stops.cleanup(lambda: called.append(1)):
         assert called == []
     assert called == [1]
+
+
+def test_a_signal_that_is_handled_elsewhere_stops_nothing() -> None:
+    process = start(
+        """
+import signal
+with stops.handled_elsewhere(signal.SIGINT):
+    signal.signal(signal.SIGINT, lambda *_: say("mine"))
+    say("ready")
+    time.sleep(2 * stops._REACTION + 1)
+    say("requested" if stops.requested() else "not requested")
+"""
+    )
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (0, "mine\nnot requested\ncleaned\ndone\n", "")

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -23,7 +24,7 @@ from hydra.core.override_parser.types import Override, OverrideType, ValueType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -222,7 +223,50 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
     return chosen, values
 
 
+def chosen_files(
+    overrides: Sequence[str], config_dir: str | os.PathLike[str] | None = None
+) -> list[tuple[Path, str]]:
+    """Returns the files that a configuration is composed from, the one that wins first, each with its section.
+
+    The section is that of the keys in the file: `model` for a file of that group, `distill.model` where it gives the
+    teacher's sizes, and empty for the root and experiments, which set keys of all.
+    """
+    chosen, _ = _split(overrides)
+    names = _load_files(chosen, config_dir)["hydra"]["runtime"]["choices"]
+    found: list[tuple[Path, str]] = []
+    if names.get(EXPERIMENTS):
+        folders = [root / EXPERIMENTS for root in experiment_roots(config_dir)]
+        found += [(path, "") for path in _with_bases(folders, names[EXPERIMENTS])]
+    roots = config_roots(config_dir)
+    found.append((_first_of(roots, ROOT), ""))
+    for choice, name in names.items():
+        group, _, section = choice.partition("@")
+        if group in groups() and name:
+            folders = [root / group for root in roots]
+            found += [(path, section or group) for path in _with_bases(folders, name)]
+    return found
+
+
+def _with_bases(folders: Sequence[Path], name: str) -> list[Path]:
+    """Returns the file of a group, and then those that it begins with (plain names in its `defaults`)."""
+    path = _first_of(folders, name)
+    bases = [
+        base for base in read_yaml(path).get("defaults", []) if isinstance(base, str) and base != "_self_"
+    ]
+    return [path, *(inner for base in reversed(bases) for inner in _with_bases(folders, base))]
+
+
+def _first_of(folders: Sequence[Path], name: str) -> Path:
+    return next(path for folder in folders if (path := folder / f"{name}.yaml").is_file())
+
+
 def _compose_files(chosen: dict[str, str], config_dir: str | os.PathLike[str] | None) -> dict[str, Any]:
+    data = _load_files(chosen, config_dir)
+    del data["hydra"]
+    return data
+
+
+def _load_files(chosen: dict[str, str], config_dir: str | os.PathLike[str] | None) -> dict[str, Any]:
     # Experiments lie beside the groups, so that a study's YAML and its README share a folder.
     arguments = [
         f"{EXPERIMENTS if group == 'experiment' else group}={name}" for group, name in chosen.items()
@@ -237,8 +281,6 @@ def _compose_files(chosen: dict[str, str], config_dir: str | os.PathLike[str] | 
         # The loader by itself, rather than hydra.compose: that keeps its state in a global, of which a notebook
         # may have its own, and puts a user's folder behind ours.
         config = ConfigLoaderImpl(search).load_configuration(ROOT, arguments, RunMode.RUN, from_shell=False)
-        with open_dict(config):
-            del config["hydra"]
         data: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
         return data
     except MissingConfigException as error:

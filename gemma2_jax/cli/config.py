@@ -3,6 +3,7 @@
 import argparse
 
 from gemma2_jax.cli.parsers import KEYS, Verbs, add_actions, add_overrides, add_verb
+from gemma2_jax.cli.streams import utf8_output
 
 DESCRIPTION = """\
 Shows configurations without running anything.
@@ -10,10 +11,11 @@ Shows configurations without running anything.
   gemma2 config list                                    every group with the names it accepts
   gemma2 config list model                              the names of one group
   gemma2 config show experiment=quickstart/distilled    every key with its value
+  gemma2 config explain training.eval_every             what a key means
 """
 SHOW = """\
 Prints the whole configuration of `gemma2 train` with the same arguments, as YAML; saved to a file, it is what
-`gemma2 train --config FILE` takes.
+`gemma2 train --config FILE` takes. --comments puts above each key what it means.
 
   gemma2 config show
   gemma2 config show model=gemma2_2b optimizer=wsd training.steps=2000
@@ -24,11 +26,26 @@ Prints the names that a group accepts (group=NAME on the command line), or those
   gemma2 config list
   gemma2 config list experiment
 """
+EXPLAIN = """\
+Prints what a key means, the type that it takes, its value, and the file that sets it; of a section, its keys. With
+key=value, value and file are those of `gemma2 train` with the same arguments.
+
+  gemma2 config explain
+  gemma2 config explain training
+  gemma2 config explain optimizer.warmup_steps optimizer=wsd
+"""
 
 
 def add_parser(verbs: Verbs) -> None:
     actions = add_actions(verbs, "config", "show a configuration, list the choices", DESCRIPTION)
-    add_overrides(add_verb(actions, "show", show, "print every key with its value", SHOW, KEYS))
+    parser = add_verb(actions, "show", show, "print every key with its value", SHOW, KEYS)
+    parser.add_argument("--comments", action="store_true", help="say above each key what it means")
+    add_overrides(parser)
+    parser = add_verb(actions, "explain", explain, "print what a key means", EXPLAIN)
+    parser.add_argument(
+        "key", nargs="?", metavar="KEY", help="such as training.steps, or a section, such as training"
+    )
+    add_overrides(parser)
     parser = add_verb(actions, "list", list_choices, "print the names that groups accept", LIST)
     parser.add_argument("group", nargs="?", help="one group, such as model; all of them if left out")
     parser.add_argument("--config-dir", metavar="DIR", help="a folder of your own whose names are listed too")
@@ -39,7 +56,24 @@ def show(arguments: argparse.Namespace) -> None:
     from gemma2_jax.config import to_yaml
 
     config = compose(arguments.overrides, arguments.config_dir)
-    print(to_yaml(config), end="")
+    text = to_yaml(config)
+    if arguments.comments:
+        from gemma2_jax.cli.explain import with_comments
+
+        text = with_comments(config)
+    with utf8_output():
+        print(text, end="")
+
+
+def explain(arguments: argparse.Namespace) -> None:
+    from gemma2_jax.cli.compose import compose
+    from gemma2_jax.cli.explain import explain as explained
+
+    key, overrides = arguments.key, arguments.overrides
+    if key is not None and "=" in key:
+        key, overrides = None, [key, *overrides]
+    config = compose(overrides, arguments.config_dir)
+    print(explained(key, config, overrides, arguments.config_dir))
 
 
 def list_choices(arguments: argparse.Namespace) -> None:

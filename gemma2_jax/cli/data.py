@@ -31,7 +31,7 @@ SHOW = """\
 Prints how many documents, tokens and characters each split holds, and how the first training batch is packed.
 
   gemma2 data show
-  gemma2 data show data=files data.source='notes/**/*.md' data.folder=data/notes
+  gemma2 data show --rows 16 data=files data.source='notes/**/*.md' data.folder=data/notes
 """
 VERIFY = """\
 Reads every shard of data.folder and compares it with the checksum taken when it was written: after a copy, or
@@ -47,7 +47,11 @@ def add_parser(verbs: Verbs) -> None:
     actions = add_actions(verbs, "data", "prepare text for training, look at it, check it", DESCRIPTION)
     help_prepare = "tokenise the source, if that is not done yet"
     add_overrides(add_verb(actions, "prepare", prepare, help_prepare, PREPARE, KEYS, resumes=True))
-    add_overrides(add_verb(actions, "show", show, "print what a prepared folder holds", SHOW, KEYS))
+    parser = add_verb(actions, "show", show, "print what a prepared folder holds", SHOW, KEYS)
+    parser.add_argument(
+        "--rows", type=int, default=4, metavar="N", help="how many rows of the first training batch (4)"
+    )
+    add_overrides(parser)
     add_overrides(add_verb(actions, "verify", verify, "check the shards of a prepared folder", VERIFY, KEYS))
 
 
@@ -64,24 +68,31 @@ def show(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from gemma2_jax.cli.compose import compose
+    from gemma2_jax.config import UserError
     from gemma2_jax.data.pipeline import train_batches
     from gemma2_jax.data.shards import read_manifest
     from gemma2_jax.data.tokenizer import Tokenizer
     from gemma2_jax.studies.tables import Table
 
+    if arguments.rows < 0:
+        raise UserError(f"--rows is {arguments.rows}; it must be at least 0.")
     config = compose(arguments.overrides, arguments.config_dir)
     manifest = read_manifest(config.data.folder)
-    rows = [
+    splits = [
         [split, *(f"{number:,}" for number in (counts.documents, counts.tokens, counts.characters))]
         for split, counts in (("train", manifest.train), ("validation", manifest.validation))
     ]
-    Table(["split", "documents", "tokens", "characters"], rows).print(Console(), config.data.folder)
+    Table(["split", "documents", "tokens", "characters"], splits).print(Console(), config.data.folder)
     if manifest.skipped.records:
         print(f"left out: {manifest.skipped}")
     tokenizer = Tokenizer.load(config.tokenizer.path)
     batch = next(train_batches(config.data))
-    print("\nthe first training batch, row by row: documents in it, and how it begins")
-    for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
+    rows = min(arguments.rows, len(batch.tokens))
+    more = "" if rows == len(batch.tokens) else f"; --rows {len(batch.tokens)} shows all"
+    print(
+        f"\n{rows} of the first training batch's {len(batch.tokens)} rows{more}: documents in it, and how it begins"
+    )
+    for tokens, segments in list(zip(batch.tokens, batch.segment_ids, strict=True))[:rows]:
         print(f"  {segments.max():>3}  {tokenizer.decode(tokens[:40].tolist())!r}")
 
 

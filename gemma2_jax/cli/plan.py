@@ -70,8 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.placement:
         return _placement(config, topology, arguments)
     from gemma2_jax.planning.plan import make_plan
+    from gemma2_jax.screen import activity
 
-    plan = make_plan(config, topology)
+    with activity(f"compiling a step of {config.name} for {topology.name}"):
+        plan = make_plan(config, topology)
     if arguments.json:
         print(json.dumps(plan.to_dict(), indent=2))
     else:

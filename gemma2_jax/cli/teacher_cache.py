@@ -1,6 +1,7 @@
 """`gemma2 teacher-cache`: a teacher's signal over a student's data, computed once."""
 
 import argparse
+import sys
 
 from gemma2_jax import stops
 from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_teacher(task)
     with first_process_first():
         prepare(config.data, config.tokenizer)
+    if is_first():
+        print("gemma2: loading and compiling the teacher for what the cache lacks …", file=sys.stderr)
     with programs_kept_in(config.compilation_cache):
         task = cache_task(config)  # anew, with the vocabulary that the data has come to
         manifest = write_cache(task, arguments.estimate)

@@ -1,10 +1,11 @@
 """`gemma2 tokenizer`: train, inspect and use the tokenizer of a configuration."""
 
 import argparse
-import sys
+import re
 from typing import TYPE_CHECKING
 
-from gemma2_jax.cli.parsers import Verbs, add_actions, add_overrides, add_verb
+from gemma2_jax.cli.parsers import Verbs, add_actions, add_config_dir, add_overrides, add_verb
+from gemma2_jax.cli.streams import as_utf8, read_standard_input
 
 if TYPE_CHECKING:
     from gemma2_jax.data.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ one trained here with its settings.
   gemma2 tokenizer train                       trains tokenizer.path on data.source, if it does not exist yet
   gemma2 tokenizer show                        its file, size and control tokens
   gemma2 tokenizer encode "def add(a, b):"     one line a token: id and piece
-  gemma2 tokenizer decode "417 89"             the text of token ids
+  gemma2 tokenizer decode 417 89               the text of token ids
 """
 TRAIN = """\
 Trains a tokenizer of tokenizer.vocab_size pieces on the training documents of data.source, writes it to
@@ -40,7 +41,8 @@ Prints the tokens of a text, one a line: id and piece, in which ▁ is a space a
 DECODE = """\
 Prints the text of token ids.
 
-  gemma2 tokenizer decode "417 89"
+  gemma2 tokenizer decode 417 89
+  gemma2 tokenizer decode "[417, 89]" tokenizer.path=my.model
   gemma2 tokenizer encode "hello" | cut -f 1 | gemma2 tokenizer decode -
 """
 
@@ -56,9 +58,12 @@ def add_parser(verbs: Verbs) -> None:
     add_overrides(parser)
     parser = add_verb(actions, "decode", decode, "print the text of token ids", DECODE)
     parser.add_argument(
-        "ids", metavar="IDS", help="ids with blanks between; - reads them from the standard input"
+        "overrides",
+        nargs="+",
+        metavar="ID",
+        help="a token id, or key=value; - reads ids from the standard input",
     )
-    add_overrides(parser)
+    add_config_dir(parser)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -82,6 +87,13 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def encode(arguments: argparse.Namespace) -> None:
+    from gemma2_jax.config import UserError
+
+    for text in arguments.overrides:
+        if "=" not in text:
+            raise UserError(
+                f'{text!r} is a second argument; a text with blanks takes quotes, as in "def add(a, b):".'
+            )
     tokenizer, _ = _load(arguments)
     for token in tokenizer.encode(_argument(arguments.text)):
         print(f"{token}\t{tokenizer.piece(token)!r}")
@@ -90,11 +102,14 @@ def encode(arguments: argparse.Namespace) -> None:
 def decode(arguments: argparse.Namespace) -> None:
     from gemma2_jax.config import UserError
 
-    tokenizer, _ = _load(arguments)
-    words = _argument(arguments.ids).split()
+    given = arguments.overrides
+    arguments.overrides = [text for text in given if "=" in text]
+    text = " ".join(_argument(text) for text in given if "=" not in text)
+    words = [word for word in re.split(r"[\s,\[\]]+", text) if word]
     for word in words:
-        if not word.isdecimal():
-            raise UserError(f"{word!r} is not a token id; accepted: whole numbers with blanks between.")
+        if not re.fullmatch("[0-9]+", word):
+            raise UserError(f"{word!r} is not a token id; accepted: whole numbers, as in 417 89.")
+    tokenizer, _ = _load(arguments)
     print(tokenizer.decode(int(word) for word in words))
 
 
@@ -107,11 +122,4 @@ def _load(arguments: argparse.Namespace) -> "tuple[Tokenizer, str]":
 
 
 def _argument(text: str) -> str:
-    from gemma2_jax.config import UserError
-
-    try:
-        return sys.stdin.read() if text == "-" else text
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the standard input is not valid UTF-8 (byte 0x{error.object[error.start]:02x})."
-        ) from None
+    return read_standard_input() if text == "-" else as_utf8(text)

@@ -20,7 +20,15 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from gemma2_jax import stops
 from gemma2_jax.config import UserError, usable
@@ -59,9 +67,9 @@ _TASK_CHARACTERS = 100_000  # sent to a worker at once: some tens of millisecond
 def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
     """Makes `data.folder` hold the tokenised source, and returns its manifest; at once if it does already.
 
-    Shows a progress bar if standard error is a terminal, and one line of summary. Processes that start at the
-    same time wait for one another. In a script, call this under `if __name__ == "__main__":`, since workers
-    import the script anew; or set `data.workers` to 1.
+    Shows a progress bar if standard error is a terminal, else a line for each stage, and one line of summary.
+    Processes that start at the same time wait for one another. In a script, call this under
+    `if __name__ == "__main__":`, since workers import the script anew; or set `data.workers` to 1.
 
     The tokenizer may have fewer tokens than `tokenizer.vocab_size`, if the text supports no more: see the manifest's
     `vocab_size`. After a UserError nothing is left of what was made, unless a whole shard of it can be gone on from.
@@ -152,6 +160,7 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
     stream = iter(source)
     for part in manifest.parts:
         _skip(stream, part, folder)
+    _announce(progress, f"{folder}: tokenising {source.size:,} bytes")
     task = progress.add_task("tokenising", total=source.size)
     tasks = _tasks(stream, min(_TASK_CHARACTERS, data.shard_characters))
     for part in _parts(
@@ -224,6 +233,7 @@ def _train(
             f"There is no tokenizer file {tokenizer.path}; set tokenizer.path to one, or tokenizer.vocab_size to "
             "the number of tokens to train one with."
         )
+    _announce(progress, f"{tokenizer.path}: training a tokenizer of {tokenizer.vocab_size:,} tokens")
     progress.add_task("training the tokenizer", total=None)
     share = TRAINING_BYTES / max(source.size, 1)
 
@@ -350,12 +360,20 @@ def _add_text(digest: "hashlib._Hash", text: str) -> None:
     digest.update(content)
 
 
+def _announce(progress: Progress, what: str) -> None:
+    """A line in a log, where there is no bar to tell what takes so long."""
+    if progress.disable:
+        progress.console.print(f"{what} …", soft_wrap=True, highlight=False, markup=False)
+
+
 def _progress() -> Progress:
     console = Console(stderr=True)
     return Progress(
-        SpinnerColumn(),
+        SpinnerColumn("line"),  # in ASCII
         TextColumn("{task.description}"),
         TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
         disable=not sys.stderr.isatty(),

@@ -18,9 +18,19 @@ class ModelConfig:
 
     Attributes:
         vocab_size: V, the rows of the embedding.
+        num_layers: L, an even number: half of them local, half global.
+        d_model: D, the width of the residual stream.
+        num_heads: N, query heads of a layer.
+        num_kv_heads: K, key and value heads of a layer, which divide the query heads evenly.
+        head_dim: H, the width of a head.
+        d_ff: F, the width of a feed-forward layer.
         sliding_window: a query of a local layer sees itself and the `sliding_window - 1` tokens before
             it; None makes every layer global.
         query_pre_attn_scalar: queries are scaled by its -1/2 power (head_dim for 2B and 9B, 144 for 27B).
+        attn_logit_softcap: c of c * tanh(x / c), which bounds the scores of attention.
+        final_logit_softcap: the same for the logits.
+        rope_base: the longest wavelength of the rotary position embedding is 2 pi times almost this.
+        norm_eps: is added to the mean square in each RMSNorm.
         vocab_padding: the last so many rows of the embedding belong to no token: no logit, loss or sample
             comes of them. Gemma 2's weights as DeepMind published them, and the report's parameter counts,
             have 256,128 rows for 256,000 tokens.

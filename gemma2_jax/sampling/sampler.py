@@ -14,9 +14,9 @@ from gemma2_jax.model.decoder import Decoder
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.sampling.choice import Choice
+from gemma2_jax.sampling.completion import Completion, Draw
 from gemma2_jax.sampling.config import SamplingConfig
-from gemma2_jax.sampling.decoding import advance, begin, row_keys
-from gemma2_jax.sampling.text import TextStream
+from gemma2_jax.sampling.decoding import advance, begin
 
 _ROOM = 64  # tokens a row that one dispatch can give
 _FIRST_STEPS = 8  # tokens of the first dispatch, before it is known how long one takes
@@ -63,14 +63,28 @@ class Sampler:
 
     def stream_batch(self, prompts: Sequence[str], config: SamplingConfig) -> Iterator[list[str]]:
         """Yields, again and again, the next piece of every row ("" where there is none)."""
-        rows = [TextStream(self._tokenizer, config.stop_texts) for _ in prompts]
-        ids = [self._tokenizer.encode(prompt, bos=True, control=True) for prompt in prompts]
+        shown = [0] * len(prompts)
+        for rows in self.complete(prompts, config):
+            yield [row.text[start:] for row, start in zip(rows, shown, strict=True)]
+            shown = [len(row.text) for row in rows]
+
+    def complete(
+        self, prompts: Sequence[str], config: SamplingConfig, draws: Sequence[Draw] | None = None
+    ) -> Iterator[list[Completion]]:
+        """Yields, again and again, the completions of all prompts, which grow in between.
+
+        Args:
+            draws: which of a prompt's samples each row is; the first of the prompt in its place if left out.
+        """
         stop = self._stop_tokens(config)
-        for new in self.stream_tokens(ids, config):
-            yield [row.push(id for id in ids if id not in stop) for row, ids in zip(rows, new, strict=True)]
-            if rows and all(row.ended for row in rows):
-                break
-        yield [row.finish() for row in rows]
+        rows = [Completion(self._tokenizer, stop, config) for _ in prompts]
+        ids = [self._tokenizer.encode(prompt, bos=True, control=True) for prompt in prompts]
+        for new in self.stream_tokens(ids, config, draws):
+            for row, tokens in zip(rows, new, strict=True):
+                row.push(tokens)
+            yield rows
+            if all(row.stop_reason is not None for row in rows):
+                return
 
     def generate_tokens(self, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> list[list[int]]:
         """The new tokens of each prompt of tokens, with the stop token that ended it, if one did."""
@@ -81,9 +95,15 @@ class Sampler:
         return rows
 
     def stream_tokens(
-        self, prompts: Sequence[Sequence[int]], config: SamplingConfig
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: SamplingConfig,
+        draws: Sequence[Draw] | None = None,
     ) -> Iterator[list[list[int]]]:
         """Yields, again and again, the next tokens of every row (none after its stop token).
+
+        Args:
+            draws: as `complete` takes them.
 
         Raises:
             UserError: a prompt is empty, or holds an id that is none of the model's tokens; or the model's logits are
@@ -98,7 +118,7 @@ class Sampler:
             row[: len(prompt)] = prompt
         stop = self._stop_tokens(config)
         choice = Choice(config.temperature, config.top_k, config.top_p)
-        keys = row_keys(jax.random.key(config.seed), len(prompts))
+        keys = _keys(config.seed, draws or [Draw(prompt) for prompt in range(len(prompts))])
         stop_ids = jnp.array(sorted(stop), jnp.int32)
 
         size = bucket(max(lengths) + config.max_new_tokens)
@@ -152,6 +172,13 @@ class Sampler:
         if config.stop_tokens is None:
             return self._tokenizer.stop_ids
         return frozenset(config.stop_tokens)
+
+
+def _keys(seed: int, draws: Sequence[Draw]) -> jax.Array:
+    """A random key for each row [B], which follows from its draw alone, whatever rows are beside it."""
+    seeds = np.array([(seed + draw.sample) % 2**32 for draw in draws], np.uint32)
+    prompts = np.array([draw.prompt for draw in draws], np.uint32)
+    return jax.vmap(lambda seed, prompt: jax.random.fold_in(jax.random.key(seed), prompt))(seeds, prompts)
 
 
 def bucket(length: int) -> int:

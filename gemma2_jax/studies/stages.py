@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from gemma2_jax.evaluation.evaluate import Evaluation, evaluate_run
 from gemma2_jax.files import locked, write_text
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler
+from gemma2_jax.screen import activity
 from gemma2_jax.sharding.hosts import first_process_first, is_first
 from gemma2_jax.studies.tables import say
 from gemma2_jax.training.config import RunConfig
@@ -119,8 +121,10 @@ def measure_run(
         _say(console, "evaluate", config.name, "already done, skipped")
         return Measurement(_evaluation(stored["evaluation"]), tuple(stored["samples"]))
     _say(console, "evaluate", config.name, "on the validation split")
-    evaluation = evaluate_run(config.output, teacher if reference is None else reference.output)
-    samples = _continue(config, prompts, sample_tokens) if prompts else []
+    # A log has the line above; a terminal gets a clock.
+    with activity(f"evaluating {config.name}", show=is_first() and sys.stderr.isatty()):
+        evaluation = evaluate_run(config.output, teacher if reference is None else reference.output)
+        samples = _continue(config, prompts, sample_tokens) if prompts else []
     record = {"conditions": conditions, "evaluation": dataclasses.asdict(evaluation), "samples": samples}
     if is_first():
         write_text(file, json.dumps(record, ensure_ascii=False, indent=1))

@@ -25,6 +25,7 @@ from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.going_on import check_same_run
 from gemma2_jax.training.inputs import Inputs
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
+from gemma2_jax.training.overview import describe_runs, describe_teacher
 from gemma2_jax.training.profile import Profile
 from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.start import (
@@ -134,9 +135,17 @@ def _train(left: Sequence[RunConfig], done: Sequence[RunConfig]) -> None:
         check_shared([("output", config.output) for config in left])
         name = left[0].name if len(left) == 1 else f"{len(left)} runs"
         progress = stack.enter_context(TrainingProgress(name, left[0].training.steps, show=is_first()))
+        for line in describe_runs(left, mesh):
+            progress.say(line)
         trainers = []
         for fed_the_same in _fed_the_same(left):
-            inputs = Inputs(fed_the_same, tokenizer, mesh)
+            with progress.doing(
+                "opening the data" if fed_the_same[0].distill.teacher is None else "loading the teacher"
+            ):
+                inputs = Inputs(fed_the_same, tokenizer, mesh)
+            teacher = describe_teacher(fed_the_same[0], inputs.judge)
+            if teacher is not None:
+                progress.say(teacher)
             for config in [*fed_the_same, *done]:
                 check_same_teacher(config, inputs.taught_by)
             trainers += _build_trainers(fed_the_same, inputs, tokenizer, mesh, progress, stack)

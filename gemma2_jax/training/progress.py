@@ -1,63 +1,137 @@
-"""How a run shows itself while it trains: a bar on a terminal, a line now and then in a log file."""
+"""How a run shows itself: one live line on a terminal, a line now and then in a log file. Standard error, process 0."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
+
+from gemma2_jax.training.metrics import format_number
+
+# Terms of the loss that are shown beside it, as far as a run has them.
+_TERMS = (
+    "kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "cross_entropy", "z_loss", "match_hidden",
+    "match_attention",
+)  # fmt: skip
+_LONG = 2.0  # seconds after which a log tells how long something took
+_SHORTEST_BAR, _LONGEST_BAR = 8, 40
 
 
 class TrainingProgress:
-    """A bar with step, loss, tokens/s and time left, on standard error. A context manager."""
+    """What is being done, step, loss and its terms, speed and time left. A context manager.
+
+    On a terminal they are one line at its end, cut to its width; elsewhere each row of metrics is a line, without
+    control characters.
+    """
 
     def __init__(self, name: str, steps: int, show: bool):
         self._console = Console(stderr=True, quiet=not show)
-        self._steps = steps
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not (show and self._console.is_terminal),
-        )
-        self._task = self._bar.add_task(name, total=steps, status="compiling")
+        self._name, self._steps, self._step = name, steps, 0
+        self._status: list[str] = []
+        self._doing: tuple[str, float] | None = None  # what is done between steps, and since when
+        self._free = time.monotonic()  # when the last of it ended
+        self._begun: tuple[int, float] | None = None  # the step that this process began with, and when
+        on_terminal = show and self._console.is_terminal
+        self._live = Live(self, console=self._console, refresh_per_second=4) if on_terminal else None
 
     def __enter__(self) -> "TrainingProgress":
-        self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
+
+    @contextmanager
+    def doing(self, what: str, brief: bool = False) -> Iterator[None]:
+        """Shows `what` is done within, with a clock; a log has a line before, and one after if it took long.
+
+        Args:
+            brief: no line in a log, since this is done again and again.
+        """
+        begun = time.monotonic()
+        before, self._doing = self._doing, (what, begun)
+        in_log = self._live is None and not brief
+        if in_log:
+            self.say(f"{what} …")
+        try:
+            yield
+        finally:
+            self._doing, self._free = before, time.monotonic()
+        if in_log and self._free - begun > _LONG:
+            self.say(f"{what}: done in {duration(self._free - begun)}")
 
     def advance(self, step: int) -> None:
-        self._bar.update(self._task, completed=step)
+        if self._begun is None:
+            self._begun = step - 1, self._free
+        self._step = step
 
     def report(self, name: str, step: int, split: str, row: Mapping[str, float]) -> None:
-        """Show a run's row of metrics: in the bar, and as a line where there is no bar or for an evaluation."""
+        """Shows a run's row of metrics: in the live line, or as a line of its own, as which validations stay."""
         if split == "train":
-            status = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
-            self._bar.update(self._task, completed=step, status=status)
+            terms = [term for term in _TERMS if term in row and row[term] != row["loss"]]
+            status = [f"{term} {row[term]:.4f}" for term in ("loss", *terms)]
+            status.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+            self._status = status
         else:
-            status = (
-                f"validation cross-entropy {row['cross_entropy']:.4f}  perplexity {row['perplexity']:.2f}"
-            )
-            if "agreement" in row:
-                status += f"  agreement with the teacher {row['agreement']:.1%}"
-        if split != "train" or not self._console.is_terminal:
-            self.say(f"{name}  step {step}/{self._steps}  {status}")
+            status = [
+                f"validation cross-entropy {row['cross_entropy']:.4f}",
+                f"perplexity {format_number(row['perplexity'], 2)}",
+            ]
+            status += [f"kl {row['kl']:.4f}"] if "kl" in row else []
+            status += [f"agreement with the teacher {row['agreement']:.1%}"] if "agreement" in row else []
+        if split != "train" or self._live is None:
+            self.say("  ".join([name, f"step {step}/{self._steps}", *status, self._left(step)]))
 
     def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(Text(line), soft_wrap=True)
+
+    def _left(self, step: int) -> str:
+        """How long the steps after `step` will take, validations and checkpoints included as they did so far."""
+        if self._begun is None or step <= self._begun[0]:
+            return "time left unknown"
+        each = (time.monotonic() - self._begun[1]) / (step - self._begun[0])
+        return f"{duration(each * (self._steps - step))} left"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._line(options.max_width, plain=not options.encoding.startswith("utf"))
+
+    def _line(self, width: int, plain: bool) -> Text:
+        """The live line: first what is always shown, then of the metrics and the bar what there is room for."""
+        head, tail = f"{self._name}  {self._step}/{self._steps}", self._left(self._step)
+        status = self._status
+        if self._doing is not None:
+            what, since = self._doing
+            status, tail = [f"{what} {duration(time.monotonic() - since)}"], tail if self._begun else ""
+        room = width - cell_len(head) - cell_len(tail) - 2
+        shown = ""
+        for part in status:
+            if cell_len(shown) + cell_len(part) + 2 > room:
+                break
+            shown += f"{part}  "
+        room -= cell_len(shown) + 2
+        line = Text(no_wrap=True, overflow="ellipsis").append(head, "bold").append("  ")
+        if room >= _SHORTEST_BAR:
+            length = min(room, _LONGEST_BAR)
+            done = length * self._step // max(self._steps, 1)
+            full, empty = ("#", ".") if plain else ("━", "─")
+            line.append(full * done, "green").append(empty * (length - done), "dim").append("  ")
+        return line.append(shown).append(tail)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 12 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
+    whole = round(seconds)
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if minutes == 0:
+        return f"{whole} s"
+    if hours == 0:
+        return f"{minutes} min {whole % 60:02} s"
+    return f"{hours} h {minutes % 60:02} min" if days == 0 else f"{days} d {hours % 24} h"

@@ -74,7 +74,8 @@ class Trainer:
         elif config.initialise.source is not None:
             rows = train_batches(config.data, *inputs.share)
             batches = (on_mesh(batch, mesh) for batch in rows)
-            params = initial_params(config.initialise, config.model, tokenizer, mesh, batches)
+            with self.progress.doing(f"{config.name}: loading the initial weights"):
+                params = initial_params(config.initialise, config.model, tokenizer, mesh, batches)
             self.state = state_from_params(params, optimizer, replace(abstract, matching=None))
         else:
             self.state = init_state(config.model, optimizer, replace(abstract, matching=None), config.seed)
@@ -83,7 +84,8 @@ class Trainer:
         train_step = build_train_step(config, optimizer, abstract)
         # Compiled ahead, so that no step's time contains it.
         batch, taught = inputs.abstract()
-        self._train_step = train_step.lower(abstract, inputs.teacher, batch, taught).compile()
+        with self.progress.doing(f"{config.name}: compiling the training step"):
+            self._train_step = train_step.lower(abstract, inputs.teacher, batch, taught).compile()
         self._rollout: Compiled | None = None
         if config.distill.on_policy is not None:
             self._on_policy_steps = on_policy_steps(
@@ -92,7 +94,8 @@ class Trainer:
             rollout = build_rollout(
                 config.distill.on_policy, config.model, config.compute, mesh, config.seed, tokenizer.eos_id
             )
-            self._rollout = rollout.lower(abstract.params, batch, abstract.step).compile()
+            with self.progress.doing(f"{config.name}: compiling the sampling of own tokens"):
+                self._rollout = rollout.lower(abstract.params, batch, abstract.step).compile()
         self._evaluation_step = build_evaluation_step(
             config.compute, config.distill, config.objective.block_tokens
         )
@@ -222,7 +225,9 @@ class Trainer:
     def _evaluate(self, batches: Iterable[Batch]) -> None:
         model = Gemma2(self.config.model, self.state.params)
         judge = self.inputs.judge
-        self._write("validation", validate(self._evaluation_step, model, judge, batches, self.mesh))
+        with self.progress.doing("validating", brief=True):
+            row = validate(self._evaluation_step, model, judge, batches, self.mesh)
+        self._write("validation", row)
 
     def _write(self, split: str, row: dict[str, float]) -> None:
         for writer in self._writers:
@@ -232,7 +237,10 @@ class Trainer:
     def _save(self, rows: Sequence[Mapping[str, float]] = (), seconds: float = 0.0) -> None:
         """Args: of the steps since the last row of metrics, if there are any."""
         unreported = Unreported(rows, seconds, self._evaluated)
-        self.store.save(self.step, _trees(self.state), self.inputs.batches, to_dict(self.config), unreported)
+        with self.progress.doing("saving", brief=True):
+            self.store.save(
+                self.step, _trees(self.state), self.inputs.batches, to_dict(self.config), unreported
+            )
 
     def _restore(self, abstract: TrainState) -> TrainState:
         trees = self.store.restore(self.step, _trees(abstract), self.inputs.batches)

@@ -43,6 +43,17 @@ def test_what_was_prepared_is_shown(overrides, capsys):
     assert len(re.findall(r"^ +\d+  ['\"]", shown, re.MULTILINE)) == 4  # the rows of a batch
 
 
+@pytest.mark.parametrize(
+    ("given", "rows"), [([], 4), (["--rows", "2"], 2), (["--rows=100"], 16), (["--rows", "0"], 0)]
+)
+def test_few_rows_are_shown_unless_more_are_asked_for(overrides, capsys, given, rows):
+    assert main(["data", "show", *overrides, "data.batch_size=16", *given]) == 0
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^ +\d+  ['\"]", shown, re.MULTILINE)) == rows
+    assert f"{rows} of the first training batch's 16 rows" in shown
+    assert ("--rows 16 shows all" in shown) == (rows < 16)
+
+
 def test_shards_are_verified(overrides, tmp_path, capsys):
     (prepared,) = [text.removeprefix("data.folder=") for text in overrides if text.startswith("data.folder=")]
     folder = tmp_path / "copied"
@@ -138,7 +149,21 @@ def test_encoded_and_decoded_is_the_same(overrides, capsys):
 def test_input_that_is_no_utf8_is_told(overrides, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 x"), encoding="utf-8"))
     assert main(["tokenizer", "encode", "-", *overrides]) == 1
-    assert capsys.readouterr().err == "gemma2: the standard input is not valid UTF-8 (byte 0xe9).\n"
+    assert capsys.readouterr().err.startswith(
+        "gemma2: the standard input is not UTF-8 (it has a byte 0xe9 where"
+    )
+
+
+@pytest.mark.parametrize(
+    "given", [["74", "75"], ["74 75"], ["74,", "75"], ["[74, 75]"], ["-"]], ids=lambda given: " ".join(given)
+)
+def test_ids_are_decoded_however_they_are_given(overrides, capsys, monkeypatch, given):
+    monkeypatch.setattr("sys.stdin", io.StringIO("74\n75\n"))
+    assert main(["tokenizer", "decode", "74 75", *overrides]) == 0
+    text = capsys.readouterr().out
+    assert len(text) > 1
+    assert main(["tokenizer", "decode", *given, *overrides]) == 0
+    assert capsys.readouterr().out == text
 
 
 def test_the_bytes_of_a_character_are_told_apart(overrides, capsys):
@@ -151,6 +176,12 @@ def test_the_bytes_of_a_character_are_told_apart(overrides, capsys):
     ("command", "sentence"),
     [
         (["tokenizer", "decode", "12 x"], "'x' is not a token id; accepted: whole numbers"),
+        (
+            ["tokenizer", "encode", "def", "add"],
+            "'add' is a second argument; a text with blanks takes quotes",
+        ),
+        (["tokenizer", "decode", "-1"], "'-1' is not a token id; accepted: whole numbers"),
+        (["data", "show", "--rows", "-2"], "--rows is -2; it must be at least 0."),
         (["tokenizer", "decode", "600"], "Token id 600 is not in"),
         (["tokenizer", "show", "tokenizer.path=nowhere.model"], "nowhere.model cannot be read"),
         (["data", "show", "data.folder=nowhere"], "nowhere"),

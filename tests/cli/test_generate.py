@@ -1,43 +1,63 @@
 """The verb generate: what is handed to the sampler, and what is printed."""
 
 import io
+import json
+import os
+import re
+import signal
 from types import SimpleNamespace
 
 import pytest
 
+from gemma2_jax.cli import generate
 from gemma2_jax.cli.main import main
+from gemma2_jax.config import UserError
 from gemma2_jax.sampling.config import SamplingConfig
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the sampler was asked; it answers each prompt with its length."""
+    """What the sampler was asked; it answers each prompt with its length, a character at a time, the first row last."""
     calls: list[tuple[list[str], SamplingConfig]] = []
 
     class Sampler:
         def __init__(self, model, tokenizer, compute):
-            assert (model, tokenizer) == ("bfloat16 model of RUN", TOKENIZER)
+            assert model == "bfloat16 model of RUN"
             assert compute.dtype == "bfloat16"
 
-        def generate(self, prompts, config):
+        def complete(self, prompts, config, draws=None):
             calls.append((list(prompts), config))
-            return [f" [{len(prompt)}]" for prompt in prompts]
+            texts = [f" [{len(prompt)}]" for prompt in prompts]
+            rows = [SimpleNamespace(text="", tokens=[], stop_reason=None) for _ in prompts]
+            for turn in range(max(map(len, texts)) + len(rows)):
+                for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
+                    shown = max(0, turn - (len(rows) - place - 1))
+                    row.text, row.tokens = text[:shown], list(range(min(shown, len(text))))
+                    row.stop_reason = "stop" if shown >= len(text) else None
+                yield rows
 
-        def stream(self, prompt, config):
-            yield from self.generate([prompt], config)[0]
+    def load(folder, dtype, tokenizer=None):
+        calls.extend([] if tokenizer is None else [([tokenizer], SamplingConfig())])
+        return f"{dtype} model of {folder}", Turns()
 
     monkeypatch.setattr("gemma2_jax.sampling.sampler.Sampler", Sampler)
-    monkeypatch.setattr(
-        "gemma2_jax.formats.load.load",
-        lambda folder, dtype: (f"{dtype} model of {folder}", TOKENIZER),
-    )
+    monkeypatch.setattr("gemma2_jax.formats.load.load", load)
     return calls
 
 
-# Of a model whose texts end at id 1, and turns at 5.
-TOKENIZER = SimpleNamespace(
-    stop_ids=frozenset([1]), end_of_turn_id=5, vocab_size=9, control_id=lambda text: {"<bos>": 2}.get(text)
-)
+class Turns:
+    """A tokenizer that may lack turn tokens; texts end at id 1, and turns at 5."""
+
+    stop_ids, end_of_turn_id, vocab_size = frozenset([1]), 5, 9
+
+    def control_id(self, text):
+        return {"<bos>": 2}.get(text)
+
+    def encode(self, text, control):
+        assert control
+        if os.environ.get("LACKS_TURNS"):
+            raise UserError("x.model has no <start_of_turn> token; a chat needs Gemma's tokenizer.")
+        return [1]
 
 
 COMMAND = ["generate", "--checkpoint", "RUN", "--dtype", "bfloat16"]
@@ -72,10 +92,152 @@ def test_it_stops_where_it_is_told_to_as_well(asked, capsys):
     assert "--stop is 9; accepted: a text, or a token id from 0 to 8." in capsys.readouterr().err
 
 
-def test_the_prompt_may_be_piped(asked, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
-    assert main(COMMAND) == 0
-    assert asked[0][0] == ["two\nlines"]
+def test_several_prompts_are_made_a_batch_at_a_time_and_in_order(asked, capsys):
+    given = [text for prompt in ("a", "bcd", "ef") for text in ("--prompt", prompt)]
+    assert main([*COMMAND, *given, "--batch-size", "2"]) == 0
+    assert [prompts for prompts, _ in asked] == [["a", "bcd"], ["ef"]]
+    assert capsys.readouterr().out == "--- 1\na [1]\n--- 2\nbcd [3]\n--- 3\nef [2]\n"
+
+
+def test_several_samples_are_numbered(asked, capsys):
+    assert main([*COMMAND, "--prompt", "a", "--num-samples", "2"]) == 0
+    assert capsys.readouterr().out == "--- 1, sample 0\na [1]\n--- 1, sample 1\na [1]\n"
+
+
+def test_json_has_a_line_for_each_completion(asked, capsys):
+    assert main([*COMMAND, "--prompt", "é\n", "--prompt", "bc", "--num-samples", "2", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["prompt"], row["sample"], row["completion"]) for row in rows] == [
+        ("é\n", 0, " [2]"),
+        ("é\n", 1, " [2]"),
+        ("bc", 0, " [2]"),
+        ("bc", 1, " [2]"),
+    ]
+    assert all((row["tokens"], row["stop_reason"]) == ([0, 1, 2, 3], "stop") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ("one\n\n two \r\nthree", ["one", " two ", "three"]),
+        ('{"prompt": "a\\nb", "id": 3}\n\n{"prompt": "c"}\n', ["a\nb", "c"]),
+        ('{"no": 1}\nx\n', ['{"no": 1}', "x"]),
+        ("é\u2028ü\n", ["é\u2028ü"]),
+    ],
+)
+@pytest.mark.parametrize("place", ["piped", "-", "file"])
+def test_prompts_come_from_a_file_or_the_standard_input(asked, monkeypatch, tmp_path, text, prompts, place):
+    (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii"))
+    where = {"piped": [], "-": ["--prompts", "-"], "file": ["--prompts", str(tmp_path / "prompts.txt")]}
+    assert main([*COMMAND, *where[place]]) == 0
+    assert asked[0][0] == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n{"text": "b"}\n',
+            r"p\.jsonl, line 2 is no object with a prompt; accepted",
+        ),
+        ("p.txt", b'{"prompt": "a"}\nb\n', r"p\.txt, line 2 is no object with a prompt"),
+        ("p.txt", b"\n \n", r"p\.txt holds no prompt; accepted: one a line"),
+        ("p.txt", b"\xe9\n", r"p\.txt is not UTF-8"),
+        ("p.jsonl", b"[" * 5000, r"line 1 is no object with a prompt"),
+    ],
+)
+def test_a_file_without_prompts_is_refused_before_anything_is_loaded(
+    asked, tmp_path, capsys, name, content, sentence
+):
+    (tmp_path / name).write_bytes(content)
+    assert main([*COMMAND, "--prompts", str(tmp_path / name)]) == 1
+    assert re.search(rf"^gemma2: [^\n]*{sentence}[^\n]*\n$", capsys.readouterr().err)
+    assert main([*COMMAND, "--prompts", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere cannot be read" in capsys.readouterr().err
+    assert asked == []
+
+
+def test_a_standard_input_that_is_not_utf_8_is_refused(asked, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n")))
+    assert main(COMMAND) == 1
+    assert "the standard input is not UTF-8" in capsys.readouterr().err
+
+
+def test_defaults_are_those_of_the_library(asked, capsys):
+    assert main([*COMMAND, "--prompt", "a"]) == 0
+    usual = SamplingConfig()
+    assert asked[0][1] == usual
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"takes the likeliest token ({usual.temperature})" in told
+    assert f"stop after so many tokens ({usual.max_new_tokens})" in told
+
+
+def test_another_tokenizer_may_be_given(asked):
+    assert main([*COMMAND, "--prompt", "a", "--tokenizer", "my.model"]) == 0
+    assert asked[0][0] == ["my.model"]
+
+
+USER, MODEL, END = "<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>\n"
+
+
+def test_a_conversation_keeps_its_history_until_it_is_reset(asked, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO("Hi\n\nWhy?\n/reset\n/foo\n<end_of_turn>\nBye\n/quit\nnever\n")
+    )
+    assert main([*COMMAND, "--interactive"]) == 0
+    first = f"{USER}Hi{END}{MODEL}"
+    reply = f"[{len(first)}]"
+    assert [prompts for prompts, _ in asked] == [
+        [first],
+        [f"{first}{reply}{END}{USER}Why?{END}{MODEL}"],
+        [f"{USER}Bye{END}{MODEL}"],
+    ]
+    told = capsys.readouterr()
+    assert told.out.splitlines()[0] == f" {reply}"
+    assert "there is no command /foo; accepted: /reset, /quit." in told.err
+    assert "holds <start_of_turn> or <end_of_turn>" in told.err
+
+
+def test_control_c_stops_a_reply_and_the_conversation_goes_on(asked, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nWhy?\n"))
+    complete = generate.chat.__globals__["announced"]
+
+    def interrupted(growing, show):
+        for number, rows in enumerate(complete(growing, show)):
+            if number == 2:
+                signal.raise_signal(signal.SIGINT)
+            yield rows
+
+    monkeypatch.setattr("gemma2_jax.cli.chat.announced", interrupted)
+    assert main([*COMMAND, "--interactive"]) == 0
+    assert len(asked) == 2
+    assert f"{MODEL}[{END}" in asked[1][0][0]  # what there was of the reply, trimmed
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_model_without_turn_tokens_is_no_partner(asked, monkeypatch, capsys):
+    monkeypatch.setenv("LACKS_TURNS", "1")
+    assert main([*COMMAND, "--interactive"]) == 1
+    assert "has no <start_of_turn> token; a chat needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--interactive", "--json"], "leave out --json and --num-samples"),
+        (["--interactive", "--num-samples", "2"], "leave out --json and --num-samples"),
+        (["--prompt", "a", "--num-samples", "0"], "--num-samples is 0; it must be at least 1."),
+        (["--prompt", "a", "--batch-size", "-1"], "--batch-size is -1; it must be at least 1."),
+    ],
+)
+def test_options_that_do_not_go_together(asked, capsys, options, sentence):
+    assert main([*COMMAND, *options]) == 1
+    assert sentence in capsys.readouterr().err
+    assert asked == []
 
 
 def test_a_setting_that_makes_no_sense_is_told(asked, capsys):

@@ -14,7 +14,7 @@ import yaml
 import gemma2_jax
 from gemma2_jax.cli import main as cli
 from gemma2_jax.cli import train as train_verb
-from gemma2_jax.cli.compose import compose
+from gemma2_jax.cli.compose import compose, compose_file
 from gemma2_jax.cli.main import main
 from gemma2_jax.config import UserError, build, save
 from gemma2_jax.training.config import RunConfig
@@ -41,6 +41,7 @@ COMMANDS = [
     ["config"],
     ["config", "show"],
     ["config", "list"],
+    ["config", "explain"],
 ]
 
 ASK_ALL = """
@@ -169,6 +170,14 @@ def test_a_terminal_that_lacks_letters_gets_them_spelt(environment):
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"experiment=..." in done.stdout
     assert b"_ is a space" in done.stdout
+
+
+def test_a_configuration_in_a_file_is_utf_8_whatever_the_locale(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "gemma2_jax", "config", "show", "name=é"]
+    done = subprocess.run(command, capture_output=True, env=environment, check=True)
+    (tmp_path / "config.yaml").write_bytes(done.stdout)
+    assert compose_file(tmp_path / "config.yaml").name == "é"
 
 
 def test_a_user_error_is_one_line_and_exits_with_1(capsys):

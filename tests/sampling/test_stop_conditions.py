@@ -5,7 +5,7 @@ import pytest
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.sampling.config import SamplingConfig
-from gemma2_jax.sampling.stops import with_stops
+from gemma2_jax.sampling.stop_conditions import with_stops
 
 
 def test_texts_ids_and_names(tokenizer):

@@ -1,0 +1,42 @@
+"""What a run is made of, in a few lines before its first step: sizes, data, devices, teacher."""
+
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from gemma2_jax.data.shards import read_manifest
+from gemma2_jax.model.counts import count_parameters
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.training.config import RunConfig
+
+
+def describe_runs(configs: Sequence[RunConfig], mesh: Mesh) -> list[str]:
+    """A line for each of the runs, one for the data and one for the devices that they share."""
+    data = configs[0].data
+    lines = [
+        f"{config.name}: {count_parameters(config.model).total:,} parameters, {config.training.steps:,} steps of "
+        f"{data.batch_size} x {data.seq_len} tokens, in {config.output}"
+        for config in configs
+    ]
+    manifest = read_manifest(data.folder)
+    lines.append(
+        f"data: {manifest.train.tokens:,} tokens to train on, {manifest.validation.tokens:,} held out, in {data.folder}"
+    )
+    devices = mesh.devices.flat
+    split = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    processes = len({device.process_index for device in devices})
+    lines.append(
+        f"devices: {mesh.size} x {devices[0].device_kind}"
+        + (f", {split}" if split else "")
+        + (f", {processes} processes" if processes > 1 else "")
+    )
+    return lines
+
+
+def describe_teacher(config: RunConfig, teacher: Gemma2 | None) -> str | None:
+    """A line about the teacher, or the cache in its place; None without either."""
+    if config.distill.cache is not None:
+        return f"teacher: the cache {config.distill.cache}"
+    if teacher is None:
+        return None
+    return f"teacher: {count_parameters(teacher.config).total:,} parameters, from {config.distill.teacher}"

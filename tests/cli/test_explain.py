@@ -1,0 +1,122 @@
+"""`gemma2 config explain` and the comments of `gemma2 config show`: every key has a meaning, and YAML stays YAML."""
+
+import pytest
+import yaml
+
+from gemma2_jax.cli.compose import compose, keys
+from gemma2_jax.cli.explain import meaning, with_comments
+from gemma2_jax.cli.main import main
+from gemma2_jax.config import build, section_of, type_of
+from gemma2_jax.training.config import RunConfig
+
+
+@pytest.mark.parametrize("key", keys())
+def test_every_key_has_a_meaning(key):
+    above, _, name = key.rpartition(".")
+    owner = section_of(type_of(RunConfig, above)) if above else RunConfig
+    text = meaning(owner, name)
+    assert text
+    assert "\n" not in text
+
+
+SET_IN_TEACHER = "set in  experiments/quickstart/teacher.yaml"
+
+
+def explained(capsys, *arguments):
+    assert main(["config", "explain", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_key_has_meaning_type_value_file_and_group(capsys):
+    assert explained(capsys, "training.eval_every") == (
+        "training.eval_every\n"
+        "  steps between evaluations on the validation split; the last step is always evaluated.\n"
+        "\n"
+        "  type    a whole number\n"
+        f"  value   {compose().training.eval_every}\n"
+        "  set in  configs/training/short.yaml\n"
+        "  group   training\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["seed"], ["value   0", "set in  configs/train.yaml"]),
+        (["optimizer.schedule", "optimizer=wsd"], ["value   wsd", "set in  configs/optimizer/wsd.yaml"]),
+        (
+            ["training.steps", "experiment=quickstart/teacher"],
+            [f"value   {compose(['experiment=quickstart/teacher']).training.steps}", SET_IN_TEACHER],
+        ),
+        (
+            ["optimizer.schedule", "experiment=quickstart/distilled"],
+            ["set in  configs/optimizer/cosine.yaml"],
+        ),
+        (
+            ["data.batch_size", "experiment=quickstart/distilled"],
+            ["value   8", "set in  experiments/quickstart/scratch.yaml"],
+        ),
+        (
+            ["distill.model.d_model", "experiment=distill_2b_from_9b"],
+            ["value   3584", "set in  configs/model/gemma2_9b.yaml"],
+        ),
+        (["model.d_model", "experiment=distill_2b_from_9b"], ["set in  configs/model/gemma2_2b.yaml"]),
+        (["layout.head", "layout=gathered"], ["set in  configs/layout/gathered.yaml"]),
+        (["seed", "seed=3"], ["value   3", "set in  the command line"]),
+        (["optimizer.beta1", "optimizer={beta1: 0.8}"], ["value   0.8", "set in  the command line"]),
+        (["data.text_field"], ["type    text", "value   text", "set in  no file: the default of the code"]),
+        (["distill.on_policy.fraction"], ["value   null", "group   distill"]),
+    ],
+)
+def test_value_and_file_are_those_of_the_command_line(capsys, arguments, lines):
+    told = [line.strip() for line in explained(capsys, *arguments).splitlines()]
+    assert set(lines) <= set(told)
+
+
+@pytest.mark.parametrize(
+    ("section", "names"), [([], ["seed", "training"]), (["mesh"], ["mesh.data", "mesh.fsdp"])]
+)
+def test_a_section_lists_its_keys(capsys, section, names):
+    lines = explained(capsys, *section).splitlines()
+    for name in names:
+        assert any(line.split()[:1] == [name] and len(line.split()) > 2 for line in lines), name
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training.stepz", "did you mean training.steps?"),
+        ("learning_rate", "did you mean optimizer.learning_rate?"),
+        ("trainin", "did you mean training?"),
+        ("qqqqqq", "`gemma2 config explain` lists them."),
+        ("seed.x", "there is no key seed.x"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(capsys, key, meant):
+    assert main(["config", "explain", key]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"gemma2: there is no key {key}; ")
+    assert meant in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["name=a: b # c", "data.source=[a, '- b', 'c: #d']"],
+        [
+            "objective=jsd",
+            "distill=on_policy",
+            "distill.teacher=t",
+            "distill.on_policy.fraction=0.5",
+        ],
+    ],
+)
+def test_comments_leave_the_configuration_as_it_is(overrides, capsys):
+    config = compose(overrides)
+    assert build(RunConfig, yaml.safe_load(with_comments(config)), "shown") == config
+    assert main(["config", "show", "--comments", *overrides]) == 0
+    shown = capsys.readouterr().out
+    assert shown == with_comments(config)
+    assert "  # steps between rows of metrics, each an average since the row before.\n  log_every: " in shown
