@@ -251,7 +251,8 @@ def _sentences(cls: type, data: Mapping[str, Any], error: ValidationError) -> li
     A part is a key, or the keys of a dataclass: a misspelt key is also a missing one.
     """
     parts: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
-    for item in error.errors(include_url=False):
+    errors: list[Any] = error.errors(include_url=False)
+    for item in errors:
         # Keys and values where a single value could stand as well (a number or a schedule): what is wrong with them
         # tells more than that they are no number.
         rank = _ORDER.get(item["type"], 3 if isinstance(item["input"], dict) else 1)
