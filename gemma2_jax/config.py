@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 from gemma2_jax.files import write_text
 
@@ -173,7 +172,7 @@ def _sentences(cls: type, data: Mapping[str, Any], error: ValidationError) -> li
 
     A part is a key, or the keys of a dataclass: a misspelt key is also a missing one.
     """
-    parts: dict[str, list[tuple[int, ErrorDetails]]] = {}
+    parts: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for item in error.errors(include_url=False):
         # Keys and values where a single value could stand as well (a number or a schedule): what is wrong with them
         # tells more than that they are no number.
@@ -198,7 +197,7 @@ def _sentences(cls: type, data: Mapping[str, Any], error: ValidationError) -> li
     return sorted(found, key=lambda line: found[line])
 
 
-def _sentence(cls: type, data: Mapping[str, Any], first: ErrorDetails) -> str:
+def _sentence(cls: type, data: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     keys, kind, value = _resolve(cls, data, [str(part) for part in first["loc"][1:]])
     key = ".".join(keys)
     if first["type"] == "unexpected_keyword_argument":
