@@ -65,7 +65,7 @@ def _answered(
     from gemma2_jax.config import UserError
     from gemma2_jax.data.chat import render
 
-    asked = [*history, {"role": "user", "content": message}]
+    asked: list[Message] = [*history, {"role": "user", "content": message}]
     try:
         prompt = render(asked, generation_prompt=True)
     except UserError as error:

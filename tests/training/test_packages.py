@@ -3,6 +3,7 @@
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from gemma2_jax.training.metrics import MetricsConfig
 from gemma2_jax.training.packages import check_packages
 
 MISSING = {"wandb", "gcsfs", "tokamax", "huggingface_hub", "pyarrow"}
-NEEDS = {
+NEEDS: dict[str, dict[str, Any]] = {
     "wandb": {"metrics": MetricsConfig(tensorboard=False, wandb_project="study")},
     "gcsfs": {"compilation_cache": "gs://bucket/programs"},
     "tokamax": {"compute": ComputeConfig(attention=AttentionConfig(kernel="tokamax"))},
