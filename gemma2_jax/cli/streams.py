@@ -1,10 +1,10 @@
 """Standard streams: output that no terminal makes fail, and input as UTF-8 whatever the locale."""
 
 import codecs
-import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _HANDLER = "gemma2.ascii"
 # What tables, messages and help texts hold beside ASCII.
@@ -44,16 +44,16 @@ def prepare_output() -> None:
 @contextmanager
 def utf8_output() -> Iterator[None]:
     """Has standard output be UTF-8 within, unless it is a terminal: for a file that is read again, as it is meant."""
-    before = getattr(sys.stdout, "encoding", None) or "utf-8"
-    stream = sys.stdout
-    changes = isinstance(stream, io.TextIOWrapper) and not stream.isatty()
-    if isinstance(stream, io.TextIOWrapper) and changes:
-        stream.reconfigure(encoding="utf-8")
+    stream: Any = sys.stdout
+    if not hasattr(stream, "reconfigure") or stream.isatty():
+        yield
+        return
+    before = stream.encoding
+    stream.reconfigure(encoding="utf-8", errors=stream.errors)
     try:
         yield
     finally:
-        if isinstance(stream, io.TextIOWrapper) and changes:
-            stream.reconfigure(encoding=before)
+        stream.reconfigure(encoding=before, errors=stream.errors)
 
 
 def read_standard_input() -> str:

@@ -79,7 +79,10 @@ class Sampler:
         stop = self._stop_tokens(config)
         rows = [Completion(self._tokenizer, stop, config) for _ in prompts]
         ids = [self._tokenizer.encode(prompt, bos=True, control=True) for prompt in prompts]
-        for new in self.stream_tokens(ids, config, draws):
+        arriving = (
+            self.stream_tokens(ids, config) if draws is None else self.stream_tokens(ids, config, draws)
+        )
+        for new in arriving:
             for row, tokens in zip(rows, new, strict=True):
                 row.push(tokens)
             yield rows

@@ -78,7 +78,10 @@ class Trainer:
                 params = initial_params(config.initialise, config.model, tokenizer, mesh, batches)
             self.state = state_from_params(params, optimizer, replace(abstract, matching=None))
         else:
-            self.state = init_state(config.model, optimizer, replace(abstract, matching=None), config.seed)
+            with self.progress.doing("drawing the initial weights", brief=True):
+                self.state = init_state(
+                    config.model, optimizer, replace(abstract, matching=None), config.seed
+                )
         if abstract.matching is not None and not self.step:
             self.state = replace(self.state, matching=init_matching(config, abstract.matching))
         train_step = build_train_step(config, optimizer, abstract)

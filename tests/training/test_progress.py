@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import jax
 import pytest
 
 from gemma2_jax.model.counts import count_parameters
@@ -108,7 +109,11 @@ def test_durations(seconds, words):
     assert duration(seconds) == words
 
 
-def test_a_run_tells_what_it_is_made_of_and_what_it_does_before_its_first_step(toy_run, tmp_path, capsys):
+def test_a_run_tells_what_it_is_made_of_and_what_it_does_before_its_first_step(
+    toy_run, tmp_path, capsys, monkeypatch
+):
+    first_device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first_device)
     output = str(tmp_path / "run")
     train(replace(toy_run, output=output, training=replace(toy_run.training, steps=2, eval_every=2)))
     lines = capsys.readouterr().err.splitlines()
