@@ -15,6 +15,8 @@ _BLOCK = 2**24  # numbers that are compared at a time
 
 def narrows(found: Any, wanted: Any) -> bool:
     """Whether there are finite numbers of the dtype `found` beyond the largest of `wanted`."""
+    if not (jnp.issubdtype(found, jnp.inexact) and jnp.issubdtype(wanted, jnp.inexact)):
+        return False
     return float(jnp.finfo(found).max) > float(jnp.finfo(wanted).max)
 
 
