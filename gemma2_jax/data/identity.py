@@ -6,6 +6,7 @@ times and hashes are kept beside the prepared data for the next start; without t
 """
 
 import hashlib
+import itertools
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -130,6 +131,12 @@ def content_now(manifest: Manifest, data: DataConfig, progress: Progress) -> Con
     return content_of(source, read_seen(Path(data.folder)), progress)
 
 
+def free_beside(folder: Path) -> Path:
+    """The first name of a folder beside `folder` that is free."""
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(name for name in names if not name.exists())
+
+
 def refuse_other_content(manifest: Manifest, data: DataConfig, content: Content | None) -> None:
     """Raises UserError if data.source holds other text than was prepared, whatever its files are called."""
     folder = Path(data.folder)
@@ -141,7 +148,7 @@ def refuse_other_content(manifest: Manifest, data: DataConfig, content: Content 
             write_seen(folder, content)
         return
     trained = " and the file of tokenizer.path, trained on that text" if manifest.tokenizer_trained else ""
-    remedy = f"set data.folder to another folder, or delete this one{trained}"
+    remedy = f"set another folder, as in data.folder={free_beside(folder)}, or delete this one{trained}"
     if data.sources != manifest.source:
         raise UserError(
             f"data.folder {folder} was prepared from data.source {list(manifest.source)}, and {list(data.sources)} "

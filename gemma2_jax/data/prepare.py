@@ -7,7 +7,6 @@ manifest is rewritten after every part, so that a preparation that was stopped g
 """
 
 import hashlib
-import itertools
 import math
 import multiprocessing
 import os
@@ -37,6 +36,7 @@ from gemma2_jax.data.identity import (
     content_now,
     content_of,
     difference,
+    free_beside,
     read_seen,
     refuse_other_content,
     unchanged,
@@ -271,16 +271,10 @@ def _refuse_other(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) ->
     others = [f"another value of {key} ({was}, now {is_now})" for key, was, is_now in values if was != is_now]
     if others:
         raise UserError(
-            f"data.folder {data.folder} was prepared with {', '.join(others)}; set data.folder to another folder, or "
-            f"delete this one, as in data.folder={_beside(data.folder)}."
+            f"data.folder {data.folder} was prepared with {', '.join(others)}; set another folder, as in "
+            f"data.folder={free_beside(Path(data.folder))}, or delete this one."
         )
     check_skipped(manifest.skipped, data.skip_invalid, f"data.folder {data.folder} was prepared without {{}}")
-
-
-def _beside(folder: str) -> str:
-    """The first name of a folder beside `folder` that is free."""
-    name = folder.rstrip("/")
-    return next(f"{name}-{number}" for number in itertools.count(2) if not Path(f"{name}-{number}").exists())
 
 
 def _skip(stream: Iterator[tuple[str, int]], part: Part, folder: Path) -> None:

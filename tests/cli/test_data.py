@@ -72,7 +72,7 @@ def test_shards_are_verified(overrides, tmp_path, capsys):
     assert main(["data", "verify", *overrides, f"data.folder={folder}"]) == 1
     told = capsys.readouterr().err
     assert f"{shard} has changed since it was written" in told
-    assert told.count("\n") == 1
+    assert len([line for line in told.splitlines() if not line.endswith("…")]) == 1
 
 
 def test_a_source_is_verified_where_it_is(tmp_path, capsys):
@@ -127,7 +127,7 @@ def test_a_place_that_cannot_be_written_to_is_told(key, folder, overrides, tmp_p
     assert main(["data", "prepare", *overrides, *own]) == 1
     told = capsys.readouterr().err
     assert place in told
-    assert told.count("\n") == 1
+    assert len([line for line in told.splitlines() if not line.endswith("…")]) == 1
 
 
 def test_the_tokenizer_is_trained_once(overrides, capsys):
@@ -193,4 +193,4 @@ def test_a_mistake_is_told(overrides, command, sentence, capsys):
     assert main([*words, *overrides, *(text for text in command if "=" in text)]) == 1
     told = capsys.readouterr().err
     assert sentence in told
-    assert told.count("\n") == 1
+    assert len([line for line in told.splitlines() if not line.endswith("…")]) == 1

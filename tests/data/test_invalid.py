@@ -80,7 +80,7 @@ def test_what_is_left_out_is_said_once_and_kept(
         said.count("8 invalid records of 128 (a file of no known kind: 1, no text in the field 'text': 1,")
         == 1
     )
-    assert said.count("\n") == 2
+    assert len([line for line in said.splitlines() if not line.endswith("…")]) == 2
     assert "first: " in said
     assert "a.jsonl, line 124; …)" in said  # five places
     assert read_manifest(own.folder).skipped.records == 8

@@ -64,7 +64,7 @@ def test_evaluations_in_training_are_bounded_and_the_final_one_is_not(
     )
     train(config)
     whole, sample = (read_metrics(run.output)[-1] for run in (finished, config))
-    assert sample["tokens"] == 4 * 32 < whole["tokens"]
+    assert sample["targets"] == 4 * 32 < whole["targets"]
     assert sample["loss"] != whole["loss"]
     assert evaluate_run(config.output) == evaluate_run(finished.output)
 
@@ -78,5 +78,5 @@ def test_a_run_agrees_with_itself(finished: RunConfig) -> None:
 
 def test_a_run_that_was_never_trained(finished: RunConfig, tmp_path: Path) -> None:
     save(finished, tmp_path / "config.yaml")
-    with pytest.raises(UserError, match="holds no checkpoint; train it first"):
+    with pytest.raises(UserError, match="holds no checkpoint; expected one in"):
         evaluate_run(tmp_path)

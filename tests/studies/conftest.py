@@ -11,6 +11,7 @@ from gemma2_jax.cli.compose import compose
 from gemma2_jax.config import save
 from gemma2_jax.evaluation.evaluate import Evaluation
 from gemma2_jax.studies import stages
+from gemma2_jax.training import start
 from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.start import DATA_FILE
 from gemma2_jax.training.taught_by import TEACHER_FILE
@@ -73,7 +74,8 @@ def stage(monkeypatch, tmp_path) -> Stage:
     monkeypatch.setattr(stages, "train", stand_in.train)
     monkeypatch.setattr(stages, "evaluate_run", stand_in.evaluate)
     monkeypatch.setattr(stages, "_continue", stand_in.sample)
-    monkeypatch.setattr(stages, "data_identity", lambda data: {"documents": data.folder})
+    for module in (stages, start):
+        monkeypatch.setattr(module, "data_identity", lambda data: {"documents": data.folder})
     return stand_in
 
 

@@ -133,7 +133,7 @@ def test_the_plot_goes_over_the_key_with_the_most_numbers(stage, toy, monkeypatc
         ("model=toy", 0.1),
         ("model=toy", 0.2),
     ]
-    run_sweep(three[1:], "out", Console())
+    assert run_sweep(three[1:], "out", Console())
     assert {(group.series, group.x) for group in drawn["groups"]} == {
         ("model=toy", 0.2),
         ("model=small_1m", 0.1),
