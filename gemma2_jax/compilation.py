@@ -53,7 +53,7 @@ def check_programs_folder(folder: str) -> None:
             f"compilation_cache is {folder}; accepted: a folder, or a bucket as in gs://name/folder."
         )
     if is_url and not is_installed("gcsfs"):
-        raise UserError(f"compilation_cache is {folder}, which takes gcsfs to write to: pip install gcsfs.")
+        raise UserError(f"compilation_cache is {folder}, which needs the package gcsfs: pip install gcsfs.")
 
 
 def _use(folder: str | None) -> None:

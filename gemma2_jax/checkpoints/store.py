@@ -168,7 +168,7 @@ class CheckpointStore:
             return Unreported(**custom.get(_UNREPORTED, {}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
-                f"{path} cannot be read; delete {path.parent} to go on from the checkpoint before."
+                f"{path} cannot be read; delete {path.parent} to go on from the previous checkpoint."
             ) from None
 
     def restore(self, step: int, abstract_trees: Mapping[str, Any], iterator: Any) -> dict[str, Any]:

@@ -39,7 +39,7 @@ key=value, value and file are those of `gemma2 train` with the same arguments.
 def add_parser(verbs: Verbs) -> None:
     actions = add_actions(verbs, "config", "show a configuration, list the choices", DESCRIPTION)
     parser = add_verb(actions, "show", show, "print every key with its value", SHOW, KEYS)
-    parser.add_argument("--comments", action="store_true", help="say above each key what it means")
+    parser.add_argument("--comments", action="store_true", help="explain each key in a comment above it")
     add_overrides(parser)
     parser = add_verb(actions, "explain", explain, "print what a key means", EXPLAIN)
     parser.add_argument(

@@ -9,7 +9,7 @@ Works with the data that a configuration names: text (data.source) is tokenised 
 
   gemma2 data prepare         makes the shards, and the tokenizer if there is none; training does so by itself
   gemma2 data show            what the folder holds, and the beginning of a training batch
-  gemma2 data verify          reads every shard and source file, and tells whether it is as it was
+  gemma2 data verify          reads every shard and source file, and reports what has changed
 """
 KEYS = """\
 the commonest keys:
@@ -61,7 +61,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
     config = compose(arguments.overrides, arguments.config_dir)
     preparation.prepare(config.data, config.tokenizer)
-    print(f"{config.data.folder} is prepared; `gemma2 data show` tells what it holds.")
+    print(f"{config.data.folder} is prepared; `gemma2 data show` shows what it holds.")
 
 
 def show(arguments: argparse.Namespace) -> None:

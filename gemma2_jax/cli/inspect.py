@@ -7,7 +7,7 @@ from gemma2_jax.cli.parsers import Verbs, add_verb
 DESCRIPTION = """\
 Prints what a checkpoint holds, without reading its weights (but for an embedding saved twice, to compare the two):
 kind, size, dtype, parameters beside those of the published model, tokenizer, and every tensor that is missing,
-misshaped or superfluous. Exits with 1 if something is wrong with it.
+of the wrong shape, or superfluous. Exits with 1 if something is wrong with it.
 
 PATH is a run folder, a Hugging Face folder or its name on the hub (from where the weights are fetched into the hub's
 cache, gigabytes of them), DeepMind's Orbax checkpoint, or a GGUF file.

@@ -33,7 +33,7 @@ Exits with 0 if it fits, 3 if it does not, 1 if something is wrong with what was
 
 
 def add_parser(verbs: Verbs) -> None:
-    parser = add_verb(verbs, "plan", run, "tell what a run takes on a topology", DESCRIPTION, KEYS)
+    parser = add_verb(verbs, "plan", run, "print what a run takes on a topology", DESCRIPTION, KEYS)
     add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON, and nothing else")
     instead = parser.add_mutually_exclusive_group()
@@ -45,7 +45,7 @@ def add_parser(verbs: Verbs) -> None:
     instead.add_argument(
         "--placement",
         action="store_true",
-        help="tell how weights and activations are split, and compile nothing",
+        help="print how weights and activations are split, and compile nothing",
     )
     parser.add_argument(
         "--budget", type=float, default=300.0, metavar="SECONDS", help="of compiling, with --search (300)"

@@ -35,7 +35,7 @@ def add_parser(verbs: Verbs) -> None:
         verbs, "teacher-cache", run, "run a teacher once, for many students", DESCRIPTION, KEYS, resumes=True
     )
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--estimate", action="store_true", help="tell size and time, and write no cache")
+    only.add_argument("--estimate", action="store_true", help="print size and time, and write no cache")
     only.add_argument("--verify", action="store_true", help="check the files of a cache that is there")
     add_overrides(parser)
 

@@ -76,7 +76,7 @@ class Skipping:
         if self._limit >= 1 and self._problems.total() > self._limit:
             raise UserError(
                 f"data.skip_invalid is {self._limit:g}, but data.source has more invalid records, the next of them "
-                f"{invalid}; mend them, or raise it."
+                f"{invalid}; fix them, or raise data.skip_invalid."
             )
 
     def finish(self, records: int) -> Skipped:
@@ -97,6 +97,6 @@ def check_skipped(skipped: Skipped, limit: float, where: str) -> None:
     allowed = limit if limit >= 1 or limit == 0 else limit * skipped.of
     if skipped.records > allowed:
         raise UserError(
-            f"data.skip_invalid is {limit:g}, but {where.format(skipped)}; mend them, or set data.skip_invalid to at "
+            f"data.skip_invalid is {limit:g}, but {where.format(skipped)}; fix them, or set data.skip_invalid to at "
             f"least {skipped.records}."
         )

@@ -48,7 +48,7 @@ def train_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.Da
     if manifest.train.documents < data.streams:
         raise UserError(
             f"data.folder {data.folder} has {manifest.train.documents} documents to train on, "
-            f"which do not suffice for {data.streams} streams (data.streams)."
+            f"fewer than data.streams ({data.streams}); lower data.streams, or give it more documents."
         )
     documents = _documents(data, manifest, manifest.train_shards)
     if data.streams == 1:
@@ -149,5 +149,5 @@ class _Records:
             yield
         except RuntimeError:  # ArrayRecord's checksum
             raise UserError(
-                f"A shard of data.folder {self._folder} is not as it was written; `gemma2 data verify` names it."
+                f"A shard of data.folder {self._folder} is damaged; `gemma2 data verify` names it."
             ) from None

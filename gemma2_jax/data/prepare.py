@@ -285,7 +285,8 @@ def _skip(stream: Iterator[tuple[str, int]], part: Part, folder: Path) -> None:
         _add_text(digest, text)
     if digest.hexdigest() != part.sha256:
         raise UserError(
-            f"data.source has changed since the preparation of {folder} was stopped; delete that folder."
+            f"data.source has changed since the preparation of {folder} was stopped; delete {folder} "
+            "and run the same command again."
         )
 
 

@@ -56,9 +56,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if self.encoding is not None and self.cache is None:
-            raise UserError(
-                "distill.encoding is set, but distill.cache is null, so there is nothing that it is of."
-            )
+            raise UserError("distill.encoding is set, but distill.cache is null; set both, or neither.")
         if self.match is not None and self.teacher is None:
             raise UserError(
                 "distill.match is set, which needs a teacher; set distill.teacher to its checkpoint."

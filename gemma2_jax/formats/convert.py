@@ -197,7 +197,7 @@ def _compare(source: Source, written: Source, dtype: str, progress: Progress) ->
         found = written.weight(place)
         if found.dtype != expected.dtype or not np.array_equal(_bits(found), _bits(expected)):
             raise UserError(
-                f"{written.path} reads back another {place.path} than was written; is the disk in order?"
+                f"{written.path} does not hold {place.path} as it was written; check the disk and convert again."
             )
         progress("verifying", done, len(places))
 

@@ -48,7 +48,7 @@ class DeepMindSource(ForeignSource):
         try:
             return np.asarray(self._open(*self._stored_names[name]).read().result())
         except ValueError as error:
-            raise UserError(f"{self.path} does not give up {name}: {_one_line(error)}") from None
+            raise UserError(f"{self.path}: {name} cannot be read: {_one_line(error)}") from None
 
     def _list(self) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, str]]]:
         """What is there by the layout's names, and the name and driver that each is stored with."""

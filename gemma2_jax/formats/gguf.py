@@ -102,7 +102,9 @@ def compare_gguf(
     for name, array in tensors:
         expected = _encode(gguf, name, array, kinds[name])
         if not np.array_equal(found[name].data.view(np.uint8), expected.view(np.uint8)):
-            raise UserError(f"{path} reads back another {name} than was written; is the disk in order?")
+            raise UserError(
+                f"{path} does not hold {name} as it was written; check the disk and convert again."
+            )
 
 
 def _plan(

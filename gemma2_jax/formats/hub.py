@@ -53,8 +53,8 @@ def download(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
     except errors.GatedRepoError:
         raise UserError(
-            f"{name} is given out by the Hugging Face hub only after its terms were accepted there and you have "
-            "logged in (`hf auth login`)."
+            f"{name} is gated; accept its terms on its page of the Hugging Face hub, and log in with "
+            "`hf auth login`."
         ) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(f"{name} is neither a folder here nor a model on the Hugging Face hub.") from None

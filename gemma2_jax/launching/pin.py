@@ -58,7 +58,7 @@ def find_checkout() -> Path:
     """
     folder = Path(gemma2_jax.__file__).resolve().parent.parent
     if shutil.which("git") is None:
-        raise UserError("git is not installed, by which the code of a job is pinned: apt install git.")
+        raise UserError("git, which pins the code of a job, is not installed: apt install git.")
     if not (folder / ".git").exists():
         raise UserError(
             f"gemma2_jax runs from {folder}, which is no git checkout, so its code cannot be pinned; launch from a "

@@ -76,7 +76,7 @@ class ObjectiveConfig:
         if self.temperature != 1 and not self.needs_teacher:
             raise UserError(
                 f"objective.temperature is {_shown(self.temperature)}, which nothing uses while no divergence has a "
-                f"weight ({', '.join(DIVERGENCES)}); it must be 1, or one of them above 0."
+                f"weight ({', '.join(DIVERGENCES)}); set it to 1, or give one of them a weight above 0."
             )
         if self.mix is not None:
             for value in values_of(self.mix):
@@ -96,7 +96,7 @@ class ObjectiveConfig:
             if value != default and not set(users) & set(self.divergences):
                 raise UserError(
                     f"objective.{name} is {value}, which nothing uses while objective.{' and objective.'.join(users)} "
-                    f"have no weight; it must be {default}, or a weight above 0."
+                    f"have no weight; set it to {default}, or give one of them a weight above 0."
                 )
         if self.block_tokens < 1:
             raise UserError(f"objective.block_tokens is {self.block_tokens}; it must be at least 1.")

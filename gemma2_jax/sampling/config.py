@@ -48,5 +48,5 @@ class SamplingConfig:
                 raise UserError(f"sampling.stop_tokens holds {token}; token ids begin at 0.")
         if "" in self.stop_texts:
             raise UserError(
-                "sampling.stop_texts holds an empty text, which no text goes on behind; leave it out."
+                "sampling.stop_texts holds an empty text, which would stop every text at once; leave it out."
             )

@@ -142,8 +142,8 @@ def find_place(config: HostsConfig) -> Place | None:
         return None
     if coordinator is None or num_processes is None or process_id is None:
         raise UserError(
-            f"{' and '.join(missing)} must be set beside the other keys of hosts, since nothing in the environment "
-            "says it."
+            f"{' and '.join(missing)} must be set too, since the environment does not provide what the other "
+            "keys of hosts leave open."
         )
     _check_number(process_id, num_processes)
     if config.num_processes is not None:
@@ -265,7 +265,7 @@ def _detected(given: _Known, timeout: int) -> tuple[str, _Known, tuple[int, ...]
         except Exception as error:  # whatever a cluster's tools raise
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"the environment looks like a job of several processes, but does not say which: {reason}; set "
+                f"this looks like a job of several processes, but their number cannot be found: {reason}; set "
                 "hosts.coordinator, hosts.num_processes and hosts.process_id, or hosts=single."
             ) from None
     own = None if devices is None else _own_devices(devices[0])
@@ -285,7 +285,7 @@ def _is_alone_in_kubernetes() -> bool:
         return True
     if importlib.util.find_spec("kubernetes") is None:
         raise UserError(
-            f"this is pod {index} of a Kubernetes job, whose size JAX asks for by a package that is not there: "
+            f"this is pod {index} of a Kubernetes job, whose size JAX asks for through a package that is missing: "
             "pip install kubernetes, or set hosts.coordinator, hosts.num_processes and hosts.process_id, or "
             "hosts=single."
         )

@@ -53,7 +53,7 @@ def meet(
     except OSError as error:
         reason = error.strerror or str(error)
     raise UserError(
-        f"process {process_id} of the {num_processes} that {told_by} tells of cannot reach the coordinator, process 0 "
+        f"process {process_id} of {num_processes} (by {told_by}) cannot reach the coordinator, process 0 "
         f"at {host}:{port}, within {timeout:g} s (hosts.timeout): {reason}; hosts=single trains alone."
     )
 
@@ -84,14 +84,13 @@ def _gather(port: int, num_processes: int, timeout: float, told_by: str) -> Link
                 refused = _enter(connection, num_processes, came)
             elif time.monotonic() >= until:
                 refused = (
-                    f"{len(missing)} of the {num_processes} processes that {told_by} tells of did not come within "
+                    f"{len(missing)} of {num_processes} processes (by {told_by}) did not connect within "
                     f"{timeout:g} s (hosts.timeout): {who}; hosts=single trains alone."
                 )
             else:
                 notice = until
                 print(
-                    f"gemma2: waiting for {len(missing)} of the {num_processes} processes that {told_by} tells of: "
-                    f"{who}.",
+                    f"gemma2: waiting for {len(missing)} of {num_processes} processes (by {told_by}): {who}.",
                     file=sys.stderr,
                 )
     for link in came.values():

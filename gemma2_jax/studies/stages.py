@@ -57,7 +57,7 @@ def check_unchanged(config: RunConfig, teacher: RunConfig | None = None) -> None
     for key, then, value in changes(load(RunConfig, file), teacher):
         raise UserError(
             f"{config.output} was distilled from a teacher with {key}={then} ({TEACHER_FILE}), and {value} is asked "
-            f"for in {teacher.output}; give another output, or delete that folder to train it again."
+            f"for in {teacher.output}; give another output, or delete {config.output} to train it again."
         )
 
 

@@ -104,7 +104,7 @@ def older_schedule(config: RunConfig, step: int) -> str | None:
         return None
     return (
         f"{config.name} was begun by an older version, whose schedule was a step behind: step {done} had the learning "
-        f"rate {logged:.4g}, where it would now have {rate:.4g}. The steps from here on have today's."
+        f"rate {logged:.4g}, and would now have {rate:.4g}. Later steps follow the current schedule."
     )
 
 
@@ -181,8 +181,8 @@ def _in_steps(config: RunConfig) -> dict[str, Any]:
 
 def _refusal(config: RunConfig, key: str, one: Any, other: Any, remedy: str = "") -> UserError:
     return UserError(
-        f"{config.output} holds a run with {key}={one}, and {other} is asked for; {remedy}choose another output, or "
-        "delete that folder to train again."
+        f"{config.output} holds a run with {key}={_plain(one)}, and {_plain(other)} is asked for; {remedy}"
+        "choose another output, or delete that folder to train again."
     )
 
 
@@ -192,10 +192,10 @@ def _length_matters(config: RunConfig, begun: RunConfig, number: _Number, step: 
     back = f"delete the checkpoints after {earlier[0]} in {Path(config.output) / FOLDER}, " if earlier else ""
     return UserError(
         f"{config.output} holds a run with {_STEPS}={begun.training.steps}, and {config.training.steps} is asked for, "
-        f"with which {_setting(config, number.kind)} gives another {number.what} from step {step + 1} on, which is "
-        f"done; write {_STEPS}={begun.training.steps}, {back}or choose another output, where "
-        f"initialise.source={config.output} begins with these weights (optimizer=constant can be made longer at any "
-        "time, and optimizer=wsd before its decay)."
+        f"with which {_setting(config, number.kind)} gives another {number.what} from step {step + 1} on, but the run "
+        f"has passed that step; write {_STEPS}={begun.training.steps}, {back}or choose another output and start it "
+        f"from these weights (initialise.source={config.output}). A run can be made longer with optimizer=constant, or "
+        "with optimizer=wsd before its decay."
     )
 
 

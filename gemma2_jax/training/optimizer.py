@@ -24,8 +24,6 @@ class OptimizerConfig:
         decay_steps: of `wsd`, which needs at least 1, as a number or a fraction like `warmup_steps`; the first of
             them is below the peak. 0 with the other schedules.
         final_fraction: the learning rate of the run's last step as a fraction of the peak; 1 with `constant`.
-        warmup_steps: of linear growth to the peak, at the beginning.
-        decay_steps: of `wsd`, which needs at least 1; 0 with the others.
         beta1, beta2: decay rates of the averages of the gradient and of its square.
         eps: is added to the root of the latter, by which the former is divided.
         weight_decay: of every weight but the norms' scales, times the learning rate.

@@ -195,9 +195,7 @@ def test_damaged_shards_are_told(data: DataConfig, tmp_path: Path, part: slice):
         content = bytearray((tmp_path / "data" / shard.file).read_bytes())
         content[part] = bytes(byte ^ 0x55 for byte in content[part])
         (tmp_path / "data" / shard.file).write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"A shard of data\.folder .* is not as it was written; `gemma2 data verify`"
-    ):
+    with pytest.raises(UserError, match=r"A shard of data\.folder .* is damaged; `gemma2 data verify`"):
         list(itertools.islice(train_batches(damaged), 100))
 
 
@@ -282,7 +280,7 @@ def test_impossible_shares_are_refused(data: DataConfig):
         train_batches(data, 0, 3)
     with pytest.raises(UserError, match=r"There is no part 2 of a batch's 2"):
         validation_batches(data, 2, 2)
-    with pytest.raises(UserError, match=r"\d+ documents to train on, which do not suffice for 400 streams"):
+    with pytest.raises(UserError, match=r"\d+ documents to train on, fewer than data\.streams \(400\)"):
         train_batches(replace(data, batch_size=400, streams=400))
     with pytest.raises(UserError, match=r"data\.streams is 3, which does not divide data\.batch_size \(4\)"):
         replace(data, streams=3)

@@ -353,7 +353,7 @@ def test_rows_that_are_not_those_of_the_data_are_found(
     """A manifest can be made to fit; the checksum in each record cannot."""
     order = manifest.DataOrder.of(sampled.data, 1)
     monkeypatch.setattr(manifest.DataOrder, "of", lambda *_: order)
-    with pytest.raises(UserError, match="made of other rows than the data gives"):
+    with pytest.raises(UserError, match="holds other rows than data.folder gives"):
         next(cached_batches(replace(sampled.data, seed=1), sampled.folder))
 
 
@@ -380,7 +380,7 @@ def test_a_broken_record_is_told_where_it_is_read(sampled: CacheTask, tmp_path: 
     record = next(iter(grain.sources.ArrayRecordDataSource([str(file)])))
     content[content.find(record) + len(record) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"A record of distill.cache is not as it was written"):
+    with pytest.raises(UserError, match=r"distill.cache holds a damaged record"):
         list(cached_batches(sampled.data, str(folder)))
 
 

@@ -146,9 +146,9 @@ def test_a_record_that_is_cut_is_told() -> None:
     tool = packer(EncodingConfig(entries=4), 1000, 2)
     record = tool.pack(Entries(np.array([[1, 1, 2, 3], [5, 5, 5, 5]], np.int32), None, None), 0).record
     for broken in (record[:-1], record[:6], record[:4], record[:-8] + b"12345678"):
-        with pytest.raises(UserError, match="is not as it was written"):
+        with pytest.raises(UserError, match="holds a damaged record"):
             tool.unpack([broken], 3)
-    with pytest.raises(UserError, match="is not as it was written"):
+    with pytest.raises(UserError, match="holds a damaged record"):
         tool.unpack([record], 2)  # more entries than there is room for
 
 

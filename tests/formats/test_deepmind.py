@@ -158,7 +158,7 @@ def test_a_truncated_array(tmp_path, small, params):
     folder = save(tmp_path / "dm", theirs(params, small, False, False), ocdbt=False)
     chunk = folder / "layer_1.attn.q_einsum.w" / "0.0.0"
     chunk.write_bytes(chunk.read_bytes()[:20])
-    with pytest.raises(UserError, match=r"dm does not give up layer_1/attn/q_einsum: "):
+    with pytest.raises(UserError, match=r"dm: layer_1/attn/q_einsum cannot be read: "):
         load_params(open_source(folder), small, "float32")
 
 
@@ -172,7 +172,7 @@ def test_a_lost_array_is_not_zeros(tmp_path, small, params, ocdbt):
         ).result()
     else:
         (folder / "layer_1.attn.q_einsum.w" / "0.0.0").unlink()
-    with pytest.raises(UserError, match=r"dm does not give up layer_1/attn/q_einsum: .*is missing"):
+    with pytest.raises(UserError, match=r"dm: layer_1/attn/q_einsum cannot be read: .*is missing"):
         load_params(open_source(folder), small, "float32")
 
 

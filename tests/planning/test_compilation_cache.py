@@ -57,7 +57,10 @@ def test_a_run_takes_the_step_that_a_plan_has_compiled(toy_run: RunConfig, tmp_p
 
 @pytest.mark.parametrize(
     ("folder", "told"),
-    [("gs://bucket/folder", "which takes gcsfs"), ("ftp://host/folder", "accepted: a folder, or a bucket")],
+    [
+        ("gs://bucket/folder", "which needs the package gcsfs"),
+        ("ftp://host/folder", "accepted: a folder, or a bucket"),
+    ],
 )
 def test_buckets_that_cannot_be_written_to_are_told(
     folder: str, told: str, monkeypatch: pytest.MonkeyPatch

@@ -229,9 +229,7 @@ def test_who_is_missing_is_told_to_all() -> None:
     first, second = meeting((4, 0), (4, 2), timeout=0.5)
     assert first is not None
     assert first == second
-    assert first.startswith(
-        "2 of the 4 processes that hosts.num_processes tells of did not come within 0.5 s "
-    )
+    assert first.startswith("2 of 4 processes (by hosts.num_processes) did not connect within 0.5 s ")
     assert first.endswith("(hosts.timeout): process 1, 3; hosts=single trains alone.")
 
 
@@ -239,11 +237,9 @@ def test_for_whom_process_0_waits_is_said_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rendezvous, "_QUIET_SECONDS", 0.1)
-    with pytest.raises(UserError, match=r"^2 of the 3 processes that SLURM tells of did not come within"):
+    with pytest.raises(UserError, match=r"^2 of 3 processes \(by SLURM\) did not connect within"):
         meet(f"127.0.0.1:{free_port()}", 3, 0, 0.5, "SLURM")
-    assert capsys.readouterr().err == (
-        "gemma2: waiting for 2 of the 3 processes that SLURM tells of: process 1, 2.\n"
-    )
+    assert capsys.readouterr().err == ("gemma2: waiting for 2 of 3 processes (by SLURM): process 1, 2.\n")
 
 
 def test_two_of_one_number() -> None:
@@ -275,7 +271,7 @@ def test_nobody_there() -> None:
     (told,) = meeting((2, 1), timeout=0.3)
     assert told is not None
     assert told.startswith(
-        "process 1 of the 2 that hosts.num_processes tells of cannot reach the coordinator, process 0 at 127.0.0.1:"
+        "process 1 of 2 (by hosts.num_processes) cannot reach the coordinator, process 0 at 127.0.0.1:"
     )
     assert told.endswith("; hosts=single trains alone.")
 

@@ -79,9 +79,7 @@ class Packed:
 
 def broken_record() -> UserError:
     """What is said of a record that is not whole."""
-    return UserError(
-        "A record of distill.cache is not as it was written; `gemma2 teacher-cache --verify` tells which file it is in."
-    )
+    return UserError("distill.cache holds a damaged record; `gemma2 teacher-cache --verify` names its file.")
 
 
 def row_checksums(batch: Batch) -> list[int]:
@@ -119,8 +117,8 @@ class Packer:
         config, ids = self._config, entries.ids
         if ids.min() < 0:
             raise UserError(
-                "distill.teacher gives no numbers (NaN) for some tokens; its weights are broken, or distill.dtype does "
-                "not suffice for them."
+                "distill.teacher gives NaN for some tokens; set distill.dtype=float32, or, if it is that already, "
+                "another teacher: its weights are damaged."
             )
         first = ids < self._num_tokens  # of the draws of an id
         first[:, 1:] &= ids[:, 1:] != ids[:, :-1]

@@ -67,7 +67,7 @@ def check_cache(
     if manifest.rows < steps * data.batch_size:
         raise UserError(
             f"distill.cache {cache} holds {manifest.rows} rows, and training.steps ({steps}) times data.batch_size "
-            f"({data.batch_size}) takes {steps * data.batch_size}; go on with it by `gemma2 teacher-cache`."
+            f"({data.batch_size}) needs {steps * data.batch_size}; add the others by `gemma2 teacher-cache`."
         )
     if teacher is not None:
         refuse_other_teacher(cache, manifest, teacher_identity(open_source(teacher)), teacher)
@@ -98,8 +98,8 @@ class CachedBatches(grain.DatasetIterator):
         batch = next(self._batches)
         if checksums != row_checksums(batch):
             raise UserError(
-                f"distill.cache {self._cache} was made of other rows than the data gives now, although its manifest "
-                "fits; delete it and run `gemma2 teacher-cache`."
+                f"distill.cache {self._cache} holds other rows than data.folder gives now, although its manifest "
+                "matches; delete it and run `gemma2 teacher-cache`."
             )
         return batch, sparse
 
