@@ -353,7 +353,7 @@ def test_rows_that_are_not_those_of_the_data_are_found(
     """A manifest can be made to fit; the checksum in each record cannot."""
     order = manifest.DataOrder.of(sampled.data, 1)
     monkeypatch.setattr(manifest.DataOrder, "of", lambda *_: order)
-    with pytest.raises(UserError, match="holds other rows than data.folder gives"):
+    with pytest.raises(UserError, match=r"holds other rows than data\.folder gives"):
         next(cached_batches(replace(sampled.data, seed=1), sampled.folder))
 
 
