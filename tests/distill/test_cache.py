@@ -341,7 +341,7 @@ def test_another_teacher_and_other_settings_are_refused(
 
 
 def test_too_few_rows_are_refused(sampled: CacheTask) -> None:
-    with pytest.raises(UserError, match=r"holds 24 rows, and training.steps \(7\) .* takes 28"):
+    with pytest.raises(UserError, match=r"holds 24 rows, and training.steps \(7\) .* needs 28"):
         check_cache(sampled.folder, sampled.data, STEPS + 1)
     with pytest.raises(UserError, match="holds no teacher's cache"):
         check_cache(f"{sampled.folder}-none", sampled.data, 1)
@@ -420,12 +420,12 @@ def test_the_students_layout_decides_how_rows_lie(task: CacheTask) -> None:
     mesh = MeshConfig(data=1, fsdp=4, sequence=2)
     rows = {"B": ("data", "fsdp", "sequence"), "T": ()}
     layout = replace(task.layout, activations=task.layout.activations | rows)
-    with pytest.raises(UserError, match=r"data.batch_size is 4 rows, which the 8 devices"):
+    with pytest.raises(UserError, match=r"data.batch_size is 4 rows, which mesh.replica"):
         write_cache(replace(task, mesh=mesh, layout=layout))
 
 
 def test_a_mesh_that_the_batch_does_not_fit_is_refused(task: CacheTask) -> None:
-    with pytest.raises(UserError, match=r"data.batch_size is 4 rows, which the 8 devices"):
+    with pytest.raises(UserError, match=r"data.batch_size is 4 rows, which mesh.replica"):
         write_cache(replace(task, mesh=MeshConfig(8, 1, 1)))
 
 
