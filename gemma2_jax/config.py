@@ -179,10 +179,10 @@ def as_typed(kind: Any, value: Any, text: str) -> Any:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Returns what a JSON file holds. Raises UserError if there is no such file or it is cut or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # some editors put a BOM in front
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:  # of the encoding, too
+    except (ValueError, RecursionError) as error:  # of the encoding, too
         raise UserError(f"{path} is cut or broken, and no JSON: {error}.") from None
 
 

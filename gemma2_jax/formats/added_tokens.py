@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_jax.config import UserError
-from gemma2_jax.formats.json_file import read_json
+from gemma2_jax.formats.json_file import read_object
 
 
 def named_tokens(folder: Path) -> dict[int, str]:
@@ -25,7 +25,7 @@ def named_tokens(folder: Path) -> dict[int, str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
+        return read_object(path)
     except UserError:
         return {}
 

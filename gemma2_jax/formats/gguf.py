@@ -158,7 +158,7 @@ def _encode(gguf: Any, tensor: str, array: np.ndarray, kind: "GGMLQuantizationTy
     dtype = {kinds.F32: np.float32, kinds.F16: np.float16}.get(kind)
     shape = array.shape if dtype else gguf.quant_shape_to_byte_shape(array.shape, kind)
     encoded = np.empty(shape, dtype or np.uint8)
-    with np.errstate(over="ignore"):  # told below
+    with np.errstate(over="ignore", invalid="ignore"):  # told below
         for start in range(0, len(array), _ROWS):
             rows = slice(start, start + _ROWS)
             encoded[rows] = gguf.quants.quantize(array[rows].astype(np.float32), kind)

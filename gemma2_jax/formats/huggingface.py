@@ -17,7 +17,7 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import write_text
 from gemma2_jax.formats.added_tokens import named_tokens
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE, read_config, ties_embeddings
-from gemma2_jax.formats.json_file import read_json
+from gemma2_jax.formats.json_file import read_object
 from gemma2_jax.formats.layouts import HUGGINGFACE
 from gemma2_jax.formats.metadata import read_metadata
 from gemma2_jax.formats.recognise import describe_weights, is_lfs_pointer, missing_shards
@@ -104,7 +104,7 @@ class HuggingFaceSource(ForeignSource):
         return {name: info for file in files for name, info in _header(file).items()}
 
     def _indexed(self, index: Path) -> dict[str, TensorInfo]:
-        names = read_json(index).get("weight_map")
+        names = read_object(index).get("weight_map")
         if (
             not isinstance(names, dict)
             or not names

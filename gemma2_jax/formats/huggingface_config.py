@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_jax.config import UserError
-from gemma2_jax.formats.json_file import read_json, shown
+from gemma2_jax.formats.json_file import read_object, shown
 from gemma2_jax.formats.layouts import CONTEXT
 from gemma2_jax.model.config import ModelConfig
 
@@ -60,7 +60,7 @@ _FAMILY = {
 
 def read_config(path: Path) -> ModelConfig:
     """The model that a config.json describes. Raises UserError if it is no Gemma 2."""
-    data = read_json(path)
+    data = read_object(path)
     _check_model_type(path, data)
     _check_same_formula(path, data)
     values: dict[str, Any] = {}
@@ -78,7 +78,7 @@ def read_config(path: Path) -> ModelConfig:
 
 def ties_embeddings(path: Path) -> bool:
     """Whether a config.json says that the head is the embedding, as in Gemma 2."""
-    return bool(read_json(path).get("tie_word_embeddings", True))
+    return bool(read_object(path).get("tie_word_embeddings", True))
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:

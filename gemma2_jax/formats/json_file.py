@@ -4,17 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gemma2_jax.config import UserError
+from gemma2_jax.config import UserError, read_json
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file. Raises UserError if there is no such file or it holds something else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a BOM in front
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is not valid JSON.") from None
+    data = read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path} holds no JSON object.")
     return data

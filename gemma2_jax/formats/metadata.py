@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma2_jax.config import UserError
 from gemma2_jax.files import write_text
-from gemma2_jax.formats.json_file import read_json, shown
+from gemma2_jax.formats.json_file import read_object, shown
 
 METADATA_FILE = "metadata.json"  # in a run folder
 
@@ -88,7 +88,7 @@ def load_metadata(run_folder: Path) -> Metadata:
     path = run_folder / METADATA_FILE
     if not path.exists():
         return Metadata()
-    data = read_json(path)
+    data = read_object(path)
     for key in ("model", "generation", "tokenizer"):
         if not isinstance(data.get(key, {}), dict):
             raise UserError(f"{path} has {key} {shown(data[key])}; it must be an object of keys and values.")
@@ -117,7 +117,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    data = read_json(path) if path.exists() else {}
+    data = read_object(path) if path.exists() else {}
     _check_ids(path, data)
     return data
 

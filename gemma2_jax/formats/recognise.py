@@ -10,7 +10,7 @@ from pathlib import Path
 from gemma2_jax.checkpoints import store
 from gemma2_jax.config import UserError
 from gemma2_jax.formats.gguf_header import is_gguf
-from gemma2_jax.formats.json_file import read_json
+from gemma2_jax.formats.json_file import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 
@@ -149,7 +149,7 @@ def _describe_cache(folder: Path) -> str:
 
 def _describe_adapter(folder: Path) -> str:
     try:
-        config = read_json(folder / ADAPTER_CONFIG)
+        config = read_object(folder / ADAPTER_CONFIG)
     except UserError:
         config = {}
     base = config.get("base_model_name_or_path")
