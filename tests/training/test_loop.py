@@ -405,7 +405,7 @@ def test_a_batch_that_does_not_divide_over_the_mesh_is_refused(
 ) -> None:
     monkeypatch.undo()  # all eight devices
     config = replace(finished, output=str(tmp_path), mesh=replace(finished.mesh, data=8))
-    with pytest.raises(UserError, match="4 rows, which mesh.replica"):
+    with pytest.raises(UserError, match=r"4 rows, which mesh\.replica"):
         train(config)
 
 
