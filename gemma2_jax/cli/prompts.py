@@ -42,7 +42,7 @@ def _read(path: str) -> str:
     from gemma2_jax.config import UserError
 
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # Windows puts a byte order mark in front
     except OSError as error:
         raise UserError(f"--prompts {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:

@@ -67,7 +67,7 @@ def read_standard_input() -> str:
     try:
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-        return sys.stdin.read()
+        return sys.stdin.read().removeprefix("\ufeff")  # Windows puts a byte order mark in front
     except UnicodeDecodeError as error:
         raise UserError(
             f"the standard input is not UTF-8 (it has a byte 0x{error.object[error.start]:02x} where UTF-8 has none); "

@@ -86,6 +86,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
         _refuse_other(manifest, data, _load(tokenizer, manifest))
         with _progress() as progress:
             refuse_other_content(manifest, data, content_now(manifest, data, progress))
+        _refuse_other_skips(manifest, data)
         return manifest
 
     def has_parts() -> bool:
@@ -152,6 +153,7 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
         # Before the first part is done, so that a preparation that is stopped in it finds its tokenizer again.
         write_manifest(folder, manifest)
     _refuse_other(manifest, data, loaded)
+    _refuse_other_skips(manifest, data)
     if manifest.complete:
         return manifest
 
@@ -274,6 +276,10 @@ def _refuse_other(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) ->
             f"data.folder {data.folder} was prepared with {', '.join(others)}; set another folder, as in "
             f"data.folder={free_beside(Path(data.folder))}, or delete this one."
         )
+
+
+def _refuse_other_skips(manifest: Manifest, data: DataConfig) -> None:
+    """Raises UserError if more was left out than may be. Goes after the content is found to be the same."""
     check_skipped(manifest.skipped, data.skip_invalid, f"data.folder {data.folder} was prepared without {{}}")
 
 

@@ -256,7 +256,8 @@ def _training_failure(message: str, vocab_size: int) -> UserError:
     if most := re.search(r"a value <= (\d+)", message):
         return VocabularyTooLargeError(vocab_size, int(most[1]))
     if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return UserError(f"tokenizer.vocab_size is {vocab_size}; these documents allow at least {least[1]}.")
-    return UserError(
-        f"No tokenizer of {vocab_size} tokens can be trained on these documents: {message.strip(' .')}."
-    )
+        return UserError(f"tokenizer.vocab_size is {vocab_size}; these documents need at least {least[1]}.")
+    if "all_chars_count" in message:
+        return UserError("No tokenizer can be trained on these documents: they hold no characters but NUL.")
+    reason = re.sub(r"^INTERNAL: |\S+\.(cc|h)\(\d+\) |\[.*?\] ?", "", message).strip(" .")
+    return UserError(f"No tokenizer of {vocab_size} tokens can be trained on these documents: {reason}.")

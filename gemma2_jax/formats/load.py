@@ -141,7 +141,7 @@ def load_tokenizer(source: Source) -> Tokenizer:
         seen = "; its tokenizer.json is not enough" if other.exists() else ""
         raise UserError(
             f"{source.path} has no tokenizer.model, the SentencePiece file of Gemma's tokenizer{seen}; put it there, "
-            "or name it to convert as --tokenizer FILE."
+            "or name it as --tokenizer FILE to `gemma2 convert` or `gemma2 generate`."
         )
     tokenizer = Tokenizer.load(path, source.metadata.stop_ids)
     if isinstance(source, RunSource):

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gemma2_jax.checkpoints.store import TOKENIZER_FILE, latest_step, load_model
+from gemma2_jax.checkpoints.store import TOKENIZER_FILE, find, latest_step, load_model
 from gemma2_jax.config import UserError, build, load, read_json, save, to_dict, usable
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import find_manifest
@@ -81,7 +81,8 @@ def train_run(config: RunConfig, console: Console, teacher: RunConfig | None = N
     """Trains a run, or what is left of it; `teacher` is the configuration of the run that it learns from."""
     check_unchanged(config, teacher)
     check_same_data(config.output, config.data)
-    if latest_step(config.output) == config.training.steps:
+    found = find(config.output)
+    if found is not None and found.step == config.training.steps:
         _say(console, "train", config.name, "already done, skipped")
         return
     _say(console, "train", config.name, f"{config.training.steps} steps in {config.output}")

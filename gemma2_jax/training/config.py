@@ -94,6 +94,9 @@ class RunConfig:
         refuse(self._complaints())
 
     def _complaints(self) -> Iterator[str]:
+        for key, value in (("name", self.name), ("output", self.output)):
+            if not value.strip():
+                yield f"{key} is empty; it must be text, as in {key}=mine."
         yield from self._about_teacher()
         yield from self._about_on_policy()
         if self.data.batch_size % self.training.accumulation:

@@ -89,9 +89,13 @@ def _train_what_is_left(configs: Sequence[RunConfig]) -> None:
 
 
 def _is_done(config: RunConfig) -> bool:
-    """Whether a run is at its last step, and evaluated there: one that was to be longer may not be."""
+    """Whether a run is at its last step, and evaluated there: one that was to be longer may not be.
+
+    The checkpoint's files are read: one that is damaged has to be trained again.
+    """
     steps, folder = config.training.steps, Path(config.output)
-    if latest_step(folder) != steps:
+    found = find(folder) if latest_step(folder) == steps else None
+    if found is None or found.step != steps:
         return False
     rows = read_metrics(folder) if (folder / JSON_LINES).is_file() else None
     return rows is None or any((row["step"], row["split"]) == (steps, "validation") for row in rows)

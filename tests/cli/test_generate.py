@@ -123,6 +123,7 @@ def test_json_has_a_line_for_each_completion(asked, capsys):
         ('{"prompt": "a\\nb", "id": 3}\n\n{"prompt": "c"}\n', ["a\nb", "c"]),
         ('{"no": 1}\nx\n', ['{"no": 1}', "x"]),
         ("é\u2028ü\n", ["é\u2028ü"]),
+        ('\ufeff{"prompt": "a"}\n', ["a"]),
     ],
 )
 @pytest.mark.parametrize("place", ["piped", "-", "file"])

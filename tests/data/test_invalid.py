@@ -180,3 +180,13 @@ def test_manifests_hold_what_was_left_out(
     manifest = prepare(replace(own, skip_invalid=1), tokenizer_config)
     stored = json.loads((Path(own.folder) / "manifest.json").read_text())["skipped"]
     assert stored == {**vars(manifest.skipped), "places": list(manifest.skipped.places)}
+
+
+def test_mended_records_are_changed_content_before_anything_else(
+    own: DataConfig, tokenizer: TokenizerConfig, texts: list[str]
+):
+    write(own, "a.jsonl", jsonl(texts) + b"{\n")
+    prepare(replace(own, skip_invalid=1), tokenizer)
+    write(own, "a.jsonl", jsonl(texts))
+    with pytest.raises(UserError, match=r"^data\.source has changed since .*a\.jsonl"):
+        prepare(own, tokenizer)

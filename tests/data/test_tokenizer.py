@@ -161,3 +161,10 @@ def test_what_cannot_be_encoded_or_decoded_is_refused(tokenizer: Tokenizer):
 
 def test_a_character_cut_in_half_is_a_replacement(tokenizer: Tokenizer):
     assert tokenizer.decode(tokenizer.encode("😀")[:-1]) == "\ufffd" * 3
+
+
+def test_text_of_nothing_but_nul_is_told_without_source_lines(tmp_path):
+    with pytest.raises(
+        UserError, match=r"^No tokenizer can be trained on these documents: they hold no characters"
+    ):
+        train_tokenizer(["\0" * 5000], tmp_path / "x.model", 300)

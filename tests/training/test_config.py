@@ -164,3 +164,9 @@ def test_a_cache_knows_nothing_of_own_samples(toy_run: RunConfig) -> None:
     distill = DistillConfig("runs/teacher", "float32", "runs/cache", on_policy=OnPolicyConfig(0.5, 8))
     with pytest.raises(UserError, match=r"distill\.on_policy and distill\.cache are both set"):
         replace(toy_run, objective=ObjectiveConfig(0.0, 1.0, 1.0, 8), distill=distill)
+
+
+@pytest.mark.parametrize("key", ["name", "output"])
+def test_a_run_needs_a_name_and_a_folder(toy_run, key):
+    with pytest.raises(UserError, match=f"^{key} is empty; it must be text, as in {key}=mine"):
+        replace(toy_run, **{key: " "})

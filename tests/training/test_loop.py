@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma2_jax.checkpoints.store import latest_step, load_model
+from gemma2_jax.checkpoints.store import find, latest_step, load_model
 from gemma2_jax.config import UserError, load, save
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.prepare import prepare
@@ -123,6 +123,18 @@ def test_flipped_bits_are_trained_again(finished: RunConfig, tmp_path: Path) -> 
         UserError, match=r"holds no whole checkpoint: .*checkpoints/6 is not whole \(.* has changed"
     ):
         train(replace(finished, output=str(run)))
+
+
+def test_a_finished_run_that_is_damaged_is_trained_again(finished: RunConfig, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished.output, tmp_path / "run"))
+    largest = max((run / "checkpoints" / "8").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 64
+    largest.write_bytes(content)
+    train(replace(finished, output=str(run)))
+    found = find(run)
+    assert found is not None
+    assert (found.step, found.passed_over) == (8, ())
 
 
 def scheduled(finished: RunConfig, output: Path) -> RunConfig:

@@ -41,7 +41,9 @@ class EncodingConfig:
     """What is kept of the teacher's distribution.
 
     Attributes:
-        kind: sampled, top_k, top_p or full; see the top of this file.
+        kind: what is kept of each distribution: `sampled` random draws from it, an unbiased estimate; `top_k` the
+            largest probabilities, and the sum of the others; `top_p` the fewest of those that reach p together, and
+            the sum of the others; `full` all of it, for small vocabularies.
         entries: N, the draws of `sampled`; k of `top_k` and `top_p`; null for `full`.
         p: the probability that `top_p` keeps, if k ids reach it; null otherwise.
         proposal_temperature: of `sampled`; above 1 draws unlikely tokens more often, with less weight.
