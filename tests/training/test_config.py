@@ -38,7 +38,13 @@ def test_a_schedule_longer_than_the_run(toy_run: RunConfig, name: str) -> None:
 @pytest.mark.parametrize(
     ("objective", "teacher", "fraction", "prompt_tokens", "sentence"),
     [
-        (ObjectiveConfig(1.0, 0.0, 1.0, 8), None, 0.5, 8, r"distill\.teacher is null; it needs a teacher"),
+        (
+            ObjectiveConfig(1.0, 0.0, 1.0, 8),
+            None,
+            0.5,
+            8,
+            r"distill\.teacher is null; on-policy distillation needs a teacher",
+        ),
         (
             ObjectiveConfig(1.0, 0.0, 1.0, 8),
             "runs/teacher",

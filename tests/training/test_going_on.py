@@ -192,7 +192,7 @@ def test_what_leaves_the_done_steps_as_they_are_is_allowed(
     ("done", "begun", "asked", "told"),
     [
         ((8,), {}, {"training": {"steps": 12}}, r"with training\.steps=8, and 12 .* optimizer\.schedule=cosine gives"
-         r" another learning rate from step 4 on, .* write training\.steps=8, or choose another output"),
+         r" another learning rate from step 3 on, .* write training\.steps=8, or choose another output"),
         ((6,), {}, {"training": {"steps": 7}}, r"training\.steps=8, and 7 .* optimizer\.schedule=cosine"),
         ((6, 8), {"optimizer": WSD}, {"training": {"steps": 12}}, r"optimizer\.schedule=wsd gives another learning rate"
          r" from step [78] on, .* write training\.steps=8, delete the checkpoints after 6 in .*checkpoints"),

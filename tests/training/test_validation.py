@@ -36,5 +36,5 @@ def test_numbers_are_fetched_once_and_after_the_last_batch(monkeypatch: pytest.M
     with jax.set_mesh(mesh):
         metrics = validate(step, None, None, batches(), mesh)  # type: ignore[arg-type]
     assert fetched_after == [5]
-    assert metrics["tokens"] == 5 * 8 * 4
+    assert metrics["targets"] == 5 * 8 * 4
     assert metrics["cross_entropy"] == pytest.approx(0.25 * 3)
