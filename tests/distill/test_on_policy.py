@@ -299,7 +299,7 @@ def test_a_run_on_eight_devices_is_that_on_one(
         training=replace(toy_run.training, steps=2, eval_every=2),
         optimizer=replace(toy_run.optimizer, warmup_steps=0),
     )
-    monkeypatch.setattr(trainer.Trainer, "_evaluate", lambda self: None)  # not what this is about
+    monkeypatch.setattr(trainer.Trainer, "_evaluate", lambda *_: None)  # not what this is about
     train(replace(run, output=str(tmp_path / "eight"), mesh=MeshConfig(2, 2, 2)))
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)

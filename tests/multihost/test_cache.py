@@ -79,7 +79,7 @@ def test_processes_that_see_different_teachers(run: RunConfig, tmp_path: Path) -
     elsewhere = replace(run, distill=replace(run.distill, teacher="teacher"))
     ended = teacher_cache(elsewhere, tmp_path / "cache", [GEMMA2, GEMMA2], folders)
     assert [process.code for process in ended] == [1, 1]
-    assert ended[0].errors.startswith("gemma2: process 1: the weights of distill.teacher teacher is ")
+    assert "\ngemma2: process 1: the weights of distill.teacher teacher is " in ended[0].errors
     assert ended[0].errors.endswith("must be started by the same command, and see the same files.\n")
     assert ended[0].errors.count("\n") == 1
     assert not (tmp_path / "cache").exists()

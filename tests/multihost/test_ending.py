@@ -88,7 +88,7 @@ def test_what_all_refuse_is_said_once(command: list[str], tmp_path: Path) -> Non
     first, second = run_job([[*GEMMA2, *command, "data.batch_size=5", f"output={tmp_path}/run"]] * 2)
     assert (first.code, second.code) == (1, 1)
     assert first.errors.startswith(
-        "gemma2: data.batch_size / training.accumulation is 5 rows, which the 2 devices"
+        "gemma2: data.batch_size / training.accumulation is 5 rows, which mesh.replica"
     )
     assert first.errors.count("\n") == 1
     assert second.errors == ""

@@ -47,8 +47,8 @@ def test_a_log_has_plain_lines_with_all_terms_and_the_time_left(clock, capsys):
         "run: compiling the training step: done in 1 min 05 s",
         "run  step 10/40  loss 4.5000  kl 4.2500  cross_entropy 5.0000  match_hidden 0.2500  1,234 tokens/s  "
         "1 min 00 s left",
-        "run  step 10/40  validation cross-entropy 4.0000  perplexity 54.60  kl 0.5000  agreement with the teacher 60.0%  "
-        "2 min 00 s left",
+        "run  step 10/40  validation cross-entropy 4.0000  perplexity 54.60  kl 0.5000  "
+        "agreement with the teacher 60.0%  2 min 00 s left",
     ]
     assert "\x1b" not in told.err
 
