@@ -40,7 +40,7 @@ def stopped_in(
         wait: whether it waits there for the signal.
         group: sends it to all processes of the command, as a terminal does.
     """
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, SCRIPT, place, *command],
         cwd=folder,
         env=environment(1) | {"WAIT": str(int(wait))},
@@ -48,24 +48,24 @@ def stopped_in(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    assert process.stderr is not None
-    clock = threading.Timer(240, process.kill)
-    clock.start()
-    before = []
-    for line in process.stderr:
-        before.append(line)
-        if line == "here\n":
-            break
-    else:
-        pytest.fail(f"it does not come there: {before}")
-    if group:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    errors = process.stderr.read()
-    code = process.wait()
-    clock.cancel()
+    ) as process:
+        assert process.stderr is not None
+        clock = threading.Timer(240, process.kill)
+        clock.start()
+        before = []
+        for line in process.stderr:
+            before.append(line)
+            if line == "here\n":
+                break
+        else:
+            pytest.fail(f"it does not come there: {before}")
+        if group:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        errors = process.stderr.read()
+        code = process.wait()
+        clock.cancel()
     assert code == 128 + number, (code, before, errors)
     assert "Traceback" not in errors
     assert "Error" not in errors
