@@ -15,7 +15,7 @@ class TextStream:
     they are none but may become one. So is what may become one of the texts that end it.
 
     Args:
-        stop: the text ends where one of these begins.
+        stop: the text ends where the first of these to be complete begins.
 
     Attributes:
         ended: whether one of them has come; what is pushed after it gives nothing.
@@ -48,10 +48,13 @@ class TextStream:
         return self._give(text, len(text))
 
     def _until_stop(self) -> tuple[str, bool]:
-        """The text so far, up to the first of the stops, and whether there is one."""
+        """The text so far, up to the stop that is complete first, and whether there is one.
+
+        Not the one that begins first: that may come whole with the same portion of tokens, or not.
+        """
         text = self._tokenizer.decode(self._ids)
-        found = [start for stop in self._stop if (start := text.find(stop)) >= 0]
-        return (text[: min(found)], True) if found else (text, False)
+        found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        return (text[: min(found)[1]], True) if found else (text, False)
 
     def _beginning_of_stop(self, text: str) -> int:
         """Where the end of the text may be the beginning of a stop; its length if nowhere."""
