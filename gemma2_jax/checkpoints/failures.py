@@ -24,7 +24,7 @@ _THEIRS = ("/orbax/checkpoint/", "/tensorstore/", "/etils/")  # in paths of sour
 
 
 def reading(path: Path) -> AbstractContextManager[None]:
-    """Tells in one sentence that Orbax cannot read what is at `path`."""
+    """Turns a failure of Orbax to read `path` into a UserError of one sentence."""
     return _orbax(lambda reason: UserError(f"{path} cannot be read as a checkpoint of ours: {reason}."))
 
 

@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
     config = SamplingConfig(**{name: value for name, value in settings.items() if value is not None})
     prompts: list[str] = []
-    if not arguments.interactive:  # a mistake in them is told before gigabytes are read
+    if not arguments.interactive:  # refuse bad prompts before the checkpoint is read
         prompts = [as_utf8(text) for text in arguments.prompt or read_prompts(arguments.prompts)]
     own = {} if arguments.tokenizer is None else {"tokenizer": arguments.tokenizer}
     with activity(f"loading {arguments.checkpoint}"):

@@ -131,7 +131,7 @@ def _file_problem(error: OSError) -> str | None:
 
 
 def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
-    """Runs the verb; the exit code, and what is to be said about it."""
+    """Runs the verb; returns the exit code and the message to print, if any."""
     from gemma2_jax.config import UserError  # brings pydantic, which --help does without
 
     try:
@@ -159,7 +159,7 @@ def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
 
 
 def _stopped(error: BaseException, before: str = "") -> tuple[int, str]:
-    """The exit code, and what is to be said, after `before`, about a stop that has ended the verb by `error`."""
+    """Returns the exit code and the last message, after `before`, of a verb that a stop has ended by `error`."""
     number = stops.number() or signal.SIGINT
     return 128 + number, before + stops.message(error)
 
