@@ -8,12 +8,15 @@ import signal
 import threading
 from dataclasses import replace
 
-# Before JAX is imported: it reads both once. Toy models spend their time in the compiler rather than in what it makes,
-# so it is told not to optimise: the tests then take little more than half as long.
+# Before JAX is imported: it reads these once. Toy models spend their time in the compiler rather than in what it makes,
+# so it is told not to optimise: the tests then take little more than half as long. The processes that tests start
+# inherit these variables, and so find the programs that are compiled already.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # In the background of a shell, or under nohup, these are ignored, and so by all processes that tests start and stop.
 if threading.current_thread() is threading.main_thread():
@@ -36,9 +39,6 @@ from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.config import RunConfig, TrainingConfig
 from gemma2_jax.training.metrics import MetricsConfig
 from gemma2_jax.training.optimizer import OptimizerConfig
-
-jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 WORDS = """the a model teacher student learns from probability of every token in its context and then forgets
 nothing that was said before 42 2024 attention window layer gradient""".split()  # noqa: SIM905

@@ -98,6 +98,7 @@ def test_generate_from_the_study(
     assert len(printed) > len("the teacher\n")
 
 
+@pytest.mark.thorough
 def test_killed_half_way_it_goes_on(study: Path, command: list[str], tmp_path: Path) -> None:
     """Killed without warning in the second run; then the same command ends with the very same losses."""
     process = [sys.executable, "-m", "gemma2_jax.cli.main", *command]

@@ -106,6 +106,7 @@ def test_data_that_several_processes_tokenise(corpus: Path, tmp_path: Path) -> N
     assert list(tmp_path.rglob("*.tmp")) == []
 
 
+@pytest.mark.thorough
 def test_phases_of_a_run(run: Path) -> None:
     """One after another: each time, the run goes on from where the stop before has left it."""
     command = ["train", "--config", "toy.yaml"]

@@ -152,6 +152,7 @@ def test_nothing_is_run_where_a_combination_cannot_be_composed():
     assert "must be above 0" in lines[4]
 
 
+@pytest.mark.thorough
 def test_only_the_first_of_many_refusals_are_listed():
     with pytest.raises(UserError) as caught:
         compose_sweep(["seed=range(0,30)", "model.num_layers=3,4"], None)

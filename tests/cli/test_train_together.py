@@ -28,8 +28,12 @@ def test_each_student_has_what_is_shared_and_its_own():
     assert inside.output == "runs/family/wide"
 
 
-def test_what_each_makes_of_the_teacher_is_its_own():
+def test_what_each_makes_of_the_teacher_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As in the verb's description, and from a cache."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs/teacher").mkdir(
+        parents=True
+    )  # a name without a folder belongs to the hub, whose package is an extra
     inside = ["inside", "model=small_1m", "distill=match", "distill.match.layers=[[1,3],[3,5]]"]
     scratch = ["scratch", "model=small_1m", "objective=cross_entropy", "distill.teacher=null"]
     taught, matching, text = compose_students(SHARED, [["wide", "model=small_1m"], inside, scratch], None)
@@ -85,6 +89,7 @@ def test_what_cannot_be_shared(shared, told):
         compose_students([*SHARED, shared], [["a"]], None)
 
 
+@pytest.mark.thorough
 def test_from_the_command_line(corpus: Path, tmp_path: Path, capsys):
     command = [
         *(

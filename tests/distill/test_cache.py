@@ -127,6 +127,7 @@ def test_the_cache_ends_after_its_steps(sampled: CacheTask) -> None:
     assert not sparse.tail.any()
 
 
+@pytest.mark.thorough
 def test_draws_are_by_row_and_position_whatever_the_mesh_and_the_blocks(sampled: CacheTask) -> None:
     other = replace(sampled, folder=f"{sampled.folder}-mesh", mesh=MeshConfig(2, 2, 2), block_tokens=7)
     write_cache(other)
@@ -190,6 +191,7 @@ def test_reading_goes_on_where_it_was(top_k: CacheTask) -> None:
         assert np.array_equal(getattr(expected[1], name), getattr(found[1], name))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("changes", "encoding", "steps"),
     [
@@ -250,6 +252,7 @@ def test_a_single_step_is_not_timed(
     assert told.endswith("are headers and padding of files)\n")
 
 
+@pytest.mark.thorough
 def test_full_is_the_whole_distribution(task: CacheTask, tmp_path: Path) -> None:
     task = replace(
         task, folder=str(tmp_path / "full"), encoding=EncodingConfig("full", None, weight_bits=16), steps=1

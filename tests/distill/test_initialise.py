@@ -138,6 +138,7 @@ def flat(tree: Any) -> dict[str, Any]:
 WIDER = dict(d_model=48, d_ff=80, num_heads=9, num_kv_heads=3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("wider", [WIDER, *({name: size} for name, size in WIDER.items() if "heads" not in name),
                                    dict(num_heads=6), dict(num_heads=6, num_kv_heads=3)])  # fmt: skip
 def test_what_does_nothing_is_found_and_can_go(toy_config: ModelConfig, wider: dict[str, int]) -> None:
@@ -290,6 +291,7 @@ def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run
     return config
 
 
+@pytest.mark.thorough
 def test_a_student_begins_ahead(teacher: RunConfig, toy_run: RunConfig, tokenizer: Tokenizer) -> None:
     mesh = one_device()
     step = build_evaluation_step(toy_run.compute, toy_run.distill, 48)
@@ -311,6 +313,7 @@ def test_a_student_begins_ahead(teacher: RunConfig, toy_run: RunConfig, tokenize
     assert cut < begun(toy_run.model, layers="even", width="first")
 
 
+@pytest.mark.thorough
 def test_the_mesh_does_not_matter(teacher: RunConfig, toy_run: RunConfig, tokenizer: Tokenizer) -> None:
     """And the student lies on it as its run needs it. Its vocabulary has rows of padding, its teacher's none."""
     student = replace(toy_run.model, vocab_size=416, vocab_padding=16)

@@ -173,6 +173,7 @@ def dense_attention(layer: Any, config: ModelConfig, index: int, batch: Batch) -
     return jax.nn.softmax(jnp.where(seen, capped, -1e30)).mean(1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("distance", ["mse", "cosine"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_dense_form(

@@ -183,6 +183,7 @@ def test_greedy_samples_are_the_samplers(
     assert any(len(row) < T + 1 - length for row, length in zip(expected, LENGTHS, strict=True)) == ends
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("unroll_layers", [False, True])
 def test_tokens_are_drawn_from_the_full_forwards_logits(
     student: Gemma2, batch: Batch, unroll_layers: bool
@@ -204,6 +205,7 @@ def test_tokens_are_drawn_from_the_full_forwards_logits(
     np.testing.assert_array_equal(found.targets[sampled], drawn(found.tokens)[sampled])
 
 
+@pytest.mark.thorough
 def test_samples_follow_the_students_distribution(toy_config: ModelConfig, toy_model: Gemma2) -> None:
     """20,000 rows with the same prompt of two tokens: the first token's frequencies, and the surprise of all."""
     rows = 20_000
@@ -235,6 +237,7 @@ def test_steps_and_rows_differ_and_repeat(student: Gemma2, batch: Batch) -> None
     chex.assert_trees_all_equal(sample(student, same, step=1), first)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(2, 2, 2), MeshConfig(1, 8, 1), MeshConfig(8, 1, 1)], ids=["all-three", "fsdp", "data"]
 )
@@ -284,6 +287,7 @@ def test_the_loss_is_the_divergence_on_the_students_own_tokens(
     )
 
 
+@pytest.mark.thorough
 def test_a_run_on_eight_devices_is_that_on_one(
     toy_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,7 @@ def test_the_fingerprint_is_of_the_weights_wherever_they_lie(
     assert fingerprint(Gemma2(replace(one.config, sliding_window=4), params)) != known
 
 
+@pytest.mark.thorough
 def test_the_student_alone_is_checkpointed(distilled: RunConfig) -> None:
     """Loading refuses arrays that the student does not have; and beside them only its optimizer's copies are saved."""
     checkpoint = Path(distilled.output, "checkpoints", "12")
@@ -123,6 +124,7 @@ def test_the_teacher_has_its_own_dtype_and_the_students_mesh(
     assert embedding.addressable_shards[0].data.size == embedding.size // 4  # fsdp x tensor
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("teachers", "students"), [(16, 0), (0, 24)])
 def test_rows_may_differ_where_tokens_do_not(
     toy_run: RunConfig, tmp_path: Path, teachers: int, students: int

@@ -23,6 +23,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "".join(output.get("text", "") for cell in cells for output in cell.outputs)
 
 
+@pytest.mark.thorough
 def test_build_and_distil(outputs: str) -> None:
     assert "2,614,636,800 parameters" in outputs
     (line,) = [line for line in outputs.splitlines() if line.startswith("KL ")]

@@ -63,6 +63,7 @@ def cache(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_the_copy_has_no_tail_and_sums_to_1(script: ModuleType, cache: Path, tmp_path: Path) -> None:
     target = tmp_path / "without"
     script.renormalise(cache, target)

@@ -167,6 +167,7 @@ def test_a_full_disk(exported, tmp_path, target):
     assert left(tmp_path) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing(exported, tmp_path, number):
     process = started("wait", exported, tmp_path / "deeper" / "new")
@@ -181,6 +182,7 @@ def test_a_signal_leaves_nothing(exported, tmp_path, number):
     assert left(tmp_path) == []
 
 
+@pytest.mark.thorough
 def test_what_a_killed_conversion_has_left_goes_with_the_next(exported, tmp_path):
     process = started("wait", exported, tmp_path / "new")
     assert is_half_way(process)
@@ -196,6 +198,7 @@ def test_what_a_killed_conversion_has_left_goes_with_the_next(exported, tmp_path
     assert left(tmp_path) == sorted([*others, "new"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["run", "huggingface"])
 def test_an_interrupted_conversion_leaves_nothing(exported, tmp_path, kind):
     def stop(stage, done, total):

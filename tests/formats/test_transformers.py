@@ -28,6 +28,7 @@ def theirs(exported):
     return model.eval()
 
 
+@pytest.mark.thorough
 def test_the_same_logits(exported, theirs):
     assert type(theirs).__name__ == "Gemma2ForCausalLM"
     model, tokenizer = load(exported)
@@ -45,6 +46,7 @@ def test_the_dtype_is_what_the_folder_says(exported):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.thorough
 def test_the_same_text_and_the_same_end(exported, theirs, tokenizer):
     """Greedy, with the end of generation as generation_config.json has it."""
     assert json.loads((exported / "generation_config.json").read_text()) == {

@@ -76,6 +76,7 @@ def test_long_sequences_equal_the_loop(window):
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("window", [None, 50])
 def test_gradients_of_long_sequences_equal_those_of_the_plain_form(window):
     query, key, value = heads(300, 2, 2, size=2.0)

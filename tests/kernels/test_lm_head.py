@@ -139,6 +139,7 @@ def test_no_array_over_all_tokens_and_the_vocabulary() -> None:
     assert largest(partial(blockwise_loss, block_tokens=32)) <= 32 * V
 
 
+@pytest.mark.thorough
 def test_bfloat16_states_give_close_gradients() -> None:
     student, teacher, targets, mask = heads(2, 16)
 
@@ -205,6 +206,7 @@ def test_unmasked_those_rows_would_take_part() -> None:
     assert np.all(np.any(found.embedding[V:], axis=1))
 
 
+@pytest.mark.thorough
 @BOTH_LOSSES
 @pytest.mark.parametrize("config", PADDED, ids=str)
 def test_rows_of_padding_take_no_part_on_a_mesh(loss: Any, config: ObjectiveConfig) -> None:

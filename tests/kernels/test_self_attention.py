@@ -80,6 +80,7 @@ def test_blocks_of_splash_may_be_longer_than_the_sequence():
     assert_equal(results(config, given, None, 5.0), results(REFERENCE, given, None, 5.0))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kernel", ["splash", "blockwise"])
 @pytest.mark.parametrize("window", [None, 100])
 def test_devices_that_share_rows_heads_and_sequences(kernel, window):
@@ -91,6 +92,7 @@ def test_devices_that_share_rows_heads_and_sequences(kernel, window):
         assert_equal(results(config, given, window, 5.0), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("window", [None, 1, 700])
 @pytest.mark.parametrize("softcap", [5.0, 80.0])
 def test_the_loop_of_long_sequences_equals_the_reference(window, softcap):

@@ -46,6 +46,7 @@ def test_a_slurm_job_does_not_end_at_the_signal_for_submitit(tmp_path: Path) -> 
     assert (done.returncode, done.stdout) == (0, "alive\n")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("starting", [0.0, 1.0])  # seconds: the second is stopped while it starts
 def test_a_node_takes_its_training_along_when_it_is_stopped(starting: float, tmp_path: Path) -> None:
     """submitit raises in the process that waits; the training would go on without it."""

@@ -30,21 +30,26 @@ def beyond_tolerance(found: Observed, name: str) -> dict[str, float]:
     return {key: error for key, error in errors(found, expected).items() if not error <= TOLERANCE}
 
 
-@pytest.mark.parametrize("name", RELEASED)
+EACH = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name != "2b")) for name in RELEASED]
+)
+
+
+@EACH
 def test_logits_and_hidden_states(name):
     found = read(model(name), golden(name).batch)
     assert len(found) == 1 + 6
     assert not beyond_tolerance(found, name)
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@EACH
 def test_loss_and_gradients(name):
     found = learn(model(name), golden(name).batch)
     assert len(found) == 1 + 2 + 4 * 11
     assert not beyond_tolerance(found, name)
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@EACH
 def test_greedy_tokens(name):
     expected = golden(name).continuations
     assert np.shape(expected) == (3, 200)

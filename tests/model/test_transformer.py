@@ -98,6 +98,7 @@ def plain(toy_model):
     return loss_and_gradients(toy_model, ComputeConfig())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("remat", "unroll_layers"),
     [

@@ -23,14 +23,11 @@ class Ended:
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Of a process with `devices` CPU devices, which shares the compile cache of all tests."""
+    """Of a process with `devices` CPU devices; the compile cache is that of all tests (tests/conftest.py)."""
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
 
 

@@ -57,6 +57,7 @@ def teacher_cache(
     return run_job(commands, devices=2 // len(programs), folders=folders)
 
 
+@pytest.mark.thorough
 def test_two_processes_write_and_read_what_one_does(run: RunConfig, tmp_path: Path) -> None:
     for programs in ([GEMMA2], [LATE, LATE]):
         processes = len(programs)
@@ -72,6 +73,7 @@ def test_two_processes_write_and_read_what_one_does(run: RunConfig, tmp_path: Pa
     assert_same_metrics(tmp_path / "run-2", tmp_path / "run-1")
 
 
+@pytest.mark.thorough
 def test_processes_that_see_different_teachers(run: RunConfig, tmp_path: Path) -> None:
     folders = [tmp_path / "first", tmp_path / "second"]
     for seed, folder in enumerate(folders):

@@ -30,6 +30,7 @@ def test_one_that_fails_in_the_middle(command: list[str]) -> None:
     assert (second.output, second.errors) == ("", "")
 
 
+@pytest.mark.thorough
 def test_one_that_is_stopped(command: list[str], tmp_path: Path) -> None:
     """All exit as it does, so that what started them knows that they may be started again, and save the same step."""
     command = [*command, f"output={tmp_path}/run"]
@@ -41,6 +42,7 @@ def test_one_that_is_stopped(command: list[str], tmp_path: Path) -> None:
     assert (second.output, second.errors) == ("", "")
 
 
+@pytest.mark.thorough
 def test_one_that_fails_while_another_ignores_sigint(command: list[str]) -> None:
     """As what the background of a script starts does."""
     ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
@@ -51,6 +53,7 @@ def test_one_that_fails_while_another_ignores_sigint(command: list[str]) -> None
     assert "Traceback" not in first.errors
 
 
+@pytest.mark.thorough
 def test_one_that_is_killed(command: list[str]) -> None:
     first, second = run_job([[*GEMMA2, *command], [*FAILING, "SIGKILL", *command]])
     assert (first.code, second.code) == (1, -signal.SIGKILL)
@@ -58,6 +61,7 @@ def test_one_that_is_killed(command: list[str]) -> None:
     assert "Traceback" not in first.errors
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_one_that_is_suspended(command: list[str], frozen: int) -> None:
     """Its connections stay; it is noticed sooner here than usual. Process 1 tells of process 0, which cannot."""
@@ -74,6 +78,7 @@ def test_one_that_is_suspended(command: list[str], frozen: int) -> None:
     assert "Traceback" not in other.errors
 
 
+@pytest.mark.thorough
 def test_one_that_was_started_otherwise(command: list[str]) -> None:
     first, second = run_job([[*GEMMA2, *command], [*GEMMA2, *command, "seed=1"]])
     assert (first.code, second.code) == (1, 1)

@@ -82,12 +82,14 @@ def test_two_processes_train_as_one(two: tuple[Path, list[Ended]], alone: Path) 
     assert len(read_metrics(folder)) == 6  # four steps, two evaluations
 
 
+@pytest.mark.thorough
 def test_heads_that_are_split_over_processes(alone: Path, config: Path, tmp_path: Path) -> None:
     """Both hold all rows of a batch, and so both feed all of them."""
     train(config, tmp_path / "split", 2, 1, "mesh.fsdp=1", "mesh.tensor=2")
     assert_same_metrics(tmp_path / "split", alone)
 
 
+@pytest.mark.thorough
 def test_a_teacher_divided_over_two_processes(config: Path, alone: Path, tmp_path: Path) -> None:
     """Asked in each step about rows of one stream, which both pack (the default)."""
     distillation = ("objective.cross_entropy=0.2", "objective.forward_kl=0.8", f"distill.teacher={alone}")
@@ -119,6 +121,7 @@ def test_two_students_of_a_teacher_and_a_baseline(config: Path, alone: Path, tmp
         assert all(("kl" in row) == (folder.name != "text") for row in read_metrics(folder))
 
 
+@pytest.mark.thorough
 def test_processes_that_see_different_weights(config: Path, alone: Path, tmp_path: Path) -> None:
     """Under one path, below the folders that they were started in."""
     for folder in ("first", "second"):
@@ -142,6 +145,7 @@ def test_processes_that_see_different_weights(config: Path, alone: Path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_runs_that_save_at_the_same_time(tmp_path: Path) -> None:
     ended = run_job([[str(Path(__file__).parent / "saving.py"), str(tmp_path)]] * 2)
     assert [process.code for process in ended] == [0, 0], ended
@@ -160,6 +164,7 @@ def test_a_run_folder_says_nothing_of_its_processes(two: tuple[Path, list[Ended]
     assert load(RunConfig, two[0] / "config.yaml").hosts == HostsConfig()
 
 
+@pytest.mark.thorough
 def test_what_two_processes_saved_goes_on_in_one(
     two: tuple[Path, list[Ended]], config: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +174,7 @@ def test_what_two_processes_saved_goes_on_in_one(
     assert_same_metrics(folder, two[0])
 
 
+@pytest.mark.thorough
 def test_what_two_processes_saved_goes_on_in_four(
     two: tuple[Path, list[Ended]], config: Path, tmp_path: Path
 ) -> None:
@@ -187,7 +193,9 @@ def write_params(folder: Path, file: Path) -> Sequence[str]:
     return [str(folder), str(file)]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "processes", [pytest.param(2, marks=pytest.mark.thorough), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_several_processes_read_the_bits_that_one_reads(
     two: tuple[Path, list[Ended]], tmp_path: Path, processes: int
 ) -> None:

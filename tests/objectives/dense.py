@@ -28,6 +28,7 @@ def value_and_gradients(
 
         def total(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
             logits = _logits(hidden, embedding, student)
+            coefficients = {name: value for name, value in asdict(config).items() if value}
             values = {"cross_entropy": _cross_entropy(logits, ids), "z_loss": _log_z(logits) ** 2}
             if isinstance(teacher, LMHead):
                 values |= _divergences(
@@ -37,7 +38,11 @@ def value_and_gradients(
                 tau = config.temperature
                 assert not isinstance(tau, ScheduleConfig)
                 values["forward_kl"] = tau**2 * _sparse(logits / tau, *map(jnp.asarray, other))
-            parts = [jnp.sum(asdict(config)[name] * values[name] * shares) for name in values]
+            parts = [
+                jnp.sum(coefficients[name] * value * shares)
+                for name, value in values.items()
+                if name in coefficients
+            ]
             return jnp.sum(jnp.stack(parts))
 
         value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(hidden, embedding)

@@ -122,6 +122,7 @@ def test_temporaries_need_memory_beside_the_arguments(platform, peak):
     assert _peak(found, platform) == peak
 
 
+@pytest.mark.thorough
 def test_a_plan_for_cpus_can_fail_by_its_temporaries(planned_run, cpus, plan):
     memory = plan.program.memory
     assert memory.temp
@@ -214,6 +215,7 @@ def test_each_network_has_its_own_bandwidth():
     assert (found.binding, found.seconds) == ("network along replica", 4.0)
 
 
+@pytest.mark.thorough
 def test_candidates_divide_and_the_search_keeps_its_budget(planned_run, cpus):
     waiting = candidates(planned_run, cpus)
     assert len({candidate.overrides for candidate in waiting}) == len(waiting) > 10

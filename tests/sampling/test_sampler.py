@@ -69,6 +69,7 @@ def test_padding_of_the_vocabulary_is_never_generated(sampler, greedy):
     assert max(max(row) for row in greedy + drawn) < 310
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("settings", [{}, {"top_k": 50, "top_p": 0.9}], ids=str)
 def test_a_row_samples_the_same_alone_and_in_a_batch(sampler, settings):
     config = replace(GREEDY, temperature=1.0, seed=3, **settings)

@@ -71,6 +71,7 @@ def test_the_whole_distribution_trains_as_the_teacher_itself(online: RunConfig, 
         assert abs(one - two).max() < 2e-2 * abs(one).max()
 
 
+@pytest.mark.thorough
 def test_validations_ask_the_teacher_itself(online: RunConfig, full: RunConfig) -> None:
     """As online, since it is loaded for them; a cache holds nothing of these documents."""
     by_cache, by_teacher = (
@@ -81,6 +82,7 @@ def test_validations_ask_the_teacher_itself(online: RunConfig, full: RunConfig) 
         assert by_cache[name] == pytest.approx(by_teacher[name], rel=0.05)
 
 
+@pytest.mark.thorough
 def test_a_run_from_a_cache_goes_on_where_it_was(full: RunConfig, tmp_path: Path) -> None:
     cut = replace(full, output=str(tmp_path))
     with stopped_after(5):
@@ -102,6 +104,7 @@ def begun(full: RunConfig, tmp_path: Path) -> RunConfig:
     return config
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_where_its_cache_was_moved_to(
     begun: RunConfig, full: RunConfig, tmp_path: Path
 ) -> None:
@@ -130,12 +133,14 @@ def test_a_cache_that_was_made_anew_is_not_the_runs(
     assert latest_step(begun.output) == 8
 
 
+@pytest.mark.thorough
 def test_on_another_mesh(full: RunConfig, tmp_path: Path) -> None:
     other = replace(full, mesh=MeshConfig(2, 2, 2), output=str(tmp_path))
     train(other)
     assert losses(other) == pytest.approx(losses(full), rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_without_the_teacher_any_cache_will_do(full: RunConfig, tmp_path: Path) -> None:
     distill = DistillConfig(None, "float32", cache=full.distill.cache)
     train(replace(full, distill=distill, output=str(tmp_path)))
@@ -166,6 +171,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "warm" / "config.yaml").exists()
 
 
+@pytest.mark.thorough
 def test_several_students_of_one_cache(full: RunConfig, tmp_path: Path) -> None:
     both = [
         replace(full, output=str(tmp_path / "same")),
@@ -178,6 +184,7 @@ def test_several_students_of_one_cache(full: RunConfig, tmp_path: Path) -> None:
     assert losses(both[1]) == losses(alone)
 
 
+@pytest.mark.thorough
 def test_a_baseline_beside_a_student_of_a_cache(full: RunConfig, tmp_path: Path) -> None:
     """Together up to a stop; then each goes on alone, the one without the cache and the other with it."""
     objective = ObjectiveConfig(1.0, 0.0, temperature=1.0, block_tokens=48)

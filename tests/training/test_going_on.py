@@ -274,6 +274,7 @@ def last_state(config: RunConfig) -> Any:
     return ocp.load_checkpointables(found.path, {"params": state.params, "optimizer": state.optimizer})
 
 
+@pytest.mark.thorough
 def test_a_longer_run_is_the_uninterrupted_one(toy_run: RunConfig, tmp_path: Path) -> None:
     def of(steps: int, output: str) -> RunConfig:
         config = changed(
@@ -300,6 +301,7 @@ def test_a_longer_run_is_the_uninterrupted_one(toy_run: RunConfig, tmp_path: Pat
     assert (Path(longer.output) / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.thorough
 def test_a_shorter_run_is_evaluated_at_its_end(toy_run: RunConfig, tmp_path: Path) -> None:
     config = changed(
         toy_run, optimizer=CONSTANT, training={"steps": 8, "eval_every": 8}, checkpoint={"every": 2}

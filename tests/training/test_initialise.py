@@ -56,6 +56,7 @@ def test_the_first_loss_is_that_of_the_weights(sharded, released, tmp_path, kind
     assert first["loss"] == pytest.approx(float(sums["cross_entropy"] / sums["tokens"]), rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_teacher_of_another_kind(sharded, released, tmp_path):
     """A student that begins as its teacher has nothing to learn."""
     config = replace(
@@ -92,6 +93,7 @@ def test_another_model_or_tokenizer_is_refused(sharded, released, texts, tmp_pat
         train(replace(sharded, output=str(tmp_path / "b"), initialise=InitConfig(str(folder))))
 
 
+@pytest.mark.thorough
 def test_a_student_cut_by_importance(sharded, released, tmp_path):
     """Begins better than a random one, and knows what it was made of when it goes on."""
     narrow = replace(sharded.model, d_ff=48, num_heads=2)

@@ -94,6 +94,7 @@ def test_a_resumed_run_is_bit_identical(finished: RunConfig, cut_after: int, tmp
     chex.assert_trees_all_equal(resumed.params(), whole.params())
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_from_the_one_before_a_broken_checkpoint(
     finished: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +111,7 @@ def test_a_run_goes_on_from_the_one_before_a_broken_checkpoint(
     chex.assert_trees_all_equal(load_model(run).params(), load_model(finished.output).params())
 
 
+@pytest.mark.thorough
 def test_flipped_bits_are_trained_again(finished: RunConfig, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished.output, tmp_path / "run"))
     shutil.rmtree(run / "checkpoints" / "8")
@@ -151,6 +153,7 @@ def scheduled(finished: RunConfig, output: Path) -> RunConfig:
     return replace(finished, objective=objective, distill=distill, seed=1, output=str(output))
 
 
+@pytest.mark.thorough
 def test_a_scheduled_run_says_its_values_and_goes_on_with_them(finished: RunConfig, tmp_path: Path) -> None:
     whole = scheduled(finished, tmp_path / "whole")
     train(whole)
@@ -180,6 +183,7 @@ def on_policy(finished: RunConfig, output: Path, fraction: float) -> RunConfig:
     return replace(finished, objective=objective, distill=distill, seed=1, output=str(output))
 
 
+@pytest.mark.thorough
 def test_an_on_policy_run_says_its_steps_and_goes_on_with_them(finished: RunConfig, tmp_path: Path) -> None:
     whole = on_policy(finished, tmp_path / "whole", fraction=0.5)
     train(whole)
@@ -202,6 +206,7 @@ def test_an_on_policy_run_says_its_steps_and_goes_on_with_them(finished: RunConf
     chex.assert_trees_all_equal(load_model(cut.output).params(), load_model(whole.output).params())
 
 
+@pytest.mark.thorough
 def test_the_share_of_on_policy_steps_is_an_average_like_any_other(
     finished: RunConfig, tmp_path: Path
 ) -> None:
@@ -218,6 +223,7 @@ def test_the_share_of_on_policy_steps_is_an_average_like_any_other(
     assert row["perplexity"] == pytest.approx(np.exp(row["cross_entropy"]))
 
 
+@pytest.mark.thorough
 def test_without_on_policy_steps_a_run_is_as_without_the_setting(finished: RunConfig, tmp_path: Path) -> None:
     never = on_policy(finished, tmp_path / "never", fraction=0.0)
     without = replace(never, output=str(tmp_path / "without"), distill=replace(never.distill, on_policy=None))
@@ -256,6 +262,7 @@ def test_a_finished_run_is_left_alone(finished: RunConfig, monkeypatch: pytest.M
     assert (Path(finished.output) / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.thorough
 def test_repeated_from_its_own_config_file_alone(finished: RunConfig, tmp_path: Path) -> None:
     saved = load(RunConfig, Path(finished.output) / "config.yaml")
     train(replace(saved, output=str(tmp_path / "again")))
@@ -268,6 +275,7 @@ def test_another_configuration_in_the_same_folder_is_refused(finished: RunConfig
         train(other)
 
 
+@pytest.mark.thorough
 def test_logged_averages_cover_every_step_once(finished: RunConfig, tmp_path: Path) -> None:
     training = replace(finished.training, log_every=2, eval_every=8)
     config = replace(
@@ -327,6 +335,7 @@ def test_no_validation_documents_is_refused_at_once(finished: RunConfig, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_where_its_data_was_moved_to(finished: RunConfig, tmp_path: Path) -> None:
     run = shutil.copytree(finished.output, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "8")
@@ -367,6 +376,7 @@ def test_a_refused_run_leaves_a_folder_that_was_there(finished: RunConfig, tmp_p
     assert (tmp_path / "note.txt").exists()
 
 
+@pytest.mark.thorough
 def test_a_student_goes_on_with_the_same_teacher_wherever_it_lies(
     finished: RunConfig, tmp_path: Path
 ) -> None:
@@ -386,6 +396,7 @@ def test_a_student_goes_on_with_the_same_teacher_wherever_it_lies(
     assert latest_step(student.output) == 8
 
 
+@pytest.mark.thorough
 def test_weights_that_broke_are_not_saved(
     finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

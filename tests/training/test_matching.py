@@ -110,6 +110,7 @@ def test_the_loss_is_the_weighted_sum(on_one_device: Any) -> None:
         assert 0 < row["match_attention"] < 1 < row["match_hidden"] < 5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("mesh", "accumulation"),
     [(ONE_DEVICE, 4), (MeshConfig(2, 4, 1), 2), (MeshConfig(2, 2, 2), 1)],
@@ -130,6 +131,7 @@ def test_accumulation_and_meshes_change_nothing(
     np.testing.assert_allclose(projections_of(state), projections_of(expected_state), atol=5e-4)
 
 
+@pytest.mark.thorough
 def test_projections_and_their_moments_are_sharded(run: RunConfig) -> None:
     mesh = build_mesh(MeshConfig(1, 4, 2))
     with jax.set_mesh(mesh):
@@ -160,6 +162,7 @@ def test_a_teacher_as_wide_as_the_student_needs_none(run: RunConfig, batches: li
     assert all(rows[0][name] > 0 for name in METRICS)
 
 
+@pytest.mark.thorough
 def test_training_lowers_both_distances(run: RunConfig, batches: list[Batch]) -> None:
     """Also without a divergence, when nothing of the teacher's distribution is computed."""
     objective = replace(run.objective, cross_entropy=1.0, forward_kl=0.0)
@@ -169,6 +172,7 @@ def test_training_lowers_both_distances(run: RunConfig, batches: list[Batch]) ->
         assert rows[-1][name] < 0.8 * rows[0][name]
 
 
+@pytest.mark.thorough
 def test_layers_that_a_teacher_has_read_before(
     run: RunConfig, batches: list[Batch], on_one_device: Any
 ) -> None:
@@ -219,6 +223,7 @@ def saved(config: RunConfig) -> dict[str, Any]:
         )
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_is_bit_identical(finished: RunConfig, tmp_path: Path, one_device: None) -> None:
     config = replace(finished, output=str(tmp_path / "cut"))
     with stopped_after(5):
@@ -234,6 +239,7 @@ def test_a_resumed_run_is_bit_identical(finished: RunConfig, tmp_path: Path, one
     chex.assert_trees_all_equal(found, saved(finished))
 
 
+@pytest.mark.thorough
 def test_nothing_of_it_is_exported(finished: RunConfig, tmp_path: Path) -> None:
     checkpoint = Path(finished.output, "checkpoints", "8")
     assert {path.name for path in checkpoint.iterdir() if path.is_dir()} == {

@@ -124,6 +124,7 @@ def test_same_losses_on_one_device_and_on_eight(
             assert found[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
+@pytest.mark.thorough
 def test_tensor_axis_alone(run: RunConfig, batches: list[Batch]) -> None:
     run = replace(run, model=replace(run.model, num_heads=8, num_kv_heads=8))
     _, one = steps(run, ONE_DEVICE, batches)
@@ -156,6 +157,7 @@ def test_accumulation_changes_nothing(run: RunConfig, batches: list[Batch]) -> N
     chex.assert_trees_all_close(whole_state.params, parts_state.params, atol=5e-4)  # 3 Adam steps of 1e-2
 
 
+@pytest.mark.thorough
 def test_accumulation_on_a_mesh(run: RunConfig, batches: list[Batch], alone: Alone) -> None:
     accumulating = replace(run, training=replace(run.training, accumulation=2))
     one = alone(run)
@@ -222,6 +224,7 @@ def test_norms_do_not_decay(run: RunConfig) -> None:
         np.testing.assert_allclose(update, expected, rtol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_remat_changes_nothing(run: RunConfig, alone: Alone, remat: Any) -> None:
     recomputed = alone(replace(run, compute=replace(run.compute, remat=remat)))
@@ -229,12 +232,14 @@ def test_remat_changes_nothing(run: RunConfig, alone: Alone, remat: Any) -> None
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_offload_leaves_each_device_its_part(run: RunConfig, batches: list[Batch], alone: Alone) -> None:
     offloaded = replace(run, compute=replace(run.compute, remat="offload"))
     _, found = steps(offloaded, MeshConfig(2, 2, 2), batches[:1])
     assert found == [pytest.approx(alone(run)[0], rel=1e-5)]
 
 
+@pytest.mark.thorough
 def test_parameters_stay_float32_when_computing_in_bfloat16(
     run: RunConfig, batches: list[Batch], alone: Alone
 ) -> None:
@@ -275,6 +280,7 @@ def test_a_schedule_is_followed(run: RunConfig, alone: Alone) -> None:
         assert row["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_microbatches_share_what_is_scheduled(run: RunConfig, alone: Alone) -> None:
     run = with_teacher(run, SCHEDULED)
     accumulating = replace(run, training=replace(run.training, accumulation=4))
@@ -283,6 +289,7 @@ def test_microbatches_share_what_is_scheduled(run: RunConfig, alone: Alone) -> N
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("kind", ["hidden states", "entries"])
 def test_what_a_teacher_has_said_before(
@@ -313,6 +320,7 @@ def test_what_a_teacher_has_said_before(
             assert {name: float(value) for name, value in found.items()} == pytest.approx(row, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_schedule_compiles_nothing_again(run: RunConfig, batches: list[Batch]) -> None:
     run = with_teacher(run, SCHEDULED)
     optimizer = build_optimizer(run.optimizer, run.training.steps)
@@ -329,6 +337,7 @@ def test_a_schedule_compiles_nothing_again(run: RunConfig, batches: list[Batch])
     assert int(state.step) == 3
 
 
+@pytest.mark.thorough
 def test_no_step_holds_logits_of_all_tokens(run: RunConfig, batches: list[Batch]) -> None:
     """Neither the student's nor the teacher's, forward or backward: the largest array has block_tokens rows."""
     run = with_teacher(run, DISTILLATION)

@@ -115,7 +115,9 @@ def test_stopped_at_every_step(whole: RunConfig, tmp_path: Path) -> None:
 
 
 # Where no checkpoint is due, and where one is.
-@pytest.mark.parametrize("step", [3, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "step", [pytest.param(3, marks=pytest.mark.thorough), pytest.param(6, marks=pytest.mark.slow)]
+)
 def test_an_evaluation_that_is_cut_short_is_done_later(whole: RunConfig, tmp_path: Path, step: int) -> None:
     config = replace(whole, output=str(tmp_path / "run"))
     with signal_at(step, Trainer, "_evaluate"):
@@ -138,6 +140,7 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.thorough
 def test_the_last_evaluation_is_not_cut_short(whole: RunConfig, tmp_path: Path) -> None:
     """No run goes on behind it."""
     config = replace(whole, output=str(tmp_path / "run"))
@@ -147,6 +150,7 @@ def test_the_last_evaluation_is_not_cut_short(whole: RunConfig, tmp_path: Path) 
     assert_same(config, whole)
 
 
+@pytest.mark.thorough
 def test_a_signal_while_a_checkpoint_is_written(whole: RunConfig, tmp_path: Path) -> None:
     config = replace(whole, output=str(tmp_path / "run"))
     with signal_at(6, CheckpointStore, "save"):
@@ -165,6 +169,7 @@ def test_before_the_first_step_nothing_is_saved(whole: RunConfig, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_broken_weights_are_not_saved(
     whole: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +188,7 @@ def test_broken_weights_are_not_saved(
     assert latest_step(config.output) == 6
 
 
+@pytest.mark.thorough
 def test_runs_that_are_trained_together(whole: RunConfig, tmp_path: Path) -> None:
     """One of them was ahead."""
     configs = [

@@ -149,6 +149,7 @@ def test_the_teacher_reads_each_batch_once(
     assert traced.count(32) >= len(students)
 
 
+@pytest.mark.thorough
 def test_a_batch_that_nobody_takes_is_not_read(
     students: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readings: list[Taught]
 ) -> None:
@@ -166,6 +167,7 @@ def test_a_batch_that_nobody_takes_is_not_read(
     assert len(readings) == 2 * 2
 
 
+@pytest.mark.thorough
 def test_one_whose_loss_breaks_lets_the_others_save(
     students: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +187,7 @@ def test_one_whose_loss_breaks_lets_the_others_save(
     assert [latest_step(config.output) for config in (first, text)] == [None, 2]
 
 
+@pytest.mark.thorough
 def test_a_stop_between_two_checkpoints(
     together: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +213,7 @@ def test_a_stop_between_two_checkpoints(
         chex.assert_trees_all_equal(load_model(config.output).params(), load_model(whole.output).params())
 
 
+@pytest.mark.thorough
 def test_one_that_is_done_is_left_alone(together: list[RunConfig], tmp_path: Path) -> None:
     new = replace(together[0], name="new", seed=9, output=str(tmp_path / "new"))
     before = rows(together[2].output)
@@ -218,6 +222,7 @@ def test_one_that_is_done_is_left_alone(together: list[RunConfig], tmp_path: Pat
     assert latest_step(new.output) == 5
 
 
+@pytest.mark.thorough
 def test_a_baseline_alone_is_left(
     together: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
