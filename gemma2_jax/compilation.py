@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from gemma2_jax.config import UserError
+from gemma2_jax.config import UserError, usable
 from gemma2_jax.machine import is_installed
 
 
@@ -30,13 +30,8 @@ def programs_kept_in(folder: str | None) -> Iterator[None]:
         return
     check_programs_folder(folder)
     if "://" not in folder:
-        try:
+        with usable("compilation_cache", folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"compilation_cache is {folder}, which cannot be made: {error.strerror}; it must be a folder "
-                "or a bucket."
-            ) from None
     before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     _use(folder)
     try:

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from gemma2_jax.files import write_text
+from gemma2_jax.files import in_the_way, nearest_folder, no_folder, reason, write_text
 
 Config = TypeVar("Config")
 
@@ -43,14 +43,27 @@ def usable(key: str, path: str | os.PathLike[str]) -> Iterator[None]:
     except BlockingIOError:  # in use, and so usable
         raise
     except OSError as error:
-        raise UserError(f"{key} is {path}, which cannot be used: {reason(error)}.") from None
+        raise _unusable(key, path, reason(error, path)) from None
 
 
-def reason(error: OSError) -> str:
-    """Why a file or folder cannot be used, without its name."""
-    if isinstance(error, FileExistsError | NotADirectoryError):  # where a folder is to be made
-        return "a file is in its place, or above it"
-    return error.strerror or str(error)
+def check_place(key: str, path: str | os.PathLike[str], is_file: bool = False) -> None:
+    """Raises UserError, naming the key, where the folder that it is set to is not there and cannot be made.
+
+    A folder that is there may be read alone, and whether it can be written to is found when that is done.
+
+    Args:
+        is_file: the key is set to a file, whose folder is checked.
+    """
+    folder = Path(path).parent if is_file else Path(path)
+    file, nearest = in_the_way(folder), nearest_folder(folder)
+    if file is not None:
+        raise _unusable(key, path, no_folder(file))
+    if not folder.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unusable(key, path, f"nothing can be made in {nearest} (Permission denied)")
+
+
+def _unusable(key: str, path: str | os.PathLike[str], why: str) -> UserError:
+    return UserError(f"{key} is {path}, which cannot be used: {why}.")
 
 
 def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
@@ -99,6 +112,15 @@ def differences(
             yield f"{above}{name}", first, second
 
 
+def as_override(key: str, value: Any) -> str | None:
+    """Returns `key=value` as it is typed; None for values that take more than a word."""
+    if isinstance(value, bool):
+        return f"{key}={str(value).lower()}"
+    if value is None or isinstance(value, int | float):
+        return f"{key}={'null' if value is None else value}"
+    return f"{key}={value}" if isinstance(value, str) and re.fullmatch(r"[\w./+-]+", value) else None
+
+
 def save(config: Any, path: str | os.PathLike[str]) -> None:
     """Writes the dataclass to `path` as YAML; `load` gives an equal one back."""
     write_text(path, to_yaml(config))
@@ -120,7 +142,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file in UTF-8.") from None
     try:
@@ -129,9 +151,16 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply to be read.") from None
+    if data is None and _is_blank(text):
+        raise UserError(f"{path} is empty; keys and values are expected.")
     if not isinstance(data, dict):
         raise UserError(f"{path} holds {_shown(data)} where keys and values are expected.")
     return data
+
+
+def _is_blank(text: str) -> bool:
+    """Whether there is nothing in YAML but comments."""
+    return all(not line.strip() or line.lstrip().startswith("#") for line in text.splitlines())
 
 
 def type_of(cls: Any, key: str) -> Any:
@@ -178,11 +207,15 @@ def as_typed(kind: Any, value: Any, text: str) -> Any:
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Returns what a JSON file holds. Raises UserError if there is no such file or it is cut or broken."""
+    text = None
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # some editors put a BOM in front
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a BOM in front
+        return json.loads(text)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
     except (ValueError, RecursionError) as error:  # of the encoding, too
+        if text is not None and not text.strip():
+            raise UserError(f"{path} is empty; JSON is expected.") from None
         raise UserError(f"{path} is cut or broken, and no JSON: {error}.") from None
 
 

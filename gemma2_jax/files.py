@@ -101,6 +101,35 @@ def locked(folder: str | os.PathLike[str], wait: bool) -> Iterator[None]:
             yield
 
 
+def in_the_way(path: str | os.PathLike[str]) -> Path | None:
+    """Returns what is in the place of a folder at `path` or above it, such as a file; None if there is nothing."""
+    for place in (Path(path), *Path(path).parents):
+        if place.is_dir():
+            return None
+        if os.path.lexists(place):
+            return place
+    return None
+
+
+def nearest_folder(path: str | os.PathLike[str]) -> Path:
+    """Returns the folder in which something would have to be made first for `path` to be there."""
+    return next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+
+
+def reason(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
+    """Returns why a file or folder at `path` (the error's own by default) cannot be used: what is in its way, if so."""
+    place = error.filename if path is None else path
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        file = in_the_way(place) if isinstance(place, str | os.PathLike) else None
+        return "a file is in its place, or above it" if file is None else no_folder(file)
+    return error.strerror or str(error)
+
+
+def no_folder(path: Path) -> str:
+    """Returns the clause about what `in_the_way` has found."""
+    return f"{path} is {'a file' if path.is_file() else 'no folder'}, where a folder is needed"
+
+
 def _remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
         with suppress(OSError):  # there is something in it

@@ -35,8 +35,9 @@ from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
-from gemma2_jax.training.config import RunConfig, TrainingConfig
+from gemma2_jax.training.config import TrainingConfig
 from gemma2_jax.training.metrics import MetricsConfig
 from gemma2_jax.training.optimizer import OptimizerConfig
 

@@ -174,7 +174,9 @@ def test_an_exponent_without_a_point_is_a_number(tmp_path):
         (None, "cannot be read: No such file or directory."),
         (b"a: [1", "is not valid YAML"),
         (b"- 1\n", "holds [1] where keys and values are expected."),
-        (b"", "holds null where keys and values are expected."),
+        (b"", "is empty; keys and values are expected."),
+        (b" \n# a comment\n", "is empty; keys and values are expected."),
+        (b"null\n", "holds null where keys and values are expected."),
         (b"\xff\xfe", "is not a text file in UTF-8."),
     ],
 )

@@ -26,18 +26,32 @@ ALLOWED = {
     "model": {"kernels", "sharding"},
     "kernels": {"sharding"},
     "sharding": set(),
-    "data": set(),
+    "processes": set(),
+    "data": {"sharding"},
     "objectives": {"model", "kernels", "sharding"},
-    "checkpoints": {"model", "sharding"},
+    "checkpoints": {"model", "sharding", "processes"},
     "formats": {"model", "sharding", "data", "checkpoints"},
     "sampling": {"model", "kernels", "sharding", "data"},
-    "distill": {"model", "kernels", "sharding", "data", "objectives", "sampling", "checkpoints", "formats"},
+    "distill": {
+        "model",
+        "kernels",
+        "sharding",
+        "processes",
+        "data",
+        "objectives",
+        "sampling",
+        "checkpoints",
+        "formats",
+    },
 }
+# The configuration of a run is put together from the rooms'; what goes by it is above them.
+ALLOWED["run"] = set(ALLOWED) - BOTTOM - {"sampling", "formats"} | {"training"}
+ALLOWED["methods"] = set(ALLOWED) - BOTTOM
 ALLOWED["training"] = set(ALLOWED) - BOTTOM
 ALLOWED["evaluation"] = ALLOWED["training"] | {"training"}
 ALLOWED["studies"] = ALLOWED["evaluation"] | {"evaluation"}
 ALLOWED["planning"] = ALLOWED["training"] | {"training"}
-ALLOWED["launching"] = {"training"}
+ALLOWED["launching"] = {"run", "training"}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED["cli"] = ALLOWED["studies"] | {"studies", "planning", "launching"}
 

@@ -31,6 +31,7 @@ from gemma2_jax.formats.load import load_params, open_source
 from gemma2_jax.machine import peak_memory_gib
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.vocabulary import without_padding
+from gemma2_jax.model.weights import weight_specs
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 DTYPES = ("bfloat16", "float32")
@@ -38,7 +39,7 @@ DTYPES = ("bfloat16", "float32")
 
 def write(folder: Path, config: ModelConfig) -> None:
     """A Hugging Face folder of this model, with random weights."""
-    shapes = {name: entry.shape for name, entry in expand(HUGGINGFACE, config).items()}
+    shapes = {name: entry.shape for name, entry in expand(HUGGINGFACE, weight_specs(config)).items()}
     draw = np.random.default_rng(0)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from gemma2_jax.kernels.lm_head import LMHead, blockwise_loss, dense_loss
+from gemma2_jax.kernels.lm_head import LMHead, dense_sums, lm_head_sums
 from gemma2_jax.objectives.objective import ObjectiveConfig, build_coefficients, token_loss
 
 OBJECTIVES = {"forward_kl": (0.0, 1.0), "cross_entropy": (1.0, 0.0)}
@@ -62,15 +62,15 @@ class Size:
 def loss_and_gradient(objective: str, block_tokens: int | None) -> Callable[..., Any]:
     """Of hidden states, embedding, the teacher's two, targets and mask; dense if `block_tokens` is None."""
     config = ObjectiveConfig(*OBJECTIVES[objective], temperature=1.0, block_tokens=block_tokens or 1)
-    loss: Any = dense_loss if block_tokens is None else partial(blockwise_loss, block_tokens=block_tokens)
+    loss: Any = dense_sums if block_tokens is None else partial(lm_head_sums, block_tokens=block_tokens)
 
     def total(hidden: Any, embedding: Any, taught: Any, teacher: Any, targets: Any, mask: Any) -> jax.Array:
-        signal = LMHead(taught, teacher, CAP, PADDING) if config.needs_teacher else None
+        heads = {"student": LMHead(hidden, embedding, CAP, PADDING)}
+        if config.needs_teacher:
+            heads["teacher"] = LMHead(taught, teacher, CAP, PADDING, trained=False)
         coefficients = build_coefficients(config, steps=1)(0)
-        student = LMHead(hidden, embedding, CAP, PADDING)
-        summed: jax.Array = loss(
-            token_loss(config), student, signal, targets, mask, coefficients=coefficients
-        )[0]
+        per_token = {"targets": targets}
+        summed: jax.Array = loss(token_loss(config), heads, per_token, mask, coefficients=coefficients)[0]
         return summed
 
     return jax.value_and_grad(total, argnums=(0, 1))

@@ -182,17 +182,19 @@ class TheirSide:
 
 
 def our_params(state: Any, config: Any) -> dict[str, Any]:
-    """A Gemma2ForCausalLM's state dict as our nested dict, laid out like `gemma2_jax.model.weights.WEIGHTS`."""
+    """A Gemma2ForCausalLM's state dict as our nested dict, laid out like `weight_specs`."""
     from gemma2_jax.formats.layouts import HUGGINGFACE, expand
-    from gemma2_jax.model.weights import map_weights
+    from gemma2_jax.model.weights import map_specs, weight_specs
 
+    specs = weight_specs(config)
     weights: dict[str, list[Any]] = {}  # by path; of a weight that every pair of layers has, in their order
-    for name, entry in expand(HUGGINGFACE, config).items():
+    for name, entry in expand(HUGGINGFACE, specs).items():
         for place, part in zip(entry.places, entry.split(state[name].numpy()), strict=True):
             weights.setdefault(place.path, []).append(part)
-    return map_weights(
-        lambda path, _: np.stack(weights[path]) if path.startswith("pairs/") else weights[path][0]
+    params: dict[str, Any] = map_specs(
+        lambda path, _: np.stack(weights[path]) if path.startswith("pairs/") else weights[path][0], specs
     )
+    return params
 
 
 class OurSide:
@@ -203,12 +205,13 @@ class OurSide:
 
         from gemma2_jax.cli.compose import compose
         from gemma2_jax.data.batch import Batch
+        from gemma2_jax.methods.language_modelling import LanguageModelling
+        from gemma2_jax.methods.method import BASE, PARAMS
         from gemma2_jax.model.transformer import Gemma2
         from gemma2_jax.sampling.config import SamplingConfig
         from gemma2_jax.sampling.sampler import Sampler
         from gemma2_jax.sharding.mesh import build_mesh
-        from gemma2_jax.training.optimizer import build_optimizer
-        from gemma2_jax.training.state import TrainState, abstract_state, state_shardings
+        from gemma2_jax.training.state import Update, initial_state
         from gemma2_jax.training.step import build_evaluation_step, build_train_step
 
         self.version = jax.__version__
@@ -216,13 +219,10 @@ class OurSide:
         values |= {"optimizer.learning_rate": LEARNING_RATE, "optimizer.weight_decay": WEIGHT_DECAY}
         config = compose(["optimizer=constant"], values=values)
         jax.set_mesh(mesh := build_mesh(config.mesh))
-        optimizer = build_optimizer(config.optimizer, config.training.steps)
-        abstract = abstract_state(config.model, optimizer, mesh)
-
-        def init(params: Any) -> TrainState:
-            return TrainState(jax.numpy.int32(0), params, optimizer.init(params))
-
-        self.state = jax.jit(init, out_shardings=state_shardings(abstract))(our_params(state, config.model))
+        method = LanguageModelling(config)
+        update = Update(config, method.specs)
+        self.state, base = initial_state(config, method, mesh, our_params(state, config.model))
+        self._frozen = {BASE: base}
         tokens = work.tokens()
         shape = (work.batch, work.length)
         self.batch = Batch(
@@ -232,20 +232,20 @@ class OurSide:
             segment_ids=np.ones(shape, np.int32),
             loss_mask=np.ones(shape, np.float32),
         )
-        self._step = build_train_step(config, optimizer, abstract)
-        self._evaluate = build_evaluation_step(config.compute, config.distill, config.objective.block_tokens)
-        self._model = lambda: Gemma2(config.model, self.state.params)
+        self._step = build_train_step(method, update, update.abstract_state(mesh), config.layout)
+        self._evaluate = build_evaluation_step(method)
+        self._model = lambda: Gemma2(config.model, self.state.trainable[PARAMS])
         # Ids in, ids out: of a tokenizer, the sampler then asks only how many ids there are.
         ids_only: Any = SimpleNamespace(vocab_size=SIZES["vocab_size"])
         self._sampler = Sampler(self._model(), ids_only, config.compute)
         self._greedy = SamplingConfig(max_new_tokens=work.new_tokens, temperature=0.0, stop_tokens=())
 
     def loss(self) -> float:
-        sums = self._evaluate(self._model(), None, self.batch)
-        return float(sums["cross_entropy"] / sums["tokens"])
+        sums = self._evaluate(self.state.trainable, self._frozen, self.batch)
+        return float(sums["cross_entropy"] / sums["targets"])
 
     def step(self) -> None:
-        self.state, metrics = self._step(self.state, None, self.batch)
+        self.state, metrics = self._step(self.state, self._frozen, self.batch)
         metrics["loss"].block_until_ready()
 
     def decode(self) -> list[int]:

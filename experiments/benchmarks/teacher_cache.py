@@ -39,17 +39,19 @@ from gemma2_jax.distill.cache.encoding import EncodingConfig, encode
 from gemma2_jax.distill.cache.manifest import Manifest
 from gemma2_jax.distill.cache.packing import Packed, Packer, log_grid
 from gemma2_jax.distill.cache.reader import cached_batches
-from gemma2_jax.distill.cache.writer import CacheTask, write_cache
 from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.methods.choose import build_method
+from gemma2_jax.methods.distillation import TARGETS
+from gemma2_jax.methods.method import BASE
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.layout import on_mesh
 from gemma2_jax.sharding.mesh import build_mesh
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
-from gemma2_jax.training.optimizer import build_optimizer
-from gemma2_jax.training.state import abstract_state, init_state
+from gemma2_jax.training.state import Update, initial_state
 from gemma2_jax.training.step import build_train_step
+from gemma2_jax.training.teacher_cache import write_cache
 
 BLOCK = 128  # tokens whose logits there are at a time
 SHAPES = [(16, 128), (32, 1024)]  # (B, T) of what is fed
@@ -160,25 +162,19 @@ def trained_teacher(folder: Path, source: str, vocab_size: int, steps: int) -> R
 
 def cache(
     config: RunConfig, encoding: EncodingConfig, folder: Path, steps: int
-) -> tuple[Manifest, CacheTask]:
-    task = CacheTask(
-        folder=str(folder),
-        encoding=encoding,
-        distill=DistillConfig(config.output, "float32"),
-        model=config.model,
-        compute=config.compute,
-        data=config.data,
-        tokenizer=config.tokenizer,
-        mesh=config.mesh,
-        layout=config.layout,
-        steps=steps,
-        block_tokens=config.objective.block_tokens,
+) -> tuple[Manifest, RunConfig]:
+    """Writes a cache of the run as the teacher: its manifest, and a student's run that is trained from it."""
+    student = replace(
+        config,
+        training=replace(config.training, steps=steps),
+        objective=replace(config.objective, cross_entropy=0.0, forward_kl=1.0),
+        distill=DistillConfig(config.output, "float32", cache=str(folder), encoding=encoding),
     )
-    return write_cache(task), task
+    return write_cache(student), student
 
 
-def records(task: CacheTask, manifest: Manifest) -> Iterator[bytes]:
-    source = grain.sources.ArrayRecordDataSource([f"{task.folder}/{file.file}" for file in manifest.files])
+def records(manifest: Manifest, folder: Path) -> Iterator[bytes]:
+    source = grain.sources.ArrayRecordDataSource([f"{folder}/{file.file}" for file in manifest.files])
     return (source[number] for number in range(len(source)))
 
 
@@ -191,14 +187,16 @@ def trained(config: RunConfig, folder: Path, steps: int) -> None:
     print(f"{'':44}{'bytes/token':>12}{'ids/token':>12}{'all, µs':>12}")
     for number, (label, encoding) in enumerate({**ENCODINGS, **FULL}.items()):
         begun = time.perf_counter()
-        manifest, task = cache(
-            config, encoding, folder / f"cache-{number}", 1 if encoding.kind == "full" else steps
-        )
+        made = folder / f"cache-{number}"
+        manifest, _ = cache(config, encoding, made, 1 if encoding.kind == "full" else steps)
         seconds = time.perf_counter() - begun
         tokens = manifest.rows * config.data.seq_len
-        size = sum(len(record) for record in records(task, manifest))
+        size = sum(len(record) for record in records(manifest, made))
         ids = np.mean(
-            [(s.log_weights > -1e29).sum(-1).mean() for _, s in cached_batches(task.data, task.folder)]
+            [
+                (batch.extra[TARGETS].log_weights > -1e29).sum(-1).mean()
+                for batch in cached_batches(config.data, str(made))
+            ]
         )
         print(f"{label:44}{size / tokens:>12.1f}{ids:>12.1f}{1e6 * seconds / tokens:>12.1f}")
 
@@ -209,7 +207,8 @@ def feeding(config: RunConfig, folder: Path, tokens: int, repetitions: int) -> N
     for batch_size, seq_len in SHAPES:
         shaped = replace(config, data=replace(config.data, batch_size=batch_size, seq_len=seq_len))
         steps = max(2, tokens // (batch_size * seq_len))
-        _, task = cache(shaped, ENCODINGS["sampled, N = 50"], folder / f"fed-{seq_len}", steps)
+        made = folder / f"fed-{seq_len}"
+        cache(shaped, ENCODINGS["sampled, N = 50"], made, steps)
 
         def rate(batches: Iterator[Any], tokens: int = (steps - 1) * batch_size * seq_len) -> float:
             next(batches)
@@ -220,22 +219,19 @@ def feeding(config: RunConfig, folder: Path, tokens: int, repetitions: int) -> N
 
         rates = []
         for _ in range(repetitions):
-            text = rate(itertools.islice(train_batches(task.data), steps))
-            rates.append((text, rate(cached_batches(task.data, task.folder))))
+            text = rate(itertools.islice(train_batches(shaped.data), steps))
+            rates.append((text, rate(cached_batches(shaped.data, str(made)))))
         line(f"batches, B x T: {batch_size} x {seq_len}", rates)
 
 
 def training(config: RunConfig, folder: Path, steps: int, repetitions: int) -> None:
     """Training, fed with one batch that lies in memory and with new ones, in turns: what waiting for them costs."""
-    _, task = cache(config, ENCODINGS["sampled, N = 50"], folder / "trained", steps)
-    distilled = replace(
-        config,
-        objective=replace(config.objective, cross_entropy=0.0, forward_kl=1.0),
-        distill=DistillConfig(None, "float32", cache=task.folder),
-    )
+    made = folder / "trained"
+    _, student = cache(config, ENCODINGS["sampled, N = 50"], made, steps)
+    distilled = replace(student, distill=replace(student.distill, teacher=None))
     sources: dict[str, tuple[RunConfig, Callable[[], Iterator[Any]]]] = {
-        "training, text": (config, lambda: zip(train_batches(config.data), itertools.repeat(None))),
-        "training, cached": (distilled, lambda: cached_batches(config.data, task.folder)),
+        "training, text": (config, lambda: train_batches(config.data)),
+        "training, cached": (distilled, lambda: cached_batches(config.data, str(made))),
     }
     print(f"\n{'tokens/s':44}{'in memory':>12}{'fed':>12}{'ratio':>12}")
     mesh = build_mesh(config.mesh)
@@ -251,15 +247,15 @@ def training(config: RunConfig, folder: Path, steps: int, repetitions: int) -> N
 
 def training_rate(config: RunConfig, mesh: Mesh, steps: int) -> Callable[[Iterator[Any]], float]:
     """What takes `steps` steps on what it is given, and says how many tokens a second that was, without the first."""
-    optimizer = build_optimizer(config.optimizer, config.training.steps)
-    abstract = abstract_state(config.model, optimizer, mesh)
-    step = build_train_step(config, optimizer, abstract)
+    method = build_method(config)
+    update = Update(config, method.specs)
+    step = build_train_step(method, update, update.abstract_state(mesh), config.layout)
 
     def rate(batches: Iterator[Any]) -> float:
-        state, begun = init_state(config.model, optimizer, abstract, 0), 0.0
+        state, base = initial_state(config, method, mesh)
+        begun = 0.0
         for number in range(steps):
-            batch, taught = on_mesh(next(batches), mesh)
-            state, _ = step(state, None, batch, taught)
+            state, _ = step(state, {BASE: base}, on_mesh(next(batches), mesh))
             if number == 0:  # it may compile
                 jax.block_until_ready(state)
                 begun = time.perf_counter()

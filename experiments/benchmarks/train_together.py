@@ -1,29 +1,38 @@
-"""What three students cost together, against three runs: seconds a step, in turns.
+"""What three students cost together, against three runs: seconds a step in turns, and memory.
 
     python experiments/benchmarks/train_together.py
 
 A teacher (--teacher, small_6m) and three students (--student, small_1m) with random weights, batches of the size
-of --batch x 128 tokens of random ids. One side lets the teacher read the batch once and hands what it said to three
-compiled steps; the other compiles one step with the teacher in it and takes it three times. Both are timed in turns in
-one process; the table gives medians, and the ratio of each round's. Beside them, what no teacher at all takes.
+of --batch x 128 tokens of random ids. One side compiles one step for all three, with one forward pass of the teacher;
+the other compiles one step with the teacher in it and takes it three times. Both are timed in turns in one process; the
+table gives medians, the ratio of each round's, and what the arguments and temporaries of a program take. Beside them,
+what no teacher at all takes.
 """
 
 import argparse
 import os
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.data.batch import Batch
+from gemma2_jax.methods.choose import build_method
+from gemma2_jax.methods.distillation import TEACHER
+from gemma2_jax.methods.method import BASE, Method
+from gemma2_jax.methods.students import Students
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import build_mesh
-from gemma2_jax.training.optimizer import build_optimizer
-from gemma2_jax.training.state import abstract_state, init_state
-from gemma2_jax.training.step import build_reading, build_train_step
+from gemma2_jax.training.state import Update, initial_state
+from gemma2_jax.training.step import build_train_step
+from gemma2_jax.training.together import Updates
 
 STUDENTS = 3
 
@@ -50,45 +59,78 @@ def main() -> None:
     batch = Batch(ids, jnp.roll(ids, -1, 1), places, jnp.ones_like(ids), jnp.ones(shape))
     mesh = build_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        optimizer = build_optimizer(config.optimizer, config.training.steps)
-        abstract = abstract_state(config.model, optimizer, mesh)
-        teacher = Gemma2.init(teacher_config, jax.random.key(1))
-        step = build_train_step(config, optimizer, abstract)
-        read = build_reading(config.compute, config.distill, None)
-        states = [init_state(config.model, optimizer, abstract, seed) for seed in range(STUDENTS)]
+        sizes = replace(teacher_config, vocab_size=config.model.vocab_size)
+        student = replace(config, distill=replace(config.distill, model=sizes))
+        frozen = {TEACHER: Gemma2.init(sizes, jax.random.key(1))}
         text = compose([f"model={options.student}", f"data.batch_size={options.batch}", "mesh.data=1"])
-        plain = build_train_step(text, optimizer, abstract)
+        names = [f"student{number}" for number in range(STUDENTS)]
+        students = Students({name: build_method(student) for name in names})
+        updates = Updates({name: Update(student, students.members[name].specs) for name in names})
+        abstract = {
+            name: Update(student, students.members[name].specs).abstract_state(mesh) for name in names
+        }
+        together = compiled(students, updates, abstract, student, mesh)
+        alone = {each.name: compiled_alone(each, mesh) for each in (student, replace(text, name="text"))}
 
-        def together() -> None:
-            taught = read(teacher, batch)
-            for number in range(STUDENTS):
-                states[number], _ = step(states[number], teacher, batch, taught)
+        def initial_states(config: RunConfig) -> dict[str, Any]:
+            method = build_method(config)
+            return {
+                name: initial_state(replace(config, seed=seed), method, mesh)[0]
+                for seed, name in enumerate(names)
+            }
+
+        of_all, of_each, of_text = initial_states(student), initial_states(student), initial_states(text)
+        for_all = {**frozen, BASE: {name: {} for name in names}}
+
+        def step_together() -> None:
+            nonlocal of_all
+            of_all, _ = together(of_all, for_all, batch)
 
         def one_by_one() -> None:
-            for number in range(STUDENTS):
-                states[number], _ = step(states[number], teacher, batch)
+            for name in names:
+                of_each[name], _ = alone[student.name](of_each[name], {**frozen, BASE: {}}, batch)
 
         def without_teacher() -> None:
-            for number in range(STUDENTS):
-                states[number], _ = plain(states[number], None, batch)
+            for name in names:
+                of_text[name], _ = alone["text"](of_text[name], {BASE: {}}, batch)
 
         sides: dict[str, Any] = {
-            "together": together,
+            "together": step_together,
             "one by one": one_by_one,
             "without a teacher": without_teacher,
         }
         seconds: dict[str, list[float]] = {name: [] for name in sides}
+        memory = {"together": together, "one by one": alone[student.name], "without a teacher": alone["text"]}
         for number in range(options.rounds + 1):
             for name, side in sides.items():
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 side()
-                jax.block_until_ready(states)
-                if number:  # the first compiles
-                    seconds[name].append(time.perf_counter() - begun)
-    print(f"{'':24}{'ms a step of all':>18}{'of one by one':>16}")
+                jax.block_until_ready((of_all, of_each, of_text))
+                if number:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - start)
+    print(f"{'':24}{'ms a step of all':>18}{'of one by one':>16}{'MiB of a program':>18}")
     for name, taken in seconds.items():
         ratios = [one / other for one, other in zip(taken, seconds["one by one"], strict=True)]
-        print(f"{name:24}{1e3 * statistics.median(taken):>18.1f}{statistics.median(ratios):>16.2f}")
+        columns = f"{1e3 * statistics.median(taken):>18.1f}{statistics.median(ratios):>16.2f}"
+        print(f"{name:24}{columns}{mebibytes(memory[name]):>18,.0f}")
+
+
+def compiled_alone(config: RunConfig, mesh: Mesh) -> Compiled:
+    method = build_method(config)
+    update = Update(config, method.specs)
+    return compiled(method, update, update.abstract_state(mesh), config, mesh)
+
+
+def compiled(method: Method, update: Any, abstract: Any, config: RunConfig, mesh: Mesh) -> Compiled:
+    """A method's training step."""
+    step = build_train_step(method, update, abstract, config.layout)
+    return step.lower(abstract, method.abstract_frozen(mesh), method.abstract_batch(mesh)).compile()
+
+
+def mebibytes(program: Compiled) -> float:
+    """What its arguments and temporaries take."""
+    found: Any = program.memory_analysis()
+    return (found.argument_size_in_bytes + found.temp_size_in_bytes) / 2**20
 
 
 if __name__ == "__main__":

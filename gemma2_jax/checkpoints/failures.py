@@ -1,4 +1,4 @@
-"""What Orbax raises and says where it cannot read or write a checkpoint, as one error of ours."""
+"""Turns what Orbax raises and logs where it cannot read or write a checkpoint into one error."""
 
 import gc
 import inspect
@@ -25,7 +25,7 @@ _THEIRS = ("/orbax/checkpoint/", "/tensorstore/", "/etils/")  # in paths of sour
 
 def reading(path: Path) -> AbstractContextManager[None]:
     """Turns a failure of Orbax to read `path` into a UserError of one sentence."""
-    return _orbax(lambda reason: UserError(f"{path} cannot be read as a checkpoint of ours: {reason}."))
+    return _orbax(lambda reason: UserError(f"{path} cannot be read as a checkpoint of a run: {reason}."))
 
 
 def writing(folder: Path) -> AbstractContextManager[None]:

@@ -91,6 +91,8 @@ def _manifest(checkpoint: Path, tree: str | None) -> dict[str, Any] | str | None
         return f"{MANIFEST} is missing" if _announced(checkpoint) else None
     except (OSError, UnicodeDecodeError):
         return f"{MANIFEST} cannot be read"
+    if not text.strip():
+        return f"{MANIFEST} is empty"
     try:
         manifest = json.loads(text)
         files = {

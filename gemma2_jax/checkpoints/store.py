@@ -2,7 +2,7 @@
 
     RUN/checkpoints/<step>/params      nested dict of arrays, laid out like model/weights.py
                           /optimizer   the optimizer's state
-                          /matching    projections of distillation's matching and their optimizer's state, if any
+                          /matching    whatever else a method trains, by its name, and its optimizer's state, if any
                           /data        where the data iterator stands, from each process
                           /_CHECKPOINT_METADATA   the resolved config, the step, and what of it is not reported yet
                           /manifest.json   sizes and checksums of all files, see `integrity.py`
@@ -32,13 +32,13 @@ from orbax.checkpoint import v1 as ocp
 from gemma2_jax.checkpoints.failures import reading, writing
 from gemma2_jax.checkpoints.integrity import ANNOUNCED, changed, missing, write_manifest
 from gemma2_jax.checkpoints.paths import check_path
-from gemma2_jax.checkpoints.trees import array_metadata, check_trees, name_of
+from gemma2_jax.checkpoints.trees import array_metadata, check_all_trees, check_trees, name_of
 from gemma2_jax.config import UserError, build, read_yaml
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.narrowing import check_restored
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params
-from gemma2_jax.sharding.hosts import first_finding, is_first, wait_for_all
+from gemma2_jax.model.weights import Params, abstract_params, weight_specs
+from gemma2_jax.processes.hosts import first_finding, is_first, wait_for_all
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 FOLDER = "checkpoints"
@@ -177,11 +177,11 @@ class CheckpointStore:
         The checkpoint is one that `find` gave. Newer ones, which are not whole, stay until the first `save`.
 
         Raises:
-            UserError: an array is missing, superfluous or of another shape, or a file is damaged.
+            UserError: a tree or an array is missing, superfluous or of another shape, or a file is damaged.
         """
         folder = Path(self._checkpointer.directory)
         path = folder / str(step)
-        check_trees(path, abstract_trees)
+        check_all_trees(path, abstract_trees, {_ITERATOR}, folder.parent)
         with reading(path):
             restored = ocp.load_checkpointables(path, abstract_trees)
         iterator.set_state(_iterator_state(path / _ITERATOR))
@@ -256,7 +256,7 @@ def find_params(run_folder: str | Path) -> Found:
     return found
 
 
-def load_params(run_folder: str | Path, target: Mapping[str, Any]) -> dict[str, Any]:
+def load_params(run_folder: str | Path, target: Params) -> Params:
     """The newest parameters of a run, as `target` has them: shapes, dtype and shardings.
 
     Raises:
@@ -266,13 +266,13 @@ def load_params(run_folder: str | Path, target: Mapping[str, Any]) -> dict[str, 
     return read_params(find_params(run_folder), target)
 
 
-def read_params(found: Found, target: Mapping[str, Any]) -> dict[str, Any]:
+def read_params(found: Found, target: Params) -> Params:
     """The parameters of a checkpoint that `find_params` gave, as `target` has them. Raises as `load_params`."""
     check_trees(found.path, {PARAMS: target})
 
-    def read(target: Any) -> dict[str, Any]:
+    def read(target: Params) -> Params:
         with reading(found.path / PARAMS):
-            params: dict[str, Any] = ocp.load_checkpointables(found.path, {PARAMS: target})[PARAMS]
+            params: Params = ocp.load_checkpointables(found.path, {PARAMS: target})[PARAMS]
         return params
 
     loaded = read(target)
@@ -284,7 +284,7 @@ def describe_params(run_folder: str | Path) -> tuple[Found, dict[str, jax.ShapeD
     """The newest parameters of a run, and their shapes and dtypes as they are saved, by path, without reading them.
 
     Raises:
-        UserError: there is no checkpoint, or none of ours.
+        UserError: there is no checkpoint, or none of a run.
     """
     found = find(run_folder, PARAMS, contents=False)
     if found is None:
@@ -293,7 +293,7 @@ def describe_params(run_folder: str | Path) -> tuple[Found, dict[str, jax.ShapeD
     return found, {name_of(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
-def save_params(run_folder: str | Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def save_params(run_folder: str | Path, params: Params, config: Mapping[str, Any]) -> None:
     """Write parameters alone, as step 0 of a run folder that has no checkpoint yet; returns when they are written.
 
     Raises:
@@ -311,7 +311,7 @@ def load_model_config(run_folder: str | Path) -> ModelConfig:
     path = Path(run_folder) / CONFIG_FILE
     if not path.exists() and checkpoint_steps(run_folder):
         raise UserError(
-            f"{path} is missing, which says what model is in {path.with_name(FOLDER)}; copy it there from where the "
+            f"{path} is missing, which describes the model in {path.with_name(FOLDER)}; copy it there from where the "
             "run was trained."
         )
     if not path.exists():
@@ -332,7 +332,7 @@ def load_model(run_folder: str | Path, dtype: Any = "float32", mesh: Mesh | None
     config = load_model_config(run_folder)
     if mesh is None:
         mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
-    return Gemma2(config, load_params(run_folder, abstract_params(config, dtype, mesh)))
+    return Gemma2(config, load_params(run_folder, abstract_params(weight_specs(config), dtype, mesh)))
 
 
 def _checkpointer(folder: Path, saving: Callable[[], int], **options: Any) -> ocp.training.Checkpointer:

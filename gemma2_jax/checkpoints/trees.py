@@ -1,6 +1,6 @@
 """What a checkpoint says about the arrays of its trees, before any of them is read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,30 @@ def array_metadata(path: Path, tree: str) -> Any:
         found = ocp.metadata(path, tree).metadata
     if found is None:  # Orbax's word for a tree whose files it cannot read
         raise UserError(
-            f"{path / tree} cannot be read as a checkpoint of ours: its files are damaged or not all there."
+            f"{path / tree} cannot be read as a checkpoint of a run: files are damaged or missing."
         )
     return found
+
+
+def check_all_trees(path: Path, targets: Mapping[str, Any], beside: set[str], run_folder: Path) -> None:
+    """Compare all that a checkpoint of a run holds with what the run needs to go on, before any of it is read.
+
+    Args:
+        beside: names of what is no tree.
+    """
+    remedy = f"choose another output, or delete {run_folder} to train again."
+    found = {item.name for item in path.iterdir() if item.is_dir()} - beside
+    if found != set(targets):
+        raise UserError(
+            f"{path} was trained by another method: it holds {_listed(found)}, and this run needs {_listed(targets)}; "
+            f"{remedy}"
+        )
+    try:
+        check_trees(path, targets)
+    except UserError as error:
+        raise UserError(
+            f"{str(error).removesuffix('.')}, as if another version had saved it; {remedy}"
+        ) from None
 
 
 def check_trees(path: Path, targets: Mapping[str, Any]) -> None:
@@ -36,6 +57,11 @@ def check_trees(path: Path, targets: Mapping[str, Any]) -> None:
                 raise UserError(
                     f"{path}/{tree} holds {name} of shape {found[name]}, where this configuration has {wanted[name]}."
                 )
+
+
+def _listed(names: Iterable[str]) -> str:
+    *others, last = sorted(names)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -40,7 +40,7 @@ from gemma2_jax.config import (
     suggest,
     type_of,
 )
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 ROOT = "train"  # the name of the root file, configs/train.yaml
 COMMAND_LINE = "the configuration"
@@ -65,14 +65,24 @@ def compose(
     Raises:
         UserError: an override that is no key=value, a name that no group has, or what `build` refuses.
     """
-    chosen, given = _split(overrides)
-    accepted = {group: choices(group, config_dir) for group in chosen}
-    refuse(
-        f"there is no {group} {name}, {suggest(name, accepted[group])}."
-        for group, name in chosen.items()
-        if name not in accepted[group]
-    )
+    chosen, given = _chosen(overrides, config_dir)
+    _check_name(given.get("name"))  # those in files are experiments' own, such as quickstart/teacher
     return _finish(_compose_files(chosen, config_dir), {**given, **(values or {})}, COMMAND_LINE)
+
+
+def composed_values(
+    overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """Returns what `compose` would check, unchecked: the values of files and overrides, without the code's defaults.
+
+    Raises:
+        UserError: an override that is no key=value, of a key that does not exist, or a name that no group has.
+    """
+    chosen, given = _chosen(overrides, config_dir)
+    for key in given:
+        if type_of(RunConfig, key) is None:
+            raise UserError(f"there is no key {key}, {suggest(key, keys())}.")
+    return _resolved(_compose_files(chosen, config_dir), given, COMMAND_LINE)
 
 
 def compose_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -83,6 +93,7 @@ def compose_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
         raise UserError(
             f"{group}={chosen[group]} chooses a file, but {path} is already composed; override its keys."
         )
+    _check_name(values.get("name"))
     return _finish(read_yaml(path), values, str(path))
 
 
@@ -223,6 +234,20 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
     return chosen, values
 
 
+def _chosen(
+    overrides: Sequence[str], config_dir: str | os.PathLike[str] | None
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """As `_split`. Raises UserError for names that no group has."""
+    chosen, values = _split(overrides)
+    accepted = {group: choices(group, config_dir) for group in chosen}
+    refuse(
+        f"there is no {group} {name}, {suggest(name, accepted[group])}."
+        for group, name in chosen.items()
+        if name not in accepted[group]
+    )
+    return chosen, values
+
+
 def chosen_files(
     overrides: Sequence[str], config_dir: str | os.PathLike[str] | None = None
 ) -> list[tuple[Path, str]]:
@@ -293,7 +318,17 @@ def _load_files(chosen: dict[str, str], config_dir: str | os.PathLike[str] | Non
         raise UserError(f"the configuration cannot be composed: {_one_line(error)}.") from None
 
 
-def _finish(data: dict[str, Any], values: dict[str, Any], where: str) -> RunConfig:
+def _check_name(name: Any) -> None:
+    """Raises UserError if the name given to a run is a path, which would put its folder elsewhere than runs/NAME."""
+    if isinstance(name, str) and (name in (".", "..") or "/" in name or "\\" in name):
+        raise UserError(
+            f"name is {name}; accepted: text without / and \\ that is not . or ..; for another folder write output="
+            f"{name}."
+        )
+
+
+def _resolved(data: dict[str, Any], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Sets values in `data`, and replaces what refers to others."""
     for key, value in values.items():
         _set(data, key, value)
     try:
@@ -304,9 +339,14 @@ def _finish(data: dict[str, Any], values: dict[str, Any], where: str) -> RunConf
             f"{where}: {error.full_key} refers to something that is not there: {reason}."
         ) from None
     assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _finish(data: dict[str, Any], values: dict[str, Any], where: str) -> RunConfig:
+    resolved = _resolved(data, values, where)
     complaints = [f"{key} has no value yet; give one, as in {key}=…." for key in _missing(resolved)]
     try:
-        config = build(RunConfig, {str(key): value for key, value in resolved.items()}, where)
+        config = build(RunConfig, resolved, where)
     except UserError as error:
         # What stands for a value that is missing is not also of a wrong type.
         complaints += [line for line in str(error).split("\n") if '"???"' not in line or not complaints]

@@ -66,14 +66,14 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def explain(arguments: argparse.Namespace) -> None:
-    from gemma2_jax.cli.compose import compose
+    from gemma2_jax.cli.compose import composed_values
     from gemma2_jax.cli.explain import explain as explained
 
     key, overrides = arguments.key, arguments.overrides
     if key is not None and "=" in key:
         key, overrides = None, [key, *overrides]
-    config = compose(overrides, arguments.config_dir)
-    print(explained(key, config, overrides, arguments.config_dir))
+    values = composed_values(overrides, arguments.config_dir)  # not checked: they need not make a run
+    print(explained(key, values, overrides, arguments.config_dir))
 
 
 def list_choices(arguments: argparse.Namespace) -> None:

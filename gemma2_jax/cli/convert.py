@@ -9,11 +9,11 @@ DESCRIPTION = """\
 Writes a checkpoint in another form, reads it back and compares every weight, and only then puts it at TARGET.
 
 SOURCE is a Hugging Face folder (or its name on the hub, with the extra `hub`), DeepMind's Orbax checkpoint, or a
-run folder of ours. What TARGET becomes:
+run folder. What TARGET becomes:
   NAME.gguf       for a target that ends so: one file for llama.cpp (extra `gguf`)
   Hugging Face    if SOURCE is a run folder: what transformers loads with AutoModelForCausalLM and AutoTokenizer
   run folder      otherwise: what train (initialise.source), distill.teacher and generate take
---to says otherwise. Weights stay as they are, bit for bit, unless --dtype asks for something smaller or larger; a
+--to chooses otherwise. Weights stay as they are, bit for bit, unless --dtype asks for something smaller or larger; a
 SOURCE of several dtypes becomes float32, which holds them all.
 
   gemma2 convert google/gemma-2-2b-it weights/2b-it

@@ -104,7 +104,7 @@ def verify(arguments: argparse.Namespace) -> None:
     config = compose(arguments.overrides, arguments.config_dir)
     folder = config.data.folder
     count = shards.verify(folder)
-    print(f"{folder}: {count} shards were read and are whole.")
+    print(f"{folder}: {count} shards were read; all match their checksums.")
     source = list(shards.read_manifest(folder).source)
     if verify_source(folder):
         print(f"{folder}: the files of data.source {source} are those that it was prepared from.")

@@ -4,25 +4,26 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma2_jax.cli.compose import chosen_files, keys, pairs
 from gemma2_jax.cli.mistakes import nearest_key
 from gemma2_jax.config import UserError, describe_type, read_yaml, section_of, to_dict, to_yaml, type_of
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 _WIDTH = 100
 
 
-def explain(key: str | None, config: RunConfig, overrides: list[str], config_dir: str | None) -> str:
-    """Returns what a key of `config` means, its type, its value and the file that sets it; of a section, its keys.
+def explain(key: str | None, values: Mapping[str, Any], overrides: list[str], config_dir: str | None) -> str:
+    """Returns what a key means, its type, its value and the file that sets it; of a section, its keys.
 
     Args:
         key: dotted; None for the whole configuration.
-        overrides, config_dir: what `config` was composed from.
+        values: of the configuration, perhaps without those that the code's defaults give.
+        overrides, config_dir: what they were composed from.
 
     Raises:
         UserError: there is no such key.
@@ -33,7 +34,7 @@ def explain(key: str | None, config: RunConfig, overrides: list[str], config_dir
         hint = "`gemma2 config explain` lists them" if near is None else f"did you mean {near}?"
         raise UserError(f"there is no key {key}; {hint}" + ("." if near is None else ""))
     section = section_of(kind)
-    lines = [] if key is None else _about(key, kind, config, overrides, config_dir)
+    lines = [] if key is None else _about(key, kind, values, overrides, config_dir)
     if section is not None:
         above = "" if key is None else f"{key}."
         names = [field.name for field in fields(section)]
@@ -61,14 +62,14 @@ def with_comments(config: Any) -> str:
     return "\n".join(_commented(config, "")) + "\n"
 
 
-def _about(key: str, kind: Any, config: RunConfig, overrides: list[str], config_dir: str | None) -> list[str]:
+def _about(
+    key: str, kind: Any, values: Mapping[str, Any], overrides: list[str], config_dir: str | None
+) -> list[str]:
     above, _, name = key.rpartition(".")
     owner = RunConfig if not above else section_of(type_of(RunConfig, above))
     text = "" if owner is None else meaning(owner, name)
     rows = [("type", describe_type(kind))]
-    value: Any = to_dict(config)
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+    value = _value(key, values)
     if not isinstance(value, dict):
         rows.append(("value", json.dumps(value, ensure_ascii=False).strip('"')))
         rows.append(("set in", _origin(key, overrides, config_dir)))
@@ -77,6 +78,25 @@ def _about(key: str, kind: Any, config: RunConfig, overrides: list[str], config_
     return [key, *textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  "), ""] + [
         f"  {title:<7} {row}" for title, row in rows
     ]
+
+
+def _value(key: str, values: Mapping[str, Any]) -> Any:
+    """Returns what a key is set to, by a file or the code's default; None also below a section that is null."""
+    value: Any = values
+    above = RunConfig
+    for part in key.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value[part] if part in value else _default(section_of(above), part)
+        above = type_of(above, part)
+    return value
+
+
+def _default(section: Any, name: str) -> Any:
+    field = next((field for field in fields(section) if field.name == name), None) if section else None
+    if field is None or (field.default is MISSING and field.default_factory is MISSING):
+        return None
+    return to_dict(field.default if field.default_factory is MISSING else field.default_factory())
 
 
 def _origin(key: str, overrides: list[str], config_dir: str | None) -> str:

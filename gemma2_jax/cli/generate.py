@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gemma2_jax.cli.chat import announced, chat, check_turns
@@ -71,8 +73,8 @@ def add_parser(verbs: Verbs) -> None:
         action="append",
         default=[],
         metavar="TEXT|ID",
-        help="end at this text, or at the token of this id, as well as where the checkpoint says; may be given several "
-        "times",
+        help="end at this text, or at the token of this id, as well as at the checkpoint's own stop tokens; may be "
+        "given several times",
     )
     add("--seed", type=int, metavar="N", help="the same seed draws the same text (0)")
     add(
@@ -97,7 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     _check(arguments)
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
-    config = SamplingConfig(**{name: value for name, value in settings.items() if value is not None})
+    with _named_as_options():
+        config = SamplingConfig(**{name: value for name, value in settings.items() if value is not None})
     prompts: list[str] = []
     if not arguments.interactive:  # refuse bad prompts before the checkpoint is read
         prompts = [as_utf8(text) for text in arguments.prompt or read_prompts(arguments.prompts)]
@@ -108,7 +111,8 @@ def run(arguments: argparse.Namespace) -> None:
             check_turns(tokenizer)
         if arguments.stop or arguments.chat or arguments.interactive:
             turns = arguments.chat or arguments.interactive
-            config = with_stops(config, tokenizer, arguments.stop, turns)
+            with _named_as_options():
+                config = with_stops(config, tokenizer, arguments.stop, turns)
         sampler = Sampler(model, tokenizer, ComputeConfig(dtype=arguments.dtype, unroll_layers=True))
     del model  # the sampler has its weights
     if arguments.interactive:
@@ -117,14 +121,30 @@ def run(arguments: argparse.Namespace) -> None:
         _generate(sampler, prompts, config, arguments)
 
 
+@contextmanager
+def _named_as_options() -> Iterator[None]:
+    """Names the options that were typed, where `SamplingConfig` refuses its fields."""
+    from gemma2_jax.config import UserError
+
+    try:
+        yield
+    except UserError as error:
+        # stop_texts and stop_tokens are both given by --stop.
+        told = re.sub(r"\bsampling\.(stop(?=_)|\w+)(?:_\w+)?", lambda found: _option(found[1]), str(error))
+        raise UserError(told.replace("or null for", "or left out for")) from None
+
+
+def _option(name: str) -> str:
+    """Returns the option that sets a field."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _check(arguments: argparse.Namespace) -> None:
     from gemma2_jax.config import UserError
 
     for name in ("num_samples", "batch_size"):
         if getattr(arguments, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1."
-            )
+            raise UserError(f"{_option(name)} is {getattr(arguments, name)}; it must be at least 1.")
     if arguments.interactive and (arguments.json or arguments.num_samples > 1):
         raise UserError(
             "--interactive gives one reply to each message, as text; leave out --json and --num-samples."

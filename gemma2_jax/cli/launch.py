@@ -12,7 +12,7 @@ from gemma2_jax.launching.settings import FOLDER, PRIORITIES, GkeSettings, Slurm
 
 if TYPE_CHECKING:
     from gemma2_jax.launching.job import Job, Submission
-    from gemma2_jax.training.config import RunConfig
+    from gemma2_jax.run import RunConfig
 
 DESCRIPTION = f"""\
 Makes a job of `gemma2 train key=value …` for an engine that is there already. The job runs the code as it was
@@ -41,7 +41,7 @@ its GPUs. --folder and --workdir must lie on a disk that all nodes see.
 {_PINNED}"""
 _TPU_VM = f"""\
 Asks for Cloud TPU VMs by gcloud's queued resources. Each VM installs the pinned code and its requirements and runs
-it, again where it fails; five times at most with an exit code of 1 or 2, which most often says a mistake. What it says
+it, again where it fails; five times at most with an exit code of 1 or 2, which most often means a mistake. Its output
 is in the VM's log: `sudo journalctl -u google-startup-scripts`. The VMs stay, and cost, until you take them down with
 `gcloud compute tpus queued-resources delete NAME --zone ZONE --force`. Several slices want mesh.replica to be their
 number, or a multiple.

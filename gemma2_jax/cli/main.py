@@ -27,7 +27,7 @@ from gemma2_jax.cli import (
     train_together,
 )
 from gemma2_jax.cli.mistakes import unknown_options
-from gemma2_jax.cli.streams import prepare_output
+from gemma2_jax.cli.streams import prepare_output, silence_libraries
 
 DESCRIPTION = """\
 Gemma 2 in JAX: train it, distil it, look at it.
@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with 2, as argparse does. Without a verb, or the action of one, the help is printed.
     """
     prepare_output()
+    silence_libraries()
     with stops.handled():
-        arguments = _parsed(sys.argv[1:] if argv is None else list(argv))
+        arguments = parsed(sys.argv[1:] if argv is None else list(argv))
         if "run" not in arguments:  # a verb is missing, or an action
             arguments.shown.print_help()
             return 0
@@ -75,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parsed(given: Sequence[str]) -> argparse.Namespace:
+def parsed(given: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line, with those of its verb; `run` is there if it names one. Exits if it is wrong."""
     parser = argparse.ArgumentParser(
         "gemma2", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -113,7 +115,7 @@ class _Version(argparse.Action):
 def _run(arguments: argparse.Namespace) -> int:
     code, told = _outcome(arguments)
     # A verb that has joined other processes has loaded this; the others need neither it nor JAX.
-    ending = sys.modules.get("gemma2_jax.sharding.ending")
+    ending = sys.modules.get("gemma2_jax.processes.ending")
     if ending is not None:
         ending.leave(code, told)
     if told is not None:
@@ -123,7 +125,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _file_problem(error: OSError) -> str | None:
     """What is wrong with the file that an error names, or with the disk; None if it is of another kind."""
-    from gemma2_jax.config import reason
+    from gemma2_jax.files import reason
 
     if isinstance(error.filename, str):
         return f"{error.filename} cannot be used: {reason(error)}"
@@ -150,7 +152,7 @@ def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
             return _stopped(error)
         if isinstance(error, OSError) and (problem := _file_problem(error)):
             return 1, f"gemma2: {problem}."
-        ending = sys.modules.get("gemma2_jax.sharding.ending")
+        ending = sys.modules.get("gemma2_jax.processes.ending")
         if ending is None or not ending.is_watched():
             raise
         if not ending.follows_another():

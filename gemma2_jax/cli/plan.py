@@ -9,7 +9,7 @@ from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
 
 if TYPE_CHECKING:
     from gemma2_jax.planning.topologies import Topology
-    from gemma2_jax.training.config import RunConfig
+    from gemma2_jax.run import RunConfig
 
 FITS, DOES_NOT_FIT = 0, 3
 

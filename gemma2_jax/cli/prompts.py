@@ -40,11 +40,12 @@ _EXAMPLE = '{"prompt": "text"}'
 
 def _read(path: str) -> str:
     from gemma2_jax.config import UserError
+    from gemma2_jax.files import reason
 
     try:
         return Path(path).read_text(encoding="utf-8-sig")  # Windows puts a byte order mark in front
     except OSError as error:
-        raise UserError(f"--prompts {path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"--prompts {path} cannot be read: {reason(error, path)}.") from None
     except UnicodeDecodeError:
         raise UserError(
             f"--prompts {path} is not UTF-8; convert it, as with iconv -f latin1 -t utf-8."

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
 
 if TYPE_CHECKING:
+    from gemma2_jax.run import RunConfig
     from gemma2_jax.studies.config import StudyConfig
-    from gemma2_jax.training.config import RunConfig
 
 DESCRIPTION = """\
 Carries out a study: prepares the data, trains its runs in order, evaluates all of them on the same text, and
@@ -38,17 +38,24 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from gemma2_jax.cli.roots import find_study
-    from gemma2_jax.config import load
-    from gemma2_jax.sharding.hosts import is_first, join
+    from gemma2_jax.config import check_place, load
+    from gemma2_jax.processes.hosts import is_first, join
     from gemma2_jax.studies.config import StudyConfig
     from gemma2_jax.studies.study import run_study
     from gemma2_jax.training.packages import check_packages
+    from gemma2_jax.training.prerequisites import check_places, check_sources
 
     study = load(StudyConfig, find_study(arguments.study, arguments.config_dir))
     runs, output = compose_study(arguments.study, study, arguments.overrides, arguments.config_dir)
+    check_place("output", output)
     for config in runs.values():
         check_packages(config)
+        check_places(config)
     join(next(iter(runs.values())).hosts)
+    for name, (run_name, _) in study.trained().items():
+        own = study.runs[run_name]  # whose teacher and cache the study makes
+        made = {"distill.teacher": own.teacher is not None, "distill.cache": own.cache}
+        check_sources([runs[name]], [key for key, is_made in made.items() if is_made])
     run_study(study, runs, output, Console(quiet=not is_first()))
 
 

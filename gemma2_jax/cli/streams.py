@@ -1,6 +1,7 @@
 """Standard streams: output that no terminal makes fail, and input as UTF-8 whatever the locale."""
 
 import codecs
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,17 @@ def prepare_output() -> None:
         usual = getattr(stream, "errors", None) in ("strict", "backslashreplace", "surrogateescape")
         if usual and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_HANDLER)
+
+
+def silence_libraries() -> None:
+    """Keeps what libraries log (absl, Orbax, JAX) from standard error: what matters of it, errors of ours say.
+
+    Python prints warnings of loggers that nothing handles; and a library that sets up handlers for the whole process
+    does so only where there are none.
+    """
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(logging.NullHandler())
 
 
 @contextmanager

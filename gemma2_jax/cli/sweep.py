@@ -38,14 +38,19 @@ def add_parser(verbs: Verbs) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from gemma2_jax.sharding.hosts import is_first, join
+    from gemma2_jax.config import check_place
+    from gemma2_jax.processes.hosts import is_first, join
     from gemma2_jax.studies.sweep import run_sweep
     from gemma2_jax.training.packages import check_packages
+    from gemma2_jax.training.prerequisites import check_places, check_sources
 
     combinations, output = compose_sweep(arguments.overrides, arguments.config_dir)
+    check_place("output", output)
     for combination in combinations:
         check_packages(combination.config)
+        check_places(combination.config)
     join(combinations[0].config.hosts)
+    check_sources(combination.config for combination in combinations)
     return 0 if run_sweep(combinations, output, Console(quiet=not is_first())) else 1
 
 

@@ -7,8 +7,8 @@ from gemma2_jax import stops
 from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
 
 DESCRIPTION = """\
-Runs a teacher once over the rows that a student's training will see, and stores what it says about each token in
-few bytes. Any number of students then train from the cache without the teacher. Give the command line of the
+Runs a teacher once over the rows that a student will be trained on, and stores its output for each token in a few
+bytes. Any number of students then train from the cache without the teacher. Give the command line of the
 student's run; its data, batch, number of steps and mesh decide what is computed, and where.
 
   gemma2 teacher-cache model=small_1m objective=distillation distill=cached \\
@@ -18,7 +18,7 @@ student's run; its data, batch, number of steps and mesh decide what is computed
 
   gemma2 teacher-cache ... --estimate      what it would take, from a few steps; prepares the data, as a run
                                            does, and writes nothing else
-  gemma2 teacher-cache ... --verify        reads every file and tells whether it is as it was written
+  gemma2 teacher-cache ... --verify        reads every file and compares it with its checksum
 
   distill.encoding.kind=sampled            N ids drawn by the teacher's probability: unbiased (the default, N = 50)
   distill.encoding.kind=top_k              the k likeliest ids and the probability of all others
@@ -45,27 +45,29 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.compilation import programs_kept_in
     from gemma2_jax.data.prepare import prepare
     from gemma2_jax.distill.cache.manifest import verify_cache
-    from gemma2_jax.distill.cache.writer import check_teacher, is_complete, write_cache
-    from gemma2_jax.sharding.hosts import first_process_first, is_first, join
-    from gemma2_jax.training.inputs import cache_task
+    from gemma2_jax.processes.hosts import first_process_first, is_first, join
     from gemma2_jax.training.packages import check_packages
+    from gemma2_jax.training.prerequisites import check_places
+    from gemma2_jax.training.start import as_prepared
+    from gemma2_jax.training.teacher_cache import check_asked, check_teacher, is_complete, write_cache
 
     config = compose(arguments.overrides, arguments.config_dir)
-    task = cache_task(config)
+    folder = check_asked(config)
     if arguments.verify:
         with stops.resuming(lambda: ""):
-            count = verify_cache(task.folder)
-        print(f"{task.folder}: {count} files were read and are whole.")
+            count = verify_cache(folder)
+        print(f"{folder}: {count} files were read; all match their checksums.")
         return
     check_packages(config)
+    check_places(config)
     join(config.hosts)
-    check_teacher(task)
+    check_teacher(config)
     with first_process_first():
         prepare(config.data, config.tokenizer)
     if is_first():
         print("gemma2: loading and compiling the teacher for what the cache lacks …", file=sys.stderr)
     with programs_kept_in(config.compilation_cache):
-        task = cache_task(config)  # anew, with the vocabulary that the data has come to
-        manifest = write_cache(task, arguments.estimate)
-    if is_first() and is_complete(task, manifest):
-        print(f"{task.folder} holds the teacher's signal for {manifest.rows} rows.")
+        config = as_prepared(config)
+        manifest = write_cache(config, arguments.estimate)
+    if is_first() and is_complete(config, manifest):
+        print(f"{folder} holds the teacher's signal for {manifest.rows} rows.")

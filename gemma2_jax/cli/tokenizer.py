@@ -109,6 +109,10 @@ def decode(arguments: argparse.Namespace) -> None:
     for word in words:
         if not re.fullmatch("[0-9]+", word):
             raise UserError(f"{word!r} is not a token id; accepted: whole numbers, as in 417 89.")
+    if not words:
+        raise UserError(
+            "there is no token id to decode; accepted: whole numbers, as in 417 89, or - for the standard input."
+        )
     tokenizer, _ = _load(arguments)
     print(tokenizer.decode(int(word) for word in words))
 

@@ -31,16 +31,19 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.checkpoints.store import latest_step
     from gemma2_jax.cli.compose import compose, compose_file
     from gemma2_jax.data.prepare import prepare
-    from gemma2_jax.sharding.hosts import first_process_first, is_first, join
+    from gemma2_jax.processes.hosts import first_process_first, is_first, join
     from gemma2_jax.training.loop import train
     from gemma2_jax.training.packages import check_packages
+    from gemma2_jax.training.prerequisites import check_places, check_sources
 
     if arguments.config:
         config = compose_file(arguments.config, arguments.overrides)
     else:
         config = compose(arguments.overrides, arguments.config_dir)
     check_packages(config)
+    check_places(config)
     join(config.hosts)
+    check_sources([config])
     with first_process_first():
         prepare(config.data, config.tokenizer)
     done = latest_step(config.output) == config.training.steps

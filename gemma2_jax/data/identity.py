@@ -18,7 +18,7 @@ from rich.progress import Progress, TaskID
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig
-from gemma2_jax.data.matching import NothingMatchesError, printable
+from gemma2_jax.data.globs import NothingMatchesError, printable
 from gemma2_jax.data.reading import reading
 from gemma2_jax.data.shards import Manifest
 from gemma2_jax.data.sources import Source, open_source
@@ -114,10 +114,31 @@ def write_seen(folder: Path, content: Content) -> None:
 
 
 def difference(identity: str, seen: Sequence[Seen], now: Content) -> str:
-    """The first file that was not seen before; else, where files are gone or in another order, both identities."""
-    digests = {each.digest for each in seen}
-    changed = next((file.path for file in now.files if digests and file.digest not in digests), None)
-    return changed or f"{identity}, now {now.identity}"
+    """Returns what is not as it was seen, as a clause in parentheses; both identities where nothing was seen.
+
+    That is the first file with new content, else the first that is gone, else how the names have changed: they give
+    the files their order, and their endings say how they are read.
+    """
+    if not seen:
+        return f"{identity}, now {now.identity}"
+    before, after = ([file.digest for file in files] for files in (seen, now.files))
+    if added := [file.path for file in now.files if file.digest not in before]:
+        return added[0]
+    if gone := [file.path for file in seen if file.digest not in after]:
+        return f"{gone[0]} is gone"
+    if sorted(before) != sorted(after):
+        return f"{len(before)} files, now {len(after)}: other copies of the same content"
+    same = "no file's content has changed, only "
+    moved = next((number for number, digest in enumerate(before) if digest != after[number]), None)
+    if moved is None:
+        renamed = next(pair for pair in zip(seen, now.files, strict=True) if pair[0].path != pair[1].path)
+        return (
+            f"{same}the names, whose endings say how to read a file: {renamed[1].path} was {renamed[0].path}"
+        )
+    return (
+        f"{same}the order of the files, which their paths give: {now.files[moved].path} now comes where "
+        f"{seen[moved].path} was; rename the files to restore it"
+    )
 
 
 def content_now(manifest: Manifest, data: DataConfig, progress: Progress) -> Content | None:

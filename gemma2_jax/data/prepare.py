@@ -30,8 +30,9 @@ from rich.progress import (
 )
 
 from gemma2_jax import stops
-from gemma2_jax.config import UserError, usable
+from gemma2_jax.config import UserError, as_override, check_place, usable
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.data.globs import NothingMatchesError
 from gemma2_jax.data.identity import (
     content_now,
     content_of,
@@ -43,7 +44,6 @@ from gemma2_jax.data.identity import (
     write_seen,
 )
 from gemma2_jax.data.invalid import Skipped, check_skipped
-from gemma2_jax.data.matching import NothingMatchesError
 from gemma2_jax.data.shards import (
     FORMAT,
     Manifest,
@@ -81,6 +81,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(1)  # a worker importing an unguarded script: its parent says so, and must not be waited for
     folder = Path(data.folder)
+    check_place("data.folder", folder)
+    check_place("tokenizer.path", tokenizer.path, is_file=True)
     manifest = find_manifest(folder)
     if manifest is not None and manifest.complete and Path(tokenizer.path).exists():
         _refuse_other(manifest, data, _load(tokenizer, manifest))
@@ -272,8 +274,14 @@ def _refuse_other(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) ->
     )
     others = [f"another value of {key} ({was}, now {is_now})" for key, was, is_now in values if was != is_now]
     if others:
+        typed = [as_override(key, was) for key, was, is_now in values[:2] if was != is_now]
+        remedy = (
+            f"write {' '.join(filter(None, typed))} to use it, "
+            if any(typed) and len(typed) == len(others)
+            else ""
+        )
         raise UserError(
-            f"data.folder {data.folder} was prepared with {', '.join(others)}; set another folder, as in "
+            f"data.folder {data.folder} was prepared with {', '.join(others)}; {remedy}set another folder, as in "
             f"data.folder={free_beside(Path(data.folder))}, or delete this one."
         )
 

@@ -22,8 +22,9 @@ from typing import IO, Any
 import zstandard
 
 from gemma2_jax.config import UserError
+from gemma2_jax.data.globs import kind_of, printable, without_pyarrow
 from gemma2_jax.data.invalid import Invalid
-from gemma2_jax.data.matching import kind_of, printable, without_pyarrow
+from gemma2_jax.files import reason
 
 # Characters of a text file that make a document, about a thousand tokens: enough for context to matter, and
 # few enough that one book is documents to shuffle, and to hold some out of.
@@ -56,7 +57,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
 
 
 def records_of(path: Path, raw: IO[bytes], text_field: str) -> Iterator[Record]:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.invalid import Skipped
-from gemma2_jax.files import write_text
+from gemma2_jax.files import reason, write_text
 
 FORMAT = 2  # of the folder; raised when a reader of the old one would misread the new one
 MANIFEST = "manifest.json"
@@ -160,6 +160,7 @@ def find_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
         UserError: it cannot be read, is of another format, or files that it names are gone or cut.
     """
     manifest = read_described(
+        "data.folder",
         folder,
         _ADAPTER,
         FORMAT,
@@ -173,11 +174,17 @@ def find_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
 
 
 def read_described(
-    folder: str | os.PathLike[str], adapter: TypeAdapter[Described], format: int, expected: str, verb: str
+    key: str,
+    folder: str | os.PathLike[str],
+    adapter: TypeAdapter[Described],
+    format: int,
+    expected: str,
+    verb: str,
 ) -> Described | None:
     """Returns what the manifest in a folder says, None if there is none.
 
     Args:
+        key: that is set to the folder.
         adapter: of the manifest's type; format: the one that this version reads.
         expected: what the file should have been, and what to do; verb: as in `check_content`.
 
@@ -189,8 +196,12 @@ def read_described(
         content = path.read_bytes()
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        raise UserError(f"{key} is {folder}, which cannot be used: {reason(error, path)}.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    if not content.strip():
+        raise UserError(f"{path} is empty; delete {folder} to {verb} it anew.")
     try:
         found = _FORMATTED.validate_json(content).format  # first, since another format may have other fields
         if found != format:

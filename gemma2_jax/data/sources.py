@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from gemma2_jax.data.globs import kind_of, match_files
 from gemma2_jax.data.invalid import Invalid, Skipped, Skipping
-from gemma2_jax.data.matching import kind_of, match_files
 from gemma2_jax.data.python_docs import PythonDocs
 from gemma2_jax.data.reading import reading, records_of
 

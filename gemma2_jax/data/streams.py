@@ -49,5 +49,5 @@ class StreamedBatches(grain.DatasetIterator):
 
 def to_batch(rows: Row, mine: slice) -> Batch:
     """Those of stacked rows [B, T] that are a process's own."""
-    rows = {name: values[mine] for name, values in rows.items()}
-    return Batch(**rows, loss_mask=(rows["segment_ids"] > 0).astype(np.float32))
+    own: dict[str, Any] = {name: values[mine] for name, values in rows.items()}
+    return Batch(**own, loss_mask=(own["segment_ids"] > 0).astype(np.float32))

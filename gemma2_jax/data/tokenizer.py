@@ -17,7 +17,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from gemma2_jax.config import UserError
-from gemma2_jax.files import write_bytes
+from gemma2_jax.files import reason, write_bytes
 
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
@@ -74,7 +74,7 @@ class Tokenizer:
         try:
             return cls(Path(path).read_bytes(), str(path), stop_ids)
         except OSError as error:
-            raise UserError(f"The tokenizer {path} cannot be read: {error.strerror}.") from None
+            raise UserError(f"The tokenizer {path} cannot be read: {reason(error, path)}.") from None
 
     @property
     def vocab_size(self) -> int:

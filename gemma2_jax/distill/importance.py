@@ -11,11 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax.data.batch import Batch
-from gemma2_jax.model.attention import Attention
-from gemma2_jax.model.config import ComputeConfig
-from gemma2_jax.model.layers import product, weight_for_use
-from gemma2_jax.model.transformer import Block, Gemma2, Pair, over_pairs
-from gemma2_jax.sharding.layout import constrain
+from gemma2_jax.model.linear import for_use
+from gemma2_jax.model.transformer import Block, Collector, Gemma2, Taps
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["channels", "neurons", "heads"], meta_fields=[])
@@ -77,49 +74,28 @@ def measure(teacher: Gemma2, batches: Iterable[Batch], mesh: Mesh) -> Importance
 def _sums(teacher: Gemma2, batch: Batch) -> tuple[Importance, jax.Array]:
     """Sums over the tokens of a batch, and how many there are."""
     real = (batch.segment_ids > 0).astype(jnp.float32)
-    x = teacher.embedder.encode(batch.tokens, jnp.float32)
-
-    def body(x: jax.Array, pair: Pair) -> tuple[jax.Array, dict[str, BlockImportance]]:
-        x, local = _read(pair.local_block, x, batch, real)
-        x, global_ = _read(pair.global_block, x, batch, real)
-        return x, {"local_block": local, "global_block": global_}
-
-    x, blocks = over_pairs(body, x, teacher.pairs, ComputeConfig())
-    return Importance(blocks, _sum(real, teacher.final_norm(x))), jnp.sum(real)
+    final, blocks = teacher.collect(_OfBlocks(real), batch.tokens, batch.positions, batch.segment_ids)
+    return Importance(blocks, _sum(real, final)), jnp.sum(real)
 
 
-def _read(block: Block, x: jax.Array, batch: Batch, real: jax.Array) -> tuple[jax.Array, BlockImportance]:
-    """`Block` once more, with a look at what is inside of it."""
-    attention_input = block.pre_attention_norm(x)
-    heads = _heads(block.attention, attention_input, batch)
-    output = weight_for_use(block.attention.output, "NHD", x.dtype)
-    x = x + block.post_attention_norm(product("BTNH,NHD->BTD", heads, output))
+@dataclass(frozen=True)
+class _OfBlocks(Collector):
+    """The importance in each block, stacked over the pairs; `real`: [B, T], 0 on padding."""
 
-    mlp_input = block.pre_mlp_norm(x)
-    gate = product("BTD,DF->BTF", mlp_input, weight_for_use(block.mlp.gate, "DF", x.dtype))
-    up = product("BTD,DF->BTF", mlp_input, weight_for_use(block.mlp.up, "DF", x.dtype))
-    neurons = constrain(jax.nn.gelu(gate, approximate=True) * up, "BTF")
-    down = weight_for_use(block.mlp.down, "FD", x.dtype)
-    x = constrain(x + block.post_mlp_norm(product("BTF,FD->BTD", neurons, down)), "BTD")
+    real: jax.Array
 
-    # The length of heads @ output without its D numbers for each head: through output's inner products [H, H].
-    inner = jnp.einsum("NHD,NJD->NHJ", output, output)
-    squares = jnp.einsum("BTNH,NHJ,BTNJ->BTN", heads, inner, heads)
-    return x, BlockImportance(
-        channels=_sum(real, attention_input) + _sum(real, mlp_input),
-        neurons=_sum(real, neurons) * jnp.linalg.norm(down, axis=-1),
-        heads=_sum(real, jnp.sqrt(jnp.maximum(squares, 0.0))),
-    )
-
-
-def _heads(attention: Attention, x: jax.Array, batch: Batch) -> jax.Array:
-    """What the heads [B, T, N, H] have read, before the output matrix: an identity in its place lets them through."""
-    N, H = attention.config.num_heads, attention.config.head_dim
-    weights = {name: getattr(attention, name)[...] for name in ("query", "key", "value")}
-    weights["output"] = jnp.eye(N * H).reshape(N, H, N * H)
-    bare = Attention(weights, attention.config, attention.window)
-    side_by_side, _ = bare(x, batch.positions, batch.segment_ids)
-    return constrain(side_by_side.reshape(*x.shape[:2], N, H), "BTNH")
+    def of_block(self, block: Block, taps: Taps) -> BlockImportance:
+        heads, neurons = taps["heads"], taps["mlp_hidden"]
+        output = for_use(block.attention.output.get_value(), "NHD", heads.dtype)
+        down = for_use(block.mlp.down.get_value(), "FD", neurons.dtype)
+        # The length of heads @ output without its D numbers for each head: through output's inner products [H, H].
+        inner = jnp.einsum("NHD,NJD->NHJ", output, output)
+        squares = jnp.einsum("BTNH,NHJ,BTNJ->BTN", heads, inner, heads)
+        return BlockImportance(
+            channels=_sum(self.real, taps["attention_input"]) + _sum(self.real, taps["mlp_input"]),
+            neurons=_sum(self.real, neurons) * jnp.linalg.norm(down, axis=-1),
+            heads=_sum(self.real, jnp.sqrt(jnp.maximum(squares, 0.0))),
+        )
 
 
 def _sum(real: jax.Array, x: jax.Array) -> jax.Array:

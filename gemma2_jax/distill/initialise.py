@@ -18,7 +18,7 @@ whatever they do.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from gemma2_jax.distill.importance import BlockImportance, Importance, measure
 from gemma2_jax.formats.load import load_params, open_for
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import Weight, abstract_params, dim_sizes, map_weights
+from gemma2_jax.model.weights import Params, Weight, abstract_params, dim_sizes, map_specs, weight_specs
 from gemma2_jax.sharding.layout import check_activations, key_in_use, laid_out, layout_in_use
 
 BLOCKS = ("local_block", "global_block")
@@ -102,7 +102,7 @@ class Choice:
 
 def initial_params(
     config: InitConfig, student: ModelConfig, tokenizer: Tokenizer, mesh: Mesh, batches: Iterable[Batch]
-) -> dict[str, Any]:
+) -> Params:
     """The student's float32 parameters, cut out of `config.source` and laid out on the mesh.
 
     A model of the student's own sizes is loaded as it is. Else the whole source is on the mesh for a while, in
@@ -120,7 +120,7 @@ def initial_params(
     # A vocabulary of other tokens is refused by load_params: rows of padding alone may differ.
     teacher = replace(source.config, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
     _check(config, teacher, student)
-    target = abstract_params(student, mesh=mesh)
+    target = abstract_params(weight_specs(student), mesh=mesh)
     importance = None
     with laid_out(layout_in_use(), key_in_use(), f"initialise.source {config.source}"):
         params = load_params(source, teacher, "float32", mesh)
@@ -133,7 +133,7 @@ def initial_params(
         partial(select, teacher=teacher, student=student),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target),
     )
-    selected: dict[str, Any] = cut(params, choice=choose(config, teacher, student, importance))
+    selected: Params = cut(params, choice=choose(config, teacher, student, importance))
     return selected
 
 
@@ -164,23 +164,20 @@ def choose(
     )
 
 
-def select(
-    params: Mapping[str, Any], teacher: ModelConfig, student: ModelConfig, choice: Choice
-) -> dict[str, Any]:
-    """The student's parameters out of the teacher's, both laid out like `weights.WEIGHTS`; can be jitted.
+def select(params: Params, teacher: ModelConfig, student: ModelConfig, choice: Choice) -> Params:
+    """The student's parameters out of the teacher's, both laid out like `weight_specs`; can be jitted.
 
     Where the two are equal in width and everything is kept, so is every bit.
     """
     ratio = (student.d_model / teacher.d_model) ** 0.5
 
-    def cut(path: str, weight: Weight) -> jax.Array:
-        array: Any = reduce(lambda tree, key: tree[key], path.split("/"), params)
-        if weight.dims.startswith("P"):
+    def cut(path: str, spec: Weight, array: Any) -> jax.Array:
+        if spec.dims.startswith("P"):
             block = choice.blocks[path.split("/")[1]]
             array = jnp.take(array, choice.pairs, axis=0)
-            array = jax.vmap(partial(_take, weight.dims[1:], choice.channels))(array, block)
+            array = jax.vmap(partial(_take, spec.dims[1:], choice.channels))(array, block)
         else:
-            array = _take(weight.dims, choice.channels, array, {})
+            array = _take(spec.dims, choice.channels, array, {})
         if teacher.d_model == student.d_model:
             return array
         *_, part, name = path.split("/")
@@ -190,7 +187,8 @@ def select(
             return (1.0 + array) / ratio - 1.0  # stored as w, applied as 1 + w
         return array
 
-    return map_weights(cut)
+    selected: Params = map_specs(cut, weight_specs(teacher), params)
+    return selected
 
 
 def _take(dims: str, channels: Any, array: jax.Array, kept: Mapping[str, Any]) -> jax.Array:

@@ -15,12 +15,8 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.model.capture import Capture, CapturedLayer
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import Weight
-from gemma2_jax.objectives.matching import DistanceName, attention_distance, hidden_distance
-
-# One for each of M pairs of layers, from the student's width D to the teacher's, E. Its variance of 1 / D lets a
-# projected state begin as large as the state.
-PROJECTIONS = Weight("MDE", fan_in="D")
+from gemma2_jax.model.weights import Specs, Weight
+from gemma2_jax.objectives.distances import DistanceName, attention_distance, hidden_distance
 
 
 @dataclass(frozen=True)
@@ -96,22 +92,27 @@ class MatchConfig:
                 "match global layers (odd numbers), or give the student the teacher's window."
             )
 
-    def projection_sizes(self, student: ModelConfig, teacher: ModelConfig) -> dict[str, int] | None:
-        """The sizes of PROJECTIONS' letters, or None where no projections are needed."""
+    def projection_specs(self, student: ModelConfig, teacher: ModelConfig) -> Specs | None:
+        """`projections` [M, D, E], from the student's width D to the teacher's, E, one for each of M pairs of layers.
+
+        Their variance of 1 / D lets a projected state begin as large as the state. None where none are needed.
+        """
         if self.hidden == 0 or student.d_model == teacher.d_model:
             return None
-        return {"M": len(self.layers), "D": student.d_model, "E": teacher.d_model}
+        return {
+            "projections": Weight("MDE", (len(self.layers), student.d_model, teacher.d_model), fan_in="D")
+        }
 
 
-def of_teacher_for_all(matches: Iterable[MatchConfig | None]) -> Capture | None:
-    """What is taken of one forward pass of a teacher for several students; None if none of them matches."""
-    captures = [match.of_teacher for match in matches if match is not None]
-    if not captures:
+def captures_joined(captures: Iterable[Capture | None]) -> Capture | None:
+    """What one forward pass gives for several that need layers of it; None if none does."""
+    found = [capture for capture in captures if capture is not None]
+    if not found:
         return None
     return Capture(
-        tuple(sorted({layer for capture in captures for layer in capture.layers})),
-        hidden=any(capture.hidden for capture in captures),
-        attention=any(capture.attention for capture in captures),
+        tuple(sorted({layer for capture in found for layer in capture.layers})),
+        hidden=any(capture.hidden for capture in found),
+        attention=any(capture.attention for capture in found),
     )
 
 

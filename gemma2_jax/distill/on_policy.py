@@ -10,24 +10,22 @@ middle of a document, without the token of its beginning.
 
 import random
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.stages import Wrapped
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.decoder import Decoder
+from gemma2_jax.model.linear import for_use
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import WEIGHTS
+from gemma2_jax.model.weights import Params, Weight, map_specs, weight_specs
 from gemma2_jax.sampling.choice import Choice
 from gemma2_jax.sampling.decoding import advance, begin, row_keys
 from gemma2_jax.schedule import ScheduleConfig, build_schedule, values_of
-from gemma2_jax.sharding.layout import batch_sharding, constrain
+from gemma2_jax.sharding.layout import constrain
 
 
 @dataclass(frozen=True)
@@ -73,40 +71,41 @@ def on_policy_steps(config: OnPolicyConfig, seed: int, steps: int) -> np.ndarray
     return np.array([draw.random() for _ in range(steps)]) < np.asarray(fraction)
 
 
-def build_rollout(
-    config: OnPolicyConfig, model: ModelConfig, compute: ComputeConfig, mesh: Mesh, seed: int, stop: int
-) -> Wrapped:
-    """Compile-once `rollout(params, batch, step) -> Batch`: the student's continuations of the rows of a batch.
+def rollout(
+    config: OnPolicyConfig,
+    model: ModelConfig,
+    compute: ComputeConfig,
+    params: Params,
+    batch: Batch,
+    seed: int,
+    step: jax.Array,
+    end_of_text: int,
+) -> Batch:
+    """The student's continuations of the rows of a batch.
 
     A row's prompt is the beginning of its first segment, a document's or that of the rest of one; each row must have
-    one. It is continued up to the token
-    `stop`, or else to T + 1 tokens, of which the last is a target only, as in a row of data. What is drawn depends on
-    `seed`, `step` and the row's place in the whole batch, not on the mesh.
+    one. It is continued up to `end_of_text`, or else to T + 1 tokens, of which the last is a target only, as in a row
+    of data. What is drawn depends on `seed`, `step` and the row's place in the whole batch, not on the mesh.
 
-    Every device holds the student's weights in compute's dtype while it samples, but for their split over the tensor
+    Every device holds the student's weights in compute's dtype while it samples, except for their split over the tensor
     axis: gathering them from the fsdp axis for each token would take far longer than its products.
 
     Args:
-        model, compute: the student's; stop: the id of the end of text.
+        model, compute, params: the student's; end_of_text: an id.
     """
-    compute = replace(compute, remat="none")
-    choice = Choice(config.temperature)
-
-    def rollout(params: dict[str, Any], batch: Batch, step: jax.Array) -> Batch:
-        B, T = batch.tokens.shape
-        stops = jnp.array([stop], jnp.int32)
-        decoder = Decoder(Gemma2(model, _gathered(params, compute)), compute)
-        prompts = batch.tokens[:, : config.prompt_tokens]
-        lengths = jnp.sum(batch.segment_ids[:, : config.prompt_tokens] == 1, axis=1)
-        keys = row_keys(jax.random.fold_in(jax.random.key(seed), step), B)
-        # Rows with long prompts are full before the others, and go on in vain: the cache need not hold that.
-        progress = begin(decoder, prompts, lengths, keys, stops, T, choice)
-        left = T - jnp.min(lengths)
-        _, written = advance(decoder, progress, keys, stops, left, T - 1, choice)
-        new = jnp.concatenate([progress.tokens[:, None], written], axis=1)
-        return lay_out(prompts, lengths, new, stop)
-
-    return jax.jit(rollout, out_shardings=batch_sharding(mesh))
+    T = batch.tokens.shape[1]
+    compute, choice = replace(compute, remat="none"), Choice(config.temperature)
+    stops = jnp.array([end_of_text], jnp.int32)
+    decoder = Decoder(Gemma2(model, _gathered(model, params, compute)), compute)
+    prompts = batch.tokens[:, : config.prompt_tokens]
+    lengths = jnp.sum(batch.segment_ids[:, : config.prompt_tokens] == 1, axis=1)
+    keys = row_keys(jax.random.fold_in(jax.random.key(seed), step), len(prompts))
+    # Rows with long prompts are full before the others, and go on in vain: the cache need not hold that.
+    progress = begin(decoder, prompts, lengths, keys, stops, T, choice)
+    left = T - jnp.min(lengths)
+    _, sampled = advance(decoder, progress, keys, stops, left, T - 1, choice)
+    new = jnp.concatenate([progress.tokens[:, None], sampled], axis=1)
+    return lay_out(prompts, lengths, new, end_of_text)
 
 
 def lay_out(prompts: jax.Array, lengths: jax.Array, new: jax.Array, stop: int) -> Batch:
@@ -141,11 +140,11 @@ def lay_out(prompts: jax.Array, lengths: jax.Array, new: jax.Array, stop: int) -
     )
 
 
-def _gathered(params: dict[str, Any], compute: ComputeConfig) -> dict[str, Any]:
+def _gathered(model: ModelConfig, params: Params, compute: ComputeConfig) -> Params:
     """Weights as `Decoder` casts them, laid out for use: cast first, so that less is sent."""
 
-    def gather(weight: Any, value: jax.Array) -> jax.Array:
-        return constrain(value.astype(compute.dtype) if weight.fan_in else value, weight.dims)
+    def gather(_: str, weight: Weight, value: jax.Array) -> jax.Array:
+        return for_use(value, weight.dims, compute.dtype) if weight.fan_in else constrain(value, weight.dims)
 
-    gathered: dict[str, Any] = jax.tree.map(gather, dict(WEIGHTS), params)
+    gathered: Params = map_specs(gather, weight_specs(model), params)
     return gathered

@@ -1,9 +1,10 @@
-"""Who teaches; and the online teacher, a frozen model whose forward pass runs inside the student's training step."""
+"""The teacher's settings, and the online teacher: a frozen model that runs inside the student's training step."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma2_jax.config import UserError
@@ -11,11 +12,11 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.matching import MatchConfig
 from gemma2_jax.distill.on_policy import OnPolicyConfig
-from gemma2_jax.formats.load import load_params, open_for
+from gemma2_jax.formats.load import load_params, open_for, open_source
 from gemma2_jax.formats.source import Source
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import dim_sizes
+from gemma2_jax.model.weights import abstract_params, dim_sizes, weight_specs
 from gemma2_jax.sharding.layout import (
     LayoutConfig,
     check_activations,
@@ -27,22 +28,22 @@ from gemma2_jax.sharding.layout import (
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Who teaches.
+    """The teacher that a student is distilled from.
 
     Attributes:
         teacher: a checkpoint of the teacher, a run folder or any other kind that `gemma2 convert` reads; null
-            without distillation, or to train from a cache of whichever teacher. Beside a cache it is asked in
-            validations alone, which have no divergence from it where it is null.
+            without distillation, or to train from a cache alone. With a cache, the teacher runs in validations only;
+            without it, they report no divergence.
         dtype: of the teacher's weights and activations. It has no optimizer state and gets no gradient. Of no effect
             where teacher is null.
-        cache: folder of what the teacher has said about the training data before (`gemma2 teacher-cache`), which
-            is trained on in its stead; null to ask it in each step.
+        cache: folder of the teacher's outputs for the training data, written by `gemma2 teacher-cache` and used in the
+            place of the teacher; null to run the teacher in each step.
         encoding: what the cache keeps of the teacher's distributions; null to take a cache as it is.
         on_policy: train on the student's own samples at some steps; null for the data alone.
         match: which of its layers the student matches as well; null for none.
-        model: its sizes, for `gemma2 plan`, which asks for no checkpoint; null to take them from there. A checkpoint
-            of other sizes is refused.
-        layout: how the teacher lies on the mesh; null to lie as the student does.
+        model: its sizes, for `gemma2 plan`, which needs no checkpoint; null to take them from the checkpoint. A
+            checkpoint of other sizes is refused.
+        layout: how the teacher is laid out on the mesh; null for the student's layout.
     """
 
     teacher: str | None
@@ -69,7 +70,7 @@ class DistillConfig:
 
     @property
     def teaches(self) -> bool:
-        """Whether there is a teacher, or a cache of what one has said; without either, a run learns from text alone."""
+        """Whether there is a teacher, or a cache of one; without either, a run learns from text alone."""
         return self.teacher is not None or self.cache is not None
 
 
@@ -77,35 +78,58 @@ def load_teacher(config: DistillConfig, student: ModelConfig, tokenizer: Tokeniz
     """The teacher, laid out on the student's mesh, with as many rows of padding in its vocabulary.
 
     Raises:
-        UserError: it is not whole, or what `open_teacher` refuses.
-    """
-    source, padded = open_teacher(config, student, tokenizer)
-    with as_teacher(config):
-        check_activations(mesh, dim_sizes(padded))
-        return Gemma2(padded, load_params(source, padded, config.dtype, mesh))
-
-
-def open_teacher(
-    config: DistillConfig, student: ModelConfig, tokenizer: Tokenizer
-) -> tuple[Source, ModelConfig]:
-    """The teacher's checkpoint, found to suit the student, and its sizes with the student's rows of padding.
-
-    Raises:
-        UserError: there is none, it has another tokenizer than the student, or lacks a layer to match.
+        UserError: it is not whole or not of the sizes in distill.model, or what `open_teacher` refuses.
     """
     if config.teacher is None:
         raise UserError("distill.teacher is null; it must be a checkpoint of the teacher.")
-    source = open_for(tokenizer, config.teacher, "distill.teacher")
-    padded = replace(source.config, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
-    if config.match is not None:
-        config.match.check_teacher(student, padded)
+    source, sizes = open_teacher(config.teacher, student, tokenizer)
     if config.model is not None:
-        _check_sizes(config.model, padded, config.teacher)
-    return source, padded
+        _check_sizes(config.model, sizes, config.teacher)
+    with as_teacher(config):
+        check_activations(mesh, dim_sizes(sizes))
+        return Gemma2(sizes, load_params(source, sizes, config.dtype, mesh))
+
+
+def open_teacher(path: str, student: ModelConfig, tokenizer: Tokenizer) -> tuple[Source, ModelConfig]:
+    """A teacher's checkpoint, which suits the student, and its sizes with the student's rows of padding.
+
+    Raises:
+        UserError: there is none, or it has another tokenizer than the student.
+    """
+    source = open_for(tokenizer, path, "distill.teacher")
+    return source, replace(source.config, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
+
+
+def teacher_config(config: DistillConfig, student: ModelConfig) -> ModelConfig | None:
+    """The sizes of the teacher, with the student's rows of padding in its vocabulary; None without a teacher.
+
+    Raises:
+        UserError: its checkpoint cannot be read, and its sizes are not given.
+    """
+    if config.teacher is None:
+        return None
+    sizes = open_source(config.teacher).config if config.model is None else config.model
+    return replace(sizes, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
+
+
+def online_teacher(config: DistillConfig, student: ModelConfig) -> ModelConfig | None:
+    """As `teacher_config`, of a teacher whose forward pass runs in each step: None beside a cache."""
+    return None if config.cache is not None else teacher_config(config, student)
+
+
+def abstract_teacher(config: DistillConfig, sizes: ModelConfig, mesh: Mesh) -> Gemma2:
+    """The teacher's shapes, dtypes and shardings.
+
+    Raises:
+        UserError: the mesh does not divide it.
+    """
+    with as_teacher(config):
+        check_activations(mesh, dim_sizes(sizes))
+        return Gemma2(sizes, abstract_params(weight_specs(sizes), jnp.dtype(config.dtype), mesh))
 
 
 def as_teacher(config: DistillConfig) -> AbstractContextManager[None]:
-    """Has what is traced within lie as the teacher does."""
+    """Applies the teacher's layout to everything traced inside."""
     model = f"distill.teacher {config.teacher}"
     if config.layout is None:
         return laid_out(layout_in_use(), key_in_use(), model)

@@ -1,25 +1,30 @@
 """How good a trained run is, on the whole validation split of its data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, find_params, read_params
 from gemma2_jax.config import load
+from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.teacher import DistillConfig, load_teacher
+from gemma2_jax.distill.teacher import open_teacher
+from gemma2_jax.formats.load import load_params
+from gemma2_jax.methods.distillation import TEACHER
+from gemma2_jax.methods.language_modelling import MODEL, evaluation_sums, head_and_layers
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import abstract_params, weight_specs
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.start import check_same_data
-from gemma2_jax.training.step import build_evaluation_step
-from gemma2_jax.training.validation import validate
+from gemma2_jax.training.validation import averages, sum_over
 
 
 @dataclass(frozen=True)
@@ -58,17 +63,23 @@ def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = Non
     found = find_params(run_folder)
     mesh = build_mesh(config.mesh)
     with jax.set_mesh(mesh), laid_out(config.layout):
-        model = Gemma2(config.model, read_params(found, abstract_params(config.model, mesh=mesh)))
-        teacher = None
-        # The teacher is asked in the student's own precision here, whatever it taught in.
-        distill = DistillConfig(None if teacher_folder is None else str(teacher_folder), config.compute.dtype)
+        specs = weight_specs(config.model)
+        model = Gemma2(config.model, read_params(found, abstract_params(specs, mesh=mesh)))
+        models = {MODEL: model}
         if teacher_folder is not None:
-            teacher = load_teacher(
-                distill, config.model, Tokenizer.load(Path(run_folder) / TOKENIZER_FILE), mesh
-            )
-        step_function = build_evaluation_step(config.compute, distill, config.objective.block_tokens)
+            # In the model's own precision, whatever the teacher was distilled from in.
+            tokenizer = Tokenizer.load(Path(run_folder) / TOKENIZER_FILE)
+            source, sizes = open_teacher(str(teacher_folder), config.model, tokenizer)
+            models[TEACHER] = Gemma2(sizes, load_params(source, sizes, config.compute.dtype, mesh))
+        compute = replace(config.compute, remat="none")
+
+        @jax.jit
+        def sums(models: dict[str, Gemma2], batch: Batch) -> dict[str, Any]:
+            heads = {name: head_and_layers(model, batch, compute, None)[0] for name, model in models.items()}
+            return evaluation_sums(heads, batch, config.objective.block_tokens)
+
         batches = validation_batches(config.data, *feeding_share(mesh))
-        metrics = validate(step_function, model, teacher, batches, mesh)
+        metrics = averages(sum_over(partial(sums, models), batches, mesh))
     return Evaluation(
         parameters=count_parameters(config.model).total,
         tokens_seen=found.step * config.data.batch_size * config.data.seq_len,

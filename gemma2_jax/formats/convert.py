@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.files import replacing, sole_writer, write_text
+from gemma2_jax.files import reason, replacing, sole_writer, write_text
 from gemma2_jax.formats import gguf, huggingface
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE, config_json
@@ -23,6 +23,7 @@ from gemma2_jax.formats.tokenizer_files import write_tokenizer_files
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.narrowing import check_range
 from gemma2_jax.model.vocabulary import without_padding
+from gemma2_jax.model.weights import weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 KINDS = ("run", "huggingface", "gguf")
@@ -95,8 +96,8 @@ def convert(
     except BrokenPipeError:  # of who listens to the progress
         raise
     except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror or error}.") from None
-    weights = sum(1 for _ in all_places(source.config))
+        raise UserError(f"{target} cannot be written: {reason(error, target)}.") from None
+    weights = sum(1 for _ in all_places(weight_specs(source.config)))
     return Conversion(source.kind, kind, dtype, source.dtypes, weights)
 
 
@@ -127,7 +128,7 @@ def _write_huggingface(
     source: Source, folder: Path, dtype: str, tokenizer: Tokenizer, file: Path, progress: Progress
 ) -> None:
     config = without_padding(source.config)
-    entries = expand(HUGGINGFACE, config)
+    entries = expand(HUGGINGFACE, weight_specs(config))
     tokens, metadata = config.num_tokens, source.metadata
     ids = huggingface.token_ids(tokenizer)
     # Where a text of the model ends is what its makers say, if they say it.
@@ -149,7 +150,7 @@ def _write_gguf(
     source: Source, path: Path, dtype: str, tokenizer: Path, name: str, progress: Progress
 ) -> None:
     config = without_padding(source.config)
-    entries = expand(GGUF, config)
+    entries = expand(GGUF, weight_specs(config))
     encoding = _ENCODINGS.get(dtype, dtype)
     gguf.write_gguf(
         path,
@@ -191,7 +192,7 @@ def _cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
 def _compare(source: Source, written: Source, dtype: str, progress: Progress) -> None:
     """Raises UserError unless every weight that was written reads back as the source's, bit for bit."""
     written.check()
-    places = list(all_places(source.config))
+    places = list(all_places(weight_specs(source.config)))
     for done, place in enumerate(places, 1):
         expected = _cast(_weight(source, place, written.config), dtype, place.path)
         found = written.weight(place)

@@ -30,6 +30,7 @@ from gemma2_jax.formats.tokenizer_files import parse_model
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.narrowing import check_range
 from gemma2_jax.model.vocabulary import check_tokens, without_padding
+from gemma2_jax.model.weights import weight_specs
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -111,7 +112,9 @@ def _plan(
     config: ModelConfig, encoding: str
 ) -> tuple[dict[str, tuple[int, ...]], "dict[str, GGMLQuantizationType]"]:
     """The shape and the encoding of each tensor of a file."""
-    shapes = {tensor: entry.shape for tensor, entry in expand(GGUF, without_padding(config)).items()}
+    shapes = {
+        tensor: entry.shape for tensor, entry in expand(GGUF, weight_specs(without_padding(config))).items()
+    }
     return shapes, {tensor: _kind(package(), tensor, shape, encoding) for tensor, shape in shapes.items()}
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma2_jax.config import UserError, build
+from gemma2_jax.files import reason
 from gemma2_jax.formats.source import TensorInfo
 from gemma2_jax.model.config import ModelConfig
 
@@ -51,7 +52,7 @@ def is_gguf(path: str | Path) -> bool:
         with open(path, "rb") as file:
             return file.read(len(_MAGIC)) == _MAGIC
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
 
 
 def read_header(path: str | Path) -> Header:
@@ -74,7 +75,7 @@ def open_reader(path: str | Path) -> "GGUFReader":
         reader: GGUFReader = _header_reader(package())(path)
         return reader
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
     except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError, struct.error):
         # What the package raises wherever the bytes make no sense to it.
         raise UserError(f"{path} is no GGUF file, or is cut short or damaged.") from None

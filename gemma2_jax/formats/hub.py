@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_jax.config import UserError
+from gemma2_jax.files import in_the_way
 from gemma2_jax.machine import is_installed
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -30,9 +31,14 @@ def is_hub_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and not text.endswith(".gguf")
 
 
+def is_elsewhere(path: str) -> bool:
+    """Whether `path` is nothing on this machine and could be the name of a model on the hub."""
+    return is_hub_name(path) and not os.path.exists(path) and in_the_way(path) is None
+
+
 def check_installed(path: str) -> None:
     """Raises UserError if `path` is to be fetched from the hub, whose package is not installed."""
-    if is_hub_name(path) and not os.path.exists(path) and not is_installed("huggingface_hub"):
+    if is_elsewhere(path) and not is_installed("huggingface_hub"):
         raise UserError(
             f"{path} is no folder here; to fetch it from the Hugging Face hub, install the extra `hub` "
             "(pip install 'gemma2_jax[hub]')."

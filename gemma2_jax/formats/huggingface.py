@@ -87,7 +87,7 @@ class HuggingFaceSource(ForeignSource):
             for rows in blocks
         ):
             return []
-        return [f"{head.file} holds {_LM_HEAD} apart from the embedding, which Gemma 2 ties to it."]
+        return [f"{head.file} holds another {_LM_HEAD} than the embedding; Gemma 2 has one matrix for both."]
 
     def _saved(self) -> dict[str, TensorInfo]:
         """What the folder holds by the names in its files; of several files, those that transformers would take."""
@@ -116,7 +116,7 @@ class HuggingFaceSource(ForeignSource):
         headers = {file: _header(self.path / file) for file in files}
         for name, file in names.items():
             if name not in headers[file]:
-                raise UserError(f"{self.path / file} lacks the tensor {name}, which {index} says is there.")
+                raise UserError(f"{self.path / file} lacks the tensor {name}, which {index} lists.")
         return {name: headers[file][name] for name, file in names.items()}
 
 

@@ -17,6 +17,7 @@ from gemma2_jax.formats.source import Source, TensorInfo, misfits
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.model.vocabulary import without_padding
+from gemma2_jax.model.weights import weight_specs
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _inspect_gguf(path: Path, header: Header, published: Mapping[str, ModelConfi
         *_model(header.config, header.tensors, published),
         ("tokenizer", f"in the file, {header.num_tokens:,} tokens"),
     ]
-    shapes = {name: entry.shape for name, entry in expand(GGUF, header.config).items()}
+    shapes = {name: entry.shape for name, entry in expand(GGUF, weight_specs(header.config)).items()}
     problems = misfits(path, shapes, header.tensors)
     if header.num_tokens != header.config.num_tokens:
         problems.append(

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import dim_sizes, weights_by_path
+from gemma2_jax.model.weights import Specs, specs_by_path
 
 
 @dataclass(frozen=True)
@@ -137,10 +136,10 @@ class Entry:
         return (part.astype(np.float32) + np.float32(offset)) if offset else part
 
 
-def expand(layout: Sequence[Tensor], config: ModelConfig) -> dict[str, Entry]:
-    """Every tensor that a checkpoint of this model has, by name, in an order from the embedding upwards."""
-    weights = weights_by_path()
-    sizes = dim_sizes(config)
+def expand(layout: Sequence[Tensor], specs: Specs) -> dict[str, Entry]:
+    """Every tensor that a checkpoint of these weights has, by name, in an order from the embedding upwards."""
+    weights = specs_by_path(specs)
+    sizes = {letter: size for spec in weights.values() for letter, size in spec.sizes.items()}
     found = {}
     for tensor in layout:
         foreign = re.sub(r"[()]", "", tensor.dims)
@@ -148,7 +147,7 @@ def expand(layout: Sequence[Tensor], config: ModelConfig) -> dict[str, Entry]:
         shape = [int(np.prod([sizes[d] for d in axis.strip("()")])) for axis in merged]
         if len(tensor.weights) > 1:
             shape.insert(0, len(tensor.weights))
-        layers: Sequence[int | None] = range(config.num_layers) if "{layer}" in tensor.name else [None]
+        layers: Sequence[int | None] = range(2 * sizes["P"]) if "{layer}" in tensor.name else [None]
         for layer in layers:
             places = tuple(_place(path, layer) for path in tensor.weights)
             found[tensor.name.format(layer=layer)] = Entry(

@@ -1,6 +1,5 @@
 """From a checkpoint of any kind to a model on devices, one weight of one layer at a time."""
 
-import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache
@@ -15,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemma2_jax.checkpoints import store
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.files import reason
 from gemma2_jax.formats import hub
 from gemma2_jax.formats.deepmind import DeepMindSource, is_orbax
 from gemma2_jax.formats.huggingface import HuggingFaceSource
@@ -26,9 +26,10 @@ from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.narrowing import check_range
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens, resize_rows, without_padding
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import Params, abstract_params, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
+_DEEPEST = 4  # folders between a file and the folder of its checkpoint, itself included
 _PADDING = 1024  # rows, or a quarter of the tokens: more of them are those of another tokenizer
 
 
@@ -42,7 +43,7 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
         UserError: there is none, or none of a known kind.
     """
     folder = Path(path)
-    if not os.path.exists(folder) and hub.is_hub_name(str(path)):
+    if hub.is_elsewhere(str(path)):
         folder = hub.download(str(path))
     try:
         reader = _reader_of(folder)
@@ -50,7 +51,7 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
             raise UserError(f"{path} {_what_is(folder)}.")
         source = reader(folder)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
     if tokenizer is not None:
         source.tokenizer = Path(tokenizer)
     _find_padding(source)
@@ -77,6 +78,10 @@ def _what_is(path: Path) -> str:
         if inside is not None:
             return f"holds no checkpoint that is known, but {inside} does"
     found = describe(path)
+    if found is None and path.is_file():  # of no known name, but perhaps in a known place
+        around = next((folder for folder in path.absolute().parents[:_DEEPEST] if _reader_of(folder)), None)
+        if around is not None:
+            return f"is one file of a checkpoint; give its folder, {around}"
     if found is not None and ";" in found:
         return found
     unknown = "is a file of no known kind" if path.is_file() else "holds no checkpoint that is known"
@@ -181,14 +186,28 @@ def open_for(tokenizer: Tokenizer, path: str | Path, key: str) -> Source:
     return source
 
 
+def check_readable(key: str, path: str | Path, tokenizer: str | Path) -> None:
+    """Raises UserError if the checkpoint at `path`, which the setting `key` names, cannot be read by a run.
+
+    It is missing, of no known kind or not whole; or has another tokenizer, where the file `tokenizer` is there: else
+    that is trained with the data.
+    """
+    try:
+        open_source(path).check()
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    if Path(tokenizer).is_file():
+        open_for(Tokenizer.load(tokenizer), path, key)
+
+
 def load_params(
     source: Source,
     config: ModelConfig,
     dtype: Any,
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """The parameters of a checkpoint, laid out like `model/weights.py`, for a model of this configuration.
+) -> Params:
+    """The parameters of a checkpoint, laid out like `weight_specs(config)`, for a model of this configuration.
 
     A host holds what its own devices get and one tensor of the file at a time.
 
@@ -204,7 +223,7 @@ def load_params(
     _check_same_model(source, config)
     if mesh is None:
         mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
-    target = abstract_params(source.config, dtype, mesh)
+    target = abstract_params(weight_specs(source.config), dtype, mesh)
     if isinstance(source, RunSource):
         params = store.load_params(source.path, target)  # Orbax reads each device's part
     else:
@@ -213,9 +232,9 @@ def load_params(
     return params
 
 
-def _load_weights(source: Source, target: Any, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    params: dict[str, Any] = {}
-    places = list(all_places(source.config))
+def _load_weights(source: Source, target: Any, progress: Callable[[int, int], None]) -> Params:
+    params: Params = {}
+    places = list(all_places(weight_specs(source.config)))
     for done, place in enumerate(places, 1):
         leaf, branch, name = _find(target, params, place.path)
         part = source.weight(place)
@@ -245,7 +264,7 @@ def _check_same_model(source: Source, config: ModelConfig) -> None:
             )
 
 
-def _find(target: Any, params: dict[str, Any], path: str) -> tuple[Any, dict[str, Any], str]:
+def _find(target: Any, params: Params, path: str) -> tuple[Any, Params, str]:
     """The leaf of `target` at `path`, and where to put it in `params`, made if it is not there yet."""
     *above, name = path.split("/")
     for key in above:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_jax.config import UserError
-from gemma2_jax.files import write_text
+from gemma2_jax.files import reason, write_text
 from gemma2_jax.formats.json_file import read_object, shown
 
 METADATA_FILE = "metadata.json"  # in a run folder
@@ -168,7 +168,7 @@ def _template_files(folder: Path) -> str | dict[str, str] | None:
     try:
         texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{error.filename} cannot be read: {reason(error)}.") from None
     except UnicodeDecodeError:
         raise UserError(f"{folder / _TEMPLATE_FILE} is not a text file in UTF-8.") from None
     return texts.get("default") if len(texts) < 2 else texts

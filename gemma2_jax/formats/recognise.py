@@ -9,6 +9,8 @@ from pathlib import Path
 
 from gemma2_jax.checkpoints import store
 from gemma2_jax.config import UserError
+from gemma2_jax.data.shards import MANIFEST
+from gemma2_jax.files import in_the_way
 from gemma2_jax.formats.gguf_header import is_gguf
 from gemma2_jax.formats.json_file import read_object
 
@@ -49,6 +51,17 @@ _BEGINNINGS = {
     b"\x89HDF\r\n\x1a\n": ".h5",
 }
 _TOKENIZER_FILES = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
+# Files of checkpoints, by which their folder is known.
+_PARTS = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "_CHECKPOINT_METADATA",
+    "_METADATA",
+    "_sharding",
+    "manifest.ocdbt",
+}
+_ADAPTER_FILES = {ADAPTER_CONFIG, "adapter_model.safetensors"}
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -57,13 +70,14 @@ def describe(path: Path) -> str | None:
     if path.is_file():
         return _describe_file(path)
     if not path.is_dir():
-        return "does not exist"
+        above = in_the_way(path)
+        return "does not exist" if above is None else f"cannot be there: {above} is no folder"
     return _describe_folder(path)
 
 
 def describe_weights(folder: Path) -> str | None:
     """Which files of weights a folder without whole safetensors holds, and what to do; None if it has none."""
-    if (folder / ADAPTER_CONFIG).exists() or (folder / "adapter_model.safetensors").exists():
+    if any((folder / name).exists() for name in _ADAPTER_FILES):
         return _describe_adapter(folder)
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in _ENDINGS and file.name != "training_args.bin":
@@ -97,8 +111,14 @@ def _describe_file(path: Path) -> str | None:
         begin = file.read(64)
     if begin.startswith(_LFS):
         return "is a pointer of Git LFS; fetch the file itself with `git lfs pull`"
-    if path.suffix == ".safetensors" or path.name == "config.json":
-        return f"is one file of a checkpoint; give its folder, {path.parent}"
+    if path.name in _ADAPTER_FILES:
+        return f"belongs to {_adapter(path.parent)}, which is no whole model; {_MERGE}"
+    if (run := run_around(path)) is not None:
+        return f"lies in a run folder; give the run folder, {run}"
+    if path.suffix == ".safetensors" or path.name in _PARTS:
+        return f"is one file of a checkpoint; give its folder, {path.absolute().parent}"
+    if path.name == MANIFEST and (kind := _prepared(path.parent)) is not None:
+        return f"is the manifest of {kind}; give the folder of a model"
     ending = next((kind for magic, kind in _BEGINNINGS.items() if begin.startswith(magic)), path.suffix)
     if ending in _ENDINGS and ending != ".gguf":
         what, remedy = _ENDINGS[ending]
@@ -121,14 +141,16 @@ def _describe_folder(folder: Path) -> str | None:
     names = {path.name for path in folder.iterdir()}
     if any(name.endswith(".safetensors") for name in names):
         return "holds safetensors without their config.json; copy it from where the model is from"
+    if (kind := _prepared(folder)) is not None:
+        return f"holds {kind}; give the folder of a model"
     if names & _TOKENIZER_FILES:
         return "holds a tokenizer and no weights; give the folder of a model"
     return None
 
 
-def run_around(folder: Path) -> Path | None:
-    """The run folder whose checkpoints `folder` holds, or a part of them."""
-    whole = folder.absolute()
+def run_around(path: Path) -> Path | None:
+    """The run folder whose checkpoints a folder holds, or a part of them, or a file in it."""
+    whole = path.absolute()
     for run in whole.parents:
         if whole.is_relative_to(run / store.FOLDER) and (run / store.CONFIG_FILE).exists():
             return run
@@ -147,7 +169,25 @@ def _describe_cache(folder: Path) -> str:
     return f"is a folder of the hub's cache; give the snapshot in it, {snapshots[-1]}"
 
 
+def _prepared(folder: Path) -> str | None:
+    """What the manifest of a folder of ours says that it holds."""
+    try:
+        manifest = read_object(folder / MANIFEST)
+    except UserError:
+        return None
+    kinds = {"encoding": "the cache of a teacher (distill.cache)", "parts": "prepared data (data.folder)"}
+    return next((kind for name, kind in kinds.items() if name in manifest), None)
+
+
 def _describe_adapter(folder: Path) -> str:
+    return f"holds {_adapter(folder)} and no whole model; {_MERGE}"
+
+
+_MERGE = "merge the two with PEFT first: model.merge_and_unload().save_pretrained(NEW)"
+
+
+def _adapter(folder: Path) -> str:
+    """Which adapter a folder holds, and of which model."""
     try:
         config = read_object(folder / ADAPTER_CONFIG)
     except UserError:
@@ -155,8 +195,4 @@ def _describe_adapter(folder: Path) -> str:
     base = config.get("base_model_name_or_path")
     of = f" of {base}" if isinstance(base, str) and base else ""
     kind = config.get("peft_type", "LORA")
-    name = "a LoRA adapter" if kind == "LORA" else f"an adapter of PEFT ({kind})"
-    return (
-        f"holds {name}{of} and no whole model; merge the two with PEFT first: "
-        "model.merge_and_unload().save_pretrained(NEW)"
-    )
+    return f"a LoRA adapter{of}" if kind == "LORA" else f"an adapter of PEFT ({kind}){of}"

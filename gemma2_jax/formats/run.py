@@ -15,7 +15,7 @@ from gemma2_jax.formats.layouts import Place
 from gemma2_jax.formats.metadata import Metadata, load_metadata
 from gemma2_jax.formats.source import Source, TensorInfo, files_below, misfits, wrong_dtypes
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import abstract_params, dim_sizes, weights_by_path
+from gemma2_jax.model.weights import Params, abstract_params, specs_by_path, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 
@@ -26,7 +26,7 @@ class RunSource(Source):
         step: of the checkpoint; passed_over: what is wrong with newer ones, a clause each.
 
     Raises:
-        UserError: the folder holds no checkpoint of ours.
+        UserError: the folder holds no checkpoint of a run.
     """
 
     kind = "run folder"
@@ -50,8 +50,7 @@ class RunSource(Source):
         return files_below([step / "params"])
 
     def problems(self) -> list[str]:
-        sizes = dim_sizes(self.config)
-        shapes = {path: tuple(sizes[d] for d in weight.dims) for path, weight in weights_by_path().items()}
+        shapes = {path: spec.shape for path, spec in specs_by_path(weight_specs(self.config)).items()}
         return misfits(self.path, shapes, self.tensors) + wrong_dtypes(self.tensors)
 
     def weight(self, place: Place) -> np.ndarray:
@@ -61,12 +60,12 @@ class RunSource(Source):
     @cached_property
     def _params(self) -> Any:
         mesh = build_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
-        target = abstract_params(self.config, self.dtype, mesh)
+        target = abstract_params(weight_specs(self.config), self.dtype, mesh)
         return jax.tree.map(np.asarray, store.load_params(self.path, target))
 
 
 def write_run(
-    folder: Path, config: ModelConfig, params: Any, tokenizer: Path, metadata: Metadata | None = None
+    folder: Path, config: ModelConfig, params: Params, tokenizer: Path, metadata: Metadata | None = None
 ) -> None:
     """Write a run folder that holds a model and no training: what `load_model` and a training's start take."""
     store.save_params(folder, params, {"model": to_dict(config)})

@@ -11,7 +11,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.formats.layouts import Place, Tensor, expand
 from gemma2_jax.formats.metadata import Metadata
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import weights_by_path
+from gemma2_jax.model.weights import Specs, specs_by_path, weight_specs
 
 TOKENIZER_FILE = "tokenizer.model"  # how other tools call a SentencePiece model file
 DTYPES = ("float32", "bfloat16", "float16")  # that the weights of a checkpoint may have
@@ -97,7 +97,7 @@ class ForeignSource(Source):
     """
 
     def __init__(self, layout: Sequence[Tensor]) -> None:
-        self.entries = expand(layout, self.config)
+        self.entries = expand(layout, weight_specs(self.config))
         self._entry_of: dict[Place, tuple[str, int]] = {
             place: (name, position)
             for name, entry in self.entries.items()
@@ -151,13 +151,13 @@ def wrong_dtypes(tensors: Mapping[str, TensorInfo]) -> list[str]:
     ]
 
 
-def all_places(config: ModelConfig) -> Iterator[Place]:
+def all_places(specs: Specs) -> Iterator[Place]:
     """Every weight of a model, the embedding first and then layer by layer."""
-    weights = weights_by_path()
-    stacked = [path for path, weight in weights.items() if weight.dims.startswith("P")]
+    weights = specs_by_path(specs)
+    stacked = [path for path, spec in weights.items() if spec.dims.startswith("P")]
     for path in weights:
         if path not in stacked:
             yield Place(path, None)
-    for pair in range(config.num_pairs):
+    for pair in range(weights[stacked[0]].sizes["P"]):
         for path in stacked:
             yield Place(path, pair)

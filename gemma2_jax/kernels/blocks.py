@@ -1,4 +1,4 @@
-"""Arrays [B, T, ...] block of tokens by block, and other loops for what would need too much memory all at once."""
+"""Arrays [B, T, ...] block of tokens by block, for what would need too much memory all at once."""
 
 from typing import Any
 
@@ -41,23 +41,3 @@ def join_tokens(x: jax.Array, T: int) -> jax.Array:
     shares = sequence_shares()
     apart = jnp.moveaxis(x.reshape(blocks, B, shares, -1, *rest), 0, 2)
     return apart.reshape(B, shares, -1, *rest)[:, :, : T // shares].reshape(B, T, *rest)
-
-
-def stays_in_loop(x: jax.Array, number: jax.Array) -> jax.Array:
-    """x, of which what is done next is done in each turn of a loop.
-
-    It is times a 1 that depends on `number`, an integer that differs from turn to turn. Left to itself, the compiler
-    would do it once for all of x before the loop, and keep the result: more memory than it saves time. (It does so over
-    an optimization barrier.)
-    """
-    one = jnp.where(number == jnp.iinfo(number.dtype).min, 2.0, 1.0).astype(x.dtype)
-    return x * one
-
-
-def turned_apart(x: Any) -> Any:
-    """x, float32 products of narrower arrays that are to be transposed, which is not to become a part of the product.
-
-    Where one block is all there is, nothing else stands between the two, and XLA on CPU (JAX 0.10 and 0.12) makes one
-    product of them that it then cannot compute: "Unsupported element type for DotThunk: BF16 x BF16 = F32".
-    """
-    return jax.lax.optimization_barrier(x)

@@ -1,10 +1,9 @@
 """Losses over the vocabulary, block of tokens by block: [tokens, V] never exists.
 
-The logits of 8,192 tokens at V = 256k are 8.4 GB in float32, and distillation needs the student's, the
-teacher's and the gradient's. Here a block of tokens goes through the LM head, the soft cap, the loss and
-back, and only its gradients stay: with respect to its hidden states, and summed into the embedding's.
-Doing so in the forward pass needs no second pass over the logits in the backward one, as in Liger
-(arXiv 2410.10989, section 3.2).
+The logits of 8,192 tokens at V = 256k are 8.4 GB in float32, and a loss may need those of several models and the
+gradients of some. Here a block of tokens goes through the LM heads, the soft caps, the loss and back, and only its
+gradients stay: those of its hidden states, and the sums of the embeddings'. Computed in the forward pass, they need no
+second pass over the logits in the backward pass, as in Liger (arXiv 2410.10989, section 3.2).
 """
 
 from collections.abc import Callable, Mapping
@@ -15,273 +14,291 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.kernels.blocks import join_tokens, split_tokens, stays_in_loop, token_blocks, turned_apart
-from gemma2_jax.kernels.softcap import mask_padding, softcap
+from gemma2_jax.kernels.blocks import join_tokens, split_tokens, token_blocks
+from gemma2_jax.kernels.softcap import mask_padding, negative_log_prob, softcap
+from gemma2_jax.kernels.tuning import HeadPlan, by_head_plan, stays_in_loop
 from gemma2_jax.sharding.layout import batch_shares_in_head, constrain, constrain_in_head, is_split
 
-Coefficients = Mapping[str, jax.Array]  # float32 scalars that may change from step to step: no gradient
-Sums = tuple[jax.Array, dict[str, jax.Array]]  # of the loss and of each metric
+# By the name of their head, float32 [..., V], soft-capped, those of padding masked.
+Logits = dict[str, jax.Array]
+Sums = tuple[jax.Array, Any]  # of the loss and of each metric
+
+# (logits [..., V] by head, per_token [..., ...], coefficients) -> (loss [...], a pytree of metrics [...]), float32.
+TokenLoss = Callable[[Logits, Any, Any], tuple[jax.Array, Any]]
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["hidden", "embedding"],
-    meta_fields=["softcap", "vocab_padding"],
+    meta_fields=["softcap", "vocab_padding", "trained"],
 )
 @dataclass(frozen=True)
 class LMHead:
-    """A model's distributions over the vocabulary, not yet computed.
+    """A model's distributions over the vocabulary, not yet computed. A pytree.
 
     Attributes:
         hidden: final hidden states [B, T, D].
         embedding: [V, D]; cast to hidden's dtype for the product.
         softcap: logits become softcap * tanh(logits / softcap).
         vocab_padding: the last so many rows of the embedding belong to no token.
+        trained: whether hidden and embedding get gradients; if not, those are zero and cost nothing.
     """
 
-    hidden: jax.Array
-    embedding: jax.Array
+    hidden: Any
+    embedding: Any
     softcap: float
     vocab_padding: int = 0
+    trained: bool = True
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["ids", "log_weights", "tail"], meta_fields=[])
-@dataclass(frozen=True)
-class SparseTargets:
-    """A few tokens of a teacher's distribution at each position, and what is left: from a cache. A pytree.
-
-    Attributes:
-        ids: int32 [B, T, K], the tokens of one position all different.
-        log_weights: float32 [B, T, K], logarithms of their weights; `softcap.NEVER`, or anything else that is finite
-            and whose exp is 0, in a place without a token.
-        tail: float32 [B, T], the weight of all other tokens together; 0 where the ids are all there are.
-    """
-
-    ids: Any
-    log_weights: Any
-    tail: Any
+Heads = dict[str, LMHead]
 
 
-# (student logits [.., V], teacher, targets [..], coefficients) -> (loss [..], {metric: [..]}), all float32. The
-# teacher is its logits [.., V], SparseTargets or None; logits are soft-capped and those of padding masked.
-TokenLoss = Callable[
-    [jax.Array, jax.Array | SparseTargets | None, jax.Array, Coefficients],
-    tuple[jax.Array, dict[str, jax.Array]],
-]
-Teacher = LMHead | SparseTargets | None
-
-
-def dense_loss(
-    token_loss: TokenLoss,
-    student: LMHead,
-    teacher: Teacher,
-    targets: jax.Array,
-    mask: jax.Array,
-    coefficients: Coefficients | None = None,
-) -> Sums:
-    """The reference for `blockwise_loss`, with all logits at once. Arguments and results are the same."""
-    signal = jax.lax.stop_gradient(_signal(teacher))
-    return _masked_sums(token_loss, _logits(student), signal, targets, mask, coefficients or {})
-
-
-def blockwise_loss(
-    token_loss: TokenLoss,
-    student: LMHead,
-    teacher: Teacher,
-    targets: jax.Array,
-    mask: jax.Array,
-    block_tokens: int,
-    coefficients: Coefficients | None = None,
-) -> Sums:
-    """Sum of `token_loss` over the tokens of a batch, differentiable in the student's states and embedding.
+def head_logits(hidden: jax.Array, embedding: jax.Array, cap: float, vocab_padding: int) -> jax.Array:
+    """Soft-capped float32 logits [..., V] of hidden states [..., D], -1e30 in rows of padding.
 
     Args:
-        token_loss: the loss and metrics of each token from its logits.
-        student, teacher: where the distributions come from. The teacher gets no gradient.
-        targets: int32 [B, T]; mask: float32 [B, T], the weight of each token.
+        embedding: [V, D], in hidden's dtype and laid out for use.
+    """
+    return _cap(_products(hidden, embedding), cap, vocab_padding)
+
+
+def dense_sums(
+    token_loss: TokenLoss,
+    heads: Mapping[str, LMHead],
+    per_token: Any,
+    mask: jax.Array,
+    coefficients: Any = None,
+) -> Sums:
+    """The reference for `lm_head_sums`, with all logits at once. Arguments and results are the same."""
+    trained, frozen = _parts(heads)
+    logits = _logits(trained) | jax.lax.stop_gradient(_logits(frozen))
+    constants = jax.lax.stop_gradient((per_token, mask, coefficients))
+    return _masked_sums(token_loss, logits, *constants)
+
+
+def lm_head_sums(
+    token_loss: TokenLoss,
+    heads: Mapping[str, LMHead],
+    per_token: Any,
+    mask: jax.Array,
+    block_tokens: int,
+    coefficients: Any = None,
+) -> Sums:
+    """Sum of `token_loss` over the tokens of a batch, differentiable in the states and embeddings of trained heads.
+
+    A block of a head's logits is computed once, whatever uses it.
+
+    Args:
+        token_loss: the loss and metrics of tokens from the logits of all heads.
+        heads: by name, all of the same B and T.
+        per_token: any pytree of arrays [B, T, ...], of which `token_loss` gets those of its tokens. No gradient.
+        mask: float32 [B, T], the weight of each token in the sums. No gradient.
         block_tokens: tokens that each device has logits of at a time.
-        coefficients: what `token_loss` takes beside the tokens; none by default.
+        coefficients: any pytree of float32 scalars, which may change from step to step. No gradient.
 
     Returns:
         The masked sum of the losses, and of each metric. Metrics carry no gradient.
     """
+    trained, frozen = _parts(heads)
+    constants = jax.lax.stop_gradient((frozen, per_token, mask, coefficients))
+    B, T = mask.shape
+    return _blockwise(token_loss, token_blocks(B, T, block_tokens), trained, *constants)
+
+
+def token_log_probs(head: LMHead, targets: jax.Array, block_tokens: int) -> jax.Array:
+    """log P(target) of each token, float32 [B, T], differentiable in the head for any cotangent [B, T].
+
+    Logits are computed block by block, in the backward pass anew.
+
+    Args:
+        targets: int32 [B, T].
+        block_tokens: tokens that each device has logits of at a time.
+    """
     B, T = targets.shape
-    blocks = token_blocks(B, T, block_tokens)
-    frozen = jax.lax.stop_gradient(teacher)
-    return _blockwise(token_loss, blocks, student, frozen, targets, mask, coefficients or {})
+    head = head if head.trained else jax.lax.stop_gradient(head)
+    return _log_probs(token_blocks(B, T, block_tokens), head, targets)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blockwise(
     token_loss: TokenLoss,
     blocks: int,
-    student: LMHead,
-    teacher: Teacher,
-    targets: jax.Array,
+    trained: Heads,
+    frozen: Heads,
+    per_token: Any,
     mask: jax.Array,
-    coefficients: Coefficients,
+    coefficients: Any,
 ) -> Sums:
-    embedding = _for_use(student)
+    heads = trained | frozen
+    embeddings = _for_use(heads)
 
     def body(sums: Sums, block: Any) -> tuple[Sums, None]:
-        hidden, part, block_targets, block_mask = block
-        head = replace(student, hidden=hidden, embedding=embedding)
-        signal = _with_tokens(teacher, part)
-        return _add(sums, dense_loss(token_loss, head, signal, block_targets, block_mask, coefficients)), None
+        hidden, (block_per_token, block_mask) = block
+        logits = _logits(heads, hidden, embeddings)
+        return _add(sums, _masked_sums(token_loss, logits, block_per_token, block_mask, coefficients)), None
 
-    split = _split(blocks, student, teacher, targets, mask)
-    sums, _ = jax.lax.scan(body, _zero_sums(token_loss, teacher, coefficients), split)
+    zeros = _zero_sums(token_loss, heads, per_token, coefficients)
+    sums, _ = jax.lax.scan(body, zeros, _split(blocks, _hidden(heads), (per_token, mask)))
     return sums
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How the blocks are gone through, which differs by platform.
-
-    Attributes:
-        sums_as: the embedding's gradient is summed as this. [V, D] is what is asked for, but there the CPU's product
-            has d_products, the largest array here, transposed; as [D, V] it takes some 2/3 of the time.
-        casts_blockwise: the embedding is cast anew for each block, as part of its product, which the TPU does while
-            it reads. All at once, the copy is larger than the logits of two blocks.
-    """
-
-    sums_as: str
-    casts_blockwise: bool
-
-
-def _blockwise_forward(
-    token_loss: TokenLoss,
-    blocks: int,
-    student: LMHead,
-    teacher: Teacher,
-    targets: jax.Array,
-    mask: jax.Array,
-    coefficients: Coefficients,
-) -> tuple[Sums, LMHead]:
-    sums, gradients = jax.lax.platform_dependent(
-        student,
-        teacher,
-        targets,
-        mask,
-        coefficients,
-        cpu=partial(_sums_and_gradients, token_loss, blocks, _Plan("DV", False)),
-        tpu=partial(_sums_and_gradients, token_loss, blocks, _Plan("VD", True)),
-        default=partial(_sums_and_gradients, token_loss, blocks, _Plan("VD", False)),
-    )
-    return sums, gradients
-
-
-def _sums_and_gradients(
-    token_loss: TokenLoss,
-    blocks: int,
-    plan: _Plan,
-    student: LMHead,
-    teacher: Teacher,
-    targets: jax.Array,
-    mask: jax.Array,
-    coefficients: Coefficients,
-) -> tuple[Sums, LMHead]:
-    dtype = student.hidden.dtype
-    # Where the embedding has to be gathered from its parts, less is sent of it cast, and a copy is made anyway.
-    casts_blockwise = plan.casts_blockwise and not is_split("D")
-    whole = student.embedding if casts_blockwise else _for_use(student)
-    # Devices that do not share a vocabulary each sum up a gradient of their own, or they would send theirs with
-    # every block.
-    R, sums_as = batch_shares_in_head(), f"R{plan.sums_as}"
-
-    def rows_apart(x: jax.Array, dims: str) -> jax.Array:
-        return constrain_in_head(x.reshape(R, -1, *x.shape[1:]), f"R_{dims}")
-
-    def body(carry: Any, block: Any) -> tuple[Any, jax.Array]:
-        sums, d_embedding = carry
-        hidden, part, block_targets, block_mask = block
-        embedding = stays_in_loop(whole, block_targets[0, 0]).astype(dtype) if casts_blockwise else whole
-        signal = _signal(_with_tokens(teacher, part))
-
-        def masked_loss(products: jax.Array) -> tuple[jax.Array, Sums]:
-            logits = _cap(student, products)
-            block_sums = _masked_sums(token_loss, logits, signal, block_targets, block_mask, coefficients)
-            return block_sums[0], block_sums
-
-        hidden = _in_head(hidden)
-        products = _products(hidden, embedding)
-        d_products, block_sums = jax.grad(masked_loss, has_aux=True)(products)
-        d_products = constrain_in_head(d_products.astype(dtype), "BTV")
-        d_hidden = constrain(jnp.einsum("BTV,VD->BTD", d_products, embedding), "BTD")
-        d_embedding += jnp.einsum(
-            f"RBTD,RBTV->{sums_as}",
-            rows_apart(hidden, "TD"),
-            rows_apart(d_products, "TV"),
-            preferred_element_type=jnp.float32,
-        )
-        return (_add(sums, block_sums), constrain_in_head(d_embedding, sums_as)), d_hidden
-
-    V, D = student.embedding.shape
-    zeros = jnp.zeros((R, V, D) if plan.sums_as == "VD" else (R, D, V), jnp.float32)
-    carry = (_zero_sums(token_loss, teacher, coefficients), constrain_in_head(zeros, sums_as))
-    split = _split(blocks, student, teacher, targets, mask)
-    (sums, d_embedding), d_hidden = jax.lax.scan(body, carry, split)
-    d_hidden = join_tokens(d_hidden, targets.shape[1])
-    d_embedding = constrain_in_head(jnp.sum(d_embedding, axis=0), plan.sums_as)
-    d_embedding = d_embedding if plan.sums_as == "VD" else turned_apart(d_embedding).T
-    return sums, replace(student, hidden=d_hidden, embedding=d_embedding.astype(student.embedding.dtype))
+def _blockwise_forward(token_loss: TokenLoss, blocks: int, *arguments: Any) -> tuple[Sums, Heads]:
+    result: tuple[Sums, Heads] = by_head_plan(partial(_sums_and_gradients, token_loss, blocks), *arguments)
+    return result
 
 
 def _blockwise_backward(
-    token_loss: TokenLoss, blocks: int, d_student: LMHead, cotangents: Sums
-) -> tuple[LMHead, None, None, None, None]:
+    token_loss: TokenLoss, blocks: int, gradients: Heads, cotangents: Sums
+) -> tuple[Heads, None, None, None, None]:
     scale = cotangents[0]
-    scaled = jax.tree.map(lambda gradient: (gradient * scale).astype(gradient.dtype), d_student)
+    scaled = jax.tree.map(lambda gradient: (gradient * scale).astype(gradient.dtype), gradients)
     return scaled, None, None, None, None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _masked_sums(
+def _sums_and_gradients(
     token_loss: TokenLoss,
-    logits: jax.Array,
-    signal: jax.Array | SparseTargets | None,
-    targets: jax.Array,
+    blocks: int,
+    plan: HeadPlan,
+    trained: Heads,
+    frozen: Heads,
+    per_token: Any,
     mask: jax.Array,
-    coefficients: Coefficients,
+    coefficients: Any,
+) -> tuple[Sums, Heads]:
+    """The sums, and their gradients with respect to the trained heads, in the form of these."""
+    # Where an embedding has to be gathered from its parts, less is sent of it cast, and a copy is made anyway.
+    casts_blockwise = plan.casts_blockwise and not is_split("D")
+    whole = {name: head.embedding for name, head in trained.items()} if casts_blockwise else _for_use(trained)
+    frozen_embeddings = _for_use(frozen)
+    # Devices that do not share a vocabulary each sum up a gradient of their own, or they would send theirs with
+    # every block.
+    R, sums_as = batch_shares_in_head(), f"R{plan.sums_as}"
+
+    def body(carry: Any, block: Any) -> tuple[Any, Any]:
+        sums, d_embeddings = carry
+        hidden, (block_per_token, block_mask) = block
+        embeddings = whole
+        if casts_blockwise:
+            embeddings = {
+                name: stays_in_loop(table, block_mask[0, 0]).astype(trained[name].hidden.dtype)
+                for name, table in whole.items()
+            }
+        frozen_logits = _logits(frozen, hidden, frozen_embeddings)
+
+        def masked_loss(products: Logits) -> tuple[jax.Array, Sums]:
+            logits = _caps(trained, products) | frozen_logits
+            block_sums = _masked_sums(token_loss, logits, block_per_token, block_mask, coefficients)
+            return block_sums[0], block_sums
+
+        inside = {name: _in_head(hidden[name]) for name in trained}
+        products = {name: _products_in_head(inside[name], embeddings[name]) for name in trained}
+        d_products, block_sums = jax.grad(masked_loss, has_aux=True)(products)
+        d_hidden = {}
+        for name, states in inside.items():
+            d_product = constrain_in_head(d_products[name].astype(states.dtype), "BTV")
+            d_hidden[name] = constrain(jnp.einsum("BTV,VD->BTD", d_product, embeddings[name]), "BTD")
+            more = jnp.einsum(
+                f"RBTD,RBTV->{sums_as}",
+                _rows_apart(R, states, "TD"),
+                _rows_apart(R, d_product, "TV"),
+                preferred_element_type=jnp.float32,
+            )
+            d_embeddings = {**d_embeddings, name: constrain_in_head(d_embeddings[name] + more, sums_as)}
+        return (_add(sums, block_sums), d_embeddings), d_hidden
+
+    def zeros(head: LMHead) -> jax.Array:
+        sizes = {"R": R, **dict(zip("VD", head.embedding.shape, strict=True))}
+        return constrain_in_head(jnp.zeros([sizes[letter] for letter in sums_as], jnp.float32), sums_as)
+
+    def gradient(head: LMHead, d_hidden: jax.Array, d_embedding: jax.Array) -> LMHead:
+        summed = plan.as_embedding(constrain_in_head(jnp.sum(d_embedding, axis=0), plan.sums_as))
+        joined = join_tokens(d_hidden, mask.shape[1])
+        return replace(head, hidden=joined, embedding=summed.astype(head.embedding.dtype))
+
+    heads = trained | frozen
+    first = _zero_sums(token_loss, heads, per_token, coefficients)
+    carry = (first, {name: zeros(head) for name, head in trained.items()})
+    split = _split(blocks, _hidden(heads), (per_token, mask))
+    (sums, d_embeddings), d_hidden = jax.lax.scan(body, carry, split)
+    return sums, {name: gradient(head, d_hidden[name], d_embeddings[name]) for name, head in trained.items()}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_probs(blocks: int, head: LMHead, targets: jax.Array) -> jax.Array:
+    embedding = _for_use({"": head})
+
+    def body(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, block_targets = block
+        return constrain(
+            -negative_log_prob(_logits({"": head}, {"": hidden}, embedding)[""], block_targets), "BT"
+        )
+
+    return join_tokens(jax.lax.map(body, _split(blocks, head.hidden, targets)), targets.shape[1])
+
+
+def _log_probs_forward(blocks: int, head: LMHead, targets: jax.Array) -> tuple[jax.Array, Any]:
+    return _log_probs(blocks, head, targets), (head, targets)
+
+
+def _log_probs_backward(blocks: int, saved: Any, cotangent: jax.Array) -> tuple[LMHead, None]:
+    """The gradient of sum(cotangent * log P): that of `lm_head_sums` with the cotangent as its mask."""
+    head, targets = saved
+
+    def token_loss(logits: Logits, targets: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return -negative_log_prob(logits["head"], targets), None
+
+    _, gradients = _blockwise_forward(token_loss, blocks, {"head": head}, {}, targets, cotangent, None)
+    return gradients["head"], None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
+def _parts(heads: Mapping[str, LMHead]) -> tuple[Heads, Heads]:
+    """Those that are trained, and the others."""
+    trained = {name: head for name, head in heads.items() if head.trained}
+    return trained, {name: head for name, head in heads.items() if not head.trained}
+
+
+def _masked_sums(
+    token_loss: TokenLoss, logits: Logits, per_token: Any, mask: jax.Array, coefficients: Any
 ) -> Sums:
-    loss, metrics = token_loss(logits, signal, targets, coefficients)
-    return jnp.sum(loss * mask), {name: jnp.sum(metric * mask) for name, metric in metrics.items()}
+    loss, metrics = token_loss(logits, per_token, coefficients)
+    return jnp.sum(loss * mask), jax.tree.map(lambda metric: jnp.sum(metric * mask), metrics)
 
 
-def _split(blocks: int, student: LMHead, teacher: Teacher, targets: jax.Array, mask: jax.Array) -> Any:
-    """What a loop over blocks goes through.
+def _split(blocks: int, hidden: Any, per_token: Any) -> Any:
+    """Both as a loop over blocks takes them: arrays [B, T, ...] as [blocks, B, T / blocks, ...].
 
     All blocks lie as activations do. Left to itself, the compiler would have them lie as the one in use does in the
     LM head, and gather all of them to have that one.
     """
 
-    def split(x: jax.Array) -> jax.Array:
-        x = split_tokens(blocks, x)
-        return constrain(x, "_BTD"[: x.ndim])
+    def split(x: jax.Array, last: str) -> jax.Array:
+        return constrain(split_tokens(blocks, x), "_BT" + last)
 
-    tokens = student.hidden, _tokens_of(teacher), targets, mask
-    return jax.tree.map(split, tokens)
-
-
-def _tokens_of(teacher: Teacher) -> Any:
-    """The part of a teacher that has an entry for each token."""
-    return teacher.hidden if isinstance(teacher, LMHead) else teacher
+    states = jax.tree.map(lambda x: split(x, "D"), hidden)
+    return states, jax.tree.map(lambda x: split(x, "_" * (x.ndim - 2)), per_token)
 
 
-def _with_tokens(teacher: Teacher, part: Any) -> Teacher:
-    """The teacher of some tokens only, whose part `_tokens_of` gave."""
-    return replace(teacher, hidden=part) if isinstance(teacher, LMHead) else part
+def _rows_apart(R: int, x: jax.Array, dims: str) -> jax.Array:
+    return constrain_in_head(x.reshape(R, -1, *x.shape[1:]), f"R_{dims}")
 
 
-def _signal(teacher: Teacher) -> jax.Array | SparseTargets | None:
-    """What a token loss takes of it."""
-    return _logits(teacher) if isinstance(teacher, LMHead) else teacher
+def _hidden(heads: Heads) -> dict[str, jax.Array]:
+    return {name: head.hidden for name, head in heads.items()}
 
 
-def _for_use(head: LMHead) -> jax.Array:
-    return constrain_in_head(head.embedding.astype(head.hidden.dtype), "VD")
+def _for_use(heads: Heads) -> dict[str, jax.Array]:
+    """Their embeddings, cast and laid out for products with hidden states."""
+    return {
+        name: constrain_in_head(head.embedding.astype(head.hidden.dtype), "VD")
+        for name, head in heads.items()
+    }
 
 
 def _in_head(hidden: jax.Array) -> jax.Array:
@@ -293,26 +310,39 @@ def _in_head(hidden: jax.Array) -> jax.Array:
 
 
 def _products(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-    products = jnp.einsum("BTD,VD->BTV", hidden, embedding, preferred_element_type=jnp.float32)
-    return constrain_in_head(products, "BTV")
+    return jnp.einsum("...D,VD->...V", hidden, embedding, preferred_element_type=jnp.float32)
 
 
-def _logits(head: LMHead) -> jax.Array:
-    return _cap(head, _products(_in_head(head.hidden), _for_use(head)))
+def _products_in_head(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+    return constrain_in_head(_products(hidden, embedding), "BTV")
 
 
-def _cap(head: LMHead, products: jax.Array) -> jax.Array:
-    return mask_padding(softcap(products, head.softcap), head.vocab_padding)
+def _logits(
+    heads: Heads,
+    hidden: Mapping[str, jax.Array] | None = None,
+    embeddings: Mapping[str, jax.Array] | None = None,
+) -> Logits:
+    """Of these hidden states and embeddings, which are laid out for use; by default of the heads' own."""
+    hidden = _hidden(heads) if hidden is None else hidden
+    embeddings = _for_use(heads) if embeddings is None else embeddings
+    return _caps(heads, {name: _products_in_head(_in_head(hidden[name]), embeddings[name]) for name in heads})
 
 
-def _zero_sums(token_loss: TokenLoss, teacher: Teacher, coefficients: Coefficients) -> Sums:
-    """The sums before the first block; which metrics there are is read off an abstract token."""
-    logits = jax.ShapeDtypeStruct((2,), jnp.float32)
-    target = jax.ShapeDtypeStruct((), jnp.int32)
-    signal: Any = logits if isinstance(teacher, LMHead) else teacher
-    if isinstance(teacher, SparseTargets):
-        signal = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), teacher)
-    shapes = jax.eval_shape(token_loss, logits, signal, target, coefficients)
+def _caps(heads: Heads, products: Mapping[str, jax.Array]) -> Logits:
+    return {name: _cap(products[name], head.softcap, head.vocab_padding) for name, head in heads.items()}
+
+
+def _cap(products: jax.Array, cap: float, vocab_padding: int) -> jax.Array:
+    return mask_padding(softcap(products, cap), vocab_padding)
+
+
+def _zero_sums(token_loss: TokenLoss, heads: Heads, per_token: Any, coefficients: Any) -> Sums:
+    """The sums before the first block; which metrics there are is found with an abstract token."""
+    logits = {
+        name: jax.ShapeDtypeStruct((head.embedding.shape[0],), jnp.float32) for name, head in heads.items()
+    }
+    token = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), per_token)
+    shapes = jax.eval_shape(token_loss, logits, token, coefficients)
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, jnp.float32), shapes)
 
 

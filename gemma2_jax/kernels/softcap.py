@@ -1,4 +1,4 @@
-"""What becomes of scores after their product: the soft cap, and the mask of rows that are no tokens."""
+"""What becomes of scores after their product: the soft cap, the mask of rows that are no tokens, probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -22,3 +22,9 @@ def mask_padding(logits: jax.Array, padding: int) -> jax.Array:
     V = logits.shape[-1]
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     return jnp.where(ids < V - padding, logits, NEVER)
+
+
+def negative_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log P(target): logits [..., V], targets int32 [...]. Sums over V alone: no gather where V is split."""
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)

@@ -69,7 +69,7 @@ def tokamax_attention(
         return on_each_device(attend, before, layout_in_use().spec("BT"), query, key, value, segment_ids)
     except NotImplementedError as error:
         raise UserError(
-            f"compute.attention.kernel is tokamax, which says: {str(error).rstrip('.')}; choose auto or blockwise."
+            f"compute.attention.kernel is tokamax, which fails: {str(error).rstrip('.')}; choose auto or blockwise."
         ) from None
 
 

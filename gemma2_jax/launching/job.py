@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gemma2_jax.config import UserError
 from gemma2_jax.files import write_text
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 SCRIPT = "job.sh"
 

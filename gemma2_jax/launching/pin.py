@@ -22,7 +22,7 @@ import gemma2_jax
 from gemma2_jax.config import UserError, to_yaml
 from gemma2_jax.files import replacing, write_bytes, write_text
 from gemma2_jax.launching.reasons import meaningful_line
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 CODE, ARCHIVE, CONFIG, PIN = "code", "code.tar.gz", "config.yaml", "pin.json"
 _CODE_FOLDERS = ("gemma2_jax", "configs", "experiments")  # what a run reads of the checkout

@@ -12,7 +12,8 @@ from gemma2_jax.kernels.cached_attention import cached_attention
 from gemma2_jax.kernels.self_attention import AttentionConfig, self_attention
 from gemma2_jax.model.cache import EMPTY, LayerCaches
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.layers import product, rotate, weight_for_use
+from gemma2_jax.model.layers import rotate
+from gemma2_jax.model.linear import linear
 from gemma2_jax.sharding.layout import constrain
 
 
@@ -33,19 +34,20 @@ class Attention(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         kernel: AttentionConfig = AttentionConfig(),
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """A sequence attends to itself.
 
         Args:
             x: [B, T, D]; positions, segment_ids: [B, T].
 
         Returns:
-            [B, T, D], and what it came from: queries [B, T, N, H], keys and values [B, T, K, H].
+            [B, T, D], and the taps that it came from: `query` [B, T, N, H], scaled and rotated; `key`, rotated, and
+            `value` [B, T, K, H]; and `heads` [B, T, N, H], each head's output.
         """
         query, key, value = self._project(x, positions)
         softcap = self.config.attn_logit_softcap
-        mixed = self_attention(query, key, value, positions, segment_ids, self.window, softcap, kernel)
-        return self._mix(mixed), (query, key, value)
+        heads = self_attention(query, key, value, positions, segment_ids, self.window, softcap, kernel)
+        return self._mix(heads), {"query": query, "key": key, "value": value, "heads": heads}
 
     def decode(
         self, x: jax.Array, position: jax.Array, cache: LayerCaches, pair: jax.Array | int
@@ -70,13 +72,13 @@ class Attention(nnx.Module):
 
     def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, N, H], scaled, rotated keys and values [B, T, K, H]."""
-        query = product("BTD,DNH->BTNH", x, weight_for_use(self.query, "DNH", x.dtype))
-        key = product("BTD,DKH->BTKH", x, weight_for_use(self.key, "DKH", x.dtype))
-        value = product("BTD,DKH->BTKH", x, weight_for_use(self.value, "DKH", x.dtype))
+        query = linear("BTD,DNH->BTNH", x, self.query.get_value(), "DNH")
+        key = linear("BTD,DKH->BTKH", x, self.key.get_value(), "DKH")
+        value = linear("BTD,DKH->BTKH", x, self.value.get_value(), "DKH")
         query = rotate(query, positions, self.config.rope_base, self.config.query_scale)
         key = rotate(key, positions, self.config.rope_base)
         return constrain(query, "BTNH"), constrain(key, "BTKH"), constrain(value, "BTKH")
 
     def _mix(self, mixed: jax.Array) -> jax.Array:
         """Heads [B, T, N, H] back to [B, T, D]."""
-        return product("BTNH,NHD->BTD", mixed, weight_for_use(self.output, "NHD", mixed.dtype))
+        return linear("BTNH,NHD->BTD", mixed, self.output.get_value(), "NHD")

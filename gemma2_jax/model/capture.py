@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.model.attention import Attention
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
-from gemma2_jax.model.transformer import Gemma2, Pair, over_pairs, rematerialised
+from gemma2_jax.model.transformer import Block, Collector, Gemma2, Taps
 from gemma2_jax.model.weights import dim_sizes
 from gemma2_jax.sharding.layout import constrain
 
@@ -56,55 +55,54 @@ class CapturedLayer:
     key: jax.Array | None = None
 
 
-def hidden_and_captured(
+def forward(
     model: Gemma2,
     tokens: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
     compute: ComputeConfig,
-    capture: Capture,
+    capture: Capture | None,
 ) -> tuple[jax.Array, dict[int, CapturedLayer]]:
-    """`model.hidden`, and the layers asked for by their number; differentiable in the model.
+    """`model.hidden` [B, T, D], and the layers asked for by their number; differentiable in the model."""
+    if capture is None:
+        return model.hidden(tokens, positions, segment_ids, compute), {}
+    return model.collect(_Capturing(model, capture), tokens, positions, segment_ids, compute)
 
-    What is captured is written into buffers with a slot for each layer asked for: stacked by the scan, it would be
-    there of every layer. They are written outside of what is rematerialised, which would save them with each pair.
+
+@dataclass(frozen=True)
+class _Capturing(Collector):
+    """Writes the taps of some layers into buffers with a slot for each of them.
+
+    Stacked by the scan, they would be there of every layer. They are written outside of what is rematerialised, which
+    would save them with each pair.
     """
 
-    slots = _slots(model.config.num_layers, capture.layers)
+    model: Gemma2
+    capture: Capture
 
-    def attend(layer: Attention, x: jax.Array) -> tuple[jax.Array, Any]:
-        mixed, (query, key, _) = layer(x, positions, segment_ids, compute.attention)
-        return mixed, {"query": query, "key": key}
+    def of_block(self, block: Block, taps: Taps) -> dict[str, jax.Array]:
+        return {name: taps[name] for name in self.capture.names}
 
-    def wanted(found: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: found[name] for name in capture.names}
+    def begin(self, x: jax.Array) -> dict[str, jax.Array]:
+        return _empty_buffers(self.model.config, x, self.capture)
 
-    def read_pair(x: jax.Array, pair: Pair) -> tuple[jax.Array, Any]:
-        x, heads = pair.local_block(x, attend)
-        local = wanted({"hidden": x, **heads})
-        x, heads = pair.global_block(x, attend)
-        return x, (local, wanted({"hidden": x, **heads}))
+    def add(
+        self, carry: dict[str, jax.Array], index: jax.Array, kept: dict[str, Any]
+    ) -> tuple[dict[str, jax.Array], None]:
+        slots = _slots(self.model.config.num_layers, self.capture.layers)
+        for kind, name in enumerate(("local_block", "global_block")):
+            if any(layer % 2 == kind for layer in self.capture.layers):
+                carry = _write(carry, slots[index, kind], kept[name])
+        return carry, None
 
-    read_pair_again = rematerialised(read_pair, compute)
-
-    def body(carry: Any, pair: Pair) -> tuple[Any, None]:
-        x, index, buffers = carry
-        x, found = read_pair_again(x, pair, index)
-        for kind, values in enumerate(found):  # local, global
-            if any(layer % 2 == kind for layer in capture.layers):
-                buffers = _write(buffers, slots[index, kind], values)
-        return (x, index + 1, buffers), None
-
-    with jax.named_scope("embed"):
-        x = model.embedder.encode(tokens, compute.dtype)
-    carry = (x, 0, _empty_buffers(model.config, x, capture))
-    (x, _, buffers), _ = over_pairs(body, carry, model.pairs, compute)
-    layers = {}
-    for slot, layer in enumerate(capture.layers):
-        block = model.pairs.global_block if layer % 2 else model.pairs.local_block
-        values = {name: buffer[slot] for name, buffer in buffers.items()}
-        layers[layer] = CapturedLayer(block.attention.window, model.config.attn_logit_softcap, **values)
-    return model.final_norm(x), layers
+    def end(self, carry: dict[str, jax.Array], stacked: None) -> dict[int, CapturedLayer]:
+        config = self.model.config
+        layers = {}
+        for slot, layer in enumerate(self.capture.layers):
+            values = {name: buffer[slot] for name, buffer in carry.items()}
+            window = None if layer % 2 else config.sliding_window
+            layers[layer] = CapturedLayer(window, config.attn_logit_softcap, **values)
+        return layers
 
 
 def _slots(num_layers: int, captured: tuple[int, ...]) -> jax.Array:

@@ -120,4 +120,4 @@ class ComputeConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
     unroll_layers: bool = False
-    attention: AttentionConfig = field(default_factory=AttentionConfig)  # not in runs of before it was there
+    attention: AttentionConfig = field(default_factory=AttentionConfig)  # Older runs lack this key.

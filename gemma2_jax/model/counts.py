@@ -3,10 +3,8 @@
 import math
 from dataclasses import dataclass
 
-import jax
-
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import specs_by_path, weight_specs
 
 
 @dataclass(frozen=True)
@@ -22,10 +20,10 @@ class ParameterCounts:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """Count by abstract evaluation of the weights' table."""
-    params = abstract_params(config)
-    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    embedding = math.prod(params["embedder"]["embedding"].shape)
+    """The parameters of a model of these sizes, counted from its specs; no memory is used."""
+    specs = weight_specs(config)
+    total = sum(math.prod(spec.shape) for spec in specs_by_path(specs).values())
+    embedding = math.prod(specs["embedder"]["embedding"].shape)
     return ParameterCounts(embedding, total - embedding)
 
 

@@ -9,8 +9,9 @@ from flax import nnx
 from gemma2_jax.model.cache import Cache, LayerCaches, local_size
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.layers import Embedder, RMSNorm
-from gemma2_jax.model.transformer import Gemma2, Pair, over_pairs, read
-from gemma2_jax.model.weights import WEIGHTS
+from gemma2_jax.model.linear import cast
+from gemma2_jax.model.transformer import Block, Collector, Gemma2, Pair, Taps, over_pairs, run_layers
+from gemma2_jax.model.weights import map_specs, weight_specs
 
 
 class Decoder(nnx.Module):
@@ -25,9 +26,9 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, model: Gemma2, compute: ComputeConfig):
-        params = jax.tree.map(
-            lambda weight, value: value.astype(compute.dtype) if weight.fan_in else value,
-            dict(WEIGHTS),
+        params = map_specs(
+            lambda _, spec, value: cast(value, compute.dtype) if spec.fan_in else value,
+            weight_specs(model.config),
             model.params(),
         )
         self.config = model.config
@@ -48,7 +49,8 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
         x = self.embedder.encode(tokens, self.compute.dtype)
-        x, (local, global_) = read(self.pairs, x, positions, segment_ids, self.compute, keep_key_values=True)
+        x, kept = run_layers(self.pairs, x, positions, segment_ids, self.compute, _KeysAndValues())
+        local, global_ = kept["local_block"], kept["global_block"]
         local_slots = local_size(self.config, cache_size)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
         return self._logits(last), Cache(
@@ -68,8 +70,8 @@ class Decoder(nnx.Module):
 
         def body(carry: Any, pair: Pair) -> tuple[Any, None]:
             x, index, local, global_ = carry
-            x, local = pair.local_block(x, lambda layer, x: layer.decode(x, position, local, index))
-            x, global_ = pair.global_block(x, lambda layer, x: layer.decode(x, position, global_, index))
+            x, _, local = pair.local_block(x, lambda layer, x: layer.decode(x, position, local, index))
+            x, _, global_ = pair.global_block(x, lambda layer, x: layer.decode(x, position, global_, index))
             return (x, index + 1, local, global_), None
 
         x = self.embedder.encode(tokens[:, None], self.compute.dtype)
@@ -89,3 +91,10 @@ class Decoder(nnx.Module):
             return Pair(jax.tree.map(lambda weight: weight[index], stacked), self.config)
 
         return nnx.List([pair(index) for index in range(self.config.num_pairs)])
+
+
+class _KeysAndValues(Collector):
+    """The keys and values of every layer, stacked: [P, B, T, K, H] each."""
+
+    def of_block(self, block: Block, taps: Taps) -> tuple[jax.Array, jax.Array]:
+        return taps["key"], taps["value"]

@@ -13,12 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gemma2_jax.kernels.blocks import stays_in_loop
+from gemma2_jax.kernels.lm_head import LMHead
+from gemma2_jax.kernels.tuning import stays_in_loop
 from gemma2_jax.model.attention import Attention
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
-from gemma2_jax.model.layers import MLP, WEIGHT_PRODUCT, Embedder, RMSNorm
-from gemma2_jax.model.weights import init_params, map_weights
+from gemma2_jax.model.layers import MLP, Embedder, RMSNorm
+from gemma2_jax.model.linear import WEIGHT_PRODUCT
+from gemma2_jax.model.weights import Params, init_params, map_specs, weight_specs
 from gemma2_jax.sharding.layout import constrain
+
+Taps = dict[str, jax.Array]  # arrays inside of a block by name, see `Collector`
 
 _BLOCK_INPUT = "block_input"  # what remat policies know the residual stream before a block by
 _REMAT_POLICIES = {
@@ -44,15 +48,26 @@ class Block(nnx.Module):
         self.mlp = MLP(weights["mlp"])
         self.post_mlp_norm = RMSNorm(weights["post_mlp_norm"], config)
 
-    def __call__(self, x: jax.Array, attend: Callable[[Attention, jax.Array], tuple[jax.Array, Any]]) -> Any:
-        """[B, T, D] to [B, T, D]; what `attend` gives beside its output is passed on."""
+    def __call__(
+        self, x: jax.Array, attend: Callable[[Attention, jax.Array], tuple[jax.Array, Any]]
+    ) -> tuple[jax.Array, Taps, Any]:
+        """[B, T, D] to [B, T, D], with the block's taps, and what `attend` gives beside its output."""
         x = checkpoint_name(x, _BLOCK_INPUT)
         with jax.named_scope("attention"):
-            mixed, extra = attend(self.attention, self.pre_attention_norm(x))
+            attention_input = self.pre_attention_norm(x)
+            mixed, extra = attend(self.attention, attention_input)
             x = constrain(x + self.post_attention_norm(mixed), "BTD")
         with jax.named_scope("mlp"):
-            x = constrain(x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x))), "BTD")
-        return x, extra
+            mlp_input = self.pre_mlp_norm(x)
+            neurons = self.mlp.neurons(mlp_input)
+            x = constrain(x + self.post_mlp_norm(self.mlp.mix(neurons)), "BTD")
+        taps = {
+            "attention_input": attention_input,
+            "mlp_input": mlp_input,
+            "mlp_hidden": neurons,
+            "hidden": x,
+        }
+        return x, taps, extra
 
 
 class Pair(nnx.Module):
@@ -68,10 +83,10 @@ class Gemma2(nnx.Module):
 
     Args:
         config: its sizes.
-        params: its weights, laid out like `weights.WEIGHTS`; see `Gemma2.init` for new ones.
+        params: its weights, laid out like `weight_specs(config)`; see `Gemma2.init` for new ones.
     """
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any]):
+    def __init__(self, config: ModelConfig, params: Params):
         self.config = config
         self.embedder = Embedder(params["embedder"], config)
         self.pairs = Pair(params["pairs"], config)
@@ -80,12 +95,17 @@ class Gemma2(nnx.Module):
     @classmethod
     def init(cls, config: ModelConfig, key: jax.Array) -> "Gemma2":
         """A model with random float32 weights."""
-        return cls(config, init_params(config, key))
+        return cls(config, init_params(weight_specs(config), key))
 
-    def params(self) -> dict[str, Any]:
+    def params(self) -> Params:
         """The weights as the nested dict that `Gemma2(config, params)` takes."""
         whole: Any = self
-        return map_weights(lambda path, _: reduce(getattr, path.split("/"), whole).get_value())
+
+        def value(path: str, _: Any) -> Any:
+            return reduce(getattr, path.split("/"), whole).get_value()
+
+        found: Params = map_specs(value, weight_specs(self.config))
+        return found
 
     def __call__(
         self,
@@ -111,62 +131,128 @@ class Gemma2(nnx.Module):
         compute: ComputeConfig = ComputeConfig(),
     ) -> jax.Array:
         """Final hidden states [B, T, D], normed, in compute's dtype; arguments as in `__call__`."""
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
+        return self.collect(None, tokens, positions, segment_ids, compute)[0]
+
+    def collect(
+        self,
+        collector: "Collector | None",
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        compute: ComputeConfig = ComputeConfig(),
+    ) -> tuple[jax.Array, Any]:
+        """`hidden`, and what a collector makes of the layers on the way; arguments as in `run_layers`."""
+        positions, segment_ids = default_places(tokens, positions, segment_ids)
         with jax.named_scope("embed"):
             x = self.embedder.encode(tokens, compute.dtype)
-        x, _ = read(self.pairs, x, positions, segment_ids, compute, keep_key_values=False)
+        x, collected = run_layers(self.pairs, x, positions, segment_ids, compute, collector)
         with jax.named_scope("final_norm"):
-            return self.final_norm(x)
+            return self.final_norm(x), collected
+
+    def head(self, hidden: jax.Array) -> LMHead:
+        """The distributions over the vocabulary that come from final hidden states [B, T, D]."""
+        config, embedding = self.config, self.embedder.embedding.get_value()
+        return LMHead(hidden, embedding, config.final_logit_softcap, config.vocab_padding)
 
 
-def read(
+def default_places(
+    tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Positions and segments [B, T] of tokens [B, T]: where they are not given, 0 .. T-1, and one segment a row."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(tokens)
+    return positions, segment_ids
+
+
+class Collector:
+    """What is made of the taps of a forward pass; this one makes nothing of them.
+
+    Taps are the arrays inside of a block by name. Those that no collector uses are not kept.
+
+        attention_input [B, T, D]   behind the norm before attention
+        query, heads [B, T, N, H]   scaled and rotated queries; each head's output, before the output matrix
+        key, value [B, T, K, H]     keys are rotated
+        mlp_input [B, T, D]         behind the norm before the MLP
+        mlp_hidden [B, T, F]        the MLP's neurons
+        hidden [B, T, D]            the residual stream after the block
+    """
+
+    def of_block(self, block: Block, taps: Taps) -> Any:
+        """A pytree to keep of one block's taps. It is computed again in the backward pass, as the block is."""
+        return None
+
+    def begin(self, x: jax.Array) -> Any:
+        """What goes from pair to pair, given the embedded tokens [B, T, D]."""
+        return None
+
+    def add(self, carry: Any, index: jax.Array, kept: dict[str, Any]) -> tuple[Any, Any]:
+        """The carry after pair `index`, and what is stacked over the pairs.
+
+        Args:
+            kept: what `of_block` gave for `local_block` and `global_block`.
+        """
+        return carry, kept
+
+    def end(self, carry: Any, stacked: Any) -> Any:
+        """What is collected, from the last carry and what `add` gave, stacked [P, ...]."""
+        return stacked
+
+
+def run_layers(
     pairs: Pair | Sequence[Pair],
     x: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
     compute: ComputeConfig,
-    keep_key_values: bool,
+    collector: Collector | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Embedded tokens through all pairs: [B, T, D]; and, if kept, each kind's (keys, values) [P, B, T, K, H]."""
+    """Embedded tokens [B, T, D] through all pairs of blocks: [B, T, D], and what the collector made of them.
 
-    def attend(layer: Attention, x: jax.Array) -> tuple[jax.Array, Any]:
-        mixed, (_, key, value) = layer(x, positions, segment_ids, compute.attention)
-        return mixed, (key, value) if keep_key_values else None
+    Args:
+        positions, segment_ids: [B, T].
+        collector: None collects nothing.
+    """
+    collector = Collector() if collector is None else collector
 
-    def read_pair(x: jax.Array, pair: Pair) -> tuple[jax.Array, Any]:
-        x, local = pair.local_block(x, attend)
-        x, global_ = pair.global_block(x, attend)
-        return x, (local, global_)
+    def attend(layer: Attention, x: jax.Array) -> tuple[jax.Array, Taps]:
+        return layer(x, positions, segment_ids, compute.attention)
 
-    read_pair_again = rematerialised(read_pair, compute)
+    def run_pair(x: jax.Array, pair: Pair) -> tuple[jax.Array, dict[str, Any]]:
+        kept = {}
+        for name, block in (("local_block", pair.local_block), ("global_block", pair.global_block)):
+            x, taps, heads = block(x, attend)
+            kept[name] = collector.of_block(block, taps | heads)
+        return x, kept
+
+    run_pair_again = _rematerialised(run_pair, compute)
 
     def body(carry: Any, pair: Pair) -> tuple[Any, Any]:
-        x, index = carry
-        x, kept = read_pair_again(x, pair, index)
-        return (x, index + 1), kept
+        x, index, collecting = carry
+        x, kept = run_pair_again(x, pair, index)
+        collecting, output = collector.add(collecting, index, kept)
+        return (x, index + 1, collecting), output
 
-    (x, _), kept = over_pairs(body, (x, 0), pairs, compute)
-    return x, kept
+    (x, _, collecting), stacked = over_pairs(body, (x, 0, collector.begin(x)), pairs, compute)
+    return x, collector.end(collecting, stacked)
 
 
-def rematerialised(
-    read_pair: Callable[[jax.Array, Pair], tuple[jax.Array, Any]], compute: ComputeConfig
+def _rematerialised(
+    run_pair: Callable[[jax.Array, Pair], tuple[jax.Array, Any]], compute: ComputeConfig
 ) -> Callable[[jax.Array, Pair, jax.Array | int], tuple[jax.Array, Any]]:
-    """`read_pair` of which the backward pass keeps what `compute.remat` says; it takes the pair's number as well."""
+    """`run_pair` of which the backward pass keeps what `compute.remat` says; it takes the pair's number as well."""
 
-    def read_cast(x: jax.Array, pair: Pair, index: jax.Array | int) -> tuple[jax.Array, Any]:
+    def run_cast(x: jax.Array, pair: Pair, index: jax.Array | int) -> tuple[jax.Array, Any]:
         # Weights are cast where they are used. The compiler would cast those of all layers before the loop, and keep
         # that copy for as long.
         if compute.dtype != "float32":
             pair = jax.tree.map(lambda weight: stays_in_loop(weight, jnp.asarray(index)), pair)
-        return read_pair(x, pair)
+        return run_pair(x, pair)
 
     if compute.remat == "none":
-        return read_cast
-    return jax.checkpoint(read_cast, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
+        return run_cast
+    return jax.checkpoint(run_cast, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
 
 
 def over_pairs(

@@ -1,14 +1,13 @@
 """Tokens against rows: an embedding may have more rows than there are tokens (`ModelConfig.vocab_padding`)."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gemma2_jax.config import UserError
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.weights import Params
 
 
 def check_tokens(config: ModelConfig, tokens: int, tokenizer: str) -> None:
@@ -25,13 +24,11 @@ def without_padding(config: ModelConfig) -> ModelConfig:
     return replace(config, vocab_size=config.num_tokens, vocab_padding=0)
 
 
-def resize_rows(
-    params: Mapping[str, Any], config: ModelConfig, rows: int
-) -> tuple[dict[str, Any], ModelConfig]:
+def resize_rows(params: Params, config: ModelConfig, rows: int) -> tuple[Params, ModelConfig]:
     """The same model with an embedding of `rows` rows: padding is cut off, or rows of zeros are put behind.
 
     Args:
-        params: laid out like `weights.WEIGHTS`; the embedding stays on its devices, split as it is.
+        params: laid out like `weight_specs(config)`; the embedding stays on its devices, split as it is.
         rows: a multiple of the mesh's tensor axis, if there is a mesh.
 
     Returns:

@@ -1,12 +1,14 @@
-"""Every weight of Gemma 2, described once.
+"""Trees of weights, described by values: what a model, or anything else that is trained, is made of.
 
-A weight is its dimensions as letters (see `gemma2_jax`) and the letters its initialiser averages over.
-Shapes, logical axes, initial values, parameter counts and shardings are all derived from this table,
-and a model's parameters are everywhere a nested dict laid out like it.
+A weight is its dimensions as letters (see `gemma2_jax`), their sizes, and the letters its initialiser averages over.
+A tree of these, the specs, is a nested dict. Abstract arrays, initial values, counts, shardings, optimizer settings and
+checkpoint targets all derive from the specs that they are handed: those of a model (`weight_specs`), of a part of it,
+or of anything beside it, such as projections.
 """
 
+import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,56 +17,72 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.sharding.layout import weight_sharding
+from gemma2_jax.sharding.layout import constrain_weight, weight_sharding
+
+Params = dict[str, Any]  # a nested dict of arrays, or of what `linear` takes in an array's place
+Specs = dict[str, Any]  # a nested dict of Weight, laid out like the parameters that it describes
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight: `dims` names its axes by letter; `fan_in` the axes a product with it sums over.
+    """One weight.
 
     Weights are drawn from a normal distribution of variance 1 / (size of fan_in); a weight without
     fan_in is a norm's scale, stored as w and applied as (1 + w), and starts at zero.
+
+    Attributes:
+        dims: a letter for each axis.
+        shape: the size of each axis.
+        fan_in: the letters of the axes that a product with the weight sums over.
     """
 
     dims: str
+    shape: tuple[int, ...]
     fan_in: str = ""
 
-
-_BLOCK: Mapping[str, Any] = {
-    "pre_attention_norm": {"scale": Weight("D")},
-    "attention": {
-        "query": Weight("DNH", fan_in="D"),
-        "key": Weight("DKH", fan_in="D"),
-        "value": Weight("DKH", fan_in="D"),
-        "output": Weight("NHD", fan_in="NH"),
-    },
-    "post_attention_norm": {"scale": Weight("D")},
-    "pre_mlp_norm": {"scale": Weight("D")},
-    "mlp": {
-        "gate": Weight("DF", fan_in="D"),
-        "up": Weight("DF", fan_in="D"),
-        "down": Weight("FD", fan_in="F"),
-    },
-    "post_mlp_norm": {"scale": Weight("D")},
-}
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each letter."""
+        return dict(zip(self.dims, self.shape, strict=True))
 
 
-def _stacked(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The same weights with one leading axis P, a slice for each pair of layers."""
-    return jax.tree.map(lambda weight: Weight("P" + weight.dims, weight.fan_in), dict(tree))
+def weight_specs(config: ModelConfig) -> Specs:
+    """Every weight of a Gemma 2. Those of blocks have a leading axis P, a slice for each pair of layers."""
+    sizes = dim_sizes(config)
 
+    def weight(dims: str, fan_in: str = "") -> Weight:
+        return Weight(dims, tuple(sizes[d] for d in dims), fan_in)
 
-# The embedding is also the LM head: its input side is multiplied by sqrt(D), so that fan_in D gives
-# activations of variance 1 on entry and logits of variance 1 at the exit.
-WEIGHTS: Mapping[str, Any] = {
-    "embedder": {"embedding": Weight("VD", fan_in="D")},
-    "pairs": {"local_block": _stacked(_BLOCK), "global_block": _stacked(_BLOCK)},
-    "final_norm": {"scale": Weight("D")},
-}
+    def block() -> Specs:
+        return {
+            "pre_attention_norm": {"scale": weight("PD")},
+            "attention": {
+                "query": weight("PDNH", fan_in="D"),
+                "key": weight("PDKH", fan_in="D"),
+                "value": weight("PDKH", fan_in="D"),
+                "output": weight("PNHD", fan_in="NH"),
+            },
+            "post_attention_norm": {"scale": weight("PD")},
+            "pre_mlp_norm": {"scale": weight("PD")},
+            "mlp": {
+                "gate": weight("PDF", fan_in="D"),
+                "up": weight("PDF", fan_in="D"),
+                "down": weight("PFD", fan_in="F"),
+            },
+            "post_mlp_norm": {"scale": weight("PD")},
+        }
+
+    return {
+        # Also the LM head: its input side is multiplied by sqrt(D), so that fan_in D gives activations of variance 1 on
+        # entry and logits of variance 1 at the exit.
+        "embedder": {"embedding": weight("VD", fan_in="D")},
+        "pairs": {"local_block": block(), "global_block": block()},
+        "final_norm": {"scale": weight("D")},
+    }
 
 
 def dim_sizes(config: ModelConfig) -> dict[str, int]:
-    """The size of each letter of the weights' dimensions."""
+    """The size of each letter of a model's weights, which activations share."""
     return {
         "V": config.vocab_size,
         "D": config.d_model,
@@ -76,55 +94,60 @@ def dim_sizes(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def map_weights(function: Callable[[str, Weight], Any]) -> dict[str, Any]:
-    """A tree laid out like the parameters, of `function(path, weight)`; paths read `pairs/local_block/mlp/gate`."""
+def map_specs(function: Callable[..., Any], specs: Any, *trees: Any) -> Any:
+    """A tree laid out like `specs`, of `function(path, spec, *leaves)`; paths look like `pairs/local_block/mlp/gate`.
+
+    Args:
+        specs: any nested dict of Weight; a single Weight has the path "".
+        trees: laid out like `specs`. A leaf is what they have in the place of a Weight, an array or another pytree.
+    """
     return jax.tree_util.tree_map_with_path(
-        lambda path, weight: function("/".join(entry.key for entry in path), weight), dict(WEIGHTS)
+        lambda path, *leaves: function("/".join(entry.key for entry in path), *leaves), specs, *trees
     )
 
 
-def weights_by_path() -> dict[str, Weight]:
-    """The table without its nesting; those of a pair have a leading P in their dims."""
+def specs_by_path(specs: Specs) -> dict[str, Weight]:
+    """The specs without their nesting."""
     found: dict[str, Weight] = {}
-    map_weights(found.__setitem__)
+    map_specs(found.__setitem__, specs)
     return found
 
 
-def abstract_params(
-    config: ModelConfig, dtype: Any = jnp.float32, mesh: Mesh | None = None
-) -> dict[str, Any]:
+def abstract_params(specs: Any, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Any:
     """The parameters' shapes, dtype and, on a mesh, shardings, as `jax.ShapeDtypeStruct`s, without memory.
 
     Raises:
         UserError: the mesh does not divide a dimension that lies along it.
     """
-    sizes = dim_sizes(config)
 
-    def describe(path: str, weight: Weight) -> jax.ShapeDtypeStruct:
-        shape = [sizes[d] for d in weight.dims]
-        sharding = None if mesh is None else weight_sharding(mesh, path, weight.dims, sizes)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    def describe(path: str, spec: Weight) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else weight_sharding(mesh, path, spec.dims, spec.shape)
+        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
 
-    return map_weights(describe)
+    return map_specs(describe, specs)
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Initial float32 parameters; a weight's values depend on the key and its path, not on its neighbours."""
-    sizes = dim_sizes(config)
+def init_params(specs: Any, key: jax.Array, prefix: str = "") -> Any:
+    """Initial float32 parameters; a weight's values depend on the key and its path, not on its neighbours.
 
-    return map_weights(lambda path, weight: init_weight(key, path, weight, sizes))
+    Args:
+        prefix: stands before every path; the whole path of a single Weight.
+    """
+
+    def init(path: str, spec: Weight) -> jax.Array:
+        if not spec.fan_in:
+            return jnp.zeros(spec.shape, jnp.float32)
+        fan_in = math.prod(spec.sizes[d] for d in spec.fan_in)
+        whole = "/".join(part for part in (prefix, path) if part)
+        path_key = jax.random.fold_in(key, _stable_hash(whole))
+        return jax.random.normal(path_key, spec.shape, jnp.float32) * fan_in**-0.5
+
+    return map_specs(init, specs)
 
 
-def init_weight(key: jax.Array, path: str, weight: Weight, sizes: Mapping[str, int]) -> jax.Array:
-    """The initial float32 values of one weight, whose letters have these sizes."""
-    shape = tuple(sizes[d] for d in weight.dims)
-    if not weight.fan_in:
-        return jnp.zeros(shape, jnp.float32)
-    fan_in = 1
-    for d in weight.fan_in:
-        fan_in *= sizes[d]
-    path_key = jax.random.fold_in(key, _stable_hash(path))
-    return jax.random.normal(path_key, shape, jnp.float32) * fan_in**-0.5
+def constrain_params(params: Any, specs: Any) -> Any:
+    """Parameters, or gradients, laid out as parameters rest on the mesh: with fsdp, each device has its own part."""
+    return map_specs(lambda _, spec, leaf: constrain_weight(leaf, spec.dims), specs, params)
 
 
 def _stable_hash(path: str) -> int:

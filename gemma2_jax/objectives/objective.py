@@ -3,16 +3,18 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gemma2_jax.config import UserError
-from gemma2_jax.kernels.lm_head import Coefficients, SparseTargets, TokenLoss
+from gemma2_jax.kernels.lm_head import Logits, TokenLoss
 from gemma2_jax.objectives import terms
 from gemma2_jax.schedule import ScheduleConfig, build_schedule, values_of
 
 Number = float | ScheduleConfig
+Coefficients = Mapping[str, jax.Array]  # float32 scalars that may change from step to step
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")  # from a teacher
 # Of the temperature: -1e30, which stands for no logit, is divided by it, and losses are times its square, in float32.
@@ -118,23 +120,25 @@ class ObjectiveConfig:
 
 
 def token_loss(config: ObjectiveConfig) -> TokenLoss:
-    """The objective of each token; its coefficients are those of `build_coefficients`.
+    """The objective of each token, as `lm_head_sums` takes it.
+
+    It has the logits of `student`, and of `teacher` where there is one; per token, `targets`, and `teacher_targets`
+    (`SparseTargets`) where these stand for the teacher; and the coefficients of `build_coefficients`.
 
     Metrics are each term that has a weight, unweighted, `forward_kl` by the name `kl`, and always
     `cross_entropy`.
     """
 
     def loss(
-        student: jax.Array,
-        teacher: jax.Array | SparseTargets | None,
-        targets: jax.Array,
-        coefficients: Coefficients,
+        logits: Logits, per_token: Mapping[str, Any], coefficients: Coefficients
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        student, targets = logits["student"], per_token["targets"]
         found = {"cross_entropy": terms.cross_entropy(student, targets)}
-        if isinstance(teacher, SparseTargets):
-            found["forward_kl"] = terms.sparse_forward_kl(student, teacher, coefficients["temperature"])
-        elif teacher is not None:
-            found |= _divergences(config, student, teacher, coefficients["temperature"])
+        if "teacher_targets" in per_token:
+            sparse = per_token["teacher_targets"]
+            found["forward_kl"] = terms.sparse_forward_kl(student, sparse, coefficients["temperature"])
+        elif "teacher" in logits:
+            found |= _divergences(config, student, logits["teacher"], coefficients["temperature"])
         if config.z_loss > 0:
             found["z_loss"] = terms.z_loss(student)
         total = jnp.zeros(targets.shape, jnp.float32)
@@ -170,18 +174,17 @@ def build_coefficients(config: ObjectiveConfig, steps: int) -> Callable[[jax.Arr
 
 
 def evaluation_loss(
-    student: jax.Array,
-    teacher: jax.Array | SparseTargets | None,
-    targets: jax.Array,
-    coefficients: Coefficients,
+    logits: Logits, per_token: Mapping[str, Any], coefficients: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What models are compared by, at temperature 1: `cross_entropy` and `entropy`, and against a teacher `kl`
-    (forward), `agreement` and `teacher_entropy`.
+    (forward), `agreement` and `teacher_entropy`. Arguments as in `token_loss`, but for teacher targets.
     """
+    student, targets = logits["student"], per_token["targets"]
     metrics = {"cross_entropy": terms.cross_entropy(student, targets), "entropy": terms.entropy(student)}
-    if isinstance(teacher, SparseTargets):
+    if "teacher_targets" in per_token:
         raise ValueError("a model is compared with a teacher's whole distribution, not with sparse targets")
-    if teacher is not None:
+    if "teacher" in logits:
+        teacher = logits["teacher"]
         metrics["kl"] = terms.forward_kl(student, teacher, temperature=1.0)
         metrics["agreement"] = terms.agreement(student, teacher)
         metrics["teacher_entropy"] = terms.entropy(teacher)

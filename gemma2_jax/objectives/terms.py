@@ -23,8 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.kernels.lm_head import SparseTargets
-from gemma2_jax.kernels.softcap import NEVER
+from gemma2_jax.kernels.softcap import NEVER, negative_log_prob
+from gemma2_jax.objectives.targets import SparseTargets
 from gemma2_jax.sharding.layout import constrain_in_head
 
 Number = float | jax.Array
@@ -32,8 +32,7 @@ Number = float | jax.Array
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-log P(target): logits [..., V], targets int32 [...]."""
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    return negative_log_prob(logits, targets)
 
 
 def z_loss(logits: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from gemma2_jax.model.config import ComputeConfig, ModelConfig, Remat
 from gemma2_jax.planning.program import Inputs, device_bytes
 from gemma2_jax.planning.topologies import Topology
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 _FLOAT32 = 4
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"))
@@ -31,12 +31,12 @@ class Parts:
 
 def memory_parts(config: RunConfig, inputs: Inputs, mesh_shape: dict[str, int]) -> Parts:
     """The parts of one device's memory."""
-    parameters = device_bytes(inputs.state.params)
+    parameters = device_bytes(inputs.state.trainable)
     return Parts(
         parameters=parameters,
         moments=device_bytes(inputs.state.optimizer),
         gradients=parameters,
-        teacher=0 if inputs.teacher is None else device_bytes(inputs.teacher),
+        teacher=device_bytes(inputs.frozen),
         activations=saved_activations(config, mesh_shape),
         logits=head_blocks(config, mesh_shape),
     )

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma2_jax.distill.teacher import as_teacher
+from gemma2_jax.distill.teacher import as_teacher, online_teacher
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import abstract_params, dim_sizes, weights_by_path
-from gemma2_jax.planning.program import device_bytes, mesh_of, teacher_config
+from gemma2_jax.model.weights import abstract_params, specs_by_path, weight_specs
+from gemma2_jax.planning.program import device_bytes, mesh_of
 from gemma2_jax.planning.topologies import Topology
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.layout import Axes, laid_out, layout_in_use
-from gemma2_jax.training.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def find_placement(config: RunConfig, topology: Topology) -> Placement:
     mesh = mesh_of(config, topology)
     with laid_out(config.layout):
         models = [_place("student", config.model, "float32", mesh)]
-        teacher = teacher_config(config)
+        teacher = online_teacher(config.distill, config.model)
         if teacher is not None:
             with as_teacher(config.distill):
                 models.append(_place("teacher", teacher, config.distill.dtype, mesh))
@@ -79,16 +79,16 @@ def find_placement(config: RunConfig, topology: Topology) -> Placement:
 
 
 def _place(role: str, model: ModelConfig, dtype: str, mesh: Mesh) -> PlacedModel:
-    layout, sizes = layout_in_use(), dim_sizes(model)
-    leaves = jax.tree.leaves(abstract_params(model, jnp.dtype(dtype), mesh))
+    layout, specs = layout_in_use(), weight_specs(model)
+    leaves = jax.tree.leaves(abstract_params(specs, jnp.dtype(dtype), mesh))
     weights = [
         PlacedWeight(
             path,
-            {letter: sizes[letter] for letter in weight.dims},
+            weight.sizes,
             _split({letter: layout.weights.get(letter, ()) for letter in weight.dims}, mesh),
             device_bytes(leaf),
         )
-        for (path, weight), leaf in zip(weights_by_path().items(), leaves, strict=True)
+        for (path, weight), leaf in zip(specs_by_path(specs).items(), leaves, strict=True)
     ]
     head = tuple(axis for axis in layout.head if mesh.shape[axis] > 1)
     return PlacedModel(role, weights, _split(layout.activations, mesh), head)

@@ -3,14 +3,16 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gemma2_jax.distill.teacher import online_teacher
+from gemma2_jax.methods.method import Method
 from gemma2_jax.model.counts import training_flops_per_token
 from gemma2_jax.planning.count import Cost, count
 from gemma2_jax.planning.hlo import read_program
 from gemma2_jax.planning.memory import Parts, memory_parts, what_helps
-from gemma2_jax.planning.program import Program, compile_step, judge_bytes, teacher_config
+from gemma2_jax.planning.program import Program, compile_step, device_bytes
 from gemma2_jax.planning.roofline import Bounds, bounds, kernel_flops, share_of_peak
-from gemma2_jax.planning.topologies import Topology
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.planning.topologies import Topology, find_topology
+from gemma2_jax.run import RunConfig
 
 FLOPS_SOURCE = (
     "6 a weight and token, attention by visible pairs, a teacher's forward pass; without recomputation "
@@ -26,7 +28,7 @@ class Plan:
         fits: whether the compiler placed it into the device's memory.
         mesh: devices along each axis.
         samples: whether the run also samples from the student, by another program, which is not planned.
-        judge: bytes of a teacher that validations ask and the step does not.
+        validating: bytes of frozen weights that validations take and the step does not: of a teacher beside a cache.
         parts: where the memory goes; activations and logits are estimates.
         help: what would save memory; empty where it fits.
         model_flops: of a whole step on all devices, by formula.
@@ -40,7 +42,7 @@ class Plan:
     fits: bool
     mesh: dict[str, int]
     program: Program
-    judge: int
+    validating: int
     samples: bool
     parts: Parts
     help: list[str]
@@ -76,7 +78,7 @@ class Plan:
                 "peak_bytes": memory.peak,
                 "capacity_bytes": self.topology.capacity,
                 "host_bytes": memory.host,
-                "validations_teacher_bytes": self.judge,
+                "validations_teacher_bytes": self.validating,
                 "parts": asdict(self.parts),
                 "parts_estimated": ["activations", "logits"],
             },
@@ -115,22 +117,40 @@ class Plan:
         }
 
 
-def make_plan(config: RunConfig, topology: Topology) -> Plan:
+def plan(config: RunConfig, topology: str = "cpu:1", method: Method | None = None) -> Plan:
+    """What a step of a run takes on devices that need not be there: memory, communication, and the least time.
+
+    Args:
+        topology: `v5e:4x4`, `h100:8`, `cpu:8` and the like, as in `gemma2 plan`.
+        method: what the run learns; by default what the configuration asks for.
+
+    Raises:
+        UserError: the topology is not known, a package for it is missing, or what `compile_step` refuses.
+    """
+    return make_plan(config, find_topology(topology), method)
+
+
+def make_plan(config: RunConfig, topology: Topology, method: Method | None = None) -> Plan:
     """Compiles a step of `config` for `topology`, and counts it.
+
+    Args:
+        method: what the run learns; by default what the configuration asks for.
 
     Raises:
         UserError: what `compile_step` refuses.
     """
-    program = compile_step(config, topology)
+    program = compile_step(config, topology, method)
     shape = dict(program.mesh.shape)
     capacity = topology.capacity
     # The TPU's compiler itself refuses what does not fit; the others compile it.
-    judge = judge_bytes(config, program.mesh)
-    needed = program.memory.peak + judge
-    fits = program.text is not None and ((topology.platform == "tpu" and not judge) or needed <= capacity)
+    validating = device_bytes(program.inputs.validating)
+    needed = program.memory.peak + validating
+    fits = program.text is not None and (
+        (topology.platform == "tpu" and not validating) or needed <= capacity
+    )
     parts = memory_parts(config, program.inputs, shape)
     tokens = config.data.batch_size * config.data.seq_len
-    teacher = teacher_config(config)
+    teacher = online_teacher(config.distill, config.model)
     cost, in_kernels, least = None, 0.0, None
     if program.text is not None:
         cost = count(read_program(program.text), shape)
@@ -142,7 +162,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         fits=fits,
         mesh=shape,
         program=program,
-        judge=judge,
+        validating=validating,
         samples=config.distill.on_policy is not None,
         parts=parts,
         help=[] if fits else what_helps(config, topology, parts, shape, needed - capacity),

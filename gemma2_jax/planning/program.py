@@ -6,30 +6,24 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma2_jax.compilation import programs_kept_in
 from gemma2_jax.config import UserError
-from gemma2_jax.distill.teacher import as_teacher
-from gemma2_jax.formats.load import open_source
-from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params, dim_sizes
+from gemma2_jax.data.batch import Batch
+from gemma2_jax.methods.choose import build_method
+from gemma2_jax.methods.method import Method, frozen_in_step
 from gemma2_jax.planning.topologies import Topology
-from gemma2_jax.sharding.layout import check_activations, laid_out
+from gemma2_jax.run import RunConfig
+from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
-from gemma2_jax.training.config import RunConfig
-from gemma2_jax.training.inputs import abstract_batch, abstract_entries
-from gemma2_jax.training.matching import abstract_matching
-from gemma2_jax.training.optimizer import build_optimizer
 from gemma2_jax.training.start import check_batch
-from gemma2_jax.training.state import TrainState, abstract_state
-from gemma2_jax.training.step import Taught, build_train_step
+from gemma2_jax.training.state import TrainState, Update
+from gemma2_jax.training.step import build_train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -39,7 +33,7 @@ class Memory:
     """Bytes of one device, as the compiler counts them.
 
     Attributes:
-        argument: what a step is given: the state, the teacher, the batch.
+        argument: what a step is given: the state, what is frozen, the batch.
         temp: what it makes and drops; None where the compiler gave up.
         peak: what has to be free for it, see `_peak`; of a program that does not fit, what the compiler wanted.
         host: what lies in the host's memory for it (`compute.remat=offload`).
@@ -53,12 +47,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a step takes, without memory: shapes, dtypes and shardings."""
+    """What a step takes, without memory: shapes, dtypes and shardings.
+
+    Attributes:
+        frozen: what a method's loss takes beside the state; validating: what only its validations take.
+    """
 
     state: TrainState
-    teacher: Gemma2 | None
-    batch: Any
-    taught: Taught
+    frozen: Any
+    batch: Batch
+    validating: Any
 
 
 @dataclass(frozen=True)
@@ -77,73 +75,62 @@ class Program:
     text: str | None
 
 
-def teacher_config(config: RunConfig) -> ModelConfig | None:
-    """The sizes of the teacher that reads each batch; None if there is none.
-
-    Raises:
-        UserError: neither is its checkpoint here, nor are its sizes given.
-    """
-    return None if config.distill.cache is not None else judge_config(config)
-
-
-def judge_config(config: RunConfig) -> ModelConfig | None:
-    """The sizes of the teacher that validations ask, beside a cache as well; None if there is none.
-
-    Raises:
-        UserError: as `teacher_config`.
-    """
-    distill, student = config.distill, config.model
-    if distill.teacher is None:
-        return None
-    sizes = distill.model
-    if sizes is None:
-        if not os.path.exists(distill.teacher):
-            raise UserError(
-                f"distill.teacher is {distill.teacher}, which is not here; give its sizes in distill.model, as "
-                "`- /model@distill.model: gemma2_9b` does in an experiment."
-            )
-        sizes = open_source(distill.teacher).config
-    return replace(sizes, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
+def check_sizes(config: RunConfig) -> None:
+    """Raises UserError if the sizes of the teacher are not given, and its checkpoint is not on this machine."""
+    teacher = config.distill.teacher
+    if teacher is not None and config.distill.model is None and not os.path.exists(teacher):
+        raise UserError(
+            f"distill.teacher is {teacher}, which is not here; give its sizes in distill.model, as "
+            "`- /model@distill.model: gemma2_9b` does in an experiment."
+        )
 
 
 def mesh_of(config: RunConfig, topology: Topology) -> Mesh:
     """The configuration's mesh of these devices.
 
     Raises:
-        UserError: it does not fit them, or does not divide the batch.
+        UserError: it does not fit them, or does not divide the batch; or the teacher's sizes are not known.
     """
+    check_sizes(config)
     mesh = build_mesh(config.mesh, topology.devices)
     check_batch(config, mesh)
     return mesh
 
 
-def abstract_inputs(config: RunConfig, mesh: Mesh) -> Inputs:
-    """What a step of the configuration takes on a mesh.
+def abstract_inputs(method: Method, update: Update, config: RunConfig, mesh: Mesh) -> Inputs:
+    """What a step takes on a mesh.
 
     Raises:
         UserError: the mesh does not divide a weight, or the teacher's sizes are not known.
     """
     with laid_out(config.layout):
-        return _abstract_inputs(config, mesh)
+        frozen = method.abstract_frozen(mesh)
+        in_step = frozen_in_step(method, frozen)
+        validating = {name: tree for name, tree in frozen.items() if name not in in_step}
+        return Inputs(update.abstract_state(mesh), in_step, method.abstract_batch(mesh), validating)
 
 
-def compile_step(config: RunConfig, topology: Topology) -> Program:
+def compile_step(config: RunConfig, topology: Topology, method: Method | None = None) -> Program:
     """Compiles one step. With `compilation_cache`, a run on these devices finds it there.
+
+    Args:
+        method: what the run learns; by default what the configuration asks for.
 
     Raises:
         UserError: mesh, batch, teacher or model do not fit each other, or the compiler refuses the program for
             another reason than memory.
     """
     mesh = mesh_of(config, topology)
-    inputs = abstract_inputs(config, mesh)
-    optimizer = build_optimizer(config.optimizer, config.training.steps)
-    argument = device_bytes((inputs.state, inputs.teacher, inputs.batch, inputs.taught))
+    chosen: Method = build_method(config) if method is None else method
+    update = Update(config, chosen.specs)
+    inputs = abstract_inputs(chosen, update, config, mesh)
+    argument = device_bytes((inputs.state, inputs.frozen, inputs.batch))
     begun = time.perf_counter()
     # The default device is for libraries of kernels that ask the machine what it is, rather than the mesh (tokamax).
     device = jax.default_device(topology.devices[0])
     with jax.set_mesh(mesh), device, laid_out(config.layout), _kept(config):
-        step = build_train_step(config, optimizer, inputs.state)
-        lowered = step.lower(inputs.state, inputs.teacher, inputs.batch, inputs.taught)
+        step = build_train_step(chosen, update, inputs.state, config.layout, config.training.accumulation)
+        lowered = step.lower(inputs.state, inputs.frozen, inputs.batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -196,38 +183,6 @@ def device_bytes(tree: Any) -> int:
             size *= length
         total += size
     return total
-
-
-def _abstract_inputs(config: RunConfig, mesh: Mesh) -> Inputs:
-    taught: Taught = None
-    if config.distill.cache is not None:
-        encoding = config.distill.encoding
-        entries = None if encoding is None else encoding.entries or config.model.num_tokens
-        if entries is None:
-            raise UserError(
-                "distill.encoding is null, so the cache's size is unknown; set it, as distill=cached does."
-            )
-        taught = abstract_entries(config.data, mesh, entries)
-    teacher = _abstract_teacher(config, teacher_config(config), mesh)
-    state = abstract_state(config.model, build_optimizer(config.optimizer, config.training.steps), mesh)
-    state = replace(state, matching=abstract_matching(config, teacher, mesh))
-    return Inputs(state, teacher, abstract_batch(config.data, mesh), taught)
-
-
-def _abstract_teacher(config: RunConfig, sizes: ModelConfig | None, mesh: Mesh) -> Gemma2 | None:
-    if sizes is None:
-        return None
-    with as_teacher(config.distill):
-        check_activations(mesh, dim_sizes(sizes))
-        return Gemma2(sizes, abstract_params(sizes, jnp.dtype(config.distill.dtype), mesh))
-
-
-def judge_bytes(config: RunConfig, mesh: Mesh) -> int:
-    """Bytes of a device's part of a teacher that no step is given, but validations are: one beside a cache."""
-    if config.distill.cache is None:
-        return 0
-    with laid_out(config.layout):
-        return device_bytes(_abstract_teacher(config, judge_config(config), mesh))
 
 
 def _peak(found: Any, platform: str) -> int:

@@ -57,8 +57,8 @@ def _beside(plan: Plan) -> list[tuple[str, str]]:
     rows = []
     if plan.program.memory.host:
         rows.append(("  in the host's memory", in_units(plan.program.memory.host)))
-    if plan.judge:
-        rows.append(("  beside: teacher", f"{in_units(plan.judge)}, which validations ask"))
+    if plan.validating:
+        rows.append(("  beside: teacher", f"{in_units(plan.validating)}, used in validations"))
     if plan.samples:
         rows.append(("  not planned", "the program that samples at on-policy steps, and its key/value cache"))
     return rows

@@ -14,7 +14,7 @@ from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.counts import count_parameters, forward_flops_per_token
 from gemma2_jax.planning.count import Cost
 from gemma2_jax.planning.topologies import Topology
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 
 @dataclass(frozen=True)

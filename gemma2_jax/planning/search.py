@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from gemma2_jax.config import UserError
+from gemma2_jax.distill.teacher import online_teacher, teacher_config
 from gemma2_jax.model.config import Remat
 from gemma2_jax.model.counts import count_parameters, training_flops_per_token
 from gemma2_jax.planning.memory import head_blocks, saved_activations, shares
 from gemma2_jax.planning.plan import Plan, make_plan
-from gemma2_jax.planning.program import judge_config, teacher_config
+from gemma2_jax.planning.program import check_sizes
 from gemma2_jax.planning.topologies import Topology
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import AXES, MeshConfig
-from gemma2_jax.training.config import RunConfig
 
 _WIDEST_SEQUENCE = (
     8  # devices that a sequence is split over at most: each layer's keys and values are gathered
@@ -59,6 +60,7 @@ def search(
     Raises:
         UserError: no mesh of these devices divides model and batch, or none of those tried can be compiled.
     """
+    check_sizes(config)
     waiting = candidates(config, topology)
     if not waiting:
         raise UserError(
@@ -128,7 +130,7 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
 def estimated_memory(config: RunConfig, shape: dict[str, int]) -> float:
     """Bytes of a device by formula: the state, its gradients and the teacher, and what `memory` estimates."""
     split = shape["fsdp"] * shape["tensor"]
-    teacher = teacher_config(config)
+    teacher = online_teacher(config.distill, config.model)
     state = 4 * 4 * count_parameters(config.model).total
     if config.training.accumulation > 1:
         state += 4 * count_parameters(config.model).total
@@ -143,7 +145,7 @@ def estimated_seconds(config: RunConfig, topology: Topology, shape: dict[str, in
     Weights are gathered over fsdp for the forward and the backward pass of each microbatch, and gradients summed there;
     four times a layer activations are summed over tensor; keys and values are gathered over sequence.
     """
-    chip, model, teacher = topology.chip, config.model, teacher_config(config)
+    chip, model, teacher = topology.chip, config.model, online_teacher(config.distill, config.model)
     devices, width = len(topology.devices), 2 if config.compute.dtype == "bfloat16" else 4
     tokens = config.data.batch_size * config.data.seq_len
     flops = training_flops_per_token(model, config.data.seq_len, teacher) * tokens
@@ -167,7 +169,7 @@ def _meshes(config: RunConfig, topology: Topology) -> Iterator[MeshConfig]:
     replica, devices = max(1, config.mesh.replica), len(topology.devices)
     if topology.platform == "tpu" and replica % topology.slices:
         replica = topology.slices
-    models, teacher = [config.model], judge_config(config)
+    models, teacher = [config.model], teacher_config(config.distill, config.model)
     if teacher is not None and config.distill.layout is None:  # it lies as the student does
         models.append(teacher)
     for tensor in _divisors(math.gcd(*(model.num_kv_heads for model in models))):

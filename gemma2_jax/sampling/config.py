@@ -1,8 +1,9 @@
 """What a user may ask of a generation."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gemma2_jax.config import UserError
+from gemma2_jax.config import refuse
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,21 @@ class SamplingConfig:
     stop_texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        refuse(self._complaints())
+
+    def _complaints(self) -> Iterator[str]:
         if self.max_new_tokens < 1:
-            raise UserError(f"sampling.max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+            yield f"sampling.max_new_tokens is {self.max_new_tokens}; it must be at least 1."
         if not 0 <= self.temperature < float("inf"):
-            raise UserError(
-                f"sampling.temperature is {self.temperature}; it must be a number from 0 (greedy) upwards."
-            )
+            yield f"sampling.temperature is {self.temperature}; it must be a number from 0 (greedy) upwards."
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"sampling.top_k is {self.top_k}; it must be at least 1, or null for all tokens.")
+            yield f"sampling.top_k is {self.top_k}; it must be at least 1, or null for all tokens."
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(
-                f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1, or null for all tokens."
-            )
+            yield f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1, or null for all tokens."
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"sampling.seed is {self.seed}; it must be from 0 to 4294967295.")
+            yield f"sampling.seed is {self.seed}; it must be from 0 to 4294967295."
         for token in self.stop_tokens or ():
             if token < 0:
-                raise UserError(f"sampling.stop_tokens holds {token}; token ids begin at 0.")
+                yield f"sampling.stop_tokens holds {token}; token ids begin at 0."
         if "" in self.stop_texts:
-            raise UserError(
-                "sampling.stop_texts holds an empty text, which would stop every text at once; leave it out."
-            )
+            yield "sampling.stop_texts holds an empty text, which would stop every text at once; leave it out."

@@ -28,8 +28,8 @@ def feeding_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     if sum(map(len, parts)) != rows or len({len(part) for part in parts}) > 1:
         shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
         raise UserError(
-            f"mesh {shape} lays its devices out so that two of the {len(held)} processes have some rows of a batch in "
-            "common, and not all; let mesh.tensor x mesh.sequence divide the devices of a process, or be a multiple of "
-            "them."
+            f"mesh {shape} gives two of the {len(held)} processes some rows of a batch in common, but not all; choose "
+            "mesh.tensor x mesh.sequence so that it divides the number of devices of a process, or is a multiple of "
+            "that number."
         )
     return parts.index(of_process[jax.process_index() if process is None else process]), len(parts)

@@ -11,7 +11,7 @@ enter, or the LM head, where tokens meet the whole vocabulary. The last two foll
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -145,20 +145,20 @@ def model_in_use() -> str:
     return _in_use().model
 
 
-def weight_sharding(mesh: Mesh, path: str, dims: str, sizes: Mapping[str, int]) -> NamedSharding:
+def weight_sharding(mesh: Mesh, path: str, dims: str, shape: Sequence[int]) -> NamedSharding:
     """How a weight rests on a mesh.
 
     Raises:
         UserError: mesh axes do not divide the size of a dimension laid along them, or would split two of them.
     """
     layout = layout_in_use()
-    for d in dims:
+    for d, size in zip(dims, shape, strict=True):
         axes = layout.weights.get(d, ())
         shares = math.prod(mesh.shape[axis] for axis in axes)
-        if sizes[d] % shares:
+        if size % shares:
             raise UserError(
                 f"{' x '.join(f'mesh.{axis}' for axis in axes)} is {shares}, which does not divide dimension {d} "
-                f"({sizes[d]}) of {model_in_use()} ({path}); choose a divisor of {sizes[d]}."
+                f"({size}) of {model_in_use()} ({path}); choose a divisor of {size}."
             )
     return NamedSharding(mesh, layout.spec_of_weight(dims))
 

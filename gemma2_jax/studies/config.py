@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from gemma2_jax.config import UserError
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 
 @dataclass(frozen=True)

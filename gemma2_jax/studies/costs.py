@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gemma2_jax.distill.cache.manifest import read_cache
+from gemma2_jax.run import RunConfig
 from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.tables import Table
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.metrics import read_metrics
 
 _NOTHING = "–"  # in a cell

@@ -12,13 +12,13 @@ from rich.console import Console
 
 from gemma2_jax.files import write_text
 from gemma2_jax.machine import describe_machine, peak_memory_gib
+from gemma2_jax.run import RunConfig
 from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.costs import costs_by_run, costs_table
 from gemma2_jax.studies.plots import plot_losses, plot_summary
 from gemma2_jax.studies.stages import Measurement, read_times
 from gemma2_jax.studies.summary import group_by_run, summary_table
 from gemma2_jax.studies.tables import Table, say
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.metrics import format_number
 
 

@@ -17,20 +17,19 @@ from gemma2_jax.config import UserError, build, load, read_json, save, to_dict, 
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import find_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.cache.writer import write_cache
+from gemma2_jax.distill.teacher_record import read_teacher_record
 from gemma2_jax.evaluation.evaluate import Evaluation, evaluate_run
 from gemma2_jax.files import locked, write_text
+from gemma2_jax.processes.hosts import first_process_first, is_first
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.screen import activity
-from gemma2_jax.sharding.hosts import first_process_first, is_first
 from gemma2_jax.studies.tables import say
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.going_on import changes, check_same_run
-from gemma2_jax.training.inputs import cache_task
 from gemma2_jax.training.loop import train
-from gemma2_jax.training.start import check_folder, check_same_data, data_identity
-from gemma2_jax.training.taught_by import read_taught_by
+from gemma2_jax.training.start import as_prepared, check_folder, check_same_data, data_identity
+from gemma2_jax.training.teacher_cache import write_cache
 
 TEACHER_FILE = "teacher.yaml"  # in a distilled run's folder: the configuration that its teacher had
 
@@ -74,7 +73,7 @@ def prepare_all(configs: Sequence[RunConfig], console: Console) -> None:
 def cache_teacher(config: RunConfig, console: Console) -> None:
     """Writes the cache that a run is distilled from, or what is left of it."""
     _say(console, "cache", config.name, f"{config.distill.cache}")
-    write_cache(cache_task(config))
+    write_cache(as_prepared(config))
 
 
 def train_run(config: RunConfig, console: Console, teacher: RunConfig | None = None) -> None:
@@ -104,7 +103,7 @@ def measure_run(
 
     Args:
         reference: the run whose predictions it is compared with.
-        teacher: in its place, the checkpoint that taught the run.
+        teacher: in its place, the checkpoint of the run's own teacher.
     """
     file = Path(config.output) / "evaluation.json"
     conditions = {
@@ -177,8 +176,8 @@ def _teacher_identity(config: RunConfig, teacher: str | None) -> Any:
     """The teacher that a run is compared with, by its weights, which may have moved since."""
     if teacher is None:
         return None
-    taught_by = read_taught_by(config.output)
-    return {"teacher": teacher if taught_by is None else taught_by.identity}
+    record = read_teacher_record(config.output)
+    return {"teacher": teacher if record is None else record.identity}
 
 
 def _evaluation(stored: Mapping[str, Any]) -> Evaluation:

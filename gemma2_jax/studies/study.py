@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gemma2_jax.sharding.hosts import is_first
+from gemma2_jax.processes.hosts import is_first
+from gemma2_jax.run import RunConfig
 from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.report import write_report
 from gemma2_jax.studies.stages import (
@@ -18,7 +19,6 @@ from gemma2_jax.studies.stages import (
     train_run,
 )
 from gemma2_jax.studies.tables import say
-from gemma2_jax.training.config import RunConfig
 
 
 def run_study(study: StudyConfig, runs: Mapping[str, RunConfig], output: str, console: Console) -> None:

@@ -11,11 +11,11 @@ from rich.console import Console
 from gemma2_jax import stops
 from gemma2_jax.config import UserError
 from gemma2_jax.files import write_text
-from gemma2_jax.sharding.hosts import is_first
+from gemma2_jax.processes.hosts import is_first
+from gemma2_jax.run import RunConfig
 from gemma2_jax.studies.stages import Measurement, measure_run, prepare_all, sole_command, timed, train_run
 from gemma2_jax.studies.sweep_report import Result, write_sweep_report
 from gemma2_jax.studies.tables import say
-from gemma2_jax.training.config import RunConfig
 
 ERROR_FILE = "error.txt"
 

@@ -1,21 +1,9 @@
-"""Everything that one training run takes: the rooms' configurations, put together and checked as a whole."""
+"""How long a run trains, and how often it reports."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from gemma2_jax.checkpoints.store import CheckpointConfig
-from gemma2_jax.config import UserError, refuse
-from gemma2_jax.data.config import DataConfig, TokenizerConfig
-from gemma2_jax.distill.initialise import InitConfig
-from gemma2_jax.distill.teacher import DistillConfig
-from gemma2_jax.model.config import ComputeConfig, ModelConfig
-from gemma2_jax.objectives.objective import DIVERGENCES, ObjectiveConfig
-from gemma2_jax.schedule import ScheduleConfig, count_steps
-from gemma2_jax.sharding.hosts import HostsConfig
-from gemma2_jax.sharding.layout import LayoutConfig
-from gemma2_jax.sharding.mesh import MeshConfig
-from gemma2_jax.training.metrics import MetricsConfig
-from gemma2_jax.training.optimizer import OptimizerConfig
+from gemma2_jax.config import refuse
 
 
 @dataclass(frozen=True)
@@ -37,7 +25,7 @@ class TrainingConfig:
     accumulation: int
     log_every: int
     eval_every: int
-    profile_steps: tuple[int, int] = (3, 5)  # not in runs of before it was there
+    profile_steps: tuple[int, int] = (3, 5)  # Older runs lack this key.
     eval_batches: int | None = None  # Older runs lack this key.
 
     def __post_init__(self) -> None:
@@ -54,150 +42,3 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"training.{name} is {value}; it must be at least 1."
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """One training run. Saved as config.yaml in its folder, from which alone it can be repeated.
-
-    Attributes:
-        name: how the run is called in tables.
-        output: the run folder.
-        seed: of the initial weights and of own samples; the order of the data has its own, data.seed.
-        compilation_cache: the folder or bucket that compiled programs are kept in, see `programs_kept_in`.
-        profile: trace some steps (`training.profile_steps`) into the run folder; of runs that are trained together,
-            into that of the first which is not done.
-    """
-
-    name: str
-    output: str
-    seed: int
-    model: ModelConfig
-    compute: ComputeConfig
-    data: DataConfig
-    tokenizer: TokenizerConfig
-    mesh: MeshConfig
-    objective: ObjectiveConfig
-    distill: DistillConfig
-    optimizer: OptimizerConfig
-    training: TrainingConfig
-    checkpoint: CheckpointConfig
-    metrics: MetricsConfig
-    # Not in runs of before they were there.
-    initialise: InitConfig = field(default_factory=InitConfig)
-    layout: LayoutConfig = field(default_factory=LayoutConfig)
-    hosts: HostsConfig = field(default_factory=HostsConfig)
-    compilation_cache: str | None = None
-    profile: bool = False
-
-    def __post_init__(self) -> None:
-        refuse(self._complaints())
-
-    def _complaints(self) -> Iterator[str]:
-        for key, value in (("name", self.name), ("output", self.output)):
-            if not value.strip():
-                yield f"{key} is empty; it must be text, as in {key}=mine."
-        yield from self._about_teacher()
-        yield from self._about_on_policy()
-        if self.data.batch_size % self.training.accumulation:
-            yield (
-                f"training.accumulation is {self.training.accumulation}, which does not divide data.batch_size "
-                f"({self.data.batch_size})."
-            )
-        if self.profile and self.training.profile_steps[1] > self.training.steps:
-            yield (
-                f"training.profile_steps ends with {self.training.profile_steps[1]}, after the last step "
-                f"({self.training.steps}); choose earlier ones, or profile=false."
-            )
-        scheduled: dict[str, OptimizerConfig | ScheduleConfig] = {
-            "optimizer": self.optimizer,
-            **self._schedules(),
-        }
-        for name, schedule in scheduled.items():
-            try:
-                count_steps(name, schedule.warmup_steps, schedule.decay_steps, self.training.steps)
-            except UserError as error:
-                yield str(error)
-        intervals = {
-            "checkpoint.every": self.checkpoint.every,
-            "training.eval_every": self.training.eval_every,
-        }
-        for name, every in intervals.items():
-            if every % self.training.log_every:
-                yield (
-                    f"{name} is {every}; it must be a multiple of training.log_every ({self.training.log_every}), "
-                    "so that a resumed run logs the same averages."
-                )
-
-    def _about_teacher(self) -> Iterator[str]:
-        """Where the objective and the teacher do not fit together."""
-        teachers = {"distill.teacher": self.distill.teacher, "distill.cache": self.distill.cache}
-        given = [name for name, value in teachers.items() if value is not None]
-        divergences = self.objective.divergences
-        if divergences and not given:
-            yield (
-                f"objective.{divergences[0]} is above 0, which needs a teacher; set distill.teacher to its checkpoint."
-            )
-        if self.distill.match is not None:
-            try:
-                self.distill.match.check_student(self.model)
-            except UserError as error:
-                yield str(error)
-        elif given and not divergences:
-            yield (
-                f"{given[0]} is set, but no divergence of the objective has a weight above 0 "
-                f"({', '.join(DIVERGENCES)}) and distill.match is null, so it would teach nothing."
-            )
-        if self.distill.cache is None:
-            return
-        if divergences != ("forward_kl",):
-            yield (
-                "distill.cache holds a few tokens of each distribution, which give forward_kl alone, and the objective "
-                f"has {', '.join(divergences)}; set objective=distillation, or train without a cache."
-            )
-        if "temperature" in self.objective.schedules:
-            yield (
-                "objective.temperature is a schedule, and distill.cache was made at one temperature; it must be that "
-                "number."
-            )
-            return
-        encoding = self.distill.encoding
-        if encoding is not None and encoding.temperature != self.objective.temperature:
-            yield (
-                f"distill.encoding.temperature is {encoding.temperature}, and objective.temperature is "
-                f"{self.objective.temperature}; both must be the same, since a cache is trained from at its own "
-                "temperature alone."
-            )
-
-    def _about_on_policy(self) -> Iterator[str]:
-        on_policy = self.distill.on_policy
-        if on_policy is None:
-            return
-        if self.distill.teacher is None:
-            yield (
-                "distill.on_policy is set and distill.teacher is null; on-policy distillation needs a teacher for the "
-                "student's samples."
-            )
-        if self.distill.cache is not None:
-            yield (
-                "distill.on_policy and distill.cache are both set; a cache holds no targets for the student's own "
-                "samples, so one of them must be null."
-            )
-        if self.objective.cross_entropy > 0:
-            yield (
-                f"objective.cross_entropy is {self.objective.cross_entropy}; it must be 0 with distill.on_policy, "
-                "since a student learns nothing from the cross-entropy with its own samples."
-            )
-        if on_policy.prompt_tokens >= self.data.seq_len:
-            yield (
-                f"distill.on_policy.prompt_tokens is {on_policy.prompt_tokens}; it must be below data.seq_len "
-                f"({self.data.seq_len}), to leave room for the student's tokens."
-            )
-
-    def _schedules(self) -> dict[str, ScheduleConfig]:
-        """What changes over the run, by its key."""
-        found = {f"objective.{name}": schedule for name, schedule in self.objective.schedules.items()}
-        on_policy = self.distill.on_policy
-        if on_policy is not None and isinstance(on_policy.fraction, ScheduleConfig):
-            found["distill.on_policy.fraction"] = on_policy.fraction
-        return found

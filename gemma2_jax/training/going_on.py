@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, FOLDER, checkpoint_steps, latest_step
-from gemma2_jax.config import UserError, build, differences, load, to_dict
+from gemma2_jax.config import UserError, as_override, build, differences, load, to_dict
 from gemma2_jax.distill.on_policy import on_policy_steps
+from gemma2_jax.distill.teacher_record import read_teacher_record
+from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import ScheduleConfig, build_schedule, count_steps
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
 from gemma2_jax.training.optimizer import learning_rate_schedule
 from gemma2_jax.training.start import as_prepared
-from gemma2_jax.training.taught_by import read_taught_by
 
 # Where things lie, how they are executed, and what is looked at. That the data, the tokenizer and the teacher are the
 # same is checked by content.
@@ -75,9 +75,7 @@ def check_same_run(config: RunConfig) -> None:
         keys = _keys_of(number, begun, config)
         if keys and not _moves_with_length(number, begun, steps, max(1, latest)):
             key, one, other = keys[0]
-            raise _refusal(
-                config, key, one, other, "" if isinstance(one, dict) else f"write {key}={_plain(one)}, "
-            )
+            raise _refusal(config, key, one, other)
         raise _length_matters(config, begun, number, step)
 
 
@@ -111,10 +109,10 @@ def older_schedule(config: RunConfig, step: int) -> str | None:
 def _changed_keys(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """The dotted key and both values of what differs, but for what may, and numbers that depend on the step."""
     free = {*_MAY_CHANGE, *(key for number in _NUMBERS for key in number.keys)}
-    taught_by = read_taught_by(asked.output)
-    if taught_by is not None:
+    record = read_teacher_record(asked.output)
+    if record is not None:
         free.add("distill.teacher")
-        if taught_by.encoding is not None and asked.distill.cache is not None:
+        if record.encoding is not None and asked.distill.cache is not None:
             free |= {"distill.cache", "distill.encoding", "distill.dtype"}
     if begun.distill.teacher is None and asked.distill.teacher is None:
         free.add("distill.dtype")  # of no effect
@@ -179,7 +177,10 @@ def _in_steps(config: RunConfig) -> dict[str, Any]:
     return counted(to_dict(config), "")
 
 
-def _refusal(config: RunConfig, key: str, one: Any, other: Any, remedy: str = "") -> UserError:
+def _refusal(config: RunConfig, key: str, one: Any, other: Any) -> UserError:
+    """The refusal of a key with another value: perhaps its default was another when the run began."""
+    typed = as_override(key, one)
+    remedy = "" if typed is None else f"write {typed} to go on with it, "
     return UserError(
         f"{config.output} holds a run with {key}={_plain(one)}, and {_plain(other)} is asked for; {remedy}"
         "choose another output, or delete that folder to train again."

@@ -1,12 +1,12 @@
 """AdamW with warm-up, a schedule, clipping, and no decay on norms."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 
 from gemma2_jax.config import UserError
-from gemma2_jax.model.weights import map_weights
+from gemma2_jax.model.weights import Specs, map_specs
 from gemma2_jax.schedule import StepCount, check_step_count, count_steps, curve
 
 
@@ -84,17 +84,12 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     return curve(config.schedule, start, peak, peak * config.final_fraction, rise, decay, steps)
 
 
-def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The whole update rule; its moments have the parameters' dtype, float32."""
-    return _update_rule(config, steps, decayed=map_weights(lambda _, weight: bool(weight.fan_in)))
+def build_optimizer(config: OptimizerConfig, steps: int, specs: Specs) -> optax.GradientTransformation:
+    """The whole update rule of a run of `steps`; its moments have the parameters' dtype, float32.
 
-
-def build_projection_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The same rule for the projections of matching: clipped by themselves, and all of them decayed."""
-    return _update_rule(config, steps, decayed=None)
-
-
-def _update_rule(config: OptimizerConfig, steps: int, decayed: Any) -> optax.GradientTransformation:
+    Args:
+        specs: of the parameters that it updates, of which those without fan_in do not decay.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -103,6 +98,6 @@ def _update_rule(config: OptimizerConfig, steps: int, decayed: Any) -> optax.Gra
             b2=config.beta2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=decayed,
+            mask=map_specs(lambda _, spec: bool(spec.fan_in), specs),
         ),
     )

@@ -1,4 +1,4 @@
-"""What a run is made of, in a few lines before its first step: sizes, data, devices, teacher."""
+"""What a run is made of, in a few lines before its first step: sizes, data, devices."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,7 @@ from jax.sharding import Mesh
 
 from gemma2_jax.data.shards import read_manifest
 from gemma2_jax.model.counts import count_parameters
-from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 
 def describe_runs(configs: Sequence[RunConfig], mesh: Mesh) -> list[str]:
@@ -31,12 +30,3 @@ def describe_runs(configs: Sequence[RunConfig], mesh: Mesh) -> list[str]:
         + (f", {processes} processes" if processes > 1 else "")
     )
     return lines
-
-
-def describe_teacher(config: RunConfig, teacher: Gemma2 | None) -> str | None:
-    """A line about the teacher, or the cache in its place; None without either."""
-    if config.distill.cache is not None:
-        return f"teacher: the cache {config.distill.cache}"
-    if teacher is None:
-        return None
-    return f"teacher: {count_parameters(teacher.config).total:,} parameters, from {config.distill.teacher}"

@@ -3,7 +3,7 @@
 from gemma2_jax.compilation import check_programs_folder
 from gemma2_jax.formats import hub
 from gemma2_jax.kernels import tokamax_attention
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.training.metrics import check_wandb
 
 

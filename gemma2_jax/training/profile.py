@@ -7,7 +7,7 @@ from types import TracebackType
 
 import jax
 
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 FOLDER = "profile"  # in a run folder
 

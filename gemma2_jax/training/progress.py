@@ -95,6 +95,8 @@ class TrainingProgress:
 
     def _left(self, step: int) -> str:
         """How long the steps after `step` will take, validations and checkpoints included as they did so far."""
+        if step >= self._steps:
+            return f"{duration(0)} left"
         if self._begun is None or step <= self._begun[0]:
             return "time left unknown"
         each = (time.monotonic() - self._begun[1]) / (step - self._begun[0])

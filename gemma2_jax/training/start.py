@@ -1,10 +1,9 @@
 """What is checked, and written into the run folder, before anything is computed."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -17,32 +16,31 @@ from gemma2_jax.checkpoints.store import (
     find,
     latest_step,
 )
-from gemma2_jax.config import UserError, differences, load, read_json, read_yaml, save, to_dict
+from gemma2_jax.config import UserError, load, read_json, read_yaml, save
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import tokenizer_of
 from gemma2_jax.data.shards import MANIFEST, find_manifest, read_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rows import check_rows
+from gemma2_jax.distill.teacher_record import TEACHER_FILE, TeacherRecord
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.formats.source import files_below
 from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.model.weights import dim_sizes
+from gemma2_jax.processes.sharing import check_same_files
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.layout import check_activations, laid_out
-from gemma2_jax.sharding.sharing import check_same_files
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
-from gemma2_jax.training.packages import check_packages
-from gemma2_jax.training.taught_by import TEACHER_FILE, TaughtBy
 
 DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
 
 # The files beside the checkpoints of a run, each of which a run that goes on needs.
 _PURPOSES = {
-    CONFIG_FILE: "which says how the checkpoints beside it were trained",
-    DATA_FILE: "which says on what data the run was trained",
+    CONFIG_FILE: "which holds the configuration that the checkpoints beside it were trained with",
+    DATA_FILE: "which identifies the data that the run was trained on",
     TOKENIZER_FILE: "the tokenizer that the run was trained with",
-    TEACHER_FILE: "which says from which teacher the run was distilled",
+    TEACHER_FILE: "which identifies the teacher that the run was distilled from",
 }
 
 
@@ -66,19 +64,6 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
     with laid_out(config.layout):
         check_activations(mesh, dim_sizes(config.model))
         check_rows(rows, config.data.seq_len, mesh, "data.batch_size / training.accumulation")
-
-
-def check_together(configs: Sequence[RunConfig]) -> None:
-    """Raises UserError if runs cannot be trained at once: by the same steps, on the same batches, and those of them
-    that have a teacher of the same one; or if a package is missing that one of them needs."""
-    for config in configs:
-        check_packages(config)
-    _check_same(configs, _shared)
-    _check_same([config for config in configs if config.distill.teaches], _teaching)
-    outputs = [config.output for config in configs]
-    for output in outputs:
-        if outputs.count(output) > 1:
-            raise UserError(f"output is {output} for two runs; each needs a folder of its own.")
 
 
 def check_data(config: RunConfig) -> Tokenizer:
@@ -191,47 +176,16 @@ def _read_from(configs: Sequence[RunConfig]) -> Iterator[tuple[str, list[Path]]]
             yield f"distill.cache {config.distill.cache}", files_below([Path(config.distill.cache, MANIFEST)])
 
 
-def write_inputs(config: RunConfig, taught_by: TaughtBy | None) -> None:
-    """Save the resolved configuration, a copy of the tokenizer, the data's identity and who teaches in the run
+def write_inputs(config: RunConfig, record: TeacherRecord | None) -> None:
+    """Saves the resolved configuration, a copy of the tokenizer, and the identity of data and teacher in the run
     folder."""
     folder = Path(config.output)
     save(config, folder / CONFIG_FILE)
     write_bytes(folder / TOKENIZER_FILE, Path(config.tokenizer.path).read_bytes())
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
-    if taught_by is not None:
-        taught_by.save(folder)
+    if record is not None and config.distill.teaches:
+        record.save(folder)
     # Where a text ends, and how a chat is written, the run learns from the model that it begins with or its teacher.
     origin = config.initialise.source or config.distill.teacher
     if origin is not None and latest_step(folder) is None:
         open_source(origin).metadata.save(folder)
-
-
-def _check_same(configs: Sequence[RunConfig], shared: Callable[[RunConfig], dict[str, Any]]) -> None:
-    for config in configs[1:]:
-        first = configs[0]
-        for key, one, other in differences(shared(first), shared(config)):
-            raise UserError(
-                f"{first.name} has {key}={one}, and {config.name} has {other}; runs that are trained together share it."
-            )
-
-
-def _shared(config: RunConfig) -> dict[str, Any]:
-    """What runs that are trained together have in common."""
-    whole = to_dict(config)
-    names = ("data", "tokenizer", "mesh", "layout", "compute", "profile", "compilation_cache")
-    # When one logs, all clocks stand: the time of the others' evaluations and checkpoints is in no one's speed.
-    in_training = ("steps", "log_every", *(("profile_steps",) if config.profile else ()))
-    shared = {name: whole[name] for name in names}
-    return {**shared, "training": {name: whole["training"][name] for name in in_training}}
-
-
-def _teaching(config: RunConfig) -> dict[str, Any]:
-    """What those of them that are taught have in common beside: all but what each makes of its teacher."""
-    whole = to_dict(config)
-    own = ("on_policy", "match")
-    shared = {"distill": {name: value for name, value in whole["distill"].items() if name not in own}}
-    # The teacher has the rows of the student's vocabulary, and a cache one temperature.
-    shared["model"] = {name: whole["model"][name] for name in ("vocab_size", "vocab_padding")}
-    if config.distill.cache is not None:
-        shared["objective"] = {"temperature": whole["objective"]["temperature"]}
-    return shared

@@ -1,52 +1,160 @@
-"""The train state: what a step takes and gives back, and what a checkpoint holds."""
+"""The train state, and what a step does to it: what a checkpoint holds, and how it begins and changes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import abstract_params, init_params
+from gemma2_jax.methods.method import BASE, PARAMS, ModelMethod
+from gemma2_jax.model.weights import Params, abstract_params, init_params, weight_specs
+from gemma2_jax.run import RunConfig
+from gemma2_jax.training.optimizer import build_optimizer
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "optimizer", "matching"],
-    meta_fields=[],
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["step", "trainable", "optimizer"], meta_fields=[])
 @dataclass(frozen=True)
 class TrainState:
     """Everything that training changes.
 
     Attributes:
         step: int32 scalar, optimizer steps done.
-        params: float32, laid out like model/weights.py.
-        optimizer: the optimizer's state.
-        matching: what training/matching.py adds; None without projections.
+        trainable: float32, the trees that a method trains, by name.
+        optimizer: the optimizer's state for each of them.
     """
 
     step: Any
-    params: dict[str, Any]
-    optimizer: Any
-    matching: dict[str, Any] | None = None
+    trainable: dict[str, Any]
+    optimizer: dict[str, Any]
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a state, without memory: the target of initialisation and restore.
+class UpdateRule(Protocol):
+    """How a step changes the state of what it trains, one run or several."""
 
-    Raises:
-        UserError: the mesh does not divide a weight.
+    def trainable(self, state: Any) -> Any:
+        """What the gradients are taken of."""
+
+    def step(self, state: Any) -> jax.Array:
+        """Steps done, int32."""
+
+    def __call__(
+        self, state: Any, gradients: Any, sums: Mapping[str, Any], rates: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """The state after a step, and the step's metrics, see `Update`. Traced."""
+
+
+class Update:
+    """The update rule of one run: from a batch's gradients to the next state.
+
+    Each of the trees that are trained has moments, decay and clipping of its own.
+
+    Args:
+        specs: of these trees, by name.
     """
-    params = abstract_params(config, mesh=mesh)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=_on_all_devices(mesh))
-    return TrainState(step, params, abstract_optimizer(optimizer, params, mesh))
+
+    def __init__(self, config: RunConfig, specs: Mapping[str, Any]) -> None:
+        self.specs = specs
+        self._optimizers = {
+            name: build_optimizer(config.optimizer, config.training.steps, tree)
+            for name, tree in specs.items()
+        }
+
+    def abstract_state(self, mesh: Mesh) -> TrainState:
+        """Shapes, dtypes and shardings of a state, without memory: the target of initialisation and restore.
+
+        Raises:
+            UserError: the mesh does not divide a weight.
+        """
+        trainable = {name: abstract_params(tree, mesh=mesh) for name, tree in self.specs.items()}
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=_on_all_devices(mesh))
+        optimizer = {
+            name: _abstract_optimizer(rule, trainable[name], mesh) for name, rule in self._optimizers.items()
+        }
+        return TrainState(step, trainable, optimizer)
+
+    def begin(self, trainable: dict[str, Any]) -> TrainState:
+        """The state before the first step. Traced."""
+        optimizer = {name: rule.init(trainable[name]) for name, rule in self._optimizers.items()}
+        return TrainState(jnp.int32(0), trainable, optimizer)
+
+    def trainable(self, state: TrainState) -> dict[str, Any]:
+        """What the gradients are taken of."""
+        return state.trainable
+
+    def step(self, state: TrainState) -> jax.Array:
+        """Steps done, int32."""
+        step: jax.Array = state.step
+        return step
+
+    def __call__(
+        self, state: TrainState, gradients: dict[str, Any], sums: Mapping[str, Any], rates: Mapping[str, Any]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state after a step, and the step's metrics. Traced.
+
+        A step whose loss or gradients are not finite leaves the state as it was.
+
+        Args:
+            gradients: summed over the targets of the batch, one tree for each of `specs`.
+            sums: metrics likewise, the loss among them, and `targets`, their number.
+            rates: further metrics, as they are.
+
+        Returns:
+            Averages over the targets, `targets`, and `gradient_norm`, that of the model before clipping; NaN where the
+            step was left out.
+        """
+        targets = jnp.maximum(sums["targets"], 1.0)
+        gradients = jax.tree.map(lambda gradient: gradient / targets, gradients)
+        norms = {name: optax.tree.norm(tree) for name, tree in gradients.items()}
+        metrics = {name: total / targets for name, total in sums.items()}
+        finite = jnp.isfinite(jnp.stack([metrics["loss"], *norms.values()])).all()
+        metrics |= {**rates, "targets": targets}
+        metrics["gradient_norm"] = jnp.where(finite, norms["params"], jnp.nan)
+        trainable, optimizer = {}, {}
+        with jax.named_scope("optimizer"):
+            for name, rule in self._optimizers.items():
+                updates, optimizer[name] = rule.update(
+                    gradients[name], state.optimizer[name], state.trainable[name]
+                )
+                trainable[name] = optax.apply_updates(state.trainable[name], updates)
+        updated = TrainState(state.step + 1, trainable, optimizer)
+        state = jax.tree.map(partial(jnp.where, finite), updated, state)
+        return state, metrics
 
 
-def abstract_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
+def initial_state(
+    config: RunConfig, method: ModelMethod, mesh: Mesh, params: Params | None = None
+) -> tuple[TrainState, Any]:
+    """A run's state before its first step, and the frozen part of its model, each device making its own part.
+
+    Args:
+        params: of the model, which are used up; random ones by default, from the run's seed.
+    """
+    update, key = Update(config, method.specs), jax.random.key(config.seed)
+    out = update.abstract_state(mesh), method.abstract_frozen(mesh)[BASE]
+
+    def begin(params: Params | None) -> tuple[TrainState, Any]:
+        if params is None:
+            params = init_params(weight_specs(config.model), key)
+        trained, base = method.adaptation.split(params, key)
+        beside = {
+            name: init_params(specs, key, name) for name, specs in method.specs.items() if name != PARAMS
+        }
+        return update.begin({PARAMS: trained, **beside}), base
+
+    begun: tuple[TrainState, Any] = jax.jit(begin, donate_argnums=0, out_shardings=shardings(out))(params)
+    return begun
+
+
+def shardings(abstract: Any) -> Any:
+    """The shardings of abstract arrays, in the same tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _abstract_optimizer(rule: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
     """The state of an optimizer of these abstract parameters.
 
     Each of its copies of the parameters (its moments) lies on the mesh as the parameters do; left to itself, the
@@ -57,9 +165,9 @@ def abstract_optimizer(optimizer: optax.GradientTransformation, params: Any, mes
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_on_all_devices(mesh))
 
     return optax.tree_map_params(
-        optimizer,
+        rule,
         lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
-        jax.eval_shape(optimizer.init, params),
+        jax.eval_shape(rule.init, params),
         params,
         transform_non_params=replicated,
     )
@@ -67,34 +175,3 @@ def abstract_optimizer(optimizer: optax.GradientTransformation, params: Any, mes
 
 def _on_all_devices(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
-
-
-def state_shardings(abstract: TrainState) -> TrainState:
-    """The shardings alone, in the same tree."""
-    shardings: TrainState = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return shardings
-
-
-def init_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
-) -> TrainState:
-    """A new state with random parameters, each device making its own part of it."""
-
-    def init(key: jax.Array) -> TrainState:
-        return _state_at_start(init_params(config, key), optimizer)
-
-    state: TrainState = jax.jit(init, out_shardings=state_shardings(abstract))(jax.random.key(seed))
-    return state
-
-
-def state_from_params(
-    params: dict[str, Any], optimizer: optax.GradientTransformation, abstract: TrainState
-) -> TrainState:
-    """A new state that begins with these parameters, which are used up."""
-    begin = partial(_state_at_start, optimizer=optimizer)
-    state: TrainState = jax.jit(begin, donate_argnums=0, out_shardings=state_shardings(abstract))(params)
-    return state
-
-
-def _state_at_start(params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.int32(0), params, optimizer.init(params))

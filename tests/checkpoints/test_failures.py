@@ -40,7 +40,7 @@ IN_ORBAX = "/site-packages/orbax/checkpoint/_src/handlers/handler.py"
 @pytest.mark.parametrize("error", ["OSError('no')", "ValueError('no')", "TypeError('no')", "Exception('no')"])
 def test_what_orbax_raises_is_one_sentence(error: str, tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match=r"3 cannot be read as a checkpoint of ours: no\."),
+        pytest.raises(UserError, match=r"3 cannot be read as a checkpoint of a run: no\."),
         reading(tmp_path / "3"),
     ):
         fail_in(IN_ORBAX, error)()
@@ -48,7 +48,7 @@ def test_what_orbax_raises_is_one_sentence(error: str, tmp_path: Path) -> None:
 
 def test_the_cause_is_told_and_not_what_it_is_wrapped_in(tmp_path: Path) -> None:
     cause = fail_in(IN_ORBAX, "ValueError('the cause')")
-    with pytest.raises(UserError, match=r"ours: the cause\.$"), reading(tmp_path):
+    with pytest.raises(UserError, match=r"checkpoint of a run: the cause\.$"), reading(tmp_path):
         raise_from(WrappedError("no handler"), cause)
 
 

@@ -214,7 +214,7 @@ def test_a_damaged_older_checkpoint_is_one_sentence(run: Path, caplog: pytest.Lo
     file = arrays(run / "checkpoints" / "3")
     file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(
-        UserError, match=r"checkpoints/3/params cannot be read as a checkpoint of ours: .*\.$"
+        UserError, match=r"checkpoints/3/params cannot be read as a checkpoint of a run: .*\.$"
     ):
         load_params(run, abstract(trees(0)["params"]))
     assert caplog.text == ""

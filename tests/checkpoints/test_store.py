@@ -23,24 +23,24 @@ from gemma2_jax.checkpoints.store import (
 from gemma2_jax.config import UserError, save
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.methods.choose import build_method
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import abstract_params, weight_specs
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
-from gemma2_jax.training.config import RunConfig
-from gemma2_jax.training.optimizer import build_optimizer
-from gemma2_jax.training.state import TrainState, abstract_state, init_state
+from gemma2_jax.training.state import TrainState, Update, initial_state
 
 
 def new_state(run: RunConfig, mesh: MeshConfig) -> tuple[TrainState, TrainState]:
     """A state on a mesh over all eight devices, and its abstract twin."""
     built = build_mesh(mesh)
-    optimizer = build_optimizer(run.optimizer, run.training.steps)
-    abstract = abstract_state(run.model, optimizer, built)
-    return init_state(run.model, optimizer, abstract, seed=3), abstract
+    run = replace(run, seed=3)
+    method = build_method(run)
+    return initial_state(run, method, built)[0], Update(run, method.specs).abstract_state(built)
 
 
 def trees(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "optimizer": state.optimizer}
+    return {"params": state.trainable["params"], "optimizer": state.optimizer["params"]}
 
 
 @pytest.fixture(scope="module")
@@ -122,15 +122,17 @@ def test_pure_nested_dicts_on_disk(saved: tuple[Path, TrainState], toy_run: RunC
         "params", "optimizer", "data"
     }  # fmt: skip
     assert not list(folder.rglob("*.pkl"))
-    loaded = load_params(folder, abstract_params(toy_run.model, mesh=build_mesh(MeshConfig(8, 1, 1))))
-    chex.assert_trees_all_equal(loaded, state.params)
+    loaded = load_params(
+        folder, abstract_params(weight_specs(toy_run.model), mesh=build_mesh(MeshConfig(8, 1, 1)))
+    )
+    chex.assert_trees_all_equal(loaded, state.trainable["params"])
 
 
 def test_a_model_in_another_dtype(saved: tuple[Path, TrainState]) -> None:
     folder, state = saved
     model = load_model(folder, "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params())} == {jnp.dtype("bfloat16")}
-    expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype("bfloat16"), state.params)
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype("bfloat16"), state.trainable["params"])
     chex.assert_trees_all_equal(model.params(), expected)
 
 
@@ -147,12 +149,12 @@ def test_another_shape(
     folder, _ = saved
     config = replace(toy_run.model, **changes)
     with pytest.raises(UserError, match=named):
-        load_params(folder, abstract_params(config, mesh=build_mesh(MeshConfig())))
+        load_params(folder, abstract_params(weight_specs(config), mesh=build_mesh(MeshConfig())))
 
 
 def test_a_missing_and_a_superfluous_array(saved: tuple[Path, TrainState], toy_run: RunConfig) -> None:
     folder, _ = saved
-    target = abstract_params(toy_run.model, mesh=build_mesh(MeshConfig()))
+    target = abstract_params(weight_specs(toy_run.model), mesh=build_mesh(MeshConfig()))
     with pytest.raises(UserError, match="lacks extra of shape"):
         load_params(folder, {**target, "extra": target["final_norm"]["scale"]})
     del target["final_norm"]
@@ -170,7 +172,7 @@ def test_no_run_folder(tmp_path: Path, toy_config: ModelConfig) -> None:
     with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml"):
         load_model(tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint"):
-        load_params(tmp_path, abstract_params(toy_config, mesh=build_mesh(MeshConfig())))
+        load_params(tmp_path, abstract_params(weight_specs(toy_config), mesh=build_mesh(MeshConfig())))
     (tmp_path / "config.yaml").write_text("name: x\n")
     with pytest.raises(UserError, match="has no section `model`"):
         load_model(tmp_path)
@@ -195,6 +197,6 @@ def test_a_damaged_checkpoint_is_not_resumed(saved, toy_run, data, tmp_path):
     _, abstract = new_state(toy_run, MeshConfig(1, 8, 1))
     with (
         CheckpointStore(folder, keep=2) as store,
-        pytest.raises(UserError, match=r"checkpoints/3 cannot be read as a checkpoint of ours: "),
+        pytest.raises(UserError, match=r"checkpoints/3 cannot be read as a checkpoint of a run: "),
     ):
         store.restore(3, trees(abstract), train_batches(data))

@@ -10,8 +10,8 @@ import yaml
 from gemma2_jax.cli.compose import combinations, compose, compose_file, groups, pairs
 from gemma2_jax.cli.roots import choices, find_study, studies
 from gemma2_jax.config import UserError, save, to_dict
+from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import build_schedule
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.optimizer import learning_rate_schedule
 
 
@@ -159,6 +159,14 @@ def test_distilled_and_scratch_differ_in_the_objective_alone():
         (["training.steps:", "5"], "cannot be read; write it without blanks: training.steps=5."),
         (["steps", "seed=1"], "'steps' cannot be read; accepted: key=value"),
         (["data.source=a.txt,b.txt"], "in brackets and quotes: 'data.source=[a.txt,b.txt]'."),
+        (
+            ["name=../x"],
+            "name is ../x; accepted: text without / and \\ that is not . or ..; for another folder",
+        ),
+        (["name=a/b"], "write output=a/b."),
+        (["name=/tmp/x"], "write output=/tmp/x."),
+        (["name=.."], "write output=..."),
+        (["name='a\\b'"], "name is a\\b; accepted: text without / and \\"),
         (["name=\udcff"], "'name=\\udcff' is not UTF-8"),
     ],
 )

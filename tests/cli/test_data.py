@@ -60,7 +60,7 @@ def test_shards_are_verified(overrides, tmp_path, capsys):
     shutil.copytree(prepared, folder)
     assert main(["data", "verify", *overrides, f"data.folder={folder}"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == f"{folder}: 2 shards were read and are whole."
+    assert told[0] == f"{folder}: 2 shards were read; all match their checksums."
     assert re.fullmatch(
         r".*: the files of data\.source \[.*\] are those that it was prepared from\.", told[1]
     )
@@ -182,6 +182,15 @@ def test_the_bytes_of_a_character_are_told_apart(overrides, capsys):
         ),
         (["tokenizer", "decode", "-1"], "'-1' is not a token id; accepted: whole numbers"),
         (["data", "show", "--rows", "-2"], "--rows is -2; it must be at least 0."),
+        (
+            ["tokenizer", "decode", "[]"],
+            "there is no token id to decode; accepted: whole numbers, as in 417 89,",
+        ),
+        (
+            ["tokenizer", "decode", ""],
+            "there is no token id to decode; accepted: whole numbers, as in 417 89,",
+        ),
+        (["tokenizer", "decode"], "there is no token id to decode; accepted: whole numbers, as in 417 89,"),
         (["tokenizer", "decode", "600"], "Token id 600 is not in"),
         (["tokenizer", "show", "tokenizer.path=nowhere.model"], "nowhere.model cannot be read"),
         (["data", "show", "data.folder=nowhere"], "nowhere"),

@@ -3,11 +3,11 @@
 import pytest
 import yaml
 
-from gemma2_jax.cli.compose import compose, keys
-from gemma2_jax.cli.explain import meaning, with_comments
+from gemma2_jax.cli.compose import compose, composed_values, keys
+from gemma2_jax.cli.explain import explain, meaning, with_comments
 from gemma2_jax.cli.main import main
 from gemma2_jax.config import build, section_of, type_of
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 
 @pytest.mark.parametrize("key", keys())
@@ -17,6 +17,36 @@ def test_every_key_has_a_meaning(key):
     text = meaning(owner, name)
     assert text
     assert "\n" not in text
+
+
+SECTIONS = sorted({key.rpartition(".")[0] for key in keys() if "." in key})
+
+
+@pytest.mark.parametrize("key", [*keys(), *SECTIONS])
+def test_every_key_and_section_is_explained_with_its_meaning(key):
+    head, text, *_ = explain(key, composed_values(), [], None).splitlines()
+    assert head == key
+    assert len(text.split()) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        (["objective.temperature", "objective=distillation"], "1.0"),
+        (["training.profile_steps", "training.steps=2", "profile=true"], "[3, 5]"),
+        (["training.accumulation", "training.accumulation=7"], "7"),
+        (["name", "name="], ""),
+    ],
+)
+def test_what_would_not_run_is_explained(capsys, arguments, value):
+    assert f"  value   {value}\n" in explained(capsys, *arguments)
+
+
+def test_an_unknown_key_among_the_values_is_refused(capsys):
+    assert main(["config", "explain", "seed", "training.stepz=3"]) == 1
+    assert capsys.readouterr().err.startswith(
+        "gemma2: there is no key training.stepz, did you mean training.steps"
+    )
 
 
 SET_IN_TEACHER = "set in  experiments/quickstart/teacher.yaml"

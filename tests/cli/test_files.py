@@ -1,6 +1,7 @@
 """Files that cannot be read or written, and disks that fail: one sentence, whatever the verb."""
 
 import errno
+import re
 from dataclasses import replace
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from gemma2_jax.cli import data as data_verb
 from gemma2_jax.cli.main import main
 from gemma2_jax.config import UserError, read_yaml
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.training.loop import train
 
 PLACES = ["/dev/null/x", "/proc/x", "{file}", "{file}/x/y"]
@@ -34,6 +35,63 @@ def test_the_folder_of_a_study(place: str, tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().err
     assert told.startswith(f"gemma2: output is {output}, which cannot be used: ")
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "output=FILE/x"],
+        ["train", "data.folder=FILE/x"],
+        ["train", "tokenizer.path=FILE/x/y.model"],
+        ["train", "compilation_cache=FILE/x"],
+        ["train", "objective=distillation", "distill=cached", "distill.cache=FILE/x", "distill.teacher=null"],
+        ["train", "distill.teacher=FILE/x", "objective=distillation", "distill=online"],
+        ["train", "initialise.source=FILE/x"],
+        ["train", "--config", "FILE/x"],
+        ["train-together", "output=FILE/x", "--student", "one"],
+        ["sweep", "seed=0,1", "output=FILE/x"],
+        ["run", "quickstart", "output=FILE/x"],
+        ["run", "quickstart", "data.folder=FILE/x"],
+        [
+            "teacher-cache",
+            "objective=distillation",
+            "distill=cached",
+            "distill.cache=FILE/x",
+            "distill.teacher=t",
+        ],
+        [
+            "teacher-cache",
+            "objective=distillation",
+            "distill=cached",
+            "distill.cache=FILE/x",
+            "distill.teacher=null",
+            "--verify",
+        ],
+        ["data", "prepare", "data.folder=FILE/x"],
+        ["data", "show", "data.folder=FILE/x"],
+        ["data", "verify", "data.folder=FILE/x"],
+        ["tokenizer", "train", "tokenizer.path=FILE/x"],
+        ["tokenizer", "show", "tokenizer.path=FILE/x"],
+        ["convert", "SOURCE", "FILE/x"],
+        ["convert", "FILE/x", "target"],
+        ["inspect", "FILE/x"],
+        ["generate", "--checkpoint", "FILE/x", "--prompt", "a"],
+        ["generate", "--checkpoint", "SOURCE", "--prompts", "FILE/x"],
+        ["convert", "SOURCE", "target", "--tokenizer", "FILE/x"],
+    ],
+    ids=" ".join,
+)
+def test_a_path_below_a_file_is_told_before_anything_is_made(
+    arguments: list[str], tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    given = [text.replace("FILE", str(tmp_path / "file")) for text in arguments]
+    assert main(given) == 1
+    told = re.sub(r"gemma2: loading .* …\n", "", capsys.readouterr().err)
+    assert re.search(rf"{tmp_path}/file is (a file, where a folder is needed|no folder)", told)
+    assert told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

@@ -241,11 +241,30 @@ def test_options_that_do_not_go_together(asked, capsys, options, sentence):
     assert asked == []
 
 
-def test_a_setting_that_makes_no_sense_is_told(asked, capsys):
-    assert main([*COMMAND, "--prompt", "x", "--top-p", "1.5"]) == 1
-    assert "top_p is 1.5; it must be above 0 and at most 1" in capsys.readouterr().err
-
-
 def test_a_folder_without_a_checkpoint_is_told(capsys, tmp_path):
     assert main(["generate", "--checkpoint", str(tmp_path), "--prompt", "x"]) == 1
     assert "holds no checkpoint that is known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1."),
+        (["--temperature", "-1"], "--temperature is -1.0; it must be a number from 0 (greedy) upwards."),
+        (["--top-k", "0"], "--top-k is 0; it must be at least 1, or left out for all tokens."),
+        (["--top-p", "2"], "--top-p is 2.0; it must be above 0 and at most 1, or left out for all tokens."),
+        (["--seed", "-1"], "--seed is -1; it must be from 0 to 4294967295."),
+        (["--stop", ""], "--stop holds an empty text, which would stop every text at once; leave it out."),
+        (["--num-samples", "0"], "--num-samples is 0; it must be at least 1."),
+        (["--batch-size", "0"], "--batch-size is 0; it must be at least 1."),
+        (
+            ["--seed", "-1", "--top-k", "0"],
+            "--top-k is 0; it must be at least 1, or left out for all tokens.",
+        ),
+    ],
+)
+def test_what_is_refused_is_named_as_it_was_typed(asked, capsys, options, sentence):
+    assert main(["generate", "--checkpoint", "RUN", "--dtype", "bfloat16", "--prompt", "a", *options]) == 1
+    assert f"{sentence}\n" in (told := capsys.readouterr().err)
+    assert "sampling." not in told
+    assert "null" not in told

@@ -8,7 +8,7 @@ import pytest
 
 from gemma2_jax.cli.main import main
 from gemma2_jax.config import load
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.training.metrics import read_metrics
 from tests.launching.shell import write_program
 

@@ -17,7 +17,7 @@ from gemma2_jax.cli import train as train_verb
 from gemma2_jax.cli.compose import compose, compose_file
 from gemma2_jax.cli.main import main
 from gemma2_jax.config import UserError, build, save
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 COMMANDS = [
     [],
@@ -288,3 +288,25 @@ def test_any_user_error_of_a_verb_is_told(monkeypatch, capsys):
     monkeypatch.setattr(train_verb, "run", refused)
     assert main(["train"]) == 1
     assert capsys.readouterr().err == "gemma2: no.\n"
+
+
+def test_what_libraries_log_is_not_shown(tmp_path):
+    """Whichever logger they take, and in whichever phase."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import logging, sys\n"
+        "from absl import logging as absl_logging\n"
+        "from gemma2_jax.cli import data\n"
+        "from gemma2_jax.cli.main import main\n"
+        "def prepare(arguments):\n"
+        "    absl_logging.warning('a log line')\n"
+        "    absl_logging.error('a log line')\n"
+        "    for name in ('orbax', 'jax._src.xla_bridge', 'unknown'):\n"
+        "        logging.getLogger(name).error('a log line')\n"
+        "    logging.warning('a log line')\n"
+        "    print('done')\n"
+        "data.prepare = prepare\n"
+        "sys.exit(main(['data', 'prepare']))\n"
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

@@ -8,7 +8,7 @@ import pytest
 from gemma2_jax.checkpoints.store import latest_step
 from gemma2_jax.cli.main import main
 from gemma2_jax.config import load
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 WORDS = """note garden weather model teacher water bread letter sea winter door table river light paper
 house""".split()  # noqa: SIM905

@@ -14,7 +14,7 @@ import pytest
 from gemma2_jax.checkpoints.store import CheckpointConfig, latest_step
 from gemma2_jax.config import save
 from gemma2_jax.distill.cache.manifest import read_cache
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 from tests.multihost.job import environment
 from tests.test_end_to_end import TOY
 
@@ -113,7 +113,7 @@ def test_phases_of_a_run(run: Path) -> None:
     nothing = "no step is saved yet, and the same command begins anew."
     assert stopped_in("jax.stages:Lowered.compile:1", command, run, wait=False) == nothing
     assert not (run / "runs").exists()
-    last = stopped_in("gemma2_jax.training.trainer:Trainer.take_step:1", command, run, signal.SIGINT)
+    last = stopped_in("gemma2_jax.training.trainer:Trainer._take_step:1", command, run, signal.SIGINT)
     assert last == "the same command goes on from step 1 of runs/toy."
     last = stopped_in("gemma2_jax.training.trainer:validate:1", command, run)
     assert last == "the same command goes on from step 2 of runs/toy."
@@ -129,7 +129,7 @@ def test_phases_of_a_run(run: Path) -> None:
 @pytest.mark.slow
 def test_a_stage_of_a_study(corpus: Path, tmp_path: Path) -> None:
     command = ["run", "quickstart", *TOY, f"data.source={corpus}"]
-    last = stopped_in("gemma2_jax.training.trainer:Trainer.take_step:1", command, tmp_path)
+    last = stopped_in("gemma2_jax.training.trainer:Trainer._take_step:1", command, tmp_path)
     assert last == "the same command goes on from step 1 of runs/quickstart/teacher."
     assert not (tmp_path / "runs" / "quickstart" / "scratch").exists()
 

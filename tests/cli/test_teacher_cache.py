@@ -7,7 +7,7 @@ import pytest
 
 from gemma2_jax.cli.main import main
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 from tests.distill.test_cache import write_teacher
 
 
@@ -44,9 +44,12 @@ def test_a_cache_is_estimated_written_and_verified(
     assert main(["teacher-cache", *overrides, "seed=3"]) == 0  # other weights, of the same data
     assert capsys.readouterr().out == f"{tmp_path}/cache holds the teacher's signal for 400 rows.\n"
     assert main(["teacher-cache", *overrides, "data.seed=3"]) == 1
-    assert "another value of data.seed (0, now 3)" in capsys.readouterr().err
+    assert (
+        "another value of data.seed (0, now 3); write data.seed=0 to use it, or set"
+        in capsys.readouterr().err
+    )
     assert main(["teacher-cache", *overrides, "--verify"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}/cache: 1 files were read and are whole.\n"
+    assert capsys.readouterr().out == f"{tmp_path}/cache: 1 files were read; all match their checksums.\n"
     assert main(["teacher-cache", *overrides, "distill.encoding.entries=12"]) == 1
     assert "another value of distill.encoding.entries (50, now 12)" in capsys.readouterr().err
 

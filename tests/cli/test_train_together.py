@@ -11,7 +11,7 @@ from gemma2_jax.cli.compose import compose
 from gemma2_jax.cli.main import main
 from gemma2_jax.cli.train_together import compose_students
 from gemma2_jax.config import UserError
-from gemma2_jax.training.start import check_together
+from gemma2_jax.training.together import check_together
 
 SHARED = ["objective=distillation", "distill=online", "distill.teacher=runs/teacher", "training.steps=60"]
 

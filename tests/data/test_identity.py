@@ -155,6 +155,54 @@ def test_the_order_of_files_counts(source: Path):
     assert of(source / "*") != before
 
 
+def reordered(source: Path) -> None:
+    (source / "a.jsonl").rename(source / "c.jsonl")
+
+
+def as_text(source: Path) -> None:
+    for name in "ab":
+        (source / f"{name}.jsonl").rename(source / f"{name}.txt")
+
+
+def without_one(source: Path) -> None:
+    (source / "b.jsonl").unlink()
+
+
+def with_a_copy(source: Path) -> None:
+    shutil.copyfile(source / "b.jsonl", source / "c.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            reordered,
+            r"no file's content has changed, only the order of the files, which their paths give: \S+/b\.jsonl now "
+            r"comes where \S+/a\.jsonl was; rename the files to restore it",
+        ),
+        (
+            as_text,
+            r"no file's content has changed, only the names, whose endings say how to read a file: \S+/a\.txt was "
+            r"\S+/a\.jsonl",
+        ),
+        (without_one, r"\S+/b\.jsonl is gone"),
+        (with_a_copy, "2 files, now 3: other copies of the same content"),
+    ],
+)
+def test_the_refusal_says_what_has_changed(
+    own: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    source: Path,
+    change: Callable[[Path], None],
+    found: str,
+):
+    own = replace(own, source=str(source / "*"))
+    prepare(own, tokenizer_config)
+    change(source)
+    with pytest.raises(UserError, match=rf"data\.source has changed since .* was prepared \({found}\); set"):
+        prepare(own, tokenizer_config)
+
+
 def test_the_field_that_is_read_counts_where_there_is_one(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": "one", "body": "two"}\n')
     (tmp_path / "a.txt").write_text("one")

@@ -240,17 +240,24 @@ def test_source_that_changed_between_is_refused(
     [
         (
             {"source": "python-docs"},
-            r"data\.source \['.*corpus\.jsonl'\], and \['python-docs'\] holds other text",
+            r"data\.source \['.*corpus\.jsonl'\], and \['python-docs'\] holds other text;",
         ),
-        ({"text_field": "body"}, r"data\.text_field \(text, now body\)"),
-        ({"validation_fraction": 0.1}, r"data\.validation_fraction \(0\.2, now 0\.1\)"),
+        (
+            {"text_field": "body"},
+            r"data\.text_field \(text, now body\); write data\.text_field=text to use it,",
+        ),
+        (
+            {"validation_fraction": 0.1},
+            r"data\.validation_fraction \(0\.2, now 0\.1\); write data\.validation_fraction=0\.2 to use it,",
+        ),
     ],
 )
 def test_another_configuration_is_refused(
     data: DataConfig, tokenizer_config: TokenizerConfig, changes: dict[str, str | float], key: str
 ):
     with pytest.raises(
-        UserError, match=f"{key}; set another folder, as in data.folder=.*-2, or delete this one"
+        UserError,
+        match=f"{key} set another folder, as in data.folder=.*-2, or delete this one",
     ):
         prepare(replace(data, **changes), tokenizer_config)  # type: ignore[arg-type]
 
@@ -298,6 +305,9 @@ def test_damage_is_found(data: DataConfig, tokenizer_config: TokenizerConfig, tm
         json.dumps({**json.loads((tmp_path / MANIFEST).read_text()), "format": 0})
     )
     with pytest.raises(UserError, match=r"has format 0, but this version reads format 2"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text("")
+    with pytest.raises(UserError, match=rf"{MANIFEST} is empty; delete {tmp_path} to prepare it anew\.$"):
         read_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(UserError, match=r"is not a manifest of prepared data"):

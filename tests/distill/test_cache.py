@@ -2,10 +2,12 @@
 
 import resource
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import chex
 import grain
 import jax
 import numpy as np
@@ -13,21 +15,25 @@ import pytest
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, load_model, save_params
 from gemma2_jax.config import UserError, save, to_dict
+from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.tokenizer import train_tokenizer
-from gemma2_jax.distill.cache import encoding, manifest, writer
+from gemma2_jax.distill.cache import encoding, manifest
 from gemma2_jax.distill.cache.encoding import EncodingConfig, check_encoding
 from gemma2_jax.distill.cache.identity import teacher_identity
 from gemma2_jax.distill.cache.manifest import find_cache, read_cache, verify_cache
 from gemma2_jax.distill.cache.reader import cached_batches, check_cache
-from gemma2_jax.distill.cache.writer import CacheTask, write_cache
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.objectives.targets import SparseTargets
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training import teacher_cache as writer
+from gemma2_jax.training.teacher_cache import write_cache
 from tests.model.models import vivid
 
 STEPS = 6
@@ -50,20 +56,35 @@ def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str
 
 
 @pytest.fixture(scope="module")
-def task(toy_run: RunConfig, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> CacheTask:
-    return CacheTask(
-        folder=str(tmp_path_factory.mktemp("caches") / "sampled"),
-        encoding=EncodingConfig(),
-        distill=DistillConfig(teacher, "float32"),
-        model=toy_run.model,
-        compute=toy_run.compute,
-        data=toy_run.data,
-        tokenizer=toy_run.tokenizer,
+def task(toy_run: RunConfig, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A student whose cache is to be written."""
+    cache = str(tmp_path_factory.mktemp("caches") / "sampled")
+    return replace(
+        toy_run,
+        objective=ObjectiveConfig(cross_entropy=0.0, forward_kl=1.0, temperature=1.0, block_tokens=48),
+        distill=DistillConfig(teacher, "float32", cache=cache, encoding=EncodingConfig()),
         mesh=MeshConfig(1, 4, 2),
-        layout=toy_run.layout,
-        steps=STEPS,
-        block_tokens=48,
+        training=replace(toy_run.training, steps=STEPS, eval_every=STEPS),
+        optimizer=replace(toy_run.optimizer, warmup_steps=0),
     )
+
+
+def folder_of(task: RunConfig) -> str:
+    """Its cache."""
+    assert task.distill.cache is not None
+    return task.distill.cache
+
+
+def asking(task: RunConfig, steps: int | None = None, **distill: Any) -> RunConfig:
+    """The student with another number of steps, and other keys of `distill`."""
+    steps = task.training.steps if steps is None else steps
+    training = replace(task.training, steps=steps, eval_every=steps)
+    return replace(task, training=training, distill=replace(task.distill, **distill))
+
+
+def with_targets(task: RunConfig) -> Iterator[tuple[Batch, SparseTargets]]:
+    """The batches of its cache, each with the teacher's targets."""
+    return ((batch, batch.extra["teacher_targets"]) for batch in cached_batches(task.data, folder_of(task)))
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +93,7 @@ def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def sampled(task: CacheTask) -> CacheTask:
+def sampled(task: RunConfig) -> RunConfig:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "STRETCH_ROWS", 8)
         write_cache(task)
@@ -80,13 +101,13 @@ def sampled(task: CacheTask) -> CacheTask:
 
 
 @pytest.fixture(scope="module")
-def top_k(task: CacheTask) -> CacheTask:
-    task = replace(task, folder=f"{task.folder}-top-k", encoding=TOP_K)
+def top_k(task: RunConfig) -> RunConfig:
+    task = asking(task, cache=f"{folder_of(task)}-top-k", encoding=TOP_K)
     write_cache(task)
     return task
 
 
-def log_probabilities(task: CacheTask, batch: Any) -> np.ndarray:
+def log_probabilities(task: RunConfig, batch: Any) -> np.ndarray:
     """The online teacher's, [B, T, V]."""
     assert task.distill.teacher is not None
     model = load_model(task.distill.teacher)
@@ -98,10 +119,10 @@ def content(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".lock"}
 
 
-def test_entries_are_what_the_online_teacher_says_about_the_same_batch(top_k: CacheTask) -> None:
-    step_bound = read_cache(top_k.folder).grid.step
+def test_entries_are_what_the_online_teacher_says_about_the_same_batch(top_k: RunConfig) -> None:
+    step_bound = read_cache(folder_of(top_k)).grid.step
     plain = train_batches(top_k.data)
-    for batch, sparse in cached_batches(top_k.data, top_k.folder):
+    for batch, sparse in with_targets(top_k):
         assert np.array_equal(batch.tokens, next(plain).tokens)
         expected = log_probabilities(top_k, batch)
         likeliest = np.sort(np.argsort(-expected, axis=-1)[..., :8], axis=-1)
@@ -113,11 +134,11 @@ def test_entries_are_what_the_online_teacher_says_about_the_same_batch(top_k: Ca
         np.testing.assert_allclose(np.exp(sparse.log_weights).sum(-1) + sparse.tail, 1, rtol=1e-5)
 
 
-def test_the_cache_ends_after_its_steps(sampled: CacheTask) -> None:
-    batches = list(cached_batches(sampled.data, sampled.folder))
+def test_the_cache_ends_after_its_steps(sampled: RunConfig) -> None:
+    batches = list(with_targets(sampled))
     assert len(batches) == STEPS
     _, sparse = batches[0]
-    assert sparse.ids.shape == (4, 32, read_cache(sampled.folder).largest)
+    assert sparse.ids.shape == (4, 32, read_cache(folder_of(sampled)).largest)
     assert (sparse.ids.dtype, sparse.log_weights.dtype, sparse.tail.dtype) == (
         np.int32,
         np.float32,
@@ -128,24 +149,26 @@ def test_the_cache_ends_after_its_steps(sampled: CacheTask) -> None:
 
 
 @pytest.mark.thorough
-def test_draws_are_by_row_and_position_whatever_the_mesh_and_the_blocks(sampled: CacheTask) -> None:
-    other = replace(sampled, folder=f"{sampled.folder}-mesh", mesh=MeshConfig(2, 2, 2), block_tokens=7)
-    write_cache(other)
-    pairs = zip(
-        cached_batches(sampled.data, sampled.folder), cached_batches(other.data, other.folder), strict=True
+def test_draws_are_by_row_and_position_whatever_the_mesh_and_the_blocks(sampled: RunConfig) -> None:
+    other = replace(
+        asking(sampled, cache=f"{folder_of(sampled)}-mesh"),
+        mesh=MeshConfig(2, 2, 2),
+        objective=replace(sampled.objective, block_tokens=7),
     )
+    write_cache(other)
+    pairs = zip(with_targets(sampled), with_targets(other), strict=True)
     same = [
         np.mean(one.ids[..., :8] == two.ids[..., :8]) for (_, one), (_, two) in pairs
     ]  # but for logits that are rounded otherwise
     assert min(same) > 0.99
-    _, sparse = next(cached_batches(sampled.data, sampled.folder))
+    _, sparse = next(with_targets(sampled))
     assert len({row.tobytes() for row in sparse.ids.reshape(-1, sparse.ids.shape[-1])}) > 100  # of 128
 
 
 def test_a_stopped_cache_goes_on_and_is_the_same(
-    sampled: CacheTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sampled: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = replace(sampled, folder=str(tmp_path / "stopped"))
+    task = asking(sampled, cache=str(tmp_path / "stopped"))
     write = writer.RecordWriter.write
     written = 0
 
@@ -159,36 +182,34 @@ def test_a_stopped_cache_goes_on_and_is_the_same(
     monkeypatch.setattr(writer.RecordWriter, "write", stopped)
     with pytest.raises(KeyboardInterrupt):
         write_cache(task)
-    found = find_cache(task.folder)
+    found = find_cache(folder_of(task))
     assert found is not None
     assert found.rows == 8
     monkeypatch.setattr(writer.RecordWriter, "write", write)
     assert write_cache(task).rows == STEPS * 4
-    assert content(task.folder) == content(sampled.folder)
-    assert len(content(task.folder)) == 4
-    assert verify_cache(task.folder) == 3
+    assert content(folder_of(task)) == content(folder_of(sampled))
+    assert len(content(folder_of(task))) == 4
+    assert verify_cache(folder_of(task)) == 3
 
 
-def test_a_cache_grows_with_the_steps(sampled: CacheTask, tmp_path: Path) -> None:
-    task = replace(sampled, folder=str(tmp_path / "grown"), steps=2)
+def test_a_cache_grows_with_the_steps(sampled: RunConfig, tmp_path: Path) -> None:
+    task = asking(sampled, steps=2, cache=str(tmp_path / "grown"))
     write_cache(task)
     assert write_cache(task).rows == 8
-    write_cache(replace(task, steps=STEPS))
-    assert content(task.folder) == content(sampled.folder)
+    write_cache(asking(task, steps=STEPS))
+    assert content(folder_of(task)) == content(folder_of(sampled))
 
 
-def test_reading_goes_on_where_it_was(top_k: CacheTask) -> None:
-    batches = cached_batches(top_k.data, top_k.folder)
+def test_reading_goes_on_where_it_was(top_k: RunConfig) -> None:
+    batches = cached_batches(top_k.data, folder_of(top_k))
     next(batches)
     state = batches.get_state()
     expected = next(batches)
-    again = cached_batches(top_k.data, top_k.folder)
+    again = cached_batches(top_k.data, folder_of(top_k))
     again.set_state(state)
     found = next(again)
-    for one, two in zip(jax.tree.leaves(expected[0]), jax.tree.leaves(found[0]), strict=True):
-        assert np.array_equal(one, two)
-    for name in ("ids", "log_weights", "tail"):
-        assert np.array_equal(getattr(expected[1], name), getattr(found[1], name))
+    assert found.extra.keys() == expected.extra.keys() == {"teacher_targets"}
+    chex.assert_trees_all_equal(found, expected)
 
 
 @pytest.mark.thorough
@@ -209,7 +230,7 @@ def test_reading_goes_on_where_it_was(top_k: CacheTask) -> None:
     ],
 )
 def test_size_and_time_are_told_before_anything_is_written(
-    task: CacheTask,
+    task: RunConfig,
     changes: dict[str, Any],
     encoding: EncodingConfig,
     steps: int,
@@ -219,15 +240,19 @@ def test_size_and_time_are_told_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(writer, "STRETCH_ROWS", 200)
     data = replace(task.data, **changes)
-    planned = replace(task, folder=str(tmp_path / "planned"), data=data, encoding=encoding, steps=steps)
+    planned = replace(
+        asking(task, steps=steps, cache=str(tmp_path / "planned"), encoding=encoding), data=data
+    )
     write_cache(planned, estimate_only=True)
     told = capsys.readouterr().err
-    assert not Path(planned.folder).exists()
+    assert not Path(folder_of(planned)).exists()
     assert f"{steps * data.batch_size} rows to go, about" in told
     made = write_cache(planned)
     assert kilobytes(told, "about ") == pytest.approx(made.size / 1000, rel=0.02)
     # What is told of a token is without the files' own headers and padding, beside which toy rows are little.
-    records = grain.sources.ArrayRecordDataSource([f"{planned.folder}/{file.file}" for file in made.files])
+    records = grain.sources.ArrayRecordDataSource(
+        [f"{folder_of(planned)}/{file.file}" for file in made.files]
+    )
     size = sum(len(records[row]) for row in range(made.rows))
     estimate = float(told.split("(")[1].split(" bytes a token")[0])
     assert estimate == pytest.approx(size / (made.rows * data.seq_len), rel=0.02)
@@ -243,32 +268,31 @@ def kilobytes(told: str, before: str) -> float:
 
 
 def test_a_single_step_is_not_timed(
-    task: CacheTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It would be with its compilation, or over no step at all."""
-    write_cache(replace(task, folder=str(tmp_path / "one"), steps=1), estimate_only=True)
+    write_cache(asking(task, steps=1, cache=str(tmp_path / "one")), estimate_only=True)
     told = capsys.readouterr().err
     assert told.startswith(f"{tmp_path}/one: 4 rows to go, about ")
     assert told.endswith("are headers and padding of files)\n")
 
 
 @pytest.mark.thorough
-def test_full_is_the_whole_distribution(task: CacheTask, tmp_path: Path) -> None:
-    task = replace(
-        task, folder=str(tmp_path / "full"), encoding=EncodingConfig("full", None, weight_bits=16), steps=1
-    )
+def test_full_is_the_whole_distribution(task: RunConfig, tmp_path: Path) -> None:
+    encoding = EncodingConfig("full", None, weight_bits=16)
+    task = asking(task, steps=1, cache=str(tmp_path / "full"), encoding=encoding)
     write_cache(task)
-    batch, sparse = next(cached_batches(task.data, task.folder))
+    batch, sparse = next(with_targets(task))
     assert np.array_equal(sparse.ids[0, 0], np.arange(400))
     expected = log_probabilities(task, batch)
-    assert np.abs(sparse.log_weights - expected).max() < read_cache(task.folder).grid.step + 1e-4
+    assert np.abs(sparse.log_weights - expected).max() < read_cache(folder_of(task)).grid.step + 1e-4
     log_student = np.asarray(jax.nn.log_softmax(3 * jax.random.normal(jax.random.key(0), expected.shape)))
     dense = np.sum(np.exp(expected) * (expected - log_student), -1)
     found = np.sum(np.exp(sparse.log_weights) * (sparse.log_weights - log_student), -1)
     np.testing.assert_allclose(found, dense, atol=2e-3)
 
 
-def test_the_identity_is_of_the_weights(task: CacheTask, toy_run: RunConfig, tmp_path: Path) -> None:
+def test_the_identity_is_of_the_weights(task: RunConfig, toy_run: RunConfig, tmp_path: Path) -> None:
     assert task.distill.teacher is not None
     copied = shutil.copytree(task.distill.teacher, tmp_path / "copied")
     identity = teacher_identity(open_source(task.distill.teacher))
@@ -291,7 +315,7 @@ def test_the_identity_is_of_the_weights(task: CacheTask, toy_run: RunConfig, tmp
     assert teacher_identity(open_source(other)) != identity
 
 
-def test_another_data_order_is_refused(sampled: CacheTask) -> None:
+def test_another_data_order_is_refused(sampled: RunConfig) -> None:
     others = [
         replace(sampled.data, seed=1),
         replace(sampled.data, seq_len=16),
@@ -301,67 +325,69 @@ def test_another_data_order_is_refused(sampled: CacheTask) -> None:
     for key, data in zip(("seed", "seq_len", "batch_size", "shuffle_buffer"), others, strict=True):
         was, value = getattr(sampled.data, key), getattr(data, key)
         with pytest.raises(UserError, match=rf"data.{key} \({was}, now {value}\)"):
-            cached_batches(data, sampled.folder)
+            cached_batches(data, folder_of(sampled))
         with pytest.raises(UserError, match=rf"data.{key} \({was}, now {value}\)"):
             write_cache(replace(sampled, data=data))
     with pytest.raises(UserError, match=r"the number of processes \(1, now 2\)"):
-        cached_batches(sampled.data, sampled.folder, 0, 2)
+        cached_batches(sampled.data, folder_of(sampled), 0, 2)
 
 
 def test_other_documents_and_another_tokenizer_are_refused(
-    sampled: CacheTask, texts: list[str], tmp_path: Path
+    sampled: RunConfig, texts: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "other.txt"
     path.write_text("\n\n".join(texts[::-1]))
     data = replace(sampled.data, source=str(path), folder=str(tmp_path / "prepared"))
     prepare(data, sampled.tokenizer)
     with pytest.raises(UserError, match="another value of the documents"):
-        cached_batches(data, sampled.folder)
+        cached_batches(data, folder_of(sampled))
     tokenizer = replace(sampled.tokenizer, path=str(tmp_path / "other.model"))
     theirs = train_tokenizer(texts[:60], tokenizer.path, 400)
     data = replace(sampled.data, folder=str(tmp_path / "other"))
     prepare(data, tokenizer)
-    was = read_cache(sampled.folder).order.tokenizer
+    was = read_cache(folder_of(sampled)).order.tokenizer
     with pytest.raises(UserError, match=rf"the tokenizer \({was[:12]}, now {theirs.fingerprint[:12]}\)"):
-        cached_batches(data, sampled.folder)
+        cached_batches(data, folder_of(sampled))
 
 
 def test_another_teacher_and_other_settings_are_refused(
-    sampled: CacheTask, toy_run: RunConfig, tmp_path: Path
+    sampled: RunConfig, toy_run: RunConfig, tmp_path: Path
 ) -> None:
     other = write_teacher(toy_run, vivid(toy_run.model), tmp_path / "other")
     with pytest.raises(
         UserError, match=rf"distill.teacher \({sampled.distill.teacher}, weights .*, now {other}"
     ):
-        check_cache(sampled.folder, sampled.data, STEPS, teacher=other)
+        check_cache(folder_of(sampled), sampled.data, STEPS, teacher=other)
     with pytest.raises(UserError, match=r"distill.teacher \("):
-        write_cache(replace(sampled, distill=DistillConfig(other, "float32")))
+        write_cache(asking(sampled, teacher=other))
     with pytest.raises(UserError, match=r"distill.encoding.entries \(50, now 12\)"):
-        check_cache(sampled.folder, sampled.data, STEPS, encoding=EncodingConfig(entries=12))
+        check_cache(folder_of(sampled), sampled.data, STEPS, encoding=EncodingConfig(entries=12))
     with pytest.raises(UserError, match=r"another value of distill.dtype \(float32, now bfloat16\)"):
-        write_cache(replace(sampled, distill=replace(sampled.distill, dtype="bfloat16")))
-    check_cache(sampled.folder, sampled.data, STEPS, 1, 1.0, sampled.distill.teacher, sampled.encoding)
+        write_cache(asking(sampled, dtype="bfloat16"))
+    check_cache(
+        folder_of(sampled), sampled.data, STEPS, 1, 1.0, sampled.distill.teacher, sampled.distill.encoding
+    )
 
 
-def test_too_few_rows_are_refused(sampled: CacheTask) -> None:
+def test_too_few_rows_are_refused(sampled: RunConfig) -> None:
     with pytest.raises(UserError, match=r"holds 24 rows, and training.steps \(7\) .* needs 28"):
-        check_cache(sampled.folder, sampled.data, STEPS + 1)
+        check_cache(folder_of(sampled), sampled.data, STEPS + 1)
     with pytest.raises(UserError, match="holds no teacher's cache"):
-        check_cache(f"{sampled.folder}-none", sampled.data, 1)
+        check_cache(f"{folder_of(sampled)}-none", sampled.data, 1)
 
 
 def test_rows_that_are_not_those_of_the_data_are_found(
-    sampled: CacheTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sampled: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A manifest can be made to fit; the checksum in each record cannot."""
     order = manifest.DataOrder.of(sampled.data, 1)
     monkeypatch.setattr(manifest.DataOrder, "of", lambda *_: order)
     with pytest.raises(UserError, match=r"holds other rows than data\.folder gives"):
-        next(cached_batches(replace(sampled.data, seed=1), sampled.folder))
+        next(cached_batches(replace(sampled.data, seed=1), folder_of(sampled)))
 
 
-def test_broken_files_are_named(sampled: CacheTask, tmp_path: Path) -> None:
-    folder = shutil.copytree(sampled.folder, tmp_path / "broken")
+def test_broken_files_are_named(sampled: RunConfig, tmp_path: Path) -> None:
+    folder = shutil.copytree(folder_of(sampled), tmp_path / "broken")
     file = folder / read_cache(folder).files[1].file
     whole = bytearray(file.read_bytes())
     whole[len(whole) // 2] ^= 1
@@ -376,8 +402,8 @@ def test_broken_files_are_named(sampled: CacheTask, tmp_path: Path) -> None:
         read_cache(folder)
 
 
-def test_a_broken_record_is_told_where_it_is_read(sampled: CacheTask, tmp_path: Path) -> None:
-    folder = shutil.copytree(sampled.folder, tmp_path / "broken")
+def test_a_broken_record_is_told_where_it_is_read(sampled: RunConfig, tmp_path: Path) -> None:
+    folder = shutil.copytree(folder_of(sampled), tmp_path / "broken")
     file = folder / read_cache(folder).files[0].file
     content = bytearray(file.read_bytes())
     record = next(iter(grain.sources.ArrayRecordDataSource([str(file)])))
@@ -387,39 +413,39 @@ def test_a_broken_record_is_told_where_it_is_read(sampled: CacheTask, tmp_path: 
         list(cached_batches(sampled.data, str(folder)))
 
 
-def test_a_full_disk_is_told_and_what_was_whole_stays(sampled: CacheTask, tmp_path: Path) -> None:
+def test_a_full_disk_is_told_and_what_was_whole_stays(sampled: RunConfig, tmp_path: Path) -> None:
     """A limit to the size of a file stands for the end of the disk."""
-    task = replace(sampled, folder=str(tmp_path / "full"), steps=2)
+    task = asking(sampled, steps=2, cache=str(tmp_path / "full"))
     write_cache(task)
-    before, limit = content(task.folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, limit = content(folder_of(task)), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
     try:
         with pytest.raises(UserError, match=r"signals-00001-000.arrayrecord could not be written: "):
-            write_cache(replace(task, steps=STEPS))
+            write_cache(asking(task, steps=STEPS))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert content(task.folder) == before
-    write_cache(replace(task, steps=STEPS))
-    assert content(task.folder) == content(sampled.folder)
+    assert content(folder_of(task)) == before
+    write_cache(asking(task, steps=STEPS))
+    assert content(folder_of(task)) == content(folder_of(sampled))
 
 
 def test_a_cache_that_another_has_written_meanwhile_is_not_written_again(
-    sampled: CacheTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sampled: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = replace(sampled, folder=str(tmp_path / "meanwhile"))
+    task = asking(sampled, cache=str(tmp_path / "meanwhile"))
     locked = writer.locked
 
     def written_just_before(folder: str, wait: bool) -> Any:
-        shutil.copytree(sampled.folder, folder, dirs_exist_ok=True)
+        shutil.copytree(folder_of(sampled), folder, dirs_exist_ok=True)
         return locked(folder, wait)
 
     monkeypatch.setattr(writer, "locked", written_just_before)
     with pytest.raises(UserError, match="was written by another process just now"):
-        write_cache(replace(task, steps=2))
-    assert content(task.folder) == content(sampled.folder)
+        write_cache(asking(task, steps=2))
+    assert content(folder_of(task)) == content(folder_of(sampled))
 
 
-def test_the_students_layout_decides_how_rows_lie(task: CacheTask) -> None:
+def test_the_students_layout_decides_how_rows_lie(task: RunConfig) -> None:
     mesh = MeshConfig(data=1, fsdp=4, sequence=2)
     rows = {"B": ("data", "fsdp", "sequence"), "T": ()}
     layout = replace(task.layout, activations=task.layout.activations | rows)
@@ -427,17 +453,25 @@ def test_the_students_layout_decides_how_rows_lie(task: CacheTask) -> None:
         write_cache(replace(task, mesh=mesh, layout=layout))
 
 
-def test_a_mesh_that_the_batch_does_not_fit_is_refused(task: CacheTask) -> None:
+def test_a_mesh_that_the_batch_does_not_fit_is_refused(task: RunConfig) -> None:
     with pytest.raises(UserError, match=r"data.batch_size is 4 rows, which mesh.replica"):
         write_cache(replace(task, mesh=MeshConfig(8, 1, 1)))
 
 
 def test_processes_that_the_mesh_does_not_feed_are_refused(
-    task: CacheTask, monkeypatch: pytest.MonkeyPatch
+    task: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    with pytest.raises(UserError, match=r"mesh gives the 3 processes 1 different parts of a batch's rows"):
+    with pytest.raises(UserError, match=r"mesh divides a batch's rows into 1 parts for 3 processes"):
         write_cache(task)
+
+
+@pytest.mark.parametrize("lacking", [{"encoding": None}, {"encoding": None, "cache": None}])
+def test_a_cache_of_unknown_place_or_content_is_refused(task: RunConfig, lacking: dict[str, None]) -> None:
+    with pytest.raises(
+        UserError, match=r"distill\.cache and distill\.encoding must be set to write a teacher's"
+    ):
+        write_cache(asking(task, **lacking))
 
 
 @pytest.mark.parametrize(

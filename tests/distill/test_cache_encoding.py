@@ -14,8 +14,8 @@ import pytest
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.cache.encoding import EncodingConfig, cumulative, encode, run_weights
 from gemma2_jax.distill.cache.packing import Packer, log_grid
-from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.objectives.targets import SparseTargets
 from gemma2_jax.objectives.terms import sparse_forward_kl
 
 V, R = 40, 20_000  # tokens, and independent estimates of the same distribution

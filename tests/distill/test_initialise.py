@@ -1,6 +1,7 @@
 """Students cut out of a teacher: the right parts, all weights alike, and nothing lost that did nothing."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,17 +17,18 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill import initialise
 from gemma2_jax.distill.importance import BlockImportance, Importance, measure
 from gemma2_jax.distill.initialise import InitConfig, choose, initial_params, select
+from gemma2_jax.methods.choose import build_method
 from gemma2_jax.model.attention import Attention
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.layers import MLP
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params, map_weights
+from gemma2_jax.model.weights import abstract_params, map_specs, weight_specs
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.layout import on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.step import build_evaluation_step
-from gemma2_jax.training.validation import validate
+from gemma2_jax.training.validation import averages, sum_over
 
 BY_IMPORTANCE = InitConfig("teacher", layers="even", width="importance")
 FIRST = InitConfig("teacher", layers="first", width="first")
@@ -89,7 +91,7 @@ def widened(
         where[name] = {"F": neurons, "K": groups, "N": heads}
 
     growth = (wide.d_model / config.d_model) ** 0.5
-    sizes = {path: leaf.shape for path, leaf in flat(abstract_params(wide)).items()}
+    sizes = {path: leaf.shape for path, leaf in flat(abstract_params(weight_specs(wide))).items()}
 
     def grow(path: str, weight: Any) -> jax.Array:
         old = np.asarray(flat(small)[path])
@@ -121,7 +123,7 @@ def widened(
             target[index] = old if pair is None else old[pair]
         return jnp.asarray(new, jnp.float32)
 
-    return map_weights(grow), where
+    return map_specs(grow, weight_specs(wide)), where
 
 
 def block(path: str) -> str:
@@ -269,7 +271,7 @@ def test_activations_are_those_of_the_model(toy_config: ModelConfig) -> None:
         assert found.heads[head] == pytest.approx(float(jnp.linalg.norm(added, axis=-1).mean()), rel=1e-4)
     mixed, _ = first.attention(attention_input, batch.positions, batch.segment_ids)
     mlp_input = first.pre_mlp_norm(x + first.post_attention_norm(mixed))
-    neurons = MLP({**local["mlp"], "down": jnp.eye(toy_config.d_ff)})(mlp_input)
+    neurons = MLP(local["mlp"]).neurons(mlp_input)
     added = jnp.abs(neurons).mean((0, 1)) * jnp.linalg.norm(local["mlp"]["down"], axis=1)
     np.testing.assert_allclose(found.neurons, added, rtol=1e-4)
     channels = jnp.abs(attention_input).mean((0, 1)) + jnp.abs(mlp_input).mean((0, 1))
@@ -294,12 +296,13 @@ def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run
 @pytest.mark.thorough
 def test_a_student_begins_ahead(teacher: RunConfig, toy_run: RunConfig, tokenizer: Tokenizer) -> None:
     mesh = one_device()
-    step = build_evaluation_step(toy_run.compute, toy_run.distill, 48)
 
     def loss(model: ModelConfig, params: dict[str, Any]) -> float:
+        step = build_evaluation_step(build_method(replace(toy_run, model=model)))
         batches = validation_batches(toy_run.data)
         with jax.set_mesh(mesh):
-            return validate(step, Gemma2(model, params), None, batches, mesh)["cross_entropy"]
+            sums = sum_over(partial(step, {"params": params}, {}), batches, mesh)
+        return averages(sums)["cross_entropy"]
 
     def begun(model: ModelConfig, **choice: Any) -> float:
         batches = (on_mesh(batch, mesh) for batch in train_batches(toy_run.data))
@@ -327,7 +330,7 @@ def test_the_mesh_does_not_matter(teacher: RunConfig, toy_run: RunConfig, tokeni
     with jax.set_mesh(mesh):  # as in a run
         sharded = cut(mesh)
     assert equal(sharded, cut(one_device()))
-    wanted = abstract_params(student, mesh=mesh)
+    wanted = abstract_params(weight_specs(student), mesh=mesh)
     jax.tree.map(lambda leaf, target: leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim) or pytest.fail(
         f"{leaf.sharding} is not {target.sharding}"), sharded, wanted)  # fmt: skip
 

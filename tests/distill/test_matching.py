@@ -14,13 +14,13 @@ import pytest
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.config import UserError, build, to_dict
 from gemma2_jax.data.batch import Batch
-from gemma2_jax.distill.matching import MatchConfig, match_sums, of_teacher_for_all
+from gemma2_jax.distill.matching import MatchConfig, captures_joined, match_sums
 from gemma2_jax.distill.teacher import DistillConfig
-from gemma2_jax.model.capture import Capture, CapturedLayer, hidden_and_captured
+from gemma2_jax.model.capture import Capture, CapturedLayer, forward
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.objectives.matching import hidden_distance
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.objectives.distances import hidden_distance
+from gemma2_jax.run import RunConfig
 from tests.model.apart import layers_apart
 from tests.model.models import vivid
 from tests.model.numpy_gemma2 import seen_keys
@@ -62,7 +62,7 @@ def case(toy_config: ModelConfig) -> Case:
 @partial(jax.jit, static_argnums=2)
 def captured(model: Gemma2, batch: Batch, capture: Capture) -> Any:
     arguments = batch.tokens, batch.positions, batch.segment_ids, ComputeConfig(), capture
-    return hidden_and_captured(model, *arguments)[1]
+    return forward(model, *arguments)[1]
 
 
 def only(kind: str, distance: Any = "mse", layers: tuple[tuple[int, int], ...] = LAYERS) -> MatchConfig:
@@ -173,7 +173,6 @@ def dense_attention(layer: Any, config: ModelConfig, index: int, batch: Batch) -
     return jax.nn.softmax(jnp.where(seen, capped, -1e30)).mean(1)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("distance", ["mse", "cosine"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_dense_form(
@@ -272,7 +271,7 @@ def test_a_state_of_zeros_is_no_nan(distance: Any) -> None:
 def test_distributions_of_all_queries_are_never_there(case: Case) -> None:
     """Neither forward nor backward: of the scores there is a block at a time, over the larger model's heads."""
     S = 8 * T
-    long = Batch(*(np.tile(x, (1, 8)) for x in jax.tree.leaves(case.batch)))
+    long: Batch = jax.tree.map(lambda x: np.tile(x, (1, 8)), case.batch)
     match = only("attention")
     its = jax.eval_shape(lambda: captured(case.teacher, long, match.of_teacher))
     total = jax.grad(lambda student, its: matched(match, student, its, None, long)[0])
@@ -339,14 +338,12 @@ def test_layers_that_the_models_lack_are_refused(toy_run: RunConfig, toy_config:
 
 
 def test_what_serves_several_students() -> None:
-    hidden, attention = (
-        MatchConfig(((0, 3), (1, 1)), hidden=1.0),
-        MatchConfig(((0, 2), (1, 3)), attention=1.0),
-    )
-    assert of_teacher_for_all([None, hidden, None, attention]) == Capture((1, 2, 3), True, True)
-    assert of_teacher_for_all([hidden, None]) == Capture((1, 3), hidden=True, attention=False)
-    assert of_teacher_for_all([attention]) == Capture((2, 3), hidden=False, attention=True)
-    assert of_teacher_for_all([None, None]) is None
+    hidden = MatchConfig(((0, 3), (1, 1)), hidden=1.0).of_teacher
+    attention = MatchConfig(((0, 2), (1, 3)), attention=1.0).of_teacher
+    assert captures_joined([None, hidden, None, attention]) == Capture((1, 2, 3), True, True)
+    assert captures_joined([hidden, None]) == Capture((1, 3), hidden=True, attention=False)
+    assert captures_joined([attention]) == Capture((2, 3), hidden=False, attention=True)
+    assert captures_joined([None, None]) is None
 
 
 def test_other_windows_are_refused(toy_config: ModelConfig) -> None:

@@ -20,13 +20,14 @@ from gemma2_jax.config import UserError, build, save, to_dict
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.packing import PackedRows
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.on_policy import OnPolicyConfig, build_rollout, lay_out, on_policy_steps
+from gemma2_jax.distill.on_policy import OnPolicyConfig, lay_out, on_policy_steps, rollout
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import Params, abstract_params, weight_specs
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.objectives.terms import forward_kl, jsd, reverse_kl
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sampling.choice import Choice
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.decoding import row_keys
@@ -35,12 +36,9 @@ from gemma2_jax.schedule import ScheduleConfig
 from gemma2_jax.sharding.layout import batch_sharding, on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training import trainer
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
-from gemma2_jax.training.optimizer import build_optimizer
-from gemma2_jax.training.state import abstract_state, init_state
-from gemma2_jax.training.step import build_train_step
+from tests.steps import take_steps
 
 B, T, PROMPT = 8, 32, 10
 LENGTHS = [3, 10, 10, 1, 10, 7, 10, 10]  # of the prompts: the first document of a row, but at most PROMPT
@@ -72,7 +70,12 @@ def rollout_of(
     config: OnPolicyConfig, model: ModelConfig, stop: int, mesh: Mesh, unroll_layers: bool
 ) -> Wrapped:
     """Kept, so that no test traces it again."""
-    return build_rollout(config, model, ComputeConfig(unroll_layers=unroll_layers), mesh, seed=0, stop=stop)
+    compute = ComputeConfig(unroll_layers=unroll_layers)
+
+    def sampled(params: Params, batch: Batch, step: jax.Array) -> Batch:
+        return rollout(config, model, compute, params, batch, 0, step, stop)
+
+    return jax.jit(sampled, out_shardings=batch_sharding(mesh))
 
 
 def sample(
@@ -88,10 +91,12 @@ def sample(
     mesh = build_mesh(mesh_config, jax.devices()[: mesh_config.data * mesh_config.fsdp * mesh_config.tensor])
     config = OnPolicyConfig(0.5, PROMPT, temperature)
     with jax.set_mesh(mesh):
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model.config, mesh=mesh))
+        shardings = jax.tree.map(
+            lambda leaf: leaf.sharding, abstract_params(weight_specs(model.config), mesh=mesh)
+        )
         params = jax.device_put(model.params(), shardings)
-        rollout = rollout_of(config, model.config, stop, mesh, unroll_layers)
-        found: Batch = rollout(params, on_mesh(batch, mesh), np.int32(step))
+        sampled = rollout_of(config, model.config, stop, mesh, unroll_layers)
+        found: Batch = sampled(params, on_mesh(batch, mesh), np.int32(step))
     return found
 
 
@@ -254,10 +259,9 @@ def test_the_loss_is_the_divergence_on_the_students_own_tokens(
     """Computed from all logits at once; what follows the end of a row has no part in it."""
     teacher = Gemma2.init(replace(toy_run.model, d_model=48, num_layers=4), jax.random.key(7))
     objective = ObjectiveConfig(0.0, 0.25, 1.0, 48, reverse_kl=0.25, jsd=0.5, jsd_beta=0.3)
-    run = replace(toy_run, objective=objective, distill=DistillConfig("given to the step", "float32"))
+    distill = DistillConfig("given to the step", "float32", model=teacher.config)
+    run = replace(toy_run, objective=objective, distill=distill)
     mesh = build_mesh(ONE_DEVICE, jax.devices()[:1])
-    optimizer = build_optimizer(run.optimizer, run.training.steps)
-    abstract = abstract_state(run.model, optimizer, mesh)
 
     @jax.jit
     def divergences(tokens: jax.Array) -> dict[str, jax.Array]:
@@ -265,26 +269,21 @@ def test_the_loss_is_the_divergence_on_the_students_own_tokens(
         return {"kl": forward_kl(s, t, 1.0), "reverse_kl": reverse_kl(s, t, 1.0), "jsd": jsd(s, t, 1.0, 0.3)}
 
     after = rolled.segment_ids == 0
-    garbage = {
+    garbage: dict[str, Any] = {
         name: np.where(after, 50, getattr(rolled, name)) for name in ("tokens", "targets", "positions")
     }
-    with jax.set_mesh(mesh):
-        step = build_train_step(run, optimizer, abstract)
-        row, same = (
-            step(init_state(run.model, optimizer, abstract, 0), teacher, on_mesh(batch, mesh))[1]
-            for batch in (rolled, replace(rolled, **garbage))
-        )
-    assert row["tokens"] == sum(map(len, new_tokens(rolled))) < (1 - np.mean(after)) * B * T
+    row, same = (
+        take_steps(run, mesh, [batch], teacher)[1][0] for batch in (rolled, replace(rolled, **garbage))
+    )
+    assert row["targets"] == sum(map(len, new_tokens(rolled))) < (1 - np.mean(after)) * B * T
     expected = {
         name: float(np.sum(value * rolled.loss_mask) / rolled.loss_mask.sum())
         for name, value in divergences(rolled.tokens).items()
     }
     expected["loss"] = 0.25 * expected["kl"] + 0.25 * expected["reverse_kl"] + 0.5 * expected["jsd"]
     for name, value in expected.items():
-        assert float(row[name]) == pytest.approx(value, rel=1e-5), name
-    assert {name: float(value) for name, value in same.items()} == pytest.approx(
-        {name: float(value) for name, value in row.items()}, rel=1e-6
-    )
+        assert row[name] == pytest.approx(value, rel=1e-5), name
+    assert same == pytest.approx(row, rel=1e-6)
 
 
 @pytest.mark.thorough
@@ -303,7 +302,7 @@ def test_a_run_on_eight_devices_is_that_on_one(
         training=replace(toy_run.training, steps=2, eval_every=2),
         optimizer=replace(toy_run.optimizer, warmup_steps=0),
     )
-    monkeypatch.setattr(trainer.Trainer, "_evaluate", lambda *_: None)  # not what this is about
+    monkeypatch.setattr(trainer.Trainer, "_evaluate_if_due", lambda *_: None)  # not what this is about
     train(replace(run, output=str(tmp_path / "eight"), mesh=MeshConfig(2, 2, 2)))
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)

@@ -15,17 +15,17 @@ from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from gemma2_jax.distill.fingerprint import fingerprint
 from gemma2_jax.distill.teacher import DistillConfig, load_teacher
 from gemma2_jax.evaluation.evaluate import evaluate_run
+from gemma2_jax.methods.choose import build_method
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import dim_sizes
+from gemma2_jax.model.weights import dim_sizes, weight_specs
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.objectives.terms import forward_kl
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.layout import LayoutConfig, check_activations, on_mesh
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
-from gemma2_jax.training.optimizer import build_optimizer
-from gemma2_jax.training.state import abstract_state
+from gemma2_jax.training.state import Update
 from gemma2_jax.training.step import build_evaluation_step
 
 
@@ -103,11 +103,10 @@ def test_the_student_alone_is_checkpointed(distilled: RunConfig) -> None:
     assert {path.name for path in checkpoint.iterdir() if path.is_dir()} == {"params", "optimizer", "data"}
     student = load_model(distilled.output)
     assert student.config == distilled.model
-    optimizer = build_optimizer(distilled.optimizer, distilled.training.steps)
-    mesh = build_mesh(distilled.mesh)
-    abstract = abstract_state(distilled.model, optimizer, mesh)
+    update = Update(distilled, {"params": weight_specs(distilled.model)})
+    abstract = update.abstract_state(build_mesh(distilled.mesh))
     with CheckpointStore(distilled.output, keep=2) as store:
-        targets = {"params": abstract.params, "optimizer": abstract.optimizer}
+        targets = {"params": abstract.trainable["params"], "optimizer": abstract.optimizer["params"]}
         store.restore(12, targets, train_batches(distilled.data))  # refuses anything more, or less
 
 
@@ -146,7 +145,10 @@ def test_rows_may_differ_where_tokens_do_not(
     batch = next(train_batches(toy_run.data))
     with jax.set_mesh(mesh):
         loaded = load_teacher(distill, student.config, Tokenizer.load(toy_run.tokenizer.path), mesh)
-        sums = build_evaluation_step(toy_run.compute, distill, 48)(student, loaded, on_mesh(batch, mesh))
+        objective = ObjectiveConfig(0.0, 1.0, 1.0, 48)
+        method = build_method(replace(toy_run, model=student.config, objective=objective, distill=distill))
+        step = build_evaluation_step(method)
+        sums = step({"params": student.params()}, {"teacher": loaded}, on_mesh(batch, mesh))
     assert loaded.config.vocab_size == student.config.vocab_size
     assert len(loaded.params()["embedder"]["embedding"].sharding.device_set) == 8
 

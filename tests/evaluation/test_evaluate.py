@@ -12,8 +12,8 @@ from gemma2_jax.checkpoints.store import load_model
 from gemma2_jax.config import UserError, save
 from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.evaluation.evaluate import evaluate_run
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
 

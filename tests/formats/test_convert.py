@@ -82,7 +82,10 @@ def test_a_source_without_tokenizer(hf_folder, tokenizer_config, tmp_path):
         ),
         ({"source_path": "taken"}, "taken holds no checkpoint that is known; accepted: "),
         ({"target_path": "dangling"}, "dangling exists already; choose another target, or delete it."),
-        ({"target_path": "file/a/b"}, "file/a/b cannot be written: Not a directory."),
+        (
+            {"target_path": "file/a/b"},
+            "file/a/b cannot be written: file is a file, where a folder is needed.",
+        ),
         ({"target_path": "/proc/none/new"}, "/proc/none/new cannot be written: No such file or directory."),
         ({"target_path": "n" * 250}, f"{'n' * 250} cannot be written: File name too long."),
         ({"target_path": "n" * 300}, f"{'n' * 300} cannot be written: File name too long."),

@@ -18,6 +18,7 @@ from gemma2_jax.formats.gguf import ENCODINGS, check_expressible, write_gguf
 from gemma2_jax.formats.gguf_header import read_header
 from gemma2_jax.formats.layouts import GGUF, expand
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.weights import weight_specs
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
@@ -38,7 +39,7 @@ CONFIG = ModelConfig(
     vocab_padding=10,
 )
 NO_PADDING = replace(CONFIG, vocab_size=310, vocab_padding=0)
-NAMES = list(expand(GGUF, NO_PADDING))
+NAMES = list(expand(GGUF, weight_specs(NO_PADDING)))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,8 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def arrays(dtype: type = np.float32) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(0)
     return {
-        name: draw.normal(size=entry.shape).astype(dtype) for name, entry in expand(GGUF, NO_PADDING).items()
+        name: draw.normal(size=entry.shape).astype(dtype)
+        for name, entry in expand(GGUF, weight_specs(NO_PADDING)).items()
     }
 
 
@@ -165,7 +167,7 @@ def test_one_tensor_is_held_at_a_time(path, model_file):
     living: list[weakref.ref] = []
 
     def stream() -> Iterator[tuple[str, np.ndarray]]:
-        for name, entry in expand(GGUF, NO_PADDING).items():
+        for name, entry in expand(GGUF, weight_specs(NO_PADDING)).items():
             array = np.ones(entry.shape, np.float32)
             # The last one may still be in the hands of the loop that asks for this one.
             assert sum(reference() is not None for reference in living) <= 1
@@ -320,7 +322,7 @@ def test_the_header_says_what_was_written(path, model_file, encoding):
     assert (header.name, header.encoding, header.num_tokens) == ("toy", encoding, 310)
     assert header.config == NO_PADDING
     assert {name: info.shape for name, info in header.tensors.items()} == {
-        name: entry.shape for name, entry in expand(GGUF, NO_PADDING).items()
+        name: entry.shape for name, entry in expand(GGUF, weight_specs(NO_PADDING)).items()
     }
     told = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(encoding, encoding)
     assert header.tensors["blk.0.attn_q.weight"].dtype == told

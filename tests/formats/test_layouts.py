@@ -8,6 +8,7 @@ import pytest
 from gemma2_jax.formats.layouts import GGUF, HUGGINGFACE, deepmind, expand
 from gemma2_jax.formats.source import all_places
 from gemma2_jax.model.counts import count_parameters
+from gemma2_jax.model.weights import weight_specs
 from tests.model.models import released
 
 LAYOUTS = {
@@ -20,16 +21,16 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_weight_has_one_place(toy_config, layout):
-    entries = expand(layout, toy_config)
+    entries = expand(layout, weight_specs(toy_config))
     places = [place for entry in entries.values() for place in entry.places]
-    assert sorted(map(str, places)) == sorted(map(str, all_places(toy_config)))
+    assert sorted(map(str, places)) == sorted(map(str, all_places(weight_specs(toy_config))))
     assert sum(math.prod(entry.shape) for entry in entries.values()) == count_parameters(toy_config).total
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_joined_and_split_is_the_same(toy_config, layout):
     draw = np.random.default_rng(0)
-    for entry in expand(layout, toy_config).values():
+    for entry in expand(layout, weight_specs(toy_config)).values():
         theirs = draw.standard_normal(entry.shape).astype(np.float32)
         parts = entry.split(theirs)
         np.testing.assert_allclose(entry.join(parts), theirs, atol=1e-6 if entry.tensor.offset else 0)
@@ -45,7 +46,7 @@ def test_joined_and_split_is_the_same(toy_config, layout):
 )
 def test_deepminds_shapes(name, transposed, leaves, shapes):
     config = released(name)
-    entries = expand(deepmind(transposed), config)
+    entries = expand(deepmind(transposed), weight_specs(config))
     assert len(entries) == 2 + 9 * config.num_layers == leaves
     assert entries["embedder/input_embedding"].shape == (256128, config.d_model)
     for tensor, shape in shapes.items():
@@ -60,7 +61,7 @@ def test_deepminds_shapes(name, transposed, leaves, shapes):
 
 
 def test_hugging_faces_shapes():
-    entries = expand(HUGGINGFACE, released("2b"))
+    entries = expand(HUGGINGFACE, weight_specs(released("2b")))
     assert len(entries) == 2 + 11 * 26
     assert entries["model.layers.25.self_attn.q_proj.weight"].shape == (2048, 2304)
     assert entries["model.layers.25.self_attn.k_proj.weight"].shape == (1024, 2304)
@@ -73,10 +74,10 @@ def test_what_lies_where(toy_config):
     N, D, H, F = toy_config.num_heads, toy_config.d_model, toy_config.head_dim, toy_config.d_ff
     query = np.arange(D * N * H).reshape(D, N, H)
     gate, up = np.arange(D * F).reshape(D, F), -np.arange(D * F).reshape(D, F)
-    hf = expand(HUGGINGFACE, toy_config)
+    hf = expand(HUGGINGFACE, weight_specs(toy_config))
     assert hf["model.layers.1.self_attn.q_proj.weight"].join([query])[2 * H + 3, 5] == query[5, 2, 3]
     assert hf["model.layers.3.mlp.gate_proj.weight"].places[0].path == "pairs/global_block/mlp/gate"
     assert hf["model.layers.3.mlp.gate_proj.weight"].places[0].pair == 1
-    plain = expand(deepmind(False), toy_config)["layer_0/mlp/gating_einsum"].join([gate, up])
-    turned = expand(deepmind(True), toy_config)["layer_0/mlp/gating_einsum"].join([gate, up])
+    plain = expand(deepmind(False), weight_specs(toy_config))["layer_0/mlp/gating_einsum"].join([gate, up])
+    turned = expand(deepmind(True), weight_specs(toy_config))["layer_0/mlp/gating_einsum"].join([gate, up])
     assert plain[1, 3, 4] == turned[1, 4, 3] == up[3, 4] != gate[3, 4]

@@ -17,6 +17,7 @@ from gemma2_jax.formats.gguf import write_gguf
 from gemma2_jax.formats.layouts import GGUF, Place, expand
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.weights import weight_specs
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler
 from tests.model.models import vivid
@@ -113,7 +114,7 @@ def written(model: Gemma2, path: Path, tokenizer_file: Path, encoding: str) -> P
 
     tensors = (
         (name, entry.join([weight(place) for place in entry.places]))
-        for name, entry in expand(GGUF, CONFIG).items()
+        for name, entry in expand(GGUF, weight_specs(CONFIG)).items()
     )
     write_gguf(path, CONFIG, tensors, tokenizer_file.read_bytes(), encoding, "toy")
     return path

@@ -16,7 +16,7 @@ from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.layouts import Place
 from gemma2_jax.formats.load import load, load_params, open_source
 from gemma2_jax.formats.run import RunSource, write_run
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 
@@ -25,7 +25,7 @@ from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 def test_sharded(exported, small, params, mesh_config, dtype):
     mesh = build_mesh(mesh_config)
     loaded = load_params(open_source(exported), small, dtype, mesh)
-    target = abstract_params(small, dtype, mesh)
+    target = abstract_params(weight_specs(small), dtype, mesh)
 
     def check(leaf, wanted, original):
         assert (leaf.dtype, leaf.sharding) == (wanted.dtype, wanted.sharding)
@@ -211,7 +211,7 @@ def test_the_hub_gives_a_folder(monkeypatch, exported, small):
     [
         (
             "config.yaml",
-            r"run/config\.yaml is missing, which says what model is in .*run/checkpoints; copy it there",
+            r"run/config\.yaml is missing, which describes the model in .*run/checkpoints; copy it there",
         ),
         ("checkpoints", r"run holds no checkpoint; .*run/checkpoints is missing"),
         ("tokenizer.model", r"run has no tokenizer\.model"),

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +45,17 @@ def test_an_adapter(hf_folder, whole):
     assert refusal(hf_folder).startswith("holds an adapter of PEFT (IA3) and no whole model; merge")
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_of_an_adapter(tmp_path, name):
+    content = {"peft_type": "LORA", "base_model_name_or_path": "google/gemma-2-2b"}
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    assert refusal(tmp_path / name) == (
+        "belongs to a LoRA adapter of google/gemma-2-2b, which is no whole model; merge the two with PEFT first: "
+        "model.merge_and_unload().save_pretrained(NEW)."
+    )
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.bin", "a.pth", "a.pt", "a.ckpt"])
 @pytest.mark.parametrize("whole", [False, True], ids=["alone", "beside config.json"])
 def test_a_pickle_is_named_and_not_loaded(hf_folder, tmp_path, name, whole):
@@ -80,6 +92,20 @@ def test_a_pickle_is_named_and_not_loaded(hf_folder, tmp_path, name, whole):
         ),
         ("model.safetensors", b"x", "is one file of a checkpoint; give its folder,"),
         ("config.json", b"{}", "is one file of a checkpoint; give its folder,"),
+        ("generation_config.json", b"{}", "is one file of a checkpoint; give its folder,"),
+        ("model.safetensors.index.json", b"{}", "is one file of a checkpoint; give its folder,"),
+        ("_CHECKPOINT_METADATA", b"{}", "is one file of a checkpoint; give its folder,"),
+        ("manifest.ocdbt", b"x", "is one file of a checkpoint; give its folder,"),
+        (
+            "manifest.json",
+            b'{"parts": []}',
+            "is the manifest of prepared data (data.folder); give the folder",
+        ),
+        (
+            "manifest.json",
+            b'{"encoding": {}}',
+            "is the manifest of the cache of a teacher (distill.cache); give",
+        ),
         ("tokenizer.model", b"x", "is a tokenizer; give the folder of a model"),
     ],
 )
@@ -96,6 +122,7 @@ def test_other_files(tmp_path, name, content, told):
         (["model.safetensors"], "holds safetensors without their config.json; copy it"),
         (["tokenizer.model", "README.md"], "holds a tokenizer and no weights; give the folder of a model."),
         (["README.md"], "holds no checkpoint that is known; accepted: a run folder"),
+        ([], "holds no checkpoint that is known; accepted: a run folder"),
     ],
 )
 def test_other_folders(tmp_path, names, told):
@@ -121,8 +148,17 @@ def test_parts_of_a_run(run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
     for part in ("checkpoints", "checkpoints/0", "checkpoints/0/params"):
         assert refusal(run / part) == f"lies in a run folder; give the run folder, {run}."
+    for file in (path for path in (run / "checkpoints").rglob("*") if path.is_file()):
+        assert refusal(file) == f"lies in a run folder; give the run folder, {run}."
+    for name in ("config.yaml", "metadata.json"):
+        (run / name).touch()
+        assert refusal(run / name) == f"is one file of a checkpoint; give its folder, {run}."
     (run / "config.yaml").unlink()
     assert "config.yaml" in refusal(run)
+
+
+def test_a_folder_of_prepared_data(data):
+    assert refusal(Path(data.folder)) == "holds prepared data (data.folder); give the folder of a model."
 
 
 def test_quantised_weights_of_mlx(hf_folder):

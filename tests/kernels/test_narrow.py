@@ -12,11 +12,11 @@ import pytest
 from gemma2_jax.kernels.attention import attention, visible_keys
 from gemma2_jax.kernels.blockwise_attention import blockwise_attention
 from gemma2_jax.kernels.cached_attention import cached_attention
-from gemma2_jax.kernels.lm_head import LMHead, blockwise_loss, dense_loss
+from gemma2_jax.kernels.lm_head import LMHead, dense_sums, lm_head_sums
 from gemma2_jax.kernels.looped_attention import looped_attention
 from gemma2_jax.model.capture import CapturedLayer
 from gemma2_jax.objectives import terms
-from gemma2_jax.objectives.matching import hidden_distance
+from gemma2_jax.objectives.distances import hidden_distance
 
 THOROUGH = pytest.mark.thorough
 DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=THOROUGH)])
@@ -40,19 +40,23 @@ def loss_inputs(B: int, T: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 def total_loss(
     hidden: jax.Array, embedding: jax.Array, taught: jax.Array, loss: Callable[..., Any]
 ) -> jax.Array:
-    def token_loss(student: jax.Array, teacher: Any, targets: jax.Array, _: Any) -> Any:
-        return terms.cross_entropy(student, targets) + terms.forward_kl(student, teacher, 1.0), {}
+    def token_loss(logits: Any, targets: jax.Array, _: Any) -> Any:
+        kl = terms.forward_kl(logits["student"], logits["teacher"], 1.0)
+        return terms.cross_entropy(logits["student"], targets) + kl, {}
 
     targets, mask = jnp.zeros(hidden.shape[:2], jnp.int32), jnp.ones(hidden.shape[:2])
-    teacher = LMHead(taught.astype(hidden.dtype), embedding, 30.0)
-    summed: jax.Array = loss(token_loss, LMHead(hidden, embedding, 30.0), teacher, targets, mask)[0]
+    heads = {
+        "student": LMHead(hidden, embedding, 30.0),
+        "teacher": LMHead(taught.astype(hidden.dtype), embedding, 30.0, trained=False),
+    }
+    summed: jax.Array = loss(token_loss, heads, targets, mask)[0]
     return summed
 
 
 @cache
 def wide_loss(B: int, T: int) -> tuple[jax.Array, Any]:
     """The value in float32, and its gradients."""
-    return jax.jit(jax.value_and_grad(partial(total_loss, loss=dense_loss), (0, 1)))(*loss_inputs(B, T))
+    return jax.jit(jax.value_and_grad(partial(total_loss, loss=dense_sums), (0, 1)))(*loss_inputs(B, T))
 
 
 @DTYPES
@@ -62,7 +66,7 @@ def wide_loss(B: int, T: int) -> tuple[jax.Array, Any]:
 def test_the_loss(dtype: Any, B: int, T: int, block_tokens: int, narrow_embedding: bool) -> None:
     hidden, embedding, taught = loss_inputs(B, T)
     narrow = hidden.astype(dtype), embedding.astype(dtype) if narrow_embedding else embedding, taught
-    blockwise = partial(total_loss, loss=partial(blockwise_loss, block_tokens=block_tokens))
+    blockwise = partial(total_loss, loss=partial(lm_head_sums, block_tokens=block_tokens))
     expected = wide_loss(B, T)
     close(jax.jit(blockwise)(*narrow), expected[0])
     close(jax.jit(jax.value_and_grad(blockwise, (0, 1)))(*narrow), expected)

@@ -56,7 +56,7 @@ def test_it_is_told_the_soft_cap_the_window_and_the_segments(window):
     ("dtype", "says"),
     [
         (jnp.float32, "computes in 16 bits, and compute.dtype is float32"),
-        (jnp.bfloat16, "which says: Not supported on cpu; choose auto or blockwise."),
+        (jnp.bfloat16, "which fails: Not supported on cpu; choose auto or blockwise."),
     ],
 )
 def test_what_it_cannot_do_is_refused(dtype, says):

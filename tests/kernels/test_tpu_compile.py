@@ -6,18 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
 from gemma2_jax.config import build, read_yaml
-from gemma2_jax.data.batch import Batch
 from gemma2_jax.kernels.self_attention import AttentionConfig
+from gemma2_jax.methods.choose import build_method
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
-from gemma2_jax.sharding.layout import batch_sharding
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
-from gemma2_jax.training.optimizer import build_optimizer
-from gemma2_jax.training.state import abstract_state
+from gemma2_jax.training.state import Update
 from gemma2_jax.training.step import build_train_step
 
 MODELS = Path(__file__).parents[2] / "configs" / "model"
@@ -48,13 +45,12 @@ def test_a_step_with_splash_compiles(size, topology, axes, remat, toy_run, monke
         data=replace(toy_run.data, seq_len=T, batch_size=16),
         objective=replace(toy_run.objective, block_tokens=512),
     )
-    optimizer = build_optimizer(config.optimizer, config.training.steps)
-    abstract = abstract_state(model, optimizer, mesh)
+    method = build_method(config)
+    update = Update(config, method.specs)
+    abstract = update.abstract_state(mesh)
     with jax.set_mesh(mesh):
-        row = jax.ShapeDtypeStruct((16, T), jnp.int32, sharding=batch_sharding(mesh))
-        mask = jax.ShapeDtypeStruct((16, T), jnp.float32, sharding=batch_sharding(mesh))
-        batch = Batch(row, row, row, row, mask)
-        program = build_train_step(config, optimizer, abstract).lower(abstract, None, batch).compile()
+        step = build_train_step(method, update, abstract, config.layout)
+        program = step.lower(abstract, method.abstract_frozen(mesh), method.abstract_batch(mesh)).compile()
     # The input of each of the two layers, of a device's tokens, lies in the host's memory, or none does.
     in_layer = 16 * T // (axes.fsdp * axes.sequence) * model.d_model * 2
     found: Any = program.memory_analysis()

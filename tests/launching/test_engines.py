@@ -16,9 +16,9 @@ import yaml
 from gemma2_jax.config import UserError
 from gemma2_jax.launching import gke, job, slurm, tpu_vm
 from gemma2_jax.launching.job import Job
-from gemma2_jax.sharding.hosts import HostsConfig
+from gemma2_jax.processes.hosts import HostsConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
-from gemma2_jax.training.config import RunConfig
 from tests.launching.shell import check_script
 
 JOB = Job("toy-0123abcd", Path("/tmp/launches/toy-0123abcd"))

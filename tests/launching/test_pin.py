@@ -9,7 +9,7 @@ import pytest
 
 from gemma2_jax.config import UserError, load
 from gemma2_jax.launching.pin import find_checkout, job_name, pin, refusal, write_pinned
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 
 
 def git(checkout: Path, *arguments: str) -> str:

@@ -14,14 +14,13 @@ def layers_apart(
     """Of each layer its hidden state [B, T, D], queries [B, T, N, H] and keys [B, T, K, H]."""
 
     def attend(layer: Attention, x: jax.Array) -> tuple[jax.Array, Any]:
-        mixed, (query, key, _) = layer(x, positions, segment_ids)
-        return mixed, {"query": query, "key": key}
+        return layer(x, positions, segment_ids)
 
     x = model.embedder.encode(tokens, "float32")
     layers = []
     for index in range(model.config.num_pairs):
         pair = jax.tree.map(lambda weight, index=index: weight[index], model.pairs)
         for block in (pair.local_block, pair.global_block):
-            x, heads = block(x, attend)
-            layers.append({"hidden": x, **heads})
+            x, _, heads = block(x, attend)
+            layers.append({"hidden": x, "query": heads["query"], "key": heads["key"]})
     return layers

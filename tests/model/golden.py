@@ -9,10 +9,12 @@ import numpy as np
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.formats.layouts import HUGGINGFACE, expand
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.weights import weight_specs
 from tests.model.models import shrunk
 from tests.model.parity import Observed
 
 FOLDER = Path(__file__).parents[1] / "golden"
+ROWS = [field.name for field in fields(Batch) if field.name != "extra"]
 # The smallest sizes that transformers takes: it wants whole query scales, and heads that divide d_model.
 SMALLEST = {
     "2b": dict(num_heads=2, head_dim=8),
@@ -39,7 +41,7 @@ class Golden:
     continuations: list[list[int]]
 
     def save(self, path: Path) -> None:
-        names = expand(HUGGINGFACE, self.config)
+        names = expand(HUGGINGFACE, weight_specs(self.config))
         units = np.array([_unit(self.weights[name]) for name in names], np.float32)
         whole = [self.weights[name] / unit for name, unit in zip(names, units, strict=True)]
         states = [self.observed[f"hidden/{index}"] for index in range(self.config.num_layers + 2)]
@@ -51,7 +53,7 @@ class Golden:
             hidden=np.stack(states),
             logits=self.observed["logits"],
             loss=self.observed["loss"],
-            **{field.name: getattr(self.batch, field.name) for field in fields(Batch)},
+            **{name: getattr(self.batch, name) for name in ROWS},
             prompts=_flat([np.array(prompt, np.int16) for prompt in self.prompts]),
             prompt_lengths=np.array([len(prompt) for prompt in self.prompts]),
             continuations=np.array(self.continuations, np.int16),
@@ -61,7 +63,7 @@ class Golden:
     def load(cls, name: str) -> "Golden":
         """That of a released size."""
         config = shrunk(name, **SMALLEST[name])
-        entries = expand(HUGGINGFACE, config)
+        entries = expand(HUGGINGFACE, weight_specs(config))
         with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
             shapes = {name: entry.shape for name, entry in entries.items()}
             units = dict(zip(entries, file["units"], strict=True))
@@ -69,7 +71,7 @@ class Golden:
             observed = {f"gradient/{name}": part for name, part in _parts(file["gradients"], shapes)}
             observed |= {f"hidden/{index}": state for index, state in enumerate(file["hidden"])}
             observed |= {name: file[name] for name in ("logits", "loss")}
-            batch = Batch(**{field.name: file[field.name] for field in fields(Batch)})
+            batch = Batch(**{name: file[name] for name in ROWS})
             ends = np.cumsum(file["prompt_lengths"])
             prompts = [part.tolist() for part in np.split(file["prompts"], ends[:-1])]
             return cls(config, weights, batch, observed, prompts, file["continuations"].tolist())

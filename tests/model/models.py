@@ -10,6 +10,7 @@ from gemma2_jax.config import read_yaml
 from gemma2_jax.formats.layouts import HUGGINGFACE, expand
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.weights import weight_specs
 
 RELEASED = ("2b", "9b", "27b")
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -68,7 +69,7 @@ def vivid_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """
     draw = np.random.default_rng(seed)
     weights = {}
-    for name, entry in expand(HUGGINGFACE, config).items():
+    for name, entry in expand(HUGGINGFACE, weight_specs(config)).items():
         if name == "model.norm.weight":
             values = draw.normal(-1.0, 9.0, entry.shape)
         elif "norm" in name:

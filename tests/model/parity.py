@@ -13,9 +13,10 @@ from gemma2_jax.data.batch import Batch
 from gemma2_jax.formats.layouts import HUGGINGFACE, Place, expand
 from gemma2_jax.formats.load import load_params
 from gemma2_jax.formats.source import ForeignSource, TensorInfo
-from gemma2_jax.kernels.lm_head import LMHead, blockwise_loss
+from gemma2_jax.kernels.lm_head import lm_head_sums
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.weights import weight_specs
 from gemma2_jax.objectives.objective import evaluation_loss
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler
@@ -62,7 +63,7 @@ def in_their_layout(config: ModelConfig, params: Mapping[str, Any]) -> dict[str,
 
     return {
         name: entry.join([part(place) for place in entry.places])
-        for name, entry in expand(HUGGINGFACE, config).items()
+        for name, entry in expand(HUGGINGFACE, weight_specs(config)).items()
     }
 
 
@@ -117,8 +118,9 @@ def learn(model: Gemma2, batch: Batch) -> Observed:
     def loss(params: Any) -> jax.Array:
         ours = Gemma2(model.config, params)
         hidden = ours.hidden(batch.tokens, batch.positions, batch.segment_ids)
-        head = LMHead(hidden, ours.embedder.embedding[...], model.config.final_logit_softcap)
-        total, _ = blockwise_loss(evaluation_loss, head, None, batch.targets, batch.loss_mask, 48)
+        total, _ = lm_head_sums(
+            evaluation_loss, {"student": ours.head(hidden)}, {"targets": batch.targets}, batch.loss_mask, 48
+        )
         return total / jnp.sum(batch.loss_mask)
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(model.params())

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma2_jax.model.capture import Capture, hidden_and_captured
+from gemma2_jax.model.capture import Capture, forward
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from tests.model.apart import layers_apart
@@ -32,7 +32,7 @@ def apart(deep: Gemma2) -> Any:
 
 
 def read(model: Gemma2, capture: Capture, compute: ComputeConfig = ComputeConfig()) -> Any:
-    return hidden_and_captured(model, TOKENS, POSITIONS, SEGMENTS, compute, capture)
+    return forward(model, TOKENS, POSITIONS, SEGMENTS, compute, capture)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def test_geglu():
     x, gate, up, down = normal(0, 2, 3, 8), normal(1, 8, 16), normal(2, 8, 16), normal(3, 16, 8)
     x64, gate64, up64, down64 = (double(each) for each in (x, gate, up, down))
     expected = formulas.gelu_tanh(x64 @ gate64) * (x64 @ up64) @ down64
-    found = MLP({"gate": gate, "up": up, "down": down})(x)
+    mlp = MLP({"gate": gate, "up": up, "down": down})
+    found = mlp.mix(mlp.neurons(x))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 

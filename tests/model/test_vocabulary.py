@@ -10,7 +10,7 @@ import pytest
 from gemma2_jax.config import UserError
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens, resize_rows
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 TOKENS = np.arange(24).reshape(2, 12)
@@ -26,11 +26,15 @@ def padded(toy_config):
 @pytest.mark.parametrize("mesh", [MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)], ids=["one", "eight"])
 def test_resized(padded, rows, mesh):
     mesh = build_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(padded.config, mesh=mesh))
+    shardings = jax.tree.map(
+        lambda leaf: leaf.sharding, abstract_params(weight_specs(padded.config), mesh=mesh)
+    )
     params, config = resize_rows(jax.device_put(padded.params(), shardings), padded.config, rows)
     assert (config.vocab_size, config.num_tokens) == (rows, 96)
     for leaf, described in zip(
-        jax.tree.leaves(params), jax.tree.leaves(abstract_params(config, mesh=mesh)), strict=True
+        jax.tree.leaves(params),
+        jax.tree.leaves(abstract_params(weight_specs(config), mesh=mesh)),
+        strict=True,
     ):
         assert (leaf.shape, leaf.dtype) == (described.shape, described.dtype)
         assert leaf.sharding.is_equivalent_to(described.sharding, leaf.ndim)

@@ -11,11 +11,11 @@ import numpy as np
 from gemma2_jax.checkpoints.store import load_params
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.config import load
-from gemma2_jax.model.weights import abstract_params
-from gemma2_jax.sharding.ending import leave
-from gemma2_jax.sharding.hosts import join
+from gemma2_jax.model.weights import abstract_params, weight_specs
+from gemma2_jax.processes.ending import leave
+from gemma2_jax.processes.hosts import join
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
-from gemma2_jax.training.config import RunConfig
 
 run, params, *hosts = sys.argv[1:]
 join(compose(hosts).hosts)
@@ -23,7 +23,7 @@ assert jax.process_count() > 1
 mesh = build_mesh(MeshConfig(data=1, fsdp=-1, tensor=1))
 config = load(RunConfig, f"{run}/config.yaml")
 with jax.set_mesh(mesh):
-    leaves = jax.tree.leaves(load_params(run, abstract_params(config.model, "float32", mesh)))
+    leaves = jax.tree.leaves(load_params(run, abstract_params(weight_specs(config.model), "float32", mesh)))
 with np.load(params) as expected:
     assert len(expected.files) == len(leaves)
     for name, leaf in zip(expected.files, leaves, strict=True):

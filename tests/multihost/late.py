@@ -4,8 +4,8 @@ import sys
 import time
 
 from gemma2_jax.cli.main import main
-from gemma2_jax.distill.cache import writer
 from gemma2_jax.distill.cache.manifest import read_cache
+from gemma2_jax.training import teacher_cache as writer
 
 
 def late(function):
@@ -21,7 +21,7 @@ def late(function):
 def written_and_read(*arguments):
     """As a study does, whose next run learns from the cache."""
     manifest = write_cache(*arguments)
-    assert read_cache(arguments[0].folder) == manifest
+    assert read_cache(arguments[0].distill.cache) == manifest
     return manifest
 
 

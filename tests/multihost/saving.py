@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma2_jax.checkpoints.store import CheckpointStore
 from gemma2_jax.cli.compose import compose
-from gemma2_jax.sharding.ending import leave
-from gemma2_jax.sharding.hosts import join
+from gemma2_jax.processes.ending import leave
+from gemma2_jax.processes.hosts import join
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 folder, *hosts = sys.argv[1:]

@@ -13,8 +13,8 @@ from gemma2_jax.distill.cache.manifest import read_cache, verify_cache
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
-from gemma2_jax.training.config import RunConfig
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
 from tests.multihost.job import GEMMA2, Ended, run_job

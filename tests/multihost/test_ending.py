@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from gemma2_jax.config import save
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
-from gemma2_jax.training.config import RunConfig
 from tests.multihost.job import GEMMA2, run_job
 
 FAILING = [str(Path(__file__).parent / "failing.py")]
@@ -65,7 +65,7 @@ def test_one_that_is_killed(command: list[str]) -> None:
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_one_that_is_suspended(command: list[str], frozen: int) -> None:
     """Its connections stay; it is noticed sooner here than usual. Process 1 tells of process 0, which cannot."""
-    impatient = "from gemma2_jax.sharding import ending, links; links.SILENCE = 5; ending._UNWIND = 2"
+    impatient = "from gemma2_jax.processes import ending, links; links.SILENCE = 5; ending._UNWIND = 2"
     waiting = ["-c", f"{impatient}; from gemma2_jax.cli.main import main; raise SystemExit(main())", *command]
     commands = [waiting, waiting]
     commands[frozen] = [*FAILING, "SIGSTOP", *command]

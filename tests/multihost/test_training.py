@@ -11,13 +11,13 @@ import pytest
 
 from gemma2_jax.checkpoints.store import load_params
 from gemma2_jax.config import load, save
-from gemma2_jax.model.weights import abstract_params
-from gemma2_jax.sharding.hosts import HostsConfig
+from gemma2_jax.model.weights import abstract_params, weight_specs
+from gemma2_jax.processes.hosts import HostsConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train as train_here
-from gemma2_jax.training.loop import train_together
 from gemma2_jax.training.metrics import read_metrics
+from gemma2_jax.training.together import train_together
 from tests.multihost.job import GEMMA2, Ended, run_job
 
 TIMES = ("tokens_per_second", "mfu")
@@ -188,7 +188,9 @@ def write_params(folder: Path, file: Path) -> Sequence[str]:
     """The weights of a run as one process reads them, in a file."""
     config = load(RunConfig, folder / "config.yaml")
     mesh = build_mesh(MeshConfig(), jax.devices()[:1])
-    leaves = jax.tree.leaves(load_params(folder, abstract_params(config.model, "float32", mesh)))
+    leaves = jax.tree.leaves(
+        load_params(folder, abstract_params(weight_specs(config.model), "float32", mesh))
+    )
     np.savez(file, *(np.asarray(leaf) for leaf in leaves))
     return [str(folder), str(file)]
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma2_jax.kernels.lm_head import LMHead, SparseTargets
+from gemma2_jax.kernels.lm_head import LMHead
 from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.objectives.targets import SparseTargets
 from gemma2_jax.schedule import ScheduleConfig
 
 

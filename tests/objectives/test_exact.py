@@ -11,14 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma2_jax.kernels.lm_head import LMHead, SparseTargets, blockwise_loss, dense_loss
+from gemma2_jax.kernels.lm_head import LMHead, dense_sums, lm_head_sums
 from gemma2_jax.objectives.objective import (
     DIVERGENCES,
     ObjectiveConfig,
     build_coefficients,
     token_loss,
 )
+from gemma2_jax.objectives.targets import SparseTargets
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from tests.heads import student_and_teacher
 from tests.objectives.dense import value_and_gradients
 from tests.programs import arrays
 
@@ -104,9 +106,8 @@ def differentiated(config: ObjectiveConfig) -> Any:
     ) -> jax.Array:
         head = replace(student, hidden=hidden, embedding=embedding)
         targets, mask, coefficients = rest
-        return blockwise_loss(
-            token_loss(config), head, teacher, targets, mask, config.block_tokens, coefficients
-        )[0]
+        named = student_and_teacher(head, teacher, targets)
+        return lm_head_sums(token_loss(config), *named, mask, config.block_tokens, coefficients)[0]
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
 
@@ -196,7 +197,8 @@ def test_logits_are_never_gathered(name: str) -> None:
     def total(embedding: jax.Array, signal: Any) -> jax.Array:
         head = replace(student, embedding=embedding)
         coefficients = build_coefficients(config, steps=1)(0)
-        return blockwise_loss(token_loss(config), head, signal, targets, mask, 8, coefficients)[0]
+        named = student_and_teacher(head, signal, targets)
+        return lm_head_sums(token_loss(config), *named, mask, 8, coefficients)[0]
 
     with jax.set_mesh(mesh):
         if isinstance(signal, LMHead):
@@ -219,15 +221,16 @@ def test_no_array_over_all_tokens_and_the_vocabulary(name: str) -> None:
     def largest(loss: Any) -> int:
         def total(hidden: jax.Array, embedding: jax.Array, coefficients: Any) -> jax.Array:
             head = replace(student, hidden=hidden, embedding=embedding)
-            return loss(token_loss(config), head, signal, targets, mask, coefficients=coefficients)[0]
+            named = student_and_teacher(head, signal, targets)
+            return loss(token_loss(config), *named, mask, coefficients=coefficients)[0]
 
         coefficients = build_coefficients(config, steps=1)(0)
         gradient = jax.grad(total, argnums=(0, 1))
         jaxpr = jax.make_jaxpr(gradient)(student.hidden, student.embedding, coefficients)
         return max(size for shape, size in arrays(jaxpr.jaxpr) if V in shape and D not in shape)
 
-    assert largest(dense_loss) >= B * T * V
-    assert largest(partial(blockwise_loss, block_tokens=block_tokens)) <= block_tokens * V
+    assert largest(dense_sums) >= B * T * V
+    assert largest(partial(lm_head_sums, block_tokens=block_tokens)) <= block_tokens * V
 
 
 @pytest.mark.thorough
@@ -240,7 +243,8 @@ def test_coefficients_get_no_gradient_and_are_not_compiled_in() -> None:
     def value(coefficients: Any) -> jax.Array:
         nonlocal traced
         traced += 1
-        return blockwise_loss(token_loss(config), student, teacher, targets, mask, 4, coefficients)[0]
+        named = student_and_teacher(student, teacher, targets)
+        return lm_head_sums(token_loss(config), *named, mask, 4, coefficients)[0]
 
     now = build_coefficients(config, steps=1)(0)
     other = {**now, "temperature": jnp.float32(3.0), "jsd": jnp.float32(2.0)}
@@ -293,7 +297,8 @@ def test_a_tail_is_learnt() -> None:
     @jax.jit
     @jax.value_and_grad
     def loss(logits: jax.Array) -> jax.Array:
-        return token_loss(config)(logits, signal, targets, build_coefficients(config, 1)(0))[0].sum()
+        per_token = {"targets": targets, "teacher_targets": signal}
+        return token_loss(config)({"student": logits}, per_token, build_coefficients(config, 1)(0))[0].sum()
 
     for _ in range(400):
         logits -= 2.0 * loss(logits)[1]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from gemma2_jax.config import UserError, build
-from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.objectives import terms
 from gemma2_jax.objectives.objective import (
     DIVERGENCES,
@@ -18,6 +17,7 @@ from gemma2_jax.objectives.objective import (
     evaluation_loss,
     token_loss,
 )
+from gemma2_jax.objectives.targets import SparseTargets
 from gemma2_jax.schedule import ScheduleConfig
 
 STUDENT, TEACHER = jax.random.normal(jax.random.key(0), (2, 6, 30)) * 4
@@ -31,7 +31,15 @@ def objective(**values: Any) -> ObjectiveConfig:
 
 
 def compute(config: ObjectiveConfig, teacher: Any, step: int = 0, steps: int = 10) -> Any:
-    return token_loss(config)(STUDENT, teacher, TARGETS, build_coefficients(config, steps)(step))
+    return token_loss(config)(*named(teacher), build_coefficients(config, steps)(step))
+
+
+def named(teacher: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Logits and per-token arrays; the teacher is its logits, sparse targets or None."""
+    if isinstance(teacher, SparseTargets):
+        return {"student": STUDENT}, {"targets": TARGETS, "teacher_targets": teacher}
+    logits = {"student": STUDENT} if teacher is None else {"student": STUDENT, "teacher": teacher}
+    return logits, {"targets": TARGETS}
 
 
 def test_mixture() -> None:
@@ -94,15 +102,15 @@ def test_of_sparse_targets_there_is_the_forward_kl_alone() -> None:
 
 
 def test_evaluation_compares_at_temperature_one() -> None:
-    loss, metrics = evaluation_loss(STUDENT, TEACHER, TARGETS, {})
+    loss, metrics = evaluation_loss(*named(TEACHER), {})
     np.testing.assert_array_equal(loss, terms.cross_entropy(STUDENT, TARGETS))
     np.testing.assert_array_equal(metrics["kl"], terms.forward_kl(STUDENT, TEACHER, 1.0))
     np.testing.assert_array_equal(metrics["teacher_entropy"], terms.entropy(TEACHER))
     assert set(metrics) == {"cross_entropy", "kl", "agreement", "entropy", "teacher_entropy"}
-    _, alone = evaluation_loss(STUDENT, None, TARGETS, {})
+    _, alone = evaluation_loss(*named(None), {})
     assert set(alone) == {"cross_entropy", "entropy"}
     with pytest.raises(ValueError, match="not with sparse targets"):
-        evaluation_loss(STUDENT, SPARSE, TARGETS, {})
+        evaluation_loss(*named(SPARSE), {})
 
 
 def test_a_configuration_from_before_there_were_other_terms() -> None:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.objectives import terms
-from gemma2_jax.objectives.matching import cosine_distance
+from gemma2_jax.objectives.distances import cosine_distance
+from gemma2_jax.objectives.targets import SparseTargets
 
 LOGITS = hnp.arrays(np.float32, (3, 11), elements=st.floats(-30, 30, width=32))
 

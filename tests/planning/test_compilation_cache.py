@@ -13,8 +13,8 @@ from gemma2_jax.compilation import programs_kept_in
 from gemma2_jax.config import UserError
 from gemma2_jax.planning.program import compile_step
 from gemma2_jax.planning.topologies import find_topology
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.loop import train
 
 
@@ -75,7 +75,8 @@ def test_what_cannot_be_a_folder_is_told(tmp_path: Path) -> None:
     file.touch()
     with (
         pytest.raises(
-            UserError, match=r"compilation_cache is .*file/cache, which cannot be made: Not a directory"
+            UserError,
+            match=r"compilation_cache is .*file/cache, which cannot be used: .*file is a file, where a folder",
         ),
         programs_kept_in(f"{file}/cache"),
     ):

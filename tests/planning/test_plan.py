@@ -11,6 +11,8 @@ import pytest
 
 from gemma2_jax.chips import CHIPS
 from gemma2_jax.config import UserError
+from gemma2_jax.distill.teacher import teacher_config
+from gemma2_jax.methods.choose import build_method
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.counts import count_parameters, training_flops_per_token
 from gemma2_jax.objectives.objective import ObjectiveConfig
@@ -18,12 +20,13 @@ from gemma2_jax.planning.count import Cost
 from gemma2_jax.planning.memory import memory_parts, saved_activations, what_helps
 from gemma2_jax.planning.placement import find_placement
 from gemma2_jax.planning.plan import make_plan
-from gemma2_jax.planning.program import _peak, abstract_inputs, mesh_of, teacher_config, wanted_bytes
+from gemma2_jax.planning.program import Inputs, _peak, abstract_inputs, mesh_of, wanted_bytes
 from gemma2_jax.planning.roofline import bandwidth_along, bounds
 from gemma2_jax.planning.search import candidates, search
 from gemma2_jax.planning.topologies import Topology, find_topology
 from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import MeshConfig
+from gemma2_jax.training.state import Update
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,11 @@ def planned_run(toy_run):
     )
 
 
+def inputs_of(config, mesh) -> Inputs:
+    method = build_method(config)
+    return abstract_inputs(method, Update(config, method.specs), config, mesh)
+
+
 @pytest.fixture(scope="module")
 def plan(planned_run, cpus):
     return make_plan(planned_run, cpus)
@@ -52,7 +60,7 @@ def test_a_plan_needs_no_data_and_no_teacher(plan, planned_run):
     assert plan.fits
     assert plan.help == []
     found = plan.to_dict()
-    teacher = teacher_config(planned_run)
+    teacher = teacher_config(planned_run.distill, planned_run.model)
     assert found["model_flops_per_step"] == plan.tokens * training_flops_per_token(
         planned_run.model, 32, teacher
     )
@@ -79,7 +87,7 @@ def test_parts_are_those_of_the_shards(planned_run, cpus, plan):
     assert plan.parts.teacher > plan.parts.parameters
     alone = replace(planned_run, mesh=MeshConfig(data=8), data=replace(planned_run.data, batch_size=8))
     mesh = mesh_of(alone, cpus)
-    assert memory_parts(alone, abstract_inputs(alone, mesh), dict(mesh.shape)).parameters == whole
+    assert memory_parts(alone, inputs_of(alone, mesh), dict(mesh.shape)).parameters == whole
 
 
 def test_what_lies_where_is_as_large_as_its_shards(planned_run, cpus, plan):
@@ -159,9 +167,10 @@ def test_what_does_not_go_together_is_told(changes, told, planned_run, cpus):
         make_plan(replace(planned_run, **changes), cpus)
 
 
-def test_a_teacher_of_unknown_sizes_is_told(planned_run):
+def test_a_teacher_of_unknown_sizes_is_told(planned_run, cpus):
+    unknown = replace(planned_run, distill=replace(planned_run.distill, model=None))
     with pytest.raises(UserError, match=r"distill\.teacher is nowhere, which is not here; .* distill\.model"):
-        teacher_config(replace(planned_run, distill=replace(planned_run.distill, model=None)))
+        make_plan(unknown, cpus)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +230,7 @@ def test_candidates_divide_and_the_search_keeps_its_budget(planned_run, cpus):
     assert len({candidate.overrides for candidate in waiting}) == len(waiting) > 10
     for candidate in waiting:
         mesh = mesh_of(candidate.config, cpus)
-        abstract_inputs(candidate.config, mesh)  # refuses what does not divide
+        inputs_of(candidate.config, mesh)  # refuses what does not divide
     found = search(planned_run, cpus, budget=0.0)
     assert (len(found.plans), found.left) == (1, len(waiting) - 1)
     assert found.plans[0][0].config.compute.remat == "none"  # the fastest of those that fit

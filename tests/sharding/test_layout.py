@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from gemma2_jax.config import UserError
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.sharding.layout import (
     LayoutConfig,
     batch_sharding,
@@ -86,7 +86,7 @@ def test_tables_that_cannot_be(columns, sentence):
 def test_a_collision_within_a_weight_is_refused(toy_config):
     mesh = build_mesh(MeshConfig(data=1, fsdp=2, tensor=1, sequence=4))
     with laid_out(LayoutConfig(weights={"D": ("fsdp",), "F": ("fsdp",)})), pytest.raises(UserError) as error:
-        abstract_params(toy_config, mesh=mesh)
+        abstract_params(weight_specs(toy_config), mesh=mesh)
     assert str(error.value) == (
         "layout.weights lays both F and D along mesh axis fsdp, and there are arrays PFD; an axis can split one "
         "dimension of an array."
@@ -105,7 +105,7 @@ def test_the_layout_in_use_is_the_innermost():
 def test_a_mesh_that_does_not_divide_the_model_is_refused(toy_config):
     mesh = build_mesh(MeshConfig(data=1, fsdp=1, tensor=8))
     with pytest.raises(UserError) as error:
-        abstract_params(replace(toy_config, vocab_size=96), mesh=mesh)
+        abstract_params(weight_specs(replace(toy_config, vocab_size=96)), mesh=mesh)
     assert str(error.value) == (
         "mesh.tensor is 8, which does not divide dimension K (2) of the model (pairs/global_block/attention/key); "
         "choose a divisor of 2."
@@ -159,7 +159,7 @@ def on_one_device(model):
 def test_every_mesh_computes_the_same(model, on_one_device, sizes):
     """Up to the order of sums: float32 rounds at 6e-8, and the longest sums here are of some hundred terms."""
     mesh = build_mesh(sizes)
-    described = abstract_params(model.config, mesh=mesh)
+    described = abstract_params(weight_specs(model.config), mesh=mesh)
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), model.params(), described)
     tokens = jax.device_put(TOKENS, batch_sharding(mesh))
     with jax.set_mesh(mesh):
@@ -171,6 +171,6 @@ def test_every_mesh_computes_the_same(model, on_one_device, sizes):
 
 def test_fsdp_holds_an_eighth_of_every_weight(model):
     mesh = build_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
-    described = abstract_params(model.config, mesh=mesh)
+    described = abstract_params(weight_specs(model.config), mesh=mesh)
     for leaf in jax.tree.leaves(described):
         assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 == leaf.size

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.config import UserError
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.sharding.mesh import AXES, MeshConfig, build_mesh
 
 
@@ -129,5 +129,5 @@ def test_the_mesh_of_every_experiment_divides_its_models(name):
     models = [config.model] if config.distill.model is None else [config.model, config.distill.model]
     mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     for model in models:
-        abstract_params(model, mesh=mesh)  # refuses what does not divide
+        abstract_params(weight_specs(model), mesh=mesh)  # refuses what does not divide
     assert config.data.batch_size % (sizes["replica"] * sizes["data"] * sizes["fsdp"]) == 0

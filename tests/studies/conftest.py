@@ -9,12 +9,12 @@ from gemma2_jax.checkpoints.integrity import write_manifest
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.config import save
+from gemma2_jax.distill.teacher_record import TEACHER_FILE
 from gemma2_jax.evaluation.evaluate import Evaluation
+from gemma2_jax.run import RunConfig
 from gemma2_jax.studies import stages
 from gemma2_jax.training import start
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.start import DATA_FILE
-from gemma2_jax.training.taught_by import TEACHER_FILE
 
 
 class Stage:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from gemma2_jax.config import UserError, build
-from gemma2_jax.sharding.hosts import HostsConfig
+from gemma2_jax.processes.hosts import HostsConfig
 from gemma2_jax.studies import stages
 from gemma2_jax.studies.config import StudyConfig, StudyRun
 from gemma2_jax.studies.study import run_study

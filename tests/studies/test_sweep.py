@@ -10,11 +10,11 @@ from rich.console import Console
 
 from gemma2_jax import stops
 from gemma2_jax.config import UserError
+from gemma2_jax.distill.teacher_record import TeacherRecord
 from gemma2_jax.evaluation.evaluate import Evaluation
 from gemma2_jax.files import locked
 from gemma2_jax.studies import stages, sweep_report
 from gemma2_jax.studies.sweep import Combination, run_sweep
-from gemma2_jax.training.taught_by import TaughtBy
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_a_run_is_compared_anew_where_another_teacher_taught_it(stage, toy):
     taught = ["objective=distillation", "distill=online", "distill.teacher=teacher"]
     run = toy("taught", *taught)
     run_sweep([Combination({}, run)], "out", Console())
-    TaughtBy("0" * 64).save(Path(run.output))
+    TeacherRecord("0" * 64).save(Path(run.output))
     stage.calls.clear()
     run_sweep([Combination({}, run)], "out", Console())
     assert ("evaluate", "taught") in stage.calls

@@ -3,23 +3,22 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import jax
 import pytest
 
-from gemma2_jax.training.trainer import Trainer
+from gemma2_jax.training.run_folder import Rows, RunFolder
 
 
 @contextmanager
 def stopped_after(step: int) -> Iterator[None]:
     """Whatever is trained inside is interrupted when it has logged `step`; fails if nothing was."""
-    log = Trainer._log
+    log = RunFolder.log
 
-    def log_and_die(self: Trainer, rows: list[dict[str, jax.Array]], seconds: float) -> None:
-        log(self, rows, seconds)
-        if self.step == step:
+    def log_and_die(self: RunFolder, logged: int, rows: Rows, seconds: float) -> None:
+        log(self, logged, rows, seconds)
+        if logged == step:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_log", log_and_die)
+        patch.setattr(RunFolder, "log", log_and_die)
         with pytest.raises(KeyboardInterrupt):
             yield

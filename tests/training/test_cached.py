@@ -12,14 +12,15 @@ import pytest
 from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.cache.encoding import EncodingConfig
-from gemma2_jax.distill.cache.writer import write_cache
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
-from gemma2_jax.training.config import RunConfig
-from gemma2_jax.training.inputs import cache_task
-from gemma2_jax.training.loop import train, train_together
+from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
+from gemma2_jax.training.start import as_prepared
+from gemma2_jax.training.teacher_cache import write_cache
+from gemma2_jax.training.together import train_together
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
 from tests.training.stops import stopped_after
@@ -46,7 +47,7 @@ def cached(online: RunConfig, encoding: EncodingConfig, name: str) -> RunConfig:
     folder = Path(online.output).parent
     distill = replace(online.distill, cache=str(folder / f"cache-{name}"), encoding=encoding)
     config = replace(online, distill=distill, output=str(folder / name))
-    write_cache(cache_task(config))
+    write_cache(as_prepared(config))
     return config
 
 
@@ -122,7 +123,7 @@ def test_a_cache_that_was_made_anew_is_not_the_runs(
     shutil.copytree(str(other), str(begun.distill.cache))
     with pytest.raises(
         UserError,
-        match=r"was taught by a cache with distill\.encoding\.weight_bits=16 .*, and that of .* has 12",
+        match=r"was distilled from a cache with distill\.encoding\.weight_bits=16 .*, and that of .* has 12",
     ):
         train(begun)
     # What was written before it told of the cache: the teacher is the same, and the cache has to be in its place.
@@ -178,10 +179,10 @@ def test_several_students_of_one_cache(full: RunConfig, tmp_path: Path) -> None:
         replace(full, name="other", seed=5, output=str(tmp_path / "other")),
     ]
     train_together(both)
-    assert losses(both[0]) == losses(full)
+    assert losses(both[0]) == pytest.approx(losses(full), rel=2e-5)
     alone = replace(both[1], output=str(tmp_path / "alone"))
     train(alone)
-    assert losses(both[1]) == losses(alone)
+    assert losses(both[1]) == pytest.approx(losses(alone), rel=2e-5)
 
 
 @pytest.mark.thorough
@@ -202,4 +203,9 @@ def test_a_baseline_beside_a_student_of_a_cache(full: RunConfig, tmp_path: Path)
     assert [latest_step(config.output) for config in both] == [3, 3]
     for config, expected in zip(both, (whole, full), strict=True):
         train(config)
-        chex.assert_trees_all_equal(load_model(config.output).params(), load_model(expected.output).params())
+        trees = [load_model(each.output).params() for each in (config, expected)]
+        chex.assert_trees_all_close(*trees, atol=1e-3)  # but for rounding in Adam steps of 1e-2
+        found, alone = (
+            [row["cross_entropy"] for row in read_metrics(each.output)] for each in (config, expected)
+        )
+        assert found == pytest.approx(alone, rel=2e-5)

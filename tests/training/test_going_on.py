@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,27 +18,23 @@ from gemma2_jax.distill.on_policy import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.files import write_text
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.weights import weight_specs
 from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import ScheduleConfig
 from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training import loop
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.going_on import changes, check_same_run, older_schedule
-from gemma2_jax.training.loop import train, train_together
+from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
-from gemma2_jax.training.optimizer import build_optimizer, learning_rate_schedule
-from gemma2_jax.training.state import abstract_state
+from gemma2_jax.training.optimizer import learning_rate_schedule
+from gemma2_jax.training.state import Update
+from gemma2_jax.training.together import train_together
 from tests.distill.test_cache import write_teacher
 from tests.training.stops import stopped_after
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device() -> Iterator[None]:
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: first)
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -62,28 +57,28 @@ def teacher(run: RunConfig, folder: Path, seed: int) -> str:
     return write_teacher(run, Gemma2.init(run.model, jax.random.key(seed)), folder)
 
 
-def taught_by(config: RunConfig, teacher: str | Path) -> RunConfig:
+def distilled_from(config: RunConfig, teacher: str | Path) -> RunConfig:
     return replace(config, distill=replace(config.distill, teacher=str(teacher)))
 
 
-def test_one_that_is_done_was_taught_by_the_same(
+def test_one_that_is_done_was_distilled_from_the_same(
     done: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = teacher(done, tmp_path / "other", seed=2)
     with pytest.raises(
-        UserError, match=r"was taught by other weights .* than those of distill\.teacher .*other"
+        UserError, match=r"was distilled from other weights .* than those of distill\.teacher .*other"
     ):
-        train(taught_by(done, other))
-    train(taught_by(done, shutil.copytree(str(done.distill.teacher), tmp_path / "moved")))
-    monkeypatch.setattr(loop, "Inputs", None)  # nobody is loaded who has the same name
+        train(distilled_from(done, other))
+    train(distilled_from(done, shutil.copytree(str(done.distill.teacher), tmp_path / "moved")))
+    monkeypatch.setattr(loop, "build_method", None)  # a teacher of the same name is not loaded
     train(done)
 
 
 def test_one_that_is_done_beside_one_that_is_not(done: RunConfig, tmp_path: Path) -> None:
     other = teacher(done, tmp_path / "other", seed=2)
-    new = replace(taught_by(done, other), name="new", output=str(tmp_path / "new"))
-    with pytest.raises(UserError, match=r"was taught by other weights"):
-        train_together([taught_by(done, other), new])
+    new = replace(distilled_from(done, other), name="new", output=str(tmp_path / "new"))
+    with pytest.raises(UserError, match=r"was distilled from other weights"):
+        train_together([distilled_from(done, other), new])
     assert latest_step(new.output) is None
 
 
@@ -201,7 +196,11 @@ def test_what_leaves_the_done_steps_as_they_are_is_allowed(
         ((8,), {"optimizer": CONSTANT}, {"training": {"steps": 12}, "optimizer": {"warmup_steps": 3}},
          r"optimizer\.warmup_steps=2, and 3 is asked for; write optimizer\.warmup_steps=2"),
         ((8,), {}, {"optimizer": {"learning_rate": 0.02}}, r"optimizer\.learning_rate=0\.01, and 0\.02 is asked for"),
-        ((8,), {}, {"optimizer": {"clip_norm": 2.0}}, r"optimizer\.clip_norm=1\.0, and 2\.0 is asked for"),
+        ((8,), {}, {"optimizer": {"clip_norm": 2.0}}, r"optimizer\.clip_norm=1\.0, and 2\.0 is asked for; "
+         r"write optimizer\.clip_norm=1\.0 to go on with it, choose"),
+        ((8,), {}, {"data": {"shuffle_buffer": 64}}, r"data\.shuffle_buffer=0, and 64 is asked for; "
+         r"write data\.shuffle_buffer=0 to go on with it, choose another output"),
+        ((8,), {}, {"data": {"text_field": "body"}}, r"write data\.text_field=text to go on with it"),
         ((), {}, {"optimizer": {"learning_rate": 0.02}, "training": {"steps": 9}}, r"is asked for"),
     ],
 )  # fmt: skip
@@ -269,9 +268,10 @@ def last_state(config: RunConfig) -> Any:
     """Parameters and optimizer state of the last checkpoint."""
     found = find(config.output)
     assert found is not None
-    optimizer = build_optimizer(config.optimizer, config.training.steps)
-    state = abstract_state(config.model, optimizer, build_mesh(config.mesh))
-    return ocp.load_checkpointables(found.path, {"params": state.params, "optimizer": state.optimizer})
+    update = Update(config, {"params": weight_specs(config.model)})
+    state = update.abstract_state(build_mesh(config.mesh))
+    trees = {"params": state.trainable["params"], "optimizer": state.optimizer["params"]}
+    return ocp.load_checkpointables(found.path, trees)
 
 
 @pytest.mark.thorough
@@ -348,8 +348,8 @@ def test_a_broken_file_of_a_run_folder_is_named(
     run = Path(shutil.copytree(done.output, tmp_path / "run"))
     (run / name).write_bytes(content)
     moved = shutil.copytree(str(done.distill.teacher), tmp_path / "moved")  # so that teacher.json is compared
-    with pytest.raises(UserError, match=rf"{run / name}|{run} was (taught|trained)"):
-        train(replace(taught_by(done, moved), output=str(run)))
+    with pytest.raises(UserError, match=rf"{run / name}|{run} was (distilled|trained)"):
+        train(replace(distilled_from(done, moved), output=str(run)))
 
 
 def test_checkpoints_that_were_deleted_are_not_trained_over(done: RunConfig, tmp_path: Path) -> None:

@@ -18,26 +18,23 @@ from gemma2_jax.data.prepare import prepare
 from gemma2_jax.distill.on_policy import OnPolicyConfig, on_policy_steps
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.files import locked
+from gemma2_jax.methods import language_modelling
 from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import ScheduleConfig
-from gemma2_jax.training import inputs, loop, trainer
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training import loop
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
+from gemma2_jax.training.run_folder import Rows, RunFolder
 from tests.training.stops import stopped_after
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 TIMES = ("tokens_per_second", "mfu")  # all that may differ between two runs of the same configuration
 
 
 def without_times(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(folder)]
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run takes all devices there are; these take one, to be fast."""
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: first)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +254,7 @@ def test_a_folder_from_before_there_were_other_terms(finished: RunConfig, tmp_pa
 
 def test_a_finished_run_is_left_alone(finished: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (Path(finished.output) / "metrics.jsonl").read_text()
-    monkeypatch.setattr(loop, "Inputs", None)  # nothing is started
+    monkeypatch.setattr(loop, "train_method", None)  # nothing is started
     train(finished)
     assert (Path(finished.output) / "metrics.jsonl").read_text() == before
 
@@ -301,7 +298,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
         def set_state(self, state: None) -> None: ...
 
-    monkeypatch.setattr(inputs, "train_batches", lambda *_: Poisoned())
+    monkeypatch.setattr(language_modelling, "train_batches", lambda *_: Poisoned())
     with pytest.raises(UserError, match=" is nan; try a lower"):
         train(replace(finished, output=str(tmp_path)))
     assert latest_step(tmp_path) is None
@@ -389,7 +386,7 @@ def test_a_student_goes_on_with_the_same_teacher_wherever_it_lies(
     other = shutil.copytree(moved, tmp_path / "other")
     shutil.rmtree(other / "checkpoints" / "8")  # of which step 6 is left: other weights
     with pytest.raises(
-        UserError, match=r"run was taught by other weights .* those of distill\.teacher .*/other"
+        UserError, match=r"run was distilled from other weights .* those of distill\.teacher .*/other"
     ):
         train(replace(student, distill=replace(distill, teacher=str(other))))
     train(replace(student, distill=replace(distill, teacher=str(moved))))
@@ -401,14 +398,12 @@ def test_weights_that_broke_are_not_saved(
     finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finite loss with a gradient that is not: the weights are broken after the step, the loss only later."""
-    log = trainer.Trainer._log
+    log = RunFolder.log
 
-    def with_infinite_gradient(
-        self: trainer.Trainer, rows: list[dict[str, jax.Array]], seconds: float
-    ) -> None:
-        log(self, [row | {"gradient_norm": jnp.float32("inf")} for row in rows], seconds)
+    def with_infinite_gradient(self: RunFolder, step: int, rows: Rows, seconds: float) -> None:
+        log(self, step, [{**row, "gradient_norm": jnp.float32("inf")} for row in rows], seconds)
 
-    monkeypatch.setattr(trainer.Trainer, "_log", with_infinite_gradient)
+    monkeypatch.setattr(RunFolder, "log", with_infinite_gradient)
     with pytest.raises(UserError, match="gradient_norm is inf"):
         train(replace(finished, output=str(tmp_path), checkpoint=replace(finished.checkpoint, every=1)))
     assert latest_step(tmp_path) is None
@@ -426,7 +421,7 @@ def test_another_number_of_tokens_than_the_tokenizers_is_refused(
 def test_a_batch_that_does_not_divide_over_the_mesh_is_refused(
     finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.undo()  # all eight devices
+    monkeypatch.setattr(jax, "devices", jax.local_devices)  # all eight
     config = replace(finished, output=str(tmp_path), mesh=replace(finished.mesh, data=8))
     with pytest.raises(UserError, match=r"4 rows, which mesh\.replica"):
         train(config)

@@ -1,5 +1,6 @@
 """Matching in the step and in whole runs: what is trained, saved, gone on with and left out of exports."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,25 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from gemma2_jax.checkpoints.store import CheckpointStore, load_model
-from gemma2_jax.config import UserError
+from gemma2_jax.checkpoints.store import CheckpointStore, latest_step, load_model
+from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.distill.matching import MatchConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.layouts import HUGGINGFACE, expand
-from gemma2_jax.model.capture import Capture
+from gemma2_jax.methods.choose import build_method
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params
+from gemma2_jax.model.weights import weight_specs
 from gemma2_jax.objectives.objective import ObjectiveConfig
-from gemma2_jax.sharding.layout import on_mesh
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
-from gemma2_jax.training import trainer
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.training import run_folder
 from gemma2_jax.training.loop import train
-from gemma2_jax.training.matching import abstract_matching, init_matching
 from gemma2_jax.training.metrics import read_metrics
-from gemma2_jax.training.optimizer import build_optimizer
-from gemma2_jax.training.state import TrainState, abstract_state, init_state
-from gemma2_jax.training.step import build_reading, build_train_step
+from gemma2_jax.training.state import TrainState, Update
+from tests.steps import prepared, take_steps
 from tests.training.stops import stopped_after
 
 MATCH = MatchConfig(((0, 2), (1, 3)), hidden=0.5, attention=2.0)
@@ -61,20 +59,17 @@ def batches(run: RunConfig) -> list[Batch]:
     return [replace(batch, loss_mask=batch.loss_mask * thinned) for batch in found]
 
 
-def prepared(run: RunConfig, mesh: jax.sharding.Mesh, width: int) -> tuple[Any, TrainState, Gemma2]:
-    """The step, the state before the first one, and a teacher of a width."""
-    optimizer = build_optimizer(run.optimizer, run.training.steps)
-    abstract = abstract_state(run.model, optimizer, mesh)
-    state = init_state(run.model, optimizer, abstract, run.seed)
-    teacher_config = replace(run.model, d_model=width, num_layers=4, num_heads=8, num_kv_heads=4)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(teacher_config, mesh=mesh))
-    params = jax.device_put(Gemma2.init(teacher_config, jax.random.key(7)).params(), shardings)
-    teacher = Gemma2(teacher_config, params)
-    matching = abstract_matching(run, teacher, mesh)
-    if matching is not None:
-        state = replace(state, matching=init_matching(run, matching))
-    step = build_train_step(run, optimizer, replace(abstract, matching=matching))
-    return step, state, teacher
+def of_width(run: RunConfig, width: int) -> tuple[RunConfig, Gemma2]:
+    """The run with the sizes of a teacher of a width, and that teacher."""
+    sizes = replace(run.model, d_model=width, num_layers=4, num_heads=8, num_kv_heads=4)
+    return replace(run, distill=replace(run.distill, model=sizes)), Gemma2.init(sizes, jax.random.key(7))
+
+
+def begun(run: RunConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """The state before the first step."""
+    run, teacher = of_width(run, 48)
+    with jax.set_mesh(mesh):
+        return prepared(run, mesh, teacher)[1]
 
 
 def steps(
@@ -83,18 +78,13 @@ def steps(
     """Train on the batches, one step each."""
     devices = mesh_config.data * mesh_config.fsdp * mesh_config.tensor
     mesh = build_mesh(mesh_config, jax.devices()[:devices])
-    with jax.set_mesh(mesh):
-        step, state, teacher = prepared(run, mesh, width)
-        rows = []
-        for batch in batches:
-            state, row = step(state, teacher, on_mesh(batch, mesh))
-            rows.append({name: float(value) for name, value in row.items()})
-    return state, rows
+    run, teacher = of_width(run, width)
+    return take_steps(run, mesh, batches, teacher)
 
 
-def projections_of(state: TrainState) -> np.ndarray:
-    assert state.matching is not None
-    return np.asarray(state.matching["projections"])
+def projections_of(state: TrainState) -> jax.Array:
+    projections: jax.Array = state.trainable["matching"]["projections"]
+    return projections
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +112,7 @@ def test_accumulation_and_meshes_change_nothing(
     expected_state, expected = on_one_device
     run = replace(run, training=replace(run.training, accumulation=accumulation))
     state, found = steps(run, mesh, batches)
-    assert state.matching is not None
-    in_parts = state.matching["projections"].addressable_shards[0].data.shape
+    in_parts = projections_of(state).addressable_shards[0].data.shape
     assert in_parts == (2, 32 // mesh.fsdp, 48)
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
@@ -133,13 +122,9 @@ def test_accumulation_and_meshes_change_nothing(
 
 @pytest.mark.thorough
 def test_projections_and_their_moments_are_sharded(run: RunConfig) -> None:
-    mesh = build_mesh(MeshConfig(1, 4, 2))
-    with jax.set_mesh(mesh):
-        _, state, _ = prepared(run, mesh, 48)
-    assert state.matching is not None
-    optimizer = state.matching["optimizer"]
-    arrays = [state.matching["projections"], optax.tree.get(optimizer, "mu"), optax.tree.get(optimizer, "nu")]
-    for array in arrays:
+    state = begun(run, build_mesh(MeshConfig(1, 4, 2)))
+    moments = [optax.tree.get(state.optimizer["matching"], name)["projections"] for name in ("mu", "nu")]
+    for array in (projections_of(state), *moments):
         assert array.shape == (2, 32, 48)
         assert array.dtype == jnp.float32
         assert array.addressable_shards[0].data.shape == (2, 8, 48)
@@ -147,10 +132,8 @@ def test_projections_and_their_moments_are_sharded(run: RunConfig) -> None:
 
 def test_projections_begin_as_weights_do_and_are_trained(run: RunConfig, on_one_device: Any) -> None:
     mesh = build_mesh(ONE_DEVICE, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        _, begun, _ = prepared(run, mesh, 48)
-        _, other, _ = prepared(replace(run, seed=1), mesh, 48)
-    before, after = projections_of(begun), projections_of(on_one_device[0])
+    other = begun(replace(run, seed=1), mesh)
+    before, after = (np.asarray(projections_of(state)) for state in (begun(run, mesh), on_one_device[0]))
     assert np.std(before) == pytest.approx(32**-0.5, rel=0.05)
     assert not np.array_equal(before, projections_of(other))
     assert np.abs(after - before).max(axis=(1, 2)).min() > 1e-3  # each pair's own
@@ -158,7 +141,7 @@ def test_projections_begin_as_weights_do_and_are_trained(run: RunConfig, on_one_
 
 def test_a_teacher_as_wide_as_the_student_needs_none(run: RunConfig, batches: list[Batch]) -> None:
     state, rows = steps(run, ONE_DEVICE, batches[:1], width=32)
-    assert state.matching is None
+    assert set(state.trainable) == {"params"}
     assert all(rows[0][name] > 0 for name in METRICS)
 
 
@@ -170,21 +153,6 @@ def test_training_lowers_both_distances(run: RunConfig, batches: list[Batch]) ->
     assert "kl" not in rows[0]
     for name in METRICS:
         assert rows[-1][name] < 0.8 * rows[0][name]
-
-
-@pytest.mark.thorough
-def test_layers_that_a_teacher_has_read_before(
-    run: RunConfig, batches: list[Batch], on_one_device: Any
-) -> None:
-    """Among others that this student does not match, as by a reading for several students."""
-    run = replace(run, training=replace(run.training, accumulation=4))
-    mesh = build_mesh(ONE_DEVICE, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        step, state, teacher = prepared(run, mesh, 48)
-        read = build_reading(run.compute, run.distill, Capture((0, 2, 3), hidden=True, attention=True))
-        for batch, expected in zip(batches, on_one_device[1], strict=True):
-            state, row = step(state, teacher, batch, read(teacher, batch))
-            assert {name: float(value) for name, value in row.items()} == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -214,13 +182,10 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def saved(config: RunConfig) -> dict[str, Any]:
     """All trees of the last checkpoint."""
     mesh = build_mesh(ONE_DEVICE, jax.devices()[:1])
-    optimizer = build_optimizer(config.optimizer, config.training.steps)
-    abstract = abstract_state(config.model, optimizer, mesh)
-    matching = abstract_matching(config, load_model(str(config.distill.teacher)), mesh)
+    update = Update(config, build_method(config).specs)
     with CheckpointStore(config.output, keep=2) as store:
-        return store.restore(
-            8, trainer._trees(replace(abstract, matching=matching)), train_batches(config.data)
-        )
+        trees = run_folder._trees(update.abstract_state(mesh))
+        return store.restore(8, trees, train_batches(config.data))
 
 
 @pytest.mark.thorough
@@ -239,7 +204,34 @@ def test_a_resumed_run_is_bit_identical(finished: RunConfig, tmp_path: Path, one
     chex.assert_trees_all_equal(found, saved(finished))
 
 
-@pytest.mark.thorough
+def test_projections_that_an_older_version_saved_are_refused(
+    finished: RunConfig, tmp_path: Path, one_device: None
+) -> None:
+    """The item held them, and their optimizer's state, under other names."""
+    run = Path(shutil.copytree(finished.output, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints")
+    trees = saved(finished)
+
+    def is_tree(node: Any) -> bool:
+        return isinstance(node, dict) and set(node) == {"projections"}
+
+    moments = jax.tree.map(
+        lambda node: node["projections"] if is_tree(node) else node,
+        trees["matching"]["optimizer"],
+        is_leaf=is_tree,
+    )
+    trees["matching"] = {**trees["matching"]["weights"], "optimizer": moments}
+    with CheckpointStore(run, keep=2) as store:
+        store.save(6, trees, train_batches(finished.data), to_dict(finished))
+    with pytest.raises(UserError) as error:
+        train(replace(finished, output=str(run)))
+    assert str(error.value).startswith(f"{run}/checkpoints/6/matching ")
+    assert str(error.value).endswith(
+        f", as if another version had saved it; choose another output, or delete {run} to train again."
+    )
+    assert latest_step(run) == 6
+
+
 def test_nothing_of_it_is_exported(finished: RunConfig, tmp_path: Path) -> None:
     checkpoint = Path(finished.output, "checkpoints", "8")
     assert {path.name for path in checkpoint.iterdir() if path.is_dir()} == {
@@ -249,7 +241,7 @@ def test_nothing_of_it_is_exported(finished: RunConfig, tmp_path: Path) -> None:
     chex.assert_trees_all_equal(student.params(), saved(finished)["params"])
     convert(finished.output, tmp_path / "hf", "huggingface", "float32")
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
-    assert tensors.keys() == expand(HUGGINGFACE, finished.model).keys()
+    assert tensors.keys() == expand(HUGGINGFACE, weight_specs(finished.model)).keys()
     np.testing.assert_array_equal(tensors["model.norm.weight"], student.params()["final_norm"]["scale"])
 
 

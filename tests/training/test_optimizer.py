@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from gemma2_jax.config import UserError
-from gemma2_jax.training.config import RunConfig
-from gemma2_jax.training.optimizer import build_projection_optimizer, learning_rate_schedule
+from gemma2_jax.model.weights import Weight
+from gemma2_jax.run import RunConfig
+from gemma2_jax.training.optimizer import build_optimizer, learning_rate_schedule
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_the_optimizer_follows_the_schedule(toy_run: RunConfig) -> None:
         learning_rate=1.0,
         warmup_steps=2,
     )
-    optimizer = build_projection_optimizer(config, 4)
+    optimizer = build_optimizer(config, 4, {"w": Weight("D", (1,), fan_in="D")})
     params = {"w": jnp.ones(1)}
     state = optimizer.init(params)
     found = []

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from gemma2_jax.config import UserError
-from gemma2_jax.training.config import RunConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.training.loop import train
 
 

@@ -53,6 +53,12 @@ def test_a_log_has_plain_lines_with_all_terms_and_the_time_left(clock, capsys):
     assert "\x1b" not in told.err
 
 
+def test_a_run_that_is_only_evaluated_again_has_no_time_left(clock, capsys):
+    with TrainingProgress("run", 40, show=True) as progress:
+        progress.report("run", 40, "validation", VALIDATION)
+    assert capsys.readouterr().err.endswith("  0 s left\n")
+
+
 def test_a_loss_of_one_term_is_told_once(clock, capsys):
     with TrainingProgress("run", 2, show=True) as progress:
         progress.advance(1)

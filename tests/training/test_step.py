@@ -16,18 +16,20 @@ from jax.sharding import Mesh
 
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import train_batches
-from gemma2_jax.kernels.lm_head import LMHead, SparseTargets, dense_loss
+from gemma2_jax.kernels.lm_head import LMHead, dense_sums
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params, map_weights
+from gemma2_jax.model.weights import map_specs, weight_specs
 from gemma2_jax.objectives.objective import ObjectiveConfig, build_coefficients, token_loss
+from gemma2_jax.objectives.targets import SparseTargets
+from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import ScheduleConfig
 from gemma2_jax.sharding.layout import on_mesh
 from gemma2_jax.sharding.mesh import AXES, MeshConfig, build_mesh
-from gemma2_jax.training.config import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer
-from gemma2_jax.training.state import TrainState, abstract_state, init_state
-from gemma2_jax.training.step import build_reading, build_train_step
+from gemma2_jax.training.state import TrainState
+from tests.heads import student_and_teacher
 from tests.programs import arrays
+from tests.steps import prepared, take_steps
 
 DISTILLATION = ObjectiveConfig(cross_entropy=0.25, forward_kl=0.75, temperature=2.0, block_tokens=48)
 ONE_DEVICE = MeshConfig(1, 1, 1)
@@ -45,7 +47,10 @@ def batches(run: RunConfig) -> list[Batch]:
 
 
 def with_teacher(run: RunConfig, objective: ObjectiveConfig) -> RunConfig:
-    return replace(run, objective=objective, distill=replace(run.distill, teacher="given to the step"))
+    """With a teacher that is wider and deeper than the student, and given to the step."""
+    sizes = replace(run.model, d_model=48, num_layers=4)
+    distill = replace(run.distill, teacher="given to the step", model=sizes)
+    return replace(run, objective=objective, distill=distill)
 
 
 def mesh_of(config: MeshConfig) -> Mesh:
@@ -54,30 +59,15 @@ def mesh_of(config: MeshConfig) -> Mesh:
 
 
 def a_teacher(run: RunConfig) -> Gemma2:
-    """Wider and deeper than the student."""
-    return Gemma2.init(replace(run.model, d_model=48, num_layers=4), jax.random.key(7))
+    assert run.distill.model is not None
+    return Gemma2.init(run.distill.model, jax.random.key(7))
 
 
 def steps(
     run: RunConfig, mesh_config: MeshConfig, batches: list[Batch], teacher: bool = False
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """Train on the batches, one step each."""
-    mesh = mesh_of(mesh_config)
-    optimizer = build_optimizer(run.optimizer, run.training.steps)
-    with jax.set_mesh(mesh):
-        abstract = abstract_state(run.model, optimizer, mesh)
-        state = init_state(run.model, optimizer, abstract, run.seed)
-        teacher_model = None
-        if teacher:
-            model = a_teacher(run)
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model.config, mesh=mesh))
-            teacher_model = Gemma2(model.config, jax.device_put(model.params(), shardings))
-        step = build_train_step(run, optimizer, abstract)
-        rows = []
-        for batch in batches:
-            state, row = step(state, teacher_model, on_mesh(batch, mesh))
-            rows.append({name: float(value) for name, value in row.items()})
-    return state, rows
+    return take_steps(run, mesh_of(mesh_config), batches, a_teacher(run) if teacher else None)
 
 
 Alone = Callable[..., list[dict[str, float]]]
@@ -134,15 +124,17 @@ def test_tensor_axis_alone(run: RunConfig, batches: list[Batch]) -> None:
 
 def test_moments_are_sharded_like_their_parameters(run: RunConfig, batches: list[Batch]) -> None:
     state, _ = steps(run, MeshConfig(2, 2, 2), batches[:1])
-    moments = optax.tree.get(state.optimizer, "mu"), optax.tree.get(state.optimizer, "nu")
+    moments = [optax.tree.get(state.optimizer["params"], name) for name in ("mu", "nu")]
     split = 0
     for tree in moments:
-        for moment, param in zip(jax.tree.leaves(tree), jax.tree.leaves(state.params), strict=True):
+        for moment, param in zip(
+            jax.tree.leaves(tree), jax.tree.leaves(state.trainable["params"]), strict=True
+        ):
             assert moment.sharding.is_equivalent_to(param.sharding, moment.ndim)
             on_this_device = moment.addressable_shards[0].data.size
             assert on_this_device == param.addressable_shards[0].data.size
             split += on_this_device < moment.size
-    assert split == 2 * len(jax.tree.leaves(state.params))  # every weight has an axis along fsdp
+    assert split == 2 * len(jax.tree.leaves(state.trainable["params"]))  # every weight has an axis along fsdp
 
 
 def test_accumulation_changes_nothing(run: RunConfig, batches: list[Batch]) -> None:
@@ -154,7 +146,8 @@ def test_accumulation_changes_nothing(run: RunConfig, batches: list[Batch]) -> N
     parts_state, parts = steps(accumulating, ONE_DEVICE, uneven)
     for expected, found in zip(whole, parts, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
-    chex.assert_trees_all_close(whole_state.params, parts_state.params, atol=5e-4)  # 3 Adam steps of 1e-2
+    # 3 Adam steps of 1e-2
+    chex.assert_trees_all_close(whole_state.trainable["params"], parts_state.trainable["params"], atol=5e-4)
 
 
 @pytest.mark.thorough
@@ -175,14 +168,11 @@ def test_the_first_loss_is_that_of_all_logits_at_once(
     teacher = a_teacher(run)
 
     def head(model: Gemma2) -> LMHead:
-        hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
-        return LMHead(hidden, model.embedder.embedding[...], 30.0)
+        return model.head(model.hidden(batch.tokens, batch.positions, batch.segment_ids))
 
-    total, metrics = dense_loss(
+    total, metrics = dense_sums(
         token_loss(DISTILLATION),
-        head(student),
-        head(teacher),
-        batch.targets,
+        *student_and_teacher(head(student), head(teacher), batch.targets),
         batch.loss_mask,
         build_coefficients(DISTILLATION, run.training.steps)(0),
     )
@@ -200,7 +190,7 @@ def test_masked_targets_do_not_count(run: RunConfig, batches: list[Batch]) -> No
     _, (changed,) = steps(run, ONE_DEVICE, [replace(batch, loss_mask=mask, targets=targets)])
     _, (whole,) = steps(run, ONE_DEVICE, [batch])
     assert masked == changed
-    assert masked["tokens"] == mask.sum() < whole["tokens"]
+    assert masked["targets"] == mask.sum() < whole["targets"]
     assert masked["loss"] != whole["loss"]
 
 
@@ -208,17 +198,16 @@ def test_a_batch_without_targets_is_no_nan(run: RunConfig, batches: list[Batch])
     empty = replace(batches[0], loss_mask=np.zeros_like(batches[0].loss_mask))
     state, (row,) = steps(run, ONE_DEVICE, [empty])
     assert row["loss"] == 0
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.trainable["params"]))
 
 
 def test_norms_do_not_decay(run: RunConfig) -> None:
-    optimizer = build_optimizer(
-        replace(run.optimizer, warmup_steps=0, schedule="constant", final_fraction=1.0), run.training.steps
-    )
+    constant = replace(run.optimizer, warmup_steps=0, schedule="constant", final_fraction=1.0)
+    optimizer = build_optimizer(constant, run.training.steps, weight_specs(run.model))
     params = jax.tree.map(jnp.ones_like, Gemma2.init(run.model, jax.random.key(0)).params())
     no_gradient = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(no_gradient, optimizer.init(params), params)
-    is_norm = map_weights(lambda path, _: path.endswith("norm/scale"))
+    is_norm = map_specs(lambda path, _: path.endswith("norm/scale"), weight_specs(run.model))
     for update, norm in zip(jax.tree.leaves(updates), jax.tree.leaves(is_norm), strict=True):
         expected = 0.0 if norm else -run.optimizer.learning_rate * run.optimizer.weight_decay
         np.testing.assert_allclose(update, expected, rtol=1e-6)
@@ -245,7 +234,7 @@ def test_parameters_stay_float32_when_computing_in_bfloat16(
 ) -> None:
     exact = alone(run)
     state, rounded = steps(replace(run, compute=replace(run.compute, dtype="bfloat16")), ONE_DEVICE, batches)
-    for leaf in jax.tree.leaves((state.params, optax.tree.get(state.optimizer, "mu"))):
+    for leaf in jax.tree.leaves((state.trainable["params"], optax.tree.get(state.optimizer["params"], "mu"))):
         assert leaf.dtype == jnp.float32
     assert [row["loss"] for row in rounded] == pytest.approx([row["loss"] for row in exact], rel=1e-2)
     assert [row["loss"] for row in rounded] != [row["loss"] for row in exact]
@@ -291,60 +280,73 @@ def test_microbatches_share_what_is_scheduled(run: RunConfig, alone: Alone) -> N
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("kind", ["hidden states", "entries"])
-def test_what_a_teacher_has_said_before(
-    run: RunConfig, batches: list[Batch], alone: Alone, accumulation: int, kind: str
+def test_targets_of_a_batch_train_as_their_teacher(
+    run: RunConfig, batches: list[Batch], alone: Alone, accumulation: int
 ) -> None:
-    """Its hidden states, or all of its distribution as entries, train as it does within the step."""
+    """All of its distribution, as a cache holds it, in place of its forward pass within the step."""
     run = with_teacher(run, DISTILLATION)
     run = replace(run, training=replace(run.training, accumulation=accumulation))
     temperature = DISTILLATION.temperature
     assert isinstance(temperature, float)
     expected = alone(run, teacher=True)[:2]
-    optimizer = build_optimizer(run.optimizer, run.training.steps)
-    mesh = mesh_of(ONE_DEVICE)
-    with jax.set_mesh(mesh):
-        abstract = abstract_state(run.model, optimizer, mesh)
-        state = init_state(run.model, optimizer, abstract, run.seed)
-        teacher = a_teacher(run)
-        read = build_reading(run.compute, run.distill, None)
-        step = build_train_step(run, optimizer, abstract)
-        for batch, row in zip(batches[:2], expected, strict=True):
-            taught = read(teacher, on_mesh(batch, mesh))
-            if kind == "entries":
-                log_p = jax.nn.log_softmax(teacher.embedder.decode(taught.hidden) / temperature)
-                ids = jnp.broadcast_to(jnp.arange(log_p.shape[-1], dtype=jnp.int32), log_p.shape)
-                taught = SparseTargets(ids, log_p, jnp.zeros(log_p.shape[:2]))
-            asked = teacher if kind == "hidden states" else None
-            state, found = step(state, asked, on_mesh(batch, mesh), taught)
-            assert {name: float(value) for name, value in found.items()} == pytest.approx(row, rel=1e-5)
+    teacher = a_teacher(run)
+
+    @jax.jit
+    def with_targets(batch: Batch) -> Batch:
+        hidden = teacher.hidden(batch.tokens, batch.positions, batch.segment_ids)
+        log_p = jax.nn.log_softmax(teacher.embedder.decode(hidden) / temperature)
+        ids = jnp.broadcast_to(jnp.arange(log_p.shape[-1], dtype=jnp.int32), log_p.shape)
+        sparse = SparseTargets(ids, log_p, jnp.zeros(log_p.shape[:2]))
+        return replace(batch, extra={"teacher_targets": sparse})
+
+    _, rows = take_steps(run, mesh_of(ONE_DEVICE), [with_targets(batch) for batch in batches[:2]])
+    assert rows == [pytest.approx(row, rel=1e-5) for row in expected]
 
 
 @pytest.mark.thorough
 def test_a_schedule_compiles_nothing_again(run: RunConfig, batches: list[Batch]) -> None:
     run = with_teacher(run, SCHEDULED)
-    optimizer = build_optimizer(run.optimizer, run.training.steps)
     mesh = mesh_of(ONE_DEVICE)
     with jax.set_mesh(mesh):
-        abstract = abstract_state(run.model, optimizer, mesh)
-        state = init_state(run.model, optimizer, abstract, run.seed)
-        teacher = a_teacher(run)
-        step = build_train_step(run, optimizer, abstract)
-        state, _ = step(state, teacher, on_mesh(batches[0], mesh))
+        step, state, frozen = prepared(run, mesh, a_teacher(run))
+        state, _ = step(state, frozen, on_mesh(batches[0], mesh))
         with jax.no_tracing():
             for batch in batches[1:]:
-                state, _ = step(state, teacher, on_mesh(batch, mesh))
+                state, _ = step(state, frozen, on_mesh(batch, mesh))
     assert int(state.step) == 3
 
 
-@pytest.mark.thorough
+@pytest.mark.parametrize("break_in", ["loss", "gradients"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_that_is_not_finite_leaves_the_state(
+    run: RunConfig, batches: list[Batch], break_in: str, accumulation: int
+) -> None:
+    """Bit for bit, the optimizer's state among it; and its norm of gradients is NaN, by which a run stops."""
+    run = replace(run, training=replace(run.training, accumulation=accumulation))
+    mesh, mask = mesh_of(ONE_DEVICE), np.array(batches[1].loss_mask)
+    # Huge weights that cancel: the loss is finite, and the gradients' squares are not.
+    mask[0, 3:5] = [np.nan, 0.0] if break_in == "loss" else [1e30, -1e30]
+    broken = replace(batches[1], loss_mask=mask)
+    with jax.set_mesh(mesh):
+        step, state, frozen = prepared(run, mesh)
+        state, row = step(state, frozen, on_mesh(batches[0], mesh))
+        assert np.isfinite(row["gradient_norm"])
+        before = jax.tree.map(np.asarray, state)
+        state, row = step(state, frozen, on_mesh(broken, mesh))
+        assert np.isnan(row["gradient_norm"])
+        assert np.isfinite(row["loss"]) == (break_in == "gradients")
+        chex.assert_trees_all_equal(jax.tree.map(np.asarray, state), before)
+        assert int(state.step) == 1
+        state, row = step(state, frozen, on_mesh(batches[2], mesh))
+    assert int(state.step) == 2
+    assert np.isfinite(row["gradient_norm"])
+
+
 def test_no_step_holds_logits_of_all_tokens(run: RunConfig, batches: list[Batch]) -> None:
     """Neither the student's nor the teacher's, forward or backward: the largest array has block_tokens rows."""
     run = with_teacher(run, DISTILLATION)
-    optimizer = build_optimizer(run.optimizer, run.training.steps)
-    abstract = abstract_state(run.model, optimizer, mesh_of(ONE_DEVICE))
-    teacher = a_teacher(run)
-    jaxpr = jax.make_jaxpr(build_train_step(run, optimizer, abstract))(abstract, teacher, batches[0])
+    step, state, frozen = prepared(run, mesh_of(ONE_DEVICE), a_teacher(run))
+    jaxpr = jax.make_jaxpr(step)(state, frozen, batches[0])
     V, tokens = run.model.vocab_size, batches[0].tokens.size
     sizes = [size for shape, size in arrays(jaxpr.jaxpr) if V in shape and not {32, 48} & set(shape)]
     assert max(sizes) <= DISTILLATION.block_tokens * V < tokens * V
@@ -353,9 +355,7 @@ def test_no_step_holds_logits_of_all_tokens(run: RunConfig, batches: list[Batch]
 def test_the_stages_of_a_step_have_names(run: RunConfig, batches: list[Batch]) -> None:
     """By which a profile tells them."""
     run = with_teacher(run, DISTILLATION)
-    optimizer = build_optimizer(run.optimizer, run.training.steps)
-    abstract = abstract_state(run.model, optimizer, mesh_of(ONE_DEVICE))
-    lowered = build_train_step(run, optimizer, abstract).lower(abstract, a_teacher(run), batches[0])
-    program = lowered.as_text(debug_info=True)
+    step, state, frozen = prepared(run, mesh_of(ONE_DEVICE), a_teacher(run))
+    program = step.lower(state, frozen, batches[0]).as_text(debug_info=True)
     for stage in ("embed", "attention", "mlp", "final_norm", "teacher", "loss", "optimizer"):
         assert re.search(rf'["/(]{stage}[/)"]', program), stage

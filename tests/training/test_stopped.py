@@ -14,30 +14,25 @@ import pytest
 from gemma2_jax import stops
 from gemma2_jax.checkpoints.store import CheckpointConfig, CheckpointStore, latest_step, load_model
 from gemma2_jax.config import UserError
-from gemma2_jax.distill.cache import writer
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.cache.manifest import read_cache
-from gemma2_jax.distill.cache.writer import write_cache
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.run import RunConfig
+from gemma2_jax.training import teacher_cache as writer
 from gemma2_jax.training import trainer
-from gemma2_jax.training.config import RunConfig
-from gemma2_jax.training.inputs import cache_task
-from gemma2_jax.training.loop import train, train_together
+from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
+from gemma2_jax.training.start import as_prepared
+from gemma2_jax.training.teacher_cache import write_cache
+from gemma2_jax.training.together import train_together
 from gemma2_jax.training.trainer import Trainer
 from tests.distill.test_cache import content, write_teacher
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TIMES = ("tokens_per_second", "mfu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device() -> Iterator[None]:
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: first)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +49,12 @@ def whole(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunCo
 
 
 @contextmanager
-def signal_at(step: int, owner: Any = Trainer, name: str = "take_step") -> Iterator[None]:
+def signal_at(step: int, owner: Any = Trainer, name: str = "_take_step") -> Iterator[None]:
     """SIGTERM comes while a run is at `step` and begins with something; what is done inside ends by it."""
     function = getattr(owner, name)
 
     def interrupted(self: Any, *arguments: Any) -> Any:
-        if not isinstance(self, Trainer) or self.step == step:
+        if not isinstance(self, Trainer) or self._step == step:
             signal.raise_signal(signal.SIGTERM)
         return function(self, *arguments)
 
@@ -120,15 +115,15 @@ def test_stopped_at_every_step(whole: RunConfig, tmp_path: Path) -> None:
 )
 def test_an_evaluation_that_is_cut_short_is_done_later(whole: RunConfig, tmp_path: Path, step: int) -> None:
     config = replace(whole, output=str(tmp_path / "run"))
-    with signal_at(step, Trainer, "_evaluate"):
+    with signal_at(step, Trainer, "_evaluate_if_due"):
         train(config)
     assert latest_step(config.output) == step
     assert [row["split"] for row in rows(config.output) if row["step"] == step] == ["train"]
-    with signal_at(step, Trainer, "_evaluate"):  # and again
+    with signal_at(step, Trainer, "_evaluate_if_due"):  # and again
         train(config)
     assert latest_step(config.output) == step
     with pytest.MonkeyPatch.context() as patch:  # killed when it is done, before anything is saved
-        patch.setattr(Trainer, "take_step", interrupt)
+        patch.setattr(Trainer, "_take_step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert rows(config.output)[-1]["split"] == "validation"
@@ -144,7 +139,7 @@ def interrupt(*_: Any) -> None:
 def test_the_last_evaluation_is_not_cut_short(whole: RunConfig, tmp_path: Path) -> None:
     """No run goes on behind it."""
     config = replace(whole, output=str(tmp_path / "run"))
-    with signal_at(9, Trainer, "_evaluate"):
+    with signal_at(9, Trainer, "_evaluate_if_due"):
         train(config)
     assert latest_step(config.output) == 9
     assert_same(config, whole)
@@ -174,15 +169,15 @@ def test_broken_weights_are_not_saved(
     whole: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(whole, output=str(tmp_path / "run"))
-    step = Trainer.take_step
+    step = Trainer._take_step
 
     def broken(self: Trainer, *fed: Any) -> None:
         step(self, *fed)
-        if self.step == 7:
+        if self._step == 7:
             self._rows[-1] = dict(self._rows[-1]) | {"loss": float("nan")}
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "take_step", broken)
+    monkeypatch.setattr(Trainer, "_take_step", broken)
     with stops.handled(), pytest.raises(UserError, match=r"stopped before step 7: loss is nan"):
         train(config)
     assert latest_step(config.output) == 6
@@ -191,8 +186,11 @@ def test_broken_weights_are_not_saved(
 @pytest.mark.thorough
 def test_runs_that_are_trained_together(whole: RunConfig, tmp_path: Path) -> None:
     """One of them was ahead."""
+    teacher = write_teacher(whole, Gemma2.init(whole.model, jax.random.key(1)), tmp_path / "teacher")
+    objective = ObjectiveConfig(0.0, 1.0, temperature=1.0, block_tokens=48)
+    student = replace(whole, distill=DistillConfig(teacher, "float32"), objective=objective)
     configs = [
-        replace(whole, name=name, seed=seed, output=str(tmp_path / name))
+        replace(student, name=name, seed=seed, output=str(tmp_path / name))
         for seed, name in enumerate(("one", "other"))
     ]
     with signal_at(3):
@@ -208,7 +206,26 @@ def test_runs_that_are_trained_together(whole: RunConfig, tmp_path: Path) -> Non
         train_together(configs)
     assert [latest_step(config.output) for config in configs] == [7, 7]
     train_together(configs)
+    alone = replace(configs[0], output=str(tmp_path / "alone"))
+    train(alone)
+    # In several programs, of one run and of two: equal but for rounding.
+    for found, expected in zip(rows(one), rows(alone.output), strict=True):
+        assert found.pop("split") == expected.pop("split")
+        assert found == pytest.approx(expected, rel=2e-5, abs=1e-7)
+
+
+def test_runs_without_a_teacher_go_one_after_the_other(whole: RunConfig, tmp_path: Path) -> None:
+    configs = [
+        replace(whole, name=name, seed=seed, output=str(tmp_path / name))
+        for seed, name in enumerate(("one", "other"))
+    ]
+    with signal_at(6):
+        train_together(configs)
+    assert [latest_step(config.output) for config in configs] == [7, None]
+    assert promise() == f"gemma2: stopped; the same command goes on from step 7 of {configs[0].output}."
+    train_together(configs)
     assert_same(configs[0], whole)
+    assert latest_step(configs[1].output) == 9
 
 
 def test_a_cache_keeps_the_step_it_is_at(
@@ -217,7 +234,7 @@ def test_a_cache_keeps_the_step_it_is_at(
     teacher = write_teacher(whole, Gemma2.init(whole.model, jax.random.key(1)), tmp_path / "teacher")
     distill = DistillConfig(teacher, "float32", cache=str(tmp_path / "cache"), encoding=EncodingConfig())
     objective = ObjectiveConfig(0.0, 1.0, temperature=1.0, block_tokens=48)
-    task = cache_task(replace(whole, distill=distill, objective=objective))
+    task, cache = as_prepared(replace(whole, distill=distill, objective=objective)), str(tmp_path / "cache")
     write: Callable[..., None] = writer.RecordWriter.write
     written = []
 
@@ -231,15 +248,15 @@ def test_a_cache_keeps_the_step_it_is_at(
         patch.setattr(writer.RecordWriter, "write", interrupted)
         with stops.handled(), pytest.raises(stops.Stopped) as caught:
             write_cache(task)
-    assert read_cache(task.folder).rows == 4 * 6
+    assert read_cache(cache).rows == 4 * 6
     assert stops.message(caught.value).strip() == (
-        f"gemma2: stopped; 24 rows of {task.folder} are written, and the same command goes on behind them."
+        f"gemma2: stopped; 24 rows of {cache} are written, and the same command goes on behind them."
     )
     write_cache(task)
-    assert read_cache(task.folder).rows == 4 * 9
-    again = replace(task, folder=str(tmp_path / "again"))
-    write_cache(again)
-    assert records(task.folder) == records(again.folder)
+    assert read_cache(cache).rows == 4 * 9
+    again = str(tmp_path / "again")
+    write_cache(replace(task, distill=replace(distill, cache=again)))
+    assert records(cache) == records(again)
 
 
 def records(folder: str) -> list[bytes]:

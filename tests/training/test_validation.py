@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
-from gemma2_jax.training.validation import validate
+from gemma2_jax.training.validation import averages, sum_over
 
 
 def test_numbers_are_fetched_once_and_after_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,8 +24,8 @@ def test_numbers_are_fetched_once_and_after_the_last_batch(monkeypatch: pytest.M
             given.append(number)
             yield Batch(ids, ids, ids, ids, np.ones((8, 4), np.float32))
 
-    def step(model: None, teacher: None, batch: Batch) -> dict[str, jax.Array]:
-        return {"cross_entropy": jnp.sum(batch.tokens * 0.25), "tokens": jnp.sum(batch.loss_mask)}
+    def step(batch: Batch) -> dict[str, jax.Array]:
+        return {"cross_entropy": jnp.sum(batch.tokens * 0.25), "targets": jnp.sum(batch.loss_mask)}
 
     def fetch(values: object) -> object:
         fetched_after.append(len(given))
@@ -34,7 +34,7 @@ def test_numbers_are_fetched_once_and_after_the_last_batch(monkeypatch: pytest.M
     monkeypatch.setattr(jax, "device_get", fetch)
     mesh: Mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     with jax.set_mesh(mesh):
-        metrics = validate(step, None, None, batches(), mesh)  # type: ignore[arg-type]
+        metrics = averages(sum_over(step, batches(), mesh))
     assert fetched_after == [5]
     assert metrics["targets"] == 5 * 8 * 4
     assert metrics["cross_entropy"] == pytest.approx(0.25 * 3)

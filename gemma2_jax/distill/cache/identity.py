@@ -8,6 +8,7 @@ import numpy as np
 
 from gemma2_jax.config import to_dict
 from gemma2_jax.formats.source import Source, all_places
+from gemma2_jax.model.weights import weight_specs
 
 
 def teacher_identity(source: Source) -> str:
@@ -22,7 +23,7 @@ def teacher_identity(source: Source) -> str:
     source.check()
     config = replace(source.config, vocab_size=source.config.num_tokens, vocab_padding=0)
     digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
-    for place in all_places(source.config):
+    for place in all_places(weight_specs(source.config)):
         weight = source.weight(place)
         if place.path == "embedder/embedding":
             weight = weight[: config.num_tokens]

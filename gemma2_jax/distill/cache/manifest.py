@@ -1,11 +1,12 @@
 """What a folder of cached teacher signals holds, and which data, teacher and settings it was made for."""
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from gemma2_jax.config import UserError, to_dict
+from gemma2_jax.config import UserError, as_override, to_dict
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.shards import MANIFEST, File, check_content, check_size, read_described, read_manifest
 from gemma2_jax.distill.cache.encoding import EncodingConfig
@@ -31,7 +32,7 @@ class DataOrder:
     seq_len: int
     batch_size: int
     process_count: int
-    streams: int = 1  # in caches of before there were several
+    streams: int = 1  # Older caches lack this key.
     shuffle_buffer: int = 0  # Older caches lack this key.
 
     @classmethod
@@ -124,7 +125,7 @@ def find_cache(folder: str | Path) -> Manifest | None:
         UserError: it cannot be read, is of another format, or files that it names are gone or cut.
     """
     expected = "the manifest of a teacher's cache; choose another distill.cache"
-    manifest = read_described(folder, _ADAPTER, FORMAT, expected, "make")
+    manifest = read_described("distill.cache", folder, _ADAPTER, FORMAT, expected, "make")
     if manifest is not None:
         for file in manifest.files:
             check_size(Path(folder), file, "make")
@@ -165,7 +166,9 @@ def refuse_other_order(folder: str | Path, manifest: Manifest, order: DataOrder)
         was, wanted = getattr(manifest.order, field.name), getattr(order, field.name)
         if was != wanted:
             key = names.get(field.name, f"data.{field.name}")
-            raise _other(folder, key, str(was)[:12], str(wanted)[:12])
+            if field.name in ("documents", "tokenizer"):
+                was, wanted = was[:12], wanted[:12]
+            raise _other(folder, key, was, wanted)
 
 
 def refuse_other_teacher(folder: str | Path, manifest: Manifest, identity: str, path: str) -> None:
@@ -190,7 +193,9 @@ def refuse_other_encoding(folder: str | Path, manifest: Manifest, encoding: Enco
 
 
 def _other(folder: str | Path, key: str, was: object, wanted: object) -> UserError:
+    typed = as_override(key, was) if re.fullmatch(r"[a-z_.]+", key) and key != "distill.teacher" else None
+    remedy = "" if typed is None else f"write {typed} to use it, or "
     return UserError(
-        f"distill.cache {folder} was made with another value of {key} ({was}, now {wanted}); set distill.cache to "
-        "another folder and run `gemma2 teacher-cache`."
+        f"distill.cache {folder} was made with another value of {key} ({was}, now {wanted}); {remedy}set distill.cache "
+        "to another folder and run `gemma2 teacher-cache`."
     )

@@ -22,9 +22,9 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries
 from gemma2_jax.distill.cache.streams import StreamsReader, StreamsWriter, bytes_for
-from gemma2_jax.kernels.lm_head import SparseTargets
 from gemma2_jax.kernels.softcap import NEVER
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.objectives.targets import SparseTargets
 
 _CHUNK = 2048  # tokens that are unpacked at a time: what is in use stays in a processor's own memory
 

@@ -1,5 +1,6 @@
-"""A cache beside the data that it was made for: batches with what the teacher said about them."""
+"""A cache beside the data that it was made for: batches with the teacher's targets."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gemma2_jax.distill.cache.manifest import (
 )
 from gemma2_jax.distill.cache.packing import Packer, broken_record, row_checksums
 from gemma2_jax.formats.load import open_source
-from gemma2_jax.kernels.lm_head import SparseTargets
+from gemma2_jax.objectives.targets import SparseTargets
 
 # Decoded by a thread while the step before is trained on. A second one would wait for Python's lock most of the time.
 _READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -75,7 +76,7 @@ def check_cache(
 
 
 def cached_batches(data: DataConfig, cache: str, share: int = 0, shares: int = 1) -> "CachedBatches":
-    """`train_batches`, each with the teacher's entries; ends where the cache does. See `check_cache`.
+    """`train_batches`, each with the teacher's targets; ends where the cache does. See `check_cache`.
 
     Raises:
         UserError: as `train_batches` and `check_cache`; later, if a row is not the one that was cached.
@@ -87,27 +88,31 @@ def cached_batches(data: DataConfig, cache: str, share: int = 0, shares: int = 1
 
 
 class CachedBatches(grain.DatasetIterator):
-    """Yields (Batch, SparseTargets), numpy arrays of this process's rows; its state is that of both."""
+    """Yields `Batch` of NumPy arrays with `teacher_targets` of its rows in this process; its state is that of both.
+
+    Attributes:
+        batches: the iterator without the cache, which moves with this one.
+    """
 
     def __init__(self, batches: grain.DatasetIterator, signals: grain.DatasetIterator, cache: str) -> None:
         super().__init__((batches, signals))
-        self._batches, self._signals, self._cache = batches, signals, cache
+        self.batches, self._signals, self._cache = batches, signals, cache
 
-    def __next__(self) -> tuple[Batch, SparseTargets]:
+    def __next__(self) -> Batch:
         sparse, checksums = next(self._signals)
-        batch = next(self._batches)
+        batch = next(self.batches)
         if checksums != row_checksums(batch):
             raise UserError(
                 f"distill.cache {self._cache} holds other rows than data.folder gives now, although its manifest "
                 "matches; delete it and run `gemma2 teacher-cache`."
             )
-        return batch, sparse
+        return replace(batch, extra={"teacher_targets": sparse})
 
     def get_state(self) -> dict[str, Any]:
-        return {"data": self._batches.get_state(), "cache": self._signals.get_state()}
+        return {"data": self.batches.get_state(), "cache": self._signals.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._batches.set_state(state["data"])
+        self.batches.set_state(state["data"])
         self._signals.set_state(state["cache"])
 
 

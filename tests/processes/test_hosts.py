@@ -13,9 +13,9 @@ import pytest
 from jax._src.clusters import cloud_tpu_cluster, cluster
 
 from gemma2_jax.config import UserError
-from gemma2_jax.sharding import hosts, rendezvous
-from gemma2_jax.sharding.hosts import HostsConfig, Place, check_agreement, find_place, join
-from gemma2_jax.sharding.rendezvous import Links, meet, split_address
+from gemma2_jax.processes import hosts, rendezvous
+from gemma2_jax.processes.hosts import HostsConfig, Place, check_agreement, find_place, join
+from gemma2_jax.processes.rendezvous import Links, meet, split_address
 from tests.multihost.job import free_port
 
 SLURM = {

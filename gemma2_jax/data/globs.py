@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.invalid import Invalid
+from gemma2_jax.files import reason
 from gemma2_jax.machine import is_installed
 
 TEXT = (".txt", ".md", ".rst")
@@ -108,7 +109,7 @@ def _mode(path: Path) -> int | None:
     except OSError as error:
         if error.errno in _ABSENT:
             return None
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
 
 
 def _expand(pattern: str) -> Iterator[str]:
@@ -141,7 +142,7 @@ def _is_there(path: str) -> bool:
     except OSError as error:
         if error.errno in _ABSENT:
             return False
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
     return True
 
 
@@ -176,4 +177,4 @@ def _entries(folder: str, hidden: bool) -> list[os.DirEntry[str]]:
     except OSError as error:
         if error.errno in _ABSENT:
             return []
-        raise UserError(f"{folder} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{folder} cannot be read: {reason(error, folder)}.") from None

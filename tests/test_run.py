@@ -10,8 +10,8 @@ from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.on_policy import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import ScheduleConfig
-from gemma2_jax.training.config import RunConfig
 
 
 def test_a_term_that_needs_a_teacher(toy_run: RunConfig) -> None:

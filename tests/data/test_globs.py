@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data.matching import match_files
+from gemma2_jax.data.globs import match_files
 
 
 @pytest.fixture

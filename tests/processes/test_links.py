@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gemma2_jax.sharding import links
-from gemma2_jax.sharding.links import LiveLinks, Lost
+from gemma2_jax.processes import links
+from gemma2_jax.processes.links import LiveLinks, Lost
 
 
 @pytest.fixture(autouse=True)

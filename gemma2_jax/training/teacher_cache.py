@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gemma2_jax import stops
-from gemma2_jax.checkpoints.store import CheckpointConfig
 from gemma2_jax.config import UserError, to_dict, usable
-from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.pipeline import tokenizer_of, train_batches
 from gemma2_jax.data.shards import RecordWriter, record_file_size
 from gemma2_jax.data.tokenizer import Tokenizer
@@ -38,18 +36,19 @@ from gemma2_jax.distill.cache.manifest import (
 )
 from gemma2_jax.distill.cache.packing import Packed, Packer, log_grid, row_checksums
 from gemma2_jax.distill.rows import check_rows
-from gemma2_jax.distill.teacher import DistillConfig, as_teacher, load_teacher
+from gemma2_jax.distill.teacher import as_teacher, load_teacher
 from gemma2_jax.files import locked
-from gemma2_jax.formats.load import open_for, open_source
+from gemma2_jax.formats.load import check_readable, open_for
 from gemma2_jax.machine import cores
-from gemma2_jax.model.config import ComputeConfig, ModelConfig
+from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.sharding.agreed_stop import AgreedStop, stopping_together
+from gemma2_jax.processes.agreed_stop import AgreedStop, stopping_together
+from gemma2_jax.processes.hosts import HostsConfig, check_agreement, from_all, is_first, wait_for_all
+from gemma2_jax.processes.sharing import check_shared
+from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.feeding import feeding_share
-from gemma2_jax.sharding.hosts import check_agreement, from_all, is_first, wait_for_all
-from gemma2_jax.sharding.layout import LayoutConfig, batch_sharding, laid_out, on_mesh
-from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
-from gemma2_jax.sharding.sharing import check_shared
+from gemma2_jax.sharding.layout import batch_sharding, laid_out, on_mesh
+from gemma2_jax.sharding.mesh import build_mesh
 
 STRETCH_ROWS = 4096  # over all processes, between two files: what a stopped run may have to do again
 # Steps that size and time are estimated from; the first, which compiles, gives no time. More of them where they are
@@ -57,50 +56,42 @@ STRETCH_ROWS = 4096  # over all processes, between two files: what a stopped run
 _ESTIMATED_STEPS, _ESTIMATED_TOKENS = 4, 8192
 
 
-@dataclass(frozen=True)
-class CacheTask:
-    """What to write.
+def check_asked(config: RunConfig) -> str:
+    """The folder of the cache that a configuration asks for.
 
-    Attributes:
-        folder: of the cache.
-        encoding: what is kept of the teacher's distributions.
-        distill: the teacher and its dtype.
-        model: the student's, whose vocabulary the teacher must have.
-        compute: how the teacher's forward pass is executed, but for its dtype.
-        data, tokenizer: the student's.
-        mesh: of the teacher; layout: of the student, as which the teacher lies if distill.layout is null.
-        steps: of training that the cache is for.
-        block_tokens: tokens that each device computes logits of at a time.
-        grace_seconds: for a step and its file, after a signal.
+    Raises:
+        UserError: it does not say where the cache is to be, or what it is to keep.
     """
-
-    folder: str
-    encoding: EncodingConfig
-    distill: DistillConfig
-    model: ModelConfig
-    compute: ComputeConfig
-    data: DataConfig
-    tokenizer: TokenizerConfig
-    mesh: MeshConfig
-    layout: LayoutConfig
-    steps: int
-    block_tokens: int
-    grace_seconds: float = CheckpointConfig.grace_seconds
+    if config.distill.cache is None or config.distill.encoding is None:
+        raise UserError(
+            "distill.cache and distill.encoding must be set to write a teacher's cache; distill=cached sets the latter."
+        )
+    return config.distill.cache
 
 
-def check_teacher(task: CacheTask) -> None:
-    """Raises UserError if there is no teacher, or it is not whole: before data is prepared for it."""
-    open_source(_teacher_path(task)).check()
+def check_teacher(config: RunConfig) -> None:
+    """Raises UserError if there is no teacher, or none that can be read: before data is prepared for it."""
+    check_readable("distill.teacher", _teacher_path(config), config.tokenizer.path)
 
 
-def _teacher_path(task: CacheTask) -> str:
-    if task.distill.teacher is None:
+def _teacher_path(config: RunConfig) -> str:
+    if config.distill.teacher is None:
         raise UserError("distill.teacher is null; it must be a checkpoint of the teacher.")
-    return task.distill.teacher
+    return config.distill.teacher
 
 
-def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
-    """Makes `task.folder` hold the teacher's signal for the first `task.steps` steps; at once if it does already.
+def _folder(config: RunConfig) -> str:
+    assert config.distill.cache is not None  # as `check_asked` has it
+    return config.distill.cache
+
+
+def _encoding(config: RunConfig) -> EncodingConfig:
+    assert config.distill.encoding is not None  # as `check_asked` has it
+    return config.distill.encoding
+
+
+def write_cache(config: RunConfig, estimate_only: bool = False) -> Manifest:
+    """Makes distill.cache hold the teacher's targets for all steps of a run; returns at once if it does already.
 
     Says first, on standard error, what it will take in bytes and hours, from a few steps. A cache that was stopped,
     or made for fewer steps, goes on behind its last file, with the same rows as if it had not been.
@@ -113,102 +104,104 @@ def write_cache(task: CacheTask, estimate_only: bool = False) -> Manifest:
         UserError: the folder holds a cache for other data, teacher or settings, or is being written; the teacher
             has another tokenizer, or gives no numbers; the batch does not fit the mesh; the disk is full.
     """
-    mesh = build_mesh(task.mesh)
-    with jax.set_mesh(mesh), laid_out(task.layout), ExitStack() as stack:
-        check_rows(task.data.batch_size, task.data.seq_len, mesh, "data.batch_size")
+    check_asked(config)
+    config = replace(config, hosts=HostsConfig())  # which processes there are does not change what is written
+    mesh = build_mesh(config.mesh)
+    with jax.set_mesh(mesh), laid_out(config.layout), ExitStack() as stack:
+        check_rows(config.data.batch_size, config.data.seq_len, mesh, "data.batch_size")
         _, shares = feeding_share(mesh)
         if shares != jax.process_count():
             raise UserError(
-                f"mesh gives the {jax.process_count()} processes {shares} different parts of a batch's rows, and "
-                "each writes the cache of a part of its own; let mesh.tensor x mesh.sequence divide the devices of a "
-                "process."
+                f"mesh divides a batch's rows into {shares} parts for {jax.process_count()} processes, and each "
+                "process needs rows of its own to write a cache; choose mesh.tensor x mesh.sequence so that it divides "
+                "the number of devices of a process."
             )
-        manifest = _manifest(task)
-        check_agreement({**to_dict(task), **_what_decides(task, manifest)})
-        if is_complete(task, manifest):
+        manifest = _manifest(config)
+        check_agreement({**to_dict(config), **_what_decides(config, manifest)})
+        if is_complete(config, manifest):
             return manifest
-        stack.enter_context(stops.resuming(lambda: "" if estimate_only else _goes_on(task)))
+        stack.enter_context(stops.resuming(lambda: "" if estimate_only else _goes_on(config)))
         if not estimate_only:
             if is_first():
-                _lock(task, manifest, stack)
-            check_shared([("distill.cache", task.folder)])
-        return _Writing(task, manifest, mesh, stack).run(estimate_only)
+                _lock(config, manifest, stack)
+            check_shared([("distill.cache", _folder(config))])
+        return _Writing(config, manifest, mesh, stack).run(estimate_only)
 
 
-def _what_decides(task: CacheTask, manifest: Manifest) -> dict[str, Any]:
+def _what_decides(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     """What all processes must find on disk for their files to be those of one cache."""
     data = {
-        f"{name} of data.folder {task.data.folder}": getattr(manifest.order, name)
+        f"{name} of data.folder {config.data.folder}": getattr(manifest.order, name)
         for name in ("documents", "tokenizer")
     }
-    weights = f"the weights of distill.teacher {task.distill.teacher}"
+    weights = f"the weights of distill.teacher {config.distill.teacher}"
     return {"distill.cache's rows": manifest.rows, weights: manifest.teacher, **data}
 
 
-def _lock(task: CacheTask, manifest: Manifest, stack: ExitStack) -> None:
+def _lock(config: RunConfig, manifest: Manifest, stack: ExitStack) -> None:
     """Keeps others from writing, until the stack is closed."""
     try:
-        with usable("distill.cache", task.folder):
-            stack.enter_context(locked(task.folder, wait=False))
+        with usable("distill.cache", _folder(config)):
+            stack.enter_context(locked(_folder(config), wait=False))
     except BlockingIOError:
         raise UserError(
-            f"distill.cache {task.folder} is being written by another process; wait for it."
+            f"distill.cache {_folder(config)} is being written by another process; wait for it."
         ) from None
-    found = find_cache(task.folder)
+    found = find_cache(_folder(config))
     if found is not None and found != manifest:
         raise UserError(
-            f"distill.cache {task.folder} was written by another process just now; run this again to go on with it."
+            f"distill.cache {_folder(config)} was written by another process just now; run this again to go on with it."
         )
 
 
-def _goes_on(task: CacheTask) -> str:
+def _goes_on(config: RunConfig) -> str:
     """What the same command does after a stop."""
-    found = find_cache(task.folder)
+    found = find_cache(_folder(config))
     if found is None:
-        return f"nothing of {task.folder} is written yet, and the same command begins anew"
-    return f"{found.rows:,} rows of {task.folder} are written, and the same command goes on behind them"
+        return f"nothing of {_folder(config)} is written yet, and the same command begins anew"
+    return f"{found.rows:,} rows of {_folder(config)} are written, and the same command goes on behind them"
 
 
-def is_complete(task: CacheTask, manifest: Manifest) -> bool:
+def is_complete(config: RunConfig, manifest: Manifest) -> bool:
     """Whether nothing is left to write."""
-    return len(manifest.files) > 0 and manifest.rows >= task.steps * task.data.batch_size
+    return len(manifest.files) > 0 and manifest.rows >= config.training.steps * config.data.batch_size
 
 
-def _manifest(task: CacheTask) -> Manifest:
+def _manifest(config: RunConfig) -> Manifest:
     """What is there already, or the manifest of an empty cache."""
-    tokenizer = tokenizer_of(task.data, task.tokenizer)
-    order = DataOrder.of(task.data, jax.process_count())
-    teacher = _teacher_path(task)
+    tokenizer = tokenizer_of(config.data, config.tokenizer)
+    order = DataOrder.of(config.data, jax.process_count())
+    teacher = _teacher_path(config)
     source = open_for(tokenizer, teacher, "distill.teacher")
-    check_encoding(task.encoding, source.config)
+    check_encoding(_encoding(config), source.config)
     identity = teacher_identity(source)
-    found = find_cache(task.folder)
+    found = find_cache(_folder(config))
     if found is None:
         return Manifest(
             format=FORMAT,
             order=order,
             teacher=identity,
             teacher_path=teacher,
-            dtype=task.distill.dtype,
+            dtype=config.distill.dtype,
             num_tokens=source.config.num_tokens,
-            encoding=task.encoding,
-            grid=log_grid(task.encoding, source.config),
+            encoding=_encoding(config),
+            grid=log_grid(_encoding(config), source.config),
             files=(),
         )
-    refuse_other_order(task.folder, found, order)
-    refuse_other_teacher(task.folder, found, identity, teacher)
-    refuse_other_encoding(task.folder, found, task.encoding)
-    refuse_other_dtype(task.folder, found, task.distill.dtype)
+    refuse_other_order(_folder(config), found, order)
+    refuse_other_teacher(_folder(config), found, identity, teacher)
+    refuse_other_encoding(_folder(config), found, _encoding(config))
+    refuse_other_dtype(_folder(config), found, config.distill.dtype)
     return found
 
 
 class _Writing:
     """A cache in the making."""
 
-    def __init__(self, task: CacheTask, manifest: Manifest, mesh: Mesh, stack: ExitStack) -> None:
-        self._task, self._manifest, self._mesh = task, manifest, mesh
-        self._first_step = manifest.rows // task.data.batch_size
-        self._packer = Packer(manifest.encoding, manifest.grid, manifest.num_tokens, task.data.seq_len)
+    def __init__(self, config: RunConfig, manifest: Manifest, mesh: Mesh, stack: ExitStack) -> None:
+        self._config, self._manifest, self._mesh = config, manifest, mesh
+        self._first_step = manifest.rows // config.data.batch_size
+        self._packer = Packer(manifest.encoding, manifest.grid, manifest.num_tokens, config.data.seq_len)
         self._pool = stack.enter_context(ThreadPoolExecutor(cores()))
         self._console = Console(stderr=True, quiet=not is_first())
         self._progress = stack.enter_context(
@@ -225,34 +218,34 @@ class _Writing:
         )
 
     def run(self, estimate_only: bool) -> Manifest:
-        task = self._task
+        config = self._config
         per_stretch = self._steps_of_a_stretch()
         steps = self._estimated(self._packed())
         head = next(steps)  # which compiles: a stop until now has nothing to save
         if estimate_only:
             return self._manifest
         steps = itertools.chain([head], steps)
-        bar = self._progress.add_task("teaching", total=task.steps * task.data.batch_size)
-        with stopping_together(task.grace_seconds, self._say) as stop:
-            for first in range(self._first_step, task.steps, per_stretch):
-                count = min(per_stretch, task.steps - first)
+        bar = self._progress.add_task("teaching", total=config.training.steps * config.data.batch_size)
+        with stopping_together(config.checkpoint.grace_seconds, self._say) as stop:
+            for first in range(self._first_step, config.training.steps, per_stretch):
+                count = min(per_stretch, config.training.steps - first)
                 self._write_stretch(itertools.islice(steps, count), stop)
                 self._progress.update(bar, completed=self._manifest.rows)
                 if stop.is_due():
                     stops.check()
         wait_for_all("cache")  # whose manifest process 0 writes
         self._say(
-            f"{task.folder}: {self._manifest.rows:,} rows of {task.data.seq_len:,} tokens, "
+            f"{_folder(config)}: {self._manifest.rows:,} rows of {config.data.seq_len:,} tokens, "
             f"{_bytes(self._manifest.size)} in {len(self._manifest.files)} files"
         )
         return self._manifest
 
     def _steps_of_a_stretch(self) -> int:
-        return max(1, STRETCH_ROWS // self._task.data.batch_size)
+        return max(1, STRETCH_ROWS // self._config.data.batch_size)
 
     def _write_stretch(self, steps: Iterator[list[Packed]], stop: AgreedStop) -> None:
         """Writes one file of each process, and the manifest that names them; they are shorter at a stop."""
-        folder, (share, _) = Path(self._task.folder), feeding_share(self._mesh)
+        folder, (share, _) = Path(_folder(self._config)), feeding_share(self._mesh)
         number = len(self._manifest.files) // jax.process_count()
         writer = RecordWriter(folder / f"signals-{number:05d}-{share:03d}.arrayrecord", ",uncompressed")
         rows = largest = 0
@@ -275,19 +268,19 @@ class _Writing:
             write_cache_manifest(folder, self._manifest)
 
     def _estimated(self, steps: Iterator[list[Packed]]) -> Iterator[list[Packed]]:
-        """Passes steps on, after it has told from the first of them what all of them will take."""
-        tokens = self._task.data.batch_size * self._task.data.seq_len
+        """Passes steps on; estimates from the first of them, and shows, what all of them will take."""
+        tokens = self._config.data.batch_size * self._config.data.seq_len
         head = list(itertools.islice(steps, 1))
         begun = time.perf_counter()
         head += itertools.islice(steps, max(_ESTIMATED_STEPS, -(-_ESTIMATED_TOKENS // tokens)) - 1)
         seconds = time.perf_counter() - begun
-        left = self._task.steps - self._first_step
+        left = self._config.training.steps - self._first_step
         records = [packed.record for step in head for packed in step]
         record = sum(map(len, records)) / len(records)
-        content = record * left * self._task.data.batch_size
+        content = record * left * self._config.data.batch_size
         size = self._size_of_files(left, record)
         sized = (
-            f"{self._task.folder}: {left * self._task.data.batch_size:,} rows to go, about {_bytes(size)} "
+            f"{_folder(self._config)}: {left * self._config.data.batch_size:,} rows to go, about {_bytes(size)} "
             f"({content / left / tokens:.1f} bytes a token; {_bytes(size - content)} are headers and padding of files)"
         )
         timed = len(head) - 1  # a first step alone would be timed with its compilation
@@ -299,7 +292,7 @@ class _Writing:
 
     def _size_of_files(self, steps: int, record: float) -> int:
         """Bytes of the files of all processes for so many steps, whose records have `record` bytes on average."""
-        own_rows = self._task.data.batch_size // jax.process_count()
+        own_rows = self._config.data.batch_size // jax.process_count()
         stretch = self._steps_of_a_stretch()
         rows = [min(stretch, steps - first) * own_rows for first in range(0, steps, stretch)]
         return sum(record_file_size(each, round(each * record)) for each in rows) * jax.process_count()
@@ -313,19 +306,19 @@ class _Writing:
             yield list(self._pool.map(self._packer.pack, rows, checksums))
 
     def _encoded(self) -> Iterator[tuple[Entries, list[int]]]:
-        task = self._task
+        config = self._config
         share, shares = feeding_share(self._mesh)
-        tokenizer = Tokenizer.load(task.tokenizer.path)
-        teacher = load_teacher(task.distill, task.model, tokenizer, self._mesh)
-        compute = replace(task.compute, dtype=task.distill.dtype)
+        tokenizer = Tokenizer.load(config.tokenizer.path)
+        teacher = load_teacher(config.distill, config.model, tokenizer, self._mesh)
+        compute = replace(config.compute, dtype=config.distill.dtype)
         encode = self._encoder(compute)
-        own = task.data.batch_size // shares
+        own = config.data.batch_size // shares
         ahead: tuple[Any, list[int]] | None = None
-        batches = itertools.islice(train_batches(task.data, share, shares), task.steps)
+        batches = itertools.islice(train_batches(config.data, share, shares), config.training.steps)
         for step, batch in enumerate(batches):
             if step < self._first_step:  # read past, as a run would
                 continue
-            first = step * task.data.batch_size + share * own
+            first = step * config.data.batch_size + share * own
             rows = np.arange(first, first + own, dtype=np.uint32)
             entries = encode(teacher, *on_mesh((batch, rows), self._mesh))
             if ahead is not None:
@@ -336,9 +329,9 @@ class _Writing:
 
     def _encoder(self, compute: ComputeConfig) -> Any:
         def encode(teacher: Gemma2, *arguments: Any) -> Entries:
-            with as_teacher(self._task.distill):
+            with as_teacher(self._config.distill):
                 return encode_batch(
-                    self._task.encoding, teacher, compute, self._task.block_tokens, *arguments
+                    _encoding(self._config), teacher, compute, self._config.objective.block_tokens, *arguments
                 )
 
         return jax.jit(encode, out_shardings=batch_sharding(self._mesh))

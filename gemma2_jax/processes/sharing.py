@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 
 from gemma2_jax.config import UserError
-from gemma2_jax.files import LOCK
+from gemma2_jax.files import LOCK, reason
 from gemma2_jax.machine import cores
-from gemma2_jax.sharding.hosts import check_agreement, from_all, from_first, is_first, wait_for_all
+from gemma2_jax.processes.hosts import check_agreement, from_all, from_first, is_first, wait_for_all
 
 
 def check_shared(folders: Iterable[tuple[str, str]]) -> None:
@@ -37,8 +37,8 @@ def check_shared(folders: Iterable[tuple[str, str]]) -> None:
             found = ""
         if found != mark:
             raise UserError(
-                f"{key} is {folder}, and what process {jax.process_index()} finds there ({Path(folder).absolute()}) is "
-                "not the folder that process 0 has made; it must lie on a disk that all processes share."
+                f"{key} is {folder}, and process {jax.process_index()} finds another folder there "
+                f"({Path(folder).absolute()}) than process 0; it must be on a disk that all processes share."
             )
     wait_for_all("shared")  # before anything is written there, and where process 0 can still undo it
 
@@ -80,4 +80,4 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from gemma2_jax import stops
-from gemma2_jax.sharding.agreed_stop import AgreedStop
+from gemma2_jax.processes.agreed_stop import AgreedStop
 
 COUNT = 3
 own = threading.local()  # of a thread that stands for a process: its number and its signal

@@ -11,8 +11,8 @@ import pytest
 
 from gemma2_jax.config import UserError
 from gemma2_jax.files import LOCK
-from gemma2_jax.sharding import hosts, sharing
-from gemma2_jax.sharding.sharing import check_same_files, check_shared
+from gemma2_jax.processes import hosts, sharing
+from gemma2_jax.processes.sharing import check_same_files, check_shared
 
 Beside = Callable[[Path], None]
 
@@ -100,6 +100,6 @@ def test_a_folder_that_is_not_that_of_process_0(
     with pytest.raises(UserError) as error:
         check_shared([("output", "run")])
     assert str(error.value) == (
-        f"output is run, and what process 1 finds there ({tmp_path}/run) is not the folder that process 0 has made; it "
-        "must lie on a disk that all processes share."
+        f"output is run, and process 1 finds another folder there ({tmp_path}/run) than process 0; it must be on a "
+        "disk that all processes share."
     )

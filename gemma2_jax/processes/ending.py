@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma2_jax import stops
-from gemma2_jax.sharding.links import LiveLinks
+from gemma2_jax.processes.links import LiveLinks
 
 _REASON = "gemma2_jax/ended"  # the key of the reason with the coordinator
 _DONE = "done"  # in its place, when there is none

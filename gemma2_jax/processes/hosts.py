@@ -29,9 +29,9 @@ from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 
 from gemma2_jax.config import UserError, differences
-from gemma2_jax.sharding.ending import watch
-from gemma2_jax.sharding.links import JAX_SILENCE
-from gemma2_jax.sharding.rendezvous import meet, split_address
+from gemma2_jax.processes.ending import watch
+from gemma2_jax.processes.links import JAX_SILENCE
+from gemma2_jax.processes.rendezvous import meet, split_address
 
 _WAIT_MS = 24 * 3600 * 1000  # for process 0 to prepare data, at most
 _BETWEEN_LOOKS = 0.2  # seconds

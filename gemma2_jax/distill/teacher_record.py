@@ -1,0 +1,74 @@
+"""Which teacher a run is distilled from: teacher.json in its folder, which identifies the teacher wherever it lies."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma2_jax.config import UserError, build, read_json, to_dict
+from gemma2_jax.distill.cache.encoding import EncodingConfig
+from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.files import write_text
+
+TEACHER_FILE = "teacher.json"
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """What distinguishes one teacher from another.
+
+    Attributes:
+        identity: the fingerprint of the teacher's weights, or of the checkpoint that a cache was made of.
+        encoding, dtype: those of the cache that stands in for the teacher; None without a cache, and in older files.
+    """
+
+    identity: str
+    encoding: EncodingConfig | None = None
+    dtype: str | None = None
+
+    def save(self, run_folder: Path) -> None:
+        write_text(run_folder / TEACHER_FILE, json.dumps(to_dict(self)))
+
+
+def read_teacher_record(run_folder: str | Path) -> TeacherRecord | None:
+    """The record in a run folder; None without a teacher, and in folders of older versions."""
+    path = Path(run_folder) / TEACHER_FILE
+    if not path.exists():
+        return None
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is cut or broken: it holds no keys and values.")
+    return build(TeacherRecord, found, str(path))
+
+
+def check_same_teacher(run_folder: str, distill: DistillConfig, now: TeacherRecord | None) -> None:
+    """Raises UserError if the run in the folder was distilled from another teacher than `now`, the one configured."""
+    begun = read_teacher_record(run_folder)
+    if now is None or begun is None:
+        return
+    named = (
+        f"distill.teacher {distill.teacher}" if distill.cache is None else f"distill.cache {distill.cache}"
+    )
+    remedy = "choose another output, or delete that folder to train again."
+    if begun.identity != now.identity:
+        raise UserError(
+            f"{run_folder} was distilled from other weights ({begun.identity[:12]}, {TEACHER_FILE}) than those of "
+            f"{named} ({now.identity[:12]}); {remedy}"
+        )
+    if begun.encoding is None:
+        return
+    found = _of_cache(now)
+    for key, value in _of_cache(begun).items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{run_folder} was distilled from a cache with {key}={value} ({TEACHER_FILE}), and that of {named} has "
+                f"{found.get(key)}; {remedy}"
+            )
+
+
+def _of_cache(record: TeacherRecord) -> dict[str, Any]:
+    """What a cache holds, by the keys of the configuration."""
+    encoding = {} if record.encoding is None else to_dict(record.encoding)
+    return {f"distill.encoding.{name}": value for name, value in encoding.items()} | {
+        "distill.dtype": record.dtype
+    }

@@ -1,0 +1,191 @@
+"""Distillation: a student learns from a teacher's distributions (Hinton et al., arXiv 1503.02531).
+
+The teacher's forward pass runs within the student's step, or its distributions come from a cache, a few tokens of each.
+With `distill.match` the student also learns from the teacher's layers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma2_jax.config import UserError
+from gemma2_jax.data.batch import Batch, abstract_batch, abstract_rows
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.cache.manifest import Manifest, find_cache
+from gemma2_jax.distill.cache.reader import cached_batches, check_cache
+from gemma2_jax.distill.fingerprint import fingerprint
+from gemma2_jax.distill.matching import match_sums
+from gemma2_jax.distill.teacher import abstract_teacher, as_teacher, load_teacher, teacher_config
+from gemma2_jax.distill.teacher_record import TeacherRecord
+from gemma2_jax.kernels.lm_head import LMHead, lm_head_sums
+from gemma2_jax.methods.language_modelling import (
+    MODEL,
+    LanguageModelling,
+    Layers,
+    evaluation_sums,
+    head_and_layers,
+)
+from gemma2_jax.methods.method import Frozen, Trainable
+from gemma2_jax.model.adaptation import FULL, Adaptation
+from gemma2_jax.model.capture import Capture
+from gemma2_jax.model.counts import count_parameters, training_flops_per_token
+from gemma2_jax.objectives.targets import SparseTargets
+from gemma2_jax.run import RunConfig
+from gemma2_jax.schedule import ScheduleConfig
+
+TEACHER = "teacher"  # in the frozen trees, and of its logits in the objective
+TARGETS = "teacher_targets"  # a cache's part of a batch
+MATCHING = "matching"  # the trained tree of the projections
+
+
+class Distillation(LanguageModelling):
+    """The divergences from a teacher, beside the objective's terms on text (`Method`).
+
+    Attributes:
+        teacher: the sizes of the teacher; None beside a cache without one.
+    """
+
+    def __init__(self, config: RunConfig, adaptation: Adaptation = FULL) -> None:
+        super().__init__(config, adaptation)
+        distill = config.distill
+        self.teacher = teacher_config(distill, config.model)
+        self._manifest: Manifest | None = None
+        if distill.cache is not None:
+            self.validation_only = (TEACHER,)
+        online = self.teacher if distill.cache is None else None
+        self.flops_per_token = training_flops_per_token(config.model, config.data.seq_len, online)
+        self._teacher_compute = replace(config.compute, dtype=distill.dtype, remat="none")
+        self._match = distill.match
+        if self._match is not None:
+            assert self.teacher is not None
+            self._match.check_teacher(config.model, self.teacher)
+            self.capture = self._match.of_student
+            projections = self._match.projection_specs(config.model, self.teacher)
+            if projections is not None:
+                self.specs[MATCHING] = projections
+
+    @property
+    def teacher_capture(self) -> Capture | None:
+        """The layers of the teacher that the loss takes; None for none."""
+        return None if self._match is None else self._match.of_teacher
+
+    def abstract_frozen(self, mesh: Mesh) -> dict[str, Any]:
+        frozen = super().abstract_frozen(mesh)
+        if self.teacher is not None:
+            frozen[TEACHER] = abstract_teacher(self.config.distill, self.teacher, mesh)
+        return frozen
+
+    def load_frozen(self, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
+        if self.config.distill.teacher is None:
+            return {}
+        return {TEACHER: load_teacher(self.config.distill, self.config.model, tokenizer, mesh)}
+
+    def record(self, frozen: Frozen) -> TeacherRecord | None:
+        manifest = self._manifest
+        if manifest is not None:
+            return TeacherRecord(manifest.teacher, manifest.encoding, manifest.dtype)
+        return TeacherRecord(fingerprint(frozen[TEACHER]))
+
+    def describe(self, frozen: Frozen) -> list[str]:
+        distill = self.config.distill
+        if distill.cache is not None:
+            return [f"teacher: the cache {distill.cache}"]
+        assert self.teacher is not None
+        return [f"teacher: {count_parameters(self.teacher).total:,} parameters, from {distill.teacher}"]
+
+    def examples(self, share: tuple[int, int]) -> grain.DatasetIterator:
+        config, distill = self.config, self.config.distill
+        if distill.cache is None:
+            return super().examples(share)
+        temperature = config.objective.temperature
+        assert not isinstance(temperature, ScheduleConfig)  # RunConfig refuses it
+        self._manifest = check_cache(
+            distill.cache,
+            config.data,
+            config.training.steps,
+            share[1],
+            temperature,
+            distill.teacher,
+            distill.encoding,
+            None if distill.teacher is None else distill.dtype,
+        )
+        return cached_batches(config.data, distill.cache, *share)
+
+    def abstract_batch(self, mesh: Mesh) -> Batch:
+        distill, data = self.config.distill, self.config.data
+        batch = abstract_batch(data, mesh)
+        if distill.cache is None:
+            return batch
+        K = self._entries(distill.cache)
+        targets = SparseTargets(
+            ids=abstract_rows(data, mesh, jnp.int32, K),
+            log_weights=abstract_rows(data, mesh, jnp.float32, K),
+            tail=abstract_rows(data, mesh, jnp.float32),
+        )
+        return replace(batch, extra={TARGETS: targets})
+
+    def _entries(self, cache: str) -> int:
+        """The most tokens that the cache holds of one position, as far as it is written, or else would hold."""
+        manifest, encoding = self._manifest or find_cache(cache), self.config.distill.encoding
+        if manifest is not None and manifest.files:
+            return manifest.largest
+        if encoding is None:
+            raise UserError(
+                "distill.encoding is null, so the cache's size is unknown; set it, as distill=cached does."
+            )
+        return encoding.entries or self.config.model.num_tokens
+
+    def teacher_forward(
+        self, frozen: Frozen, batch: Batch, capture: Capture | None
+    ) -> tuple[LMHead | None, Layers]:
+        """The teacher's distributions and layers, which get no gradient; None and none from a cache."""
+        if TARGETS in batch.extra:
+            return None, {}
+        with jax.named_scope("teacher"), as_teacher(self.config.distill):
+            head, layers = head_and_layers(frozen[TEACHER], batch, self._teacher_compute, capture)
+            return replace(jax.lax.stop_gradient(head), trained=False), jax.lax.stop_gradient(layers)
+
+    def loss(
+        self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        head, layers = self.forward(trainable, frozen, batch)
+        teacher, teacher_layers = self.teacher_forward(frozen, batch, self.teacher_capture)
+        heads = {MODEL: head}
+        if teacher is not None and self.config.objective.needs_teacher:
+            heads[TEACHER] = teacher
+        with jax.named_scope("loss"):
+            total, metrics = lm_head_sums(
+                self.terms,
+                heads,
+                {"targets": batch.targets, **batch.extra},
+                batch.loss_mask,
+                self.config.objective.block_tokens,
+                self.coefficients(step),
+            )
+        matched, distances = self.match_loss(trainable, layers, teacher_layers, batch)
+        total += matched
+        return total, {"loss": total, **metrics, **distances, "targets": jnp.sum(batch.loss_mask)}
+
+    def match_loss(
+        self, trainable: Trainable, layers: Layers, teacher_layers: Layers, batch: Batch
+    ) -> tuple[jax.Array | float, Mapping[str, jax.Array]]:
+        """The weighted distance between the layers that are matched, and its metrics: 0 and none without any."""
+        if self._match is None:
+            return 0.0, {}
+        projections = trainable[MATCHING]["projections"] if MATCHING in trainable else None
+        with jax.named_scope("match"):
+            return match_sums(self._match, projections, layers, teacher_layers, batch)
+
+    def evaluate(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> dict[str, Any]:
+        head, _ = self.forward(trainable, frozen, batch, replace(self.config.compute, remat="none"))
+        heads = {MODEL: head}
+        if TEACHER in frozen:
+            teacher, _ = self.teacher_forward(frozen, replace(batch, extra={}), None)
+            assert teacher is not None
+            heads[TEACHER] = teacher
+        return evaluation_sums(heads, batch, self.config.objective.block_tokens)

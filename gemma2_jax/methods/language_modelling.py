@@ -1,0 +1,127 @@
+"""Next-token prediction on text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma2_jax.data.batch import Batch, abstract_batch
+from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.teacher_record import TeacherRecord
+from gemma2_jax.kernels.lm_head import LMHead, lm_head_sums
+from gemma2_jax.methods.method import BASE, PARAMS, Frozen, Trainable
+from gemma2_jax.model.adaptation import FULL, Adaptation
+from gemma2_jax.model.capture import Capture, CapturedLayer, forward
+from gemma2_jax.model.config import ComputeConfig
+from gemma2_jax.model.counts import training_flops_per_token
+from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.weights import abstract_params, weight_specs
+from gemma2_jax.objectives.objective import build_coefficients, evaluation_loss, token_loss
+from gemma2_jax.run import RunConfig
+
+MODEL = "student"  # the name of the trained model's logits in the objective
+Layers = Mapping[int, CapturedLayer]
+
+
+class LanguageModelling:
+    """The cross-entropy with the data's next token (`Method`).
+
+    Attributes:
+        capture: the layers that the loss takes beside the final hidden states; None for none.
+        terms: the loss of each token from its logits; coefficients: of its terms, at a step.
+    """
+
+    validation_only: Sequence[str] = ()
+    capture: Capture | None = None
+
+    def __init__(self, config: RunConfig, adaptation: Adaptation = FULL) -> None:
+        self.config, self.adaptation = config, adaptation
+        trained, self._base_specs = adaptation.specs(weight_specs(config.model))
+        self.specs: dict[str, Any] = {PARAMS: trained}
+        self.terms = token_loss(config.objective)
+        self.coefficients = build_coefficients(config.objective, config.training.steps)
+        self.flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
+
+    def abstract_frozen(self, mesh: Mesh) -> dict[str, Any]:
+        return {BASE: abstract_params(self._base_specs, mesh=mesh)}
+
+    def load_frozen(self, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
+        return {}
+
+    def record(self, frozen: Frozen) -> TeacherRecord | None:
+        return None
+
+    def describe(self, frozen: Frozen) -> list[str]:
+        return []
+
+    def examples(self, share: tuple[int, int]) -> grain.DatasetIterator:
+        return train_batches(self.config.data, *share)
+
+    def abstract_batch(self, mesh: Mesh) -> Batch:
+        return abstract_batch(self.config.data, mesh)
+
+    def collects(self, step: int) -> bool:
+        return False
+
+    def collect(self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array) -> Batch:
+        return batch
+
+    def forward(
+        self, trainable: Trainable, frozen: Frozen, batch: Batch, compute: ComputeConfig | None = None
+    ) -> tuple[LMHead, Layers]:
+        """The trained model's distributions over the vocabulary, and the layers of `capture`."""
+        params = self.adaptation.join(trainable[PARAMS], frozen.get(BASE, {}))
+        return head_and_layers(
+            Gemma2(self.config.model, params), batch, compute or self.config.compute, self.capture
+        )
+
+    def loss(
+        self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        head, _ = self.forward(trainable, frozen, batch)
+        with jax.named_scope("loss"):
+            total, metrics = lm_head_sums(
+                self.terms,
+                {MODEL: head},
+                {"targets": batch.targets},
+                batch.loss_mask,
+                self.config.objective.block_tokens,
+                self.coefficients(step),
+            )
+        return total, {"loss": total, **metrics, "targets": jnp.sum(batch.loss_mask)}
+
+    def rates(self, step: jax.Array) -> dict[str, Any]:
+        coefficients = self.coefficients(step)
+        return {name: coefficients[name] for name in self.config.objective.schedules}
+
+    def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        return metrics
+
+    def evaluate(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> dict[str, Any]:
+        head, _ = self.forward(trainable, frozen, batch, replace(self.config.compute, remat="none"))
+        return evaluation_sums({MODEL: head}, batch, self.config.objective.block_tokens)
+
+
+def head_and_layers(
+    model: Gemma2, batch: Batch, compute: ComputeConfig, capture: Capture | None
+) -> tuple[LMHead, Layers]:
+    """A model's distributions over a batch, not yet computed, and the layers of `capture` by their number."""
+    hidden, layers = forward(model, batch.tokens, batch.positions, batch.segment_ids, compute, capture)
+    return model.head(hidden), layers
+
+
+def evaluation_sums(heads: Mapping[str, LMHead], batch: Batch, block_tokens: int) -> dict[str, Any]:
+    """Sums over a batch's targets of what models are compared by, and `targets`, their number.
+
+    Args:
+        heads: of the model, `student`, and of its teacher, `teacher`, if there is one.
+    """
+    _, metrics = lm_head_sums(
+        evaluation_loss, heads, {"targets": batch.targets}, batch.loss_mask, block_tokens
+    )
+    return {**metrics, "targets": jnp.sum(batch.loss_mask)}

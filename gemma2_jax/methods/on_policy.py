@@ -1,0 +1,50 @@
+"""On-policy distillation (GKD, Agarwal et al., arXiv 2306.13649, Algorithm 1): some steps on the student's own samples.
+
+The teacher, the divergence and the step are those of distillation; only the batch is another.
+"""
+
+from typing import Any
+
+import jax
+
+from gemma2_jax.data.batch import Batch
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.on_policy import on_policy_steps, rollout
+from gemma2_jax.methods.distillation import Distillation
+from gemma2_jax.methods.method import BASE, PARAMS, Frozen, Trainable
+from gemma2_jax.model.adaptation import FULL, Adaptation
+from gemma2_jax.run import RunConfig
+
+
+class OnPolicyDistillation(Distillation):
+    """Distillation whose batch is, at some steps, a continuation of the data's rows by the student (`Method`)."""
+
+    def __init__(self, config: RunConfig, adaptation: Adaptation = FULL) -> None:
+        super().__init__(config, adaptation)
+        assert config.distill.on_policy is not None
+        self._settings = config.distill.on_policy
+        self._sampled = on_policy_steps(self._settings, config.seed, config.training.steps)
+        self._end_of_text: int | None = None
+
+    def load_frozen(self, tokenizer: Tokenizer, mesh: Any) -> dict[str, Any]:
+        self._end_of_text = tokenizer.eos_id
+        return super().load_frozen(tokenizer, mesh)
+
+    def collects(self, step: int) -> bool:
+        return bool(self._sampled[step])
+
+    def collect(self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array) -> Batch:
+        assert self._end_of_text is not None
+        params = self.adaptation.join(trainable[PARAMS], frozen.get(BASE, {}))
+        config = self.config
+        return rollout(
+            self._settings, config.model, config.compute, params, batch, config.seed, step, self._end_of_text
+        )
+
+    def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """With `on_policy`; the cross-entropy of a step on samples, whose targets the student has chosen itself, is
+        `sampled_cross_entropy`."""
+        row = {**metrics, "on_policy": self.collects(step)}
+        if self.collects(step):
+            row["sampled_cross_entropy"] = row.pop("cross_entropy")
+        return row

@@ -1,0 +1,129 @@
+"""Several students of one teacher, in one compiled step.
+
+The teacher's layers are computed once for all of them, and each block of its logits once. What belongs to one student
+alone (weights, metrics) is in a branch by its name.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma2_jax.data.batch import Batch
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.matching import captures_joined
+from gemma2_jax.distill.teacher_record import TeacherRecord
+from gemma2_jax.kernels.lm_head import lm_head_sums
+from gemma2_jax.methods.distillation import TEACHER, Distillation
+from gemma2_jax.methods.language_modelling import MODEL, LanguageModelling
+from gemma2_jax.methods.method import BASE, Frozen, Trainable
+
+
+class Students:
+    """Students of one teacher on the same batches, and baselines that learn from the text alone (`Method`).
+
+    Args:
+        members: the method of each, by name; at least one has a teacher.
+    """
+
+    def __init__(self, members: Mapping[str, LanguageModelling]) -> None:
+        self.members = dict(members)
+        self._taught = [member for member in members.values() if isinstance(member, Distillation)]
+        self._teaching = self._taught[0]  # all have the same teacher
+        self.specs = {name: member.specs for name, member in members.items()}
+        self.flops_per_token = sum(member.flops_per_token for member in members.values())
+        self.validation_only: Sequence[str] = self._teaching.validation_only
+        self._capture = captures_joined(member.teacher_capture for member in self._taught)
+        self._block_tokens = min(member.config.objective.block_tokens for member in members.values())
+
+    def abstract_frozen(self, mesh: Mesh) -> dict[str, Any]:
+        each = {name: member.abstract_frozen(mesh) for name, member in self.members.items()}
+        return self._teaching.abstract_frozen(mesh) | {BASE: {name: each[name][BASE] for name in each}}
+
+    def load_frozen(self, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
+        return self._teaching.load_frozen(tokenizer, mesh)
+
+    def record(self, frozen: Frozen) -> TeacherRecord | None:
+        return self._teaching.record(frozen)
+
+    def describe(self, frozen: Frozen) -> list[str]:
+        return self._teaching.describe(frozen)
+
+    def examples(self, share: tuple[int, int]) -> grain.DatasetIterator:
+        return self._teaching.examples(share)
+
+    def abstract_batch(self, mesh: Mesh) -> Batch:
+        return self._teaching.abstract_batch(mesh)
+
+    def collects(self, step: int) -> bool:
+        return False
+
+    def collect(self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array) -> Batch:
+        return batch
+
+    def loss(
+        self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """The sum of the students' losses, of which each depends on the weights of one; metrics by student."""
+        teacher, teacher_layers = self._teaching.teacher_forward(frozen, batch, self._capture)
+        forward = {
+            name: member.forward(trainable[name], _frozen_of(name, frozen), batch)
+            for name, member in self.members.items()
+        }
+        heads = {name: head for name, (head, _) in forward.items()}
+        if teacher is not None and any(member.config.objective.needs_teacher for member in self._taught):
+            heads[TEACHER] = teacher
+
+        def terms(
+            logits: Mapping[str, jax.Array], per_token: Any, coefficients: Any
+        ) -> tuple[jax.Array, dict[str, Any]]:
+            total, metrics = jnp.float32(0), {}
+            for name, member in self.members.items():
+                own = {MODEL: logits[name]}
+                tokens = {"targets": per_token["targets"]}
+                if isinstance(member, Distillation):
+                    own |= {TEACHER: logits[TEACHER]} if TEACHER in logits else {}
+                    tokens = per_token
+                loss, found = member.terms(own, tokens, coefficients[name])
+                total, metrics[name] = total + loss, {"loss": loss, **found}
+            return total, metrics
+
+        with jax.named_scope("loss"):
+            total, metrics = lm_head_sums(
+                terms,
+                heads,
+                {"targets": batch.targets, **batch.extra},
+                batch.loss_mask,
+                self._block_tokens,
+                {name: member.coefficients(step) for name, member in self.members.items()},
+            )
+        targets = jnp.sum(batch.loss_mask)
+        for name, member in self.members.items():
+            metrics[name]["targets"] = targets
+            if isinstance(member, Distillation):
+                matched, distances = member.match_loss(
+                    trainable[name], forward[name][1], teacher_layers, batch
+                )
+                metrics[name] |= {"loss": metrics[name]["loss"] + matched, **distances}
+                total += matched
+        return total, metrics
+
+    def rates(self, step: jax.Array) -> dict[str, Any]:
+        return {name: member.rates(step) for name, member in self.members.items()}
+
+    def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        return metrics
+
+    def evaluate(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> dict[str, Any]:
+        return {
+            name: member.evaluate(trainable[name], _frozen_of(name, frozen), batch)
+            for name, member in self.members.items()
+        }
+
+
+def _frozen_of(name: str, frozen: Frozen) -> dict[str, Any]:
+    """What is frozen, as a student's method takes it."""
+    return {**frozen, BASE: frozen[BASE][name]}

@@ -1,0 +1,233 @@
+"""A run's folder while the run is trained: how its weights begin or go on, what it reports, what it saves."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma2_jax.checkpoints.store import CheckpointStore, Found, Unreported, find
+from gemma2_jax.config import UserError, to_dict
+from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.initialise import initial_params
+from gemma2_jax.methods.method import BASE, PARAMS, ModelMethod
+from gemma2_jax.processes.hosts import is_first
+from gemma2_jax.run import RunConfig
+from gemma2_jax.sharding.feeding import feeding_share
+from gemma2_jax.sharding.layout import on_mesh
+from gemma2_jax.training.going_on import older_schedule
+from gemma2_jax.training.metrics import Writer, open_writers, perplexity
+from gemma2_jax.training.optimizer import learning_rate_schedule
+from gemma2_jax.training.progress import TrainingProgress
+from gemma2_jax.training.state import TrainState, Update, UpdateRule, initial_state
+from gemma2_jax.training.throughput import peak_flops
+from gemma2_jax.training.validation import averages
+
+Rows = Sequence[Mapping[str, Any]]  # the metrics of some steps
+
+
+class Folder(Protocol):
+    """Where the state of a training comes from, and where it and its metrics go: of one run, or of several.
+
+    The members are those of `RunFolder`.
+    """
+
+    step: int
+    unreported: Unreported
+
+    @property
+    def update(self) -> UpdateRule: ...
+
+    @property
+    def abstract(self) -> Any: ...
+
+    def open_writers(self, stack: ExitStack) -> None: ...
+
+    def start(self, examples: Any, tokenizer: Tokenizer) -> tuple[Any, Any]: ...
+
+    def log(self, step: int, rows: Rows, seconds: float) -> None: ...
+
+    def must_evaluate(self, step: int) -> bool: ...
+
+    def report_evaluation(self, step: int, sums: Mapping[str, Any]) -> None: ...
+
+    def save_if_due(self, step: int, state: Any, examples: Any) -> None: ...
+
+    def save_now(self, step: int, state: Any, examples: Any, rows: Rows, seconds: float) -> None: ...
+
+
+class RunFolder:
+    """One run: its update rule, its checkpoints, and where its metrics go.
+
+    Args:
+        stack: closes what is opened here.
+
+    Attributes:
+        step: of the checkpoint that the run goes on from, 0 without; unreported: what that has still to report.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: ModelMethod,
+        mesh: Mesh,
+        progress: TrainingProgress,
+        stack: ExitStack,
+    ) -> None:
+        self.config, self._method, self._mesh, self._progress = config, method, mesh, progress
+        self.update = Update(config, method.specs)
+        self.abstract = self.update.abstract_state(mesh)
+        self._found = find(config.output)
+        self._store = stack.enter_context(CheckpointStore(config.output, config.checkpoint.keep))
+        self.step = 0 if self._found is None else self._found.step
+        self.unreported = Unreported() if self._found is None else self._store.unreported(self.step)
+        # Whether what is due at the step that the run is at is done. (A run that was to be longer may end there.)
+        self._evaluated = self.unreported.evaluated and self.step < config.training.steps
+        self._learning_rate = learning_rate_schedule(config.optimizer, config.training.steps)
+        self._peak_flops = peak_flops(jax.devices()[0])
+        self._writers: list[Writer] = []
+
+    def open_writers(self, stack: ExitStack) -> None:
+        """Opens what metrics go to: once nothing can be refused."""
+        config = self.config
+        if is_first():
+            self._writers = open_writers(
+                config.metrics, Path(config.output), self.step, to_dict(config), self._evaluated
+            )
+            for writer in self._writers:
+                stack.callback(writer.close)
+
+    def start(self, examples: Any, tokenizer: Tokenizer) -> tuple[TrainState, Any]:
+        """The state that the run goes on from or begins with, and the frozen part of the model.
+
+        Args:
+            examples: the iterator of the data, which is moved to where the run stood.
+        """
+        found = self._found
+        if found is None:
+            return self._begin(tokenizer)
+        self._announce(found)
+        # What is frozen is in no checkpoint: it comes from where it did when the run began.
+        frozen = jax.tree.leaves(self._method.abstract_frozen(self._mesh)[BASE])
+        base = self._begin(tokenizer)[1] if frozen else {}
+        return self._restore(examples), base
+
+    def _announce(self, found: Found) -> None:
+        passed_over = "".join(f"; {clause}" for clause in found.passed_over)
+        self._progress.say(f"{self.config.name} goes on from its checkpoint at step {self.step}{passed_over}")
+        if (line := older_schedule(self.config, self.step)) is not None:
+            self._progress.say(line)
+
+    def _begin(self, tokenizer: Tokenizer) -> tuple[TrainState, Any]:
+        config, params = self.config, None
+        if config.initialise.source is not None:
+            rows = train_batches(config.data, *feeding_share(self._mesh))
+            batches = (on_mesh(batch, self._mesh) for batch in rows)
+            with self._progress.doing(f"{config.name}: loading the initial weights"):
+                params = initial_params(config.initialise, config.model, tokenizer, self._mesh, batches)
+        with self._progress.doing("drawing the initial weights", brief=True):
+            return initial_state(config, self._method, self._mesh, params)
+
+    def _restore(self, examples: Any) -> TrainState:
+        trees = self._store.restore(self.step, _trees(self.abstract), examples)
+        trainable, optimizer = {PARAMS: trees.pop(PARAMS)}, {PARAMS: trees.pop("optimizer")}
+        for name, saved in trees.items():
+            trainable[name], optimizer[name] = saved["weights"], saved["optimizer"]
+        step = jax.device_put(jnp.int32(self.step), self.abstract.step.sharding)
+        return TrainState(step, trainable, optimizer)
+
+    def log(self, step: int, rows: Rows, seconds: float) -> None:
+        """One row: averages over the steps since the last one, and the speed, which all devices have reached.
+
+        `loss` is the objective. `cross_entropy` and `perplexity` are those of text alone. `tokens_seen` counts the
+        positions of all batches since the run began, padding included. `tokens_per_second` counts targets of the loss.
+        The time of an on-policy step is also that of its sampling, and its targets are the tokens that were sampled,
+        without their prompts.
+
+        Raises:
+            UserError: a metric is not finite.
+        """
+        names = dict.fromkeys(name for row in rows for name in row)
+        values = {name: [float(row[name]) for row in rows if name in row] for name in names}
+        targets = sum(values.pop("targets"))
+        found = {name: sum(steps) / len(steps) for name, steps in values.items()}
+        self._check_finite(step, found)
+        speed = targets / seconds
+        row = {
+            **found,
+            "learning_rate": float(self._learning_rate(step - 1)),
+            "tokens_seen": step * self.config.data.batch_size * self.config.data.seq_len,
+            "tokens_per_second": speed,
+        }
+        if "cross_entropy" in found:
+            row["perplexity"] = perplexity(found["cross_entropy"])
+        if self._peak_flops is not None:
+            row["mfu"] = speed * self._method.flops_per_token / (self._peak_flops * self._mesh.size)
+        self._write(step, "train", row)
+
+    def must_evaluate(self, step: int) -> bool:
+        """Whether an evaluation is due at a step, and not done."""
+        if step != self.step:
+            self.step, self._evaluated = step, not self._is_due(step, self.config.training.eval_every)
+        return not self._evaluated
+
+    def report_evaluation(self, step: int, sums: Mapping[str, Any]) -> None:
+        """Writes the row of an evaluation, from its sums over the targets."""
+        self._write(step, "validation", averages(sums))
+        self._evaluated = True
+
+    def save_if_due(self, step: int, state: TrainState, examples: Any) -> None:
+        """Begins to save a state, where that is due."""
+        if self._is_due(step, self.config.checkpoint.every):
+            self._save(step, state, examples, Unreported((), 0.0, self._evaluated))
+
+    def save_now(self, step: int, state: TrainState, examples: Any, rows: Rows, seconds: float) -> None:
+        """Saves a state if that is not done, and waits until it is written.
+
+        Args:
+            rows, seconds: of the steps that no row of metrics has reported.
+
+        Raises:
+            UserError: a metric is not finite; nothing is saved then.
+        """
+        self._store.wait()
+        if step and self._store.latest_step != step:
+            numbers = [{name: float(value) for name, value in row.items()} for row in rows]
+            for row in numbers:
+                self._check_finite(step, row)
+            self._save(step, state, examples, Unreported(numbers, seconds, self._evaluated))
+        self._store.wait()
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.training.steps
+
+    def _check_finite(self, step: int, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{self.config.output} stopped before step {step}: {name} is {value}; try a lower "
+                    "optimizer.learning_rate or optimizer.clip_norm in another output."
+                )
+
+    def _write(self, step: int, split: str, row: dict[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, split, row)
+        self._progress.report(self.config.name, step, split, row)
+
+    def _save(self, step: int, state: TrainState, examples: Any, unreported: Unreported) -> None:
+        with self._progress.doing("saving", brief=True):
+            self._store.save(step, _trees(state), examples, to_dict(self.config), unreported)
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds: the model's parameters, their optimizer's state, and both for each other tree."""
+    trees = {PARAMS: state.trainable[PARAMS], "optimizer": state.optimizer[PARAMS]}
+    for name, tree in state.trainable.items():
+        if name != PARAMS:
+            trees[name] = {"weights": tree, "optimizer": state.optimizer[name]}
+    return trees

@@ -1,0 +1,19 @@
+"""A student and what it learns from, as the objective's token loss names them."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from gemma2_jax.kernels.lm_head import LMHead
+
+
+def student_and_teacher(
+    student: LMHead, teacher: Any, targets: jax.Array
+) -> tuple[dict[str, LMHead], dict[str, Any]]:
+    """Heads and per-token arrays. The teacher is an LM head, sparse targets or None."""
+    if isinstance(teacher, LMHead):
+        return {"student": student, "teacher": replace(teacher, trained=False)}, {"targets": targets}
+    if teacher is None:
+        return {"student": student}, {"targets": targets}
+    return {"student": student}, {"targets": targets, "teacher_targets": teacher}
