@@ -1,5 +1,6 @@
 """Notebooks run from top to bottom, and show what they say they show."""
 
+import ast
 import os
 from pathlib import Path
 
@@ -7,7 +8,24 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import gemma2_jax as g2
+
 NOTEBOOKS = Path(__file__).parents[2] / "experiments" / "notebooks"
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_it_uses_the_public_api_alone(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    ours = [ast.unparse(node) for node in imports if "gemma2_jax" in ast.unparse(node)]
+    assert ours == ["import gemma2_jax as g2"]
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "g2"
+    }
+    assert used <= set(g2.__all__)
 
 
 @pytest.fixture
