@@ -115,7 +115,7 @@ def test_phases_of_a_run(run: Path) -> None:
     assert not (run / "runs").exists()
     last = stopped_in("gemma2_jax.training.trainer:Trainer._take_step:1", command, run, signal.SIGINT)
     assert last == "the same command goes on from step 1 of runs/toy."
-    last = stopped_in("gemma2_jax.training.trainer:validate:1", command, run)
+    last = stopped_in("gemma2_jax.training.trainer:sum_over:1", command, run)
     assert last == "the same command goes on from step 2 of runs/toy."
     last = stopped_in(
         "gemma2_jax.checkpoints.store:CheckpointStore.save:1", command, run, signal.SIGINT, wait=False
