@@ -75,6 +75,7 @@ def test_the_whole_distribution_trains_as_the_teacher_itself(online: RunConfig, 
 @pytest.mark.thorough
 def test_validations_ask_the_teacher_itself(online: RunConfig, full: RunConfig) -> None:
     """As online, since it is loaded for them; a cache holds nothing of these documents."""
+    train(online)  # if no test before has
     by_cache, by_teacher = (
         next(row for row in read_metrics(run.output) if row["split"] == "validation")
         for run in (full, online)
