@@ -112,8 +112,9 @@ def in_the_way(path: str | os.PathLike[str]) -> Path | None:
 
 
 def nearest_folder(path: str | os.PathLike[str]) -> Path:
-    """Returns the folder in which something would have to be made first for `path` to be there."""
-    return next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+    """Returns `path` itself if it is a folder, else the nearest folder above it."""
+    whole = Path(path).absolute()
+    return next(folder for folder in (whole, *whole.parents) if folder.is_dir())
 
 
 def reason(error: OSError, path: str | os.PathLike[str] | None = None) -> str:

@@ -6,6 +6,7 @@ import pathlib
 import random
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 
 # Before JAX is imported: it reads these once. Toy models spend their time in the compiler rather than in what it makes,
@@ -143,3 +144,12 @@ def toy_run(toy_config: ModelConfig, data: DataConfig, tokenizer_config: Tokeniz
         checkpoint=CheckpointConfig(every=3, keep=2),
         metrics=MetricsConfig(tensorboard=False, wandb_project=None),
     )
+
+
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """A run takes all devices there are; those of a module that uses this take one, to be fast."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: first)
+        yield

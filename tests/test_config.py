@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gemma2_jax.config import UserError, build, load, read_yaml, save, suggest, to_dict, to_yaml
+from gemma2_jax.config import UserError, build, check_place, load, read_yaml, save, suggest, to_dict, to_yaml
 
 
 @dataclass(frozen=True)
@@ -194,3 +194,7 @@ def test_suggestion_names_the_nearest_first():
     assert suggest("widht", ["height", "width"]) == "did you mean width (accepted: height, width)"
     assert suggest("zzz", ["height", "width"]) == "accepted: height, width"
     assert suggest("zzz", []) == "accepted: none"
+
+
+def test_the_root_is_a_place() -> None:
+    check_place("output", "/")

@@ -130,8 +130,8 @@ def _named_as_options() -> Iterator[None]:
         yield
     except UserError as error:
         # stop_texts and stop_tokens are both given by --stop.
-        told = re.sub(r"\bsampling\.(stop(?=_)|\w+)(?:_\w+)?", lambda found: _option(found[1]), str(error))
-        raise UserError(told.replace("or null for", "or left out for")) from None
+        message = re.sub(r"\bsampling\.(stop(?=_)|\w+)(?:_\w+)?", lambda found: _option(found[1]), str(error))
+        raise UserError(message.replace("or null for", "or left out for")) from None
 
 
 def _option(name: str) -> str:

@@ -31,10 +31,6 @@ class Method(Protocol):
         """Of the trees that are trained, by name; `params` is the model's."""
 
     @property
-    def flops_per_token(self) -> float:
-        """Model FLOPs of a training step for each token, of which the utilisation is computed."""
-
-    @property
     def validation_only(self) -> Sequence[str]:
         """Names of what `evaluate` takes from the frozen trees, and `loss` does not."""
 
@@ -95,6 +91,10 @@ class ModelMethod(Method, Protocol):
     @property
     def adaptation(self) -> Adaptation:
         """Which of the model's weights are trained."""
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of a training step for each token, of which the utilisation is computed."""
 
 
 def frozen_in_step(method: Method, frozen: Frozen) -> dict[str, Any]:

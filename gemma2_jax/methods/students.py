@@ -34,7 +34,6 @@ class Students:
         self._taught = [member for member in members.values() if isinstance(member, Distillation)]
         self._teaching = self._taught[0]  # all have the same teacher
         self.specs = {name: member.specs for name, member in members.items()}
-        self.flops_per_token = sum(member.flops_per_token for member in members.values())
         self.validation_only: Sequence[str] = self._teaching.validation_only
         self._capture = captures_joined(member.teacher_capture for member in self._taught)
         self._block_tokens = min(member.config.objective.block_tokens for member in members.values())

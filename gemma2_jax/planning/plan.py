@@ -4,12 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma2_jax.distill.teacher import online_teacher
-from gemma2_jax.methods.method import Method
-from gemma2_jax.model.counts import training_flops_per_token
+from gemma2_jax.methods.choose import build_method
+from gemma2_jax.methods.method import ModelMethod
 from gemma2_jax.planning.count import Cost, count
 from gemma2_jax.planning.hlo import read_program
 from gemma2_jax.planning.memory import Parts, memory_parts, what_helps
-from gemma2_jax.planning.program import Program, compile_step, device_bytes
+from gemma2_jax.planning.program import Program, check_sizes, compile_step, device_bytes
 from gemma2_jax.planning.roofline import Bounds, bounds, kernel_flops, share_of_peak
 from gemma2_jax.planning.topologies import Topology, find_topology
 from gemma2_jax.run import RunConfig
@@ -117,7 +117,7 @@ class Plan:
         }
 
 
-def plan(config: RunConfig, topology: str = "cpu:1", method: Method | None = None) -> Plan:
+def plan(config: RunConfig, topology: str = "cpu:1", method: ModelMethod | None = None) -> Plan:
     """What a step of a run takes on devices that need not be there: memory, communication, and the least time.
 
     Args:
@@ -130,7 +130,7 @@ def plan(config: RunConfig, topology: str = "cpu:1", method: Method | None = Non
     return make_plan(config, find_topology(topology), method)
 
 
-def make_plan(config: RunConfig, topology: Topology, method: Method | None = None) -> Plan:
+def make_plan(config: RunConfig, topology: Topology, method: ModelMethod | None = None) -> Plan:
     """Compiles a step of `config` for `topology`, and counts it.
 
     Args:
@@ -139,6 +139,9 @@ def make_plan(config: RunConfig, topology: Topology, method: Method | None = Non
     Raises:
         UserError: what `compile_step` refuses.
     """
+    if method is None:
+        check_sizes(config)
+        method = build_method(config)
     program = compile_step(config, topology, method)
     shape = dict(program.mesh.shape)
     capacity = topology.capacity
@@ -167,7 +170,7 @@ def make_plan(config: RunConfig, topology: Topology, method: Method | None = Non
         parts=parts,
         help=[] if fits else what_helps(config, topology, parts, shape, needed - capacity),
         tokens=tokens,
-        model_flops=training_flops_per_token(config.model, config.data.seq_len, teacher) * tokens,
+        model_flops=method.flops_per_token * tokens,
         cost=cost,
         kernel_flops=in_kernels,
         bounds=least,

@@ -1,6 +1,6 @@
 """An adaptation that the package does not have works with every method: here, one that trains the norms alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,8 @@ from gemma2_jax.training.teacher_cache import write_cache
 from gemma2_jax.training.together import Updates
 from tests.steps import prepared
 from tests.training.stops import stopped_after
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 KL = ObjectiveConfig(cross_entropy=0.0, forward_kl=1.0, temperature=1.0, block_tokens=48)
 
@@ -64,14 +66,6 @@ class NormsOnly:
 
     def join(self, trained: Params, frozen: Params) -> Params:
         return merged(trained, frozen)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device() -> Iterator[None]:
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: first)
-        yield
 
 
 @pytest.fixture(scope="module")

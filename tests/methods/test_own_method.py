@@ -1,7 +1,6 @@
 """A way of training that the package does not have: trained, validated, stopped, resumed and planned as its own are."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from gemma2_jax.run import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
 from tests.training.stops import stopped_after
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 HEAD = "after_next"
 
@@ -61,14 +62,6 @@ class TokenAfterNext(LanguageModelling):
         goes_on = batch.segment_ids == jnp.roll(batch.segment_ids, -1, axis=1)
         mask = (batch.loss_mask * jnp.roll(batch.loss_mask, -1, axis=1) * goes_on).at[:, -1].set(0)
         return head, replace(batch, targets=jnp.roll(batch.targets, -1, axis=1), loss_mask=mask)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device() -> Iterator[None]:
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: first)
-        yield
 
 
 @pytest.fixture(scope="module")
