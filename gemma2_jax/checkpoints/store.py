@@ -158,10 +158,9 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Returns when all that `save` has begun is written."""
-        if self._pending is not None:
-            # The response runs a thread of its own, which ends when its result is taken, and not before.
-            self._pending.result()
-            self._pending = None
+        pending, self._pending = self._pending, None  # a failure is raised once
+        if pending is not None:
+            pending.result()  # which alone ends the response's thread
         self._checkpointer.wait()
 
     def unreported(self, step: int) -> Unreported:
