@@ -87,7 +87,7 @@ def suits(query: jax.Array, device_kind: str) -> bool:
     )
 
 
-def check_installed() -> None:
+def check_tokamax_installed() -> None:
     """Raises UserError if tokamax, or what it reads its flags with, is not installed."""
     if not (is_installed("tokamax") and is_installed("absl")):
         raise UserError(
@@ -97,7 +97,7 @@ def check_installed() -> None:
 
 
 def _tokamax() -> ModuleType:
-    check_installed()
+    check_tokamax_installed()
     import tokamax
     from absl import flags
 

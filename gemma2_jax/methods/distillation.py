@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch, abstract_batch, abstract_rows
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.cache.manifest import Manifest, find_cache
+from gemma2_jax.distill.cache.manifest import CacheManifest, find_cache
 from gemma2_jax.distill.cache.reader import cached_batches, check_cache
 from gemma2_jax.distill.fingerprint import fingerprint
 from gemma2_jax.distill.matching import match_sums
@@ -54,7 +54,7 @@ class Distillation(LanguageModelling):
         super().__init__(config, adaptation)
         distill = config.distill
         self.teacher = teacher_config(distill, config.model)
-        self._manifest: Manifest | None = None
+        self._manifest: CacheManifest | None = None
         if distill.cache is not None:
             self.validation_only = (TEACHER,)
         online = self.teacher if distill.cache is None else None

@@ -78,7 +78,7 @@ class HostsConfig:
 
 
 @dataclass(frozen=True)
-class Place:
+class JobProcess:
     """One process in its job.
 
     Attributes:
@@ -101,22 +101,24 @@ def join(config: HostsConfig) -> None:
     """
     if distributed.global_state.client is not None:
         return  # one of several runs of this process has joined before
-    place = find_place(config)
-    if place is None:
+    process = find_job_process(config)
+    if process is None:
         return
-    links = meet(place.coordinator, place.num_processes, place.process_id, config.timeout, place.told_by)
+    links = meet(
+        process.coordinator, process.num_processes, process.process_id, config.timeout, process.told_by
+    )
     # It would take SIGTERM for itself, from the command line that ends this process and with it the others.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        place.coordinator,
-        place.num_processes,
-        place.process_id,
-        place.devices,
+        process.coordinator,
+        process.num_processes,
+        process.process_id,
+        process.devices,
         cluster_detection_method="deactivate",
         initialization_timeout=config.timeout,
         heartbeat_timeout_seconds=JAX_SILENCE,
     )
-    watch(distributed.global_state.client, place.process_id, place.num_processes, links)
+    watch(distributed.global_state.client, process.process_id, process.num_processes, links)
     if not is_first():
         # JAX's collectives between CPUs print from C++ with whom they are connected.
         sys.stdout.flush()
@@ -124,7 +126,7 @@ def join(config: HostsConfig) -> None:
             os.dup2(sink.fileno(), 1)
 
 
-def find_place(config: HostsConfig) -> Place | None:
+def find_job_process(config: HostsConfig) -> JobProcess | None:
     """What the configuration and then the environment say of this process; None if it is alone.
 
     Raises:
@@ -148,7 +150,7 @@ def find_place(config: HostsConfig) -> Place | None:
     _check_number(process_id, num_processes)
     if config.num_processes is not None:
         told_by = "hosts.num_processes"
-    return Place(coordinator, num_processes, process_id, devices, told_by)
+    return JobProcess(coordinator, num_processes, process_id, devices, told_by)
 
 
 def is_first() -> bool:

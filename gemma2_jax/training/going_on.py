@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, FOLDER, checkpoint_steps, latest_step
-from gemma2_jax.config import UserError, as_override, build, differences, load, to_dict
+from gemma2_jax.config import UserError, as_override, build, differences, load_config, to_dict
 from gemma2_jax.distill.on_policy import on_policy_steps
 from gemma2_jax.distill.teacher_record import read_teacher_record
 from gemma2_jax.run import RunConfig
@@ -60,7 +60,7 @@ def check_same_run(config: RunConfig) -> None:
     path = Path(config.output) / CONFIG_FILE
     if not path.exists():
         return
-    begun, latest = load(RunConfig, path), latest_step(config.output) or 0
+    begun, latest = load_config(RunConfig, path), latest_step(config.output) or 0
     config = as_prepared(config)
     steps = config.training.steps
     for key, one, other in _changed_keys(begun, config):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, load_model, save_params
-from gemma2_jax.config import UserError, save, to_dict
+from gemma2_jax.config import UserError, save_config, to_dict
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.prepare import prepare
@@ -43,7 +43,7 @@ TOP_K = EncodingConfig("top_k", 8)
 def write_teacher(run: RunConfig, model: Gemma2, folder: Path) -> str:
     """A run folder with this model and the toy run's tokenizer."""
     save_params(folder, model.params(), to_dict(run))
-    save(replace(run, output=str(folder), model=model.config), folder / CONFIG_FILE)
+    save_config(replace(run, output=str(folder), model=model.config), folder / CONFIG_FILE)
     shutil.copy(run.tokenizer.path, folder / TOKENIZER_FILE)
     return str(folder)
 

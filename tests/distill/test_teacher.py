@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, CheckpointStore, load_model, save_params
-from gemma2_jax.config import UserError, build, save, to_dict
+from gemma2_jax.config import UserError, build, save_config, to_dict
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from gemma2_jax.distill.fingerprint import fingerprint
@@ -136,7 +136,7 @@ def test_rows_may_differ_where_tokens_do_not(
 
     teacher, student = model(0, teachers, d_model=48), model(1, students)
     config = replace(toy_run, output=str(tmp_path), model=teacher.config)
-    save(config, tmp_path / CONFIG_FILE)
+    save_config(config, tmp_path / CONFIG_FILE)
     shutil.copy(toy_run.tokenizer.path, tmp_path / TOKENIZER_FILE)
     save_params(tmp_path, teacher.params(), to_dict(config))
 

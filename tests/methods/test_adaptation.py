@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from gemma2_jax.checkpoints.store import load_params
+from gemma2_jax.checkpoints.store import restore_params
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.matching import MatchConfig
@@ -105,7 +105,7 @@ def test_the_norms_are_trained_and_nothing_else(run: RunConfig) -> None:
     assert np.isfinite(last["cross_entropy"])
     specs = weight_specs(run.model)
     target = abstract_params(chosen(specs, True), mesh=build_mesh(run.mesh))
-    trained = load_params(run.output, target)  # refuses anything more, or less
+    trained = restore_params(run.output, target)  # refuses anything more, or less
     begun = chosen(init_params(specs, jax.random.key(run.seed)), True)
     for one, other in zip(jax.tree.leaves(trained), jax.tree.leaves(begun), strict=True):
         assert not np.array_equal(one, other)

@@ -11,9 +11,9 @@ import jax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gemma2_jax.checkpoints.integrity import write_manifest
+from gemma2_jax.checkpoints.integrity import write_checkpoint_manifest
 from gemma2_jax.checkpoints.store import CONFIG_FILE, find, latest_step
-from gemma2_jax.config import UserError, load, save
+from gemma2_jax.config import UserError, load_config, save_config
 from gemma2_jax.distill.on_policy import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.files import write_text
@@ -94,7 +94,7 @@ def test_one_that_is_done_was_trained_on_the_same_text(done: RunConfig, tmp_path
 
 def test_parts_of_a_layout_may_change(done: RunConfig, tmp_path: Path) -> None:
     begun = replace(done, output=str(tmp_path), distill=replace(done.distill, layout=LayoutConfig()))
-    save(begun, tmp_path / CONFIG_FILE)
+    save_config(begun, tmp_path / CONFIG_FILE)
     gathered = LayoutConfig(weights={"D": ()})
     check_same_run(replace(begun, layout=gathered, distill=replace(begun.distill, layout=gathered)))
     with pytest.raises(
@@ -121,7 +121,7 @@ def test_a_fraction_of_the_run_is_the_number_of_steps_that_it_comes_to(
     toy_run: RunConfig, tmp_path: Path
 ) -> None:
     begun = replace(toy_run, output=str(tmp_path))
-    save(begun, tmp_path / CONFIG_FILE)
+    save_config(begun, tmp_path / CONFIG_FILE)
     check_same_run(replace(begun, optimizer=replace(begun.optimizer, warmup_steps=0.25)))  # 2 of 8
     with pytest.raises(UserError, match=r"optimizer\.warmup_steps=2, and 4 is asked for"):
         check_same_run(replace(begun, optimizer=replace(begun.optimizer, warmup_steps=0.5)))
@@ -132,7 +132,7 @@ def pretend(folder: Path, *steps: int) -> None:
     for step in steps:
         checkpoint = folder / "checkpoints" / str(step)
         write_text(checkpoint / "params" / "_METADATA", "{}")
-        write_manifest(checkpoint)
+        write_checkpoint_manifest(checkpoint)
 
 
 TIMES = ("tokens_per_second", "mfu")  # all that may differ between two runs of the same configuration
@@ -153,7 +153,7 @@ def begun_with(
 ) -> RunConfig:
     """A run folder with this configuration, and checkpoints at the steps that are done."""
     begun = replace(changed(config, **sections), output=str(folder))
-    save(begun, folder / CONFIG_FILE)
+    save_config(begun, folder / CONFIG_FILE)
     pretend(folder, *done)
     return begun
 
@@ -286,7 +286,7 @@ def test_a_longer_run_is_the_uninterrupted_one(toy_run: RunConfig, tmp_path: Pat
     train(of(7, "longer"))
     train(of(7, "whole"))
     longer, whole = of(7, "longer"), of(7, "whole")
-    assert load(RunConfig, Path(longer.output) / CONFIG_FILE) == longer
+    assert load_config(RunConfig, Path(longer.output) / CONFIG_FILE) == longer
     chex.assert_trees_all_equal(last_state(longer), last_state(whole))
     # The old last step keeps its rows. Each step is in one average.
     assert [row["step"] for row in rows_of(longer, "train")] == [3, 5, 6, 7]

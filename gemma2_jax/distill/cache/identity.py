@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 
 from gemma2_jax.config import to_dict
-from gemma2_jax.formats.source import Source, all_places
+from gemma2_jax.formats.source import WeightSource, all_places
 from gemma2_jax.model.weights import weight_specs
 
 
-def teacher_identity(source: Source) -> str:
+def teacher_identity(source: WeightSource) -> str:
     """Sha256 over a checkpoint's configuration and weights, in hexadecimal.
 
     The same for a copy, another format and other padding of the vocabulary, as long as no weight changes its
