@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 PACKAGE = Path(__file__).parent.parent / "gemma2_jax"
 
@@ -52,6 +52,18 @@ def test_functions_of_one_name_do_the_same():
         }
     )
     assert found == SAME_FUNCTIONS
+
+
+def test_files_of_one_name_have_one_subject():
+    files = sources()
+    verbs = {
+        file for file, source in files.items() if file.startswith("cli/") and "def add_parser(" in source
+    }
+    found = shared({file: [PurePosixPath(file).name] for file in files})
+    for name in ("__init__.py", "config.py"):  # of a room: what it is, and its part of the configuration
+        del found[name]
+    # A verb has a file of its own name in `cli`, beside the one file elsewhere that does it.
+    assert {name: where for name, where in found.items() if len(where) > 2 or not where & verbs} == {}
 
 
 def test_the_checks_find_shared_names():

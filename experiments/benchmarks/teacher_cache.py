@@ -37,8 +37,8 @@ from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.sources import PYTHON_DOCS
 from gemma2_jax.distill.cache.encoding import EncodingConfig, encode
 from gemma2_jax.distill.cache.manifest import CacheManifest
-from gemma2_jax.distill.cache.packing import Packed, Packer, log_grid
 from gemma2_jax.distill.cache.reader import cached_batches
+from gemma2_jax.distill.cache.records import Packed, Packer, log_grid
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.methods.choose import build_method
 from gemma2_jax.methods.distillation import TARGETS

@@ -27,7 +27,7 @@ from gemma2_jax.config import UserError, load_config
 from gemma2_jax.data.shards import RecordWriter
 from gemma2_jax.distill.cache.encoding import Entries
 from gemma2_jax.distill.cache.manifest import Signals, find_cache, write_cache_manifest
-from gemma2_jax.distill.cache.packing import Packer
+from gemma2_jax.distill.cache.records import Packer
 from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.study import run_study
 

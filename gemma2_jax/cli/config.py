@@ -3,7 +3,7 @@
 import argparse
 
 from gemma2_jax.cli.parsers import KEYS, Verbs, add_actions, add_overrides, add_verb
-from gemma2_jax.cli.streams import utf8_output
+from gemma2_jax.cli.standard_streams import utf8_output
 
 DESCRIPTION = """\
 Shows configurations without running anything.

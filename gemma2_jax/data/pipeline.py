@@ -12,7 +12,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.packing import PackedRows
 from gemma2_jax.data.shards import Counts, DataManifest, Shard, read_data_manifest
-from gemma2_jax.data.streams import StreamedBatches, to_batch
+from gemma2_jax.data.streamed_batches import StreamedBatches, to_batch
 from gemma2_jax.data.tokenizer import Tokenizer
 
 # Reading ahead by threads, so that a slow disk is waited for in parallel.

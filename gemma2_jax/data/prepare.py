@@ -33,16 +33,6 @@ from gemma2_jax import stops
 from gemma2_jax.config import UserError, as_override, check_place, usable
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.globs import NothingMatchesError
-from gemma2_jax.data.identity import (
-    content_now,
-    content_of,
-    difference,
-    free_beside,
-    read_seen,
-    refuse_other_content,
-    unchanged,
-    write_seen,
-)
 from gemma2_jax.data.invalid import Skipped, check_skipped
 from gemma2_jax.data.shards import (
     FORMAT,
@@ -52,6 +42,16 @@ from gemma2_jax.data.shards import (
     find_data_manifest,
     read_data_manifest,
     write_data_manifest,
+)
+from gemma2_jax.data.source_content import (
+    content_now,
+    content_of,
+    difference,
+    free_beside,
+    read_seen,
+    refuse_other_content,
+    unchanged,
+    write_seen,
 )
 from gemma2_jax.data.sources import Documents, open_documents
 from gemma2_jax.data.split import divide

@@ -82,7 +82,7 @@ class DataManifest:
         format: version of the folder's layout.
         complete: whether the whole source was tokenised.
         source, text_field, validation_fraction: as configured.
-        identity: of the source's content, see `identity.Content`.
+        identity: of the source's content, see `source_content.Content`.
         tokenizer: fingerprint of its model file.
         tokenizer_trained: whether it was trained on this source, by this preparation.
         vocab_size: V of that tokenizer.

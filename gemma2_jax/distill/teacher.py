@@ -11,7 +11,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.matching import MatchConfig
-from gemma2_jax.distill.on_policy import OnPolicyConfig
+from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.formats.load import load_params, open_for, open_source
 from gemma2_jax.formats.source import WeightSource
 from gemma2_jax.model.config import ModelConfig

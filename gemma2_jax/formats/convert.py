@@ -17,7 +17,7 @@ from gemma2_jax.formats.huggingface_config import CONFIG_FILE, config_json
 from gemma2_jax.formats.layouts import EMBEDDING, GGUF, HUGGINGFACE, Entry, WeightPlace, expand
 from gemma2_jax.formats.load import load_params, load_tokenizer, open_source
 from gemma2_jax.formats.metadata import GENERATION_FILE
-from gemma2_jax.formats.run import RunSource, write_run
+from gemma2_jax.formats.native import RunSource, write_run
 from gemma2_jax.formats.source import DTYPES, WeightSource, all_places
 from gemma2_jax.formats.tokenizer_files import write_tokenizer_files
 from gemma2_jax.model.config import ModelConfig

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data.chat import chat_template
+from gemma2_jax.data.chat_format import chat_template
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.formats.gguf_header import Header, is_gguf, read_header
 from gemma2_jax.formats.layouts import GGUF, expand
 from gemma2_jax.formats.load import load_tokenizer, open_source
-from gemma2_jax.formats.run import RunSource
+from gemma2_jax.formats.native import RunSource
 from gemma2_jax.formats.source import TensorInfo, WeightSource, misfits
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.counts import count_parameters

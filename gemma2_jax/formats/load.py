@@ -19,8 +19,8 @@ from gemma2_jax.formats import hub
 from gemma2_jax.formats.deepmind import DeepMindSource, is_orbax
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE
+from gemma2_jax.formats.native import RunSource
 from gemma2_jax.formats.recognise import ADAPTER_CONFIG, describe, run_around
-from gemma2_jax.formats.run import RunSource
 from gemma2_jax.formats.source import DTYPES, WeightSource, all_places
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.narrowing import check_range

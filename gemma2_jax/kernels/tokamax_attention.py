@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma2_jax.config import UserError
-from gemma2_jax.kernels.shards import on_each_device
+from gemma2_jax.kernels.sharded_attention import on_each_device
 from gemma2_jax.machine import is_installed
 from gemma2_jax.sharding.layout import layout_in_use, sequence_shares
 

@@ -47,7 +47,7 @@ class Sampler:
     def generate(self, prompts: Sequence[str], config: SamplingConfig) -> list[str]:
         """The continuation of each prompt, without the prompt.
 
-        Prompts may differ in length. Turn tokens in them are control tokens, as `data.chat.render` writes
+        Prompts may differ in length. Turn tokens in them are control tokens, as `data.chat_format.render` writes
         them; the beginning-of-text token is put in front.
         """
         texts = [""] * len(prompts)

@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, FOLDER, checkpoint_steps, latest_step
 from gemma2_jax.config import UserError, as_override, build, differences, load_config, to_dict
-from gemma2_jax.distill.on_policy import on_policy_steps
+from gemma2_jax.distill.rollouts import on_policy_steps
 from gemma2_jax.distill.teacher_record import read_teacher_record
 from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import ScheduleConfig, build_schedule, count_steps

@@ -34,7 +34,7 @@ from gemma2_jax.distill.cache.manifest import (
     refuse_other_teacher,
     write_cache_manifest,
 )
-from gemma2_jax.distill.cache.packing import Packed, Packer, log_grid, row_checksums
+from gemma2_jax.distill.cache.records import Packed, Packer, log_grid, row_checksums
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.distill.teacher import as_teacher, load_teacher
 from gemma2_jax.files import locked

@@ -153,7 +153,7 @@ def test_a_cache(tmp_path: Path, estimate: bool, corpus: Path) -> None:
     ]  # fmt: skip
     if estimate:
         last = stopped_in(
-            "gemma2_jax.distill.cache.packing:Packer.pack:1", [*command, "--estimate"], tmp_path
+            "gemma2_jax.distill.cache.records:Packer.pack:1", [*command, "--estimate"], tmp_path
         )
         assert last == "gemma2: stopped."
         assert not (tmp_path / "cache").exists()

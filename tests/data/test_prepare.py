@@ -16,7 +16,6 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from gemma2_jax.config import UserError
 from gemma2_jax.data import tokenise
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
-from gemma2_jax.data.identity import SEEN_FILE
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import (
     MANIFEST,
@@ -27,6 +26,7 @@ from gemma2_jax.data.shards import (
     token_dtype,
     verify,
 )
+from gemma2_jax.data.source_content import SEEN_FILE
 from gemma2_jax.data.tokenizer import Tokenizer
 
 

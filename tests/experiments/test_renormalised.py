@@ -21,7 +21,7 @@ from gemma2_jax.distill.cache.manifest import (
     verify_cache,
     write_cache_manifest,
 )
-from gemma2_jax.distill.cache.packing import LogGrid, Packer
+from gemma2_jax.distill.cache.records import LogGrid, Packer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "teacher_source" / "renormalised.py"

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from gemma2_jax.data.chat import render
+from gemma2_jax.data.chat_format import render
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from gemma2_jax.formats.gguf import write_gguf
 from gemma2_jax.formats.layouts import GGUF, WeightPlace, expand

@@ -15,7 +15,7 @@ from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.load import load, load_params, open_source
-from gemma2_jax.formats.run import RunSource, write_run
+from gemma2_jax.formats.native import RunSource, write_run
 from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 

@@ -12,7 +12,7 @@ from gemma2_jax.checkpoints.store import restore_params
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.matching import MatchConfig
-from gemma2_jax.distill.on_policy import OnPolicyConfig
+from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.methods.choose import build_method
 from gemma2_jax.methods.students import Students

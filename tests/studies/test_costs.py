@@ -7,7 +7,7 @@ import pytest
 
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.cache.manifest import FORMAT, CacheManifest, DataOrder, Signals, write_cache_manifest
-from gemma2_jax.distill.cache.packing import LogGrid
+from gemma2_jax.distill.cache.records import LogGrid
 from gemma2_jax.studies.config import StudyConfig, StudyRun
 from gemma2_jax.studies.costs import RunCost, costs_by_run, costs_table
 

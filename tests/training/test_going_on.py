@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from gemma2_jax.checkpoints.integrity import write_checkpoint_manifest
 from gemma2_jax.checkpoints.store import CONFIG_FILE, find, latest_step
 from gemma2_jax.config import UserError, load_config, save_config
-from gemma2_jax.distill.on_policy import OnPolicyConfig
+from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.files import write_text
 from gemma2_jax.model.transformer import Gemma2

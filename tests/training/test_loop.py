@@ -15,7 +15,7 @@ from gemma2_jax.checkpoints.store import find, latest_step, load_model
 from gemma2_jax.config import UserError, load_config, save_config
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.prepare import prepare
-from gemma2_jax.distill.on_policy import OnPolicyConfig, on_policy_steps
+from gemma2_jax.distill.rollouts import OnPolicyConfig, on_policy_steps
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.files import locked
 from gemma2_jax.methods import language_modelling

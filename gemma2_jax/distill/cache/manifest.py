@@ -17,7 +17,7 @@ from gemma2_jax.data.shards import (
     read_described,
 )
 from gemma2_jax.distill.cache.encoding import EncodingConfig
-from gemma2_jax.distill.cache.packing import LogGrid
+from gemma2_jax.distill.cache.records import LogGrid
 from gemma2_jax.files import write_text
 
 FORMAT = 2  # of the folder; raised when a reader of the old one would misread the new one

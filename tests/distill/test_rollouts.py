@@ -20,7 +20,7 @@ from gemma2_jax.config import UserError, build, save_config, to_dict
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.packing import PackedRows
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.on_policy import OnPolicyConfig, lay_out, on_policy_steps, rollout
+from gemma2_jax.distill.rollouts import OnPolicyConfig, lay_out, on_policy_steps, rollout
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2

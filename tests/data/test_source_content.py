@@ -11,12 +11,12 @@ import pytest
 from rich.progress import Progress
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data import identity, python_docs
+from gemma2_jax.data import python_docs, source_content
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
-from gemma2_jax.data.identity import SEEN_FILE, content_of
 from gemma2_jax.data.prepare import prepare, verify_source
 from gemma2_jax.data.python_docs import PythonDocs
 from gemma2_jax.data.shards import MANIFEST, ShardWriter, find_data_manifest, read_data_manifest
+from gemma2_jax.data.source_content import SEEN_FILE, content_of
 from gemma2_jax.data.sources import Files, open_documents
 from tests.data.files import write_jsonl
 
@@ -92,7 +92,7 @@ def test_files_that_were_left_alone_are_not_read_again(
     digested.clear()
     prepare(own, tokenizer_config)
     assert digested == ["a.jsonl", "b.jsonl"]
-    monkeypatch.setattr(identity, "_SETTLED", -1)
+    monkeypatch.setattr(source_content, "_SETTLED", -1)
     prepare(own, tokenizer_config)
     digested.clear()
     prepare(own, tokenizer_config)
