@@ -124,12 +124,16 @@ class CheckpointStore:
             folder, lambda: self._saving, preservation_policy=policy, cleanup_tmp_directories=True
         )
         self._broken: list[Path] = []  # newer than the one that was restored
+        self._pending: Any = None  # Orbax's response for the save in progress
 
     def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
 
     def save(
         self,
@@ -142,9 +146,9 @@ class CheckpointStore:
         """Start saving and return; arrays may be donated and the iterator moved on as soon as this returns."""
         if self._broken:
             self._set_aside()
-        self._checkpointer.wait()  # for the save before, which is known by `_saving`
+        self.wait()  # for the previous save, whose step is in `_saving`
         self._saving = step
-        self._checkpointer.save_checkpointables_async(
+        self._pending = self._checkpointer.save_checkpointables_async(
             step,
             {**trees, _ITERATOR: iterator},
             force=True,
@@ -154,6 +158,10 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Returns when all that `save` has begun is written."""
+        if self._pending is not None:
+            # The response runs a thread of its own, which ends when its result is taken, and not before.
+            self._pending.result()
+            self._pending = None
         self._checkpointer.wait()
 
     def unreported(self, step: int) -> Unreported:

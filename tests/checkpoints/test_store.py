@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,21 @@ def test_only_the_newest_are_kept(saved: tuple[Path, TrainState]) -> None:
     folder, _ = saved
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "3"]
     assert latest_step(folder) == 3
+
+
+def test_no_thread_is_left_of_a_save(toy_run: RunConfig, data: DataConfig, tmp_path: Path) -> None:
+    state, _ = new_state(toy_run, MeshConfig(2, 2, 2))
+    iterator = train_batches(data)
+    next(iterator)
+    with CheckpointStore(tmp_path, keep=1) as store:
+        store.save(1, trees(state), iterator, {})
+        store.wait()
+        before = {thread.name for thread in threading.enumerate()}
+        for step in (2, 3, 4):
+            store.save(step, trees(state), iterator, {})
+        store.wait()
+        left = [thread for thread in threading.enumerate() if thread.name not in before and thread.is_alive()]
+        assert not [thread for thread in left if "_run_loop" in thread.name], left
 
 
 def test_pure_nested_dicts_on_disk(saved: tuple[Path, TrainState], toy_run: RunConfig) -> None:
