@@ -110,7 +110,7 @@ def _changed_keys(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any
     """The dotted key and both values of what differs, but for what may, and numbers that depend on the step."""
     free = {*_MAY_CHANGE, *(key for number in _NUMBERS for key in number.keys)}
     record = read_teacher_record(asked.output)
-    if record is not None:
+    if record is not None and record.is_comparable:
         free.add("distill.teacher")
         if record.encoding is not None and asked.distill.cache is not None:
             free |= {"distill.cache", "distill.encoding", "distill.dtype"}

@@ -21,7 +21,6 @@ from gemma2_jax.data.pipeline import tokenizer_of, train_batches
 from gemma2_jax.data.shards import RecordWriter, record_file_size
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries, check_encoding, encode_batch
-from gemma2_jax.distill.cache.identity import teacher_identity
 from gemma2_jax.distill.cache.manifest import (
     FORMAT,
     CacheManifest,
@@ -37,6 +36,7 @@ from gemma2_jax.distill.cache.manifest import (
 from gemma2_jax.distill.cache.records import Packed, Packer, log_grid, row_checksums
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.distill.teacher import as_teacher, load_teacher
+from gemma2_jax.distill.teacher_identity import source_identity
 from gemma2_jax.files import locked
 from gemma2_jax.formats.load import check_readable, open_for
 from gemma2_jax.machine import cores
@@ -174,7 +174,7 @@ def _manifest(config: RunConfig) -> CacheManifest:
     teacher = _teacher_path(config)
     source = open_for(tokenizer, teacher, "distill.teacher")
     check_encoding(_encoding(config), source.config)
-    identity = teacher_identity(source)
+    identity = source_identity(source)
     found = find_cache(_folder(config))
     if found is None:
         return CacheManifest(

@@ -16,6 +16,7 @@ from gemma2_jax.checkpoints.store import CONFIG_FILE, find, latest_step
 from gemma2_jax.config import UserError, load_config, save_config
 from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.distill.teacher_record import TEACHER_FILE
 from gemma2_jax.files import write_text
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import weight_specs
@@ -72,6 +73,23 @@ def test_one_that_is_done_was_distilled_from_the_same(
     train(distilled_from(done, shutil.copytree(str(done.distill.teacher), tmp_path / "moved")))
     monkeypatch.setattr(loop, "build_method", None)  # a teacher of the same name is not loaded
     train(done)
+
+
+def test_a_run_of_an_older_version_keeps_to_its_teachers_path(done: RunConfig, tmp_path: Path) -> None:
+    """Its record has another digest of the same weights, and is replaced when the run goes on."""
+    run = replace(done, output=str(tmp_path / "run"))
+    with stopped_after(1):
+        train(run)
+    older = {"identity": "0123456789abcdef", "encoding": None, "dtype": None}
+    (tmp_path / "run" / TEACHER_FILE).write_text(json.dumps(older))
+    moved = shutil.copytree(str(done.distill.teacher), tmp_path / "moved")
+    with pytest.raises(UserError, match=rf"holds a run with distill\.teacher={done.distill.teacher}"):
+        train(distilled_from(run, moved))
+    train(run)
+    assert latest_step(run.output) == 2
+    train(distilled_from(run, moved))
+    with pytest.raises(UserError, match="was distilled from other weights"):
+        train(distilled_from(run, teacher(done, tmp_path / "other", seed=2)))
 
 
 def test_one_that_is_done_beside_one_that_is_not(done: RunConfig, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.cache.records import LogGrid
 from gemma2_jax.files import write_text
 
-FORMAT = 2  # of the folder; raised when a reader of the old one would misread the new one
+FORMAT = 3  # of the folder; raised when a reader of the old one would misread the new one
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class CacheManifest:
     Attributes:
         format: version of the folder's layout.
         order: the data that it was made for.
-        teacher: `teacher_identity`; teacher_path: where it lay; dtype: that it was computed in.
+        teacher: `source_identity`; teacher_path: where it lay; dtype: that it was computed in.
         num_tokens: V.
         encoding: how its distributions were made sparse.
         grid: of the logarithms.

@@ -11,7 +11,6 @@ from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.distill.cache.encoding import EncodingConfig
-from gemma2_jax.distill.cache.identity import teacher_identity
 from gemma2_jax.distill.cache.manifest import (
     CacheManifest,
     DataOrder,
@@ -22,6 +21,7 @@ from gemma2_jax.distill.cache.manifest import (
     refuse_other_teacher,
 )
 from gemma2_jax.distill.cache.records import Packer, broken_record, row_checksums
+from gemma2_jax.distill.teacher_identity import source_identity
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.objectives.targets import SparseTargets
 
@@ -71,7 +71,7 @@ def check_cache(
             f"({data.batch_size}) needs {steps * data.batch_size}; add the others by `gemma2 teacher-cache`."
         )
     if teacher is not None:
-        refuse_other_teacher(cache, manifest, teacher_identity(open_source(teacher)), teacher)
+        refuse_other_teacher(cache, manifest, source_identity(open_source(teacher)), teacher)
     return manifest
 
 
