@@ -193,7 +193,7 @@ def test_what_is_refused(given: dict[str, Any], message: str) -> None:
 def test_what_only_one_process_has_is_no_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
     first = {"seed": 0, "data": "a", "teacher": "b"}
     client = SimpleNamespace(blocking_key_value_get=lambda *_: json.dumps(first))
-    monkeypatch.setattr(hosts, "distributed", SimpleNamespace(global_state=SimpleNamespace(client=client)))
+    monkeypatch.setattr(hosts, "coordinator_client", lambda: client)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     check_agreement(first)
