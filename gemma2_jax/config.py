@@ -121,18 +121,18 @@ def as_override(key: str, value: Any) -> str | None:
     return f"{key}={value}" if isinstance(value, str) and re.fullmatch(r"[\w./+-]+", value) else None
 
 
-def save(config: Any, path: str | os.PathLike[str]) -> None:
-    """Writes the dataclass to `path` as YAML; `load` gives an equal one back."""
+def save_config(config: Any, path: str | os.PathLike[str]) -> None:
+    """Writes the dataclass to `path` as YAML; `load_config` gives an equal one back."""
     write_text(path, to_yaml(config))
 
 
 def to_yaml(config: Any) -> str:
-    """Returns the dataclass as the YAML that `save` writes."""
+    """Returns the dataclass as the YAML that `save_config` writes."""
     text: str = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 
-def load(cls: type[Config], path: str | os.PathLike[str]) -> Config:
+def load_config(cls: type[Config], path: str | os.PathLike[str]) -> Config:
     """Returns the dataclass `cls` from the YAML file at `path`. Raises UserError as `build` does."""
     return build(cls, read_yaml(path), str(path))
 

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gemma2_jax.config import UserError, build, check_place, load, read_yaml, save, suggest, to_dict, to_yaml
+from gemma2_jax.config import (
+    UserError,
+    build,
+    check_place,
+    load_config,
+    read_yaml,
+    save_config,
+    suggest,
+    to_dict,
+    to_yaml,
+)
 
 
 @dataclass(frozen=True)
@@ -135,8 +145,8 @@ def test_all_mistakes_are_told_together_one_a_line():
 
 def test_saved_and_loaded_is_equal(tmp_path):
     config = Outer(Inner(2, 1e-5, files=("é", "b: c"), window=None), named={"x": Inner(4, on=True)})
-    save(config, tmp_path / "new" / "config.yaml")
-    assert load(Outer, tmp_path / "new" / "config.yaml") == config
+    save_config(config, tmp_path / "new" / "config.yaml")
+    assert load_config(Outer, tmp_path / "new" / "config.yaml") == config
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.yaml"]
     assert build(Outer, to_dict(config), "here") == config
 
@@ -158,14 +168,14 @@ YAML_LIKE = st.one_of(
 def test_every_text_is_saved_and_loaded_as_text(tmp_path_factory, text, name):
     config = Outer(Inner(2, files=text), named={name: Inner(4, files=(text, name))})
     path = tmp_path_factory.getbasetemp() / "text.yaml"
-    save(config, path)
-    assert load(Outer, path) == config
+    save_config(config, path)
+    assert load_config(Outer, path) == config
     assert path.read_text() == to_yaml(config)
 
 
 def test_an_exponent_without_a_point_is_a_number(tmp_path):
     (tmp_path / "c.yaml").write_text("inner: {width: 2, rate: 1e-3}\n")
-    assert load(Outer, tmp_path / "c.yaml").inner.rate == 1e-3
+    assert load_config(Outer, tmp_path / "c.yaml").inner.rate == 1e-3
 
 
 @pytest.mark.parametrize(

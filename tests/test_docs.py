@@ -27,7 +27,7 @@ from gemma2_jax.cli.main import parsed
 from gemma2_jax.cli.roots import find_study
 from gemma2_jax.cli.run import compose_study
 from gemma2_jax.cli.sweep import compose_sweep
-from gemma2_jax.config import load, save
+from gemma2_jax.config import load_config, save_config
 from gemma2_jax.launching.job import check_config
 from gemma2_jax.launching.settings import GkeSettings, SlurmSettings, TpuVmSettings
 from gemma2_jax.methods.method import Method
@@ -139,7 +139,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(block.partition("\n")[2], encoding="utf-8")
     (found / "runs/student").mkdir(parents=True)
-    save(compose(["name=student"]), found / "runs/student/config.yaml")
+    save_config(compose(["name=student"]), found / "runs/student/config.yaml")
     return found
 
 
@@ -175,7 +175,7 @@ def check_overrides(arguments: argparse.Namespace) -> None:
 
 
 def check_study(arguments: argparse.Namespace) -> None:
-    study = load(StudyConfig, find_study(arguments.study, arguments.config_dir))
+    study = load_config(StudyConfig, find_study(arguments.study, arguments.config_dir))
     compose_study(arguments.study, study, arguments.overrides, arguments.config_dir)
 
 
@@ -382,7 +382,7 @@ def test_the_example_is_a_format(defined: dict[str, Any], toy_run: RunConfig, tm
     entries = expand(HUGGINGFACE, specs)
     arrays: dict[str, Any] = {name: np.ones(entry.shape, np.float32) for name, entry in entries.items()}
     np.savez(tmp_path / "weights.npz", **arrays)
-    save(toy_run.model, tmp_path / "config.yaml")
+    save_config(toy_run.model, tmp_path / "config.yaml")
     source = defined["NpzSource"](tmp_path)
     assert source.problems() == []
     for place in all_places(specs):

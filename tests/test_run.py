@@ -7,7 +7,7 @@ import pytest
 
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.cache.encoding import EncodingConfig
-from gemma2_jax.distill.on_policy import OnPolicyConfig
+from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.run import RunConfig

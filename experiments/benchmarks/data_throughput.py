@@ -19,7 +19,7 @@ from pathlib import Path
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.prepare import prepare
-from gemma2_jax.data.sources import PYTHON_DOCS, open_source
+from gemma2_jax.data.sources import PYTHON_DOCS, open_documents
 from gemma2_jax.machine import cores
 
 SHAPES = [(16, 128), (32, 1024)]  # (B, T)
@@ -67,7 +67,7 @@ def main() -> None:
         prepare(data, tokenizer)
         with (folder / "repeated.jsonl").open("w") as file:
             for copy in range(arguments.copies):
-                for text, _ in open_source(data.sources, data.text_field):
+                for text, _ in open_documents(data.sources, data.text_field):
                     file.write(json.dumps({"text": f"{copy} {text}"}) + "\n")
         repeated = replace(data, source=str(folder / "repeated.jsonl"), folder=str(folder / "repeated"))
 

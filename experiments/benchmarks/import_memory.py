@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gemma2_jax.config import load
+from gemma2_jax.config import load_config
 from gemma2_jax.formats.convert import SHARD_BYTES
 from gemma2_jax.formats.huggingface import write_shards
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE, config_json
@@ -71,7 +71,7 @@ def read(folder: Path, dtype: str) -> dict[str, float]:
 
 
 def _config(name: str, shrink: int) -> ModelConfig:
-    config = without_padding(load(ModelConfig, CONFIGS / f"{name}.yaml"))
+    config = without_padding(load_config(ModelConfig, CONFIGS / f"{name}.yaml"))
     if shrink == 1:
         return config
     return replace(config, vocab_size=config.vocab_size // shrink, d_ff=config.d_ff // shrink, num_layers=4)

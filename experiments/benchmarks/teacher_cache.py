@@ -36,9 +36,9 @@ from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.sources import PYTHON_DOCS
 from gemma2_jax.distill.cache.encoding import EncodingConfig, encode
-from gemma2_jax.distill.cache.manifest import Manifest
-from gemma2_jax.distill.cache.packing import Packed, Packer, log_grid
+from gemma2_jax.distill.cache.manifest import CacheManifest
 from gemma2_jax.distill.cache.reader import cached_batches
+from gemma2_jax.distill.cache.records import Packed, Packer, log_grid
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.methods.choose import build_method
 from gemma2_jax.methods.distillation import TARGETS
@@ -162,7 +162,7 @@ def trained_teacher(folder: Path, source: str, vocab_size: int, steps: int) -> R
 
 def cache(
     config: RunConfig, encoding: EncodingConfig, folder: Path, steps: int
-) -> tuple[Manifest, RunConfig]:
+) -> tuple[CacheManifest, RunConfig]:
     """Writes a cache of the run as the teacher: its manifest, and a student's run that is trained from it."""
     student = replace(
         config,
@@ -173,7 +173,7 @@ def cache(
     return write_cache(student), student
 
 
-def records(manifest: Manifest, folder: Path) -> Iterator[bytes]:
+def records(manifest: CacheManifest, folder: Path) -> Iterator[bytes]:
     source = grain.sources.ArrayRecordDataSource([f"{folder}/{file.file}" for file in manifest.files])
     return (source[number] for number in range(len(source)))
 

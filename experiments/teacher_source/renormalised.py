@@ -23,11 +23,11 @@ from rich.console import Console
 
 from gemma2_jax.cli.roots import find_study
 from gemma2_jax.cli.run import compose_study
-from gemma2_jax.config import UserError, load
+from gemma2_jax.config import UserError, load_config
 from gemma2_jax.data.shards import RecordWriter
 from gemma2_jax.distill.cache.encoding import Entries
 from gemma2_jax.distill.cache.manifest import Signals, find_cache, write_cache_manifest
-from gemma2_jax.distill.cache.packing import Packer
+from gemma2_jax.distill.cache.records import Packer
 from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.study import run_study
 
@@ -68,7 +68,7 @@ def renormalise(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    study = load(StudyConfig, find_study(STUDY))
+    study = load_config(StudyConfig, find_study(STUDY))
     with_tail = study.runs[WITH_TAIL]
     runs = {}
     for run, config in study.runs.items():

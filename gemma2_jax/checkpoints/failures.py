@@ -23,12 +23,12 @@ _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _THEIRS = ("/orbax/checkpoint/", "/tensorstore/", "/etils/")  # in paths of source files
 
 
-def reading(path: Path) -> AbstractContextManager[None]:
+def reading_checkpoint(path: Path) -> AbstractContextManager[None]:
     """Turns a failure of Orbax to read `path` into a UserError of one sentence."""
     return _orbax(lambda reason: UserError(f"{path} cannot be read as a checkpoint of a run: {reason}."))
 
 
-def writing(folder: Path) -> AbstractContextManager[None]:
+def writing_checkpoint(folder: Path) -> AbstractContextManager[None]:
     """Raises an OSError where Orbax cannot write into `folder`, once nothing in it changes any more."""
     return _orbax(partial(_not_written, folder))
 

@@ -30,7 +30,7 @@ _CHUNK = 1 << 22  # bytes read at a time
 _FIRST_READ = ("_METADATA", "manifest.ocdbt")  # what Orbax opens of a tree of arrays
 
 
-def write_manifest(checkpoint: Path) -> None:
+def write_checkpoint_manifest(checkpoint: Path) -> None:
     """Writes the manifest of a checkpoint whose trees are finished: of all files in its folders."""
     names = [
         path.relative_to(checkpoint).as_posix()

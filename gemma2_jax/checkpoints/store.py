@@ -29,8 +29,8 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from gemma2_jax.checkpoints.failures import reading, writing
-from gemma2_jax.checkpoints.integrity import ANNOUNCED, changed, missing, write_manifest
+from gemma2_jax.checkpoints.failures import reading_checkpoint, writing_checkpoint
+from gemma2_jax.checkpoints.integrity import ANNOUNCED, changed, missing, write_checkpoint_manifest
 from gemma2_jax.checkpoints.paths import check_path
 from gemma2_jax.checkpoints.trees import array_metadata, check_all_trees, check_trees, name_of
 from gemma2_jax.config import UserError, build, read_yaml
@@ -77,7 +77,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A checkpoint that can be read.
 
     Attributes:
@@ -189,7 +189,7 @@ class CheckpointStore:
         folder = Path(self._checkpointer.directory)
         path = folder / str(step)
         check_all_trees(path, abstract_trees, {_ITERATOR}, folder.parent)
-        with reading(path):
+        with reading_checkpoint(path):
             restored = ocp.load_checkpointables(path, abstract_trees)
         iterator.set_state(_iterator_state(path / _ITERATOR))
         self.latest_step = step
@@ -219,7 +219,7 @@ def latest_step(run_folder: str | Path, tree: str | None = None) -> int | None:
     return next((step for step in _steps(folder) if missing(folder / str(step), tree) is None), None)
 
 
-def find(run_folder: str | Path, tree: str | None = None, contents: bool = True) -> Found | None:
+def find(run_folder: str | Path, tree: str | None = None, contents: bool = True) -> FoundCheckpoint | None:
     """The newest checkpoint in a run folder that is whole, or of which one tree is; None if there is none of any kind.
 
     Args:
@@ -239,7 +239,7 @@ def find(run_folder: str | Path, tree: str | None = None, contents: bool = True)
             own = wrong or changed(path, tree, jax.process_index(), jax.process_count())
             wrong = first_finding(own)
         if wrong is None:
-            return Found(step, path, tuple(passed_over))
+            return FoundCheckpoint(step, path, tuple(passed_over))
         passed_over.append(f"{path} is not whole ({wrong})")
     if passed_over:
         raise UserError(
@@ -249,7 +249,7 @@ def find(run_folder: str | Path, tree: str | None = None, contents: bool = True)
     return None
 
 
-def find_params(run_folder: str | Path) -> Found:
+def find_params(run_folder: str | Path) -> FoundCheckpoint:
     """As `find`, for the parameters alone, and says on standard error which checkpoints it passes over.
 
     Raises:
@@ -263,7 +263,7 @@ def find_params(run_folder: str | Path) -> Found:
     return found
 
 
-def load_params(run_folder: str | Path, target: Params) -> Params:
+def restore_params(run_folder: str | Path, target: Params) -> Params:
     """The newest parameters of a run, as `target` has them: shapes, dtype and shardings.
 
     Raises:
@@ -273,12 +273,12 @@ def load_params(run_folder: str | Path, target: Params) -> Params:
     return read_params(find_params(run_folder), target)
 
 
-def read_params(found: Found, target: Params) -> Params:
-    """The parameters of a checkpoint that `find_params` gave, as `target` has them. Raises as `load_params`."""
+def read_params(found: FoundCheckpoint, target: Params) -> Params:
+    """The parameters of a checkpoint that `find_params` gave, as `target` has them. Raises as `restore_params`."""
     check_trees(found.path, {PARAMS: target})
 
     def read(target: Params) -> Params:
-        with reading(found.path / PARAMS):
+        with reading_checkpoint(found.path / PARAMS):
             params: Params = ocp.load_checkpointables(found.path, {PARAMS: target})[PARAMS]
         return params
 
@@ -287,7 +287,7 @@ def read_params(found: Found, target: Params) -> Params:
     return loaded
 
 
-def describe_params(run_folder: str | Path) -> tuple[Found, dict[str, jax.ShapeDtypeStruct]]:
+def describe_params(run_folder: str | Path) -> tuple[FoundCheckpoint, dict[str, jax.ShapeDtypeStruct]]:
     """The newest parameters of a run, and their shapes and dtypes as they are saved, by path, without reading them.
 
     Raises:
@@ -309,7 +309,7 @@ def save_params(run_folder: str | Path, params: Params, config: Mapping[str, Any
     check_path(run_folder)
     folder = Path(run_folder).absolute() / FOLDER
     folder.mkdir(parents=True)
-    with writing(folder), _checkpointer(folder, lambda: 0) as checkpointer:
+    with writing_checkpoint(folder), _checkpointer(folder, lambda: 0) as checkpointer:
         checkpointer.save_checkpointables(0, {PARAMS: params}, custom_metadata=_about(config))
 
 
@@ -339,7 +339,7 @@ def load_model(run_folder: str | Path, dtype: Any = "float32", mesh: Mesh | None
     config = load_model_config(run_folder)
     if mesh is None:
         mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
-    return Gemma2(config, load_params(run_folder, abstract_params(weight_specs(config), dtype, mesh)))
+    return Gemma2(config, restore_params(run_folder, abstract_params(weight_specs(config), dtype, mesh)))
 
 
 def _checkpointer(folder: Path, saving: Callable[[], int], **options: Any) -> ocp.training.Checkpointer:
@@ -352,7 +352,7 @@ def _checkpointer(folder: Path, saving: Callable[[], int], **options: Any) -> oc
     def finish() -> None:
         # Called when the files of all processes are written, before their folder gets its name.
         step = saving()
-        write_manifest(next(folder.glob(f"{step}.orbax-checkpoint-tmp*"), folder / str(step)))
+        write_checkpoint_manifest(next(folder.glob(f"{step}.orbax-checkpoint-tmp*"), folder / str(step)))
 
     context = ocp.Context()
     context.async_options.post_finalization_callback = finish

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gemma2_jax.checkpoints.failures import reading
+from gemma2_jax.checkpoints.failures import reading_checkpoint
 from gemma2_jax.config import UserError
 
 
 def array_metadata(path: Path, tree: str) -> Any:
     """What a checkpoint says about the arrays of one of its trees."""
-    with reading(path / tree):
+    with reading_checkpoint(path / tree):
         found = ocp.metadata(path, tree).metadata
     if found is None:  # Orbax's word for a tree whose files it cannot read
         raise UserError(

@@ -23,7 +23,7 @@ Message = Mapping[str, object]
 
 def check_turns(tokenizer: "Tokenizer") -> None:
     """Raises UserError if the tokenizer has no turn tokens, without which there is no chat."""
-    from gemma2_jax.data.chat import render
+    from gemma2_jax.data.chat_format import render
 
     tokenizer.encode(render([{"role": "user", "content": "x"}], generation_prompt=True), control=True)
 
@@ -65,7 +65,7 @@ def _answered(
 ) -> list[Message]:
     """Prints the reply to a message; returns the history with both, or as it was where the message is refused."""
     from gemma2_jax.config import UserError
-    from gemma2_jax.data.chat import render
+    from gemma2_jax.data.chat_format import render
 
     asked: list[Message] = [*history, {"role": "user", "content": message}]
     try:

@@ -1,4 +1,4 @@
-"""Configuration from YAML groups, experiments and key=value overrides; the only module that knows Hydra.
+"""Configuration from YAML groups, experiments and key=value overrides, by Hydra (and `hydra_private`).
 
     from gemma2_jax.cli.compose import compose
     config = compose(["experiment=quickstart/teacher", "training.steps=100"])
@@ -17,17 +17,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, ValueType
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from gemma2_jax.cli.hydra_private import load_configuration
 from gemma2_jax.cli.roots import EXPERIMENTS, choices, config_roots, experiment_roots
 from gemma2_jax.config import (
     UserError,
@@ -296,16 +293,12 @@ def _load_files(chosen: dict[str, str], config_dir: str | os.PathLike[str] | Non
     arguments = [
         f"{EXPERIMENTS if group == 'experiment' else group}={name}" for group, name in chosen.items()
     ]
-    Plugins.instance()  # as a side effect, makes Hydra's own kinds of sources known
-    search = ConfigSearchPathImpl()
-    search.append("hydra", "pkg://hydra.conf")
-    for root in [*config_roots(config_dir), *experiment_roots(config_dir)]:  # the first that has a file wins
-        search.append("gemma2", f"file://{root}")
-    search.append("schema", "structured://")
+    roots = [*config_roots(config_dir), *experiment_roots(config_dir)]  # the first that has a file wins
+    places = [("gemma2", f"file://{root}") for root in roots]
     try:
-        # The loader by itself, rather than hydra.compose: that keeps its state in a global, of which a notebook
-        # may have its own, and puts a user's folder behind ours.
-        config = ConfigLoaderImpl(search).load_configuration(ROOT, arguments, RunMode.RUN, from_shell=False)
+        config = load_configuration(
+            [("hydra", "pkg://hydra.conf"), *places, ("schema", "structured://")], ROOT, arguments
+        )
         data: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
         return data
     except MissingConfigException as error:

@@ -3,7 +3,7 @@
 import argparse
 
 from gemma2_jax.cli.parsers import KEYS, Verbs, add_actions, add_overrides, add_verb
-from gemma2_jax.cli.streams import utf8_output
+from gemma2_jax.cli.standard_streams import utf8_output
 
 DESCRIPTION = """\
 Shows configurations without running anything.
@@ -67,13 +67,13 @@ def show(arguments: argparse.Namespace) -> None:
 
 def explain(arguments: argparse.Namespace) -> None:
     from gemma2_jax.cli.compose import composed_values
-    from gemma2_jax.cli.explain import explain as explained
+    from gemma2_jax.cli.explain import explain_key
 
     key, overrides = arguments.key, arguments.overrides
     if key is not None and "=" in key:
         key, overrides = None, [key, *overrides]
     values = composed_values(overrides, arguments.config_dir)  # not checked: they need not make a run
-    print(explained(key, values, overrides, arguments.config_dir))
+    print(explain_key(key, values, overrides, arguments.config_dir))
 
 
 def list_choices(arguments: argparse.Namespace) -> None:

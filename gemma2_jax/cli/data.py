@@ -70,14 +70,14 @@ def show(arguments: argparse.Namespace) -> None:
     from gemma2_jax.cli.compose import compose
     from gemma2_jax.config import UserError
     from gemma2_jax.data.pipeline import train_batches
-    from gemma2_jax.data.shards import read_manifest
+    from gemma2_jax.data.shards import read_data_manifest
     from gemma2_jax.data.tokenizer import Tokenizer
     from gemma2_jax.studies.tables import Table
 
     if arguments.rows < 0:
         raise UserError(f"--rows is {arguments.rows}; it must be at least 0.")
     config = compose(arguments.overrides, arguments.config_dir)
-    manifest = read_manifest(config.data.folder)
+    manifest = read_data_manifest(config.data.folder)
     splits = [
         [split, *(f"{number:,}" for number in (counts.documents, counts.tokens, counts.characters))]
         for split, counts in (("train", manifest.train), ("validation", manifest.validation))
@@ -105,7 +105,7 @@ def verify(arguments: argparse.Namespace) -> None:
     folder = config.data.folder
     count = shards.verify(folder)
     print(f"{folder}: {count} shards were read; all match their checksums.")
-    source = list(shards.read_manifest(folder).source)
+    source = list(shards.read_data_manifest(folder).source)
     if verify_source(folder):
         print(f"{folder}: the files of data.source {source} are those that it was prepared from.")
     else:

@@ -17,7 +17,9 @@ from gemma2_jax.run import RunConfig
 _WIDTH = 100
 
 
-def explain(key: str | None, values: Mapping[str, Any], overrides: list[str], config_dir: str | None) -> str:
+def explain_key(
+    key: str | None, values: Mapping[str, Any], overrides: list[str], config_dir: str | None
+) -> str:
     """Returns what a key means, its type, its value and the file that sets it; of a section, its keys.
 
     Args:

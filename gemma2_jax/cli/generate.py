@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gemma2_jax.cli.chat import announced, chat, check_turns
 from gemma2_jax.cli.parsers import Verbs, add_verb
 from gemma2_jax.cli.prompts import read_prompts
-from gemma2_jax.cli.streams import as_utf8, utf8_output
+from gemma2_jax.cli.standard_streams import as_utf8, utf8_output
 
 if TYPE_CHECKING:
     from gemma2_jax.sampling.completion import Completion, Draw
@@ -155,7 +155,7 @@ def _generate(
     sampler: "Sampler", prompts: Sequence[str], config: "SamplingConfig", arguments: argparse.Namespace
 ) -> None:
     """Prints the completions in order, a batch of them after another."""
-    from gemma2_jax.data.chat import render
+    from gemma2_jax.data.chat_format import render
     from gemma2_jax.sampling.completion import Draw
 
     read = prompts

@@ -25,13 +25,15 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from gemma2_jax.cli.roots import choices, config_roots
-    from gemma2_jax.config import load
+    from gemma2_jax.config import load_config
     from gemma2_jax.formats.inspection import inspect
     from gemma2_jax.model.config import ModelConfig
 
     folder = config_roots()[0] / "model"
     published = [name for name in choices("model") if name.startswith("gemma2_")]
-    found = inspect(arguments.path, {name: load(ModelConfig, folder / f"{name}.yaml") for name in published})
+    found = inspect(
+        arguments.path, {name: load_config(ModelConfig, folder / f"{name}.yaml") for name in published}
+    )
     for name, text in found.lines:
         print(f"{name:<12} {text}")
     if not found.problems:

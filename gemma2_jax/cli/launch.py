@@ -192,7 +192,7 @@ def _job(arguments: argparse.Namespace, slices: int = 1, hosts_timeout: int | No
     """
     from gemma2_jax.cli.compose import compose
     from gemma2_jax.config import UserError
-    from gemma2_jax.launching.job import Job, check_config, check_folder
+    from gemma2_jax.launching.job import Job, check_config, check_launch_folder
     from gemma2_jax.launching.pin import find_checkout, job_name, pin, refusal, write_pinned
 
     config: RunConfig = compose(arguments.overrides, arguments.config_dir)
@@ -200,7 +200,7 @@ def _job(arguments: argparse.Namespace, slices: int = 1, hosts_timeout: int | No
     if hosts_timeout is not None and config.hosts.timeout == type(config.hosts).timeout:
         config = dataclasses.replace(config, hosts=dataclasses.replace(config.hosts, timeout=hosts_timeout))
     launches = Path(arguments.folder).absolute()
-    check_folder(launches)
+    check_launch_folder(launches)
     checkout = find_checkout()
     refused = None if arguments.allow_changes else refusal(checkout, launches)
     if refused is not None:

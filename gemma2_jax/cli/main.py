@@ -27,7 +27,7 @@ from gemma2_jax.cli import (
     train_together,
 )
 from gemma2_jax.cli.mistakes import unknown_options
-from gemma2_jax.cli.streams import prepare_output, silence_libraries
+from gemma2_jax.cli.standard_streams import prepare_output, silence_libraries
 
 DESCRIPTION = """\
 Gemma 2 in JAX: train it, distil it, look at it.

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        from gemma2_jax.planning.report import print_plan
+        from gemma2_jax.planning.printing import print_plan
 
         print_plan(plan, Console())
     return FITS if plan.fits else DOES_NOT_FIT
@@ -114,7 +114,7 @@ def _set_environment() -> None:
 def _search(config: "RunConfig", topology: "Topology", arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from gemma2_jax.planning.report import print_search
+    from gemma2_jax.planning.printing import print_search
     from gemma2_jax.planning.search import search
 
     progress = Console(stderr=True)
@@ -133,7 +133,7 @@ def _placement(config: "RunConfig", topology: "Topology", arguments: argparse.Na
     from rich.console import Console
 
     from gemma2_jax.planning.placement import find_placement
-    from gemma2_jax.planning.report import print_placement
+    from gemma2_jax.planning.printing import print_placement
 
     found = find_placement(config, topology)
     if arguments.json:

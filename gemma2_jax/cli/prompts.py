@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from gemma2_jax.cli.streams import read_standard_input
+from gemma2_jax.cli.standard_streams import read_standard_input
 
 
 def read_prompts(path: str | None) -> list[str]:

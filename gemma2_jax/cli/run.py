@@ -38,14 +38,14 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from gemma2_jax.cli.roots import find_study
-    from gemma2_jax.config import check_place, load
+    from gemma2_jax.config import check_place, load_config
     from gemma2_jax.processes.hosts import is_first, join
     from gemma2_jax.studies.config import StudyConfig
     from gemma2_jax.studies.study import run_study
     from gemma2_jax.training.packages import check_packages
     from gemma2_jax.training.prerequisites import check_places, check_sources
 
-    study = load(StudyConfig, find_study(arguments.study, arguments.config_dir))
+    study = load_config(StudyConfig, find_study(arguments.study, arguments.config_dir))
     runs, output = compose_study(arguments.study, study, arguments.overrides, arguments.config_dir)
     check_place("output", output)
     for config in runs.values():

@@ -5,7 +5,7 @@ import re
 from typing import TYPE_CHECKING
 
 from gemma2_jax.cli.parsers import Verbs, add_actions, add_config_dir, add_overrides, add_verb
-from gemma2_jax.cli.streams import as_utf8, read_standard_input
+from gemma2_jax.cli.standard_streams import as_utf8, read_standard_input
 
 if TYPE_CHECKING:
     from gemma2_jax.data.tokenizer import Tokenizer

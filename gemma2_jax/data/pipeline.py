@@ -11,8 +11,8 @@ import numpy as np
 from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.packing import PackedRows
-from gemma2_jax.data.shards import Counts, Manifest, Shard, read_manifest
-from gemma2_jax.data.streams import StreamedBatches, to_batch
+from gemma2_jax.data.shards import Counts, DataManifest, Shard, read_data_manifest
+from gemma2_jax.data.streamed_batches import StreamedBatches, to_batch
 from gemma2_jax.data.tokenizer import Tokenizer
 
 # Reading ahead by threads, so that a slow disk is waited for in parallel.
@@ -21,7 +21,7 @@ _READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
 
 def tokenizer_of(data: DataConfig, tokenizer: TokenizerConfig) -> Tokenizer:
     """The tokenizer at `tokenizer.path`. Raises UserError if the data was prepared with another one."""
-    found, manifest = Tokenizer.load(tokenizer.path), read_manifest(data.folder)
+    found, manifest = Tokenizer.load(tokenizer.path), read_data_manifest(data.folder)
     if manifest.tokenizer != found.fingerprint:
         raise UserError(
             f"data.folder {data.folder} was prepared with tokenizer {manifest.tokenizer[:12]}, and tokenizer.path "
@@ -44,7 +44,7 @@ def train_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.Da
             documents than streams.
     """
     mine = _rows_of_share(data, share, shares)
-    manifest = read_manifest(data.folder)
+    manifest = read_data_manifest(data.folder)
     if manifest.train.documents < data.streams:
         raise UserError(
             f"data.folder {data.folder} has {manifest.train.documents} documents to train on, "
@@ -79,7 +79,7 @@ def validation_batches(
         UserError: as `train_batches`, or if nothing was held out.
     """
     mine = _rows_of_share(data, share, shares)
-    manifest = read_manifest(data.folder)
+    manifest = read_data_manifest(data.folder)
     if not manifest.validation_shards:
         raise UserError(
             f"data.folder {data.folder} has no validation documents; prepare another one with "
@@ -122,7 +122,7 @@ def _rows_of_share(data: DataConfig, share: int, shares: int) -> slice:
     return slice(share * rows, (share + 1) * rows)
 
 
-def _documents(data: DataConfig, manifest: Manifest, shards: tuple[Shard, ...]) -> grain.MapDataset:
+def _documents(data: DataConfig, manifest: DataManifest, shards: tuple[Shard, ...]) -> grain.MapDataset:
     source = _Records(Path(data.folder), shards)
     return grain.MapDataset.source(source).map(partial(np.frombuffer, dtype=manifest.dtype))
 

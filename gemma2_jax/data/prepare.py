@@ -33,7 +33,17 @@ from gemma2_jax import stops
 from gemma2_jax.config import UserError, as_override, check_place, usable
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.globs import NothingMatchesError
-from gemma2_jax.data.identity import (
+from gemma2_jax.data.invalid import Skipped, check_skipped
+from gemma2_jax.data.shards import (
+    FORMAT,
+    DataManifest,
+    Part,
+    ShardWriter,
+    find_data_manifest,
+    read_data_manifest,
+    write_data_manifest,
+)
+from gemma2_jax.data.source_content import (
     content_now,
     content_of,
     difference,
@@ -43,17 +53,7 @@ from gemma2_jax.data.identity import (
     unchanged,
     write_seen,
 )
-from gemma2_jax.data.invalid import Skipped, check_skipped
-from gemma2_jax.data.shards import (
-    FORMAT,
-    Manifest,
-    Part,
-    ShardWriter,
-    find_manifest,
-    read_manifest,
-    write_manifest,
-)
-from gemma2_jax.data.sources import Documents, open_source
+from gemma2_jax.data.sources import Documents, open_documents
 from gemma2_jax.data.split import divide
 from gemma2_jax.data.tokenise import Task, Tokenised, chance, is_validation, tokenise_all
 from gemma2_jax.data.tokenizer import Tokenizer, VocabularyTooLargeError, train_tokenizer
@@ -64,7 +64,7 @@ TRAINING_BYTES = 100_000_000  # of source that a tokenizer is trained on; of a l
 _TASK_CHARACTERS = 100_000  # sent to a worker at once: some tens of milliseconds of its time
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
+def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> DataManifest:
     """Makes `data.folder` hold the tokenised source, and returns its manifest; at once if it does already.
 
     Shows a progress bar if standard error is a terminal, else a line for each stage, and one line of summary.
@@ -83,7 +83,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
     folder = Path(data.folder)
     check_place("data.folder", folder)
     check_place("tokenizer.path", tokenizer.path, is_file=True)
-    manifest = find_manifest(folder)
+    manifest = find_data_manifest(folder)
     if manifest is not None and manifest.complete and Path(tokenizer.path).exists():
         _refuse_other(manifest, data, _load(tokenizer, manifest))
         with _progress() as progress:
@@ -92,7 +92,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest:
         return manifest
 
     def has_parts() -> bool:
-        manifest = find_manifest(folder)
+        manifest = find_data_manifest(folder)
         return manifest is not None and len(manifest.parts) > 0
 
     with ExitStack() as stack:
@@ -107,11 +107,11 @@ def verify_source(folder: str | os.PathLike[str]) -> bool:
     """Reads the files that a folder was prepared from anew; returns whether they are still there.
 
     Raises:
-        UserError: their content has changed; or as `read_manifest`.
+        UserError: their content has changed; or as `read_data_manifest`.
     """
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     try:
-        source = open_source(manifest.source, manifest.text_field, skip_invalid=math.inf)
+        source = open_documents(manifest.source, manifest.text_field, skip_invalid=math.inf)
     except NothingMatchesError:
         return False
     with _progress() as progress:
@@ -125,19 +125,19 @@ def verify_source(folder: str | os.PathLike[str]) -> bool:
     return True
 
 
-def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progress: Progress) -> Manifest:
+def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progress: Progress) -> DataManifest:
     begun = time.monotonic()
-    opened = open_source(data.sources, data.text_field, data.skip_invalid)
+    opened = open_documents(data.sources, data.text_field, data.skip_invalid)
     # Before anything is made of it: what changes later is noticed in the end.
     content = content_of(opened, read_seen(folder), progress)
-    manifest = find_manifest(folder)
+    manifest = find_data_manifest(folder)
     if manifest is not None and (manifest.complete or manifest.tokenizer_trained):
         refuse_other_content(manifest, data, content)
     source, held_out_below = divide(opened, data.sources, data.validation_fraction)
     trains = not Path(tokenizer.path).exists()
     loaded = _train(held_out_below, tokenizer, source, progress) if trains else _load(tokenizer, manifest)
     if manifest is None or not manifest.parts:
-        manifest = Manifest(
+        manifest = DataManifest(
             format=FORMAT,
             complete=False,
             source=data.sources,
@@ -153,7 +153,7 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
             vocabulary_full=loaded.vocab_size < (tokenizer.vocab_size or 0) or _known_full(loaded, manifest),
         )
         # Before the first part is done, so that a preparation that is stopped in it finds its tokenizer again.
-        write_manifest(folder, manifest)
+        write_data_manifest(folder, manifest)
     _refuse_other(manifest, data, loaded)
     _refuse_other_skips(manifest, data)
     if manifest.complete:
@@ -174,13 +174,13 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
         len(manifest.parts),
     ):
         manifest = replace(manifest, parts=(*manifest.parts, part))
-        write_manifest(folder, manifest)
+        write_data_manifest(folder, manifest)
         if len(manifest.parts) == 1:
             write_seen(folder, content)  # not to be read again after a stop
 
     content = unchanged(opened, content, folder, progress)
     manifest = replace(manifest, complete=True, skipped=opened.skipped)
-    write_manifest(folder, manifest)
+    write_data_manifest(folder, manifest)
     write_seen(folder, content)
     train, validation = manifest.train, manifest.validation
     if manifest.skipped.records:
@@ -199,24 +199,24 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
 
 def _goes_on(folder: Path) -> str:
     """What the same command does after a stop."""
-    manifest = find_manifest(folder)
+    manifest = find_data_manifest(folder)
     if manifest is None or not manifest.parts:
         return f"nothing of {folder} is prepared yet, and the same command begins anew"
     documents = manifest.train.documents + manifest.validation.documents
     return f"{documents:,} documents of {folder} are prepared, and the same command goes on behind them"
 
 
-def _was_trained(loaded: Tokenizer, manifest: Manifest | None) -> bool:
+def _was_trained(loaded: Tokenizer, manifest: DataManifest | None) -> bool:
     """Whether the folder's manifest says that this tokenizer was trained on its source."""
     return manifest is not None and manifest.tokenizer_trained and manifest.tokenizer == loaded.fingerprint
 
 
-def _known_full(loaded: Tokenizer, manifest: Manifest | None) -> bool:
+def _known_full(loaded: Tokenizer, manifest: DataManifest | None) -> bool:
     """Whether the folder's manifest says that the text supports no larger vocabulary than this tokenizer's."""
     return manifest is not None and manifest.vocabulary_full and manifest.tokenizer == loaded.fingerprint
 
 
-def _load(tokenizer: TokenizerConfig, manifest: Manifest | None) -> Tokenizer:
+def _load(tokenizer: TokenizerConfig, manifest: DataManifest | None) -> Tokenizer:
     loaded = Tokenizer.load(tokenizer.path)
     asked = tokenizer.vocab_size
     if asked is None or asked == loaded.vocab_size:
@@ -266,7 +266,7 @@ def _train(
     return trained
 
 
-def _refuse_other(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) -> None:
+def _refuse_other(manifest: DataManifest, data: DataConfig, tokenizer: Tokenizer) -> None:
     values = (
         ("data.text_field", manifest.text_field, data.text_field),
         ("data.validation_fraction", manifest.validation_fraction, data.validation_fraction),
@@ -286,7 +286,7 @@ def _refuse_other(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) ->
         )
 
 
-def _refuse_other_skips(manifest: Manifest, data: DataConfig) -> None:
+def _refuse_other_skips(manifest: DataManifest, data: DataConfig) -> None:
     """Raises UserError if more was left out than may be. Goes after the content is found to be the same."""
     check_skipped(manifest.skipped, data.skip_invalid, f"data.folder {data.folder} was prepared without {{}}")
 

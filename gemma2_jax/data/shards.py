@@ -75,14 +75,14 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class DataManifest:
     """What a folder of shards holds; its manifest.json.
 
     Attributes:
         format: version of the folder's layout.
         complete: whether the whole source was tokenised.
         source, text_field, validation_fraction: as configured.
-        identity: of the source's content, see `identity.Content`.
+        identity: of the source's content, see `source_content.Content`.
         tokenizer: fingerprint of its model file.
         tokenizer_trained: whether it was trained on this source, by this preparation.
         vocab_size: V of that tokenizer.
@@ -137,7 +137,7 @@ class _Formatted:
     format: int
 
 
-_ADAPTER = TypeAdapter(Manifest)
+_ADAPTER = TypeAdapter(DataManifest)
 _FORMATTED = TypeAdapter(_Formatted)
 
 Described = TypeVar("Described")
@@ -148,12 +148,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_data_manifest(folder: Path, manifest: DataManifest) -> None:
     """Puts `manifest` in the place of the folder's manifest."""
     write_text(folder / MANIFEST, _ADAPTER.dump_json(manifest, indent=1).decode() + "\n")
 
 
-def find_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
+def find_data_manifest(folder: str | os.PathLike[str]) -> DataManifest | None:
     """Returns the folder's manifest, complete or not, None if it has none.
 
     Raises:
@@ -221,13 +221,13 @@ def check_size(folder: Path, shard: File, verb: str) -> None:
         raise UserError(f"{path} is missing or not whole; delete {folder} to {verb} it anew.")
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+def read_data_manifest(folder: str | os.PathLike[str]) -> DataManifest:
     """Returns the manifest of a folder that was prepared completely.
 
     Raises:
-        UserError: the folder was not prepared, or only in part; or as `find_manifest`.
+        UserError: the folder was not prepared, or only in part; or as `find_data_manifest`.
     """
-    manifest = find_manifest(folder)
+    manifest = find_data_manifest(folder)
     if manifest is None or not manifest.complete:
         state = "is not prepared" if manifest is None else "is prepared only in part"
         raise UserError(
@@ -240,9 +240,9 @@ def verify(folder: str | os.PathLike[str]) -> int:
     """Reads every shard of a prepared folder, and returns how many there are.
 
     Raises:
-        UserError: a shard, which is named, is not as it was written; or as `read_manifest`.
+        UserError: a shard, which is named, is not as it was written; or as `read_data_manifest`.
     """
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     shards = (*manifest.train_shards, *manifest.validation_shards)
     for shard in shards:
         check_content(Path(folder), shard, "prepare")

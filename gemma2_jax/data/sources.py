@@ -24,7 +24,7 @@ class Documents(Protocol):
         """Yields each document that is not blank, with the bytes read so far."""
 
 
-class Source(Documents, Protocol):
+class DocumentSource(Documents, Protocol):
     """The documents of some files.
 
     Attributes:
@@ -44,7 +44,7 @@ class Source(Documents, Protocol):
         """Sha256 of a file's content, in hexadecimal; `advance` is called with the bytes of each piece read."""
 
 
-def open_source(sources: tuple[str, ...], text_field: str, skip_invalid: float = 0) -> Source:
+def open_documents(sources: tuple[str, ...], text_field: str, skip_invalid: float = 0) -> DocumentSource:
     """Returns the documents that `data.source`, `data.text_field` and `data.skip_invalid` name.
 
     Raises:

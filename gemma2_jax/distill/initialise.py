@@ -85,7 +85,7 @@ class InitConfig:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["pairs", "channels", "blocks"], meta_fields=[])
 @dataclass(frozen=True)
-class Choice:
+class KeptIndices:
     """What of the teacher becomes the student; all int32, in the teacher's numbers and rising order.
 
     Attributes:
@@ -139,7 +139,7 @@ def initial_params(
 
 def choose(
     config: InitConfig, teacher: ModelConfig, student: ModelConfig, importance: Importance | None = None
-) -> Choice:
+) -> KeptIndices:
     """What stays. Query heads stay with their key/value head: whole groups first, then the same number in each.
 
     Args:
@@ -157,14 +157,14 @@ def choose(
         name: jax.tree.map(lambda each_pair: each_pair[pairs], importance.blocks[name]) for name in BLOCKS
     }
     channels = importance.final + sum(blocks[name].channels.sum(axis=0) for name in BLOCKS)
-    return Choice(
+    return KeptIndices(
         pairs,
         _largest(channels, student.d_model),
         {name: _choose_in_block(blocks[name], teacher, student) for name in BLOCKS},
     )
 
 
-def select(params: Params, teacher: ModelConfig, student: ModelConfig, choice: Choice) -> Params:
+def select(params: Params, teacher: ModelConfig, student: ModelConfig, choice: KeptIndices) -> Params:
     """The student's parameters out of the teacher's, both laid out like `weight_specs`; can be jitted.
 
     Where the two are equal in width and everything is kept, so is every bit.

@@ -11,9 +11,9 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.matching import MatchConfig
-from gemma2_jax.distill.on_policy import OnPolicyConfig
+from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.formats.load import load_params, open_for, open_source
-from gemma2_jax.formats.source import Source
+from gemma2_jax.formats.source import WeightSource
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params, dim_sizes, weight_specs
@@ -90,7 +90,7 @@ def load_teacher(config: DistillConfig, student: ModelConfig, tokenizer: Tokeniz
         return Gemma2(sizes, load_params(source, sizes, config.dtype, mesh))
 
 
-def open_teacher(path: str, student: ModelConfig, tokenizer: Tokenizer) -> tuple[Source, ModelConfig]:
+def open_teacher(path: str, student: ModelConfig, tokenizer: Tokenizer) -> tuple[WeightSource, ModelConfig]:
     """A teacher's checkpoint, which suits the student, and its sizes with the student's rows of padding.
 
     Raises:

@@ -11,6 +11,7 @@ from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.files import write_text
 
 TEACHER_FILE = "teacher.json"
+FORMAT = 2  # of the record; raised when the same teacher would get another identity
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,21 @@ class TeacherRecord:
     """What distinguishes one teacher from another.
 
     Attributes:
-        identity: the fingerprint of the teacher's weights, or of the checkpoint that a cache was made of.
-        encoding, dtype: those of the cache that stands in for the teacher; None without a cache, and in older files.
+        identity: `teacher_identity` of the teacher's weights in `dtype`, or of the checkpoint that a cache was made of.
+        dtype: that the teacher is computed in; None in older files.
+        encoding: of the cache that stands in for the teacher; None without a cache, and in older files.
+        format: of the record.
     """
 
     identity: str
-    encoding: EncodingConfig | None = None
     dtype: str | None = None
+    encoding: EncodingConfig | None = None
+    format: int = FORMAT
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether the same teacher has this identity today; else the run keeps to the path of its teacher."""
+        return self.format == FORMAT
 
     def save(self, run_folder: Path) -> None:
         write_text(run_folder / TEACHER_FILE, json.dumps(to_dict(self)))
@@ -38,7 +47,7 @@ def read_teacher_record(run_folder: str | Path) -> TeacherRecord | None:
     found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path} is cut or broken: it holds no keys and values.")
-    return build(TeacherRecord, found, str(path))
+    return build(TeacherRecord, {"format": 1, **found}, str(path))  # Older files lack this key.
 
 
 def check_same_teacher(run_folder: str, distill: DistillConfig, now: TeacherRecord | None) -> None:
@@ -50,25 +59,23 @@ def check_same_teacher(run_folder: str, distill: DistillConfig, now: TeacherReco
         f"distill.teacher {distill.teacher}" if distill.cache is None else f"distill.cache {distill.cache}"
     )
     remedy = "choose another output, or delete that folder to train again."
-    if begun.identity != now.identity:
+    found = _settings(now)
+    for key, value in _settings(begun).items():
+        if found.get(key) != value:
+            source = "teacher" if begun.encoding is None else "cache"
+            raise UserError(
+                f"{run_folder} was distilled from a {source} with {key}={value} ({TEACHER_FILE}), and that of "
+                f"{named} has {found.get(key)}; {remedy}"
+            )
+    if begun.is_comparable and begun.identity != now.identity:
         raise UserError(
             f"{run_folder} was distilled from other weights ({begun.identity[:12]}, {TEACHER_FILE}) than those of "
             f"{named} ({now.identity[:12]}); {remedy}"
         )
-    if begun.encoding is None:
-        return
-    found = _of_cache(now)
-    for key, value in _of_cache(begun).items():
-        if found.get(key) != value:
-            raise UserError(
-                f"{run_folder} was distilled from a cache with {key}={value} ({TEACHER_FILE}), and that of {named} has "
-                f"{found.get(key)}; {remedy}"
-            )
 
 
-def _of_cache(record: TeacherRecord) -> dict[str, Any]:
-    """What a cache holds, by the keys of the configuration."""
+def _settings(record: TeacherRecord) -> dict[str, Any]:
+    """What the outputs depend on beside the weights, by the keys of the configuration, as far as it is recorded."""
     encoding = {} if record.encoding is None else to_dict(record.encoding)
-    return {f"distill.encoding.{name}": value for name, value in encoding.items()} | {
-        "distill.dtype": record.dtype
-    }
+    dtype = {} if record.dtype is None else {"distill.dtype": record.dtype}
+    return {f"distill.encoding.{name}": value for name, value in encoding.items()} | dtype

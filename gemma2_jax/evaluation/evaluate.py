@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, find_params, read_params
-from gemma2_jax.config import load
+from gemma2_jax.config import load_config
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.data.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = Non
         UserError: a folder holds no checkpoint, the data is not what the run was trained on, or the teacher has
             another vocabulary or tokenizer.
     """
-    config = load(RunConfig, Path(run_folder) / CONFIG_FILE)
+    config = load_config(RunConfig, Path(run_folder) / CONFIG_FILE)
     check_same_data(run_folder, config.data)
     found = find_params(run_folder)
     mesh = build_mesh(config.mesh)

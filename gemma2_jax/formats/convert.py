@@ -14,11 +14,11 @@ from gemma2_jax.files import reason, replacing, sole_writer, write_text
 from gemma2_jax.formats import gguf, huggingface
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE, config_json
-from gemma2_jax.formats.layouts import EMBEDDING, GGUF, HUGGINGFACE, Entry, Place, expand
+from gemma2_jax.formats.layouts import EMBEDDING, GGUF, HUGGINGFACE, Entry, WeightPlace, expand
 from gemma2_jax.formats.load import load_params, load_tokenizer, open_source
 from gemma2_jax.formats.metadata import GENERATION_FILE
-from gemma2_jax.formats.run import RunSource, write_run
-from gemma2_jax.formats.source import DTYPES, Source, all_places
+from gemma2_jax.formats.native import RunSource, write_run
+from gemma2_jax.formats.source import DTYPES, WeightSource, all_places
 from gemma2_jax.formats.tokenizer_files import write_tokenizer_files
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.narrowing import check_range
@@ -115,7 +115,7 @@ def _check_arguments(kind: str | None, dtype: str | None, tokenizer: str | Path 
         gguf.package()
 
 
-def _write_run(source: Source, folder: Path, dtype: str, tokenizer: Path, progress: Progress) -> None:
+def _write_run(source: WeightSource, folder: Path, dtype: str, tokenizer: Path, progress: Progress) -> None:
     mesh = build_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
     params = load_params(
         source, source.config, dtype, mesh, lambda done, total: progress("reading", done, total)
@@ -125,7 +125,7 @@ def _write_run(source: Source, folder: Path, dtype: str, tokenizer: Path, progre
 
 
 def _write_huggingface(
-    source: Source, folder: Path, dtype: str, tokenizer: Tokenizer, file: Path, progress: Progress
+    source: WeightSource, folder: Path, dtype: str, tokenizer: Tokenizer, file: Path, progress: Progress
 ) -> None:
     config = without_padding(source.config)
     entries = expand(HUGGINGFACE, weight_specs(config))
@@ -147,7 +147,7 @@ def _write_huggingface(
 
 
 def _write_gguf(
-    source: Source, path: Path, dtype: str, tokenizer: Path, name: str, progress: Progress
+    source: WeightSource, path: Path, dtype: str, tokenizer: Path, name: str, progress: Progress
 ) -> None:
     config = without_padding(source.config)
     entries = expand(GGUF, weight_specs(config))
@@ -165,7 +165,7 @@ def _write_gguf(
 
 
 def _tensors(
-    source: Source,
+    source: WeightSource,
     config: ModelConfig,
     entries: dict[str, Entry],
     progress: Progress,
@@ -178,7 +178,7 @@ def _tensors(
         progress(stage, done, len(entries))
 
 
-def _weight(source: Source, place: Place, config: ModelConfig) -> np.ndarray:
+def _weight(source: WeightSource, place: WeightPlace, config: ModelConfig) -> np.ndarray:
     weight = source.weight(place)
     return weight[: config.vocab_size] if place.path == EMBEDDING else weight
 
@@ -189,7 +189,7 @@ def _cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
         return array.astype(dtype)
 
 
-def _compare(source: Source, written: Source, dtype: str, progress: Progress) -> None:
+def _compare(source: WeightSource, written: WeightSource, dtype: str, progress: Progress) -> None:
     """Raises UserError unless every weight that was written reads back as the source's, bit for bit."""
     written.check()
     places = list(all_places(weight_specs(source.config)))

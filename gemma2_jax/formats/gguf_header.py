@@ -12,6 +12,7 @@ import numpy as np
 
 from gemma2_jax.config import UserError, build
 from gemma2_jax.files import reason
+from gemma2_jax.formats.gguf_private import header_reader
 from gemma2_jax.formats.source import TensorInfo
 from gemma2_jax.model.config import ModelConfig
 
@@ -72,7 +73,7 @@ def open_reader(path: str | Path) -> "GGUFReader":
         UserError: as `read_header`.
     """
     try:
-        reader: GGUFReader = _header_reader(package())(path)
+        reader: GGUFReader = header_reader(package())(path)
         return reader
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
@@ -92,31 +93,6 @@ def package() -> Any:
 def query_pre_attn_scalar(num_layers: int, d_model: int, num_heads: int, head_dim: int) -> int:
     """What llama.cpp scales queries by the -1/2 power of."""
     return d_model // num_heads if num_layers == 46 else head_dim
-
-
-def _header_reader(gguf: Any) -> Any:
-    kinds = gguf.GGUFValueType
-
-    class HeaderReader(gguf.GGUFReader):
-        """Has a list's length for a list; the package makes arrays of each piece of a tokenizer, for many seconds."""
-
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type != kinds.ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)
-            order = ">" if self.endianess == gguf.GGUFEndian.BIG else "<"
-            item, length = struct.unpack_from(f"{order}IQ", self.data, orig_offs)
-            end = orig_offs + struct.calcsize("<IQ")
-            if item == kinds.STRING:
-                size = struct.Struct(f"{order}Q")
-                for _ in range(length):
-                    end += size.size + size.unpack_from(self.data, end)[0]
-            else:
-                end += length * np.dtype(self.gguf_scalar_to_np[kinds(item)]).itemsize
-            if end > len(self.data):
-                raise ValueError("a list goes on behind the end of the file")
-            return end - orig_offs, [np.array([length])], [0], [kinds.UINT64]
-
-    return HeaderReader
 
 
 def _header(gguf: Any, path: Path, reader: "GGUFReader") -> Header:

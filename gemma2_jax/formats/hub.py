@@ -36,7 +36,7 @@ def is_elsewhere(path: str) -> bool:
     return is_hub_name(path) and not os.path.exists(path) and in_the_way(path) is None
 
 
-def check_installed(path: str) -> None:
+def check_hub_installed(path: str) -> None:
     """Raises UserError if `path` is to be fetched from the hub, whose package is not installed."""
     if is_elsewhere(path) and not is_installed("huggingface_hub"):
         raise UserError(
@@ -51,7 +51,7 @@ def download(name: str) -> Path:
     Raises:
         UserError: the extra `hub` is missing, the hub cannot be reached, or it does not give the model out.
     """
-    check_installed(name)
+    check_hub_installed(name)
     import huggingface_hub
     from huggingface_hub import errors
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data.chat import chat_template
+from gemma2_jax.data.chat_format import chat_template
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.formats.gguf_header import Header, is_gguf, read_header
 from gemma2_jax.formats.layouts import GGUF, expand
 from gemma2_jax.formats.load import load_tokenizer, open_source
-from gemma2_jax.formats.run import RunSource
-from gemma2_jax.formats.source import Source, TensorInfo, misfits
+from gemma2_jax.formats.native import RunSource
+from gemma2_jax.formats.source import TensorInfo, WeightSource, misfits
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.model.vocabulary import without_padding
@@ -128,7 +128,7 @@ def _sizes(config: ModelConfig) -> str:
     )
 
 
-def _files(source: Source) -> str:
+def _files(source: WeightSource) -> str:
     places = {info.file for info in source.tensors.values()}
     files = [file for place in places for file in (place.rglob("*") if place.is_dir() else [place])]
     files = [file for file in files if file.is_file()]
@@ -143,14 +143,14 @@ def _size(count: float) -> str:
     return f"{count:,.2f} GB"
 
 
-def _template(source: Source, tokenizer: Tokenizer) -> str:
+def _template(source: WeightSource, tokenizer: Tokenizer) -> str:
     own = source.metadata.chat_template
     if own is not None and own != chat_template():
         return "a template of its own, which exports keep; --chat uses Gemma 2's"
     return "Gemma 2's format" if tokenizer.end_of_turn_id != tokenizer.eos_id else "none"
 
 
-def _renamed(source: Source, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+def _renamed(source: WeightSource, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """Tokens whose text other files have changed, which tools that read tokenizer.model alone do not see."""
     size = tokenizer.vocab_size
     names = {number: name for number, name in source.added_tokens(0).items() if number < size}

@@ -92,7 +92,7 @@ GGUF = (
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightPlace:
     """Where a weight lies in our parameters: its path, and its index along P if it is one of a layer."""
 
     path: str
@@ -110,7 +110,7 @@ class Entry:
 
     tensor: Tensor
     shape: tuple[int, ...]
-    places: tuple[Place, ...]
+    places: tuple[WeightPlace, ...]
     _dims: str  # of each of ours, P left out
     _sizes: tuple[int, ...]  # of the letters of the foreign dims, brackets left out
 
@@ -160,7 +160,7 @@ def expand(layout: Sequence[Tensor], specs: Specs) -> dict[str, Entry]:
     return found
 
 
-def _place(path: str, layer: int | None) -> Place:
+def _place(path: str, layer: int | None) -> WeightPlace:
     if layer is None:
-        return Place(path, None)
-    return Place(f"pairs/{'global_block' if layer % 2 else 'local_block'}/{path}", layer // 2)
+        return WeightPlace(path, None)
+    return WeightPlace(f"pairs/{'global_block' if layer % 2 else 'local_block'}/{path}", layer // 2)

@@ -19,9 +19,9 @@ from gemma2_jax.formats import hub
 from gemma2_jax.formats.deepmind import DeepMindSource, is_orbax
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE
+from gemma2_jax.formats.native import RunSource
 from gemma2_jax.formats.recognise import ADAPTER_CONFIG, describe, run_around
-from gemma2_jax.formats.run import RunSource
-from gemma2_jax.formats.source import DTYPES, Source, all_places
+from gemma2_jax.formats.source import DTYPES, WeightSource, all_places
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.narrowing import check_range
 from gemma2_jax.model.transformer import Gemma2
@@ -33,7 +33,7 @@ _DEEPEST = 4  # folders between a file and the folder of its checkpoint, itself 
 _PADDING = 1024  # rows, or a quarter of the tokens: more of them are those of another tokenizer
 
 
-def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source:
+def open_source(path: str | Path, tokenizer: str | Path | None = None) -> WeightSource:
     """The checkpoint at `path`, or of that name on the Hugging Face hub, whatever kind it is of.
 
     Args:
@@ -58,7 +58,7 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
     return source
 
 
-def _reader_of(folder: Path) -> Callable[[Path], Source] | None:
+def _reader_of(folder: Path) -> Callable[[Path], WeightSource] | None:
     is_run = (folder / store.CONFIG_FILE).exists()
     if is_run and (folder / store.FOLDER).exists():  # other tools have a config.yaml too
         return RunSource
@@ -91,7 +91,7 @@ def _what_is(path: Path) -> str:
     )
 
 
-def _find_padding(source: Source) -> None:
+def _find_padding(source: WeightSource) -> None:
     """Takes rows of the embedding behind those of the tokenizer's tokens for padding, if nothing names them.
 
     Embeddings are filled up to a round number of rows, and a config.json does not tell how many of them are used.
@@ -138,7 +138,7 @@ def _is_accepted(dtype: Any) -> bool:
         return False
 
 
-def load_tokenizer(source: Source) -> Tokenizer:
+def load_tokenizer(source: WeightSource) -> Tokenizer:
     """The checkpoint's tokenizer, which knows where its texts end. Raises UserError if it has none that fits."""
     path = source.tokenizer
     if path is None:
@@ -156,7 +156,7 @@ def load_tokenizer(source: Source) -> Tokenizer:
     return tokenizer
 
 
-def _misfit(source: Source, path: Path, tokens: int) -> str:
+def _misfit(source: WeightSource, path: Path, tokens: int) -> str:
     """How a tokenizer does not fit the embedding of a checkpoint of another tool's."""
     rows = source.config.vocab_size
     added = source.added_tokens(tokens)
@@ -170,7 +170,7 @@ def _misfit(source: Source, path: Path, tokens: int) -> str:
     )
 
 
-def open_for(tokenizer: Tokenizer, path: str | Path, key: str) -> Source:
+def open_for(tokenizer: Tokenizer, path: str | Path, key: str) -> WeightSource:
     """The checkpoint at `path`, which the setting `key` names, for a run with this tokenizer.
 
     Raises:
@@ -201,7 +201,7 @@ def check_readable(key: str, path: str | Path, tokenizer: str | Path) -> None:
 
 
 def load_params(
-    source: Source,
+    source: WeightSource,
     config: ModelConfig,
     dtype: Any,
     mesh: Mesh | None = None,
@@ -225,14 +225,14 @@ def load_params(
         mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
     target = abstract_params(weight_specs(source.config), dtype, mesh)
     if isinstance(source, RunSource):
-        params = store.load_params(source.path, target)  # Orbax reads each device's part
+        params = store.restore_params(source.path, target)  # Orbax reads each device's part
     else:
         params = _load_weights(source, target, progress)
     params, _ = resize_rows(params, source.config, config.vocab_size)
     return params
 
 
-def _load_weights(source: Source, target: Any, progress: Callable[[int, int], None]) -> Params:
+def _load_weights(source: WeightSource, target: Any, progress: Callable[[int, int], None]) -> Params:
     params: Params = {}
     places = list(all_places(weight_specs(source.config)))
     for done, place in enumerate(places, 1):
@@ -250,7 +250,7 @@ def _load_weights(source: Source, target: Any, progress: Callable[[int, int], No
     return params
 
 
-def _check_same_model(source: Source, config: ModelConfig) -> None:
+def _check_same_model(source: WeightSource, config: ModelConfig) -> None:
     ours, theirs = without_padding(config), without_padding(source.config)
     for field in fields(ModelConfig):
         wanted, found = getattr(ours, field.name), getattr(theirs, field.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma2_jax.config import UserError
-from gemma2_jax.formats.layouts import Place, Tensor, expand
+from gemma2_jax.formats.layouts import Tensor, WeightPlace, expand
 from gemma2_jax.formats.metadata import Metadata
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.weights import Specs, specs_by_path, weight_specs
@@ -31,7 +31,7 @@ class TensorInfo:
     file: Path
 
 
-class Source(ABC):
+class WeightSource(ABC):
     """A checkpoint that can be read.
 
     Attributes:
@@ -70,7 +70,7 @@ class Source(ABC):
         """What is wrong with the tensors, a sentence each; found without reading the model's weights."""
 
     @abstractmethod
-    def weight(self, place: Place) -> np.ndarray:
+    def weight(self, place: WeightPlace) -> np.ndarray:
         """One weight of one layer, or of the whole model, in our layout and the checkpoint's dtype.
 
         Raises:
@@ -89,7 +89,7 @@ class Source(ABC):
             raise UserError(f"{problems[0].removesuffix('.')}{more}.")
 
 
-class ForeignSource(Source):
+class ForeignSource(WeightSource):
     """A checkpoint whose tensors a table in `layouts.py` describes.
 
     Args:
@@ -98,7 +98,7 @@ class ForeignSource(Source):
 
     def __init__(self, layout: Sequence[Tensor]) -> None:
         self.entries = expand(layout, weight_specs(self.config))
-        self._entry_of: dict[Place, tuple[str, int]] = {
+        self._entry_of: dict[WeightPlace, tuple[str, int]] = {
             place: (name, position)
             for name, entry in self.entries.items()
             for position, place in enumerate(entry.places)
@@ -108,7 +108,7 @@ class ForeignSource(Source):
     def read(self, name: str) -> np.ndarray:
         """A tensor of the checkpoint as it is there."""
 
-    def weight(self, place: Place) -> np.ndarray:
+    def weight(self, place: WeightPlace) -> np.ndarray:
         name, position = self._entry_of[place]
         return self.entries[name].split(self.read(name))[position]
 
@@ -151,13 +151,13 @@ def wrong_dtypes(tensors: Mapping[str, TensorInfo]) -> list[str]:
     ]
 
 
-def all_places(specs: Specs) -> Iterator[Place]:
+def all_places(specs: Specs) -> Iterator[WeightPlace]:
     """Every weight of a model, the embedding first and then layer by layer."""
     weights = specs_by_path(specs)
     stacked = [path for path, spec in weights.items() if spec.dims.startswith("P")]
     for path in weights:
         if path not in stacked:
-            yield Place(path, None)
+            yield WeightPlace(path, None)
     for pair in range(weights[stacked[0]].sizes["P"]):
         for path in stacked:
-            yield Place(path, pair)
+            yield WeightPlace(path, pair)

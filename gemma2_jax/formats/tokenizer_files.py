@@ -27,7 +27,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data.chat import chat_template
+from gemma2_jax.data.chat_format import chat_template
 from gemma2_jax.data.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.formats.metadata import TOKENIZER_CONFIG_FILE, Metadata, templates_json

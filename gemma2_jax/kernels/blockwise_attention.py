@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.kernels.attention import visible_keys
+from gemma2_jax.kernels.reference_attention import visible_keys
 
 # Queries are taken in blocks of this many. Smaller ones skip more hidden keys, but each is compiled on its own.
 _BLOCK = 128

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.kernels.attention import visible_keys
 from gemma2_jax.kernels.blockwise_attention import BK, capped, dot, group, ungroup
+from gemma2_jax.kernels.reference_attention import visible_keys
 
 _BLOCK = 512  # of queries and of keys
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from gemma2_jax.config import UserError
-from gemma2_jax.kernels.attention import attention, visible_keys
 from gemma2_jax.kernels.blockwise_attention import LONGEST, blockwise_attention
 from gemma2_jax.kernels.looped_attention import looped_attention
-from gemma2_jax.kernels.shards import on_each_device
+from gemma2_jax.kernels.reference_attention import attention, visible_keys
+from gemma2_jax.kernels.sharded_attention import on_each_device
 from gemma2_jax.kernels.splash_attention import LANES, splash_attention
 from gemma2_jax.kernels.tokamax_attention import suits, tokamax_attention
 from gemma2_jax.sharding.layout import layout_in_use, sequence_shares

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gemma2_jax.kernels.shards import on_each_device
+from gemma2_jax.kernels.sharded_attention import on_each_device
 from gemma2_jax.sharding.layout import layout_in_use, sequence_shares
 
 LANES = 128  # of a TPU's vector unit, of which blocks are made

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma2_jax.config import UserError
-from gemma2_jax.kernels.shards import on_each_device
+from gemma2_jax.kernels.sharded_attention import on_each_device
 from gemma2_jax.machine import is_installed
 from gemma2_jax.sharding.layout import layout_in_use, sequence_shares
 
@@ -87,7 +87,7 @@ def suits(query: jax.Array, device_kind: str) -> bool:
     )
 
 
-def check_installed() -> None:
+def check_tokamax_installed() -> None:
     """Raises UserError if tokamax, or what it reads its flags with, is not installed."""
     if not (is_installed("tokamax") and is_installed("absl")):
         raise UserError(
@@ -97,7 +97,7 @@ def check_installed() -> None:
 
 
 def _tokamax() -> ModuleType:
-    check_installed()
+    check_tokamax_installed()
     import tokamax
     from absl import flags
 

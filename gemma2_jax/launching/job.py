@@ -129,7 +129,7 @@ def check_config(config: RunConfig, slices: int = 1) -> None:
         )
 
 
-def check_folder(folder: Path) -> None:
+def check_launch_folder(folder: Path) -> None:
     """Raises UserError if nothing can be written into `folder`, which need not be there yet."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():

@@ -5,7 +5,6 @@ from its newest checkpoint. The job has the environment that it is submitted fro
 """
 
 import importlib.util
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from gemma2_jax.launching.job import SCRIPT, Job, import_from, need_tool, script
 from gemma2_jax.launching.pin import CODE, CONFIG
 from gemma2_jax.launching.reasons import meaningful_line
 from gemma2_jax.launching.settings import SlurmSettings
+from gemma2_jax.launching.submitit_private import sbatch_text
 
 if TYPE_CHECKING:
     import submitit.helpers
@@ -73,16 +73,9 @@ def script(settings: SlurmSettings, job: Job) -> str:
 def told(settings: SlurmSettings, job: Job) -> str:
     """The node's script, and the file that sbatch gets from submitit, for a person to read."""
     _need_submitit()
-    from submitit.slurm.slurm import _make_sbatch_string
-
-    command = shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(_logs(job))])
     values = {name.removeprefix("slurm_"): value for name, value in _parameters(settings, job).items()}
-    names = {"timeout_min": "time", "name": "job_name", "tasks_per_node": "ntasks_per_node"}
-    sbatch = _make_sbatch_string(
-        command=command, folder=_logs(job), **{names.get(name, name): value for name, value in values.items()}
-    )
     parts = [f"# {job.folder / SCRIPT}\n{script(settings, job)}"]
-    return "\n".join(parts if settings.local else [*parts, sbatch])
+    return "\n".join(parts if settings.local else [*parts, sbatch_text(_logs(job), values)])
 
 
 def submit(settings: SlurmSettings, job: Job) -> str:

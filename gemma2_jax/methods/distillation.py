@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch, abstract_batch, abstract_rows
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.cache.manifest import Manifest, find_cache
+from gemma2_jax.distill.cache.manifest import CacheManifest, find_cache
 from gemma2_jax.distill.cache.reader import cached_batches, check_cache
-from gemma2_jax.distill.fingerprint import fingerprint
 from gemma2_jax.distill.matching import match_sums
 from gemma2_jax.distill.teacher import abstract_teacher, as_teacher, load_teacher, teacher_config
+from gemma2_jax.distill.teacher_identity import model_identity
 from gemma2_jax.distill.teacher_record import TeacherRecord
 from gemma2_jax.kernels.lm_head import LMHead, lm_head_sums
 from gemma2_jax.methods.language_modelling import (
@@ -54,7 +54,7 @@ class Distillation(LanguageModelling):
         super().__init__(config, adaptation)
         distill = config.distill
         self.teacher = teacher_config(distill, config.model)
-        self._manifest: Manifest | None = None
+        self._manifest: CacheManifest | None = None
         if distill.cache is not None:
             self.validation_only = (TEACHER,)
         online = self.teacher if distill.cache is None else None
@@ -88,8 +88,8 @@ class Distillation(LanguageModelling):
     def record(self, frozen: Frozen) -> TeacherRecord | None:
         manifest = self._manifest
         if manifest is not None:
-            return TeacherRecord(manifest.teacher, manifest.encoding, manifest.dtype)
-        return TeacherRecord(fingerprint(frozen[TEACHER]))
+            return TeacherRecord(manifest.teacher, manifest.dtype, manifest.encoding)
+        return TeacherRecord(model_identity(frozen[TEACHER]), self.config.distill.dtype)
 
     def describe(self, frozen: Frozen) -> list[str]:
         distill = self.config.distill

@@ -9,7 +9,7 @@ import jax
 
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.on_policy import on_policy_steps, rollout
+from gemma2_jax.distill.rollouts import on_policy_steps, rollout
 from gemma2_jax.methods.distillation import Distillation
 from gemma2_jax.methods.method import BASE, PARAMS, Frozen, Trainable
 from gemma2_jax.model.adaptation import FULL, Adaptation

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma2_jax.kernels.attention import visible_keys
 from gemma2_jax.kernels.cached_attention import cached_attention
+from gemma2_jax.kernels.reference_attention import visible_keys
 from gemma2_jax.kernels.self_attention import AttentionConfig, self_attention
 from gemma2_jax.model.cache import EMPTY, LayerCaches
 from gemma2_jax.model.config import ModelConfig

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
-from gemma2_jax.kernels.attention import attention_weights, visible_keys
+from gemma2_jax.kernels.reference_attention import attention_weights, visible_keys
 from gemma2_jax.model.capture import Capture, forward
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2, default_places

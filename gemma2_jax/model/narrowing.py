@@ -29,7 +29,7 @@ def check_range(array: np.ndarray, dtype: Any, name: str) -> None:
         for start in range(0, len(array), rows):
             block = array[start : start + rows]
             if (np.isinf(block.astype(dtype)) & np.isfinite(block)).any():
-                refuse(name, dtype)
+                refuse_overflow(name, dtype)
 
 
 def check_restored(loaded: Any, saved: Any, read: Callable[[Any], Any], name: str) -> None:
@@ -50,9 +50,9 @@ def check_restored(loaded: Any, saved: Any, read: Callable[[Any], Any], name: st
     before = jax.tree.leaves_with_path(read(wide))
     for (path, original), leaf in zip(before, jax.tree.leaves(loaded), strict=True):
         if bool(jnp.any(jnp.isinf(leaf) & jnp.isfinite(original))):
-            refuse(f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}", leaf.dtype)
+            refuse_overflow(f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}", leaf.dtype)
 
 
-def refuse(name: str, dtype: Any) -> NoReturn:
+def refuse_overflow(name: str, dtype: Any) -> NoReturn:
     wider = "bfloat16 or float32" if jnp.dtype(dtype).name == "float16" else "float32"
     raise UserError(f"{name} has values beyond what {jnp.dtype(dtype).name} can hold; choose {wider}.")

@@ -10,8 +10,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.kernels.attention import attention_weights, visible_keys
 from gemma2_jax.kernels.blocks import join_tokens, split_tokens
+from gemma2_jax.kernels.reference_attention import attention_weights, visible_keys
 from gemma2_jax.model.capture import CapturedLayer
 from gemma2_jax.sharding.layout import constrain
 

@@ -23,7 +23,7 @@ Sent = tuple[str, tuple[str, ...]]  # a collective's kind, and the mesh axes tha
 
 
 @dataclass
-class Cost:
+class ProgramCost:
     """Of one device.
 
     Attributes:
@@ -40,7 +40,7 @@ class Cost:
     kernels: Counter[str] = field(default_factory=Counter)
     uncounted: int = 0
 
-    def add(self, other: "Cost", times: int = 1) -> None:
+    def add(self, other: "ProgramCost", times: int = 1) -> None:
         """Adds another's cost so many times."""
         self.flops += other.flops * times
         self.bytes += other.bytes * times
@@ -55,7 +55,7 @@ class Cost:
         self.sent[key] = self.sent.get(key, 0.0) + amount
 
 
-def count(module: Module, mesh_shape: dict[str, int]) -> Cost:
+def count(module: Module, mesh_shape: dict[str, int]) -> ProgramCost:
     """The cost of a whole program on a mesh."""
     return _Counter(module, mesh_shape).of(module.entry, fused=False)
 
@@ -66,13 +66,13 @@ class _Counter:
     def __init__(self, module: Module, mesh_shape: dict[str, int]) -> None:
         self._module, self._mesh = module, mesh_shape
         self._devices = math.prod(mesh_shape.values())
-        self._known: dict[tuple[str, bool], Cost] = {}
+        self._known: dict[tuple[str, bool], ProgramCost] = {}
         self._read: dict[tuple[str, int], int] = {}
 
-    def of(self, name: str, fused: bool) -> Cost:
+    def of(self, name: str, fused: bool) -> ProgramCost:
         """The cost of a computation; within a fusion nothing but its ends touches memory."""
         if (name, fused) not in self._known:
-            total = Cost()
+            total = ProgramCost()
             computation = self._module.computations[name]
             channels: set[str] = set()
             for one in computation.instructions.values():
@@ -81,7 +81,7 @@ class _Counter:
         return self._known[name, fused]
 
     def _add(
-        self, total: Cost, one: Instruction, inside: Computation, fused: bool, channels: set[str]
+        self, total: ProgramCost, one: Instruction, inside: Computation, fused: bool, channels: set[str]
     ) -> None:
         """Adds one instruction; `channels` are those of collectives that this computation's fusions have begun."""
         opcode = one.opcode
@@ -118,7 +118,7 @@ class _Counter:
         if not fused:
             total.bytes += self._moved(one, inside)
 
-    def _add_collective(self, total: Cost, kind: str, one: Instruction, inside: Computation) -> None:
+    def _add_collective(self, total: ProgramCost, kind: str, one: Instruction, inside: Computation) -> None:
         group = group_of(one, self._devices)
         axes = axes_of(group, self._mesh)
         taken = sum(_size(operand) for operand in _operands(one, inside))
@@ -129,7 +129,7 @@ class _Counter:
             kind = "reduce-scatter"  # a TPU's fusion of an all-reduce and the slice that is kept
         total.send((kind, axes), sent_bytes(kind, taken, given, len(group)))
 
-    def _add_fused_collectives(self, total: Cost, name: str, channels: set[str]) -> None:
+    def _add_fused_collectives(self, total: ProgramCost, name: str, channels: set[str]) -> None:
         """A TPU's asynchronous collective stands in the fusion that begins it, in all that go on meanwhile, and in the
         one that ends it, each time with the same channel: it is counted once."""
         inside = self._module.computations[name]
@@ -145,7 +145,7 @@ class _Counter:
                 if match is not None:
                     channels.add(match[1])
 
-    def _add_custom(self, total: Cost, one: Instruction, inside: Computation) -> None:
+    def _add_custom(self, total: ProgramCost, one: Instruction, inside: Computation) -> None:
         match = re.search(r'custom_call_target="([^"]*)"', one.attributes)
         target = "" if match is None else match[1]
         if "gemm" in target or "matmul" in target:

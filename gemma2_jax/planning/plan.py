@@ -6,7 +6,7 @@ from typing import Any
 from gemma2_jax.distill.teacher import online_teacher
 from gemma2_jax.methods.choose import build_method
 from gemma2_jax.methods.method import ModelMethod
-from gemma2_jax.planning.count import Cost, count
+from gemma2_jax.planning.count import ProgramCost, count
 from gemma2_jax.planning.hlo import read_program
 from gemma2_jax.planning.memory import Parts, memory_parts, what_helps
 from gemma2_jax.planning.program import Program, check_sizes, compile_step, device_bytes
@@ -48,7 +48,7 @@ class Plan:
     help: list[str]
     tokens: int
     model_flops: float
-    cost: Cost | None
+    cost: ProgramCost | None
     kernel_flops: float
     bounds: Bounds | None
 
@@ -93,7 +93,7 @@ class Plan:
             found |= {"program_per_device": self._counted(self.cost), "estimate": self._estimate(self.bounds)}
         return found
 
-    def _counted(self, cost: Cost) -> dict[str, Any]:
+    def _counted(self, cost: ProgramCost) -> dict[str, Any]:
         by_axes: dict[str, dict[str, float]] = {}
         for (kind, axes), amount in cost.sent.items():
             by_axes.setdefault("+".join(axes) or "none", {})[kind] = amount

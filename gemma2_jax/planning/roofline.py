@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.counts import count_parameters, forward_flops_per_token
-from gemma2_jax.planning.count import Cost
+from gemma2_jax.planning.count import ProgramCost
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
 
@@ -49,7 +49,7 @@ class Bounds:
         return self.all[self.binding]
 
 
-def bounds(cost: Cost, kernel_flops: float, mesh: Mesh, topology: Topology) -> Bounds:
+def bounds(cost: ProgramCost, kernel_flops: float, mesh: Mesh, topology: Topology) -> Bounds:
     """The bounds of a program of which one device does `cost`, and `kernel_flops` more in kernels of its own."""
     chip = topology.chip
     sent: dict[tuple[str, ...], float] = {}
@@ -84,7 +84,7 @@ def bandwidth_along(axes: tuple[str, ...], mesh: Mesh, topology: Topology) -> fl
     return chip.link_bandwidth * 2 * max(1, spanned)  # two devices of one chip share what it has
 
 
-def kernel_flops(config: RunConfig, teacher: ModelConfig | None, cost: Cost, devices: int) -> float:
+def kernel_flops(config: RunConfig, teacher: ModelConfig | None, cost: ProgramCost, devices: int) -> float:
     """FLOPs of attention that a device does where the program does not tell them: by formula.
 
     They are in kernels of their own, or in loops over blocks of keys, as many as a block of queries sees.

@@ -40,7 +40,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search came to.
 
     Attributes:
@@ -54,7 +54,7 @@ class Found:
 
 def search(
     config: RunConfig, topology: Topology, budget: float, tell: Callable[[str], None] = lambda line: None
-) -> Found:
+) -> SearchResult:
     """Compiles candidates, the most promising first, until `budget` seconds are spent; the first one always.
 
     Raises:
@@ -83,7 +83,7 @@ def search(
         plans.append((candidate, plan))
     if not plans and refused is not None:
         raise refused
-    return Found(sorted(plans, key=lambda pair: _rank(pair[1])), len(waiting))
+    return SearchResult(sorted(plans, key=lambda pair: _rank(pair[1])), len(waiting))
 
 
 def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:

@@ -23,13 +23,9 @@ from typing import Any
 
 import jax
 
-# JAX tells what it found out about a cluster, and has the processes wait for one another without their devices, only
-# in these two modules.
-from jax._src import distributed
-from jax._src.clusters import ClusterEnv
-
 from gemma2_jax.config import UserError, differences
 from gemma2_jax.processes.ending import watch
+from gemma2_jax.processes.jax_private import cluster_found, completed_by, coordinator_client
 from gemma2_jax.processes.links import JAX_SILENCE
 from gemma2_jax.processes.rendezvous import meet, split_address
 
@@ -41,7 +37,7 @@ _CLUSTERS = {
     "ompi": "Open MPI",
     "gcetpu": "the TPU VM",
     "gketpu": "GKE",
-    "k8s": "Kubernetes",
+    "": "Kubernetes",  # JAX gives it no name
 }
 _counter: dict[str, int] = {}  # how often each wait was come by; the same in all processes
 
@@ -78,7 +74,7 @@ class HostsConfig:
 
 
 @dataclass(frozen=True)
-class Place:
+class JobProcess:
     """One process in its job.
 
     Attributes:
@@ -99,24 +95,26 @@ def join(config: HostsConfig) -> None:
     Raises:
         UserError: what is known of the processes does not suffice, or they do not all come.
     """
-    if distributed.global_state.client is not None:
+    if jax.distributed.is_initialized():
         return  # one of several runs of this process has joined before
-    place = find_place(config)
-    if place is None:
+    process = find_job_process(config)
+    if process is None:
         return
-    links = meet(place.coordinator, place.num_processes, place.process_id, config.timeout, place.told_by)
+    links = meet(
+        process.coordinator, process.num_processes, process.process_id, config.timeout, process.told_by
+    )
     # It would take SIGTERM for itself, from the command line that ends this process and with it the others.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        place.coordinator,
-        place.num_processes,
-        place.process_id,
-        place.devices,
+        process.coordinator,
+        process.num_processes,
+        process.process_id,
+        process.devices,
         cluster_detection_method="deactivate",
         initialization_timeout=config.timeout,
         heartbeat_timeout_seconds=JAX_SILENCE,
     )
-    watch(distributed.global_state.client, place.process_id, place.num_processes, links)
+    watch(coordinator_client(), process.process_id, process.num_processes, links)
     if not is_first():
         # JAX's collectives between CPUs print from C++ with whom they are connected.
         sys.stdout.flush()
@@ -124,7 +122,7 @@ def join(config: HostsConfig) -> None:
             os.dup2(sink.fileno(), 1)
 
 
-def find_place(config: HostsConfig) -> Place | None:
+def find_job_process(config: HostsConfig) -> JobProcess | None:
     """What the configuration and then the environment say of this process; None if it is alone.
 
     Raises:
@@ -148,7 +146,7 @@ def find_place(config: HostsConfig) -> Place | None:
     _check_number(process_id, num_processes)
     if config.num_processes is not None:
         told_by = "hosts.num_processes"
-    return Place(coordinator, num_processes, process_id, devices, told_by)
+    return JobProcess(coordinator, num_processes, process_id, devices, told_by)
 
 
 def is_first() -> bool:
@@ -172,7 +170,7 @@ def first_process_first() -> Iterator[None]:
 def wait_for_all(name: str) -> None:
     """Returns when all processes have come here; without their devices, for which some may have to compile first."""
     if jax.process_count() > 1:
-        _interruptibly(_client().wait_at_barrier, _numbered(name), _WAIT_MS)
+        _interruptibly(coordinator_client().wait_at_barrier, _numbered(name), _WAIT_MS)
 
 
 def check_agreement(values: Mapping[str, Any]) -> None:
@@ -202,8 +200,8 @@ def from_first(value: Any) -> Any:
         return json.loads(json.dumps(value))
     key = _numbered("first")
     if is_first():
-        _client().key_value_set(key, json.dumps(value))
-    return json.loads(_interruptibly(_client().blocking_key_value_get, key, _WAIT_MS))
+        coordinator_client().key_value_set(key, json.dumps(value))
+    return json.loads(_interruptibly(coordinator_client().blocking_key_value_get, key, _WAIT_MS))
 
 
 def from_all(value: Any) -> list[Any]:
@@ -211,14 +209,12 @@ def from_all(value: Any) -> list[Any]:
     if jax.process_count() == 1:
         return [json.loads(json.dumps(value))]
     key = _numbered("all")
-    _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    coordinator_client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
     wait_for_all(key)
-    given = {name.rpartition("/")[2]: text for name, text in _client().key_value_dir_get(f"{key}/")}
+    given = {
+        name.rpartition("/")[2]: text for name, text in coordinator_client().key_value_dir_get(f"{key}/")
+    }
     return [json.loads(given[str(number)]) for number in range(jax.process_count())]
-
-
-def _client() -> Any:
-    return distributed.global_state.client
 
 
 def _interruptibly(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -255,13 +251,10 @@ def _detected(given: _Known, timeout: int) -> tuple[str, _Known, tuple[int, ...]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a missing package, of which the check above has told
         try:
-            kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
-            cluster = next((kind for kind in kinds if kind.is_env_present()), None)
+            cluster = cluster_found()
             if cluster is None:
                 return "", given, None
-            coordinator, num_processes, process_id, devices = ClusterEnv.auto_detect_unset_distributed_params(
-                *given, None, cluster.name, timeout
-            )
+            coordinator, num_processes, process_id, devices = completed_by(cluster, *given, timeout)
         except Exception as error:  # whatever a cluster's tools raise
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(

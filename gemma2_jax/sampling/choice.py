@@ -14,7 +14,7 @@ _COLDEST, _WARMEST = 1e-30, 1e30
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChoice:
     """How the next token is chosen; hashable, so that a jitted function can take it as static.
 
     Attributes:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gemma2_jax.model.cache import Cache
 from gemma2_jax.model.decoder import Decoder
-from gemma2_jax.sampling.choice import Choice
+from gemma2_jax.sampling.choice import TokenChoice
 
 
 @partial(
@@ -45,7 +45,7 @@ def begin(
     keys: jax.Array,
     stop: jax.Array,
     cache_size: int,
-    choice: Choice,
+    choice: TokenChoice,
 ) -> Progress:
     """Read the prompts and choose each row's first token.
 
@@ -65,7 +65,7 @@ def advance(
     stop: jax.Array,
     steps: int | jax.Array,
     room: int,
-    choice: Choice,
+    choice: TokenChoice,
 ) -> tuple[Progress, jax.Array]:
     """Choose `steps` more tokens a row, fewer if all rows finish before.
 
@@ -98,7 +98,7 @@ def _choose(
     finished: jax.Array,
     keys: jax.Array,
     stop: jax.Array,
-    choice: Choice,
+    choice: TokenChoice,
 ) -> Progress:
     """The token at `positions`; its randomness is the row's key and the position, nothing else."""
     tokens = choice(logits, jax.vmap(jax.random.fold_in)(keys, positions))

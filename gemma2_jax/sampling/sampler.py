@@ -13,7 +13,7 @@ from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.decoder import Decoder
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens
-from gemma2_jax.sampling.choice import Choice
+from gemma2_jax.sampling.choice import TokenChoice
 from gemma2_jax.sampling.completion import Completion, Draw
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.decoding import advance, begin
@@ -47,7 +47,7 @@ class Sampler:
     def generate(self, prompts: Sequence[str], config: SamplingConfig) -> list[str]:
         """The continuation of each prompt, without the prompt.
 
-        Prompts may differ in length. Turn tokens in them are control tokens, as `data.chat.render` writes
+        Prompts may differ in length. Turn tokens in them are control tokens, as `data.chat_format.render` writes
         them; the beginning-of-text token is put in front.
         """
         texts = [""] * len(prompts)
@@ -120,7 +120,7 @@ class Sampler:
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
         stop = self._stop_tokens(config)
-        choice = Choice(config.temperature, config.top_k, config.top_p)
+        choice = TokenChoice(config.temperature, config.top_k, config.top_p)
         keys = _keys(config.seed, draws or [Draw(prompt) for prompt in range(len(prompts))])
         stop_ids = jnp.array(sorted(stop), jnp.int32)
 
@@ -150,7 +150,7 @@ class Sampler:
             steps = _pace(steps, time.perf_counter() - start)
 
     def _checked(self, new: jax.Array) -> np.ndarray:
-        """Raises UserError if one of the chosen ids is that of no token, as `Choice` has it for NaN."""
+        """Raises UserError if one of the chosen ids is that of no token, as `TokenChoice` has it for NaN."""
         ids = np.asarray(new)
         if ids.max(initial=0) >= self._decoder.config.vocab_size:
             raise UserError(

@@ -14,7 +14,7 @@ _NOTHING = "–"  # in a cell
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """Of a run with all of its seeds.
 
     Attributes:
@@ -29,7 +29,7 @@ class Cost:
 
 def costs_by_run(
     study: StudyConfig, runs: Mapping[str, RunConfig], seconds: Mapping[str, float]
-) -> dict[str, Cost]:
+) -> dict[str, RunCost]:
     """The cost of each of the study's runs.
 
     Args:
@@ -40,7 +40,7 @@ def costs_by_run(
     }
 
 
-def costs_table(costs: Mapping[str, Cost]) -> Table:
+def costs_table(costs: Mapping[str, RunCost]) -> Table:
     """One row for each run, without the columns that none of them has."""
     columns = {
         "tokens/s in training": [f"{cost.tokens_per_second:,.0f}" for cost in costs.values()],
@@ -51,7 +51,7 @@ def costs_table(costs: Mapping[str, Cost]) -> Table:
     return Table(["run", *shown], list(zip(costs, *shown.values(), strict=True)))
 
 
-def _cost(seeds: Mapping[str, RunConfig], seconds: Mapping[str, float]) -> Cost:
+def _cost(seeds: Mapping[str, RunConfig], seconds: Mapping[str, float]) -> RunCost:
     speeds = [
         row["tokens_per_second"]
         for config in seeds.values()
@@ -63,8 +63,8 @@ def _cost(seeds: Mapping[str, RunConfig], seconds: Mapping[str, float]) -> Cost:
         folder: config.distill.cache for folder, config in seeds.items() if config.distill.cache is not None
     }
     if not caches:
-        return Cost(speed)
-    return Cost(
+        return RunCost(speed)
+    return RunCost(
         speed,
         statistics.mean(seconds[f"cache {folder}"] for folder in caches),
         statistics.mean(read_cache(cache).bytes_per_token for cache in caches.values()),

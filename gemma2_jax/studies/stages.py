@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from gemma2_jax.checkpoints.store import TOKENIZER_FILE, find, latest_step, load_model
-from gemma2_jax.config import UserError, build, load, read_json, save, to_dict, usable
+from gemma2_jax.config import UserError, build, load_config, read_json, save_config, to_dict, usable
 from gemma2_jax.data.prepare import prepare
-from gemma2_jax.data.shards import find_manifest
+from gemma2_jax.data.shards import find_data_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.teacher_record import read_teacher_record
 from gemma2_jax.evaluation.evaluate import Evaluation, evaluate_run
@@ -28,7 +28,7 @@ from gemma2_jax.screen import activity
 from gemma2_jax.studies.tables import say
 from gemma2_jax.training.going_on import changes, check_same_run
 from gemma2_jax.training.loop import train
-from gemma2_jax.training.start import as_prepared, check_folder, check_same_data, data_identity
+from gemma2_jax.training.start import as_prepared, check_run_folder, check_same_data, data_identity
 from gemma2_jax.training.teacher_cache import write_cache
 
 TEACHER_FILE = "teacher.yaml"  # in a distilled run's folder: the configuration that its teacher had
@@ -48,12 +48,12 @@ def check_unchanged(config: RunConfig, teacher: RunConfig | None = None) -> None
     Raises:
         UserError: says what differs and what to do.
     """
-    check_folder(config)
+    check_run_folder(config)
     check_same_run(config)
     file = Path(config.output) / TEACHER_FILE
     if teacher is None or not file.exists():
         return
-    for key, then, value in changes(load(RunConfig, file), teacher):
+    for key, then, value in changes(load_config(RunConfig, file), teacher):
         raise UserError(
             f"{config.output} was distilled from a teacher with {key}={then} ({TEACHER_FILE}), and {value} is asked "
             f"for in {teacher.output}; give another output, or delete {config.output} to train it again."
@@ -63,7 +63,7 @@ def check_unchanged(config: RunConfig, teacher: RunConfig | None = None) -> None
 def prepare_all(configs: Sequence[RunConfig], console: Console) -> None:
     """Prepares the data of all runs, each distinct set once."""
     for data, tokenizer in dict.fromkeys((config.data, config.tokenizer) for config in configs):
-        manifest = find_manifest(data.folder)
+        manifest = find_data_manifest(data.folder)
         done = manifest is not None and manifest.complete
         _say(console, "data", data.folder, "already prepared, skipped" if done else "preparing")
         with first_process_first():
@@ -88,7 +88,7 @@ def train_run(config: RunConfig, console: Console, teacher: RunConfig | None = N
     train(config)
     # Not before: of a run that is refused nothing is left, and one that was stopped tells its teacher by the weights.
     if teacher is not None and is_first():
-        save(teacher, Path(config.output) / TEACHER_FILE)
+        save_config(teacher, Path(config.output) / TEACHER_FILE)
 
 
 def measure_run(

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, FOLDER, checkpoint_steps, latest_step
-from gemma2_jax.config import UserError, as_override, build, differences, load, to_dict
-from gemma2_jax.distill.on_policy import on_policy_steps
+from gemma2_jax.config import UserError, as_override, build, differences, load_config, to_dict
+from gemma2_jax.distill.rollouts import on_policy_steps
 from gemma2_jax.distill.teacher_record import read_teacher_record
 from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import ScheduleConfig, build_schedule, count_steps
@@ -60,7 +60,7 @@ def check_same_run(config: RunConfig) -> None:
     path = Path(config.output) / CONFIG_FILE
     if not path.exists():
         return
-    begun, latest = load(RunConfig, path), latest_step(config.output) or 0
+    begun, latest = load_config(RunConfig, path), latest_step(config.output) or 0
     config = as_prepared(config)
     steps = config.training.steps
     for key, one, other in _changed_keys(begun, config):
@@ -110,7 +110,7 @@ def _changed_keys(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any
     """The dotted key and both values of what differs, but for what may, and numbers that depend on the step."""
     free = {*_MAY_CHANGE, *(key for number in _NUMBERS for key in number.keys)}
     record = read_teacher_record(asked.output)
-    if record is not None:
+    if record is not None and record.is_comparable:
         free.add("distill.teacher")
         if record.encoding is not None and asked.distill.cache is not None:
             free |= {"distill.cache", "distill.encoding", "distill.dtype"}

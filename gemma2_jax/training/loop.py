@@ -35,7 +35,7 @@ from gemma2_jax.training.start import (
     as_prepared,
     check_batch,
     check_data,
-    check_folder,
+    check_run_folder,
     check_same_data,
     check_same_inputs,
     data_identity,
@@ -87,7 +87,7 @@ def prepared(configs: Sequence[RunConfig]) -> list[RunConfig]:
 
 def check_begun(config: RunConfig) -> None:
     """Raises UserError if the run folder holds another run, or one of other data."""
-    check_folder(config)
+    check_run_folder(config)
     check_same_run(config)
     check_same_data(config.output, config.data)
 

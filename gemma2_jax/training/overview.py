@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from gemma2_jax.data.shards import read_manifest
+from gemma2_jax.data.shards import read_data_manifest
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.run import RunConfig
 
@@ -17,7 +17,7 @@ def describe_runs(configs: Sequence[RunConfig], mesh: Mesh) -> list[str]:
         f"{data.batch_size} x {data.seq_len} tokens, in {config.output}"
         for config in configs
     ]
-    manifest = read_manifest(data.folder)
+    manifest = read_data_manifest(data.folder)
     lines.append(
         f"data: {manifest.train.tokens:,} tokens to train on, {manifest.validation.tokens:,} held out, in {data.folder}"
     )

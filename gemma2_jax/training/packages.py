@@ -16,7 +16,7 @@ def check_packages(config: RunConfig) -> None:
     if config.compilation_cache is not None:
         check_programs_folder(config.compilation_cache)
     if config.compute.attention.kernel == "tokamax":
-        tokamax_attention.check_installed()
+        tokamax_attention.check_tokamax_installed()
     for path in (config.distill.teacher, config.initialise.source):
         if path is not None:
-            hub.check_installed(path)
+            hub.check_hub_installed(path)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma2_jax.checkpoints.store import CheckpointStore, Found, Unreported, find
+from gemma2_jax.checkpoints.store import CheckpointStore, FoundCheckpoint, Unreported, find
 from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ class RunFolder:
         base = self._begin(tokenizer)[1] if frozen else {}
         return self._restore(examples), base
 
-    def _announce(self, found: Found) -> None:
+    def _announce(self, found: FoundCheckpoint) -> None:
         passed_over = "".join(f"; {clause}" for clause in found.passed_over)
         self._progress.say(f"{self.config.name} goes on from its checkpoint at step {self.step}{passed_over}")
         if (line := older_schedule(self.config, self.step)) is not None:

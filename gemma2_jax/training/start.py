@@ -16,10 +16,10 @@ from gemma2_jax.checkpoints.store import (
     find,
     latest_step,
 )
-from gemma2_jax.config import UserError, load, read_json, read_yaml, save
+from gemma2_jax.config import UserError, load_config, read_json, read_yaml, save_config
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import tokenizer_of
-from gemma2_jax.data.shards import MANIFEST, find_manifest, read_manifest
+from gemma2_jax.data.shards import MANIFEST, find_data_manifest, read_data_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.distill.teacher_record import TEACHER_FILE, TeacherRecord
@@ -49,7 +49,7 @@ def as_prepared(config: RunConfig) -> RunConfig:
 
     The model follows if it has as many tokens as were asked for.
     """
-    manifest, asked = find_manifest(config.data.folder), config.tokenizer.vocab_size
+    manifest, asked = find_data_manifest(config.data.folder), config.tokenizer.vocab_size
     if manifest is None or not manifest.vocabulary_full or asked is None or asked <= manifest.vocab_size:
         return config
     model, tokens = config.model, manifest.vocab_size
@@ -75,7 +75,7 @@ def check_data(config: RunConfig) -> Tokenizer:
     """
     tokenizer = tokenizer_of(config.data, config.tokenizer)
     check_tokens(config.model, tokenizer.vocab_size, f"tokenizer.path {config.tokenizer.path}")
-    manifest = read_manifest(config.data.folder)
+    manifest = read_data_manifest(config.data.folder)
     if not manifest.validation.documents:
         raise UserError(
             f"data.folder {config.data.folder} has no validation documents, which runs are evaluated on; prepare "
@@ -84,7 +84,7 @@ def check_data(config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def check_folder(config: RunConfig) -> None:
+def check_run_folder(config: RunConfig) -> None:
     """Raises UserError if the run folder holds a part of a run only, or something else than a run of `train`.
 
     What is missing would otherwise be taken for a run that has not begun, or not be compared with what is asked for.
@@ -115,7 +115,7 @@ def _check_no_checkpoints(folder: Path) -> None:
     """Raises UserError if a folder without checkpoints has lost them."""
     if (folder / FOLDER).is_dir() or not all((folder / name).is_file() for name in (CONFIG_FILE, JSON_LINES)):
         return
-    begun, rows = load(RunConfig, folder / CONFIG_FILE), read_metrics(folder)
+    begun, rows = load_config(RunConfig, folder / CONFIG_FILE), read_metrics(folder)
     last = max((row["step"] for row in rows), default=0)
     # A run that was stopped where its first checkpoint was due may not have written it.
     ended = any((row["step"], row["split"]) == (begun.training.steps, "validation") for row in rows)
@@ -145,13 +145,13 @@ def names_other_teacher(config: RunConfig) -> bool:
     path = Path(config.output) / CONFIG_FILE
     if not path.exists():
         return False
-    begun = load(RunConfig, path).distill
+    begun = load_config(RunConfig, path).distill
     return (begun.teacher, begun.cache) != (config.distill.teacher, config.distill.cache)
 
 
 def data_identity(data: DataConfig) -> dict[str, str]:
     """What tells one prepared data set from another, wherever it lies."""
-    manifest = read_manifest(data.folder)
+    manifest = read_data_manifest(data.folder)
     return {"documents": manifest.identity, "tokenizer": manifest.tokenizer}
 
 
@@ -180,7 +180,7 @@ def write_inputs(config: RunConfig, record: TeacherRecord | None) -> None:
     """Saves the resolved configuration, a copy of the tokenizer, and the identity of data and teacher in the run
     folder."""
     folder = Path(config.output)
-    save(config, folder / CONFIG_FILE)
+    save_config(config, folder / CONFIG_FILE)
     write_bytes(folder / TOKENIZER_FILE, Path(config.tokenizer.path).read_bytes())
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
     if record is not None and config.distill.teaches:

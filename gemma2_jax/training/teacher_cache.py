@@ -21,11 +21,10 @@ from gemma2_jax.data.pipeline import tokenizer_of, train_batches
 from gemma2_jax.data.shards import RecordWriter, record_file_size
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries, check_encoding, encode_batch
-from gemma2_jax.distill.cache.identity import teacher_identity
 from gemma2_jax.distill.cache.manifest import (
     FORMAT,
+    CacheManifest,
     DataOrder,
-    Manifest,
     Signals,
     find_cache,
     refuse_other_dtype,
@@ -34,9 +33,10 @@ from gemma2_jax.distill.cache.manifest import (
     refuse_other_teacher,
     write_cache_manifest,
 )
-from gemma2_jax.distill.cache.packing import Packed, Packer, log_grid, row_checksums
+from gemma2_jax.distill.cache.records import Packed, Packer, log_grid, row_checksums
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.distill.teacher import as_teacher, load_teacher
+from gemma2_jax.distill.teacher_identity import source_identity
 from gemma2_jax.files import locked
 from gemma2_jax.formats.load import check_readable, open_for
 from gemma2_jax.machine import cores
@@ -90,7 +90,7 @@ def _encoding(config: RunConfig) -> EncodingConfig:
     return config.distill.encoding
 
 
-def write_cache(config: RunConfig, estimate_only: bool = False) -> Manifest:
+def write_cache(config: RunConfig, estimate_only: bool = False) -> CacheManifest:
     """Makes distill.cache hold the teacher's targets for all steps of a run; returns at once if it does already.
 
     Says first, on standard error, what it will take in bytes and hours, from a few steps. A cache that was stopped,
@@ -128,7 +128,7 @@ def write_cache(config: RunConfig, estimate_only: bool = False) -> Manifest:
         return _Writing(config, manifest, mesh, stack).run(estimate_only)
 
 
-def _what_decides(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+def _what_decides(config: RunConfig, manifest: CacheManifest) -> dict[str, Any]:
     """What all processes must find on disk for their files to be those of one cache."""
     data = {
         f"{name} of data.folder {config.data.folder}": getattr(manifest.order, name)
@@ -138,7 +138,7 @@ def _what_decides(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     return {"distill.cache's rows": manifest.rows, weights: manifest.teacher, **data}
 
 
-def _lock(config: RunConfig, manifest: Manifest, stack: ExitStack) -> None:
+def _lock(config: RunConfig, manifest: CacheManifest, stack: ExitStack) -> None:
     """Keeps others from writing, until the stack is closed."""
     try:
         with usable("distill.cache", _folder(config)):
@@ -162,22 +162,22 @@ def _goes_on(config: RunConfig) -> str:
     return f"{found.rows:,} rows of {_folder(config)} are written, and the same command goes on behind them"
 
 
-def is_complete(config: RunConfig, manifest: Manifest) -> bool:
+def is_complete(config: RunConfig, manifest: CacheManifest) -> bool:
     """Whether nothing is left to write."""
     return len(manifest.files) > 0 and manifest.rows >= config.training.steps * config.data.batch_size
 
 
-def _manifest(config: RunConfig) -> Manifest:
+def _manifest(config: RunConfig) -> CacheManifest:
     """What is there already, or the manifest of an empty cache."""
     tokenizer = tokenizer_of(config.data, config.tokenizer)
     order = DataOrder.of(config.data, jax.process_count())
     teacher = _teacher_path(config)
     source = open_for(tokenizer, teacher, "distill.teacher")
     check_encoding(_encoding(config), source.config)
-    identity = teacher_identity(source)
+    identity = source_identity(source)
     found = find_cache(_folder(config))
     if found is None:
-        return Manifest(
+        return CacheManifest(
             format=FORMAT,
             order=order,
             teacher=identity,
@@ -198,7 +198,7 @@ def _manifest(config: RunConfig) -> Manifest:
 class _Writing:
     """A cache in the making."""
 
-    def __init__(self, config: RunConfig, manifest: Manifest, mesh: Mesh, stack: ExitStack) -> None:
+    def __init__(self, config: RunConfig, manifest: CacheManifest, mesh: Mesh, stack: ExitStack) -> None:
         self._config, self._manifest, self._mesh = config, manifest, mesh
         self._first_step = manifest.rows // config.data.batch_size
         self._packer = Packer(manifest.encoding, manifest.grid, manifest.num_tokens, config.data.seq_len)
@@ -217,7 +217,7 @@ class _Writing:
             )
         )
 
-    def run(self, estimate_only: bool) -> Manifest:
+    def run(self, estimate_only: bool) -> CacheManifest:
         config = self._config
         per_stretch = self._steps_of_a_stretch()
         steps = self._estimated(self._packed())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_jax.checkpoints.failures import reading, writing
+from gemma2_jax.checkpoints.failures import reading_checkpoint, writing_checkpoint
 from gemma2_jax.config import UserError
 
 
@@ -41,14 +41,14 @@ IN_ORBAX = "/site-packages/orbax/checkpoint/_src/handlers/handler.py"
 def test_what_orbax_raises_is_one_sentence(error: str, tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"3 cannot be read as a checkpoint of a run: no\."),
-        reading(tmp_path / "3"),
+        reading_checkpoint(tmp_path / "3"),
     ):
         fail_in(IN_ORBAX, error)()
 
 
 def test_the_cause_is_told_and_not_what_it_is_wrapped_in(tmp_path: Path) -> None:
     cause = fail_in(IN_ORBAX, "ValueError('the cause')")
-    with pytest.raises(UserError, match=r"checkpoint of a run: the cause\.$"), reading(tmp_path):
+    with pytest.raises(UserError, match=r"checkpoint of a run: the cause\.$"), reading_checkpoint(tmp_path):
         raise_from(WrappedError("no handler"), cause)
 
 
@@ -58,16 +58,16 @@ def test_the_cause_is_told_and_not_what_it_is_wrapped_in(tmp_path: Path) -> None
     ids=lambda error: type(error).__name__,
 )
 def test_other_errors_stay_what_they_are(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(type(error)) as raised, reading(tmp_path):
+    with pytest.raises(type(error)) as raised, reading_checkpoint(tmp_path):
         raise error
     assert raised.value is error
-    with pytest.raises(type(error)) as raised, reading(tmp_path):
+    with pytest.raises(type(error)) as raised, reading_checkpoint(tmp_path):
         raise_from(WrappedError("no handler"), error)
     assert raised.value is error
 
 
 def test_an_error_of_ours_about_a_file_stays_ours(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="our own words"), reading(tmp_path):
+    with pytest.raises(UserError, match="our own words"), reading_checkpoint(tmp_path):
         raise_from(UserError("our own words."), OSError("the file system's"))
 
 
@@ -75,7 +75,7 @@ def test_an_error_of_ours_about_a_file_stays_ours(tmp_path: Path) -> None:
 def test_the_hook_is_given_back(error: BaseException | None, tmp_path: Path) -> None:
     hook = sys.unraisablehook
     try:
-        with reading(tmp_path):
+        with reading_checkpoint(tmp_path):
             assert sys.unraisablehook is not hook
             if error is not None:
                 raise error
@@ -85,5 +85,5 @@ def test_the_hook_is_given_back(error: BaseException | None, tmp_path: Path) -> 
 
 
 def test_a_disk_that_takes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left"), writing(tmp_path):
+    with pytest.raises(OSError, match="No space left"), writing_checkpoint(tmp_path):
         raise OSError("No space left on device")

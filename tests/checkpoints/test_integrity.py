@@ -14,13 +14,13 @@ import pytest
 from gemma2_jax.checkpoints.integrity import MANIFEST, changed, missing
 from gemma2_jax.checkpoints.store import (
     CheckpointStore,
-    Found,
+    FoundCheckpoint,
     checkpoint_steps,
     find,
     find_params,
     latest_step,
-    load_params,
     read_params,
+    restore_params,
 )
 from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig
@@ -126,7 +126,7 @@ def test_the_one_before_is_used_and_both_are_named(
     assert found is not None
     assert found.step == 2
     assert f"{newest} is not whole (" in found.passed_over[0]
-    loaded = load_params(run, abstract(trees(0)["params"]))
+    loaded = restore_params(run, abstract(trees(0)["params"]))
     np.testing.assert_array_equal(loaded["w"], np.full((40, 50), 2.0))
     said = capsys.readouterr().err
     assert f"{newest} is not whole" in said
@@ -152,7 +152,9 @@ def test_flipped_bits_are_not_restored(run: Path) -> None:
     assert found is not None
     assert found.step == 2
     assert "has changed since it was written" in found.passed_over[0]
-    np.testing.assert_array_equal(load_params(run, abstract(trees(0)["params"]))["w"], np.full((40, 50), 2.0))
+    np.testing.assert_array_equal(
+        restore_params(run, abstract(trees(0)["params"]))["w"], np.full((40, 50), 2.0)
+    )
 
 
 def test_each_process_reads_some_of_the_files(run: Path) -> None:
@@ -172,7 +174,7 @@ def test_weights_are_read_where_only_the_optimizer_is_not_whole(run: Path) -> No
 
 def test_parameters_that_were_copied_alone(written: Path, tmp_path: Path) -> None:
     shutil.copytree(written / "checkpoints" / "3" / "params", tmp_path / "checkpoints" / "3" / "params")
-    assert find_params(tmp_path) == Found(3, tmp_path / "checkpoints" / "3")
+    assert find_params(tmp_path) == FoundCheckpoint(3, tmp_path / "checkpoints" / "3")
     np.testing.assert_array_equal(
         read_params(find_params(tmp_path), abstract(trees(0)["params"]))["w"], np.full((40, 50), 3.0)
     )
@@ -216,7 +218,7 @@ def test_a_damaged_older_checkpoint_is_one_sentence(run: Path, caplog: pytest.Lo
     with pytest.raises(
         UserError, match=r"checkpoints/3/params cannot be read as a checkpoint of a run: .*\.$"
     ):
-        load_params(run, abstract(trees(0)["params"]))
+        restore_params(run, abstract(trees(0)["params"]))
     assert caplog.text == ""
 
 
@@ -267,7 +269,7 @@ def test_training_goes_on_over_a_broken_one(run: Path, data: DataConfig, keep: i
         assert store.latest_step == 4
     assert checkpoint_steps(run) == [4, 3][:keep]
     assert (run / "checkpoints" / "3.broken").is_dir()
-    assert find(run) == Found(4, run / "checkpoints" / "4")
+    assert find(run) == FoundCheckpoint(4, run / "checkpoints" / "4")
 
 
 def test_an_error_of_the_iterator_stays_itself(run: Path) -> None:

@@ -19,9 +19,9 @@ from gemma2_jax.checkpoints.store import (
     Unreported,
     latest_step,
     load_model,
-    load_params,
+    restore_params,
 )
-from gemma2_jax.config import UserError, save
+from gemma2_jax.config import UserError, save_config
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.methods.choose import build_method
@@ -57,7 +57,7 @@ def saved(
             next(iterator)
             store.save(step, trees(state), iterator, {"seed": 3})
             next(iterator)  # what is saved is where the iterator stood, wherever it goes meanwhile
-    save(replace(toy_run, output=str(folder)), folder / "config.yaml")
+    save_config(replace(toy_run, output=str(folder)), folder / "config.yaml")
     return folder, state
 
 
@@ -136,7 +136,7 @@ def test_pure_nested_dicts_on_disk(saved: tuple[Path, TrainState], toy_run: RunC
         "params", "optimizer", "data"
     }  # fmt: skip
     assert not list(folder.rglob("*.pkl"))
-    loaded = load_params(
+    loaded = restore_params(
         folder, abstract_params(weight_specs(toy_run.model), mesh=build_mesh(MeshConfig(8, 1, 1)))
     )
     chex.assert_trees_all_equal(loaded, state.trainable["params"])
@@ -163,17 +163,17 @@ def test_another_shape(
     folder, _ = saved
     config = replace(toy_run.model, **changes)
     with pytest.raises(UserError, match=named):
-        load_params(folder, abstract_params(weight_specs(config), mesh=build_mesh(MeshConfig())))
+        restore_params(folder, abstract_params(weight_specs(config), mesh=build_mesh(MeshConfig())))
 
 
 def test_a_missing_and_a_superfluous_array(saved: tuple[Path, TrainState], toy_run: RunConfig) -> None:
     folder, _ = saved
     target = abstract_params(weight_specs(toy_run.model), mesh=build_mesh(MeshConfig()))
     with pytest.raises(UserError, match="lacks extra of shape"):
-        load_params(folder, {**target, "extra": target["final_norm"]["scale"]})
+        restore_params(folder, {**target, "extra": target["final_norm"]["scale"]})
     del target["final_norm"]
     with pytest.raises(UserError, match="holds final_norm/scale, which this configuration does not have"):
-        load_params(folder, target)
+        restore_params(folder, target)
 
 
 def test_a_half_written_checkpoint_does_not_count(saved: tuple[Path, TrainState], tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_no_run_folder(tmp_path: Path, toy_config: ModelConfig) -> None:
     with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml"):
         load_model(tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint"):
-        load_params(tmp_path, abstract_params(weight_specs(toy_config), mesh=build_mesh(MeshConfig())))
+        restore_params(tmp_path, abstract_params(weight_specs(toy_config), mesh=build_mesh(MeshConfig())))
     (tmp_path / "config.yaml").write_text("name: x\n")
     with pytest.raises(UserError, match="has no section `model`"):
         load_model(tmp_path)

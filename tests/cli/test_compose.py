@@ -9,7 +9,7 @@ import yaml
 
 from gemma2_jax.cli.compose import combinations, compose, compose_file, groups, pairs
 from gemma2_jax.cli.roots import choices, find_study, studies
-from gemma2_jax.config import UserError, save, to_dict
+from gemma2_jax.config import UserError, save_config, to_dict
 from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import build_schedule
 from gemma2_jax.training.optimizer import learning_rate_schedule
@@ -187,7 +187,7 @@ def test_a_key_of_text_has_the_text_as_typed(text, tmp_path):
     config = compose([f"name={text}", f"tokenizer.path={text}", f"data.text_field={text}"])
     assert (config.name, config.tokenizer.path, config.data.text_field) == (text, text, text)
     assert config.output == f"runs/{text}"
-    save(config, tmp_path / "config.yaml")
+    save_config(config, tmp_path / "config.yaml")
     assert compose_file(tmp_path / "config.yaml") == config
 
 
@@ -210,7 +210,7 @@ def test_text_of_a_file_that_looks_like_a_date_is_text_and_a_number_needs_quotes
     assert compose(["experiment=dated"], tmp_path).name == "2024-01-01"
     with pytest.raises(UserError, match=r"name is 1; accepted: text\. In quotes it is text: '1'."):
         compose(["experiment=numbered"], tmp_path)
-    save(compose(), tmp_path / "config.yaml")
+    save_config(compose(), tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text().replace("name: run", "name: 2024-01-01")
     (tmp_path / "config.yaml").write_text(text)
     assert compose_file(tmp_path / "config.yaml").name == "2024-01-01"
@@ -241,7 +241,7 @@ def test_mistakes_that_can_be_found_together_are_told_together(overrides, senten
 
 def test_a_saved_run_is_repeated_from_its_file_alone(tmp_path, monkeypatch):
     config = compose(["experiment=quickstart/distilled", "seed=3", "data.source=[a.txt,b.md]"])
-    save(config, tmp_path / "config.yaml")
+    save_config(config, tmp_path / "config.yaml")
     monkeypatch.chdir(tmp_path)
     assert compose_file("config.yaml") == config
     changed = compose_file("config.yaml", ["training.steps=900", "model.sliding_window=null"])
@@ -258,7 +258,7 @@ def test_a_saved_run_is_repeated_from_its_file_alone(tmp_path, monkeypatch):
 )
 def test_a_saved_run_refuses_what_it_does_not_know(tmp_path, monkeypatch, override, sentence):
     monkeypatch.chdir(tmp_path)
-    save(compose(), "config.yaml")
+    save_config(compose(), "config.yaml")
     with pytest.raises(UserError, match=r"\A[^\n]*\Z") as caught:
         compose_file("config.yaml", [override])
     assert sentence in str(caught.value)

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gemma2_jax.cli.main import main
-from gemma2_jax.formats.run import write_run
+from gemma2_jax.formats.native import write_run
 from tests.model.models import vivid
 
 

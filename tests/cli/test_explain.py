@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from gemma2_jax.cli.compose import compose, composed_values, keys
-from gemma2_jax.cli.explain import explain, meaning, with_comments
+from gemma2_jax.cli.explain import explain_key, meaning, with_comments
 from gemma2_jax.cli.main import main
 from gemma2_jax.config import build, section_of, type_of
 from gemma2_jax.run import RunConfig
@@ -24,7 +24,7 @@ SECTIONS = sorted({key.rpartition(".")[0] for key in keys() if "." in key})
 
 @pytest.mark.parametrize("key", [*keys(), *SECTIONS])
 def test_every_key_and_section_is_explained_with_its_meaning(key):
-    head, text, *_ = explain(key, composed_values(), [], None).splitlines()
+    head, text, *_ = explain_key(key, composed_values(), [], None).splitlines()
     assert head == key
     assert len(text.split()) > 1
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gemma2_jax.cli.main import main
-from gemma2_jax.config import load
+from gemma2_jax.config import load_config
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.metrics import read_metrics
 from tests.launching.shell import write_program
@@ -80,7 +80,7 @@ def test_a_pod_of_vms_waits_long_for_its_hosts(
         keys = ["model=toy", f"name={name}", *keys]
         assert main(["launch", "tpu-vm", *keys, *VM, "--workdir", "/w", "--allow-changes"]) == 0
         (folder,) = (tmp_path / "launches").glob(f"{name}-*")
-        assert load(RunConfig, folder / "config.yaml").hosts.timeout == seconds
+        assert load_config(RunConfig, folder / "config.yaml").hosts.timeout == seconds
         assert f"tpus queued-resources delete {folder.name} --zone=z --force" in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ from gemma2_jax.cli import main as cli
 from gemma2_jax.cli import train as train_verb
 from gemma2_jax.cli.compose import compose, compose_file
 from gemma2_jax.cli.main import main
-from gemma2_jax.config import UserError, build, save
+from gemma2_jax.config import UserError, build, save_config
 from gemma2_jax.run import RunConfig
 
 COMMANDS = [
@@ -222,7 +222,7 @@ def test_train_takes_overrides_before_and_after_options(trained, tmp_path):
 
 def test_train_repeats_a_run_from_its_file(trained, tmp_path):
     config = compose(["model=toy", "output=runs/there"])
-    save(config, tmp_path / "config.yaml")
+    save_config(config, tmp_path / "config.yaml")
     assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 0
     assert trained == [config]
 

@@ -7,7 +7,7 @@ import pytest
 
 from gemma2_jax.checkpoints.store import latest_step
 from gemma2_jax.cli.main import main
-from gemma2_jax.config import load
+from gemma2_jax.config import load_config
 from gemma2_jax.run import RunConfig
 
 WORDS = """note garden weather model teacher water bread letter sea winter door table river light paper
@@ -49,7 +49,7 @@ def test_a_small_folder_trains_goes_on_and_is_repeated(
     assert main([*command, "name=notes"]) == 0
     told = capsys.readouterr().err
     assert "tokenizer.vocab_size is 4096, but this text supports at most" in told
-    saved = load(RunConfig, "runs/notes/config.yaml")
+    saved = load_config(RunConfig, "runs/notes/config.yaml")
     assert saved.tokenizer.vocab_size == saved.model.vocab_size < 500
     assert main([*command, "name=notes"]) == 0
     assert capsys.readouterr().out == "runs/notes was trained to step 2.\n"

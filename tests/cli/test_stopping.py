@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gemma2_jax.checkpoints.store import CheckpointConfig, latest_step
-from gemma2_jax.config import save
+from gemma2_jax.config import save_config
 from gemma2_jax.distill.cache.manifest import read_cache
 from gemma2_jax.run import RunConfig
 from tests.multihost.job import environment
@@ -82,7 +82,7 @@ def run(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
         training=replace(toy_run.training, steps=400, log_every=2, eval_every=2),
         checkpoint=CheckpointConfig(every=4, keep=2),
     )
-    save(config, folder / "toy.yaml")
+    save_config(config, folder / "toy.yaml")
     return folder
 
 
@@ -100,7 +100,7 @@ def test_data_that_several_processes_tokenise(corpus: Path, tmp_path: Path) -> N
         "data", "prepare", "data=files", f"data.source={corpus}", "data.folder=data", "tokenizer.path=toy.model",
         "tokenizer.vocab_size=400", "data.workers=2", "data.shard_characters=10000",
     ]  # fmt: skip
-    place = "gemma2_jax.data.prepare:write_manifest:1"
+    place = "gemma2_jax.data.prepare:write_data_manifest:1"
     last = stopped_in(place, command, tmp_path, signal.SIGINT, group=True)
     assert last == "nothing of data is prepared yet, and the same command begins anew."
     assert list(tmp_path.rglob("*.tmp")) == []
@@ -153,7 +153,7 @@ def test_a_cache(tmp_path: Path, estimate: bool, corpus: Path) -> None:
     ]  # fmt: skip
     if estimate:
         last = stopped_in(
-            "gemma2_jax.distill.cache.packing:Packer.pack:1", [*command, "--estimate"], tmp_path
+            "gemma2_jax.distill.cache.records:Packer.pack:1", [*command, "--estimate"], tmp_path
         )
         assert last == "gemma2: stopped."
         assert not (tmp_path / "cache").exists()

@@ -6,13 +6,13 @@ from gemma2_jax.cli.main import main
 from gemma2_jax.cli.roots import find_study, studies
 from gemma2_jax.cli.run import compose_study
 from gemma2_jax.cli.sweep import compose_sweep
-from gemma2_jax.config import UserError, load
+from gemma2_jax.config import UserError, load_config
 from gemma2_jax.studies.config import StudyConfig
 
 
 @pytest.mark.parametrize("name", sorted(studies()))
 def test_every_study_composes_and_has_a_readme(name):
-    study = load(StudyConfig, find_study(name))
+    study = load_config(StudyConfig, find_study(name))
     runs, output = compose_study(name, study, [], None)
     assert list(runs) == list(study.trained())
     assert output == f"runs/{name}"
@@ -20,7 +20,7 @@ def test_every_study_composes_and_has_a_readme(name):
 
 
 def test_each_seed_of_a_run_and_its_cache():
-    study = load(StudyConfig, find_study("teacher_source"))
+    study = load_config(StudyConfig, find_study("teacher_source"))
     runs, _ = compose_study("teacher_source", study, ["sampled_12.model=toy"], None)
     assert [name for name in runs if name.startswith(("teacher", "sampled_12"))] == [
         "teacher",
@@ -48,7 +48,7 @@ def test_each_seed_of_a_run_and_its_cache():
 
 @pytest.fixture
 def quickstart():
-    return load(StudyConfig, find_study("quickstart"))
+    return load_config(StudyConfig, find_study("quickstart"))
 
 
 def test_the_study_places_its_runs_and_their_teacher(quickstart):

@@ -11,8 +11,8 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.invalid import Skipped
 from gemma2_jax.data.prepare import prepare
-from gemma2_jax.data.shards import ShardWriter, read_manifest
-from gemma2_jax.data.sources import open_source
+from gemma2_jax.data.shards import ShardWriter, read_data_manifest
+from gemma2_jax.data.sources import open_documents
 from tests.data.files import jsonl, parquet_of_bytes, write_jsonl
 
 DEEP = b'{"text": ' + b"[" * 1200 + b"]" * 1200 + b"}\n"
@@ -48,7 +48,7 @@ def write(own: DataConfig, name: str, content: bytes) -> None:
 
 
 def read(path: Path | str, skip_invalid: float) -> tuple[list[str], Skipped]:
-    source = open_source((str(path),), "text", skip_invalid)
+    source = open_documents((str(path),), "text", skip_invalid)
     return [text for text, _ in source], source.skipped
 
 
@@ -83,7 +83,7 @@ def test_what_is_left_out_is_said_once_and_kept(
     assert len([line for line in said.splitlines() if not line.endswith("…")]) == 2
     assert "first: " in said
     assert "a.jsonl, line 124; …)" in said  # five places
-    assert read_manifest(own.folder).skipped.records == 8
+    assert read_data_manifest(own.folder).skipped.records == 8
 
 
 def test_more_than_allowed_are_refused(own: DataConfig, tokenizer: TokenizerConfig, texts: list[str]):

@@ -18,13 +18,13 @@ from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.pipeline import train_batches, validation_batches
 from gemma2_jax.data.prepare import prepare
-from gemma2_jax.data.shards import read_manifest
+from gemma2_jax.data.shards import read_data_manifest
 
 Document = tuple[int, ...]
 
 
 def stored(data: DataConfig, split: str) -> list[Document]:
-    manifest = read_manifest(data.folder)
+    manifest = read_data_manifest(data.folder)
     shards = manifest.train_shards if split == "train" else manifest.validation_shards
     source = ArrayRecordDataSource([str(Path(data.folder) / shard.file) for shard in shards])
     return [tuple(np.frombuffer(record, manifest.dtype).tolist()) for record in source]
@@ -156,7 +156,7 @@ def test_a_long_document_is_spread(tokenizer_config: TokenizerConfig, streams: i
 
 def test_no_row_comes_again_before_all_came(data: DataConfig):
     """A buffer of more rows than there are reaches no further than an epoch."""
-    counts = read_manifest(data.folder).train
+    counts = read_data_manifest(data.folder).train
     epoch = (counts.tokens - counts.documents) // data.seq_len
     plain = rows_of(itertools.islice(train_batches(data), epoch // 4 + 1))
     shuffled = rows_of(itertools.islice(train_batches(replace(data, shuffle_buffer=10**6)), epoch // 4 + 1))
@@ -191,7 +191,7 @@ def test_processes_share_the_batches_of_one(
 @pytest.mark.parametrize("part", [slice(1000, 4000), slice(65_536, 65_600)], ids=["records", "index"])
 def test_damaged_shards_are_told(data: DataConfig, tmp_path: Path, part: slice):
     damaged = replace(data, folder=str(shutil.copytree(data.folder, tmp_path / "data")))
-    for shard in read_manifest(damaged.folder).train_shards:
+    for shard in read_data_manifest(damaged.folder).train_shards:
         content = bytearray((tmp_path / "data" / shard.file).read_bytes())
         content[part] = bytes(byte ^ 0x55 for byte in content[part])
         (tmp_path / "data" / shard.file).write_bytes(content)

@@ -16,17 +16,17 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from gemma2_jax.config import UserError
 from gemma2_jax.data import tokenise
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
-from gemma2_jax.data.identity import SEEN_FILE
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import (
     MANIFEST,
-    Manifest,
+    DataManifest,
     ShardWriter,
-    find_manifest,
-    read_manifest,
+    find_data_manifest,
+    read_data_manifest,
     token_dtype,
     verify,
 )
+from gemma2_jax.data.source_content import SEEN_FILE
 from gemma2_jax.data.tokenizer import Tokenizer
 
 
@@ -40,7 +40,7 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 
 
 def split_texts(data: DataConfig, tokenizer: Tokenizer, split: str) -> list[str]:
-    manifest = read_manifest(data.folder)
+    manifest = read_data_manifest(data.folder)
     shards = manifest.train_shards if split == "train" else manifest.validation_shards
     source = ArrayRecordDataSource([str(Path(data.folder) / shard.file) for shard in shards])
     return [tokenizer.decode(np.frombuffer(record, manifest.dtype)) for record in source]
@@ -62,7 +62,7 @@ def test_brackets_in_the_folders_name_are_no_markup(
 
 
 def test_records_are_bos_text_eos_in_two_bytes(data: DataConfig, tokenizer: Tokenizer):
-    shard = read_manifest(data.folder).train_shards[0]
+    shard = read_data_manifest(data.folder).train_shards[0]
     record = ArrayRecordDataSource(str(Path(data.folder) / shard.file))[0]
     ids = np.frombuffer(record, "<u2").tolist()
     assert ids == tokenizer.encode(tokenizer.decode(ids), bos=True, eos=True)
@@ -74,7 +74,7 @@ def test_tokens_take_the_narrowest_type():
 
 
 def test_manifest_counts_and_checksums(data: DataConfig, tokenizer: Tokenizer, texts: list[str]):
-    manifest = read_manifest(data.folder)
+    manifest = read_data_manifest(data.folder)
     assert len(manifest.train_shards) > 2
     assert manifest.tokenizer == tokenizer.fingerprint
     total = manifest.train + manifest.validation
@@ -159,13 +159,13 @@ def test_the_source_is_read_only_a_little_ahead(
 def test_second_call_changes_nothing(data: DataConfig, tokenizer_config: TokenizerConfig):
     files = [Path(data.folder) / name for name in contents(data.folder)]
     before = [path.stat().st_mtime_ns for path in files]
-    assert prepare(data, tokenizer_config) == read_manifest(data.folder)
+    assert prepare(data, tokenizer_config) == read_data_manifest(data.folder)
     assert [path.stat().st_mtime_ns for path in files] == before
 
 
 def stopped_after(
     parts: int, data: DataConfig, tokenizer: TokenizerConfig, patch: pytest.MonkeyPatch
-) -> Manifest:
+) -> DataManifest:
     """Prepares until `parts` training shards are written and another one is half written."""
     write, shards = ShardWriter.write, []
 
@@ -180,7 +180,7 @@ def stopped_after(
         context.setattr(ShardWriter, "write", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(data, tokenizer)
-    manifest = find_manifest(data.folder)
+    manifest = find_data_manifest(data.folder)
     assert manifest is not None
     assert not manifest.complete
     assert len(manifest.parts) == parts
@@ -209,7 +209,7 @@ def test_interrupted_preparation_goes_on(
     names = {shard.file for shard in (*manifest.train_shards, *manifest.validation_shards)}
     assert set(contents(tmp_path)) == {*names, MANIFEST, ".lock"}  # nothing half written is left
     with pytest.raises(UserError, match=r"prepared only in part"):
-        read_manifest(tmp_path)
+        read_data_manifest(tmp_path)
 
     # What a process that was killed leaves behind.
     (tmp_path / ".train-00002.arrayrecord.tmp").write_bytes(b"half a shard")
@@ -293,25 +293,25 @@ def test_damage_is_found(data: DataConfig, tokenizer_config: TokenizerConfig, tm
     other = replace(data, folder=str(tmp_path))
     prepare(other, tokenizer_config)
     verify(tmp_path)
-    shard = tmp_path / read_manifest(tmp_path).train_shards[1].file
+    shard = tmp_path / read_data_manifest(tmp_path).train_shards[1].file
     content = shard.read_bytes()
     shard.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
     with pytest.raises(UserError, match=r"train-00001\.arrayrecord has changed since it was written"):
         verify(tmp_path)
     shard.write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"train-00001\.arrayrecord is missing or not whole"):
-        read_manifest(tmp_path)
+        read_data_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text(
         json.dumps({**json.loads((tmp_path / MANIFEST).read_text()), "format": 0})
     )
     with pytest.raises(UserError, match=r"has format 0, but this version reads format 2"):
-        read_manifest(tmp_path)
+        read_data_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text("")
     with pytest.raises(UserError, match=rf"{MANIFEST} is empty; delete {tmp_path} to prepare it anew\.$"):
-        read_manifest(tmp_path)
+        read_data_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(UserError, match=r"is not a manifest of prepared data"):
-        read_manifest(tmp_path)
+        read_data_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,14 @@ from gemma2_jax.data import reading
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.python_docs import PythonDocs
-from gemma2_jax.data.sources import open_source
+from gemma2_jax.data.sources import open_documents
 from tests.data.files import jsonl, parquet_bytes, parquet_of_bytes, zstandard_frame
 
 TEXTS = ["First, with an é.\nTwo lines.\n", "Second 😀", "Third"]
 
 
 def documents(pattern: str | Path, text_field: str = "text") -> list[str]:
-    return [text for text, _ in open_source((str(pattern),), text_field)]
+    return [text for text, _ in open_documents((str(pattern),), text_field)]
 
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -103,7 +103,7 @@ def test_an_endless_line_is_read_in_pieces(tmp_path: Path):
     path.write_bytes(b"x" * 40_000_000)
     tracemalloc.start()
     try:
-        lengths = [len(text) for text, _ in open_source((str(path),), "text")]
+        lengths = [len(text) for text, _ in open_documents((str(path),), "text")]
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
     finally:
         tracemalloc.stop()
@@ -136,7 +136,7 @@ def test_globs_are_recursive_sorted_and_count_a_file_once(tmp_path: Path, monkey
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    source = open_source(("~/**/*.txt", f"{tmp_path}/a/*.txt"), "text")
+    source = open_documents(("~/**/*.txt", f"{tmp_path}/a/*.txt"), "text")
     assert [text for text, _ in source] == ["a/c.txt", "a/d/a.txt", "b.txt"]
     assert [done for _, done in source][-1] == source.size
 
@@ -237,7 +237,7 @@ def test_a_file_without_permission_is_named_and_never_skipped(
     error = PermissionError(errno.EACCES, "Permission denied")
     monkeypatch.setattr(Path, "open", refusing(tmp_path / "b.txt", error))
     with pytest.raises(UserError, match=r"b\.txt cannot be read: Permission denied\.$"):
-        list(open_source((str(tmp_path / "*.txt"),), "text", skip_invalid=9))
+        list(open_documents((str(tmp_path / "*.txt"),), "text", skip_invalid=9))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.zst", "a.parquet", "a.parquet.gz"])
@@ -249,7 +249,7 @@ def test_a_broken_disk_is_told_and_never_skipped(tmp_path: Path, monkeypatch: py
     (tmp_path / name).write_bytes(b"text")
     monkeypatch.setattr(Path, "open", lambda self, mode: Broken())
     with pytest.raises(UserError, match=rf"{name} cannot be read: Input/output error\.$"):
-        list(open_source((str(tmp_path / name),), "text", skip_invalid=9))
+        list(open_documents((str(tmp_path / name),), "text", skip_invalid=9))
 
 
 def test_missing_columns_files_and_folders_are_named(tmp_path: Path):
@@ -281,7 +281,7 @@ def test_parquet_without_pyarrow_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 def test_files_are_read_as_a_stream(tmp_path: Path):
     # The bad line is never reached.
     (tmp_path / "a.jsonl").write_bytes(jsonl(["x"] * 10_000) + b"bad\n")
-    assert next(iter(open_source((str(tmp_path / "a.jsonl"),), "text")))[0] == "x"
+    assert next(iter(open_documents((str(tmp_path / "a.jsonl"),), "text")))[0] == "x"
 
 
 @pytest.fixture(scope="module")

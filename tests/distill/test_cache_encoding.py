@@ -13,7 +13,7 @@ import pytest
 
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.cache.encoding import EncodingConfig, cumulative, encode, run_weights
-from gemma2_jax.distill.cache.packing import Packer, log_grid
+from gemma2_jax.distill.cache.records import Packer, log_grid
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.objectives.targets import SparseTargets
 from gemma2_jax.objectives.terms import sparse_forward_kl

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma2_jax.checkpoints.store import load_model
-from gemma2_jax.config import UserError, save
+from gemma2_jax.config import UserError, save_config
 from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.evaluation.evaluate import evaluate_run
 from gemma2_jax.run import RunConfig
@@ -77,6 +77,6 @@ def test_a_run_agrees_with_itself(finished: RunConfig) -> None:
 
 
 def test_a_run_that_was_never_trained(finished: RunConfig, tmp_path: Path) -> None:
-    save(finished, tmp_path / "config.yaml")
+    save_config(finished, tmp_path / "config.yaml")
     with pytest.raises(UserError, match="holds no checkpoint; expected one in"):
         evaluate_run(tmp_path)

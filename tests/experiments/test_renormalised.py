@@ -15,13 +15,13 @@ from gemma2_jax.data.shards import RecordWriter
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries
 from gemma2_jax.distill.cache.manifest import (
     FORMAT,
+    CacheManifest,
     DataOrder,
-    Manifest,
     Signals,
     verify_cache,
     write_cache_manifest,
 )
-from gemma2_jax.distill.cache.packing import LogGrid, Packer
+from gemma2_jax.distill.cache.records import LogGrid, Packer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "teacher_source" / "renormalised.py"
@@ -58,7 +58,7 @@ def cache(tmp_path: Path) -> Path:
     order = DataOrder("", "", 0.1, 0, seq_len=len(ids), batch_size=1, process_count=1)
     signals = Signals(written.file, written.size, written.sha256, process=0, rows=1, largest=2)
     write_cache_manifest(
-        folder, Manifest(FORMAT, order, "", "", "float32", NUM_TOKENS, ENCODING, GRID, (signals,))
+        folder, CacheManifest(FORMAT, order, "", "", "float32", NUM_TOKENS, ENCODING, GRID, (signals,))
     )
     return folder
 

@@ -10,7 +10,7 @@ import pytest
 
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.formats.convert import convert
-from gemma2_jax.formats.run import write_run
+from gemma2_jax.formats.native import write_run
 from gemma2_jax.model.config import ModelConfig
 from tests.model.models import vivid
 

@@ -17,7 +17,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.formats import huggingface
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.load import load, open_source
-from gemma2_jax.formats.run import RunSource, write_run
+from gemma2_jax.formats.native import RunSource, write_run
 from tests.model.models import vivid
 
 

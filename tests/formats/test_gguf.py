@@ -12,7 +12,7 @@ import pytest
 from sentencepiece import SentencePieceTrainer
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data.chat import chat_template
+from gemma2_jax.data.chat_format import chat_template
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from gemma2_jax.formats.gguf import ENCODINGS, check_expressible, write_gguf
 from gemma2_jax.formats.gguf_header import read_header

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from gemma2_jax.data.chat import render
+from gemma2_jax.data.chat_format import render
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from gemma2_jax.formats.gguf import write_gguf
-from gemma2_jax.formats.layouts import GGUF, Place, expand
+from gemma2_jax.formats.layouts import GGUF, WeightPlace, expand
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import weight_specs
@@ -106,7 +106,7 @@ def model(documents: jax.Array) -> Gemma2:
 def written(model: Gemma2, path: Path, tokenizer_file: Path, encoding: str) -> Path:
     params: Any = model.params()
 
-    def weight(place: Place) -> np.ndarray:
+    def weight(place: WeightPlace) -> np.ndarray:
         leaf = params
         for key in place.path.split("/"):
             leaf = leaf[key]

@@ -13,9 +13,9 @@ from gemma2_jax.config import UserError
 from gemma2_jax.formats import hub
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.huggingface import HuggingFaceSource
-from gemma2_jax.formats.layouts import Place
+from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.load import load, load_params, open_source
-from gemma2_jax.formats.run import RunSource, write_run
+from gemma2_jax.formats.native import RunSource, write_run
 from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
@@ -244,6 +244,6 @@ def test_weights_that_changed_on_the_disk_are_not_read(run_folder, tmp_path):
     with pytest.raises(
         UserError, match=r"run/checkpoints/0 is not whole \(params/.* has changed since it was written"
     ):
-        source.weight(Place("final_norm/scale", None))
+        source.weight(WeightPlace("final_norm/scale", None))
     with pytest.raises(UserError, match=r"has changed since it was written"):
         load(run)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data.chat import chat_template
+from gemma2_jax.data.chat_format import chat_template
 from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.load import load, open_source

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data.chat import chat_template, render
+from gemma2_jax.data.chat_format import chat_template, render
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from gemma2_jax.formats.tokenizer_files import write_tokenizer_files
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma2_jax.kernels.attention import attention, visible_keys
 from gemma2_jax.kernels.cached_attention import cached_attention
+from gemma2_jax.kernels.reference_attention import attention, visible_keys
 from gemma2_jax.kernels.self_attention import self_attention
 from tests.model.numpy_gemma2 import attend, seen_keys
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma2_jax.kernels.attention import attention, visible_keys
 from gemma2_jax.kernels.blockwise_attention import blockwise_attention
 from gemma2_jax.kernels.cached_attention import cached_attention
 from gemma2_jax.kernels.lm_head import LMHead, dense_sums, lm_head_sums
 from gemma2_jax.kernels.looped_attention import looped_attention
+from gemma2_jax.kernels.reference_attention import attention, visible_keys
 from gemma2_jax.model.capture import CapturedLayer
 from gemma2_jax.objectives import terms
 from gemma2_jax.objectives.distances import hidden_distance

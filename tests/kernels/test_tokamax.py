@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from gemma2_jax.chips import CHIPS
 from gemma2_jax.config import UserError
-from gemma2_jax.kernels.attention import attention, visible_keys
+from gemma2_jax.kernels.reference_attention import attention, visible_keys
 from gemma2_jax.kernels.self_attention import AttentionConfig, self_attention
 from gemma2_jax.kernels.tokamax_attention import tokamax_attention
 from gemma2_jax.planning.gpus import target_config

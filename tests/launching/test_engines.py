@@ -223,7 +223,7 @@ def test_what_would_fail_on_the_hosts_is_refused(toy_run: RunConfig) -> None:
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    job.check_folder(tmp_path / "new" / "folder")
+    job.check_launch_folder(tmp_path / "new" / "folder")
     for path in (tmp_path / "file", tmp_path / "file" / "within"):
         with pytest.raises(UserError, match=r"^--folder is .*, and .*/file is a file; name a folder"):
-            job.check_folder(path)
+            job.check_launch_folder(path)

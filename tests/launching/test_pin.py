@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_jax.config import UserError, load
+from gemma2_jax.config import UserError, load_config
 from gemma2_jax.launching.pin import find_checkout, job_name, pin, refusal, write_pinned
 from gemma2_jax.run import RunConfig
 
@@ -45,7 +45,7 @@ def test_what_is_committed(checkout: Path, toy_run: RunConfig, tmp_path: Path) -
     assert (folder / "code" / "code.py").read_text() == "one"
     with tarfile.open(folder / "code.tar.gz") as tar:
         assert set(tar.getnames()) == {"code", "code/.gitignore", "code/code.py", "code/removed.py"}
-    assert load(RunConfig, folder / "config.yaml") == toy_run
+    assert load_config(RunConfig, folder / "config.yaml") == toy_run
     assert {path.name for path in folder.iterdir()} == {"code", "code.tar.gz", "config.yaml", "pin.json"}
 
 

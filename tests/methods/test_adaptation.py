@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from gemma2_jax.checkpoints.store import load_params
+from gemma2_jax.checkpoints.store import restore_params
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.matching import MatchConfig
-from gemma2_jax.distill.on_policy import OnPolicyConfig
+from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.methods.choose import build_method
 from gemma2_jax.methods.students import Students
@@ -105,7 +105,7 @@ def test_the_norms_are_trained_and_nothing_else(run: RunConfig) -> None:
     assert np.isfinite(last["cross_entropy"])
     specs = weight_specs(run.model)
     target = abstract_params(chosen(specs, True), mesh=build_mesh(run.mesh))
-    trained = load_params(run.output, target)  # refuses anything more, or less
+    trained = restore_params(run.output, target)  # refuses anything more, or less
     begun = chosen(init_params(specs, jax.random.key(run.seed)), True)
     for one, other in zip(jax.tree.leaves(trained), jax.tree.leaves(begun), strict=True):
         assert not np.array_equal(one, other)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma2_jax.data.batch import Batch
-from gemma2_jax.formats.layouts import HUGGINGFACE, Place, expand
+from gemma2_jax.formats.layouts import HUGGINGFACE, WeightPlace, expand
 from gemma2_jax.formats.load import load_params
 from gemma2_jax.formats.source import ForeignSource, TensorInfo
 from gemma2_jax.kernels.lm_head import lm_head_sums
@@ -55,7 +55,7 @@ def imported(source: ForeignSource) -> Gemma2:
 def in_their_layout(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Our parameters, or their gradients, by Hugging Face's names."""
 
-    def part(place: Place) -> np.ndarray:
+    def part(place: WeightPlace) -> np.ndarray:
         value: Any = params
         for key in place.path.split("/"):
             value = value[key]

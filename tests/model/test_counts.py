@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from gemma2_jax.config import load
+from gemma2_jax.config import load_config
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.counts import count_parameters, forward_flops_per_token, training_flops_per_token
 from gemma2_jax.model.transformer import Gemma2
@@ -22,7 +22,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_the_published_ones(name):
-    config = load(ModelConfig, MODELS / f"{name}.yaml")
+    config = load_config(ModelConfig, MODELS / f"{name}.yaml")
     counts = count_parameters(config)
     assert (config.vocab_size, config.num_tokens) == (256_128, 256_000)  # the report counts all rows
     assert (counts.embedding, counts.non_embedding) == PUBLISHED[name]
@@ -31,7 +31,7 @@ def test_parameters_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_model_itself_has_as_many(name):
-    config = load(ModelConfig, MODELS / f"{name}.yaml")
+    config = load_config(ModelConfig, MODELS / f"{name}.yaml")
     model = jax.eval_shape(lambda: Gemma2.init(config, jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(model)) == sum(PUBLISHED[name])
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma2_jax.kernels.attention import attention_weights, visible_keys
+from gemma2_jax.kernels.reference_attention import attention_weights, visible_keys
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.lens import attention_maps, logit_lens
 from gemma2_jax.model.transformer import Block, Collector, Gemma2, Taps

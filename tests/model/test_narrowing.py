@@ -10,7 +10,7 @@ import pytest
 
 from gemma2_jax.checkpoints.store import load_model
 from gemma2_jax.config import UserError
-from gemma2_jax.formats.run import write_run
+from gemma2_jax.formats.native import write_run
 from gemma2_jax.model import narrowing
 from gemma2_jax.model.narrowing import check_range
 from gemma2_jax.model.transformer import Gemma2

@@ -8,9 +8,9 @@ import sys
 import jax
 import numpy as np
 
-from gemma2_jax.checkpoints.store import load_params
+from gemma2_jax.checkpoints.store import restore_params
 from gemma2_jax.cli.compose import compose
-from gemma2_jax.config import load
+from gemma2_jax.config import load_config
 from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.processes.ending import leave
 from gemma2_jax.processes.hosts import join
@@ -21,9 +21,11 @@ run, params, *hosts = sys.argv[1:]
 join(compose(hosts).hosts)
 assert jax.process_count() > 1
 mesh = build_mesh(MeshConfig(data=1, fsdp=-1, tensor=1))
-config = load(RunConfig, f"{run}/config.yaml")
+config = load_config(RunConfig, f"{run}/config.yaml")
 with jax.set_mesh(mesh):
-    leaves = jax.tree.leaves(load_params(run, abstract_params(weight_specs(config.model), "float32", mesh)))
+    leaves = jax.tree.leaves(
+        restore_params(run, abstract_params(weight_specs(config.model), "float32", mesh))
+    )
 with np.load(params) as expected:
     assert len(expected.files) == len(leaves)
     for name, leaf in zip(expected.files, leaves, strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from gemma2_jax.config import save, to_yaml
+from gemma2_jax.config import save_config, to_yaml
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.cache.manifest import read_cache, verify_cache
 from gemma2_jax.distill.teacher import DistillConfig
@@ -65,7 +65,7 @@ def test_two_processes_write_and_read_what_one_does(run: RunConfig, tmp_path: Pa
         ended = teacher_cache(run, cache, programs)
         assert [process.code for process in ended] == [0] * processes, ended
         config = tmp_path / f"toy-{processes}.yaml"
-        save(replace(run, distill=replace(run.distill, cache=str(cache))), config)
+        save_config(replace(run, distill=replace(run.distill, cache=str(cache))), config)
         train(config, tmp_path / f"run-{processes}", processes, 2 // processes)
     found = read_cache(tmp_path / "cache-2")
     assert [(file.process, file.rows) for file in found.files] == [(0, 4), (1, 4)]

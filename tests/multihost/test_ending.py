@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_jax.config import save
+from gemma2_jax.config import save_config
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from tests.multihost.job import GEMMA2, run_job
@@ -18,7 +18,7 @@ FAILING = [str(Path(__file__).parent / "failing.py")]
 @pytest.fixture(scope="module")
 def command(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("ending")
-    save(replace(toy_run, output=str(folder / "run"), mesh=MeshConfig(data=2)), folder / "toy.yaml")
+    save_config(replace(toy_run, output=str(folder / "run"), mesh=MeshConfig(data=2)), folder / "toy.yaml")
     return ["train", "--config", str(folder / "toy.yaml")]
 
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from gemma2_jax.checkpoints.store import load_params
-from gemma2_jax.config import load, save
+from gemma2_jax.checkpoints.store import restore_params
+from gemma2_jax.config import load_config, save_config
 from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.processes.hosts import HostsConfig
 from gemma2_jax.run import RunConfig
@@ -35,7 +35,7 @@ def config(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
         optimizer=replace(toy_run.optimizer, warmup_steps=1),
         checkpoint=replace(toy_run.checkpoint, every=2),
     )
-    save(config, folder / "toy.yaml")
+    save_config(config, folder / "toy.yaml")
     return folder / "toy.yaml"
 
 
@@ -94,7 +94,7 @@ def test_a_teacher_divided_over_two_processes(config: Path, alone: Path, tmp_pat
     """Asked in each step about rows of one stream, which both pack (the default)."""
     distillation = ("objective.cross_entropy=0.2", "objective.forward_kl=0.8", f"distill.teacher={alone}")
     train(config, tmp_path / "two", 2, 1, *distillation, "data.streams=1", "training.steps=2")
-    expected = load(RunConfig, tmp_path / "two" / "config.yaml")
+    expected = load_config(RunConfig, tmp_path / "two" / "config.yaml")
     train_here(replace(expected, output=str(tmp_path / "here"), mesh=MeshConfig(1, 4, 2)))
     assert_same_metrics(tmp_path / "two", tmp_path / "here")
     assert all(row["kl"] > 0 for row in read_metrics(tmp_path / "two"))
@@ -114,7 +114,7 @@ def test_two_students_of_a_teacher_and_a_baseline(config: Path, alone: Path, tmp
     ended = run_job([command] * 2)
     assert [process.code for process in ended] == [0, 0], ended
     folders = [tmp_path / "two" / name for name in ("one", "other", "text")]
-    found = [load(RunConfig, folder / "config.yaml") for folder in folders]
+    found = [load_config(RunConfig, folder / "config.yaml") for folder in folders]
     train_together([replace(each, output=f"{each.output}-here", mesh=MeshConfig(1, 4, 2)) for each in found])
     for folder in folders:
         assert_same_metrics(folder, Path(f"{folder}-here"))
@@ -161,7 +161,7 @@ def test_only_process_0_prints(two: tuple[Path, list[Ended]]) -> None:
 
 
 def test_a_run_folder_says_nothing_of_its_processes(two: tuple[Path, list[Ended]]) -> None:
-    assert load(RunConfig, two[0] / "config.yaml").hosts == HostsConfig()
+    assert load_config(RunConfig, two[0] / "config.yaml").hosts == HostsConfig()
 
 
 @pytest.mark.thorough
@@ -186,10 +186,10 @@ def test_what_two_processes_saved_goes_on_in_four(
 
 def write_params(folder: Path, file: Path) -> Sequence[str]:
     """The weights of a run as one process reads them, in a file."""
-    config = load(RunConfig, folder / "config.yaml")
+    config = load_config(RunConfig, folder / "config.yaml")
     mesh = build_mesh(MeshConfig(), jax.devices()[:1])
     leaves = jax.tree.leaves(
-        load_params(folder, abstract_params(weight_specs(config.model), "float32", mesh))
+        restore_params(folder, abstract_params(weight_specs(config.model), "float32", mesh))
     )
     np.savez(file, *(np.asarray(leaf) for leaf in leaves))
     return [str(folder), str(file)]

@@ -16,7 +16,7 @@ from gemma2_jax.methods.choose import build_method
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.counts import count_parameters, training_flops_per_token
 from gemma2_jax.objectives.objective import ObjectiveConfig
-from gemma2_jax.planning.count import Cost
+from gemma2_jax.planning.count import ProgramCost
 from gemma2_jax.planning.memory import memory_parts, saved_activations, what_helps
 from gemma2_jax.planning.placement import find_placement
 from gemma2_jax.planning.plan import make_plan
@@ -216,7 +216,7 @@ def test_each_network_has_its_own_bandwidth():
     assert bandwidth_along(("tensor",), mesh, topology) == 2 * chip.link_bandwidth
     assert bandwidth_along(("fsdp", "tensor"), mesh, topology) == 4 * chip.link_bandwidth
     assert bandwidth_along(("replica",), mesh, topology) == chip.network_bandwidth
-    cost = Cost(flops=197e12, bytes=819e9 * 2)
+    cost = ProgramCost(flops=197e12, bytes=819e9 * 2)
     cost.sent["all-reduce", ("replica",)] = 3 * chip.network_bandwidth
     cost.sent["all-gather", ("replica",)] = chip.network_bandwidth
     found = bounds(cost, 197e12 / 2, mesh, topology)

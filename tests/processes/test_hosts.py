@@ -14,7 +14,7 @@ from jax._src.clusters import cloud_tpu_cluster, cluster
 
 from gemma2_jax.config import UserError
 from gemma2_jax.processes import hosts, rendezvous
-from gemma2_jax.processes.hosts import HostsConfig, Place, check_agreement, find_place, join
+from gemma2_jax.processes.hosts import HostsConfig, JobProcess, check_agreement, find_job_process, join
 from gemma2_jax.processes.rendezvous import Links, meet, split_address
 from tests.multihost.job import free_port
 
@@ -65,25 +65,29 @@ def within(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_one_process_where_nothing_says_otherwise() -> None:
-    assert find_place(HostsConfig()) is None
+    assert find_job_process(HostsConfig()) is None
     join(HostsConfig())  # does nothing: JAX is at work here already
 
 
 def test_what_is_configured() -> None:
-    place = find_place(HostsConfig("10.0.0.1:8476", 2, 1))
-    assert place == Place("10.0.0.1:8476", 2, 1)
-    assert find_place(HostsConfig("10.0.0.1:8476", 1, 0)) is None
+    process = find_job_process(HostsConfig("10.0.0.1:8476", 2, 1))
+    assert process == JobProcess("10.0.0.1:8476", 2, 1)
+    assert find_job_process(HostsConfig("10.0.0.1:8476", 1, 0)) is None
 
 
 def test_slurm(within: Callable[..., None]) -> None:
     within(**SLURM)
-    assert find_place(HostsConfig()) == Place(f"node003:{65535 - 2**12 + 1 + 17}", 4, 3, (1,), "SLURM")
-    assert find_place(HostsConfig(coordinator="node003:99")) == Place("node003:99", 4, 3, (1,), "SLURM")
-    number_given = find_place(HostsConfig(coordinator="node003:99", num_processes=4))
-    assert number_given == Place("node003:99", 4, 3, (1,), "hosts.num_processes")
-    assert find_place(HostsConfig(detect=False)) is None
+    assert find_job_process(HostsConfig()) == JobProcess(
+        f"node003:{65535 - 2**12 + 1 + 17}", 4, 3, (1,), "SLURM"
+    )
+    assert find_job_process(HostsConfig(coordinator="node003:99")) == JobProcess(
+        "node003:99", 4, 3, (1,), "SLURM"
+    )
+    number_given = find_job_process(HostsConfig(coordinator="node003:99", num_processes=4))
+    assert number_given == JobProcess("node003:99", 4, 3, (1,), "hosts.num_processes")
+    assert find_job_process(HostsConfig(detect=False)) is None
     within(SLURM_NTASKS="1", SLURM_PROCID="0")
-    assert find_place(HostsConfig()) is None
+    assert find_job_process(HostsConfig()) is None
 
 
 @pytest.mark.parametrize(
@@ -106,9 +110,9 @@ def test_the_devices_of_a_host_are_divided_among_its_processes(
     within: Callable[..., None], variables: dict[str, str], devices: tuple[int, ...] | None
 ) -> None:
     within(**variables)
-    place = find_place(HostsConfig())
-    assert place is not None
-    assert place.devices == devices
+    process = find_job_process(HostsConfig())
+    assert process is not None
+    assert process.devices == devices
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -116,17 +120,17 @@ def test_no_process_has_fewer_devices_than_another(within: Callable[..., None], 
     """Four on a host, of which each sees the same two: none of them is left one, and others both."""
     within(**SLURM | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "4"})
     within(SLURM_NODEID="0", SLURM_PROCID=str(number), SLURM_LOCALID=str(number))
-    place = find_place(HostsConfig())
-    assert place is not None
-    assert place.devices is None
+    process = find_job_process(HostsConfig())
+    assert process is not None
+    assert process.devices is None
 
 
 def test_open_mpi(within: Callable[..., None]) -> None:
     within(**OPEN_MPI)
-    place = find_place(HostsConfig())
-    assert place is not None
-    assert place.coordinator.startswith("10.96.0.1:")
-    assert (place.num_processes, place.process_id, place.told_by) == (2, 1, "Open MPI")
+    process = find_job_process(HostsConfig())
+    assert process is not None
+    assert process.coordinator.startswith("10.96.0.1:")
+    assert (process.num_processes, process.process_id, process.told_by) == (2, 1, "Open MPI")
 
 
 def test_tpu_pods_of_gke(within: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +148,7 @@ def test_tpu_pods_of_gke(within: Callable[..., None], monkeypatch: pytest.Monkey
         MEGASCALE_NUM_SLICES="2",
         MEGASCALE_SLICE_ID="1",
     )
-    assert find_place(HostsConfig()) == Place("b-0:8482", 4, 3, None, "GKE")
+    assert find_job_process(HostsConfig()) == JobProcess("b-0:8482", 4, 3, None, "GKE")
 
 
 @pytest.mark.parametrize("endpoints", ["t-0,t-1", "x:0:t-0,x:1:t-1"])
@@ -155,19 +159,19 @@ def test_tpu_vms(within: Callable[..., None], monkeypatch: pytest.MonkeyPatch, e
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (metadata[key], 200))
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.1")
-    assert find_place(HostsConfig()) == Place("t-0:8482", 2, 1, None, "the TPU VM")
+    assert find_job_process(HostsConfig()) == JobProcess("t-0:8482", 2, 1, None, "the TPU VM")
     metadata["tpu-env"] = (
         "MEGASCALE_COORDINATOR_ADDRESS: 's-0:8080'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'"
     )
-    assert find_place(HostsConfig()) == Place("s-0:8482", 4, 3, None, "the TPU VM")
+    assert find_job_process(HostsConfig()) == JobProcess("s-0:8482", 4, 3, None, "the TPU VM")
 
 
 def test_kubernetes(within: Callable[..., None]) -> None:
     within(KUBERNETES_SERVICE_HOST="10.0.0.1")
-    assert find_place(HostsConfig()) is None  # a pod of no job, such as a notebook's
+    assert find_job_process(HostsConfig()) is None  # a pod of no job, such as a notebook's
     within(JOB_COMPLETION_INDEX="2")
     with pytest.raises(UserError, match=r"is pod 2 of a Kubernetes job.* pip install kubernetes, or set"):
-        find_place(HostsConfig())
+        find_job_process(HostsConfig())
 
 
 @pytest.mark.parametrize(
@@ -183,13 +187,13 @@ def test_kubernetes(within: Callable[..., None]) -> None:
 )
 def test_what_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        find_place(HostsConfig(**given))
+        find_job_process(HostsConfig(**given))
 
 
 def test_what_only_one_process_has_is_no_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
     first = {"seed": 0, "data": "a", "teacher": "b"}
     client = SimpleNamespace(blocking_key_value_get=lambda *_: json.dumps(first))
-    monkeypatch.setattr(hosts, "distributed", SimpleNamespace(global_state=SimpleNamespace(client=client)))
+    monkeypatch.setattr(hosts, "coordinator_client", lambda: client)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     check_agreement(first)

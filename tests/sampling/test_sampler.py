@@ -10,7 +10,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sampling import sampler as room
-from gemma2_jax.sampling.choice import Choice
+from gemma2_jax.sampling.choice import TokenChoice
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler, bucket
 
@@ -44,14 +44,14 @@ def test_greedy_tokens_are_those_of_the_full_forward(model, greedy):
 @pytest.mark.parametrize(
     "choice",
     [
-        Choice(0.0),
-        Choice(1.0),
-        Choice(100.0),
-        Choice(1e-3),
-        Choice(1.0, top_k=3),
-        Choice(100.0, top_k=1000),
-        Choice(1.0, top_p=0.5),
-        Choice(100.0, top_p=1.0),
+        TokenChoice(0.0),
+        TokenChoice(1.0),
+        TokenChoice(100.0),
+        TokenChoice(1e-3),
+        TokenChoice(1.0, top_k=3),
+        TokenChoice(100.0, top_k=1000),
+        TokenChoice(1.0, top_p=0.5),
+        TokenChoice(100.0, top_p=1.0),
     ],
     ids=str,
 )
@@ -60,7 +60,7 @@ def test_padding_of_the_vocabulary_is_never_chosen(model, choice):
     tokens = jax.random.randint(jax.random.key(0), (8, 64), 0, 310)
     unmasked = Gemma2(replace(model.config, vocab_padding=0), model.params())
     keys = jax.random.split(jax.random.key(1), tokens.size)
-    assert np.mean(Choice(0.0)(unmasked(tokens).reshape(-1, 320), keys) >= 310) > 0.99
+    assert np.mean(TokenChoice(0.0)(unmasked(tokens).reshape(-1, 320), keys) >= 310) > 0.99
     assert np.max(choice(model(tokens).reshape(-1, 320), keys)) < 310
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_jax.checkpoints.integrity import write_manifest
+from gemma2_jax.checkpoints.integrity import write_checkpoint_manifest
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE
 from gemma2_jax.cli.compose import compose
-from gemma2_jax.config import save
+from gemma2_jax.config import save_config
 from gemma2_jax.distill.teacher_record import TEACHER_FILE
 from gemma2_jax.evaluation.evaluate import Evaluation
 from gemma2_jax.run import RunConfig
@@ -33,7 +33,7 @@ class Stage:
     def train(self, config: RunConfig) -> None:
         self.calls.append(("train", config.name))
         folder = Path(config.output)
-        save(config, folder / CONFIG_FILE)
+        save_config(config, folder / CONFIG_FILE)
         if config.name in self.fails:
             raise self.fails[config.name]
         checkpoint = folder / "checkpoints" / str(config.training.steps)
@@ -42,7 +42,7 @@ class Stage:
             file.write_text(json.dumps({"documents": config.data.folder}) if file.name == DATA_FILE else "{}")
         if config.distill.teaches:
             (folder / TEACHER_FILE).write_text('{"identity": "0"}')
-        write_manifest(checkpoint)
+        write_checkpoint_manifest(checkpoint)
         rows = [
             {
                 "step": step,
@@ -57,7 +57,7 @@ class Stage:
 
     def evaluate(self, folder: str, teacher: str | None = None) -> Evaluation:
         self.calls.append(("evaluate", Path(folder).name))
-        loss = stages.load(RunConfig, Path(folder) / CONFIG_FILE).optimizer.learning_rate
+        loss = stages.load_config(RunConfig, Path(folder) / CONFIG_FILE).optimizer.learning_rate
         compared = (None, None) if teacher is None else (0.75, 0.125)
         return Evaluation(12345, 67890, loss, 2.0, *compared)
 

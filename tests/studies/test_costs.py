@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from gemma2_jax.distill.cache.encoding import EncodingConfig
-from gemma2_jax.distill.cache.manifest import FORMAT, DataOrder, Manifest, Signals, write_cache_manifest
-from gemma2_jax.distill.cache.packing import LogGrid
+from gemma2_jax.distill.cache.manifest import FORMAT, CacheManifest, DataOrder, Signals, write_cache_manifest
+from gemma2_jax.distill.cache.records import LogGrid
 from gemma2_jax.studies.config import StudyConfig, StudyRun
-from gemma2_jax.studies.costs import Cost, costs_by_run, costs_table
+from gemma2_jax.studies.costs import RunCost, costs_by_run, costs_table
 
 STUDY = StudyConfig(
     "Which?",
@@ -36,7 +36,7 @@ def write_cache(folder: str, size: int) -> None:
     signals = Signals("signals", size, "", process=0, rows=10, largest=2)
     order = DataOrder("", "", 0.1, 0, seq_len=8, batch_size=2, process_count=1)
     grid = LogGrid(-1.0, 0.0, 8)
-    manifest = Manifest(FORMAT, order, "", "", "float32", 9, EncodingConfig(), grid, (signals,))
+    manifest = CacheManifest(FORMAT, order, "", "", "float32", 9, EncodingConfig(), grid, (signals,))
     write_cache_manifest(Path(folder), manifest)
 
 
@@ -57,7 +57,7 @@ def runs(toy, tmp_path, monkeypatch):
 
 def test_speeds_and_caches_over_the_seeds(runs):
     costs = costs_by_run(STUDY, runs, {"cache taught-0": 3.0, "cache taught-5": 5.0, "train plain-0": 9.0})
-    assert costs == {"teacher": Cost(1500), "plain": Cost(2000), "taught": Cost(2000, 4.0, 6.0)}
+    assert costs == {"teacher": RunCost(1500), "plain": RunCost(2000), "taught": RunCost(2000, 4.0, 6.0)}
     table = costs_table(costs)
     assert table.columns == ["run", "tokens/s in training", "writing the cache", "bytes a token"]
     assert table.rows == [
@@ -68,5 +68,5 @@ def test_speeds_and_caches_over_the_seeds(runs):
 
 
 def test_what_no_run_has_is_no_column():
-    table = costs_table({"plain": Cost(1500)})
+    table = costs_table({"plain": RunCost(1500)})
     assert (table.columns, table.rows) == (["run", "tokens/s in training"], [("plain", "1,500")])

@@ -11,11 +11,12 @@ import jax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gemma2_jax.checkpoints.integrity import write_manifest
+from gemma2_jax.checkpoints.integrity import write_checkpoint_manifest
 from gemma2_jax.checkpoints.store import CONFIG_FILE, find, latest_step
-from gemma2_jax.config import UserError, load, save
-from gemma2_jax.distill.on_policy import OnPolicyConfig
+from gemma2_jax.config import UserError, load_config, save_config
+from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.distill.teacher_record import TEACHER_FILE
 from gemma2_jax.files import write_text
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import weight_specs
@@ -74,6 +75,23 @@ def test_one_that_is_done_was_distilled_from_the_same(
     train(done)
 
 
+def test_a_run_of_an_older_version_keeps_to_its_teachers_path(done: RunConfig, tmp_path: Path) -> None:
+    """Its record has another digest of the same weights, and is replaced when the run goes on."""
+    run = replace(done, output=str(tmp_path / "run"))
+    with stopped_after(1):
+        train(run)
+    older = {"identity": "0123456789abcdef", "encoding": None, "dtype": None}
+    (tmp_path / "run" / TEACHER_FILE).write_text(json.dumps(older))
+    moved = shutil.copytree(str(done.distill.teacher), tmp_path / "moved")
+    with pytest.raises(UserError, match=rf"holds a run with distill\.teacher={done.distill.teacher}"):
+        train(distilled_from(run, moved))
+    train(run)
+    assert latest_step(run.output) == 2
+    train(distilled_from(run, moved))
+    with pytest.raises(UserError, match="was distilled from other weights"):
+        train(distilled_from(run, teacher(done, tmp_path / "other", seed=2)))
+
+
 def test_one_that_is_done_beside_one_that_is_not(done: RunConfig, tmp_path: Path) -> None:
     other = teacher(done, tmp_path / "other", seed=2)
     new = replace(distilled_from(done, other), name="new", output=str(tmp_path / "new"))
@@ -94,7 +112,7 @@ def test_one_that_is_done_was_trained_on_the_same_text(done: RunConfig, tmp_path
 
 def test_parts_of_a_layout_may_change(done: RunConfig, tmp_path: Path) -> None:
     begun = replace(done, output=str(tmp_path), distill=replace(done.distill, layout=LayoutConfig()))
-    save(begun, tmp_path / CONFIG_FILE)
+    save_config(begun, tmp_path / CONFIG_FILE)
     gathered = LayoutConfig(weights={"D": ()})
     check_same_run(replace(begun, layout=gathered, distill=replace(begun.distill, layout=gathered)))
     with pytest.raises(
@@ -121,7 +139,7 @@ def test_a_fraction_of_the_run_is_the_number_of_steps_that_it_comes_to(
     toy_run: RunConfig, tmp_path: Path
 ) -> None:
     begun = replace(toy_run, output=str(tmp_path))
-    save(begun, tmp_path / CONFIG_FILE)
+    save_config(begun, tmp_path / CONFIG_FILE)
     check_same_run(replace(begun, optimizer=replace(begun.optimizer, warmup_steps=0.25)))  # 2 of 8
     with pytest.raises(UserError, match=r"optimizer\.warmup_steps=2, and 4 is asked for"):
         check_same_run(replace(begun, optimizer=replace(begun.optimizer, warmup_steps=0.5)))
@@ -132,7 +150,7 @@ def pretend(folder: Path, *steps: int) -> None:
     for step in steps:
         checkpoint = folder / "checkpoints" / str(step)
         write_text(checkpoint / "params" / "_METADATA", "{}")
-        write_manifest(checkpoint)
+        write_checkpoint_manifest(checkpoint)
 
 
 TIMES = ("tokens_per_second", "mfu")  # all that may differ between two runs of the same configuration
@@ -153,7 +171,7 @@ def begun_with(
 ) -> RunConfig:
     """A run folder with this configuration, and checkpoints at the steps that are done."""
     begun = replace(changed(config, **sections), output=str(folder))
-    save(begun, folder / CONFIG_FILE)
+    save_config(begun, folder / CONFIG_FILE)
     pretend(folder, *done)
     return begun
 
@@ -286,7 +304,7 @@ def test_a_longer_run_is_the_uninterrupted_one(toy_run: RunConfig, tmp_path: Pat
     train(of(7, "longer"))
     train(of(7, "whole"))
     longer, whole = of(7, "longer"), of(7, "whole")
-    assert load(RunConfig, Path(longer.output) / CONFIG_FILE) == longer
+    assert load_config(RunConfig, Path(longer.output) / CONFIG_FILE) == longer
     chex.assert_trees_all_equal(last_state(longer), last_state(whole))
     # The old last step keeps its rows. Each step is in one average.
     assert [row["step"] for row in rows_of(longer, "train")] == [3, 5, 6, 7]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from gemma2_jax.checkpoints.store import find, latest_step, load_model
-from gemma2_jax.config import UserError, load, save
+from gemma2_jax.config import UserError, load_config, save_config
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.prepare import prepare
-from gemma2_jax.distill.on_policy import OnPolicyConfig, on_policy_steps
+from gemma2_jax.distill.rollouts import OnPolicyConfig, on_policy_steps
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.files import locked
 from gemma2_jax.methods import language_modelling
@@ -57,7 +57,7 @@ def test_what_a_run_leaves(finished: RunConfig) -> None:
     assert {path.name for path in folder.iterdir()} == {
         ".lock", "config.yaml", "data.json", "tokenizer.model", "metrics.jsonl", "checkpoints"
     }  # fmt: skip
-    assert load(RunConfig, folder / "config.yaml") == finished
+    assert load_config(RunConfig, folder / "config.yaml") == finished
     assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir()) == [6, 8]  # the newest two
     rows = read_metrics(folder)
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 9))
@@ -233,7 +233,7 @@ def test_without_on_policy_steps_a_run_is_as_without_the_setting(finished: RunCo
 
 def test_another_schedule_in_the_same_folder_is_refused(finished: RunConfig, tmp_path: Path) -> None:
     begun = scheduled(finished, tmp_path)
-    save(begun, tmp_path / "config.yaml")
+    save_config(begun, tmp_path / "config.yaml")
     with pytest.raises(UserError, match=r"objective.mix=\{'kind': 'wsd', .*\}, and 0.5 is asked for"):
         train(replace(begun, objective=replace(begun.objective, mix=0.5)))
     longer = ScheduleConfig("cosine", peak=3.0, end=1.0)
@@ -261,7 +261,7 @@ def test_a_finished_run_is_left_alone(finished: RunConfig, monkeypatch: pytest.M
 
 @pytest.mark.thorough
 def test_repeated_from_its_own_config_file_alone(finished: RunConfig, tmp_path: Path) -> None:
-    saved = load(RunConfig, Path(finished.output) / "config.yaml")
+    saved = load_config(RunConfig, Path(finished.output) / "config.yaml")
     train(replace(saved, output=str(tmp_path / "again")))
     assert without_times(tmp_path / "again") == without_times(Path(finished.output))
 
@@ -428,6 +428,6 @@ def test_a_batch_that_does_not_divide_over_the_mesh_is_refused(
 
 
 def test_a_foreign_config_file_is_refused(finished: RunConfig, tmp_path: Path) -> None:
-    save(finished.model, tmp_path / "config.yaml")
+    save_config(finished.model, tmp_path / "config.yaml")
     with pytest.raises(UserError, match=r"config\.yaml"):
         train(replace(finished, output=str(tmp_path)))

@@ -9,7 +9,7 @@ import pytest
 
 from gemma2_jax.cli.main import main
 from gemma2_jax.config import UserError
-from gemma2_jax.data.sources import open_source
+from gemma2_jax.data.sources import open_documents
 from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.kernels.self_attention import AttentionConfig
@@ -56,7 +56,7 @@ def test_parquet_is_refused_before_the_files_in_front_of_it_are_read(without, tm
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"b\.parquet needs pyarrow"):
-        open_source((str(tmp_path / "*"),), "text")
+        open_documents((str(tmp_path / "*"),), "text")
 
 
 STUDENT = ["--student", "one", "seed=1"]

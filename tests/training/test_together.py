@@ -14,7 +14,7 @@ from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.matching import MatchConfig
-from gemma2_jax.distill.on_policy import OnPolicyConfig
+from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.methods import distillation
 from gemma2_jax.methods.choose import build_method

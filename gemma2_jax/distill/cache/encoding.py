@@ -6,7 +6,7 @@ Four ways to keep a distribution P over V tokens:
   of the forward KL, which is linear in P, is unbiased too (Random Sampling KD, arXiv 2503.16870; Gemma 3 keeps
   256 draws, arXiv 2503.19786). Drawn from a flatter proposal q ~ P^(1/proposal_temperature), a draw has weight
   p/q / N. Those weights sum to 1 in expectation only, and stay so: divided by their sum they would be biased. They
-  are unbiased but for the rounding of their logarithms, half a step of `packing.LogGrid` each.
+  are unbiased but for the rounding of their logarithms, half a step of `records.LogGrid` each.
 - `top_k`: the k largest probabilities, and what is left as the tail's.
 - `top_p`: of those k, the fewest that reach p together; and the tail.
 - `full`: all of P, for small vocabularies.
@@ -49,7 +49,7 @@ class EncodingConfig:
         proposal_temperature: of `sampled`; above 1 draws unlikely tokens more often, with less weight.
         temperature: softens P itself; a student must train with the same objective.temperature.
         weight_bits: of a logarithm, where logarithms are kept: everywhere but in draws from P itself, which are
-            counted. See `packing.LogGrid` for the error.
+            counted. See `records.LogGrid` for the error.
         seed: of the draws.
     """
 

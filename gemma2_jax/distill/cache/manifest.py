@@ -8,12 +8,19 @@ from pydantic import TypeAdapter
 
 from gemma2_jax.config import UserError, as_override, to_dict
 from gemma2_jax.data.config import DataConfig
-from gemma2_jax.data.shards import MANIFEST, File, check_content, check_size, read_described, read_manifest
+from gemma2_jax.data.shards import (
+    MANIFEST,
+    File,
+    check_content,
+    check_size,
+    read_data_manifest,
+    read_described,
+)
 from gemma2_jax.distill.cache.encoding import EncodingConfig
-from gemma2_jax.distill.cache.packing import LogGrid
+from gemma2_jax.distill.cache.records import LogGrid
 from gemma2_jax.files import write_text
 
-FORMAT = 2  # of the folder; raised when a reader of the old one would misread the new one
+FORMAT = 3  # of the folder; raised when a reader of the old one would misread the new one
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class DataOrder:
 
     @classmethod
     def of(cls, data: DataConfig, process_count: int) -> "DataOrder":
-        manifest = read_manifest(data.folder)
+        manifest = read_data_manifest(data.folder)
         return cls(
             documents=manifest.identity,
             tokenizer=manifest.tokenizer,
@@ -66,13 +73,13 @@ class Signals(File):
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CacheManifest:
     """What the folder holds; its manifest.json.
 
     Attributes:
         format: version of the folder's layout.
         order: the data that it was made for.
-        teacher: `teacher_identity`; teacher_path: where it lay; dtype: that it was computed in.
+        teacher: `source_identity`; teacher_path: where it lay; dtype: that it was computed in.
         num_tokens: V.
         encoding: how its distributions were made sparse.
         grid: of the logarithms.
@@ -110,15 +117,15 @@ class Manifest:
         return max((file.largest for file in self.files), default=0)
 
 
-_ADAPTER = TypeAdapter(Manifest)
+_ADAPTER = TypeAdapter(CacheManifest)
 
 
-def write_cache_manifest(folder: Path, manifest: Manifest) -> None:
+def write_cache_manifest(folder: Path, manifest: CacheManifest) -> None:
     """Puts `manifest` in the place of the folder's manifest."""
     write_text(folder / MANIFEST, _ADAPTER.dump_json(manifest, indent=1).decode() + "\n")
 
 
-def find_cache(folder: str | Path) -> Manifest | None:
+def find_cache(folder: str | Path) -> CacheManifest | None:
     """The folder's manifest, None if it has none.
 
     Raises:
@@ -132,7 +139,7 @@ def find_cache(folder: str | Path) -> Manifest | None:
     return manifest
 
 
-def read_cache(folder: str | Path) -> Manifest:
+def read_cache(folder: str | Path) -> CacheManifest:
     """As `find_cache`. Raises UserError if there is none, too."""
     manifest = find_cache(folder)
     if manifest is None:
@@ -155,7 +162,7 @@ def verify_cache(folder: str | Path) -> int:
     return len(manifest.files)
 
 
-def refuse_other_order(folder: str | Path, manifest: Manifest, order: DataOrder) -> None:
+def refuse_other_order(folder: str | Path, manifest: CacheManifest, order: DataOrder) -> None:
     """Raises UserError if the rows of `order` are not those that a cache was made for."""
     names = {
         "documents": "the documents of data.folder",
@@ -171,20 +178,20 @@ def refuse_other_order(folder: str | Path, manifest: Manifest, order: DataOrder)
             raise _other(folder, key, was, wanted)
 
 
-def refuse_other_teacher(folder: str | Path, manifest: Manifest, identity: str, path: str) -> None:
+def refuse_other_teacher(folder: str | Path, manifest: CacheManifest, identity: str, path: str) -> None:
     """Raises UserError if a cache was made of another teacher than the one at `path`."""
     if manifest.teacher != identity:
         was = f"{manifest.teacher_path}, weights {manifest.teacher[:12]}"
         raise _other(folder, "distill.teacher", was, f"{path}, weights {identity[:12]}")
 
 
-def refuse_other_dtype(folder: str | Path, manifest: Manifest, dtype: str) -> None:
+def refuse_other_dtype(folder: str | Path, manifest: CacheManifest, dtype: str) -> None:
     """Raises UserError if a cache was computed in another dtype."""
     if manifest.dtype != dtype:
         raise _other(folder, "distill.dtype", manifest.dtype, dtype)
 
 
-def refuse_other_encoding(folder: str | Path, manifest: Manifest, encoding: EncodingConfig) -> None:
+def refuse_other_encoding(folder: str | Path, manifest: CacheManifest, encoding: EncodingConfig) -> None:
     """Raises UserError if a cache was made with other settings."""
     was, wanted = to_dict(manifest.encoding), to_dict(encoding)
     for key in wanted:

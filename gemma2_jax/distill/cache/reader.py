@@ -11,17 +11,17 @@ from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.distill.cache.encoding import EncodingConfig
-from gemma2_jax.distill.cache.identity import teacher_identity
 from gemma2_jax.distill.cache.manifest import (
+    CacheManifest,
     DataOrder,
-    Manifest,
     read_cache,
     refuse_other_dtype,
     refuse_other_encoding,
     refuse_other_order,
     refuse_other_teacher,
 )
-from gemma2_jax.distill.cache.packing import Packer, broken_record, row_checksums
+from gemma2_jax.distill.cache.records import Packer, broken_record, row_checksums
+from gemma2_jax.distill.teacher_identity import source_identity
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.objectives.targets import SparseTargets
 
@@ -38,7 +38,7 @@ def check_cache(
     teacher: str | None = None,
     encoding: EncodingConfig | None = None,
     dtype: str | None = None,
-) -> Manifest:
+) -> CacheManifest:
     """The manifest of a cache, after it was found to be what a run needs.
 
     Args:
@@ -71,7 +71,7 @@ def check_cache(
             f"({data.batch_size}) needs {steps * data.batch_size}; add the others by `gemma2 teacher-cache`."
         )
     if teacher is not None:
-        refuse_other_teacher(cache, manifest, teacher_identity(open_source(teacher)), teacher)
+        refuse_other_teacher(cache, manifest, source_identity(open_source(teacher)), teacher)
     return manifest
 
 
@@ -119,7 +119,7 @@ class CachedBatches(grain.DatasetIterator):
 class _Steps:
     """Random access to a process's signals, one item a step: (SparseTargets, checksums of its rows)."""
 
-    def __init__(self, cache: str, manifest: Manifest, process: int) -> None:
+    def __init__(self, cache: str, manifest: CacheManifest, process: int) -> None:
         order = manifest.order
         self._rows = order.batch_size // order.process_count
         self._packer = Packer(manifest.encoding, manifest.grid, manifest.num_tokens, order.seq_len)

@@ -11,15 +11,15 @@ import numpy as np
 from gemma2_jax.checkpoints import store
 from gemma2_jax.config import to_dict, to_yaml
 from gemma2_jax.files import write_text
-from gemma2_jax.formats.layouts import Place
+from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.metadata import Metadata, load_metadata
-from gemma2_jax.formats.source import Source, TensorInfo, files_below, misfits, wrong_dtypes
+from gemma2_jax.formats.source import TensorInfo, WeightSource, files_below, misfits, wrong_dtypes
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.weights import Params, abstract_params, specs_by_path, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 
-class RunSource(Source):
+class RunSource(WeightSource):
     """The newest checkpoint of a run whose parameters are whole; all of them are read with the first weight.
 
     Attributes:
@@ -53,7 +53,7 @@ class RunSource(Source):
         shapes = {path: spec.shape for path, spec in specs_by_path(weight_specs(self.config)).items()}
         return misfits(self.path, shapes, self.tensors) + wrong_dtypes(self.tensors)
 
-    def weight(self, place: Place) -> np.ndarray:
+    def weight(self, place: WeightPlace) -> np.ndarray:
         leaf: Any = reduce(lambda tree, key: tree[key], place.path.split("/"), self._params)
         return np.asarray(leaf if place.pair is None else leaf[place.pair])
 
@@ -61,7 +61,7 @@ class RunSource(Source):
     def _params(self) -> Any:
         mesh = build_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
         target = abstract_params(weight_specs(self.config), self.dtype, mesh)
-        return jax.tree.map(np.asarray, store.load_params(self.path, target))
+        return jax.tree.map(np.asarray, store.restore_params(self.path, target))
 
 
 def write_run(

@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from jax.stages import Wrapped
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, save_params
-from gemma2_jax.config import UserError, build, save, to_dict
+from gemma2_jax.config import UserError, build, save_config, to_dict
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.packing import PackedRows
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.on_policy import OnPolicyConfig, lay_out, on_policy_steps, rollout
+from gemma2_jax.distill.rollouts import OnPolicyConfig, lay_out, on_policy_steps, rollout
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
@@ -28,7 +28,7 @@ from gemma2_jax.model.weights import Params, abstract_params, weight_specs
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.objectives.terms import forward_kl, jsd, reverse_kl
 from gemma2_jax.run import RunConfig
-from gemma2_jax.sampling.choice import Choice
+from gemma2_jax.sampling.choice import TokenChoice
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.decoding import row_keys
 from gemma2_jax.sampling.sampler import Sampler
@@ -202,7 +202,9 @@ def test_tokens_are_drawn_from_the_full_forwards_logits(
         logits = student(tokens)
 
         def at(place: jax.Array) -> jax.Array:
-            return Choice(0.7)(logits[:, place], jax.vmap(partial(jax.random.fold_in, data=place + 1))(keys))
+            return TokenChoice(0.7)(
+                logits[:, place], jax.vmap(partial(jax.random.fold_in, data=place + 1))(keys)
+            )
 
         return jax.lax.map(at, jnp.arange(T)).T
 
@@ -292,7 +294,7 @@ def test_a_run_on_eight_devices_is_that_on_one(
 ) -> None:
     """Two steps, both on samples; the second's are of a student that the first has changed."""
     teacher = replace(toy_run, output=str(tmp_path / "teacher"), model=replace(toy_run.model, d_model=48))
-    save(teacher, tmp_path / "teacher" / CONFIG_FILE)
+    save_config(teacher, tmp_path / "teacher" / CONFIG_FILE)
     shutil.copy(toy_run.tokenizer.path, tmp_path / "teacher" / TOKENIZER_FILE)
     save_params(teacher.output, Gemma2.init(teacher.model, jax.random.key(7)).params(), to_dict(teacher))
     run = replace(

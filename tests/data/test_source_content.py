@@ -11,13 +11,13 @@ import pytest
 from rich.progress import Progress
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data import identity, python_docs
+from gemma2_jax.data import python_docs, source_content
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
-from gemma2_jax.data.identity import SEEN_FILE, content_of
 from gemma2_jax.data.prepare import prepare, verify_source
 from gemma2_jax.data.python_docs import PythonDocs
-from gemma2_jax.data.shards import MANIFEST, ShardWriter, find_manifest, read_manifest
-from gemma2_jax.data.sources import Files, open_source
+from gemma2_jax.data.shards import MANIFEST, ShardWriter, find_data_manifest, read_data_manifest
+from gemma2_jax.data.source_content import SEEN_FILE, content_of
+from gemma2_jax.data.sources import Files, open_documents
 from tests.data.files import write_jsonl
 
 
@@ -58,7 +58,7 @@ def mask(path: Path) -> None:
 
 
 def of(*patterns: Path, text_field: str = "text") -> str:
-    source = open_source(tuple(map(str, patterns)), text_field)
+    source = open_documents(tuple(map(str, patterns)), text_field)
     return content_of(source, (), Progress(disable=True)).identity
 
 
@@ -92,7 +92,7 @@ def test_files_that_were_left_alone_are_not_read_again(
     digested.clear()
     prepare(own, tokenizer_config)
     assert digested == ["a.jsonl", "b.jsonl"]
-    monkeypatch.setattr(identity, "_SETTLED", -1)
+    monkeypatch.setattr(source_content, "_SETTLED", -1)
     prepare(own, tokenizer_config)
     digested.clear()
     prepare(own, tokenizer_config)
@@ -226,7 +226,7 @@ def test_a_source_that_changes_meanwhile_is_refused(
         ):
             prepare(own, tokenizer_config)
     with pytest.raises(UserError, match="prepared only in part"):
-        read_manifest(own.folder)
+        read_data_manifest(own.folder)
 
 
 def stop_at_once(data: DataConfig, tokenizer: TokenizerConfig, patch: pytest.MonkeyPatch) -> None:
@@ -260,7 +260,7 @@ def test_a_source_that_was_mended_behind_what_is_done_goes_on(
         file.write('{"text": null}\n')
     with pytest.raises(UserError, match=r"b\.jsonl, line 61: no text in the field"):
         prepare(own, tokenizer_config)
-    begun = find_manifest(own.folder)
+    begun = find_data_manifest(own.folder)
     assert begun is not None
     assert begun.parts
     lines = (source / "b.jsonl").read_text().splitlines(keepends=True)

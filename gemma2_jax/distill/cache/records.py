@@ -1,6 +1,6 @@
 """Entries to bytes and back: one record a row of the data.
 
-A record is the crc32 of the row that it belongs to, then streams of unsigned integers (`streams`):
+A record is the crc32 of the row that it belongs to, then streams of unsigned integers (`integer_streams`):
 
     numbers   how many entries each token has; left out where all have as many
     gaps      of the ids of a token, sorted: the first id and 1, then each one's distance to the one before
@@ -21,7 +21,7 @@ import zstandard
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries
-from gemma2_jax.distill.cache.streams import StreamsReader, StreamsWriter, bytes_for
+from gemma2_jax.distill.cache.integer_streams import StreamsReader, StreamsWriter, bytes_for
 from gemma2_jax.kernels.softcap import NEVER
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.objectives.targets import SparseTargets

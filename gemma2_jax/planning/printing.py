@@ -7,7 +7,7 @@ from rich.text import Text
 from gemma2_jax.planning.memory import in_units
 from gemma2_jax.planning.placement import PlacedModel, Placement
 from gemma2_jax.planning.plan import Plan
-from gemma2_jax.planning.search import Found
+from gemma2_jax.planning.search import SearchResult
 from gemma2_jax.planning.topologies import Topology
 
 
@@ -104,7 +104,7 @@ def _say(console: Console, line: str, style: str = "") -> None:
     console.print(Text(line, style), soft_wrap=True)
 
 
-def print_search(found: Found, topology: Topology, console: Console) -> None:
+def print_search(found: SearchResult, topology: Topology, console: Console) -> None:
     """Prints what a search tried, best first, and what to type for the best."""
     grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("fits", "peak GiB", "step s", "bound by", "MFU"):

@@ -20,8 +20,8 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.globs import NothingMatchesError, printable
 from gemma2_jax.data.reading import reading
-from gemma2_jax.data.shards import Manifest
-from gemma2_jax.data.sources import Source, open_source
+from gemma2_jax.data.shards import DataManifest
+from gemma2_jax.data.sources import DocumentSource, open_documents
 from gemma2_jax.files import write_text
 
 SEEN_FILE = ".source.json"  # in a prepared folder: what was seen of the source's files
@@ -37,7 +37,7 @@ class Seen:
     Attributes:
         path, size, inode: of the file; modified, changed: its mtime and ctime in nanoseconds.
         settled: whether another write would have given it other times than these.
-        digest: of its content, `Source.digest`.
+        digest: of its content, `DocumentSource.digest`.
     """
 
     path: str
@@ -65,7 +65,7 @@ class Content:
 _ADAPTER = TypeAdapter(tuple[Seen, ...])
 
 
-def content_of(source: Source, seen: Sequence[Seen], progress: Progress) -> Content:
+def content_of(source: DocumentSource, seen: Sequence[Seen], progress: Progress) -> Content:
     """Returns what the source holds now; files that are as they were `seen` are not read again.
 
     Raises:
@@ -81,7 +81,9 @@ def content_of(source: Source, seen: Sequence[Seen], progress: Progress) -> Cont
     return Content(f"{digest.hexdigest()[:16]} ({source.name})", files)
 
 
-def _look(source: Source, path: Path, known: dict[str, Seen], progress: Progress, task: TaskID) -> Seen:
+def _look(
+    source: DocumentSource, path: Path, known: dict[str, Seen], progress: Progress, task: TaskID
+) -> Seen:
     begun = time.time_ns()
     name = printable(path.absolute())
     with reading(path):
@@ -141,10 +143,10 @@ def difference(identity: str, seen: Sequence[Seen], now: Content) -> str:
     )
 
 
-def content_now(manifest: Manifest, data: DataConfig, progress: Progress) -> Content | None:
+def content_now(manifest: DataManifest, data: DataConfig, progress: Progress) -> Content | None:
     """What the source holds at present; None if it is gone, which a prepared folder may outlive."""
     try:
-        source = open_source(data.sources, data.text_field, data.skip_invalid)
+        source = open_documents(data.sources, data.text_field, data.skip_invalid)
     except NothingMatchesError:
         if data.sources == manifest.source:
             return None
@@ -158,7 +160,7 @@ def free_beside(folder: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def refuse_other_content(manifest: Manifest, data: DataConfig, content: Content | None) -> None:
+def refuse_other_content(manifest: DataManifest, data: DataConfig, content: Content | None) -> None:
     """Raises UserError if data.source holds other text than was prepared, whatever its files are called."""
     folder = Path(data.folder)
     seen = read_seen(folder)
@@ -179,7 +181,7 @@ def refuse_other_content(manifest: Manifest, data: DataConfig, content: Content 
     raise UserError(f"data.source has changed since data.folder {folder} was prepared ({changed}); {remedy}.")
 
 
-def unchanged(source: Source, content: Content, folder: Path, progress: Progress) -> Content:
+def unchanged(source: DocumentSource, content: Content, folder: Path, progress: Progress) -> Content:
     """The content of a source that was read to its end. Raises UserError if it is no longer what it was before."""
     now = content_of(source, content.files, progress)
     if now.identity != content.identity:

@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma2_jax.distill.cache.streams import StreamsReader, StreamsWriter, bytes_for
+from gemma2_jax.distill.cache.integer_streams import StreamsReader, StreamsWriter, bytes_for
 
 Values = list[list[int]]  # of each record
 

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data.chat import chat_template, render
+from gemma2_jax.data.chat_format import chat_template, render
 
 Chat = list[dict[str, Any]]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries
-from gemma2_jax.distill.cache.packing import LogGrid, Packer, log_grid, row_checksums
+from gemma2_jax.distill.cache.records import LogGrid, Packer, log_grid, row_checksums
 from gemma2_jax.kernels.softcap import NEVER
 from gemma2_jax.model.config import ModelConfig
 

@@ -22,7 +22,7 @@ from gemma2_jax.model.decoder import Decoder
 from gemma2_jax.model.linear import for_use
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Params, Weight, map_specs, weight_specs
-from gemma2_jax.sampling.choice import Choice
+from gemma2_jax.sampling.choice import TokenChoice
 from gemma2_jax.sampling.decoding import advance, begin, row_keys
 from gemma2_jax.schedule import ScheduleConfig, build_schedule, values_of
 from gemma2_jax.sharding.layout import constrain
@@ -94,7 +94,7 @@ def rollout(
         model, compute, params: the student's; end_of_text: an id.
     """
     T = batch.tokens.shape[1]
-    compute, choice = replace(compute, remat="none"), Choice(config.temperature)
+    compute, choice = replace(compute, remat="none"), TokenChoice(config.temperature)
     stops = jnp.array([end_of_text], jnp.int32)
     decoder = Decoder(Gemma2(model, _gathered(model, params, compute)), compute)
     prompts = batch.tokens[:, : config.prompt_tokens]
