@@ -70,7 +70,7 @@ def add_parser(verbs: Verbs) -> None:
     number("--gpus-per-node", "GPUs per node")
     number("--cpus-per-task", "cores for the process on each node")
     number("--minutes", "time limit, after which the job is queued again")
-    number("--restarts", "most restarts after a time limit or preemption")
+    number("--restarts", "maximum restarts after a time limit or preemption")
     for name in ("partition", "account", "qos", "constraint"):
         slurm.add_argument(f"--{name}", help=f"passed to sbatch as --{name}")
     slurm.add_argument("--local", action="store_true", help="run the job on this machine, to try it")
@@ -106,7 +106,7 @@ def add_parser(verbs: Verbs) -> None:
     gke.add_argument(
         "--priority", default=GkeSettings.priority, choices=PRIORITIES, help="priority in the queue"
     )
-    number("--max-restarts", "most restarts of all processes after a failure of one")
+    number("--max-restarts", "maximum restarts of all processes after one fails")
 
 
 def _numbers(parser: argparse.ArgumentParser, settings_class: Any) -> Callable[[str, str], None]:

@@ -10,7 +10,7 @@ from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
 if TYPE_CHECKING:
     from gemma2_jax.studies.sweep import Combination
 
-_SHOWN = 10  # most invalid combinations that the error message lists
+_SHOWN = 10  # maximum number of invalid combinations in the error message
 
 DESCRIPTION = """\
 Trains one run for each combination of the keys that list several values, one after another, and compares the final

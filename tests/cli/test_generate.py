@@ -144,7 +144,7 @@ def test_prompts_come_from_a_file_or_the_standard_input(asked, monkeypatch, tmp_
             r"p\.jsonl, line 2 is not a JSON object with a prompt; accepted",
         ),
         ("p.txt", b'{"prompt": "a"}\nb\n', r"p\.txt, line 2 is not a JSON object with a prompt"),
-        ("p.txt", b"\n \n", r"p\.txt holds no prompt; accepted: one a line"),
+        ("p.txt", b"\n \n", r"p\.txt holds no prompt; accepted: one prompt per line"),
         ("p.txt", b"\xe9\n", r"p\.txt is not UTF-8"),
         ("p.jsonl", b"[" * 5000, r"line 1 is not a JSON object with a prompt"),
     ],
@@ -174,7 +174,7 @@ def test_defaults_are_those_of_the_library(asked, capsys):
         main(["generate", "--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert f"takes the most likely token ({usual.temperature})" in told
-    assert f"stop after so many tokens ({usual.max_new_tokens})" in told
+    assert f"maximum tokens per completion ({usual.max_new_tokens})" in told
 
 
 def test_another_tokenizer_may_be_given(asked):
