@@ -318,7 +318,7 @@ def test_on_the_command_line() -> None:
         "distill.match={layers: [[1, 3]], attention: 2, distance: cosine}",
     )  # fmt: skip
     assert config.distill.match == MatchConfig(((1, 3),), attention=2.0, distance="cosine")
-    with pytest.raises(UserError, match=r"distill\.match\.layers has no value yet"):
+    with pytest.raises(UserError, match=r"distill\.match\.layers has no value; set it"):
         composed("distill=match", "distill.teacher=runs/t")
 
 

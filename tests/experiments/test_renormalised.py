@@ -78,7 +78,7 @@ def test_the_copy_has_no_tail_and_sums_to_1(script: ModuleType, cache: Path, tmp
     np.testing.assert_allclose(np.exp(sparse.log_weights[0]), expected, rtol=2 * GRID.step)
 
 
-def test_before_the_study_it_says_what_to_run(tmp_path: Path) -> None:
+def test_without_the_study_it_names_the_command_to_run(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(
         [sys.executable, str(SCRIPT)],
@@ -90,7 +90,7 @@ def test_before_the_study_it_says_what_to_run(tmp_path: Path) -> None:
     )
     assert ran.returncode == 1
     assert ran.stderr == (
-        "renormalised.py: runs/teacher_source/caches/top_k_with_tail-0 holds no teacher's cache to copy; carry out the "
-        "study before, by `gemma2 run teacher_source` with the same key=value.\n"
+        "renormalised.py: runs/teacher_source/caches/top_k_with_tail-0 holds no teacher cache to copy; run the study "
+        "first: `gemma2 run teacher_source` with the same key=value.\n"
     )
     assert list(tmp_path.iterdir()) == []
