@@ -78,7 +78,7 @@ def watch(client: Any, process: int, count: int, links: Mapping[int, socket.sock
     global _watch
     _watch = _Watch(client, process, count, links)
     _watch.thread.start()
-    stops.leave_by(leave)
+    stops.set_exit_hook(leave)
     threading.Thread(target=_mind, args=(_watch,), daemon=True, name="links to other processes").start()
 
 
@@ -171,7 +171,7 @@ def _wait(watch: _Watch) -> None:
         watch.another_ended.set()
         if not watch.leaving.wait(_GRACE):
             watch.interrupted = True
-            stops.hurry()
+            stops.stop_deferring()
             # In the background of a script SIGINT is ignored; the command line takes SIGTERM as it takes that.
             ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             _thread.interrupt_main(signal.SIGTERM if ignored else signal.SIGINT)
