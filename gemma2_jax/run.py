@@ -115,7 +115,7 @@ class RunConfig:
             return
         if divergences != ("forward_kl",):
             yield (
-                "distill.cache holds only some tokens of each teacher distribution, which suffice for forward_kl alone, "
+                "distill.cache holds only some tokens of each teacher distribution, enough for forward_kl alone, "
                 f"but the objective has {', '.join(divergences)}; set objective=distillation, or train without a cache."
             )
         if "temperature" in self.objective.schedules:
