@@ -52,8 +52,8 @@ def _check_heads(N: int, K: int) -> None:
     shares = math.prod(mesh[axis] for axis in axes["N"])
     if axes["N"] != axes["K"] and shares > 1:
         raise UserError(
-            f"{key_in_use()}.activations lays N along {_axis_names(axes['N'])} and K along {_axis_names(axes['K'])}, but a device "
-            "needs the keys of its own queries' heads; give both the same axes, or choose "
+            f"{key_in_use()}.activations lays N along {_axis_names(axes['N'])} and K along {_axis_names(axes['K'])}, "
+            "but a device needs the keys of its own queries' heads; give both the same axes, or choose "
             "compute.attention.kernel=reference."
         )
     if K % shares:

@@ -30,10 +30,10 @@ class HeadPlan:
         return gradient if self.sum_dims == "VD" else separate_transpose(gradient)
 
 
-# XLA on CPU: for [V, D], the accumulating product needs its largest operand, the gradient of the logits, transposed; for
-# [D, V] it takes about 2/3 of the time.
-# XLA on TPU: the cast is free while a product reads the embedding. A cast copy of the whole embedding is larger than the
-# logits of two blocks.
+# XLA on CPU: for [V, D], the accumulating product needs its largest operand, the gradient of the logits, transposed;
+# for [D, V] it takes about 2/3 of the time.
+# XLA on TPU: the cast is free while a product reads the embedding. A cast copy of the whole embedding is larger than
+# the logits of two blocks.
 _HEAD_PLANS = {"cpu": HeadPlan("DV", False), "tpu": HeadPlan("VD", True)}
 _OTHER_PLATFORMS = HeadPlan("VD", False)
 
