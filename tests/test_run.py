@@ -95,7 +95,7 @@ def test_on_policy_with_all_that_it_needs(toy_run: RunConfig) -> None:
 
 
 def test_a_teacher_that_no_term_needs(toy_run: RunConfig) -> None:
-    with pytest.raises(UserError, match="it would teach nothing"):
+    with pytest.raises(UserError, match="the teacher would have no effect"):
         replace(toy_run, distill=replace(toy_run.distill, teacher="runs/teacher"))
 
 

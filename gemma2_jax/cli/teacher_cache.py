@@ -48,7 +48,7 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.cli.compose import compose
-    from gemma2_jax.compilation import programs_kept_in
+    from gemma2_jax.compilation import use_compilation_cache
     from gemma2_jax.data.prepare import prepare
     from gemma2_jax.distill.cache.manifest import verify_cache
     from gemma2_jax.processes.hosts import first_process_first, is_first, join
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(
             "gemma2: loading and compiling the teacher for the missing part of the cache …", file=sys.stderr
         )
-    with programs_kept_in(config.compilation_cache):
+    with use_compilation_cache(config.compilation_cache):
         config = as_prepared(config)
         manifest = write_cache(config, arguments.estimate)
     if is_first() and is_complete(config, manifest):

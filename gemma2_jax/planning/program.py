@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gemma2_jax.compilation import programs_kept_in
+from gemma2_jax.compilation import use_compilation_cache
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.methods.choose import build_method
@@ -153,8 +153,8 @@ def compile_step(config: RunConfig, topology: Topology, method: Method | None = 
 
 @contextmanager
 def _kept(config: RunConfig) -> Iterator[None]:
-    """`programs_kept_in`, where a program that was kept can not be loaded without its devices, and is compiled anew."""
-    with programs_kept_in(config.compilation_cache), warnings.catch_warnings():
+    """`use_compilation_cache`, but a kept program that cannot be loaded without its devices is compiled anew."""
+    with use_compilation_cache(config.compilation_cache), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
         yield
 

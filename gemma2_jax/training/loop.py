@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gemma2_jax import stops
 from gemma2_jax.checkpoints.store import FOLDER, find, latest_step
-from gemma2_jax.compilation import programs_kept_in
+from gemma2_jax.compilation import use_compilation_cache
 from gemma2_jax.config import UserError, to_dict, usable
 from gemma2_jax.distill.teacher_record import check_same_teacher
 from gemma2_jax.files import locked
@@ -142,7 +142,7 @@ def train_method(method: Method, configs: Sequence[RunConfig], open_folder: Open
         check_batch(each, mesh)
         tokenizer = check_data(each)
     with jax.set_mesh(mesh), laid_out(config.layout), ExitStack() as stack:
-        stack.enter_context(programs_kept_in(config.compilation_cache))
+        stack.enter_context(use_compilation_cache(config.compilation_cache))
         if is_first():
             for each in configs:
                 _take_folder(each, stack)

@@ -1,6 +1,6 @@
 """Packages that only some runs need, missed before minutes go into their data and their programs."""
 
-from gemma2_jax.compilation import check_programs_folder
+from gemma2_jax.compilation import check_compilation_cache
 from gemma2_jax.formats import hub
 from gemma2_jax.kernels import tokamax_attention
 from gemma2_jax.run import RunConfig
@@ -14,7 +14,7 @@ def check_packages(config: RunConfig) -> None:
     """
     check_wandb(config.metrics)
     if config.compilation_cache is not None:
-        check_programs_folder(config.compilation_cache)
+        check_compilation_cache(config.compilation_cache)
     if config.compute.attention.kernel == "tokamax":
         tokamax_attention.check_installed()
     for path in (config.distill.teacher, config.initialise.source):

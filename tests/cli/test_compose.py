@@ -211,7 +211,7 @@ def test_text_of_a_file_that_looks_like_a_date_is_text_and_a_number_needs_quotes
     dated.write_text("# @package _global_\nname: 2024-01-01\n")
     numbered.write_text("# @package _global_\nname: 1\n")
     assert compose(["experiment=dated"], tmp_path).name == "2024-01-01"
-    with pytest.raises(UserError, match=r"name is 1; accepted: text\. In quotes it is text: '1'."):
+    with pytest.raises(UserError, match=r"name is 1; accepted: text\. Write it in quotes for text: '1'."):
         compose(["experiment=numbered"], tmp_path)
     save(compose(), tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text().replace("name: run", "name: 2024-01-01")

@@ -72,7 +72,7 @@ def test_a_search_prints_what_to_type(capsys):
     [
         (TOY, "topology is missing"),
         ([*TOY, "topology=abacus:8"], "topology=abacus:8 names no chip that is known"),
-        ([*TOY[:-1], "topology=cpu:8", "mesh.data=3"], "needs exactly 3 devices, and there are 8 devices"),
+        ([*TOY[:-1], "topology=cpu:8", "mesh.data=3"], "needs exactly 3 devices, but there are 8 devices"),
         (
             [*TOY[:-1], "topology=cpu:8", "mesh.data=1", "mesh.tensor=8"],
             "along mesh.tensor, which is 8 and does not divide it",
