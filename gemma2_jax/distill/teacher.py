@@ -69,7 +69,7 @@ class DistillConfig:
             )
 
     @property
-    def teaches(self) -> bool:
+    def has_teacher(self) -> bool:
         """Whether there is a teacher, or a cache of one; without either, a run learns from text alone."""
         return self.teacher is not None or self.cache is not None
 

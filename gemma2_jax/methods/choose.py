@@ -15,6 +15,6 @@ def build_method(config: RunConfig, adaptation: Adaptation = FULL) -> LanguageMo
     """
     if config.distill.on_policy is not None:
         return OnPolicyDistillation(config, adaptation)
-    if config.distill.teaches:
+    if config.distill.has_teacher:
         return Distillation(config, adaptation)
     return LanguageModelling(config, adaptation)

@@ -89,13 +89,13 @@ def with_targets(task: RunConfig) -> Iterator[tuple[Batch, SparseTargets]]:
 
 @pytest.fixture(autouse=True)
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "STRETCH_ROWS", 8)  # two steps
+    monkeypatch.setattr(writer, "CHUNK_ROWS", 8)  # two steps
 
 
 @pytest.fixture(scope="module")
 def sampled(task: RunConfig) -> RunConfig:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "STRETCH_ROWS", 8)
+        patch.setattr(writer, "CHUNK_ROWS", 8)
         write_cache(task)
     return task
 
@@ -238,7 +238,7 @@ def test_size_and_time_are_told_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(writer, "STRETCH_ROWS", 200)
+    monkeypatch.setattr(writer, "CHUNK_ROWS", 200)
     data = replace(task.data, **changes)
     planned = replace(
         asking(task, steps=steps, cache=str(tmp_path / "planned"), encoding=encoding), data=data
@@ -440,7 +440,7 @@ def test_a_cache_that_another_has_written_meanwhile_is_not_written_again(
         return locked(folder, wait)
 
     monkeypatch.setattr(writer, "locked", written_just_before)
-    with pytest.raises(UserError, match="was written by another process just now"):
+    with pytest.raises(UserError, match="was changed by another process in the meantime"):
         write_cache(asking(task, steps=2))
     assert content(folder_of(task)) == content(folder_of(sampled))
 

@@ -18,7 +18,7 @@ from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
-from gemma2_jax.training.start import as_prepared
+from gemma2_jax.training.start import with_prepared_vocabulary
 from gemma2_jax.training.teacher_cache import write_cache
 from gemma2_jax.training.together import train_together
 from tests.distill.test_cache import write_teacher
@@ -47,7 +47,7 @@ def cached(online: RunConfig, encoding: EncodingConfig, name: str) -> RunConfig:
     folder = Path(online.output).parent
     distill = replace(online.distill, cache=str(folder / f"cache-{name}"), encoding=encoding)
     config = replace(online, distill=distill, output=str(folder / name))
-    write_cache(as_prepared(config))
+    write_cache(with_prepared_vocabulary(config))
     return config
 
 

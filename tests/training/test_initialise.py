@@ -112,5 +112,5 @@ def test_a_student_cut_by_importance(sharded, released, tmp_path):
     before = read_metrics(cut.output)
     train(cut)
     assert read_metrics(cut.output) == before
-    with pytest.raises(UserError, match=r"initialise.batches=2, and 3 is asked for"):
+    with pytest.raises(UserError, match=r"initialise.batches=2, but .* is now 3"):
         train(replace(cut, initialise=replace(cut.initialise, batches=3)))

@@ -52,7 +52,7 @@ class DataOrder:
 
 
 @dataclass(frozen=True)
-class Signals(File):
+class CacheFile(File):
     """One file: record i is row i of what `process` is fed, counted on from that process's file before.
 
     Attributes:
@@ -87,7 +87,7 @@ class Manifest:
     num_tokens: int
     encoding: EncodingConfig
     grid: LogGrid
-    files: tuple[Signals, ...]
+    files: tuple[CacheFile, ...]
 
     @property
     def rows(self) -> int:
