@@ -124,7 +124,7 @@ def test_a_cache_that_was_made_anew_is_not_the_runs(
     shutil.copytree(str(other), str(begun.distill.cache))
     with pytest.raises(
         UserError,
-        match=r"was distilled from a cache with distill\.encoding\.weight_bits=16 .*, and that of .* has 12",
+        match=r"was distilled from a cache with distill\.encoding\.weight_bits=16 .*, but .* has 12",
     ):
         train(begun)
     # What was written before it told of the cache: the teacher is the same, and the cache has to be in its place.
@@ -160,7 +160,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
         distill=replace(full.distill, encoding=None),
         output=str(tmp_path / "warm"),
     )
-    with pytest.raises(UserError, match=r"was made at temperature 1.0, and objective.temperature is 2.0"):
+    with pytest.raises(UserError, match=r"was made at temperature 1.0, but objective.temperature is 2.0"):
         train(warm)
     longer = replace(full.training, steps=9, eval_every=9)
     with pytest.raises(

@@ -75,7 +75,7 @@ def test_a_teacher_of_another_kind(sharded, released, tmp_path):
 def test_another_model_or_tokenizer_is_refused(sharded, released, texts, tmp_path):
     given = InitConfig(str(released / "hf"))
     with pytest.raises(
-        UserError, match=r"hf has d_ff 64, and model.d_ff is 72; initialise.source must be a model"
+        UserError, match=r"hf has d_ff 64, but model.d_ff is 72; choose a source that has at least"
     ):
         train(
             replace(
