@@ -370,7 +370,7 @@ def test_another_teacher_and_other_settings_are_refused(
 
 
 def test_too_few_rows_are_refused(sampled: RunConfig) -> None:
-    with pytest.raises(UserError, match=r"holds 24 rows, and training.steps \(7\) .* needs 28"):
+    with pytest.raises(UserError, match=r"holds 24 rows, but training.steps \(7\) .* needs 28"):
         check_cache(folder_of(sampled), sampled.data, STEPS + 1)
     with pytest.raises(UserError, match="holds no teacher's cache"):
         check_cache(f"{folder_of(sampled)}-none", sampled.data, 1)

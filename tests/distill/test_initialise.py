@@ -400,8 +400,8 @@ def test_a_mesh_that_does_not_divide_the_source(teacher: RunConfig, tokenizer: T
     ("data", "sentence"),
     [
         (dict(layers="last"), r"layers is \"last\"; accepted: first or even or a list of a whole number or null"),
-        (dict(layers=[1, 0]), r"initialise.layers is \[1, 0\]; it must be pairs of layers"),
-        (dict(layers=[-1, 0]), r"initialise.layers is \[-1, 0\]; it must be pairs of layers"),
+        (dict(layers=[1, 0]), r"initialise.layers is \[1, 0\]; it must be a list of different pair"),
+        (dict(layers=[-1, 0]), r"initialise.layers is \[-1, 0\]; it must be a list of different pair"),
         (dict(width="random"), r"width is \"random\"; accepted: first or importance or null"),
         (dict(batches=0), r"initialise.batches is 0; it must be at least 1"),
         (dict(source=None, layers="even"), r"initialise.layers is even, but initialise.source is null"),

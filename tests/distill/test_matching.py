@@ -348,7 +348,7 @@ def test_what_serves_several_students() -> None:
 
 def test_other_windows_are_refused(toy_config: ModelConfig) -> None:
     other = replace(toy_config, num_layers=6, sliding_window=16)
-    with pytest.raises(UserError, match=r"\(model\.sliding_window\) is 8 and the teacher's 16"):
+    with pytest.raises(UserError, match=r"model\.sliding_window is 8 and the teacher's is 16"):
         MatchConfig(LAYERS, attention=1.0).check_teacher(toy_config, other)
     MatchConfig(((3, 5),), attention=1.0).check_teacher(toy_config, other)
     MatchConfig(LAYERS, hidden=1.0).check_teacher(toy_config, other)

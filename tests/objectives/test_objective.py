@@ -109,7 +109,7 @@ def test_evaluation_compares_at_temperature_one() -> None:
     assert set(metrics) == {"cross_entropy", "kl", "agreement", "entropy", "teacher_entropy"}
     _, alone = evaluation_loss(*named(None), {})
     assert set(alone) == {"cross_entropy", "entropy"}
-    with pytest.raises(ValueError, match="not with sparse targets"):
+    with pytest.raises(ValueError, match="not sparse targets"):
         evaluation_loss(*named(SPARSE), {})
 
 

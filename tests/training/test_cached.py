@@ -164,7 +164,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
         train(warm)
     longer = replace(full.training, steps=9, eval_every=9)
     with pytest.raises(
-        UserError, match=r"holds 32 rows, and training.steps \(9\) times data.batch_size \(4\)"
+        UserError, match=r"holds 32 rows, but training.steps \(9\) times data.batch_size \(4\)"
     ):
         train(replace(full, training=longer, output=str(tmp_path / "longer")))
     half = replace(full.distill, dtype="bfloat16")
