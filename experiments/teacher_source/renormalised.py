@@ -26,7 +26,7 @@ from gemma2_jax.cli.run import compose_study
 from gemma2_jax.config import UserError, load
 from gemma2_jax.data.shards import RecordWriter
 from gemma2_jax.distill.cache.encoding import Entries
-from gemma2_jax.distill.cache.manifest import Signals, find_cache, write_cache_manifest
+from gemma2_jax.distill.cache.manifest import CacheFile, find_cache, write_cache_manifest
 from gemma2_jax.distill.cache.packing import Packer
 from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.study import run_study
@@ -62,7 +62,7 @@ def renormalise(source: Path, target: Path) -> None:
             writer.write(packer.pack(Entries(sparse.ids[0], sparse.log_weights[0], no_tail), checksum).record)
         written = writer.finish()
         files.append(
-            Signals(written.file, written.size, written.sha256, file.process, file.rows, file.largest)
+            CacheFile(written.file, written.size, written.sha256, file.process, file.rows, file.largest)
         )
     write_cache_manifest(target, dataclasses.replace(manifest, files=tuple(files)))
 

@@ -54,11 +54,16 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.processes.hosts import first_process_first, is_first, join
     from gemma2_jax.training.packages import check_packages
     from gemma2_jax.training.prerequisites import check_places
-    from gemma2_jax.training.start import as_prepared
-    from gemma2_jax.training.teacher_cache import check_asked, check_teacher, is_complete, write_cache
+    from gemma2_jax.training.start import with_prepared_vocabulary
+    from gemma2_jax.training.teacher_cache import (
+        check_cache_settings,
+        check_teacher,
+        is_complete,
+        write_cache,
+    )
 
     config = compose(arguments.overrides, arguments.config_dir)
-    folder = check_asked(config)
+    folder = check_cache_settings(config)
     if arguments.verify:
         with stops.resuming(lambda: ""):
             count = verify_cache(folder)
@@ -75,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
             "gemma2: loading and compiling the teacher for the missing part of the cache …", file=sys.stderr
         )
     with use_compilation_cache(config.compilation_cache):
-        config = as_prepared(config)
+        config = with_prepared_vocabulary(config)
         manifest = write_cache(config, arguments.estimate)
     if is_first() and is_complete(config, manifest):
         print(f"{folder} holds teacher targets for {manifest.rows} rows.")

@@ -1,4 +1,4 @@
-"""Which weights a teacher on devices has, in a few characters: to notice that it is another than before."""
+"""A fingerprint of the weights of a teacher on the devices, to detect that a run's teacher has changed."""
 
 import hashlib
 import json
@@ -17,9 +17,9 @@ from gemma2_jax.model.transformer import Gemma2
 def fingerprint(model: Gemma2) -> str:
     """A digest of a model's configuration and weights, in hexadecimal.
 
-    The same on every mesh and with other padding of the vocabulary; another in another dtype. It takes one pass over
-    the weights where they lie, so that a run can ask for it whenever it begins; `teacher_identity`, which a cache is
-    known by, reads the checkpoint.
+    It does not depend on the mesh or on the padding of the vocabulary, but on the dtype. It takes one pass over the
+    weights on the devices, which is fast enough for every start of a run; `teacher_identity`, which identifies the
+    teacher of a cache, reads the checkpoint instead.
     """
     tokens = model.config.num_tokens
     config = to_dict(replace(model.config, vocab_size=tokens, vocab_padding=0))
@@ -33,9 +33,9 @@ def fingerprint(model: Gemma2) -> str:
 
 @partial(jax.jit, static_argnames="rows")
 def _mixed_sums(weight: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Sums of two hashes of each number's bits and place in the first rows of a weight, uint32 scalars.
+    """Sums, over the first `rows` rows of a weight, of two hashes of each number's bits and position: uint32 scalars.
 
-    Integers add up to the same in any order, and so on any mesh.
+    Integer sums do not depend on the order of addition, and so not on the mesh.
     """
     width = 8 * weight.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(weight, f"uint{width}").astype(jnp.uint32)

@@ -1,4 +1,4 @@
-"""Which teacher a run is distilled from: teacher.json in its folder, which identifies the teacher wherever it lies."""
+"""teacher.json in a run folder, which identifies the teacher that the run is distilled from, whatever its path."""
 
 import json
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ TEACHER_FILE = "teacher.json"
 
 @dataclass(frozen=True)
 class TeacherRecord:
-    """What distinguishes one teacher from another.
+    """The identity of a teacher or of a teacher's cache.
 
     Attributes:
-        identity: the fingerprint of the teacher's weights, or of the checkpoint that a cache was made of.
-        encoding, dtype: those of the cache that stands in for the teacher; None without a cache, and in older files.
+        identity: fingerprint of the teacher's weights, or of the checkpoint that the cache was made from.
+        encoding, dtype: encoding and dtype of the cache; None without a cache, and in older files.
     """
 
     identity: str
@@ -31,18 +31,18 @@ class TeacherRecord:
 
 
 def read_teacher_record(run_folder: str | Path) -> TeacherRecord | None:
-    """The record in a run folder; None without a teacher, and in folders of older versions."""
+    """Reads the record in a run folder; None without a teacher, and in folders of older versions."""
     path = Path(run_folder) / TEACHER_FILE
     if not path.exists():
         return None
     found = read_json(path)
     if not isinstance(found, dict):
-        raise UserError(f"{path} is cut or broken: it holds no keys and values.")
+        raise UserError(f"{path} is truncated or damaged: it does not hold a JSON object.")
     return build(TeacherRecord, found, str(path))
 
 
 def check_same_teacher(run_folder: str, distill: DistillConfig, now: TeacherRecord | None) -> None:
-    """Raises UserError if the run in the folder was distilled from another teacher than `now`, the one configured."""
+    """Raises UserError if the run in the folder was distilled from another teacher than `now`, the configured one."""
     begun = read_teacher_record(run_folder)
     if now is None or begun is None:
         return
@@ -61,13 +61,13 @@ def check_same_teacher(run_folder: str, distill: DistillConfig, now: TeacherReco
     for key, value in _of_cache(begun).items():
         if found.get(key) != value:
             raise UserError(
-                f"{run_folder} was distilled from a cache with {key}={value} ({TEACHER_FILE}), and that of {named} has "
+                f"{run_folder} was distilled from a cache with {key}={value} ({TEACHER_FILE}), but {named} has "
                 f"{found.get(key)}; {remedy}"
             )
 
 
 def _of_cache(record: TeacherRecord) -> dict[str, Any]:
-    """What a cache holds, by the keys of the configuration."""
+    """The encoding and dtype of a cache, by the keys of the configuration."""
     encoding = {} if record.encoding is None else to_dict(record.encoding)
     return {f"distill.encoding.{name}": value for name, value in encoding.items()} | {
         "distill.dtype": record.dtype

@@ -1,4 +1,4 @@
-"""Packages that only some runs need, missed before minutes go into their data and their programs."""
+"""Checks for optional packages, made before the slow steps: data preparation and compilation."""
 
 from gemma2_jax.compilation import check_compilation_cache
 from gemma2_jax.formats import hub
@@ -10,7 +10,7 @@ from gemma2_jax.training.metrics import check_wandb
 def check_packages(config: RunConfig) -> None:
     """Raises UserError if a run needs a package that is not installed.
 
-    (Parquet files, which `data.source` may match, are missed when its files are listed.)
+    (The package for Parquet files is checked later, when the files of `data.source` are listed.)
     """
     check_wandb(config.metrics)
     if config.compilation_cache is not None:

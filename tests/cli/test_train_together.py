@@ -40,13 +40,13 @@ def test_what_each_makes_of_the_teacher_is_its_own(tmp_path: Path, monkeypatch: 
     assert matching.distill.teacher == "runs/teacher"
     assert matching.distill.match is not None
     matching.distill.match.check_teacher(matching.model, compose(["experiment=quickstart/teacher"]).model)
-    assert not text.distill.teaches
+    assert not text.distill.has_teacher
     check_together([taught, matching, text])
     of_a_cache = [*SHARED, "distill=cached", "distill.cache=runs/cache"]
     text_too = [*scratch, "distill.cache=null", "distill.encoding=null"]
     cached, text = compose_students(of_a_cache, [["small", "model=small_1m"], text_too], None)
     assert cached.distill.encoding is not None
-    assert not text.distill.teaches
+    assert not text.distill.has_teacher
     check_together([cached, text])
 
 

@@ -15,9 +15,9 @@ from gemma2_jax.data.shards import RecordWriter
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries
 from gemma2_jax.distill.cache.manifest import (
     FORMAT,
+    CacheFile,
     DataOrder,
     Manifest,
-    Signals,
     verify_cache,
     write_cache_manifest,
 )
@@ -56,7 +56,7 @@ def cache(tmp_path: Path) -> Path:
     writer.write(packer().pack(entries, 77).record)
     written = writer.finish()
     order = DataOrder("", "", 0.1, 0, seq_len=len(ids), batch_size=1, process_count=1)
-    signals = Signals(written.file, written.size, written.sha256, process=0, rows=1, largest=2)
+    signals = CacheFile(written.file, written.size, written.sha256, process=0, rows=1, largest=2)
     write_cache_manifest(
         folder, Manifest(FORMAT, order, "", "", "float32", NUM_TOKENS, ENCODING, GRID, (signals,))
     )

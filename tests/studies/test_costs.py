@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gemma2_jax.distill.cache.encoding import EncodingConfig
-from gemma2_jax.distill.cache.manifest import FORMAT, DataOrder, Manifest, Signals, write_cache_manifest
+from gemma2_jax.distill.cache.manifest import FORMAT, CacheFile, DataOrder, Manifest, write_cache_manifest
 from gemma2_jax.distill.cache.packing import LogGrid
 from gemma2_jax.studies.config import StudyConfig, StudyRun
 from gemma2_jax.studies.costs import Cost, costs_by_run, costs_table
@@ -33,7 +33,7 @@ def write_cache(folder: str, size: int) -> None:
     """A cache of 10 rows of 8 tokens."""
     Path(folder).mkdir(parents=True)
     Path(folder, "signals").write_bytes(bytes(size))
-    signals = Signals("signals", size, "", process=0, rows=10, largest=2)
+    signals = CacheFile("signals", size, "", process=0, rows=10, largest=2)
     order = DataOrder("", "", 0.1, 0, seq_len=8, batch_size=2, process_count=1)
     grid = LogGrid(-1.0, 0.0, 8)
     manifest = Manifest(FORMAT, order, "", "", "float32", 9, EncodingConfig(), grid, (signals,))

@@ -1,9 +1,11 @@
-"""The offline teacher: its distributions over the training rows, computed once and kept sparse.
+"""The offline teacher: its distributions over the training rows, computed once and stored as sparse targets.
 
-encoding.py    from a teacher's logits to a few entries a token, on devices
-packing.py     those entries to bytes and back, on the host
-manifest.py    what a folder of them holds, and what it was made for
-identity.py    the teacher's fingerprint: of its weights, wherever they lie
-writer.py      teacher and data to a folder
-reader.py      a folder and data to batches with the teacher's signal
+encoding.py    encodes a teacher's logits as a few entries per token, on the devices
+packing.py     packs the entries of a row into bytes and unpacks them, on the host
+streams.py     compresses streams of unsigned integers, for packing.py
+manifest.py    describes the content of a cache folder, and the data, teacher and settings that it was made for
+identity.py    the fingerprint of a teacher's weights, which does not depend on their path
+reader.py      reads a cache alongside the data: batches with teacher targets
+
+`training/teacher_cache.py` writes a cache.
 """

@@ -1,4 +1,4 @@
-"""Which teacher a cache was made of, told by its weights."""
+"""The identity of a cache's teacher, computed from its weights."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from gemma2_jax.model.weights import weight_specs
 
 
 def teacher_identity(source: Source) -> str:
-    """Sha256 over a checkpoint's configuration and weights, in hexadecimal.
+    """SHA-256 of a checkpoint's configuration and weights, in hexadecimal.
 
-    The same for a copy, another format and other padding of the vocabulary, as long as no weight changes its
-    value. All weights are read once, one at a time: some seconds for every billion.
+    It does not depend on the path, the format or the padding of the vocabulary, as long as no weight changes its value.
+    Reads all weights once, one at a time, which takes some seconds per billion parameters.
 
     Raises:
-        UserError: the checkpoint is not whole.
+        UserError: the checkpoint is incomplete.
     """
     source.check()
     config = replace(source.config, vocab_size=source.config.num_tokens, vocab_padding=0)
