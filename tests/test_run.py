@@ -140,7 +140,9 @@ def test_a_cache_stands_in_for_the_teacher(toy_run: RunConfig) -> None:
 
 @pytest.mark.parametrize("name", ["reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"])
 def test_what_a_cache_cannot_give(toy_run: RunConfig, name: str) -> None:
-    with pytest.raises(UserError, match=f"give forward_kl alone, and the objective has forward_kl, {name};"):
+    with pytest.raises(
+        UserError, match=f"enough for forward_kl alone, but the objective has forward_kl, {name};"
+    ):
         with_cache(toy_run, **{name: 0.5})
 
 
