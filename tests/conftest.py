@@ -14,6 +14,8 @@ from dataclasses import replace
 # inherit these variables, and so find the programs that are compiled already.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    # Eight devices on two busy cores may keep one another waiting for longer than 40 s, after which XLA aborts.
+    " --xla_cpu_collective_call_terminate_timeout_seconds=1200 --xla_cpu_collective_timeout_seconds=1200"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
