@@ -1,9 +1,9 @@
-"""Gemma 2 in JAX: train it, distil it, look at it.
+"""Gemma 2 in JAX: training, distillation and analysis.
 
-Dimensions have the same letters in every einsum, comment and shape, and in the keys of `layout`:
+The same letters stand for the same dimensions in every einsum, comment and shape, and in the keys of `layout`:
 
-    B  batch          T  position (of queries)   S  position of keys   D  model width
-    N  query heads    K  key/value heads         G  query heads to each key/value head (N = K * G)
+    B  batch          T  query position          S  key position       D  model width
+    N  query heads    K  key/value heads         G  query heads per key/value head (N = K * G)
     H  head width     F  feed-forward width      V  vocabulary
     L  layers         P  (local, global) pairs of layers
 """
@@ -13,14 +13,14 @@ __version__ = "0.1.0"
 from importlib import import_module
 from typing import Any
 
-# The public API, each name loaded when it is first used: `import gemma2_jax` itself is fast.
-_PLACES = {
-    "compose": "cli.compose",  # key=value to the configuration of a run
-    "prepare": "data.prepare",  # its data and tokenizer
+# The public API. Each name is imported when it is first used, so that `import gemma2_jax` stays fast.
+_MODULES = {
+    "compose": "cli.compose",  # from key=value overrides to the configuration of a run
+    "prepare": "data.prepare",  # a run's data and tokenizer
     "train_batches": "data.pipeline",
-    "build_method": "methods.choose",  # what a configuration learns: its loss and validation, as functions
+    "build_method": "methods.choose",  # a configuration's training method: its loss and validation as functions
     "train": "training.loop",
-    "load": "formats.load",  # a checkpoint of any kind: the model and its tokenizer
+    "load": "formats.load",  # a model and its tokenizer from a checkpoint of any format
     "Gemma2": "model.transformer",  # logits, hidden states
     "layer_states": "model.lens",  # hidden states after any layer
     "attention_maps": "model.lens",
@@ -30,16 +30,16 @@ _PLACES = {
     "Sampler": "sampling.sampler",
     "SamplingConfig": "sampling.config",
     "convert": "formats.convert",
-    "plan": "planning.plan",  # memory, communication and least time of a step on machines that need not be there
+    "plan": "planning.plan",  # memory, communication and minimum time of a step, also for absent hardware
     "UserError": "config",
 }
-__all__ = ["__version__", *_PLACES]
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'gemma2_jax' has no attribute {name!r}; it has {', '.join(_PLACES)}")
-    value = getattr(import_module(f"gemma2_jax.{_PLACES[name]}"), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module 'gemma2_jax' has no attribute {name!r}; it has {', '.join(_MODULES)}")
+    value = getattr(import_module(f"gemma2_jax.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

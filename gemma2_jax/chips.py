@@ -1,6 +1,6 @@
-"""What the accelerators' makers say of them: the one table of peaks, bandwidths and memories.
+"""The table of accelerators: peak FLOPs, memory and bandwidths, from their makers' documentation.
 
-Figures are those of one device as JAX counts them, which is a chip, but for TPU7x, whose chips are two devices.
+Figures are per device as JAX counts devices: one chip, except for TPU7x, where a chip is two devices.
 """
 
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ class Chip:
     """One device.
 
     Attributes:
-        kinds: how JAX names it (`device_kind`), or how the names begin.
+        kinds: JAX's names for it (`device_kind`), or prefixes of them.
         peak_flops: dense bfloat16 FLOPs per second.
-        memory: bytes of HBM: of TPUs what their compiler lets a program use, of GPUs what the driver tells, of which
-            JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
-        memory_bandwidth: bytes per second, HBM.
-        link_bandwidth: bytes per second that it sends over its fast links to others of its kind, in one direction:
-            of TPUs over one link (there are two along each dimension of the torus), of GPUs over all of NVLink.
-        network_bandwidth: bytes per second that it sends over the data-centre network, in one direction.
-        dimensions: of the torus of links; 0 where every device of a node reaches every other (NVLink).
+        memory: bytes of HBM: for TPUs, what the compiler lets a program use; for GPUs, what the driver reports, of
+            which JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
+        memory_bandwidth: HBM bandwidth in bytes per second.
+        link_bandwidth: bytes per second that it sends in one direction over the fast links to other devices: for TPUs
+            over one link (there are two along each dimension of the torus), for GPUs over all of NVLink.
+        network_bandwidth: bytes per second that it sends in one direction over the data-centre network.
+        dimensions: dimensions of the torus of links; 0 where every device of a node reaches every other (NVLink).
     """
 
     kinds: tuple[str, ...]
@@ -34,22 +34,23 @@ class Chip:
     dimensions: int
 
 
-# TPUs: peaks and bandwidths from docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. A link's bandwidth in one
-# direction is the "bidirectional ICI bandwidth per chip" over its ports and over two; the network's is the pod's over
-# its chips where the page gives no figure of a chip. Memory is what libtpu 0.0.42 tells in its out-of-memory error.
-# GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200. NVLink's figure is the sheet's total
-# over two. The network is one adapter a GPU as in DGX systems: 200 Gbit/s with A100, 400 Gbit/s with the others.
+# TPUs: peaks and bandwidths from docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. The bandwidth of a link in one
+# direction is the "bidirectional ICI bandwidth per chip" divided by the number of ports and by two. Where a page has no
+# network figure per chip, it is the pod's divided by its chips. Memory is the limit that libtpu 0.0.42 reports in its
+# out-of-memory error.
+# GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200. NVLink is half of the sheet's total. The
+# network is one adapter per GPU, as in DGX systems: 200 Gbit/s with A100, 400 Gbit/s with the others.
 CHIPS: Mapping[str, Chip] = {
-    # Links: 6 of 50 GB/s (Jouppi et al., arXiv 2304.01433, table 4). The page has no figure of the network: 25 Gbit/s
-    # a chip, as v5e has it, is an assumption.
+    # 6 links of 50 GB/s (Jouppi et al., arXiv 2304.01433, table 4). The page has no network figure: 25 Gbit/s per chip,
+    # as for v5e, is an assumption.
     "v4": Chip(("TPU v4",), 275e12, int(30.75 * _GIB), 1200e9, 50e9, 25e9 / 8, 3),
     # 400 GB/s over 4 ports; 6.4 Tbit/s for 256 chips.
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * _GIB), 819e9, 50e9, 25e9 / 8, 2),
-    # 1200 GB/s over 6 ports; 50 Gbit/s a chip.
+    # 1200 GB/s over 6 ports; 50 Gbit/s per chip.
     "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, int(95.74 * _GIB), 2765e9, 100e9, 50e9 / 8, 3),
     # 800 GB/s over 4 ports; 25.6 Tbit/s for 256 chips.
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, int(31.25 * _GIB), 1638e9, 100e9, 100e9 / 8, 2),
-    # A chip: 2307 TFLOPs, 7380 GB/s, 1200 GB/s over 6 ports, 100 Gbit/s; two devices share it.
+    # Per chip: 2307 TFLOPs, 7380 GB/s, 1200 GB/s over 6 ports, 100 Gbit/s. A chip is two devices.
     "tpu7x": Chip(("TPU7x",), 2307e12 / 2, int(94.75 * _GIB), 7380e9 / 2, 100e9 / 2, 100e9 / 8 / 2, 3),
     "a100": Chip(("NVIDIA A100",), 312e12, 85_899_345_920, 2039e9, 300e9, 25e9, 0),
     "h100": Chip(("NVIDIA H100",), 989e12, 84_929_347_584, 3352e9, 450e9, 50e9, 0),

@@ -1,4 +1,4 @@
-"""Programs that are compiled once: XLA's results kept on disk, for the next process that would compile the same."""
+"""The persistent compilation cache: compiled programs on disk, which later processes reuse."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,23 +12,23 @@ from gemma2_jax.machine import is_installed
 
 
 @contextmanager
-def programs_kept_in(folder: str | None) -> Iterator[None]:
-    """What is compiled within is kept in `folder`, or taken from there if it was compiled before.
+def use_compilation_cache(folder: str | None) -> Iterator[None]:
+    """Keeps the programs compiled inside in `folder`, and reuses programs that are there.
 
-    JAX finds a program again for the same devices, flags, and versions of JAX and its compiler, whoever compiled it: a
-    run, or a plan on a machine without these devices. What compiles within a second is not kept.
+    JAX reuses a program for the same devices, flags, and versions of JAX and its compiler, whichever process compiled
+    it: a run, or a plan on a machine without these devices. Programs that compile in less than a second are not kept.
 
     Args:
-        folder: or a bucket (`gs://…`), which JAX writes to by gcsfs; None leaves JAX's own setting, which the variable
-            JAX_COMPILATION_CACHE_DIR sets.
+        folder: a folder, or a bucket (`gs://…`), which JAX writes to through gcsfs. None leaves JAX's own setting,
+            which the environment variable JAX_COMPILATION_CACHE_DIR sets.
 
     Raises:
-        UserError: the folder cannot be made, or what would write to the bucket is not installed.
+        UserError: the folder cannot be made, or the package that writes to the bucket is not installed.
     """
     if folder is None:
         yield
         return
-    check_programs_folder(folder)
+    check_compilation_cache(folder)
     if "://" not in folder:
         with usable("compilation_cache", folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -40,8 +40,8 @@ def programs_kept_in(folder: str | None) -> Iterator[None]:
         _use(before)
 
 
-def check_programs_folder(folder: str) -> None:
-    """Raises UserError if `folder` is of no kind that programs are kept in, or its package is not installed."""
+def check_compilation_cache(folder: str) -> None:
+    """Raises UserError if `folder` is a URL other than `gs://…`, or a bucket and gcsfs is not installed."""
     scheme, is_url, _ = folder.partition("://")
     if is_url and scheme != "gs":
         raise UserError(
@@ -53,4 +53,4 @@ def check_programs_folder(folder: str) -> None:
 
 def _use(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()  # it would go on with the folder that it began with
+    compilation_cache.reset_cache()  # otherwise JAX keeps the folder that it started with

@@ -1,7 +1,7 @@
-"""Plain data to typed configuration and back, with every mistake told in one sentence.
+"""Plain data to typed configuration and back, with one sentence for each mistake.
 
-Each room keeps its own frozen dataclass beside the code that it configures. This module knows none of
-them: it builds any such dataclass from a mapping, and saves and loads it as YAML.
+Each subpackage keeps its own frozen dataclass beside the code that it configures. This module knows none of them: it
+builds any such dataclass from a mapping, and saves and loads it as YAML.
 """
 
 import dataclasses
@@ -19,14 +19,16 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from gemma2_jax.files import in_the_way, nearest_folder, no_folder, reason, write_text
+from gemma2_jax.files import in_the_way, nearest_folder, obstacle_clause, reason, write_text
 
 Config = TypeVar("Config")
 
 
 class UserError(ValueError):
-    """Something that the user gave is wrong; the message says what and what is accepted, one sentence for each thing,
-    each on a line of its own."""
+    """A mistake in what the user gave.
+
+    The message has one line per mistake: a sentence that states what is wrong and what is accepted.
+    """
 
 
 def refuse(complaints: Iterable[str]) -> None:
@@ -37,27 +39,27 @@ def refuse(complaints: Iterable[str]) -> None:
 
 @contextmanager
 def usable(key: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raises UserError, naming the key, where the file or folder that it is set to cannot be used."""
+    """Raises UserError, which names the key, if the file or folder that the key is set to cannot be used."""
     try:
         yield
-    except BlockingIOError:  # in use, and so usable
+    except BlockingIOError:  # another process uses it, so it is usable
         raise
     except OSError as error:
         raise _unusable(key, path, reason(error, path)) from None
 
 
 def check_place(key: str, path: str | os.PathLike[str], is_file: bool = False) -> None:
-    """Raises UserError, naming the key, where the folder that it is set to is not there and cannot be made.
+    """Raises UserError, which names the key, if the folder that the key is set to does not exist and cannot be made.
 
-    A folder that is there may be read alone, and whether it can be written to is found when that is done.
+    An existing folder may be read-only; whether it is writable shows only when something is written.
 
     Args:
-        is_file: the key is set to a file, whose folder is checked.
+        is_file: whether the key is set to a file; then the file's folder is checked.
     """
     folder = Path(path).parent if is_file else Path(path)
     file, nearest = in_the_way(folder), nearest_folder(folder)
     if file is not None:
-        raise _unusable(key, path, no_folder(file))
+        raise _unusable(key, path, obstacle_clause(file))
     if not folder.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
         raise _unusable(key, path, f"nothing can be made in {nearest} (Permission denied)")
 
@@ -69,21 +71,21 @@ def _unusable(key: str, path: str | os.PathLike[str], why: str) -> UserError:
 def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
     """Returns the dataclass `cls` made from `data`, nested mappings becoming nested dataclasses.
 
-    Types are taken at their word: a whole number may stand for a float, but nothing else is converted
-    (no true for 1, no "3" for 3). Lists become tuples where the dataclass says so.
+    Types are strict: a whole number may stand for a float, but nothing else is converted (true is not 1, "3" is not 3).
+    Lists become tuples where the dataclass has tuples.
 
     Args:
-        where: what the data came from (a file, "the command line"); begins the sentence of an error.
+        where: source of the data (a file, "the command line"), with which an error message begins.
 
     Raises:
-        UserError: unknown or missing keys, wrong types or values, and, where there is none of these, combinations that
-            a dataclass refuses; all of them, one a line.
+        UserError: unknown or missing keys, or wrong types or values; if there are none of these, combinations that a
+            dataclass refuses. The message has a line for each.
     """
     try:
-        # JSON is what makes strict types bearable: it knows lists only, so a list may become a tuple.
+        # Validated as JSON: in strict mode pydantic turns a JSON list into a tuple, but refuses a Python list.
         document = json.dumps({"root": data}, default=_to_plain)
     except TypeError as error:
-        raise UserError(f"{where} holds something that is no plain value: {error}.") from None
+        raise UserError(f"{where} holds a value that is not plain data: {error}.") from None
     try:
         built: Config = _adapter(cls).validate_json(document)["root"]  # type: ignore[arg-type]  # classes are hashable
         return built
@@ -95,7 +97,7 @@ def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns the dataclass as nested dicts, lists and scalars: what YAML and JSON can hold."""
+    """Returns the dataclass as nested dicts, lists and scalars, which YAML and JSON can hold."""
     plain: dict[str, Any] = _to_plain(config)
     return plain
 
@@ -103,7 +105,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def differences(
     one: Mapping[str, Any], other: Mapping[str, Any], missing: Any = None, above: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """The dotted key and both values of what differs between two nested dicts; `missing` for a key that one lacks."""
+    """Yields dotted key and both values of each difference between two nested dicts; `missing` for an absent key."""
     for name in dict.fromkeys([*other, *one]):
         first, second = one.get(name, missing), other.get(name, missing)
         if isinstance(first, dict) and isinstance(second, dict):
@@ -113,7 +115,7 @@ def differences(
 
 
 def as_override(key: str, value: Any) -> str | None:
-    """Returns `key=value` as it is typed; None for values that take more than a word."""
+    """Returns `key=value` as typed on the command line; None for values that are not a single word."""
     if isinstance(value, bool):
         return f"{key}={str(value).lower()}"
     if value is None or isinstance(value, int | float):
@@ -122,7 +124,7 @@ def as_override(key: str, value: Any) -> str | None:
 
 
 def save_config(config: Any, path: str | os.PathLike[str]) -> None:
-    """Writes the dataclass to `path` as YAML; `load_config` gives an equal one back."""
+    """Writes the dataclass to `path` as YAML; `load_config` returns an equal one."""
     write_text(path, to_yaml(config))
 
 
@@ -159,12 +161,12 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _is_blank(text: str) -> bool:
-    """Whether there is nothing in YAML but comments."""
+    """Whether YAML text holds nothing but comments."""
     return all(not line.strip() or line.lstrip().startswith("#") for line in text.splitlines())
 
 
 def type_of(cls: Any, key: str) -> Any:
-    """Returns the type that the dataclass gives a dotted key; None where it has no such key."""
+    """Returns the type of a dotted key of the dataclass; None if there is no such key."""
     kind = cls
     for part in key.split("."):
         inner = section_of(kind)
@@ -178,7 +180,7 @@ def type_of(cls: Any, key: str) -> Any:
 
 
 def section_of(kind: Any) -> Any:
-    """Returns the dataclass that a type holds, perhaps beside other types (`MatchConfig | None`); None without one."""
+    """Returns the dataclass among the members of a type (`MatchConfig | None`); None if there is none."""
     return next((option for option in options_of(kind) if dataclasses.is_dataclass(option)), None)
 
 
@@ -191,10 +193,10 @@ def options_of(kind: Any) -> Iterator[Any]:
 
 
 def as_typed(kind: Any, value: Any, text: str) -> Any:
-    """Returns `text` in place of the `value` that it was read as, where a key takes text and no such value.
+    """Returns `text` instead of the `value` parsed from it, where the key takes text and not a value of that type.
 
-    `name=1e3` names a run 1e3 and not 1000.0, `tokenizer.path=null` a file; `distill.teacher=null` remains null, since
-    that key takes it.
+    `name=1e3` names a run 1e3 and not 1000.0; `tokenizer.path=null` names a file; `distill.teacher=null` stays null,
+    since that key accepts null.
     """
     options = list(options_of(kind))
     if isinstance(value, list) and tuple[str, ...] in options:
@@ -206,17 +208,17 @@ def as_typed(kind: Any, value: Any, text: str) -> Any:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Returns what a JSON file holds. Raises UserError if there is no such file or it is cut or broken."""
+    """Returns the content of a JSON file. Raises UserError if the file is missing, cut off or not JSON."""
     text = None
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a BOM in front
         return json.loads(text)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
-    except (ValueError, RecursionError) as error:  # of the encoding, too
+    except (ValueError, RecursionError) as error:  # ValueError includes wrong encodings
         if text is not None and not text.strip():
             raise UserError(f"{path} is empty; JSON is expected.") from None
-        raise UserError(f"{path} is cut or broken, and no JSON: {error}.") from None
+        raise UserError(f"{path} is cut off or not valid JSON: {error}.") from None
 
 
 def suggest(name: str, accepted: Iterable[str]) -> str:
@@ -228,7 +230,7 @@ def suggest(name: str, accepted: Iterable[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and texts: 1e-3 is a number (PyYAML asks for 1.0e-3), and 2024-01-01 is text."""
+    """YAML 1.2's numbers and text: 1e-3 is a number (PyYAML requires 1.0e-3), and 2024-01-01 is text."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -238,10 +240,10 @@ _Loader.yaml_implicit_resolvers = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back: it puts the text 1e-3 in quotes."""
+    """Writes YAML that `_Loader` reads back: the text 1e-3 is quoted."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        # In single quotes PyYAML folds the line breaks that only YAML 1.1 knows: double quotes escape them.
+        # In single quotes PyYAML folds line breaks that only YAML 1.1 recognises; double quotes escape them.
         style = '"' if any(break_ in data for break_ in "\x85\u2028\u2029") else None
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
@@ -258,7 +260,7 @@ for _side in (_Loader, _Dumper):
 
 @cache
 def _adapter(cls: Any) -> TypeAdapter[dict[str, Any]]:
-    # The dict around the class is there because pydantic takes settings for a stdlib dataclass only from outside.
+    # pydantic takes settings for a stdlib dataclass only from an enclosing type, hence the dict around the class.
     return TypeAdapter(dict[str, cls], config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 
 
@@ -280,15 +282,15 @@ _ORDER = {"unexpected_keyword_argument": 0, "value_error": 1, "missing": 2}
 
 
 def _sentences(cls: type, data: Mapping[str, Any], error: ValidationError) -> list[str]:
-    """What is wrong, unknown keys first; of the errors about one part, the most telling ones alone.
+    """Returns one sentence per mistake, unknown keys first; of the errors about one part, only the most specific ones.
 
-    A part is a key, or the keys of a dataclass: a misspelt key is also a missing one.
+    A part is a key, or all keys of a dataclass: a misspelt key would otherwise also be reported as a missing one.
     """
     parts: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     errors: list[Any] = error.errors(include_url=False)
     for item in errors:
-        # Keys and values where a single value could stand as well (a number or a schedule): what is wrong with them
-        # tells more than that they are no number.
+        # Where a key takes a number or nested keys (a schedule) and got nested keys, the errors about those are more
+        # specific than the error that they are not a number.
         rank = _ORDER.get(item["type"], 3 if isinstance(item["input"], dict) else 1)
         keys, _, _ = _resolve(cls, data, [str(part) for part in item["loc"][1:]])
         parts.setdefault(".".join(keys), []).append((rank, item))
@@ -303,7 +305,7 @@ def _sentences(cls: type, data: Mapping[str, Any], error: ValidationError) -> li
             listed = ", ".join(f"{above}{item['loc'][-1]}" for item in chosen)
             found.setdefault(f"the keys {listed} are missing.", best)
             continue
-        # Members of a union are refused for a reason each, which says the same.
+        # Each member of a union has an error of its own, and all mean the same.
         for item in chosen if best == 0 else chosen[:1]:
             for line in _sentence(cls, data, item).split("\n"):
                 found.setdefault(line, best)
@@ -317,20 +319,22 @@ def _sentence(cls: type, data: Mapping[str, Any], first: Mapping[str, Any]) -> s
         names = [field.name for field in dataclasses.fields(kind)]
         unknown = str(first["loc"][-1])
         return f"there is no key {'.'.join([*keys, unknown])}, {suggest(unknown, names)}."
-    if first["type"] == "missing" and dataclasses.is_dataclass(
-        kind
-    ):  # else an item of a list that is too short
+    if first["type"] == "missing" and dataclasses.is_dataclass(kind):  # otherwise a list is too short
         missing = ".".join([*keys, str(first["loc"][-1])])
         return f"{missing} is missing; accepted: {describe_type(_hints(kind)[str(first['loc'][-1])])}."
     if first["type"] == "value_error":
         return _in_full(str(first["ctx"]["error"]), keys)
     quoted = str in options_of(kind) and isinstance(value, bool | int | float)
-    hint = f" In quotes it is text: '{_shown(value)}'." if quoted else ""
-    return f"{key or 'the whole'} is {_shown(value)}; accepted: {describe_type(kind)}.{hint}"
+    hint = f" Write it in quotes for text: '{_shown(value)}'." if quoted else ""
+    return f"{key or 'the content'} is {_shown(value)}; accepted: {describe_type(kind)}.{hint}"
 
 
 def _in_full(sentence: str, keys: Sequence[str]) -> str:
-    """A dataclass's own words about a key of its own, `model.num_layers`, for one that is at `distill.model`."""
+    """Completes the key in a dataclass's own message.
+
+    A message about `model.num_layers` becomes one about `distill.model.num_layers` if the dataclass is at
+    `distill.model`.
+    """
     if len(keys) < 2:
         return sentence
     own = re.escape(keys[-1])
@@ -338,7 +342,7 @@ def _in_full(sentence: str, keys: Sequence[str]) -> str:
 
 
 def _resolve(cls: type, data: Any, location: list[str]) -> tuple[list[str], Any, Any]:
-    """Follows an error's location as far as it names keys; the rest is pydantic's note on which type it tried."""
+    """Follows an error's location while it names keys; the rest is pydantic's note on which type it tried."""
     keys: list[str] = []
     kind: Any = cls
     for part in location:
@@ -348,7 +352,7 @@ def _resolve(cls: type, data: Any, location: list[str]) -> tuple[list[str], Any,
         elif inner is not None and isinstance(data, Mapping) and part in data and part in _hints(inner):
             kind = _hints(inner)[part]
         elif inner is not None and isinstance(data, Mapping):
-            kind = inner  # of a union, whose member comes next in the location by its name
+            kind = inner  # a union: the location names its member next
             if part != getattr(inner, "__name__", None):
                 break
             continue
@@ -364,7 +368,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def describe_type(kind: Any) -> str:
-    """Returns in words what a key of this type takes."""
+    """Returns a description of the values that a key of this type accepts."""
     words = {
         int: "a whole number",
         float: "a number",
@@ -372,22 +376,22 @@ def describe_type(kind: Any) -> str:
         str: "text",
         type(None): "null",
     }
-    told = []
+    accepted = []
     for option in options_of(kind):
         if get_origin(option) is Literal:
-            told.append(" or ".join(str(choice) for choice in get_args(option)))
+            accepted.append(" or ".join(str(choice) for choice in get_args(option)))
         elif get_origin(option) is tuple and Ellipsis not in get_args(option):
             inner = get_args(option)
-            told.append(f"a list of {len(inner)}, each {describe_type(inner[0])}")
+            accepted.append(f"a list of {len(inner)}, each {describe_type(inner[0])}")
         elif get_origin(option) in (tuple, list):
-            told.append(f"a list of {describe_type(get_args(option)[0])}")
+            accepted.append(f"a list of {describe_type(get_args(option)[0])}")
         elif dataclasses.is_dataclass(option):
-            told.append("keys " + ", ".join(field.name for field in dataclasses.fields(option)))
+            accepted.append("keys " + ", ".join(field.name for field in dataclasses.fields(option)))
         elif get_origin(option) is dict:
-            told.append("names, each with " + describe_type(get_args(option)[1]))
+            accepted.append("names, each with " + describe_type(get_args(option)[1]))
         else:
-            told.append(words.get(option, str(option)))
-    return " or ".join(told)
+            accepted.append(words.get(option, str(option)))
+    return " or ".join(accepted)
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and folders that one process at a time works in."""
+"""Files that are either complete or absent, and folders that one process at a time works in."""
 
 import fcntl
 import os
@@ -13,29 +13,30 @@ from typing import IO
 
 from gemma2_jax.stops import cleanup
 
-LOCK = ".lock"  # in a folder that `locked` holds
+LOCK = ".lock"  # the lock file in a folder that `locked` holds
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes `text` as UTF-8 to `path`, making its folder; a reader never sees half of it."""
+    """Writes `text` to `path` atomically as UTF-8, making its folder if needed."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes `content` to `path`, making its folder; a reader never sees half of it."""
+    """Writes `content` to `path` atomically, making its folder if needed."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a path beside `path`, making its folder; the file or folder made there takes the place of `path`.
+    """Yields a temporary path beside `path`; the file or folder made there replaces `path` at the end.
 
-    After an exception `path` is as it was, and what was made is gone. A folder replaces an empty one only.
+    Makes the folder of `path` if needed. After an exception, `path` is unchanged and the temporary file or folder is
+    removed. A folder can replace only an empty folder.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The random part keeps two writers of the same file apart, on whatever hosts; the last one to finish wins.
+    # The random part separates writers of the same file, even on different hosts; the last one to finish wins.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     with cleanup(partial(_remove, temporary)):
         yield temporary
@@ -44,13 +45,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds the right to make `path`, making its folder.
+    """Holds the exclusive right to make `path`, making its folder if needed.
 
-    What earlier writers that were killed have left beside it is removed, and so are the folders made if `path` does
-    not come to be.
+    Removes temporary files that killed writers left beside it. If `path` is not made in the end, the folders made for
+    it are removed.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds the right.
     """
     target = Path(path)
     made = [folder for folder in target.parents if not folder.exists()]
@@ -60,7 +61,7 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with cleanup(lock.unlink):
-                # Of `replacing`, or of one within another.
+                # Names that `replacing` gives, perhaps nested.
                 left = re.compile(rf"\.+{re.escape(target.name)}(\.[0-9a-f]{{8}}\.tmp)+")
                 for beside in target.parent.iterdir():
                     if left.fullmatch(beside.name):
@@ -70,12 +71,12 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: str | os.PathLike[str], wait: bool) -> Iterator[None]:
-    """Holds the lock of `folder`, making the folder; a process that ends in any way lets go of it.
+    """Holds the lock of `folder`, making the folder if needed; the lock ends with the process, however that ends.
 
-    If nothing has come into the folder in the end, it is gone again, and so are those above that were made for it.
+    A folder that is empty at the end is removed, together with the folders that were made above it.
 
     Raises:
-        BlockingIOError: another process holds it, and `wait` is false.
+        BlockingIOError: another process holds the lock, and `wait` is false.
     """
     path = Path(folder)
     lock = path / LOCK
@@ -85,24 +86,24 @@ def locked(folder: str | os.PathLike[str], wait: bool) -> Iterator[None]:
             path.mkdir(parents=True, exist_ok=True)
             try:
                 file = stack.enter_context(lock.open("w"))
-            except FileNotFoundError:  # Another process has removed the folder since.
+            except FileNotFoundError:  # Another process has removed the folder meanwhile.
                 continue
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(file, lock):
-                break  # Else the process that held it has removed it meanwhile.
+                break  # Otherwise the previous holder has removed it.
 
-        def let_go() -> None:
+        def release() -> None:
             with suppress(OSError):  # the folder is gone already
                 if list(path.iterdir()) == [lock]:
                     lock.unlink()
                     _remove_empty(made)
 
-        with cleanup(let_go):
+        with cleanup(release):
             yield
 
 
 def in_the_way(path: str | os.PathLike[str]) -> Path | None:
-    """Returns what is in the place of a folder at `path` or above it, such as a file; None if there is nothing."""
+    """Returns the file (or other non-folder) at `path` or above it that rules out a folder there, or None."""
     for place in (Path(path), *Path(path).parents):
         if place.is_dir():
             return None
@@ -118,32 +119,32 @@ def nearest_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def reason(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
-    """Returns why a file or folder at `path` (the error's own by default) cannot be used: what is in its way, if so."""
+    """Returns why `path` (by default the error's own path) cannot be used, and names a file that is in the way."""
     place = error.filename if path is None else path
     if isinstance(error, FileExistsError | NotADirectoryError):
         file = in_the_way(place) if isinstance(place, str | os.PathLike) else None
-        return "a file is in its place, or above it" if file is None else no_folder(file)
+        return "a file is in its place, or above it" if file is None else obstacle_clause(file)
     return error.strerror or str(error)
 
 
-def no_folder(path: Path) -> str:
-    """Returns the clause about what `in_the_way` has found."""
-    return f"{path} is {'a file' if path.is_file() else 'no folder'}, where a folder is needed"
+def obstacle_clause(path: Path) -> str:
+    """Returns the clause of a message about what `in_the_way` found."""
+    return f"{path} is {'a file' if path.is_file() else 'not a folder'}, where a folder is needed"
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
-        with suppress(OSError):  # there is something in it
+        with suppress(OSError):  # it is not empty
             folder.rmdir()
 
 
 @contextmanager
 def undone_after(error: type[Exception], *paths: Path, unless: Callable[[], bool]) -> Iterator[None]:
-    """After `error`, removes what was made meanwhile, unless that is to be kept.
+    """After `error`, removes what was made inside the block, unless `unless()` is true.
 
     Args:
-        paths: files, and folders, of which what was in them before stays. Folders made above them are removed as well,
-            if nothing else is in them.
+        paths: files and folders. What was in the folders before stays. Folders that were made above them are removed
+            too, if they are empty.
     """
     above = {folder for path in paths for folder in path.parents if not folder.exists()}
     before = {path for each in paths for path in _at(each)}
@@ -154,13 +155,13 @@ def undone_after(error: type[Exception], *paths: Path, unless: Callable[[], bool
             for path in {path for each in paths for path in _at(each)} - before:
                 _remove(path)
             for folder in sorted(above, key=lambda folder: len(folder.parts), reverse=True):
-                with suppress(OSError):  # there is something in it
+                with suppress(OSError):  # it is not empty
                     folder.rmdir()
         raise
 
 
 def _at(path: Path) -> list[Path]:
-    """A file, if it is there, or what is in a folder."""
+    """The file, if it exists, or the entries of the folder."""
     return list(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
 
 

@@ -1,4 +1,4 @@
-"""The machine that a process runs on: what it may use, and what a result was measured on."""
+"""The machine that a process runs on: installed packages, memory and cores, and a description for reports."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def describe_machine(devices: Sequence[Any]) -> str:
-    """Returns one line: processor, cores, memory, JAX's `devices`, and the versions that matter."""
+    """Returns one line: processor, cores, memory, JAX's `devices`, Python and JAX versions, operating system."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
         f"{_processor()}, {cores()} cores, {memory:.0f} GiB; "
@@ -24,22 +24,22 @@ def is_installed(module: str) -> bool:
     """Returns whether a module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # nor is the package that it would be in
+    except ModuleNotFoundError:  # its parent package is not installed either
         return False
-    except ValueError:  # it is loaded, and has no note of where from
+    except ValueError:  # it is loaded and has no `__spec__`
         return True
 
 
 def peak_memory_gib() -> float:
-    """Returns the most memory that this process, or one of its children that have ended, held at a time, in GiB."""
-    # Linux tells kibibytes, macOS bytes.
+    """Returns the peak memory in GiB of this process or of a finished child process, whichever is larger."""
+    # Linux reports kibibytes, macOS bytes.
     unit = 1 if platform.system() == "Darwin" else 1024
     processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return max(resource.getrusage(who).ru_maxrss for who in processes) * unit / 2**30
 
 
 def cores() -> int:
-    """The cores that this process may use, which in a container are fewer than the machine's."""
+    """The number of cores that this process may use, in a container often fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

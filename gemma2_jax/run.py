@@ -1,4 +1,4 @@
-"""Everything that one training run takes: the rooms' configurations, put together and checked as a whole."""
+"""The configuration of one training run: the configurations of all subpackages, checked as a whole."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,15 +21,15 @@ from gemma2_jax.training.optimizer import OptimizerConfig
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run. Saved as config.yaml in its folder, from which alone it can be repeated.
+    """One training run. It is saved as config.yaml in the run folder; that file alone suffices to repeat the run.
 
     Attributes:
-        name: how the run is called in tables.
+        name: name of the run in tables.
         output: the run folder.
-        seed: of the initial weights and of own samples; the order of the data has its own, data.seed.
-        compilation_cache: the folder or bucket that compiled programs are kept in, see `programs_kept_in`.
-        profile: trace some steps (`training.profile_steps`) into the run folder; of runs that are trained together,
-            into that of the first which is not done.
+        seed: seed of the initial weights and of the student's samples; the order of the data has its own, data.seed.
+        compilation_cache: folder or bucket for compiled programs, see `use_compilation_cache`.
+        profile: whether to trace some steps (`training.profile_steps`) into the run folder; for runs that are trained
+            together, into the folder of the first that is not finished.
     """
 
     name: str
@@ -70,7 +70,7 @@ class RunConfig:
         if self.profile and self.training.profile_steps[1] > self.training.steps:
             yield (
                 f"training.profile_steps ends with {self.training.profile_steps[1]}, after the last step "
-                f"({self.training.steps}); choose earlier ones, or profile=false."
+                f"({self.training.steps}); choose earlier steps, or profile=false."
             )
         scheduled: dict[str, OptimizerConfig | ScheduleConfig] = {
             "optimizer": self.optimizer,
@@ -93,7 +93,7 @@ class RunConfig:
                 )
 
     def _about_teacher(self) -> Iterator[str]:
-        """Where the objective and the teacher do not fit together."""
+        """Yields conflicts between the objective and the teacher."""
         teachers = {"distill.teacher": self.distill.teacher, "distill.cache": self.distill.cache}
         given = [name for name, value in teachers.items() if value is not None]
         divergences = self.objective.divergences
@@ -109,27 +109,27 @@ class RunConfig:
         elif given and not divergences:
             yield (
                 f"{given[0]} is set, but no divergence of the objective has a weight above 0 "
-                f"({', '.join(DIVERGENCES)}) and distill.match is null, so it would teach nothing."
+                f"({', '.join(DIVERGENCES)}) and distill.match is null, so the teacher would have no effect."
             )
         if self.distill.cache is None:
             return
         if divergences != ("forward_kl",):
             yield (
-                "distill.cache holds a few tokens of each distribution, which give forward_kl alone, and the objective "
-                f"has {', '.join(divergences)}; set objective=distillation, or train without a cache."
+                "distill.cache holds only some tokens of each teacher distribution, enough for forward_kl alone, "
+                f"but the objective has {', '.join(divergences)}; set objective=distillation, or train without a cache."
             )
         if "temperature" in self.objective.schedules:
             yield (
-                "objective.temperature is a schedule, and distill.cache was made at one temperature; it must be that "
-                "number."
+                "objective.temperature is a schedule, but distill.cache was made at one temperature; set "
+                "objective.temperature to that number."
             )
             return
         encoding = self.distill.encoding
         if encoding is not None and encoding.temperature != self.objective.temperature:
             yield (
                 f"distill.encoding.temperature is {encoding.temperature}, and objective.temperature is "
-                f"{self.objective.temperature}; both must be the same, since a cache is trained from at its own "
-                "temperature alone."
+                f"{self.objective.temperature}; they must be equal, since training from a cache uses the temperature "
+                "that it was made at."
             )
 
     def _about_on_policy(self) -> Iterator[str]:
@@ -158,7 +158,7 @@ class RunConfig:
             )
 
     def _schedules(self) -> dict[str, ScheduleConfig]:
-        """What changes over the run, by its key."""
+        """The schedules of this run, by key."""
         found = {f"objective.{name}": schedule for name, schedule in self.objective.schedules.items()}
         on_policy = self.distill.on_policy
         if on_policy is not None and isinstance(on_policy.fraction, ScheduleConfig):

@@ -1,4 +1,4 @@
-"""Numbers that change over a run: the one shape of schedule, for the learning rate and for the objective."""
+"""Numbers that change over a run: one form of schedule, for the learning rate and for the objective."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,23 +10,24 @@ import optax
 from gemma2_jax.config import UserError
 
 Kind = Literal["constant", "linear", "cosine", "wsd"]
-StepCount = int | float  # a whole number of steps, or a fraction below 1 of the run's
+StepCount = int | float  # a number of steps, or a fraction below 1 of the run
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """A number over the steps of a run: from `start` linearly to `peak`, and on from there.
+    """A number that changes over the steps of a run: linearly from `start` to `peak`, then according to `kind`.
 
     Attributes:
-        kind: what follows the warm-up. `constant` stays; `linear` and `cosine` move to `end` over the rest of the
-            run; `wsd` (warmup-stable-decay) stays, and moves linearly to `end` in the last `decay_steps`.
-        peak: the value after the warm-up.
-        start: the value at the first step, step 0; null without a warm-up.
-        end: the value at the last step; null with `constant`.
-        warmup_steps: steps of the way from start to peak, which step `warmup_steps` has: a whole number, or a
-            fraction below 1 of training.steps (0.05 for a twentieth of the run), see `count_steps`.
-        decay_steps: of `wsd`, which needs at least 1, as a number or a fraction like `warmup_steps`; the first of
-            them is below the peak, the last has `end`. 0 with the other kinds.
+        kind: what follows the warm-up. `constant` stays at `peak`; `linear` and `cosine` move to `end` over the rest of
+            the run; `wsd` (warmup-stable-decay) stays at `peak`, then moves linearly to `end` in the last
+            `decay_steps`.
+        peak: value after the warm-up.
+        start: value at the first step, step 0; null without a warm-up.
+        end: value at the last step; null with `constant`.
+        warmup_steps: number of steps from start to peak, so that step `warmup_steps` is at the peak: a whole number, or
+            a fraction below 1 of training.steps (0.05 for a twentieth of the run), see `count_steps`.
+        decay_steps: number of decay steps of `wsd`, at least 1, as a number or a fraction like `warmup_steps`; the
+            first of them is already below the peak, the last is at `end`. 0 with the other kinds.
     """
 
     kind: Kind
@@ -58,12 +59,12 @@ class ScheduleConfig:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The values between which it moves."""
+        """The values between which the schedule moves."""
         return tuple(value for value in (self.start, self.peak, self.end) if value is not None)
 
 
 def values_of(number: float | ScheduleConfig) -> tuple[float, ...]:
-    """The values between which a number of the objective moves, be it scheduled or not."""
+    """The values between which a number of the objective moves; a single value if it is not scheduled."""
     return number.values if isinstance(number, ScheduleConfig) else (number,)
 
 
@@ -78,16 +79,16 @@ def check_step_count(name: str, count: StepCount) -> None:
 
 
 def count_steps(where: str, warmup: StepCount, decay: StepCount, steps: int) -> tuple[int, int]:
-    """Warm-up and decay of a run of `steps` as whole numbers of steps.
+    """The warm-up and decay of a run of `steps` steps, as whole numbers of steps.
 
-    A fraction is rounded, to at least 1 step where it is above 0. Where two fractions then take a step more than the
-    run has, the warm-up gives way.
+    A fraction is rounded, to at least 1 step if it is above 0. If rounding makes two fractions one step longer than the
+    run, the warm-up is shortened.
 
     Args:
-        where: what has the two settings (optimizer, objective.mix).
+        where: the section with the two settings (optimizer, objective.mix).
 
     Raises:
-        UserError: together they are longer than the run.
+        UserError: warm-up and decay together are longer than the run.
     """
     warmup_steps, decay_steps = (
         count if isinstance(count, int) else max(1, round(count * steps)) if count > 0 else 0
@@ -104,7 +105,7 @@ def count_steps(where: str, warmup: StepCount, decay: StepCount, steps: int) -> 
 
 
 def build_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
-    """The value at each step of a run of `steps`, which may be traced. Raises UserError as `count_steps`."""
+    """The value at each step (may be traced) of a run of `steps` steps. Raises UserError as `count_steps` does."""
     warmup, decay = count_steps("schedule", config.warmup_steps, config.decay_steps, steps)
     start = config.peak if config.start is None else config.start
     return curve(config.kind, start, config.peak, config.end, warmup, decay, steps)
@@ -113,12 +114,12 @@ def build_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
 def curve(
     kind: Kind, start: float, peak: float, end: float | None, rise: int, decay: int, steps: int
 ) -> optax.Schedule:
-    """The shape of every schedule, float32, over the steps 0 to `steps` - 1, the last of which has `end` exactly.
+    """The shape of every schedule: float32, over the steps 0 to `steps` - 1, with exactly `end` at the last step.
 
     Args:
-        start: the value at step 0, unless `rise` is 0.
-        rise: the step at which `peak` is reached.
-        decay: of `wsd`: the last steps, which are on the way from peak to end.
+        start: value at step 0, unless `rise` is 0.
+        rise: the step that reaches `peak`.
+        decay: for `wsd`: number of last steps, on the way from peak to end.
     """
     last = steps - 1
     turn = last - decay if kind == "wsd" else rise  # the last step at the peak

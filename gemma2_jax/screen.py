@@ -1,4 +1,4 @@
-"""What is shown on standard error while something takes long."""
+"""Status on standard error during long operations."""
 
 import sys
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 @contextmanager
 def activity(what: str, show: bool = True) -> Iterator[None]:
-    """Shows `what` is done within: with a clock on a terminal, gone at its end; as a line in a log.
+    """Shows `what` while the block runs: with a clock on a terminal, removed at the end; as one line in a log.
 
     Args:
-        show: false in all processes of a job but the first.
+        show: false in all processes of a job except the first.
     """
     console = Console(stderr=True)
     if not show or not console.is_terminal:

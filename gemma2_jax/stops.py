@@ -1,14 +1,14 @@
-"""How a process ends when a signal asks it to: soon, with exit code 128 + N, and never by a crash.
+"""How a process ends after a stop signal: soon, with exit code 128 + N, and never by a crash.
 
     with handled():                   # the command line
-        with resuming(sentence):      # what the last message promises
-            with cleanup(remove):     # a `finally` that also holds where a thread ends the process
+        with resuming(sentence):      # what the last message says about resuming
+            with cleanup(remove):     # a `finally` that also runs if a thread ends the process
                 ...
-            with deferred(seconds):   # a loop that asks `requested()` between its steps
+            with deferred(seconds):   # a loop that checks `requested()` between its steps
                 ...
 
-The first SIGINT, SIGTERM or SIGHUP raises `Stopped` in the main thread; within `deferred` it is only noted. A thread
-ends the process where that does not suffice: C++ code (XLA's compiler, SentencePiece) does not return, a library has
+The first SIGINT, SIGTERM or SIGHUP raises `Stopped` in the main thread; inside `deferred` it is only recorded. A thread
+ends the process where that is not enough: C++ code (XLA's compiler, SentencePiece) does not return, a library has
 swallowed the exception, or the time for a last step is over. A second signal ends the process at once.
 """
 
@@ -24,17 +24,19 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_ONE = 0.25  # seconds within which several signals count as one: `timeout` and a closing terminal send two
-_REACTION = 1.0  # seconds in which Python code notices a signal
-_UNWIND = 30.0  # seconds to close files in, and to wait for a training that was launched here
-_BETWEEN_LOOKS = 0.05  # seconds
+_SAME_STOP = (
+    0.25  # seconds within which several signals count as one: `timeout` and a closing terminal send two
+)
+_REACTION = 1.0  # seconds within which Python code notices a signal
+_UNWIND = 30.0  # seconds to close files, and to wait for a training run that was launched here
+_POLL = 0.05  # seconds
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asks the process to end.
+    """A signal has arrived that ends the process.
 
     Attributes:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -43,22 +45,23 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Handling:
-    """The state of one `handled()`: written by the main thread and by the thread that watches it.
+    """The state of one `handled()`, written by the main thread and by the thread that watches it.
 
     Attributes:
-        number: of the first signal; None before it.
-        last: when a deferred stop must be over, in seconds of the monotonic clock; None outside `deferred`.
-        raised: when `Stopped` was raised, by the same clock.
-        lost: it was raised where Python cannot pass it on, as in a destructor.
-        taken: the watching thread ends the process, so the main thread must do nothing more.
-        urgent: a stop is not deferred any more.
+        number: number of the first signal; None before it.
+        grace: seconds from a signal until a deferred stop is enforced; None outside `deferred`.
+        notify: shows the user a line when a stop is deferred.
+        raised: when `Stopped` was raised, in seconds of the monotonic clock.
+        lost: whether it was raised where Python cannot propagate it, as in a destructor.
+        taken: whether the watching thread is ending the process, so that the main thread must do nothing more.
+        urgent: whether stops are no longer deferred.
     """
 
     def __init__(self, numbers: list[signal.Signals]) -> None:
         self.numbers = numbers
         self.number: int | None = None
         self.grace: float | None = None
-        self.say: Callable[[str], None] = lambda line: None
+        self.notify: Callable[[str], None] = lambda line: None
         self.raised: float | None = None
         self.lost = self.taken = self.urgent = False
         self._reader, self._writer = socket.socketpair()
@@ -67,7 +70,7 @@ class _Handling:
 
     def __enter__(self) -> "_Handling":
         self._usual = {number: signal.signal(number, self._handle) for number in self.numbers}
-        # Python's handlers wait for the main thread; the bytes that C writes here do not.
+        # Python's handlers run only when the main thread does; C writes these bytes at once.
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._thread.start()
@@ -111,26 +114,26 @@ class _Handling:
             self.number = first
         if self.grace is not None and not self.urgent:
             with suppress(Exception):  # the terminal is gone
-                self.say(
+                self.notify(
                     f"stopping after this step, within {self.grace:g} s (checkpoint.grace_seconds); "
                     "a second signal stops at once"
                 )
         while True:
-            number = self._next(_BETWEEN_LOOKS)
+            number = self._next(_POLL)
             if number == 0:
                 return
-            if number is not None and not self.urgent and time.monotonic() - begun > _ONE:
+            if number is not None and not self.urgent and time.monotonic() - begun > _SAME_STOP:
                 _show_cursor()
                 os._exit(128 + number)
             if time.monotonic() > self._deadline(begun):
                 self.taken = True
-                if time.monotonic() > self._deadline(begun):  # the main thread has not woken up just now
+                if time.monotonic() > self._deadline(begun):  # the main thread has not just woken up
                     self._end()
                 self.taken = False
 
     def _deadline(self, begun: float) -> float:
         if self.urgent:
-            return math.inf  # who has asked for hurry sees to it
+            return math.inf  # the caller of `stop_deferring` ends the process
         if self.lost:
             return begun
         if self.raised is not None:
@@ -138,7 +141,7 @@ class _Handling:
         return begun + (_REACTION if self.grace is None else self.grace)
 
     def _next(self, seconds: float | None) -> int | None:
-        """The next signal; None if there is none for so long, 0 at the end."""
+        """The next signal; None if none arrives within `seconds`, 0 once the socket is closed."""
         self._reader.settimeout(seconds)
         while True:
             try:
@@ -149,27 +152,30 @@ class _Handling:
                 return received[0] if received else 0
 
     def _end(self) -> NoReturn:
-        """Ends the process in the place of the main thread, which does not react."""
+        """Ends the process instead of the main thread, which does not react."""
         assert self.number is not None
-        told = message(None)
+        text = message(None)
         for clean in reversed(_cleanups):
             with suppress(Exception):
                 clean()
         _show_cursor()
-        for leave in _leave:
-            leave(128 + self.number, told)
-        leave_at_once(128 + self.number, told)
+        for leave in _exit_hooks:
+            leave(128 + self.number, text)
+        leave_at_once(128 + self.number, text)
 
 
 _handling: _Handling | None = None
 _sentences: list[Callable[[], str]] = []
 _cleanups: list[Callable[[], None]] = []
-_leave: list[Callable[[int, str], None]] = []
+_exit_hooks: list[Callable[[int, str], None]] = []
 
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Takes the signals, but for those that are ignored (nohup) or somebody else's, and outside the main thread."""
+    """Handles the stop signals, except those that are ignored (nohup) or already have a handler.
+
+    Outside the main thread it does nothing.
+    """
     global _handling
     numbers = []
     if threading.current_thread() is threading.main_thread() and _handling is None:
@@ -186,35 +192,35 @@ def handled() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether a signal has asked the process to end."""
+    """Whether a stop signal has arrived."""
     return number() is not None
 
 
 def number() -> int | None:
-    """The signal that has asked the process to end, if one has."""
+    """The number of the stop signal that has arrived; None if there is none."""
     return None if _handling is None else _handling.number
 
 
 def check() -> None:
-    """Raises `Stopped` if a signal has asked for it: for who has caught an exception that may have come of that."""
+    """Raises `Stopped` if a stop signal has arrived, for callers that caught an exception which it may have caused."""
     if _handling is not None and _handling.number is not None:
         _handling.stop()
 
 
 @contextmanager
-def deferred(seconds: float, say: Callable[[str], None]) -> Iterator[None]:
-    """Within, a signal is only noted, for a loop that asks `requested()`; raises `Stopped` at the end if there was one.
+def deferred(seconds: float, notify: Callable[[str], None]) -> Iterator[None]:
+    """Only records a signal, for a loop that checks `requested()`; raises `Stopped` at the end if there was one.
 
     Args:
-        seconds: after a signal, after which the process ends nevertheless.
-        say: shows the user a line when there is a signal.
+        seconds: time after a signal until the process ends anyway.
+        notify: shows the user a line when a signal arrives.
     """
     check()
     if _handling is None:
         yield
         return
     handling = _handling
-    handling.grace, handling.say = seconds, say
+    handling.grace, handling.notify = seconds, notify
     try:
         yield
         check()
@@ -226,7 +232,7 @@ def deferred(seconds: float, say: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def handled_elsewhere(number: signal.Signals) -> Iterator[None]:
-    """Within, a signal belongs to the handler that the caller sets for it, and stops nothing."""
+    """Leaves a signal to the handler that the caller sets for it: inside, it stops nothing."""
     numbers = [] if _handling is None else _handling.numbers
     if number not in numbers:
         yield
@@ -240,10 +246,10 @@ def handled_elsewhere(number: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def resuming(sentence: Callable[[], str]) -> Iterator[None]:
-    """What `message` promises of a stop within, unless there is another `resuming` further inside.
+    """Sets what `message` says about resuming after a stop inside the block; the innermost `resuming` counts.
 
     Args:
-        sentence: gives it, without a full stop; empty if there is nothing to promise.
+        sentence: returns it without a full stop; empty if there is nothing to say.
     """
     _sentences.append(sentence)
     try:
@@ -257,10 +263,11 @@ def resuming(sentence: Callable[[], str]) -> Iterator[None]:
 
 
 def message(error: BaseException | None) -> str:
-    """The last line of a process that was stopped.
+    """The last line that a stopped process prints.
 
     Args:
-        error: by which the stop has left every `resuming`; None if it has not, and the innermost holds.
+        error: the exception by which the stop left every `resuming`; None if it has not left them, and the innermost
+            counts.
     """
     sentence = _sentence() if error is None else getattr(error, "resuming", "")
     return f"\ngemma2: stopped{'; ' if sentence else ''}{sentence}."
@@ -268,7 +275,7 @@ def message(error: BaseException | None) -> str:
 
 @contextmanager
 def cleanup(callback: Callable[[], None]) -> Iterator[None]:
-    """Calls `callback` at the end, however the block or the process ends (but for SIGKILL and a second signal)."""
+    """Calls `callback` at the end of the block or of the process (except after SIGKILL or a second signal)."""
     _cleanups.append(callback)
     try:
         yield
@@ -277,28 +284,32 @@ def cleanup(callback: Callable[[], None]) -> Iterator[None]:
         callback()
 
 
-def hurry() -> None:
-    """From now on no stop is deferred, since another process that this one would have to wait for is gone."""
+def stop_deferring() -> None:
+    """Defers no stop from now on, since another process that this one would wait for has ended."""
     if _handling is not None:
         _handling.urgent = True
 
 
 def request(number: int) -> None:
-    """Notes a stop as if the signal had come to this process: it came to another one, with which this one stops."""
+    """Records a stop as if the signal had come to this process; it came to another process of the same job."""
     if _handling is not None and _handling.number is None:
         _handling.number = number
 
 
-def leave_by(leave: Callable[[int, str], None]) -> None:
-    """For a process that others wait for: `leave` ends it with an exit code and a message, from any thread."""
-    _leave[:] = [leave]
+def set_exit_hook(leave: Callable[[int, str], None]) -> None:
+    """Makes `leave` end the process when a thread must, for a process that others wait for.
+
+    Args:
+        leave: called with an exit code and a message, from any thread.
+    """
+    _exit_hooks[:] = [leave]
 
 
-def leave_at_once(code: int, told: str | None = None) -> NoReturn:
-    """Ends the process, without Python's own end, which crashes while XLA's threads are at work."""
-    if told is not None:
+def leave_at_once(code: int, text: str | None = None) -> NoReturn:
+    """Ends the process without Python's own shutdown, which crashes while XLA's threads are running."""
+    if text is not None:
         with suppress(OSError):
-            print(told, file=sys.stderr)
+            print(text, file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -306,13 +317,13 @@ def leave_at_once(code: int, told: str | None = None) -> NoReturn:
 
 
 def _sentence() -> str:
-    with suppress(Exception):  # what it is read from may be half there
+    with suppress(Exception):  # the files that it describes may be incomplete
         return _sentences[-1]() if _sentences else ""
     return ""
 
 
 def _show_cursor() -> None:
-    """A progress bar hides it until it is closed."""
+    """Shows the cursor again, which a progress bar hides until it is closed."""
     with suppress(OSError, ValueError):
         if sys.stderr.isatty():
             os.write(sys.stderr.fileno(), b"\x1b[?25h")

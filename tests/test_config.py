@@ -115,7 +115,7 @@ def test_nested_data_becomes_nested_dataclasses():
         ),
         ({"inner": {"width": 2}, "named": {"a": 5}}, "here: named.a is 5; accepted: keys width"),
         ({"inner": {"width": 3}}, "here: inner.width is 3; it must be even."),
-        ({"inner": {"width": object()}}, "here holds something that is no plain value"),
+        ({"inner": {"width": object()}}, "here holds a value that is not plain data"),
     ],
 )
 def test_a_mistake_is_told_in_one_sentence(data, sentence):

@@ -23,7 +23,7 @@ import gemma2_jax as g2
 from gemma2_jax.chips import CHIPS
 from gemma2_jax.cli import train_together
 from gemma2_jax.cli.compose import compose, compose_file
-from gemma2_jax.cli.main import parsed
+from gemma2_jax.cli.main import parse_arguments
 from gemma2_jax.cli.roots import find_study
 from gemma2_jax.cli.run import compose_study
 from gemma2_jax.cli.sweep import compose_sweep
@@ -156,7 +156,7 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", of("gemma2"))
 def test_a_command_is_accepted(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    arguments = parsed(command.words[1:])
+    arguments = parse_arguments(command.words[1:])
     assert "run" in arguments, "a verb is missing, or an action"
     check = CHECKS.get(" ".join(command.words[1:3])) or CHECKS.get(command.words[1])
     if check is not None:

@@ -95,7 +95,7 @@ def test_on_policy_with_all_that_it_needs(toy_run: RunConfig) -> None:
 
 
 def test_a_teacher_that_no_term_needs(toy_run: RunConfig) -> None:
-    with pytest.raises(UserError, match="it would teach nothing"):
+    with pytest.raises(UserError, match="the teacher would have no effect"):
         replace(toy_run, distill=replace(toy_run.distill, teacher="runs/teacher"))
 
 
@@ -140,7 +140,9 @@ def test_a_cache_stands_in_for_the_teacher(toy_run: RunConfig) -> None:
 
 @pytest.mark.parametrize("name", ["reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"])
 def test_what_a_cache_cannot_give(toy_run: RunConfig, name: str) -> None:
-    with pytest.raises(UserError, match=f"give forward_kl alone, and the objective has forward_kl, {name};"):
+    with pytest.raises(
+        UserError, match=f"enough for forward_kl alone, but the objective has forward_kl, {name};"
+    ):
         with_cache(toy_run, **{name: 0.5})
 
 

@@ -1,11 +1,11 @@
-"""How fast text becomes shards and shards become batches.
+"""Measures the speed of tokenising text into shards and of reading batches from shards.
 
     python experiments/benchmarks/data_throughput.py
 
-The built-in corpus, or --source, is repeated, each document with a number in front, so that starting processes
-does not count for much. Figures are medians over repetitions, in tokens per second: of tokenising (reading JSONL,
-tokenising, writing shards; a given tokenizer), with one worker and with one for each CPU, and of feeding
-(reading shards, shuffling, packing, batching), for a small and a large shape of batch.
+The built-in corpus, or --source, is repeated, with a number before each document, so that the time to start
+processes matters little. The table gives medians over repetitions, in tokens per second. Tokenising means reading
+JSONL, tokenising with an existing tokenizer, and writing shards; it is measured with one worker and with one per CPU.
+Feeding means reading shards, shuffling, packing and batching; it is measured for a small and a large batch.
 """
 
 import argparse
@@ -26,27 +26,27 @@ SHAPES = [(16, 128), (32, 1024)]  # (B, T)
 
 
 def tokenising(data: DataConfig, tokenizer: TokenizerConfig, repetitions: int) -> float:
-    """Tokens per second of `prepare`, each time into a new folder."""
+    """Returns the tokens per second of `prepare`, which writes to a new folder in each repetition."""
     rates = []
     for repetition in range(repetitions):
         fresh = replace(data, folder=f"{data.folder}-{data.workers}-{repetition}")
-        begun = time.perf_counter()
+        start = time.perf_counter()
         manifest = prepare(fresh, tokenizer)
-        rates.append((manifest.train.tokens + manifest.validation.tokens) / (time.perf_counter() - begun))
+        rates.append((manifest.train.tokens + manifest.validation.tokens) / (time.perf_counter() - start))
     return statistics.median(rates)
 
 
 def feeding(data: DataConfig, tokens: int, repetitions: int) -> float:
-    """Tokens per second of `train_batches`, after the first batch, over `tokens` in each repetition."""
+    """Returns the tokens per second of `train_batches` over `tokens` tokens per repetition, after the first batch."""
     batches = train_batches(data)
     next(batches)
     count = max(1, tokens // (data.batch_size * data.seq_len))
     rates = []
     for _ in range(repetitions):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(count):
             next(batches)
-        rates.append(count * data.batch_size * data.seq_len / (time.perf_counter() - begun))
+        rates.append(count * data.batch_size * data.seq_len / (time.perf_counter() - start))
     return statistics.median(rates)
 
 
@@ -55,10 +55,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--copies", type=int, default=8, help="how often the corpus is repeated")
+    parser.add_argument("--copies", type=int, default=8, help="number of times that the corpus is repeated")
     parser.add_argument("--source", default=PYTHON_DOCS, help="the corpus: a glob of files, as data.source")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer that is trained on it")
-    parser.add_argument("--fed-tokens", type=int, default=2_000_000, help="fed in one repetition")
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, help="size of the tokenizer that is trained on the corpus"
+    )
+    parser.add_argument("--fed-tokens", type=int, default=2_000_000, help="tokens fed in one repetition")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

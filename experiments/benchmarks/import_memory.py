@@ -1,11 +1,11 @@
-"""How much memory it takes to read a released checkpoint.
+"""Measures the memory for reading a released checkpoint.
 
     python experiments/benchmarks/import_memory.py
 
-Writes a Hugging Face folder of random bfloat16 weights in the sizes of --model (by default the 2B's: 5.2 GB on
-disk, removed at the end), and reads it onto this machine's first device, once for each dtype, in processes of
-their own. The table gives the weights themselves (on a CPU they lie in the process's memory), the peak of the
-process above what it held before, and what the peak is beyond the weights, in units of the file's largest tensor.
+Writes a Hugging Face folder of random bfloat16 weights with the sizes of --model (the 2B by default: 5.2 GB on disk,
+deleted at the end), and reads it onto this machine's first device, once per dtype, each time in a new process. The
+table gives the size of the weights (on a CPU, they are part of the process's memory), the increase of the process's
+peak memory, and the excess of that peak over the weights, in units of the checkpoint's largest tensor.
 """
 
 import argparse
@@ -38,7 +38,7 @@ DTYPES = ("bfloat16", "float32")
 
 
 def write(folder: Path, config: ModelConfig) -> None:
-    """A Hugging Face folder of this model, with random weights."""
+    """Writes a Hugging Face folder of this model, with random weights."""
     shapes = {name: entry.shape for name, entry in expand(HUGGINGFACE, weight_specs(config)).items()}
     draw = np.random.default_rng(0)
 
@@ -53,14 +53,14 @@ def write(folder: Path, config: ModelConfig) -> None:
 
 
 def read(folder: Path, dtype: str) -> dict[str, float]:
-    """GB of the weights and of the process's peak above what it held before, GB of the largest tensor, seconds."""
+    """Returns the GB of the weights, of the rise in peak memory and of the largest tensor, and the seconds taken."""
     source = open_source(folder)
     jax.block_until_ready(jax.numpy.zeros(1))
     before = peak_memory_gib()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     params = load_params(source, source.config, dtype)
     jax.block_until_ready(params)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     largest = max(math.prod(info.shape) * np.dtype(info.dtype).itemsize for info in source.tensors.values())
     return {
         "weights": sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9,
@@ -87,10 +87,9 @@ def main() -> None:
         type=int,
         default=1,
         metavar="N",
-        help="to try the script: 4 layers, vocabulary and feed-forward width divided by N",
+        help="divide vocabulary and feed-forward width by N and use 4 layers, to try the script",
     )
-    # What the processes of their own are told; a process counts its parent's peak as its own, so that the parent
-    # does nothing but wait.
+    # Options for the child processes. A child's peak memory includes its parent's, so the parent only waits.
     parser.add_argument("--write", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--read", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -100,16 +99,16 @@ def main() -> None:
     if arguments.read:
         print(json.dumps(read(Path(arguments.read[0]), arguments.read[1])))
         return
-    itself = [sys.executable, __file__, "--model", arguments.model, "--shrink", str(arguments.shrink)]
+    command = [sys.executable, __file__, "--model", arguments.model, "--shrink", str(arguments.shrink)]
     with tempfile.TemporaryDirectory() as name:
-        subprocess.run([*itself, "--write", name], check=True)
-        print(f"{'':12}{'weights GB':>12}{'peak GB':>12}{'beyond':>12}{'seconds':>12}")
+        subprocess.run([*command, "--write", name], check=True)
+        print(f"{'':12}{'weights GB':>12}{'peak GB':>12}{'excess':>12}{'seconds':>12}")
         for dtype in DTYPES:
-            ran = subprocess.run([*itself, "--read", name, dtype], check=True, stdout=subprocess.PIPE)
-            figures = json.loads(ran.stdout)
-            beyond = (figures["peak"] - figures["weights"]) / figures["largest"]
+            completed = subprocess.run([*command, "--read", name, dtype], check=True, stdout=subprocess.PIPE)
+            figures = json.loads(completed.stdout)
+            excess = (figures["peak"] - figures["weights"]) / figures["largest"]
             print(
-                f"{dtype:12}{figures['weights']:>12.2f}{figures['peak']:>12.2f}{beyond:>11.2f}x"
+                f"{dtype:12}{figures['weights']:>12.2f}{figures['peak']:>12.2f}{excess:>11.2f}x"
                 f"{figures['seconds']:>12.1f}"
             )
 

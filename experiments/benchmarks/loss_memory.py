@@ -1,13 +1,13 @@
-"""Memory and time of the loss with its gradient, block by block against all logits at once.
+"""Compares memory and time of the loss and its gradient, computed block-wise and with all logits at once.
 
     pip install -e '.[tpu]'
     python experiments/benchmarks/loss_memory.py
 
-First what the TPU compiler says of one v5p chip, which does not have to be there: the temporaries of a loss and its
-gradient, beyond the inputs and the gradients themselves. Hidden states are bfloat16, the student's embedding and its
-gradient float32, as in training; the teacher's embedding is bfloat16. Then time on this machine's CPU, at a size
-where all logits fit: both are timed in turns in one run, and the table gives medians and the ratio of each round's.
-Without libtpu the first part is left out.
+The first table is memory as computed by the TPU compiler for one v5p chip, without the chip: the temporaries of a loss
+and its gradient, in addition to the inputs and the gradients themselves. Hidden states are bfloat16, the student's
+embedding and its gradient float32, as in training; the teacher's embedding is bfloat16. The second table is time on
+this machine's CPU, at a size where all logits fit: both versions are timed alternately in one process, and the table
+gives medians, and the ratios of the rounds. Without libtpu, the first table is left out.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-# Before JAX is imported: libtpu is to compile, and to look for no chip, also beside another process that does so.
+# Set before JAX is imported: libtpu only compiles, looks for no chip, and may run in several processes at once.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
@@ -35,7 +35,7 @@ CAP, PADDING = 30.0, 128
 
 @dataclass(frozen=True)
 class Size:
-    """B x T tokens, V rows of the embedding, widths of student and teacher."""
+    """B x T tokens, V embedding rows, and the widths of student and teacher."""
 
     B: int
     T: int
@@ -44,7 +44,7 @@ class Size:
     D_teacher: int
 
     def shapes(self, dtype: Any, sharding: Any = None) -> tuple[Any, ...]:
-        """Of the arguments of `loss_and_gradient`: `dtype` for all but the student's embedding and the mask."""
+        """Returns the shapes for `loss_and_gradient`; float32 student embedding and mask, `dtype` for other floats."""
 
         def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -60,14 +60,19 @@ class Size:
 
 
 def loss_and_gradient(objective: str, block_tokens: int | None) -> Callable[..., Any]:
-    """Of hidden states, embedding, the teacher's two, targets and mask; dense if `block_tokens` is None."""
+    """Returns the summed loss and its gradient as a function of the arrays in `Size.shapes`.
+
+    The loss is dense if `block_tokens` is None.
+    """
     config = ObjectiveConfig(*OBJECTIVES[objective], temperature=1.0, block_tokens=block_tokens or 1)
     loss: Any = dense_sums if block_tokens is None else partial(lm_head_sums, block_tokens=block_tokens)
 
-    def total(hidden: Any, embedding: Any, taught: Any, teacher: Any, targets: Any, mask: Any) -> jax.Array:
+    def total(
+        hidden: Any, embedding: Any, teacher_hidden: Any, teacher_embedding: Any, targets: Any, mask: Any
+    ) -> jax.Array:
         heads = {"student": LMHead(hidden, embedding, CAP, PADDING)}
         if config.needs_teacher:
-            heads["teacher"] = LMHead(taught, teacher, CAP, PADDING, trained=False)
+            heads["teacher"] = LMHead(teacher_hidden, teacher_embedding, CAP, PADDING, trained=False)
         coefficients = build_coefficients(config, steps=1)(0)
         per_token = {"targets": targets}
         summed: jax.Array = loss(token_loss(config), heads, per_token, mask, coefficients=coefficients)[0]
@@ -77,12 +82,14 @@ def loss_and_gradient(objective: str, block_tokens: int | None) -> Callable[...,
 
 
 def measure_memory(size: Size, blocks: list[int], dense: bool) -> None:
-    """Prints the table of temporaries on one TPU chip, or why there is none."""
+    """Prints the table of temporaries on one TPU chip, or the reason why it cannot."""
     try:
         device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
-    except Exception as error:  # of several types, by what is missing
+    except Exception as error:  # the type depends on what is missing
         reason = (str(error).splitlines() or ["unknown"])[0]
-        print(f"No TPU compiler here, so no table of memory: pip install -e '.[tpu]' brings one ({reason}).")
+        print(
+            f"The memory table is left out: there is no TPU compiler ({reason}); pip install -e '.[tpu]' adds one."
+        )
         return
     print(f"{size}, compiled for one v5p chip")
     print(f"{'':34}{'temporaries GB':>16}{'inputs GB':>12}{'gradients GB':>14}")
@@ -102,7 +109,7 @@ def measure_memory(size: Size, blocks: list[int], dense: bool) -> None:
 
 
 def out_of_memory(error: Exception) -> str:
-    """The compiler's own sentence about it."""
+    """Returns the compiler's message about memory."""
     lines = [line.strip() for line in str(error).splitlines() if "hbm" in line.lower()]
     return lines[0] if lines else str(error).splitlines()[0]
 
@@ -124,13 +131,13 @@ def measure_time(size: Size, block: int, rounds: int) -> None:
         sides = [jax.jit(loss_and_gradient(objective, side)) for side in (block, None)]
         seconds: list[list[float]] = [[], []]
         for number in range(rounds + 1):
-            for side, taken in zip(sides, seconds, strict=True):
-                begun = time.perf_counter()
+            for side, durations in zip(sides, seconds, strict=True):
+                start = time.perf_counter()
                 jax.block_until_ready(side(*arguments))
                 if number:  # the first compiles
-                    taken.append(time.perf_counter() - begun)
+                    durations.append(time.perf_counter() - start)
         ratios = [blockwise / dense for blockwise, dense in zip(*seconds, strict=True)]
-        blockwise, dense = (1e3 * statistics.median(taken) for taken in seconds)
+        blockwise, dense = (1e3 * statistics.median(durations) for durations in seconds)
         print(
             f"{objective:20}{blockwise:>16.0f}{dense:>12.0f}{statistics.median(ratios):>8.2f}"
             f"  ({min(ratios):.2f} .. {max(ratios):.2f})"
@@ -141,18 +148,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=8192, help="of the table of memory (8192)")
-    parser.add_argument("--vocabulary", type=int, default=256_128, help="its rows of the embedding (256128)")
-    parser.add_argument("--widths", type=int, nargs=2, default=[2304, 3584], help="student, teacher")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[256, 512, 1024], help="tokens of a block")
-    parser.add_argument("--no-dense", action="store_true", help="leave out all logits at once, in that table")
-    parser.add_argument("--cpu-tokens", type=int, default=1024, help="of the table of times (1024)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens for the memory table (8192)")
     parser.add_argument(
-        "--cpu-vocabulary", type=int, default=32_768, help="its rows of the embedding (32768)"
+        "--vocabulary", type=int, default=256_128, help="embedding rows for the memory table (256128)"
     )
-    parser.add_argument("--cpu-widths", type=int, nargs=2, default=[256, 384], help="student, teacher")
-    parser.add_argument("--cpu-block", type=int, default=512, help="tokens of a block (512)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (7)")
+    parser.add_argument(
+        "--widths", type=int, nargs=2, default=[2304, 3584], help="student's and teacher's width"
+    )
+    parser.add_argument("--blocks", type=int, nargs="+", default=[256, 512, 1024], help="tokens per block")
+    parser.add_argument(
+        "--no-dense", action="store_true", help="leave the dense loss out of the memory table"
+    )
+    parser.add_argument("--cpu-tokens", type=int, default=1024, help="tokens for the time table (1024)")
+    parser.add_argument(
+        "--cpu-vocabulary", type=int, default=32_768, help="embedding rows for the time table (32768)"
+    )
+    parser.add_argument(
+        "--cpu-widths", type=int, nargs=2, default=[256, 384], help="student's and teacher's width"
+    )
+    parser.add_argument("--cpu-block", type=int, default=512, help="tokens per block (512)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
     options = parser.parse_args()
 
     print(f"jax {jax.__version__}, {os.cpu_count()} cores")

@@ -1,13 +1,13 @@
-"""What training steps of the released sizes take on the pods they are for: peak memory, compile time, least step time.
+"""Plans training steps of the released sizes on TPU pods: peak memory, compile time, minimum step time.
 
     pip install -e '.[tpu]'
     python experiments/benchmarks/step_plans.py
 
-Each row is `gemma2 plan` of an experiment of this repository, in a process of its own: the real TPU compiler, for chips
-that need not be there. 8192-token sequences, one a data shard; float32 parameters and moments, bfloat16 compute. The
-column of MaxText has figures published for the same shapes and chips (MaxText 0.2.5, FSDP over all chips, full remat,
-scanned layers, splash attention; "tuned" with its vocabulary tiling of 8), not run here. All rows take some 25 minutes
-of two otherwise idle cores.
+Each row runs `gemma2 plan` for an experiment of this repository in a new process, with the real TPU compiler but
+without the chips. Sequences have 8192 tokens, one per data shard; parameters and moments are float32, compute is
+bfloat16. The MaxText column has published figures for the same shapes and chips (MaxText 0.2.5, FSDP over all chips,
+full remat, scanned layers, splash attention; "tuned" with its vocabulary tiled by 8); this script does not run MaxText.
+All rows take about 25 minutes on two otherwise idle cores.
 """
 
 import argparse
@@ -22,9 +22,11 @@ from gemma2_jax.machine import cores
 
 @dataclass(frozen=True)
 class Row:
-    """Attributes:
-    goal: bytes of a chip that the peak is to stay below; None for what has to fit alone.
-    maxtext: its published figure for the same, in words.
+    """One row of the table.
+
+    Attributes:
+        goal: target for the peak, in bytes per chip; None where the step only has to fit.
+        maxtext: MaxText's published figure for the same step, as text.
     """
 
     experiment: str
@@ -46,20 +48,20 @@ ROWS = (
 
 
 def plan(experiment: str, topology: str, overrides: list[str]) -> dict[str, Any]:
-    """`gemma2 plan --json` in a process of its own."""
+    """Returns the output of `gemma2 plan --json`, run in a new process."""
     command = [sys.executable, "-m", "gemma2_jax.cli.main", "plan", f"experiment={experiment}"]
     command += [f"topology={topology}", "--json", *overrides]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if not ran.stdout:
-        raise SystemExit(ran.stderr.strip())
-    found: dict[str, Any] = json.loads(ran.stdout)
+    completed = subprocess.run(command, capture_output=True, text=True)
+    if not completed.stdout:
+        raise SystemExit(completed.stderr.strip())
+    found: dict[str, Any] = json.loads(completed.stdout)
     return found
 
 
 def cells(row: Row, topology: str, found: dict[str, Any]) -> list[str]:
-    """A line of the table."""
+    """Returns the cells of one table row."""
     memory, estimate = found["memory_per_device"], found.get("estimate")
-    least = f"{estimate['step_seconds_at_least']:.2f}, {estimate['bound_by']}" if estimate else "-"
+    minimum = f"{estimate['step_seconds_at_least']:.2f}, {estimate['bound_by']}" if estimate else "-"
     return [
         row.experiment,
         topology,
@@ -70,7 +72,7 @@ def cells(row: Row, topology: str, found: dict[str, Any]) -> list[str]:
         f"{memory['capacity_bytes'] / 1e9:.1f}",
         row.maxtext,
         f"{found['compile_seconds']:.0f}",
-        least,
+        minimum,
     ]
 
 
@@ -79,14 +81,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [row.experiment for row in ROWS]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the rows")
-    parser.add_argument("--topology", help="another one, for all rows")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="in every configuration")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="rows to run (all)")
+    parser.add_argument("--topology", help="one topology for all rows, instead of their own")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="key=value", help="overrides for every configuration"
+    )
     options = parser.parse_args()
 
-    print(f"{cores()} cores; GB are 10^9 bytes, of one chip")
+    print(f"{cores()} cores; GB are 10^9 bytes, per chip")
     header = ["run", "topology", "chips", "fits", "peak GB", "goal GB", "capacity GB", "MaxText"]
-    print(f"| {' | '.join([*header, 'compile s', 'least step s (estimate)'])} |")
+    print(f"| {' | '.join([*header, 'compile s', 'minimum step s (estimate)'])} |")
     print("|" + " --- |" * (len(header) + 2), flush=True)
     for row in ROWS:
         if row.experiment in options.only:

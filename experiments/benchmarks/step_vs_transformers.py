@@ -1,18 +1,18 @@
-"""Time one training step, and greedy decoding, of gemma2_jax against Hugging Face transformers on CPU.
+"""Times one training step and greedy decoding in gemma2_jax and in Hugging Face transformers, on a CPU.
 
     pip install -e '.[reference]'
     python experiments/benchmarks/step_vs_transformers.py --threads 1
     python experiments/benchmarks/step_vs_transformers.py --threads 2
 
-Both sides hold the same float32 weights of a small Gemma 2 and take the same 4 x 512 tokens. A step is
-forward, backward and AdamW; ours is the trainer's own, with its default configuration for CPU, and so also
-clips by the global norm and computes metrics. Decoding is 128 new tokens for one prompt, by our sampler
-and by transformers' `generate`, each with its cache. The sides run in one process, on the same cores, in
-turns; the table shows medians over the rounds. Compilation (ours), first steps and first generations
-(both) are left out. Before the clock starts, both have to agree on the loss and on the tokens they generate.
+Both sides use the same float32 weights of a small Gemma 2 and the same 4 x 512 tokens. A step is forward,
+backward and AdamW. Ours is the trainer's own step with its default configuration for CPUs, so it also clips by
+the global norm and computes metrics. Decoding generates 128 new tokens for one prompt, with our sampler and with
+transformers' `generate`, each with its cache. Both sides run alternately in one process, on the same cores; the
+table shows medians over the rounds. Compilation (ours) and the first step and generation (both) are not timed.
+Before timing, the script checks that both sides compute the same loss and generate the same tokens.
 
-Of transformers it is the eager attention: its "sdpa" drops Gemma 2's soft cap, and so computes another
-model. Its optimizer is torch.optim.AdamW with fused=True.
+transformers uses its eager attention: its "sdpa" drops Gemma 2's soft cap and thus computes a different model. Its
+optimizer is torch.optim.AdamW with fused=True.
 """
 
 import argparse
@@ -39,14 +39,14 @@ SIZES: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class Work:
-    """What both sides do: train on `batch` x `length` tokens, and generate `new_tokens` after a prompt."""
+    """The work of both sides: train on `batch` x `length` tokens, and generate `new_tokens` after a prompt."""
 
     batch: int
     length: int
     new_tokens: int
 
     def tokens(self) -> Any:
-        """int32 [batch, length + 1]: random, since speed does not depend on which tokens they are."""
+        """Returns random ids, int32 [batch, length + 1]; speed does not depend on their values."""
         shape = (self.batch, self.length + 1)
         return np.random.default_rng(0).integers(0, SIZES["vocab_size"], shape, dtype=np.int32)
 
@@ -56,14 +56,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1, help="cores and threads for each side (1)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (7)")
-    parser.add_argument("--steps", type=int, default=2, help="training steps a turn (2)")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a step (4)")
-    parser.add_argument("--length", type=int, default=512, help=f"their tokens, at least {PROMPT} (512)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
+    parser.add_argument("--steps", type=int, default=2, help="training steps per round (2)")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step (4)")
+    parser.add_argument(
+        "--length", type=int, default=512, help=f"tokens per sequence, at least {PROMPT} (512)"
+    )
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens to generate (128)")
     options = parser.parse_args()
 
-    # XLA sizes its thread pool by the cores it may use when it starts, so this comes before the imports.
+    # XLA sizes its thread pool at start by the cores that it may use, so set them before the imports.
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < options.threads:
         sys.exit(f"--threads is {options.threads}, but this process may use only {len(cores)} cores.")
@@ -92,22 +94,22 @@ def main() -> None:
 
 
 def alternate(sides: list[Callable[[], Any]], rounds: int, repeats: int) -> list[list[float]]:
-    """Seconds of one call of each side in each round, after one untimed call."""
+    """Returns the seconds per call of each side in each round, after one untimed call."""
     for side in sides:
         side()
     seconds: list[list[float]] = [[] for _ in sides]
     for _ in range(rounds):
-        for side, taken in zip(sides, seconds, strict=True):
+        for side, durations in zip(sides, seconds, strict=True):
             time.sleep(0.3)  # the other side's threads spin for a while before they sleep
             start = time.perf_counter()
             for _ in range(repeats):
                 side()
-            taken.append((time.perf_counter() - start) / repeats)
+            durations.append((time.perf_counter() - start) / repeats)
     return seconds
 
 
 def print_row(name: str, tokens: int, seconds: list[list[float]]) -> None:
-    ours, theirs = (statistics.median(taken) for taken in seconds)
+    ours, theirs = (statistics.median(durations) for durations in seconds)
     ratios = [their / our for our, their in zip(*seconds, strict=True)]
     print(
         f"{name:24}{tokens / ours:>11.0f} ({ours:5.3f} s){tokens / theirs:>11.0f} ({theirs:5.3f} s)"
@@ -116,7 +118,7 @@ def print_row(name: str, tokens: int, seconds: list[list[float]]) -> None:
 
 
 def check_agreement(ours: "OurSide", theirs: "TheirSide") -> None:
-    """Both sides compute the same thing, or the figures mean nothing."""
+    """Exits unless both sides compute the same loss and the same tokens."""
     our_loss, their_loss = ours.loss(), theirs.loss()
     print(
         f"loss before training: {our_loss:.6f} and {their_loss:.6f} (tolerance {LOSS_TOLERANCE:g}, relative)"
@@ -153,7 +155,7 @@ class TheirSide:
         self.new_tokens = work.new_tokens
 
     def _loss(self) -> Any:
-        # shift_labels: the targets are shifted already, so all positions count, as on our side.
+        # The targets are already shifted (shift_labels), so all positions count, as on our side.
         return self.model(self.inputs, labels=self.targets, shift_labels=self.targets, use_cache=False).loss
 
     def loss(self) -> float:
@@ -182,12 +184,12 @@ class TheirSide:
 
 
 def our_params(state: Any, config: Any) -> dict[str, Any]:
-    """A Gemma2ForCausalLM's state dict as our nested dict, laid out like `weight_specs`."""
+    """Returns the state dict of a Gemma2ForCausalLM as our nested dict, laid out like `weight_specs`."""
     from gemma2_jax.formats.layouts import HUGGINGFACE, expand
     from gemma2_jax.model.weights import map_specs, weight_specs
 
     specs = weight_specs(config)
-    weights: dict[str, list[Any]] = {}  # by path; of a weight that every pair of layers has, in their order
+    weights: dict[str, list[Any]] = {}  # by path; one part per pair of layers, in order, for stacked weights
     for name, entry in expand(HUGGINGFACE, specs).items():
         for place, part in zip(entry.places, entry.split(state[name].numpy()), strict=True):
             weights.setdefault(place.path, []).append(part)
@@ -198,7 +200,7 @@ def our_params(state: Any, config: Any) -> dict[str, Any]:
 
 
 class OurSide:
-    """gemma2_jax, as it trains and samples by default on a CPU."""
+    """gemma2_jax, with its default training and sampling on a CPU."""
 
     def __init__(self, work: Work, state: Any) -> None:
         import jax
@@ -235,7 +237,7 @@ class OurSide:
         self._step = build_train_step(method, update, update.abstract_state(mesh), config.layout)
         self._evaluate = build_evaluation_step(method)
         self._model = lambda: Gemma2(config.model, self.state.trainable[PARAMS])
-        # Ids in, ids out: of a tokenizer, the sampler then asks only how many ids there are.
+        # The sampler takes and returns ids here, so it needs only the vocabulary size of a tokenizer.
         ids_only: Any = SimpleNamespace(vocab_size=SIZES["vocab_size"])
         self._sampler = Sampler(self._model(), ids_only, config.compute)
         self._greedy = SamplingConfig(max_new_tokens=work.new_tokens, temperature=0.0, stop_tokens=())

@@ -1,16 +1,17 @@
-"""What a cached teacher costs: bytes a token of each encoding, time to encode, and speed of feeding.
+"""Measures a teacher cache: bytes per token of each encoding, time to encode, and speed of reading.
 
     python experiments/benchmarks/teacher_cache.py
 
-Two teachers. The synthetic one has a vocabulary of 256,000 and power laws for distributions: the token of rank r has
-a probability in proportion to r^-a, with `a` drawn for each token of text between 1.1 and --steepest. Which
-ids come first is drawn too, frequent (low) ids more often. At 3.0 its perplexity is 9, at 2.5 it is 14. The trained
-one is model=small_1m, trained here for --steps steps on the built-in corpus, or --source.
+There are two teachers. The synthetic teacher has a vocabulary of 256,000 and power-law distributions: the token of
+rank r has a probability proportional to r^-a, with `a` drawn between 1.1 and --steepest for each position. The ranking
+of the ids is random too, with frequent (low) ids first more often. Its perplexity is 9 at --steepest 3.0, and 14 at
+2.5. The trained teacher is model=small_1m, trained by this script for --steps steps on the built-in corpus or --source.
 
-Bytes are those of records, headers and checksums included; times are medians over repetitions. Encoding goes from
-logits on the device to bytes; `softmax` is what a softmax alone over the same logits takes. Then tokens a second of
-batches, with the teacher's entries (sampled, N = 50) and without; and of training on both, beside training on a
-batch that lies in memory: their ratio is 1 where no step waits for its batch.
+Bytes are the sizes of records, including headers and checksums; times are medians over repetitions. Encoding goes from
+logits on the device to bytes; the row `softmax` is the time of a softmax alone over the same logits. The next table
+gives the tokens per second of batches with the teacher's entries (sampled, N = 50) and without. The last one gives the
+same for training on both, compared with training on one batch in memory: a ratio of 1 means that no step waits for its
+batch.
 """
 
 import argparse
@@ -53,8 +54,8 @@ from gemma2_jax.training.state import Update, initial_state
 from gemma2_jax.training.step import build_train_step
 from gemma2_jax.training.teacher_cache import write_cache
 
-BLOCK = 128  # tokens whose logits there are at a time
-SHAPES = [(16, 128), (32, 1024)]  # (B, T) of what is fed
+BLOCK = 128  # tokens whose logits are in memory at a time
+SHAPES = [(16, 128), (32, 1024)]  # (B, T) of the batches
 ENCODINGS = {
     "sampled, N = 12": EncodingConfig(entries=12),
     "sampled, N = 50": EncodingConfig(entries=50),
@@ -67,18 +68,18 @@ FULL = {"full": EncodingConfig("full", None)}
 
 
 def median_seconds(run: Callable[[], Any], repetitions: int) -> float:
-    """Of `run`, called once more before the clock starts."""
+    """Returns the median seconds of `run`, after one untimed call."""
     run()
     times = []
     for _ in range(repetitions):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         run()
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
 def synthetic_logits(vocab_size: int, tokens: int, steepest: float) -> tuple[np.ndarray, float]:
-    """Log-probabilities [tokens, V] of power laws, and their mean entropy in nats."""
+    """Returns log-probabilities [tokens, V] of power laws, and their mean entropy in nats."""
     random = np.random.default_rng(0)
     log_ranks = np.log(np.arange(1, vocab_size + 1))
     frequency = -np.log(np.arange(vocab_size) + 10.0)
@@ -119,8 +120,8 @@ def synthetic(vocab_size: int, tokens: int, steepest: float, repetitions: int) -
 
 @partial(jax.jit, static_argnums=0)
 def encode_block(config: EncodingConfig, logits: jax.Array, start: int) -> Any:
-    places = start + jnp.arange(len(logits))
-    return encode(config, logits, logits.shape[-1], jnp.uint32(0), places)
+    positions = start + jnp.arange(len(logits))
+    return encode(config, logits, logits.shape[-1], jnp.uint32(0), positions)
 
 
 def _encode_and_wait(config: EncodingConfig, logits: jax.Array) -> None:
@@ -136,7 +137,7 @@ def row(label: str, packed: Packed, packer: Packer, tokens: int, encoding: float
 
 
 def trained_teacher(folder: Path, source: str, vocab_size: int, steps: int) -> RunConfig:
-    """A small model, trained here."""
+    """Trains a small model and returns its configuration."""
     config = compose(
         [
             "model=small_1m",
@@ -163,7 +164,7 @@ def trained_teacher(folder: Path, source: str, vocab_size: int, steps: int) -> R
 def cache(
     config: RunConfig, encoding: EncodingConfig, folder: Path, steps: int
 ) -> tuple[CacheManifest, RunConfig]:
-    """Writes a cache of the run as the teacher: its manifest, and a student's run that is trained from it."""
+    """Writes a cache with the run as teacher; returns its manifest, and the configuration of a student that uses it."""
     student = replace(
         config,
         training=replace(config.training, steps=steps),
@@ -186,10 +187,10 @@ def trained(config: RunConfig, folder: Path, steps: int) -> None:
     )
     print(f"{'':44}{'bytes/token':>12}{'ids/token':>12}{'all, µs':>12}")
     for number, (label, encoding) in enumerate({**ENCODINGS, **FULL}.items()):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         made = folder / f"cache-{number}"
         manifest, _ = cache(config, encoding, made, 1 if encoding.kind == "full" else steps)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         tokens = manifest.rows * config.data.seq_len
         size = sum(len(record) for record in records(manifest, made))
         ids = np.mean(
@@ -202,7 +203,7 @@ def trained(config: RunConfig, folder: Path, steps: int) -> None:
 
 
 def feeding(config: RunConfig, folder: Path, tokens: int, repetitions: int) -> None:
-    """Batches alone, from text and from a cache, in turns."""
+    """Prints the speed of batches without training, from text and from a cache, measured alternately."""
     print(f"\n{'tokens/s':44}{'text':>12}{'cached':>12}{'ratio':>12}")
     for batch_size, seq_len in SHAPES:
         shaped = replace(config, data=replace(config.data, batch_size=batch_size, seq_len=seq_len))
@@ -212,10 +213,10 @@ def feeding(config: RunConfig, folder: Path, tokens: int, repetitions: int) -> N
 
         def rate(batches: Iterator[Any], tokens: int = (steps - 1) * batch_size * seq_len) -> float:
             next(batches)
-            begun = time.perf_counter()
+            start = time.perf_counter()
             for _ in batches:
                 pass
-            return tokens / (time.perf_counter() - begun)
+            return tokens / (time.perf_counter() - start)
 
         rates = []
         for _ in range(repetitions):
@@ -225,7 +226,7 @@ def feeding(config: RunConfig, folder: Path, tokens: int, repetitions: int) -> N
 
 
 def training(config: RunConfig, folder: Path, steps: int, repetitions: int) -> None:
-    """Training, fed with one batch that lies in memory and with new ones, in turns: what waiting for them costs."""
+    """Prints the speed of training on one batch in memory and on new batches, which shows the cost of waiting."""
     made = folder / "trained"
     _, student = cache(config, ENCODINGS["sampled, N = 50"], made, steps)
     distilled = replace(student, distill=replace(student.distill, teacher=None))
@@ -246,28 +247,28 @@ def training(config: RunConfig, folder: Path, steps: int, repetitions: int) -> N
 
 
 def training_rate(config: RunConfig, mesh: Mesh, steps: int) -> Callable[[Iterator[Any]], float]:
-    """What takes `steps` steps on what it is given, and says how many tokens a second that was, without the first."""
+    """Returns a function that takes `steps` training steps and returns their tokens per second, without the first."""
     method = build_method(config)
     update = Update(config, method.specs)
     step = build_train_step(method, update, update.abstract_state(mesh), config.layout)
 
     def rate(batches: Iterator[Any]) -> float:
         state, base = initial_state(config, method, mesh)
-        begun = 0.0
+        start = 0.0
         for number in range(steps):
             state, _ = step(state, {BASE: base}, on_mesh(next(batches), mesh))
-            if number == 0:  # it may compile
+            if number == 0:  # may compile
                 jax.block_until_ready(state)
-                begun = time.perf_counter()
+                start = time.perf_counter()
         jax.block_until_ready(state)
         tokens = (steps - 1) * config.data.batch_size * config.data.seq_len
-        return tokens / (time.perf_counter() - begun)
+        return tokens / (time.perf_counter() - start)
 
     return rate
 
 
 def line(label: str, rates: list[tuple[float, float]]) -> None:
-    """Medians of pairs, and of their ratios."""
+    """Prints the medians of the pairs, and of their ratios."""
     one, other = (statistics.median(side) for side in zip(*rates, strict=True))
     ratio = statistics.median(after / before for before, after in rates)
     print(f"{label:44}{one:>12,.0f}{other:>12,.0f}{ratio:>12.2f}")
@@ -278,19 +279,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--vocab-size", type=int, default=256_000, help="of the synthetic teacher")
+    parser.add_argument("--vocab-size", type=int, default=256_000, help="of the synthetic teacher (256000)")
     parser.add_argument(
-        "--tokens", type=int, default=1024, help="of text that the synthetic teacher has seen"
+        "--tokens",
+        type=int,
+        default=1024,
+        help="positions with a distribution of the synthetic teacher (1024)",
     )
-    parser.add_argument("--steepest", type=float, default=3.0, help="the largest exponent of its power laws")
     parser.add_argument(
-        "--source", default=PYTHON_DOCS, help="the trained teacher's corpus: a glob of files, as data.source"
+        "--steepest", type=float, default=3.0, help="largest exponent of its power laws (3.0)"
     )
-    parser.add_argument("--trained-vocab-size", type=int, default=4096, help="of the trained teacher")
-    parser.add_argument("--steps", type=int, default=200, help="that the trained teacher is trained for")
-    parser.add_argument("--cached-steps", type=int, default=10, help="steps of data in each of its caches")
-    parser.add_argument("--fed-tokens", type=int, default=300_000, help="tokens in the caches that are fed")
-    parser.add_argument("--trained-steps", type=int, default=30, help="steps of training that are timed")
+    parser.add_argument(
+        "--source", default=PYTHON_DOCS, help="corpus of the trained teacher: a glob of files, as data.source"
+    )
+    parser.add_argument("--trained-vocab-size", type=int, default=4096, help="of the trained teacher (4096)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of the trained teacher (200)")
+    parser.add_argument(
+        "--cached-steps", type=int, default=10, help="steps of data in each of its caches (10)"
+    )
+    parser.add_argument(
+        "--fed-tokens", type=int, default=300_000, help="tokens in the caches for the feeding table (300000)"
+    )
+    parser.add_argument("--trained-steps", type=int, default=30, help="timed training steps (30)")
     arguments = parser.parse_args()
     synthetic(arguments.vocab_size, arguments.tokens, arguments.steepest, arguments.repetitions)
     with tempfile.TemporaryDirectory() as name:

@@ -1,12 +1,12 @@
-"""What three students cost together, against three runs: seconds a step in turns, and memory.
+"""Compares three students trained together with three separate runs: time per step, and memory.
 
     python experiments/benchmarks/train_together.py
 
-A teacher (--teacher, small_6m) and three students (--student, small_1m) with random weights, batches of the size
-of --batch x 128 tokens of random ids. One side compiles one step for all three, with one forward pass of the teacher;
-the other compiles one step with the teacher in it and takes it three times. Both are timed in turns in one process; the
-table gives medians, the ratio of each round's, and what the arguments and temporaries of a program take. Beside them,
-what no teacher at all takes.
+A teacher (--teacher, small_6m) and three students (--student, small_1m) have random weights; batches are --batch x 128
+random ids. "together" is one compiled step for all three students, with one forward pass of the teacher. "one by one"
+is one compiled step with the teacher in it, executed three times. "without a teacher" is three steps on text. All are
+timed alternately in one process. The table gives medians, median ratios to "one by one", and the memory of a program's
+arguments and temporaries.
 """
 
 import argparse
@@ -43,20 +43,26 @@ def main() -> None:
     )
     parser.add_argument("--teacher", default="small_6m", help="model of the teacher (small_6m)")
     parser.add_argument("--student", default="small_1m", help="model of the students (small_1m)")
-    parser.add_argument("--batch", type=int, default=8, help="rows of a batch (8)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (7)")
+    parser.add_argument("--batch", type=int, default=8, help="rows per batch (8)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
     options = parser.parse_args()
     print(
-        f"jax {jax.__version__}, {os.cpu_count()} cores, {options.teacher} teaches {STUDENTS} {options.student}"
+        f"jax {jax.__version__}, {os.cpu_count()} cores, teacher {options.teacher}, "
+        f"{STUDENTS} students of {options.student}"
     )
 
-    given = [f"model={options.student}", "objective=distillation", "distill=online", "distill.teacher=none"]
-    config = compose([*given, f"data.batch_size={options.batch}", "mesh.data=1"])
+    overrides = [
+        f"model={options.student}",
+        "objective=distillation",
+        "distill=online",
+        "distill.teacher=none",
+    ]
+    config = compose([*overrides, f"data.batch_size={options.batch}", "mesh.data=1"])
     teacher_config = compose([f"model={options.teacher}"]).model
     shape = (options.batch, config.data.seq_len)
     ids = jax.random.randint(jax.random.key(0), shape, 0, config.model.num_tokens)
-    places = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-    batch = Batch(ids, jnp.roll(ids, -1, 1), places, jnp.ones_like(ids), jnp.ones(shape))
+    positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    batch = Batch(ids, jnp.roll(ids, -1, 1), positions, jnp.ones_like(ids), jnp.ones(shape))
     mesh = build_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         sizes = replace(teacher_config, vocab_size=config.model.vocab_size)
@@ -79,20 +85,26 @@ def main() -> None:
                 for seed, name in enumerate(names)
             }
 
-        of_all, of_each, of_text = initial_states(student), initial_states(student), initial_states(text)
-        for_all = {**frozen, BASE: {name: {} for name in names}}
+        joint_states, separate_states, text_states = (
+            initial_states(student),
+            initial_states(student),
+            initial_states(text),
+        )
+        joint_frozen = {**frozen, BASE: {name: {} for name in names}}
 
         def step_together() -> None:
-            nonlocal of_all
-            of_all, _ = together(of_all, for_all, batch)
+            nonlocal joint_states
+            joint_states, _ = together(joint_states, joint_frozen, batch)
 
         def one_by_one() -> None:
             for name in names:
-                of_each[name], _ = alone[student.name](of_each[name], {**frozen, BASE: {}}, batch)
+                separate_states[name], _ = alone[student.name](
+                    separate_states[name], {**frozen, BASE: {}}, batch
+                )
 
         def without_teacher() -> None:
             for name in names:
-                of_text[name], _ = alone["text"](of_text[name], {BASE: {}}, batch)
+                text_states[name], _ = alone["text"](text_states[name], {BASE: {}}, batch)
 
         sides: dict[str, Any] = {
             "together": step_together,
@@ -105,13 +117,13 @@ def main() -> None:
             for name, side in sides.items():
                 start = time.perf_counter()
                 side()
-                jax.block_until_ready((of_all, of_each, of_text))
-                if number:  # the first one warms up
+                jax.block_until_ready((joint_states, separate_states, text_states))
+                if number:  # the first round is a warm-up
                     seconds[name].append(time.perf_counter() - start)
-    print(f"{'':24}{'ms a step of all':>18}{'of one by one':>16}{'MiB of a program':>18}")
-    for name, taken in seconds.items():
-        ratios = [one / other for one, other in zip(taken, seconds["one by one"], strict=True)]
-        columns = f"{1e3 * statistics.median(taken):>18.1f}{statistics.median(ratios):>16.2f}"
+    print(f"{'':24}{'ms for 3 students':>18}{'ratio':>16}{'MiB per program':>18}")
+    for name, durations in seconds.items():
+        ratios = [one / other for one, other in zip(durations, seconds["one by one"], strict=True)]
+        columns = f"{1e3 * statistics.median(durations):>18.1f}{statistics.median(ratios):>16.2f}"
         print(f"{name:24}{columns}{mebibytes(memory[name]):>18,.0f}")
 
 
@@ -122,13 +134,13 @@ def compiled_alone(config: RunConfig, mesh: Mesh) -> Compiled:
 
 
 def compiled(method: Method, update: Any, abstract: Any, config: RunConfig, mesh: Mesh) -> Compiled:
-    """A method's training step."""
+    """Returns the compiled training step of a method."""
     step = build_train_step(method, update, abstract, config.layout)
     return step.lower(abstract, method.abstract_frozen(mesh), method.abstract_batch(mesh)).compile()
 
 
 def mebibytes(program: Compiled) -> float:
-    """What its arguments and temporaries take."""
+    """Returns the MiB of the program's arguments and temporaries."""
     found: Any = program.memory_analysis()
     return (found.argument_size_in_bytes + found.temp_size_in_bytes) / 2**20
 

@@ -1,16 +1,16 @@
-"""The biased cache that others keep, beside those of the study: top-k with the tail cut off and the rest brought to 1.
+"""Adds a biased cache to the study: top-k targets without their tail, renormalised to a sum of 1.
 
     gemma2 run teacher_source
     python experiments/teacher_source/renormalised.py          (with the same key=value as the study, if any)
 
-For each seed, it copies the study's top-k cache without its tails, trains the same student from the copy, and writes
-the study's report again with these runs in it. No option of the library makes such a cache: the weights are too large
-by the tail's share, so that a student learns to be surer than its teacher.
+For each seed, the script copies the study's top-k cache without the tails, trains the same student from the copy, and
+writes the study's report again, including these runs. No option of the library makes such a cache: the weights are too
+large by the tail's share, so that a student becomes more confident than its teacher.
 
-Only the teacher's side is renormalised: its k probabilities are brought to a sum of 1, and are compared with the
-student's softmax over the whole vocabulary, as by trainers that store top-k probabilities as soft labels. All other
-tokens are thereby pushed down to nothing. The other common way, which is not measured here, brings both sides to a sum
-of 1 over the k tokens: what the student gives to all others then has no gradient, and is left as it is.
+Only the teacher's side is renormalised: its k probabilities are scaled to a sum of 1 and compared with the student's
+softmax over the whole vocabulary, as in trainers that store top-k probabilities as soft labels. This drives the
+probability of all other tokens towards 0. The other common way, not measured here, renormalises both sides over the k
+tokens: the student's probabilities of all other tokens then have no gradient.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from gemma2_jax.cli.run import compose_study
 from gemma2_jax.config import UserError, load_config
 from gemma2_jax.data.shards import RecordWriter
 from gemma2_jax.distill.cache.encoding import Entries
-from gemma2_jax.distill.cache.manifest import Signals, find_cache, write_cache_manifest
+from gemma2_jax.distill.cache.manifest import CacheFile, find_cache, write_cache_manifest
 from gemma2_jax.distill.cache.records import Packer
 from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.study import run_study
@@ -36,18 +36,18 @@ WITH_TAIL, WITHOUT = "top_k_with_tail", "top_k_renormalised"
 
 
 def renormalise(source: Path, target: Path) -> None:
-    """Copies a top-k cache, with the probability of all other tokens set to nothing.
+    """Copies a top-k cache with the probability of all other tokens set to 0.
 
     Raises:
-        UserError: there is none in `source`, or it is not whole.
+        UserError: `source` holds no cache, or an incomplete one.
     """
     if find_cache(target) is not None:
         return
     manifest = find_cache(source)
     if manifest is None:
         raise UserError(
-            f"{source} holds no teacher's cache to copy; carry out the study before, by `gemma2 run {STUDY}` with the "
-            "same key=value."
+            f"{source} holds no teacher cache to copy; run the study first: `gemma2 run {STUDY}` with the same "
+            "key=value."
         )
     target.mkdir(parents=True, exist_ok=True)
     packer = Packer(manifest.encoding, manifest.grid, manifest.num_tokens, manifest.order.seq_len)
@@ -57,12 +57,12 @@ def renormalise(source: Path, target: Path) -> None:
         writer = RecordWriter(target / file.file, ",uncompressed")
         for number in range(len(records)):
             sparse, (checksum,) = packer.unpack([records[number]], manifest.largest)
-            nothing = np.full(sparse.tail.shape[1:], manifest.grid.low, np.float32)
-            # Read back, weights and tail are brought to a sum of 1.
-            writer.write(packer.pack(Entries(sparse.ids[0], sparse.log_weights[0], nothing), checksum).record)
+            no_tail = np.full(sparse.tail.shape[1:], manifest.grid.low, np.float32)
+            # The reader normalises weights and tail to a sum of 1.
+            writer.write(packer.pack(Entries(sparse.ids[0], sparse.log_weights[0], no_tail), checksum).record)
         written = writer.finish()
         files.append(
-            Signals(written.file, written.size, written.sha256, file.process, file.rows, file.largest)
+            CacheFile(written.file, written.size, written.sha256, file.process, file.rows, file.largest)
         )
     write_cache_manifest(target, dataclasses.replace(manifest, files=tuple(files)))
 

@@ -1,1 +1,1 @@
-"""The command line: one file a verb. Nothing else imports this room, and only it knows Hydra and argparse."""
+"""The command line: one file per verb. No other package imports this one, and only this one uses Hydra and argparse."""

@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from gemma2_jax.sampling.config import SamplingConfig
     from gemma2_jax.sampling.sampler import Sampler
 
-HINT = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops a reply"
+HINT = "/reset starts over, /quit or Ctrl-D ends, Ctrl-C stops a reply"
 
 Message = Mapping[str, object]
 
 
 def check_turns(tokenizer: "Tokenizer") -> None:
-    """Raises UserError if the tokenizer has no turn tokens, without which there is no chat."""
+    """Raises UserError if the tokenizer lacks the turn tokens, which a chat needs."""
     from gemma2_jax.data.chat_format import render
 
     tokenizer.encode(render([{"role": "user", "content": "x"}], generation_prompt=True), control=True)
 
 
 def chat(sampler: "Sampler", config: "SamplingConfig") -> None:
-    """Reads a message, streams the reply, and so on; the whole conversation is the prompt of each reply."""
+    """Alternates between reading a message and streaming the reply; each prompt is the whole conversation so far."""
     history: list[Message] = []
     print(HINT, file=sys.stderr)
     with _interrupts_raise():
@@ -46,40 +46,42 @@ def chat(sampler: "Sampler", config: "SamplingConfig") -> None:
             elif re.fullmatch(r"/[a-z]+", message):
                 print(f"there is no command {message}; accepted: /reset, /quit.", file=sys.stderr)
             elif message:
-                history = _answered(sampler, config, history, message)
+                history = _history_with_reply(sampler, config, history, message)
 
 
-def announced(growing: Iterator[list["Completion"]], show: bool = True) -> Iterator[list["Completion"]]:
-    """Passes on what a sampler yields, after it has shown that its programs are compiled first."""
+def with_compile_message(
+    completions: Iterator[list["Completion"]], show: bool = True
+) -> Iterator[list["Completion"]]:
+    """Yields what `completions` yields, and shows a message while its programs are compiled."""
     from gemma2_jax.screen import activity
 
-    with activity("compiling, and reading the prompt", show):
-        first = next(growing, None)
+    with activity("compiling, and processing the prompt", show):
+        first = next(completions, None)
     if first is not None:
         yield first
-        yield from growing
+        yield from completions
 
 
-def _answered(
+def _history_with_reply(
     sampler: "Sampler", config: "SamplingConfig", history: list[Message], message: str
 ) -> list[Message]:
-    """Prints the reply to a message; returns the history with both, or as it was where the message is refused."""
+    """Prints the reply to a message; returns the history with both, or unchanged if the message is refused."""
     from gemma2_jax.config import UserError
     from gemma2_jax.data.chat_format import render
 
-    asked: list[Message] = [*history, {"role": "user", "content": message}]
+    messages: list[Message] = [*history, {"role": "user", "content": message}]
     try:
-        prompt = render(asked, generation_prompt=True)
+        prompt = render(messages, generation_prompt=True)
     except UserError as error:
         print(error, file=sys.stderr)
         return history
-    # A turn token that the model makes amid its reply would end the turn there when it is read again.
+    # A turn token inside the reply would end the turn there when the history is tokenised again.
     reply = re.sub("<(start|end)_of_turn>", "", _reply(sampler, config, prompt))
-    return [*asked, {"role": "assistant", "content": reply}]
+    return [*messages, {"role": "assistant", "content": reply}]
 
 
 def _read_message() -> str | None:
-    """Returns the next line without blanks around it; None at the end of the input."""
+    """Returns the next line without surrounding whitespace; None at the end of the input."""
     from gemma2_jax.config import UserError
 
     try:
@@ -91,10 +93,12 @@ def _read_message() -> str | None:
 
 
 def _reply(sampler: "Sampler", config: "SamplingConfig", prompt: str) -> str:
-    """Prints the reply as it is made; returns it, or what there is of it when Ctrl-C stops it."""
+    """Prints the reply as it is generated; returns it, or the part before Ctrl-C."""
     text = ""
     with _stopping() as stopped:
-        for (completion,) in announced(sampler.complete([prompt], config), show=sys.stderr.isatty()):
+        for (completion,) in with_compile_message(
+            sampler.complete([prompt], config), show=sys.stderr.isatty()
+        ):
             print(completion.text[len(text) :], end="", flush=True)
             text = completion.text
             if stopped:
@@ -105,7 +109,7 @@ def _reply(sampler: "Sampler", config: "SamplingConfig", prompt: str) -> str:
 
 @contextmanager
 def _stopping() -> Iterator[list[int]]:
-    """Gives a list that has an entry once Ctrl-C was pressed within; pressed again, it interrupts."""
+    """Yields a list that gets an entry at the first Ctrl-C in the block; the second one raises KeyboardInterrupt."""
     stopped: list[int] = []
 
     def stop(number: int, frame: object) -> None:
@@ -123,7 +127,7 @@ def _stopping() -> Iterator[list[int]]:
 @contextmanager
 def _interrupts_raise() -> Iterator[None]:
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # gives `input` its line editing
+        import readline  # noqa: F401  # enables line editing in `input`
 
     with stops.handled_elsewhere(signal.SIGINT):
         before = signal.signal(signal.SIGINT, signal.default_int_handler)

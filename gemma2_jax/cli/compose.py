@@ -1,11 +1,10 @@
-"""Configuration from YAML groups, experiments and key=value overrides, by Hydra (and `hydra_private`).
+"""Composes configurations from YAML groups, experiments and key=value overrides, with Hydra (and `hydra_private`).
 
     from gemma2_jax.cli.compose import compose
     config = compose(["experiment=quickstart/teacher", "training.steps=100"])
 
-Hydra composes the files (groups, an experiment) and reads the grammar of the overrides. Values are then set
-on the result and checked by the dataclasses, so that a wrong key or value is told in the same words
-wherever it came from.
+Hydra composes the files (groups, an experiment) and parses the overrides. Their values are then set on the result and
+checked by the dataclasses, so that a wrong key or value gives the same message wherever it came from.
 """
 
 import dataclasses
@@ -42,7 +41,7 @@ from gemma2_jax.run import RunConfig
 ROOT = "train"  # the name of the root file, configs/train.yaml
 COMMAND_LINE = "the configuration"
 
-# ${or:${key},other} in a YAML file: the key's value, or the other where that is null.
+# ${or:${key},other} in a YAML file: the key's value, or `other` if that is null.
 OmegaConf.register_new_resolver("or", lambda value, other: other if value is None else value, replace=True)
 
 
@@ -56,24 +55,24 @@ def compose(
     Args:
         overrides: `group=NAME` (`model=gemma2_2b`, `experiment=quickstart/teacher`) and `key=value`
             (`training.steps=100`), in Hydra's grammar.
-        config_dir: a folder of the user's own with groups and experiments; its files win over ours.
-        values: more values by dotted key, set last, as they are.
+        config_dir: user's folder with groups and experiments; its files take precedence over ours.
+        values: further values by dotted key, set last and unchanged.
 
     Raises:
-        UserError: an override that is no key=value, a name that no group has, or what `build` refuses.
+        UserError: an override is not key=value, a group has no such name, or `build` refuses the result.
     """
     chosen, given = _chosen(overrides, config_dir)
-    _check_name(given.get("name"))  # those in files are experiments' own, such as quickstart/teacher
+    _check_name(given.get("name"))  # names in files may contain /, such as quickstart/teacher
     return _finish(_compose_files(chosen, config_dir), {**given, **(values or {})}, COMMAND_LINE)
 
 
 def composed_values(
     overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
-    """Returns what `compose` would check, unchecked: the values of files and overrides, without the code's defaults.
+    """Returns the values of files and overrides as `compose` sees them, unchecked and without the code's defaults.
 
     Raises:
-        UserError: an override that is no key=value, of a key that does not exist, or a name that no group has.
+        UserError: an override is not key=value or names an unknown key, or a group has no such name.
     """
     chosen, given = _chosen(overrides, config_dir)
     for key in given:
@@ -83,24 +82,25 @@ def composed_values(
 
 
 def compose_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """Returns the configuration saved at `path` (a run's config.yaml) with `key=value` overrides set on it."""
+    """Returns the configuration saved at `path` (a run's config.yaml), changed by `key=value` overrides."""
     chosen, values = _split(overrides)
     if chosen:
         group = next(iter(chosen))
         raise UserError(
-            f"{group}={chosen[group]} chooses a file, but {path} is already composed; override its keys."
+            f"{group}={chosen[group]} chooses a config file, but {path} is already composed; "
+            "set single keys, as in training.steps=100."
         )
     _check_name(values.get("name"))
     return _finish(read_yaml(path), values, str(path))
 
 
 def combinations(overrides: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
-    """Takes the overrides that list several values apart from those that have one.
+    """Separates the overrides that list several values from those with one value.
 
     Returns:
-        Every combination of the former, the last one changing fastest (`["a=1,2", "c=x,y"]` gives
-        `{"a": "1", "c": "x"}`, `{"a": "1", "c": "y"}`, …; one empty combination if nothing is listed), and
-        the latter as they are. Choices (`a=1,2`) and ranges (`a=range(1,4)`) are read by Hydra's grammar.
+        All combinations of the listed values, the last key changing fastest (`["a=1,2", "c=x,y"]` gives
+        `{"a": "1", "c": "x"}`, `{"a": "1", "c": "y"}`, …; one empty combination if no key lists values), and the
+        other overrides unchanged. Lists are Hydra's choices (`a=1,2`) and ranges (`a=range(1,4)`).
     """
     lists: list[list[tuple[str, str]]] = []
     shared: list[str] = []
@@ -121,33 +121,33 @@ def combinations(overrides: Sequence[str]) -> tuple[list[dict[str, str]], list[s
 
 
 def pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    """Returns the key and the value of each override, in order; names and keys of text have the text as typed.
+    """Returns the key and the value of each override, in order; names and text values are kept as typed.
 
     Raises:
-        UserError: one of them lists several values.
+        UserError: an override lists several values.
     """
     found = []
     for override in _parse(overrides):
         key, _, text = str(override.input_line).partition("=")
         if override.is_sweep_override():
             raise UserError(
-                f"{key}={text} lists several values, which only `gemma2 sweep` takes{_as_list(key, text)}."
+                f"{key}={text} lists several values, which only `gemma2 sweep` accepts{_as_list(key, text)}."
             )
-        # What chooses a file is a name; a key that does not exist is refused later, with its value as it was read.
+        # The value of a group is a file's name. Unknown keys are refused later, with the value as parsed.
         kind = str if key in groups() else type_of(RunConfig, key)
         found.append((override.key_or_group, as_typed(kind, override.value(), text)))
     return found
 
 
 def _as_list(key: str, text: str) -> str:
-    """Returns how several values of a key that takes a list are given, as the end of a sentence."""
+    """Returns the end of a sentence: how to write a list, if the key takes one; else an empty text."""
     accepts_list = any(get_origin(option) in (tuple, list) for option in options_of(type_of(RunConfig, key)))
-    return f"; a list of them is in brackets and quotes: '{key}=[{text}]'" if accepts_list else ""
+    return f"; to give one list, write '{key}=[{text}]'" if accepts_list else ""
 
 
 @cache
 def groups() -> tuple[str, ...]:
-    """Returns the names that choose a file: `experiment`, and every part of a run's configuration."""
+    """Returns the names of the config groups: `experiment`, and every section of a run's configuration."""
     hints = get_type_hints(RunConfig)
     parts = [
         field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(hints[field.name])
@@ -157,7 +157,7 @@ def groups() -> tuple[str, ...]:
 
 @cache
 def keys() -> tuple[str, ...]:
-    """Returns every dotted key of a run's configuration, in its order, but for sections that are always there."""
+    """Returns every dotted key of a run's configuration, in order, without the sections that are always present."""
     return tuple(_keys_of(RunConfig, ""))
 
 
@@ -175,7 +175,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     for position, text in enumerate(overrides):
         override = None if _lacks_utf8(text) else _parse_one(text) or _parse_one(_quoted(text))
         plain = override is not None and override.type is OverrideType.CHANGE and override.package is None
-        # `key= value`, which the shell cuts in two, begins like an empty value.
+        # The shell splits `key= value` in two; its first part looks like an empty value.
         cut = text.endswith("=") and position + 1 < len(overrides) and "=" not in overrides[position + 1]
         if override is None or not plain or not override.key_or_group or cut:
             raise UserError(_unreadable(overrides, position))
@@ -191,7 +191,7 @@ def _parse_one(text: str) -> Override | None:
 
 
 def _quoted(text: str) -> str:
-    """Puts the value of a key of text in quotes, by which the grammar takes blanks and letters of any language."""
+    """Quotes the value of a text key, so that the grammar accepts blanks and letters of any language."""
     key, _, value = text.partition("=")
     takes_text = str in options_of(type_of(RunConfig, key))
     quote = next((quote for quote in "'\"" if quote not in value), None)
@@ -200,27 +200,27 @@ def _quoted(text: str) -> str:
 
 
 def _lacks_utf8(text: str) -> bool:
-    """Whether an argument holds bytes that Python could not decode, and has kept as lone surrogates."""
+    """Returns whether an argument has bytes that Python could not decode and kept as lone surrogates."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _unreadable(overrides: Sequence[str], position: int) -> str:
-    """Returns the sentence about an override that is no key=value; `key = value` has come in up to three pieces."""
+    """Returns the message for an override that is not key=value; the shell splits `key = value` into three pieces."""
     text = overrides[position]
     if _lacks_utf8(text):
-        return f"{text!r} is not UTF-8; where the locale is not, LC_ALL=C.UTF-8 sets one that is."
+        return f"{text!r} is not UTF-8; if your locale does not use UTF-8, set LC_ALL=C.UTF-8."
     pieces = " ".join(overrides[position : position + 3])
     spaced = re.match(r"([A-Za-z_][\w.]*)(?: *= *|: +)([^\s=]+)", pieces)
     if spaced is not None and " " in spaced[0]:
         return f"{spaced[0]!r} cannot be read; write it without blanks: {spaced[1]}={spaced[2]}."
     return (
         f"{text!r} cannot be read; accepted: key=value, as in training.steps=100, "
-        "where a value with blanks or signs is put in quotes, as in 'name=\"a b\"'."
+        "with quotes around a value with blanks or special characters, as in 'name=\"a b\"'."
     )
 
 
 def _split(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Takes apart what chooses a file and what sets a value."""
+    """Separates the overrides that choose a file from those that set a value."""
     chosen: dict[str, str] = {}
     values: dict[str, Any] = {}
     for key, value in pairs(overrides):
@@ -234,7 +234,7 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
 def _chosen(
     overrides: Sequence[str], config_dir: str | os.PathLike[str] | None
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """As `_split`. Raises UserError for names that no group has."""
+    """Returns what `_split` returns. Raises UserError for a name that its group does not have."""
     chosen, values = _split(overrides)
     accepted = {group: choices(group, config_dir) for group in chosen}
     refuse(
@@ -248,10 +248,10 @@ def _chosen(
 def chosen_files(
     overrides: Sequence[str], config_dir: str | os.PathLike[str] | None = None
 ) -> list[tuple[Path, str]]:
-    """Returns the files that a configuration is composed from, the one that wins first, each with its section.
+    """Returns the files that a configuration is composed from, in order of precedence, each with its section.
 
-    The section is that of the keys in the file: `model` for a file of that group, `distill.model` where it gives the
-    teacher's sizes, and empty for the root and experiments, which set keys of all.
+    The section is the prefix of the file's keys: `model` for a file of that group, `distill.model` if that file gives
+    the teacher's sizes, and empty for the root file and experiments, which set keys of all sections.
     """
     chosen, _ = _split(overrides)
     names = _load_files(chosen, config_dir)["hydra"]["runtime"]["choices"]
@@ -270,7 +270,7 @@ def chosen_files(
 
 
 def _with_bases(folders: Sequence[Path], name: str) -> list[Path]:
-    """Returns the file of a group, and then those that it begins with (plain names in its `defaults`)."""
+    """Returns the file of a group, then the files that it is based on (plain names in its `defaults`)."""
     path = _first_of(folders, name)
     bases = [
         base for base in read_yaml(path).get("defaults", []) if isinstance(base, str) and base != "_self_"
@@ -289,7 +289,7 @@ def _compose_files(chosen: dict[str, str], config_dir: str | os.PathLike[str] | 
 
 
 def _load_files(chosen: dict[str, str], config_dir: str | os.PathLike[str] | None) -> dict[str, Any]:
-    # Experiments lie beside the groups, so that a study's YAML and its README share a folder.
+    # Experiments are outside configs/, so that a study's YAML files and its README share a folder.
     arguments = [
         f"{EXPERIMENTS if group == 'experiment' else group}={name}" for group, name in chosen.items()
     ]
@@ -302,26 +302,26 @@ def _load_files(chosen: dict[str, str], config_dir: str | os.PathLike[str] | Non
         data: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
         return data
     except MissingConfigException as error:
-        wanted = f"the file {error.missing_cfg_file}.yaml" if error.missing_cfg_file else _one_line(error)
+        missing = f"the file {error.missing_cfg_file}.yaml" if error.missing_cfg_file else _one_line(error)
         hint = (
             f", {suggest(str(error.missing_cfg_file).split('/')[-1], error.options)}" if error.options else ""
         )
-        raise UserError(f"the configuration asks for {wanted}, which does not exist{hint}.") from None
+        raise UserError(f"the configuration refers to {missing}, which does not exist{hint}.") from None
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"the configuration cannot be composed: {_one_line(error)}.") from None
 
 
 def _check_name(name: Any) -> None:
-    """Raises UserError if the name given to a run is a path, which would put its folder elsewhere than runs/NAME."""
+    """Raises UserError if a run's name is a path, since its folder would then not be runs/NAME."""
     if isinstance(name, str) and (name in (".", "..") or "/" in name or "\\" in name):
         raise UserError(
-            f"name is {name}; accepted: text without / and \\ that is not . or ..; for another folder write output="
-            f"{name}."
+            f"name is {name}; accepted: text without / and \\, except . and ..; to choose the run's folder, use "
+            f"output={name}."
         )
 
 
 def _resolved(data: dict[str, Any], values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Sets values in `data`, and replaces what refers to others."""
+    """Sets values in `data`, and resolves its references (${...})."""
     for key, value in values.items():
         _set(data, key, value)
     try:
@@ -329,7 +329,7 @@ def _resolved(data: dict[str, Any], values: dict[str, Any], where: str) -> dict[
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{where}: {error.full_key} refers to something that is not there: {reason}."
+            f"{where}: {error.full_key} has a reference that cannot be resolved: {reason}."
         ) from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
@@ -337,25 +337,27 @@ def _resolved(data: dict[str, Any], values: dict[str, Any], where: str) -> dict[
 
 def _finish(data: dict[str, Any], values: dict[str, Any], where: str) -> RunConfig:
     resolved = _resolved(data, values, where)
-    complaints = [f"{key} has no value yet; give one, as in {key}=…." for key in _missing(resolved)]
+    problems = [f"{key} has no value; set it with {key}=…." for key in _missing(resolved)]
     try:
         config = build(RunConfig, resolved, where)
     except UserError as error:
-        # What stands for a value that is missing is not also of a wrong type.
-        complaints += [line for line in str(error).split("\n") if '"???"' not in line or not complaints]
-    refuse(complaints)
+        # A missing value (???) is not reported again as a value of the wrong type.
+        problems += [line for line in str(error).split("\n") if '"???"' not in line or not problems]
+    refuse(problems)
     return config
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key; whether it exists and fits is for the dataclasses to say."""
+    """Sets a dotted key; the dataclasses check later whether it exists and fits."""
     *parents, last = key.split(".")
     inner = data
     for depth, parent in enumerate(parents):
         below = inner.setdefault(parent, {})
         if not isinstance(below, dict):
             above = ".".join(parents[: depth + 1])
-            raise UserError(f"there is no key {key}, since {above} is a single value ({below}).")
+            raise UserError(
+                f"there is no key {key}, since {above} is a single value ({below}), not a section."
+            )
         inner = below
     if isinstance(value, dict) and isinstance(inner.get(last), dict):
         for name, item in value.items():

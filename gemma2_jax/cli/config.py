@@ -1,4 +1,4 @@
-"""`gemma2 config`: what a command line composes to, and what there is to choose from."""
+"""`gemma2 config`: shows composed configurations and the available choices."""
 
 import argparse
 
@@ -11,11 +11,11 @@ Shows configurations without running anything.
   gemma2 config list                                    every group with the names it accepts
   gemma2 config list model                              the names of one group
   gemma2 config show experiment=quickstart/distilled    every key with its value
-  gemma2 config explain training.eval_every             what a key means
+  gemma2 config explain training.eval_every             the meaning of a key
 """
 SHOW = """\
-Prints the whole configuration of `gemma2 train` with the same arguments, as YAML; saved to a file, it is what
-`gemma2 train --config FILE` takes. --comments puts above each key what it means.
+Prints the whole configuration of `gemma2 train` with the same arguments, as YAML that `gemma2 train --config FILE`
+accepts. --comments adds each key's meaning in a comment above it.
 
   gemma2 config show
   gemma2 config show model=gemma2_2b optimizer=wsd training.steps=2000
@@ -27,8 +27,8 @@ Prints the names that a group accepts (group=NAME on the command line), or those
   gemma2 config list experiment
 """
 EXPLAIN = """\
-Prints what a key means, the type that it takes, its value, and the file that sets it; of a section, its keys. With
-key=value, value and file are those of `gemma2 train` with the same arguments.
+Prints a key's meaning, type and value, and the file that sets it; for a section, lists its keys. With key=value, the
+value and the file are those of `gemma2 train` with the same arguments.
 
   gemma2 config explain
   gemma2 config explain training
@@ -72,7 +72,9 @@ def explain(arguments: argparse.Namespace) -> None:
     key, overrides = arguments.key, arguments.overrides
     if key is not None and "=" in key:
         key, overrides = None, [key, *overrides]
-    values = composed_values(overrides, arguments.config_dir)  # not checked: they need not make a run
+    values = composed_values(
+        overrides, arguments.config_dir
+    )  # unchecked, since they need not form a complete run
     print(explain_key(key, values, overrides, arguments.config_dir))
 
 

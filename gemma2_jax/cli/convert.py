@@ -1,4 +1,4 @@
-"""`gemma2 convert`: a checkpoint from one tool's form to another's."""
+"""`gemma2 convert`: converts a checkpoint from one tool's format to another's."""
 
 import argparse
 import sys
@@ -6,15 +6,16 @@ import sys
 from gemma2_jax.cli.parsers import Verbs, add_verb
 
 DESCRIPTION = """\
-Writes a checkpoint in another form, reads it back and compares every weight, and only then puts it at TARGET.
+Converts a checkpoint to another format, reads the result back, compares every weight, and only then moves the result to
+TARGET.
 
 SOURCE is a Hugging Face folder (or its name on the hub, with the extra `hub`), DeepMind's Orbax checkpoint, or a
-run folder. What TARGET becomes:
-  NAME.gguf       for a target that ends so: one file for llama.cpp (extra `gguf`)
-  Hugging Face    if SOURCE is a run folder: what transformers loads with AutoModelForCausalLM and AutoTokenizer
-  run folder      otherwise: what train (initialise.source), distill.teacher and generate take
---to chooses otherwise. Weights stay as they are, bit for bit, unless --dtype asks for something smaller or larger; a
-SOURCE of several dtypes becomes float32, which holds them all.
+run folder. The format of TARGET is
+  GGUF            if TARGET ends in .gguf: one file for llama.cpp (extra `gguf`)
+  Hugging Face    if SOURCE is a run folder: a folder for transformers' AutoModelForCausalLM and AutoTokenizer
+  run folder      otherwise: for train (initialise.source), distill.teacher and generate
+unless --to chooses another. Weights are copied bit for bit unless --dtype names another dtype; a SOURCE with several
+dtypes becomes float32, which represents them all exactly.
 
   gemma2 convert google/gemma-2-2b-it weights/2b-it
   gemma2 convert downloads/gemma2-9b weights/9b --tokenizer downloads/tokenizer.model
@@ -24,19 +25,19 @@ SOURCE of several dtypes becomes float32, which holds them all.
 
 
 def add_parser(verbs: Verbs) -> None:
-    parser = add_verb(verbs, "convert", run, "write a checkpoint in another tool's form", DESCRIPTION)
+    parser = add_verb(verbs, "convert", run, "convert a checkpoint to another tool's format", DESCRIPTION)
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="what to read")
-    add("target", metavar="TARGET", help="what to write; must not exist yet")
+    add("source", metavar="SOURCE", help="the checkpoint to read")
+    add("target", metavar="TARGET", help="the file or folder to write; must not exist yet")
     add(
         "--to",
         choices=("run", "huggingface", "gguf"),
-        help="the form of TARGET, where its name does not tell",
+        help="the format of TARGET, instead of the default above",
     )
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "q8_0", "q4_0"),
-        help="of the weights in TARGET (as in SOURCE); q8_0 and q4_0 are for GGUF",
+        help="dtype of the weights in TARGET (default: as in SOURCE); q8_0 and q4_0 are for GGUF",
     )
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, for a source that comes without one")
 
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     def show(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
             tasks[stage] = bar.add_task(stage, total=total)
-            if not console.is_terminal:  # a log gets a line a stage
+            if not console.is_terminal:  # a log gets one line per stage
                 print(f"gemma2: {stage} …", file=sys.stderr, flush=True)
         bar.update(tasks[stage], completed=done)
 

@@ -1,28 +1,28 @@
-"""`gemma2 data`: prepare the text of a configuration, look at what came of it, and check it."""
+"""`gemma2 data`: prepares the text of a configuration, shows the result, and checks it."""
 
 import argparse
 
 from gemma2_jax.cli.parsers import Verbs, add_actions, add_overrides, add_verb
 
 DESCRIPTION = """\
-Works with the data that a configuration names: text (data.source) is tokenised once into shards in data.folder.
+Manages the data of a configuration: the text (data.source) is tokenised once into shards in data.folder.
 
-  gemma2 data prepare         makes the shards, and the tokenizer if there is none; training does so by itself
-  gemma2 data show            what the folder holds, and the beginning of a training batch
-  gemma2 data verify          reads every shard and source file, and reports what has changed
+  gemma2 data prepare         writes the shards, and trains the tokenizer if there is none; training does this too
+  gemma2 data show            prints what the folder holds, and the first rows of a training batch
+  gemma2 data verify          reads every shard and source file, and reports changes
 """
 KEYS = """\
-the commonest keys:
-  data=files data.source='my/*.txt'   text of your own: globs of .txt .md .rst .jsonl .parquet, also .gz .zst
-  data.folder=data/mine               where the shards go; each source needs a folder of its own
-  data.validation_fraction=0.02       share of the documents that are held out
-  data.skip_invalid=10                leave out up to 10 records that cannot be read (0.01: up to 1 % of them)
+common keys:
+  data=files data.source='my/*.txt'   your own text: globs of .txt .md .rst .jsonl .parquet, also .gz .zst
+  data.folder=data/mine               the folder of the shards; use one folder per source
+  data.validation_fraction=0.02       fraction of the documents held out
+  data.skip_invalid=10                skip up to 10 unreadable records (0.01: up to 1 % of all)
   tokenizer.path=my.model             the SentencePiece model; trained if it does not exist yet
-  tokenizer.vocab_size=8192           the size that it is trained to
+  tokenizer.vocab_size=8192           its size when it is trained
 """
 PREPARE = """\
 Tokenises data.source into data.folder, in parallel, and trains the tokenizer first if tokenizer.path does not
-exist. Goes on where it was after a stop, and does nothing if the folder is complete.
+exist. Resumes after an interruption, and does nothing if the folder is complete.
 
   gemma2 data prepare
   gemma2 data prepare data=files data.source='notes/**/*.md' data.folder=data/notes tokenizer.path=data/notes.model
@@ -34,9 +34,9 @@ Prints how many documents, tokens and characters each split holds, and how the f
   gemma2 data show --rows 16 data=files data.source='notes/**/*.md' data.folder=data/notes
 """
 VERIFY = """\
-Reads every shard of data.folder and compares it with the checksum taken when it was written: after a copy, or
-when a disk is in doubt. Then reads the files that the folder was prepared from, if they are there, and compares
-their content. Names the first file that differs, and then exits with 1.
+Reads every shard of data.folder and compares it with the checksum from the time of writing; use it after a copy, or if
+you suspect a disk. Then compares the content of the source files, if they exist, with the content that was prepared.
+If a file differs, names the first such file and exits with 1.
 
   gemma2 data verify
   gemma2 data verify data.folder=data/notes
@@ -44,12 +44,16 @@ their content. Names the first file that differs, and then exits with 1.
 
 
 def add_parser(verbs: Verbs) -> None:
-    actions = add_actions(verbs, "data", "prepare text for training, look at it, check it", DESCRIPTION)
-    help_prepare = "tokenise the source, if that is not done yet"
+    actions = add_actions(verbs, "data", "prepare text for training, show it, check it", DESCRIPTION)
+    help_prepare = "tokenise the source, if that has not been done"
     add_overrides(add_verb(actions, "prepare", prepare, help_prepare, PREPARE, KEYS, resumes=True))
     parser = add_verb(actions, "show", show, "print what a prepared folder holds", SHOW, KEYS)
     parser.add_argument(
-        "--rows", type=int, default=4, metavar="N", help="how many rows of the first training batch (4)"
+        "--rows",
+        type=int,
+        default=4,
+        metavar="N",
+        help="number of rows of the first training batch to show (4)",
     )
     add_overrides(parser)
     add_overrides(add_verb(actions, "verify", verify, "check the shards of a prepared folder", VERIFY, KEYS))
@@ -84,13 +88,13 @@ def show(arguments: argparse.Namespace) -> None:
     ]
     Table(["split", "documents", "tokens", "characters"], splits).print(Console(), config.data.folder)
     if manifest.skipped.records:
-        print(f"left out: {manifest.skipped}")
+        print(f"skipped: {manifest.skipped}")
     tokenizer = Tokenizer.load(config.tokenizer.path)
     batch = next(train_batches(config.data))
     rows = min(arguments.rows, len(batch.tokens))
     more = "" if rows == len(batch.tokens) else f"; --rows {len(batch.tokens)} shows all"
     print(
-        f"\n{rows} of the first training batch's {len(batch.tokens)} rows{more}: documents in it, and how it begins"
+        f"\n{rows} of the first training batch's {len(batch.tokens)} rows{more}: number of documents, and first tokens"
     )
     for tokens, segments in list(zip(batch.tokens, batch.segment_ids, strict=True))[:rows]:
         print(f"  {segments.max():>3}  {tokenizer.decode(tokens[:40].tolist())!r}")
@@ -107,6 +111,6 @@ def verify(arguments: argparse.Namespace) -> None:
     print(f"{folder}: {count} shards were read; all match their checksums.")
     source = list(shards.read_data_manifest(folder).source)
     if verify_source(folder):
-        print(f"{folder}: the files of data.source {source} are those that it was prepared from.")
+        print(f"{folder}: data.source {source} has the content that was prepared.")
     else:
-        print(f"{folder}: data.source {source} is not there, and so was not compared.")
+        print(f"{folder}: data.source {source} was not found, so its content was not compared.")

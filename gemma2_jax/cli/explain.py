@@ -1,4 +1,4 @@
-"""What each key of a configuration means: the dataclasses' docstrings, beside types, values and files."""
+"""Explains configuration keys: meaning (from the dataclasses' docstrings), type, value and file."""
 
 import inspect
 import json
@@ -20,12 +20,12 @@ _WIDTH = 100
 def explain_key(
     key: str | None, values: Mapping[str, Any], overrides: list[str], config_dir: str | None
 ) -> str:
-    """Returns what a key means, its type, its value and the file that sets it; of a section, its keys.
+    """Returns a key's meaning, type and value, and the file that sets it; for a section, also its keys.
 
     Args:
-        key: dotted; None for the whole configuration.
-        values: of the configuration, perhaps without those that the code's defaults give.
-        overrides, config_dir: what they were composed from.
+        key: dotted key; None for the whole configuration.
+        values: the composed values, possibly without the code's defaults.
+        overrides, config_dir: the inputs that the values were composed from.
 
     Raises:
         UserError: there is no such key.
@@ -48,7 +48,7 @@ def explain_key(
 
 
 def meaning(section: Any, name: str) -> str:
-    """Returns what the docstring of a dataclass says about one of its fields, on one line; empty without a word."""
+    """Returns a dataclass docstring's text on one field, on one line; empty if there is none."""
     found = ""
     for names, text in _attributes(section):
         if name in names:
@@ -60,7 +60,7 @@ def meaning(section: Any, name: str) -> str:
 
 
 def with_comments(config: Any) -> str:
-    """Returns `to_yaml(config)` with each key's meaning above it as a comment."""
+    """Returns `to_yaml(config)` with each key's meaning as a comment above it."""
     return "\n".join(_commented(config, "")) + "\n"
 
 
@@ -83,7 +83,7 @@ def _about(
 
 
 def _value(key: str, values: Mapping[str, Any]) -> Any:
-    """Returns what a key is set to, by a file or the code's default; None also below a section that is null."""
+    """Returns a key's value from a file or the code's default; None for keys of a section that is null."""
     value: Any = values
     above = RunConfig
     for part in key.split("."):
@@ -102,7 +102,7 @@ def _default(section: Any, name: str) -> Any:
 
 
 def _origin(key: str, overrides: list[str], config_dir: str | None) -> str:
-    """Returns what sets a key: the command line, else a file, else the dataclass's default."""
+    """Returns where a key is set: on the command line, else in a file, else by the dataclass's default."""
     for given, value in pairs(overrides):
         inner = key.removeprefix(f"{given}.").split(".")[0]
         if given == key or (isinstance(value, dict) and key.startswith(f"{given}.") and inner in value):
@@ -114,25 +114,25 @@ def _origin(key: str, overrides: list[str], config_dir: str | None) -> str:
         for part in key.removeprefix(f"{section}.").split("."):
             data = data.get(part, _ABSENT) if isinstance(data, dict) else _ABSENT
         if data is not _ABSENT:
-            return _shown(path)
-    return "no file: the default of the code"
+            return _relative(path)
+    return "no file (the default in the code)"
 
 
 _ABSENT = object()
 
 
-def _shown(path: Path) -> str:
+def _relative(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _attributes(section: Any) -> Iterator[tuple[list[str], str]]:
-    """Yields each entry below `Attributes:` of a docstring: the names that it is about, and its text on one line."""
+    """Yields each entry under `Attributes:` in a docstring: its names, and its text on one line."""
     _, _, block = (inspect.getdoc(section) or "").partition("Attributes:\n")
     entry = re.compile(r" {4}(\w+(?:, \w+)*): ")
     names: list[str] = []
     text: list[str] = []
     for line in block.splitlines():
-        if line and not line.startswith(" "):  # the docstring goes on with something else
+        if line and not line.startswith(" "):  # another part of the docstring follows
             break
         begins = entry.match(line)
         if begins is not None:

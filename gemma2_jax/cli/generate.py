@@ -1,4 +1,4 @@
-"""`gemma2 generate`: text from a trained run, or from released weights."""
+"""`gemma2 generate`: generates text with a trained run or released weights."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gemma2_jax.cli.chat import announced, chat, check_turns
+from gemma2_jax.cli.chat import chat, check_turns, with_compile_message
 from gemma2_jax.cli.parsers import Verbs, add_verb
 from gemma2_jax.cli.prompts import read_prompts
 from gemma2_jax.cli.standard_streams import as_utf8, utf8_output
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from gemma2_jax.sampling.sampler import Sampler
 
 DESCRIPTION = """\
-Continues prompts with a trained run or released weights, token by token as they are made.
+Completes prompts with a trained run or released weights, and prints tokens as they are generated.
 
   gemma2 generate --checkpoint runs/quickstart/distilled --prompt "Return a list of"
-  gemma2 generate --checkpoint runs/quickstart/teacher --prompt "The file" --temperature 0    the likeliest tokens
+  gemma2 generate --checkpoint runs/quickstart/teacher --prompt "The file" --temperature 0    most likely tokens
   gemma2 generate --checkpoint runs/quickstart/teacher --prompts prompts.txt --num-samples 4 --json > samples.jsonl
   echo "The function" | gemma2 generate --checkpoint runs/quickstart/teacher --max-new-tokens 200 --top-p 0.9
   gemma2 generate --checkpoint runs/quickstart/teacher --prompt "1." --stop "2." --stop 107
@@ -29,20 +29,20 @@ Continues prompts with a trained run or released weights, token by token as they
   gemma2 generate --checkpoint google/gemma-2-2b-it --dtype bfloat16 --interactive    a conversation
 
 RUN is a run folder, a Hugging Face folder or its name on the hub (extra `hub`), or DeepMind's Orbax checkpoint.
-Prompts in a file or on the standard input are one a line, or lines of JSON: {"prompt": "text"}. With --json each
+A file or the standard input holds one prompt per line, or lines of JSON: {"prompt": "text"}. With --json each
 completion is a line of JSON: prompt, sample (counted from 0), completion, tokens (ids), and stop_reason (`stop`
-for a stop token, `length` for --max-new-tokens). Sample k of --seed N is what --seed N + k gives first.
+for a stop token, `length` for --max-new-tokens). Sample k of --seed N equals the first sample of --seed N + k.
 """
 
 
 def add_parser(verbs: Verbs) -> None:
-    parser = add_verb(verbs, "generate", run, "continue prompts with a trained run", DESCRIPTION)
+    parser = add_verb(verbs, "generate", run, "complete prompts with a trained run", DESCRIPTION)
     add = parser.add_argument
     add(
         "--checkpoint",
         required=True,
         metavar="RUN",
-        help="what to continue with; of a run, its newest checkpoint",
+        help="the model; for a run folder, its newest checkpoint",
     )
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, for a RUN that comes without one")
     given = parser.add_mutually_exclusive_group()
@@ -50,38 +50,37 @@ def add_parser(verbs: Verbs) -> None:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="may be given several times; standard input if left out",
+        help="a prompt; may be repeated (default: the standard input)",
     )
     given.add_argument("--prompts", metavar="FILE", help="a file of prompts; - is the standard input")
     given.add_argument("--interactive", action="store_true", help=_INTERACTIVE)
     add("--chat", action="store_true", help="put each prompt into Gemma 2's chat format, as the user's turn")
     add("--json", action="store_true", help="print each completion as a line of JSON")
-    add("--num-samples", type=int, default=1, metavar="N", help="completions of each prompt (1)")
-    add("--batch-size", type=int, default=8, metavar="N", help="completions that are made together (8)")
-    # Their defaults are those of `SamplingConfig`, which --help does without.
-    add("--max-new-tokens", type=int, metavar="N", help="stop after so many tokens (128)")
-    add("--temperature", type=float, metavar="X", help="0 takes the likeliest token (1.0)")
-    add("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens only")
+    add("--num-samples", type=int, default=1, metavar="N", help="completions per prompt (1)")
+    add("--batch-size", type=int, default=8, metavar="N", help="completions generated at a time (8)")
+    # `SamplingConfig` has the defaults of these options; it is not imported here, so that --help is fast.
+    add("--max-new-tokens", type=int, metavar="N", help="maximum tokens per completion (128)")
+    add("--temperature", type=float, metavar="X", help="0 takes the most likely token (1.0)")
+    add("--top-k", type=int, metavar="N", help="sample only from the N most likely tokens")
     add(
         "--top-p",
         type=float,
         metavar="X",
-        help="draw among the likeliest tokens that hold X of the probability",
+        help="sample only from the most likely tokens that together have probability X",
     )
     add(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT|ID",
-        help="end at this text, or at the token of this id, as well as at the checkpoint's own stop tokens; may be "
-        "given several times",
+        help="end at this text or token id, in addition to the checkpoint's own stop tokens; may be repeated",
     )
     add("--seed", type=int, metavar="N", help="the same seed draws the same text (0)")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of weights and activations (float32)",
+        help="dtype of weights and activations (float32)",
     )
 
 
@@ -102,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     with _named_as_options():
         config = SamplingConfig(**{name: value for name, value in settings.items() if value is not None})
     prompts: list[str] = []
-    if not arguments.interactive:  # refuse bad prompts before the checkpoint is read
+    if not arguments.interactive:  # refuse bad prompts before loading the checkpoint
         prompts = [as_utf8(text) for text in arguments.prompt or read_prompts(arguments.prompts)]
     own = {} if arguments.tokenizer is None else {"tokenizer": arguments.tokenizer}
     with activity(f"loading {arguments.checkpoint}"):
@@ -114,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
             with _named_as_options():
                 config = with_stops(config, tokenizer, arguments.stop, turns)
         sampler = Sampler(model, tokenizer, ComputeConfig(dtype=arguments.dtype, unroll_layers=True))
-    del model  # the sampler has its weights
+    del model  # the sampler keeps the weights
     if arguments.interactive:
         chat(sampler, config)
     else:
@@ -123,19 +122,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def _named_as_options() -> Iterator[None]:
-    """Names the options that were typed, where `SamplingConfig` refuses its fields."""
+    """Replaces the fields in messages of `SamplingConfig` by the options that set them."""
     from gemma2_jax.config import UserError
 
     try:
         yield
     except UserError as error:
-        # stop_texts and stop_tokens are both given by --stop.
+        # --stop sets both stop_texts and stop_tokens.
         message = re.sub(r"\bsampling\.(stop(?=_)|\w+)(?:_\w+)?", lambda found: _option(found[1]), str(error))
         raise UserError(message.replace("or null for", "or left out for")) from None
 
 
 def _option(name: str) -> str:
-    """Returns the option that sets a field."""
+    """Returns the command-line option that sets a field."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -147,40 +146,40 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"{_option(name)} is {getattr(arguments, name)}; it must be at least 1.")
     if arguments.interactive and (arguments.json or arguments.num_samples > 1):
         raise UserError(
-            "--interactive gives one reply to each message, as text; leave out --json and --num-samples."
+            "--interactive prints one reply per message, as text; leave out --json and --num-samples."
         )
 
 
 def _generate(
     sampler: "Sampler", prompts: Sequence[str], config: "SamplingConfig", arguments: argparse.Namespace
 ) -> None:
-    """Prints the completions in order, a batch of them after another."""
+    """Prints the completions in order, batch by batch."""
     from gemma2_jax.data.chat_format import render
     from gemma2_jax.sampling.completion import Draw
 
-    read = prompts
+    inputs = prompts
     if arguments.chat:
-        read = [render([{"role": "user", "content": prompt}], generation_prompt=True) for prompt in prompts]
+        inputs = [render([{"role": "user", "content": prompt}], generation_prompt=True) for prompt in prompts]
     draws = [
         Draw(prompt, sample) for prompt in range(len(prompts)) for sample in range(arguments.num_samples)
     ]
     for first in range(0, len(draws), arguments.batch_size):
         batch = draws[first : first + arguments.batch_size]
-        growing = sampler.complete([read[draw.prompt] for draw in batch], config, batch)
+        completions = sampler.complete([inputs[draw.prompt] for draw in batch], config, batch)
         if first == 0:
-            growing = announced(growing)
+            completions = with_compile_message(completions)
         if arguments.json:
-            _print_json(growing, prompts, batch)
+            _print_json(completions, prompts, batch)
         else:
-            _print_text(growing, prompts, batch, arguments)
+            _print_text(completions, prompts, batch, arguments)
 
 
 def _print_json(
-    growing: Iterator[list["Completion"]], prompts: Sequence[str], batch: Sequence["Draw"]
+    completions: Iterator[list["Completion"]], prompts: Sequence[str], batch: Sequence["Draw"]
 ) -> None:
-    """Prints each completion when it and those before it have ended."""
+    """Prints each completion once it and all earlier ones have ended."""
     printed = 0
-    for rows in growing:
+    for rows in completions:
         while printed < len(batch) and rows[printed].stop_reason is not None:
             draw, row = batch[printed], rows[printed]
             record = {
@@ -196,20 +195,20 @@ def _print_json(
 
 
 def _print_text(
-    growing: Iterator[list["Completion"]],
+    completions: Iterator[list["Completion"]],
     prompts: Sequence[str],
     batch: Sequence["Draw"],
     arguments: argparse.Namespace,
 ) -> None:
-    """Prints the first row as it grows, then the next: what there is of it by then, and as it grows further."""
+    """Streams the first row, then the next one: first its text so far, then its further text."""
     one = len(prompts) * arguments.num_samples == 1
-    row, shown = 0, -1  # characters of the row's text; -1 before its prompt
-    for rows in growing:
+    row, shown = 0, -1  # characters of the row printed so far; -1 before its prompt
+    for rows in completions:
         while row < len(batch):
             if shown < 0:
                 draw, shown = batch[row], 0
                 sample = f", sample {draw.sample}" if arguments.num_samples > 1 else ""
-                # In a chat, the answer stands by itself.
+                # In a chat, print only the reply.
                 prompt = "" if arguments.chat else prompts[draw.prompt]
                 print(prompt if one else f"--- {draw.prompt + 1}{sample}\n{prompt}", end="")
             print(rows[row].text[shown:], end="", flush=True)

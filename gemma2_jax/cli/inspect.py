@@ -1,16 +1,16 @@
-"""`gemma2 inspect`: what a checkpoint holds."""
+"""`gemma2 inspect`: prints the content of a checkpoint."""
 
 import argparse
 
 from gemma2_jax.cli.parsers import Verbs, add_verb
 
 DESCRIPTION = """\
-Prints what a checkpoint holds, without reading its weights (but for an embedding saved twice, to compare the two):
-kind, size, dtype, parameters beside those of the published model, tokenizer, and every tensor that is missing,
-of the wrong shape, or superfluous. Exits with 1 if something is wrong with it.
+Prints the content of a checkpoint: kind, size, dtype, number of parameters (beside that of the published model),
+tokenizer, and every tensor that is missing, unexpected or of the wrong shape. Exits with 1 if something is wrong. The
+weights are not read, except to compare an embedding that is saved twice.
 
-PATH is a run folder, a Hugging Face folder or its name on the hub (from where the weights are fetched into the hub's
-cache, gigabytes of them), DeepMind's Orbax checkpoint, or a GGUF file.
+PATH is a run folder, a Hugging Face folder or its name on the hub (this downloads gigabytes of weights into the hub's
+cache), DeepMind's Orbax checkpoint, or a GGUF file.
 
   gemma2 inspect runs/quickstart/teacher
   gemma2 inspect downloads/gemma-2-2b
@@ -19,7 +19,7 @@ cache, gigabytes of them), DeepMind's Orbax checkpoint, or a GGUF file.
 
 
 def add_parser(verbs: Verbs) -> None:
-    parser = add_verb(verbs, "inspect", run, "print what a checkpoint of any kind holds", DESCRIPTION)
+    parser = add_verb(verbs, "inspect", run, "print the content of any checkpoint", DESCRIPTION)
     parser.add_argument("path", metavar="PATH", help="the checkpoint")
 
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, text in found.lines:
         print(f"{name:<12} {text}")
     if not found.problems:
-        print(f"{'tensors':<12} complete: all names and shapes are those of the model")
+        print(f"{'tensors':<12} complete: all names and shapes match the model")
     for problem in found.problems:
         print(f"{'problem':<12} {problem}")
     return 1 if found.problems else 0

@@ -1,4 +1,4 @@
-"""`gemma2 launch`: a run as a job on a cluster."""
+"""`gemma2 launch`: submits a run as a job to a cluster."""
 
 import argparse
 import dataclasses
@@ -15,36 +15,36 @@ if TYPE_CHECKING:
     from gemma2_jax.run import RunConfig
 
 DESCRIPTION = f"""\
-Makes a job of `gemma2 train key=value …` for an engine that is there already. The job runs the code as it was
-committed and the configuration as it was composed when it was launched, whatever happens to either afterwards; both
-lie in {FOLDER}/NAME-ID. A job that is started again goes on from its newest checkpoint.
+Submits `gemma2 train key=value …` as a job to an existing cluster or cloud engine. The job runs the committed code and
+the composed configuration as of the launch; both are stored in {FOLDER}/NAME-ID, so later changes do not affect it. A
+restarted job resumes from its newest checkpoint.
 
   gemma2 launch slurm  experiment=… --nodes 4 --gpus-per-node 8 --workdir /shared/gemma2
   gemma2 launch tpu-vm experiment=… --zone us-west4-a --accelerator-type v5litepod-16 \\
       --runtime-version v2-alpha-tpuv5-lite --bucket gs://mine/jobs --workdir /mnt/shared --mount 'mount -t nfs …'
   gemma2 launch gke    experiment=… --cluster mine --tpu-type v5litepod-16 --image … --workdir /mnt/shared
 
-  ... --dry-run     shows what would be run, and runs nothing
+  ... --dry-run     prints the scripts and command lines, and runs nothing
 """
 
 _PINNED = """\
-Relative paths of the configuration begin in --workdir, which all hosts must see. Credentials
-are what the engine gives the job; none are taken from here.
+Relative paths in the configuration start from --workdir, which must be visible to all hosts. The job has the
+credentials that the engine gives it; none are copied from this machine.
 """
 _SLURM = f"""\
-Submits the run to SLURM by submitit (pip install -e '.[slurm]'), from a login node: one process a node, with all of
-its GPUs. --folder and --workdir must lie on a disk that all nodes see.
+Submits the run to SLURM through submitit (pip install -e '.[slurm]'), from a login node: one process per node, with all
+of the node's GPUs. --folder and --workdir must be on a disk that all nodes share.
 
   gemma2 launch slurm experiment=quickstart/teacher --nodes 4 --gpus-per-node 8 --partition gpus
-  gemma2 launch slurm experiment=quickstart/teacher --local        on this machine, to try it
+  gemma2 launch slurm experiment=quickstart/teacher --local        run on this machine, to try it
 
 {_PINNED}"""
 _TPU_VM = f"""\
-Asks for Cloud TPU VMs by gcloud's queued resources. Each VM installs the pinned code and its requirements and runs
-it, again where it fails; five times at most with an exit code of 1 or 2, which most often means a mistake. Its output
-is in the VM's log: `sudo journalctl -u google-startup-scripts`. The VMs stay, and cost, until you take them down with
-`gcloud compute tpus queued-resources delete NAME --zone ZONE --force`. Several slices want mesh.replica to be their
-number, or a multiple.
+Requests Cloud TPU VMs through gcloud's queued resources. Each VM installs the pinned code and its requirements and
+runs it. A failed run restarts, but at most five times after exit code 1 or 2, which usually means a user error. Its
+output is in the VM's log: `sudo journalctl -u google-startup-scripts`. The VMs keep running, and cost money, until you
+delete them with `gcloud compute tpus queued-resources delete NAME --zone ZONE --force`. With several slices,
+mesh.replica must be their number or a multiple of it.
 
   gemma2 launch tpu-vm model=gemma2_2b mesh.replica=2 … --slices 2 --zone us-west4-a --spot \\
       --accelerator-type v5litepod-16 --runtime-version v2-alpha-tpuv5-lite --bucket gs://mine/jobs \\
@@ -52,62 +52,70 @@ number, or a multiple.
 
 {_PINNED}"""
 _GKE = f"""\
-Queues the run on a cluster that xpk made (pipx install xpk), on TPUs or GPUs. Several slices want mesh.replica to be
-their number, or a multiple.
+Queues the run on a GKE cluster created with xpk (pipx install xpk), on TPUs or GPUs. With several slices, mesh.replica
+must be their number or a multiple of it.
 
   gemma2 launch gke model=gemma2_2b … --cluster mine --tpu-type v5litepod-16 --image … --workdir /mnt/shared
   gemma2 launch gke model=gemma2_2b … --cluster mine --device-type h100-80gb-8 --nodes 4 --image … --workdir …
 
 {_PINNED}"""
-_SLICES = "how many, of which mesh.replica is a multiple"
+_SLICES = "number of slices; mesh.replica must be a multiple of it"
 
 
 def add_parser(verbs: Verbs) -> None:
     engines = add_actions(verbs, "launch", "run on a cluster: SLURM, TPU VMs, GKE", DESCRIPTION)
     slurm = _add_engine(engines, "slurm", _launch_slurm, "a job for SLURM, through submitit", _SLURM)
     number = _numbers(slurm, SlurmSettings)
-    number("--nodes", "how many")
-    number("--gpus-per-node", "how many")
-    number("--cpus-per-task", "cores of each node's process")
-    number("--minutes", "after which it is queued anew")
-    number("--restarts", "how often at most")
+    number("--nodes", "number of nodes")
+    number("--gpus-per-node", "GPUs per node")
+    number("--cpus-per-task", "cores for the process on each node")
+    number("--minutes", "time limit, after which the job is queued again")
+    number("--restarts", "maximum restarts after a time limit or preemption")
     for name in ("partition", "account", "qos", "constraint"):
-        slurm.add_argument(f"--{name}", help=f"as sbatch's --{name}")
-    slurm.add_argument("--local", action="store_true", help="run it on this machine, to try it")
+        slurm.add_argument(f"--{name}", help=f"passed to sbatch as --{name}")
+    slurm.add_argument("--local", action="store_true", help="run the job on this machine, to try it")
 
     vm = _add_engine(engines, "tpu-vm", _launch_tpu_vm, "Cloud TPU VMs, through gcloud", _TPU_VM)
     vm.add_argument("--zone", required=True)
-    vm.add_argument("--accelerator-type", required=True, help="of one slice, such as v5litepod-16")
-    vm.add_argument("--runtime-version", required=True, help="such as v2-alpha-tpuv5-lite")
-    vm.add_argument("--bucket", required=True, metavar="gs://…", help="carries the pinned job to the VMs")
-    vm.add_argument("--mount", metavar="COMMAND", help="run on each VM, as root, to make --workdir visible")
+    vm.add_argument("--accelerator-type", required=True, help="type of one slice, such as v5litepod-16")
+    vm.add_argument(
+        "--runtime-version", required=True, help="VM software version, such as v2-alpha-tpuv5-lite"
+    )
+    vm.add_argument(
+        "--bucket", required=True, metavar="gs://…", help="bucket through which the VMs get the pinned job"
+    )
+    vm.add_argument("--mount", metavar="COMMAND", help="command run as root on each VM, to mount --workdir")
     _numbers(vm, TpuVmSettings)("--slices", _SLICES)
-    vm.add_argument("--project", help="instead of gcloud's own")
-    vm.add_argument("--spot", action="store_true", help="cheaper, and taken away at any time")
-    vm.add_argument("--reserved", action="store_true", help="of the project's reservation")
-    vm.add_argument("--service-account", metavar="EMAIL", help="of the VMs, instead of the project's own")
+    vm.add_argument("--project", help="Google Cloud project (default: gcloud's)")
+    vm.add_argument("--spot", action="store_true", help="cheaper VMs that can be preempted at any time")
+    vm.add_argument("--reserved", action="store_true", help="use the project's reservation")
+    vm.add_argument(
+        "--service-account", metavar="EMAIL", help="service account of the VMs (default: the project's)"
+    )
 
     gke = _add_engine(engines, "gke", _launch_gke, "a job for GKE, through xpk", _GKE)
     number = _numbers(gke, GkeSettings)
-    gke.add_argument("--cluster", required=True, help="as xpk knows it")
-    gke.add_argument("--image", required=True, help="with Python and what the code requires")
-    gke.add_argument("--tpu-type", help="of one slice, such as v5litepod-16")
+    gke.add_argument("--cluster", required=True, help="name of the xpk cluster")
+    gke.add_argument("--image", required=True, help="container image with Python and the requirements")
+    gke.add_argument("--tpu-type", help="type of one TPU slice, such as v5litepod-16")
     number("--slices", _SLICES)
-    gke.add_argument("--device-type", help="of GPUs, such as h100-80gb-8")
-    number("--nodes", "of GPUs, how many")
-    gke.add_argument("--project", help="instead of gcloud's own")
-    gke.add_argument("--zone", help="instead of gcloud's own")
-    gke.add_argument("--priority", default=GkeSettings.priority, choices=PRIORITIES, help="in the queue")
-    number("--max-restarts", "of all processes, after one of them failed for whatever reason")
+    gke.add_argument("--device-type", help="type of GPU node, such as h100-80gb-8")
+    number("--nodes", "number of GPU nodes")
+    gke.add_argument("--project", help="Google Cloud project (default: gcloud's)")
+    gke.add_argument("--zone", help="zone of the cluster (default: gcloud's)")
+    gke.add_argument(
+        "--priority", default=GkeSettings.priority, choices=PRIORITIES, help="priority in the queue"
+    )
+    number("--max-restarts", "maximum restarts of all processes after one fails")
 
 
 def _numbers(parser: argparse.ArgumentParser, settings_class: Any) -> Callable[[str, str], None]:
-    """Adds options of whole numbers, with their defaults from `settings_class`."""
+    """Returns a function that adds integer options, with defaults from `settings_class`."""
 
     def add(option: str, help: str) -> None:
         default = getattr(settings_class, option.removeprefix("--").replace("-", "_"))
-        told = help if default is None else f"{help} ({default})"
-        parser.add_argument(option, type=int, default=default, metavar="N", help=told)
+        text = help if default is None else f"{help} ({default})"
+        parser.add_argument(option, type=int, default=default, metavar="N", help=text)
 
     return add
 
@@ -120,20 +128,21 @@ def _add_engine(engines: Verbs, name: str, run: Any, help: str, description: str
         "--workdir",
         metavar="DIR",
         required=not slurm,
-        help="that all hosts see; relative paths begin there" + (" (this folder)" if slurm else ""),
+        help="folder visible to all hosts, where relative paths start" + (" (this folder)" if slurm else ""),
     )
-    parser.add_argument("--dry-run", action="store_true", help="show what would be run, and run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print scripts and command lines, and run nothing"
+    )
     parser.add_argument(
         "--allow-changes",
         action="store_true",
-        help="launch the files as they are, though not all is committed; new ones count within gemma2_jax, configs and "
-        "experiments",
+        help="launch uncommitted changes too; untracked files count only within gemma2_jax, configs and experiments",
     )
     parser.add_argument(
         "--folder",
         default=FOLDER,
         metavar="DIR",
-        help=f"where pinned jobs are kept{', on a disk that all nodes see' if slurm else ''} ({FOLDER})",
+        help=f"folder of pinned jobs{', on a disk that all nodes share' if slurm else ''} ({FOLDER})",
     )
     return parser
 
@@ -159,7 +168,9 @@ def _launch_tpu_vm(arguments: argparse.Namespace) -> None:
     job = _job(arguments, settings.slices, tpu_vm.HOSTS_TIMEOUT)
     _carry_out(arguments, tpu_vm.submission(settings, job), job)
     if not arguments.dry_run:
-        print(f"The VMs stay, and cost, until they are deleted: {tpu_vm.delete_command(settings, job)}")
+        print(
+            f"The VMs keep running, and cost money, until you delete them: {tpu_vm.delete_command(settings, job)}"
+        )
 
 
 def _launch_gke(arguments: argparse.Namespace) -> None:
@@ -177,7 +188,7 @@ def _carry_out(arguments: argparse.Namespace, submission: "Submission", job: "Jo
         print(submission.told())
         return
     submission.carry_out()
-    print(f"{job.name} is submitted; what it runs is pinned in {job.folder}.")
+    print(f"{job.name} is submitted; its code and configuration are in {job.folder}.")
 
 
 def _settings(arguments: argparse.Namespace, settings_class: Any) -> dict[str, Any]:
@@ -185,10 +196,10 @@ def _settings(arguments: argparse.Namespace, settings_class: Any) -> dict[str, A
 
 
 def _job(arguments: argparse.Namespace, slices: int = 1, hosts_timeout: int | None = None) -> "Job":
-    """The pinned job; written unless nothing is to be run.
+    """Returns the pinned job, written to disk except with --dry-run.
 
     Args:
-        hosts_timeout: instead of the usual one.
+        hosts_timeout: replacement for the default hosts.timeout, in seconds.
     """
     from gemma2_jax.cli.compose import compose
     from gemma2_jax.config import UserError
@@ -206,7 +217,7 @@ def _job(arguments: argparse.Namespace, slices: int = 1, hosts_timeout: int | No
     if refused is not None:
         if not arguments.dry_run:
             raise UserError(refused)
-        print(f"gemma2: without --dry-run, this is refused: {refused}", file=sys.stderr)
+        print(f"gemma2: without --dry-run, this would be refused: {refused}", file=sys.stderr)
     pinned = pin(config, checkout, launches, arguments.dry_run)
     name = job_name(config.name, pinned)
     job = Job(name, launches / name)

@@ -1,4 +1,4 @@
-"""The console script `gemma2`: reads the command line, runs one verb, tells mistakes in one sentence."""
+"""The console script `gemma2`: parses the command line, runs one verb, reports errors in one sentence."""
 
 import argparse
 import errno
@@ -30,12 +30,12 @@ from gemma2_jax.cli.mistakes import unknown_options
 from gemma2_jax.cli.standard_streams import prepare_output, silence_libraries
 
 DESCRIPTION = """\
-Gemma 2 in JAX: train it, distil it, look at it.
+Train, distil and inspect Gemma 2 in JAX.
 
-  gemma2 run quickstart                    the first thing to try: a teacher, a student, a report, in minutes
-  gemma2 train model=small_6m name=mine    one run, put together from config files and key=value
+  gemma2 run quickstart                    start here: a teacher, a student and a report, in minutes
+  gemma2 train model=small_6m name=mine    one run, composed from config files and key=value
   gemma2 generate --checkpoint runs/mine --prompt "The function returns"
-  gemma2 convert google/gemma-2-2b-it weights/2b-it     released weights as a run, and back again
+  gemma2 convert google/gemma-2-2b-it weights/2b-it     import released weights; also exports
   gemma2 VERB --help                       what a verb does, with examples
 """
 VERBS = (
@@ -54,51 +54,51 @@ VERBS = (
     config,
 )
 
-GOES_ON = "the same command goes on with what is saved"
+RESUME_HINT = "the same command resumes from what is saved"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv` (that of the process by default).
+    """Runs the command line `argv` (by default, the process's own).
 
-    Returns the exit code: 0 done, 1 failed, 128 + N stopped by signal N (130: Ctrl-C). A wrong command line exits
-    with 2, as argparse does. Without a verb, or the action of one, the help is printed.
+    Returns the exit code: 0 for success, 1 for failure, 128 + N after signal N (130: Ctrl-C). A wrong command line
+    exits with 2, as in argparse. Prints the help if the verb, or the action of a verb, is missing.
     """
     prepare_output()
     silence_libraries()
     with stops.handled():
-        arguments = parsed(sys.argv[1:] if argv is None else list(argv))
-        if "run" not in arguments:  # a verb is missing, or an action
-            arguments.shown.print_help()
+        arguments = parse_arguments(sys.argv[1:] if argv is None else list(argv))
+        if "run" not in arguments:  # the verb or its action is missing
+            arguments.help_parser.print_help()
             return 0
         code = _run(arguments)
-        if argv is None and code:  # the process is this command's alone
+        if argv is None and code:  # the process runs nothing else
             stops.leave_at_once(code)
     return code
 
 
-def parsed(given: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command line, with those of its verb; `run` is there if it names one. Exits if it is wrong."""
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses a command line; the result has `run` if a verb is named. Exits with 2 if the command line is wrong."""
     parser = argparse.ArgumentParser(
         "gemma2", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--version", action=_Version, nargs=0, help="print the versions of gemma2_jax and JAX"
     )
-    parser.set_defaults(shown=parser)
+    parser.set_defaults(help_parser=parser)
     verbs = parser.add_subparsers(metavar="VERB")
     for verb in VERBS:
         verb.add_parser(verbs)
-    arguments, rest = parser.parse_known_args(given)
-    # argparse takes positional arguments in one piece; key=value after an option lands in the rest.
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse accepts positional arguments in one group only; key=value after an option ends up in `rest`.
     if rest and ("overrides" not in arguments or any(text.startswith("-") for text in rest)):
-        parser.error(unknown_options(rest, given, "overrides" in arguments))
+        parser.error(unknown_options(rest, argv, "overrides" in arguments))
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     return arguments
 
 
 class _Version(argparse.Action):
-    """Prints the versions that a report of a fault needs."""
+    """Prints the versions for bug reports."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from importlib.metadata import PackageNotFoundError, version
@@ -113,18 +113,18 @@ class _Version(argparse.Action):
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    code, told = _outcome(arguments)
-    # A verb that has joined other processes has loaded this; the others need neither it nor JAX.
+    code, message = _outcome(arguments)
+    # Only a verb that has joined other processes has imported this; the others need neither it nor JAX.
     ending = sys.modules.get("gemma2_jax.processes.ending")
     if ending is not None:
-        ending.leave(code, told)
-    if told is not None:
-        print(told, file=sys.stderr)
+        ending.leave(code, message)
+    if message is not None:
+        print(message, file=sys.stderr)
     return code
 
 
 def _file_problem(error: OSError) -> str | None:
-    """What is wrong with the file that an error names, or with the disk; None if it is of another kind."""
+    """Returns the problem with the error's file, or with the disk; None for other errors."""
     from gemma2_jax.files import reason
 
     if isinstance(error.filename, str):
@@ -134,21 +134,21 @@ def _file_problem(error: OSError) -> str | None:
 
 def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
     """Runs the verb; returns the exit code and the message to print, if any."""
-    from gemma2_jax.config import UserError  # brings pydantic, which --help does without
+    from gemma2_jax.config import UserError  # imports pydantic, which --help does not need
 
     try:
-        with stops.resuming(lambda: GOES_ON if arguments.resumes else ""):
+        with stops.resuming(lambda: RESUME_HINT if arguments.resumes else ""):
             return int(arguments.run(arguments) or 0), None
     except UserError as error:
-        told = f"gemma2: {error}"
-        return _stopped(error, told) if stops.requested() else (1, told)
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        message = f"gemma2: {error}"
+        return _stopped(error, message) if stops.requested() else (1, message)
+    except BrokenPipeError:  # the other end of the pipe, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, None
     except KeyboardInterrupt as stop:
         return _stopped(stop)
     except Exception as error:
-        if stops.requested():  # some C++ code has made it of ours
+        if stops.requested():  # C++ code has replaced our exception by this one
             return _stopped(error)
         if isinstance(error, OSError) and (problem := _file_problem(error)):
             return 1, f"gemma2: {problem}."
@@ -156,12 +156,12 @@ def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
         if ending is None or not ending.is_watched():
             raise
         if not ending.follows_another():
-            traceback.print_exc()  # of whichever process: it is a mistake of ours, or its machine's
+            traceback.print_exc()  # in any process: a bug of ours, or a fault of its machine
         return 1, f"gemma2: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _stopped(error: BaseException, before: str = "") -> tuple[int, str]:
-    """Returns the exit code and the last message, after `before`, of a verb that a stop has ended by `error`."""
+    """Returns the exit code and the message, appended to `before`, for a verb that a stop ended with `error`."""
     number = stops.number() or signal.SIGINT
     return 128 + number, before + stops.message(error)
 

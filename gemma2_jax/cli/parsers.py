@@ -1,22 +1,22 @@
-"""What the verbs' parsers have in common; imports nothing heavy, so that --help answers at once."""
+"""Shared parts of the verbs' parsers; imports nothing heavy, so that --help is fast."""
 
 import argparse
 from collections.abc import Callable
 from typing import Any
 
-Verbs = Any  # argparse's own class for subparsers is private
+Verbs = Any  # argparse's class for subparsers is private
 
 KEYS = """\
-the commonest keys:
-  experiment=quickstart/teacher   a named experiment; the keys after it override it
+common keys:
+  experiment=quickstart/teacher   a named experiment; other keys override its values
   model=small_6m                  the model's sizes; model.num_layers=8 changes one of them
-  data.source='my/*.txt'          text of your own (.txt .md .rst .jsonl .parquet, also .gz .zst); give a
-                                  new data.folder with it
+  data.source='my/*.txt'          your own text (.txt .md .rst .jsonl .parquet, also .gz .zst); set a new
+                                  data.folder too
   training.steps=1000             optimizer steps
-  optimizer.learning_rate=1e-3    the peak of the schedule
-  seed=1                          other initial weights (data.seed=1: another order of the data)
+  optimizer.learning_rate=1e-3    peak of the schedule
+  seed=1                          other initial weights (data.seed=1: another data order)
   output=runs/mine                the run's folder
-`gemma2 config list` names the choices of each group, `gemma2 config show` prints every key with its value.
+`gemma2 config list` lists the choices of each group, `gemma2 config show` prints every key and its value.
 """
 
 
@@ -29,7 +29,7 @@ def add_verb(
     epilog: str = "",
     resumes: bool = False,
 ) -> argparse.ArgumentParser:
-    """Adds a parser to `verbs`; `resumes` says that the same command goes on after it was stopped."""
+    """Adds a parser to `verbs`; with `resumes`, repeating the command resumes an interrupted one."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         name,
         help=help,
@@ -42,19 +42,17 @@ def add_verb(
 
 
 def add_actions(verbs: Verbs, name: str, help: str, description: str) -> Verbs:
-    """Adds a verb that has actions of its own, such as `gemma2 data prepare`; returns what they are added to."""
+    """Adds a verb with actions, such as `gemma2 data prepare`; returns the object to which actions are added."""
     parser = verbs.add_parser(
         name, help=help, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(shown=parser)
+    parser.set_defaults(help_parser=parser)
     return parser.add_subparsers(metavar="ACTION")
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that compose a configuration: key=value and --config-dir."""
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="what to change in the configuration"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
     add_config_dir(parser)
 
 

@@ -1,4 +1,4 @@
-"""`gemma2 plan`: what a run would take on machines that need not be there."""
+"""`gemma2 plan`: computes what a run needs on machines that you do not have."""
 
 import argparse
 import json
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 FITS, DOES_NOT_FIT = 0, 3
 
 DESCRIPTION = """\
-Compiles a training step for a topology, without owning it, and tells whether it fits, what it does, and the least time
-that it can take. Neither data nor tokenizer nor the teacher's weights have to be there (distill.model has its sizes).
+Compiles a training step for a topology, on any computer, and prints whether it fits, its memory and work, and a lower
+bound on its time. Needs no data, no tokenizer and no teacher weights (distill.model gives the teacher's sizes).
 
   gemma2 plan experiment=distill_2b_from_9b topology=v5e:4x4
   gemma2 plan experiment=pretrain_27b topology=v5p:8x24x32 mesh=report_27b data.batch_size=768
   gemma2 plan experiment=pretrain_2b topology=h100:8 mesh=h100_8 --json
   gemma2 plan experiment=pretrain_2b topology=v5e:4x4 --search --budget 600     tries meshes, remat and microbatches
-  gemma2 plan experiment=distill_2b_from_9b topology=v5e:4x4 --placement        how all is split; compiles nothing
+  gemma2 plan experiment=distill_2b_from_9b topology=v5e:4x4 --placement        how arrays are split; compiles nothing
 
 topology=CHIP:SHAPE   v5e:4x4 v6e:16x16 v4:8x16x32 v5p:8x24x32 tpu7x:4x4x4   a TPU slice, by chips (extra tpu)
                       v5e:16x16*2                                            two slices
                       a100:8 h100:8 h100:16 h200:8 b200:8                    GPUs, in nodes of 8 (extra cuda12)
                       cpu:8                                                  this process's CPU devices, to try it
 
-Exits with 0 if it fits, 3 if it does not, 1 if something is wrong with what was asked, 2 with the command line.
+Exits with 0 if the step fits, 3 if it does not, 1 for an invalid request, 2 for an invalid command line.
 """
 
 
 def add_parser(verbs: Verbs) -> None:
-    parser = add_verb(verbs, "plan", run, "print what a run takes on a topology", DESCRIPTION, KEYS)
+    parser = add_verb(verbs, "plan", run, "print what a run needs on a topology", DESCRIPTION, KEYS)
     add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON, and nothing else")
     instead = parser.add_mutually_exclusive_group()
@@ -48,7 +48,7 @@ def add_parser(verbs: Verbs) -> None:
         help="print how weights and activations are split, and compile nothing",
     )
     parser.add_argument(
-        "--budget", type=float, default=300.0, metavar="SECONDS", help="of compiling, with --search (300)"
+        "--budget", type=float, default=300.0, metavar="SECONDS", help="time for --search, in seconds (300)"
     )
 
 
@@ -58,11 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma2_jax.config import UserError
     from gemma2_jax.planning.topologies import ACCEPTED, find_topology
 
-    asked = [(text, key, value) for text in arguments.overrides for key, value in pairs([text])]
-    names = [str(value) for _, key, value in asked if key == "topology"]
+    overrides = [(text, key, value) for text in arguments.overrides for key, value in pairs([text])]
+    names = [str(value) for _, key, value in overrides if key == "topology"]
     if not names:
-        raise UserError(f"topology is missing; give one as in topology=v5e:4x4; {ACCEPTED}.")
-    rest = [text for text, key, _ in asked if key != "topology"]
+        raise UserError(f"topology is missing; set it, as in topology=v5e:4x4; {ACCEPTED}.")
+    rest = [text for text, key, _ in overrides if key != "topology"]
     config = compose(rest, arguments.config_dir)
     topology = find_topology(names[-1], _gpu_memory_fraction())
     if arguments.search:
@@ -94,17 +94,19 @@ def _gpu_memory_fraction() -> float:
     except ValueError:
         fraction = -1.0
     if not 0 < fraction <= 1:
-        raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION is {text}; it must be a number above 0, at most 1.")
+        raise UserError(
+            f"XLA_PYTHON_CLIENT_MEM_FRACTION is {text}; it must be a number above 0 and at most 1."
+        )
     return fraction
 
 
 def _set_environment() -> None:
-    """Before JAX is imported: compilers are to compile, and to look for no chip, beside other processes that do."""
+    """Must run before JAX is imported: lets the compilers run without a chip, in several processes at once."""
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",  # these two keep libtpu from warning that it is on no TPU's host
+        "TPU_WORKER_HOSTNAMES": "localhost",  # these two suppress libtpu's warning that the host has no TPU
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -140,6 +142,6 @@ def _placement(config: "RunConfig", topology: "Topology", arguments: argparse.Na
         print(json.dumps(found.to_dict(), indent=2))
     else:
         console = Console()
-        console.width = max(console.width, 120)  # in less, the table would lose a column
+        console.width = max(console.width, 120)  # a narrower table would lose a column
         print_placement(found, console)
     return FITS

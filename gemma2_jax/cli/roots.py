@@ -1,4 +1,4 @@
-"""Where configs and experiments lie: in a checkout, in an installed wheel, in a folder of the user's own."""
+"""Locates configs and experiments: in a checkout, in an installed wheel, or in a user's folder."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,12 @@ EXPERIMENTS = "experiments"
 
 
 def config_roots(config_dir: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Returns the folders that hold groups (model/, data/, …), the user's own first."""
+    """Returns the folders that hold groups (model/, data/, …), the user's first."""
     return [*_own(config_dir), _home() / "configs"]
 
 
 def experiment_roots(config_dir: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Returns the folders that hold an `experiments` folder, the user's own first."""
+    """Returns the folders that hold an `experiments` folder, the user's first."""
     return [*_own(config_dir), _home()]
 
 
@@ -34,7 +34,7 @@ def choices(group: str, config_dir: str | os.PathLike[str] | None = None) -> lis
 
 
 def studies(config_dir: str | os.PathLike[str] | None = None) -> dict[str, Path]:
-    """Returns the studies by name, each with its study.yaml; the user's own win over ours."""
+    """Returns the study.yaml of each study, by name; the user's studies take precedence over ours."""
     found: dict[str, Path] = {}
     for root in reversed(experiment_roots(config_dir)):
         folder = root / EXPERIMENTS
@@ -51,7 +51,7 @@ def find_study(name: str, config_dir: str | os.PathLike[str] | None = None) -> P
 
 
 def _home() -> Path:
-    """The folder that holds configs/ and experiments/: the package itself in a wheel, its parent in a checkout."""
+    """Returns the folder of configs/ and experiments/: the package in a wheel, its parent in a checkout."""
     package = Path(gemma2_jax.__file__).resolve().parent
     return package if (package / "configs" / "train.yaml").is_file() else package.parent
 
@@ -59,9 +59,12 @@ def _home() -> Path:
 def _own(config_dir: str | os.PathLike[str] | None) -> list[Path]:
     if config_dir is None:
         return []
-    folder = Path(os.path.realpath(config_dir))  # a link in a circle is no folder, and no error
+    folder = Path(
+        os.path.realpath(config_dir)
+    )  # realpath accepts circular links, which are then not a folder
     if not folder.is_dir():
         raise UserError(
-            f"--config-dir is {config_dir}, which is no folder; it holds groups such as model/NAME.yaml."
+            f"--config-dir is {config_dir}, which is not a folder; accepted: a folder with groups, "
+            "such as model/NAME.yaml."
         )
     return [folder]

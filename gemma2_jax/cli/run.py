@@ -1,4 +1,4 @@
-"""`gemma2 run`: a study, from its text to its report."""
+"""`gemma2 run`: runs a study, from its text to its report."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,24 +12,22 @@ if TYPE_CHECKING:
     from gemma2_jax.studies.config import StudyConfig
 
 DESCRIPTION = """\
-Carries out a study: prepares the data, trains its runs in order, evaluates all of them on the same text, and
-writes a report with one table, a sample of each run and the loss curves. Stages that are done are skipped, so
-the same command goes on after a stop.
+Runs a study: prepares the data, trains its runs in order, evaluates all of them on the same text, and writes a
+report with one table, a sample of each run and the loss curves. Finished stages are skipped, so the same command
+resumes an interrupted study.
 
   gemma2 run quickstart                                     into runs/quickstart
-  gemma2 run quickstart seed=1 data.seed=1 output=runs/quickstart-1    other weights, another order of the data
-  gemma2 run quickstart distilled.training.steps=1000       a key of one run, by the run's name
-  gemma2 config list study                                  the studies that there are
+  gemma2 run quickstart seed=1 data.seed=1 output=runs/quickstart-1    other weights and data order
+  gemma2 run quickstart distilled.training.steps=1000       a key of one run only
+  gemma2 config list study                                  list the studies
 
 The study itself sets the name and the folder of each run, and distill.teacher where study.yaml names a teacher.
-A study is a folder under experiments/ with a study.yaml; its README tells the question and what came out.
+A study is a folder in experiments/ with a study.yaml; its README has the question and the results.
 """
 
 
 def add_parser(verbs: Verbs) -> None:
-    parser = add_verb(
-        verbs, "run", run, "carry out a study, such as quickstart", DESCRIPTION, KEYS, resumes=True
-    )
+    parser = add_verb(verbs, "run", run, "run a study, such as quickstart", DESCRIPTION, KEYS, resumes=True)
     parser.add_argument("study", metavar="STUDY", help="the study's name, such as quickstart")
     add_overrides(parser)
 
@@ -53,9 +51,10 @@ def run(arguments: argparse.Namespace) -> None:
         check_places(config)
     join(next(iter(runs.values())).hosts)
     for name, (run_name, _) in study.trained().items():
-        own = study.runs[run_name]  # whose teacher and cache the study makes
-        made = {"distill.teacher": own.teacher is not None, "distill.cache": own.cache}
-        check_sources([runs[name]], [key for key, is_made in made.items() if is_made])
+        study_run = study.runs[run_name]
+        # The study itself creates these, so they need not exist yet.
+        created = {"distill.teacher": study_run.teacher is not None, "distill.cache": study_run.cache}
+        check_sources([runs[name]], [key for key, is_created in created.items() if is_created])
     run_study(study, runs, output, Console(quiet=not is_first()))
 
 
@@ -64,10 +63,10 @@ def compose_study(
 ) -> tuple[dict[str, "RunConfig"], str]:
     """Returns the configuration of each run of a study, and the study's folder.
 
-    `key=value` goes to every run, `RUN.key=value` to that run; `output=` is the study's own.
+    `key=value` applies to every run, `RUN.key=value` to that run, and `output=` to the study.
 
     Raises:
-        UserError: an override that `compose` refuses, or one of a key that the study sets itself.
+        UserError: `compose` refuses an override, or an override sets a key that the study sets itself.
     """
     from gemma2_jax.cli.compose import compose, pairs
     from gemma2_jax.config import UserError
@@ -80,10 +79,10 @@ def compose_study(
         if key == "output":
             output = str(value)
         elif first not in own:
-            _refuse_own_keys(text, key, value, study, list(study.runs))
+            _refuse_study_keys(text, key, value, study, list(study.runs))
             shared.append(text)
         elif rest:
-            _refuse_own_keys(text, rest, value, study, [first])
+            _refuse_study_keys(text, rest, value, study, [first])
             own[first].append(text[len(first) + 1 :])
         else:
             raise UserError(f"{text} names a run of the study; accepted: {first}.KEY=VALUE.")
@@ -102,37 +101,33 @@ def compose_study(
     return runs, output
 
 
-def _refuse_own_keys(text: str, key: str, value: Any, study: "StudyConfig", runs: Sequence[str]) -> None:
-    """Refuses the override `text`, of `key` in `runs`, if the study sets that key and so would ignore it."""
+def _refuse_study_keys(text: str, key: str, value: Any, study: "StudyConfig", runs: Sequence[str]) -> None:
+    """Raises UserError if the override `text` sets a `key` of `runs` that the study sets itself."""
     from gemma2_jax.config import UserError
 
     if key == "name":
-        raise UserError(
-            f"{text} has no effect, since the study names each run as its study.yaml does; leave it out."
-        )
+        raise UserError(f"{text} has no effect, since study.yaml names the runs; leave it out.")
     if study.seeds and (
         key in ("seed", "data.seed") or (key == "data" and isinstance(value, dict) and "seed" in value)
     ):
-        raise UserError(
-            f"{text} has no effect, since the study's study.yaml lists the seeds of its runs; leave it out."
-        )
+        raise UserError(f"{text} has no effect, since study.yaml lists the seeds of the runs; leave it out.")
     if key == "output":
         raise UserError(
             f"{text} has no effect, since the study puts each run into a folder of its name; "
-            "give output=FOLDER, the study's own."
+            "set the study's folder with output=FOLDER."
         )
     cached = [name for name in runs if study.runs[name].cache]
     if cached and (
         key == "distill.cache" or (key == "distill" and isinstance(value, dict) and "cache" in value)
     ):
         raise UserError(
-            f"{text} has no effect, since the study puts the cache of {cached[0]} into its own folder; leave it out."
+            f"{text} has no effect, since the study chooses the cache folder of {cached[0]}; leave it out."
         )
-    taught = [name for name in runs if study.runs[name].teacher is not None]
-    if taught and (
+    distilled = [name for name in runs if study.runs[name].teacher is not None]
+    if distilled and (
         key == "distill.teacher" or (key == "distill" and isinstance(value, dict) and "teacher" in value)
     ):
         raise UserError(
-            f"{text} has no effect, since the study's study.yaml makes {study.runs[taught[0]].teacher} the teacher "
-            f"of {taught[0]}; leave it out, or train with another teacher by `gemma2 train`."
+            f"{text} has no effect, since study.yaml makes {study.runs[distilled[0]].teacher} the teacher of "
+            f"{distilled[0]}; leave it out, or use `gemma2 train` to train with another teacher."
         )

@@ -1,4 +1,4 @@
-"""`gemma2 sweep`: every combination of some values."""
+"""`gemma2 sweep`: trains one run for each combination of values."""
 
 import argparse
 import re
@@ -10,27 +10,27 @@ from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
 if TYPE_CHECKING:
     from gemma2_jax.studies.sweep import Combination
 
-_SHOWN = 10  # combinations that cannot be run, in the message about them
+_SHOWN = 10  # maximum number of invalid combinations in the error message
 
 DESCRIPTION = """\
-Trains one run for each combination of the keys that list several values, one after another, and compares their
-final validation cross-entropies in one table, also averaged over seeds, and in a plot. All combinations are checked
-before the first one starts. Those that are done are skipped, so the same command goes on after a stop; one that fails
-is reported, and the others go on.
+Trains one run for each combination of the keys that list several values, one after another, and compares the final
+validation cross-entropies in one table, also averaged over seeds, and in a plot. All combinations are checked before
+the first one starts. Finished runs are skipped, so the same command resumes an interrupted sweep; a failed run is
+reported, and the sweep continues with the others.
 
   gemma2 sweep experiment=quickstart/scratch optimizer.learning_rate=1e-3,3e-3 seed=0,1    four runs
   gemma2 sweep experiment=quickstart/scratch 'seed=range(0,5)' training.steps=200          five runs
-  gemma2 sweep model=small_1m,small_6m output=runs/sweeps/sizes                            groups, too
+  gemma2 sweep model=small_1m,small_6m output=runs/sweeps/sizes                            also for groups
 
-The runs lie in runs/sweeps/EXPERIMENT/KEYS (the first of these sweeps: runs/sweeps/quickstart/scratch/
-optimizer.learning_rate+seed; without an experiment runs/sweeps/train/KEYS), or in the folder output=, each named
-by its values, with table.md, summary.png, loss.png and results.json beside them.
+The sweep's folder is runs/sweeps/EXPERIMENT/KEYS (for the first example, runs/sweeps/quickstart/scratch/
+optimizer.learning_rate+seed; without an experiment, runs/sweeps/train/KEYS), or the one given by output=. It contains
+one run folder per combination, named by its values, and table.md, summary.png, loss.png and results.json.
 """
 
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(
-        verbs, "sweep", run, "train every combination of some values", DESCRIPTION, KEYS, resumes=True
+        verbs, "sweep", run, "train one run for each combination of values", DESCRIPTION, KEYS, resumes=True
     )
     add_overrides(parser)
 
@@ -58,7 +58,7 @@ def compose_sweep(overrides: list[str], config_dir: str | None) -> tuple[list["C
     """Returns the combinations of a sweep, each with its configuration, and the sweep's folder.
 
     Raises:
-        UserError: no key lists several values, one is set by the sweep itself, or a combination cannot be composed.
+        UserError: no key lists several values, the sweep itself sets a given key, or a combination cannot be composed.
     """
     from gemma2_jax.cli.compose import combinations, compose, pairs
     from gemma2_jax.config import UserError
@@ -92,18 +92,18 @@ def compose_sweep(overrides: list[str], config_dir: str | None) -> tuple[list["C
         name, folder = combination.config.name, combination.config.output
         if folder in by_folder:
             raise UserError(
-                f"{name} and {by_folder[folder]} are one run, in {folder}; leave one of them out."
+                f"{name} and {by_folder[folder]} would share the folder {folder}; leave one of them out."
             )
         by_folder[folder] = name
     return found, output
 
 
 def _refusal(refused: list[tuple[str, str]], total: int) -> str:
-    """One sentence where all combinations share a mistake, and else one for each of the first few."""
+    """Returns one sentence if all combinations have the same problem, else one for each of the first few."""
     reasons = dict.fromkeys(reason for _, reason in refused)
     if len(refused) == total and len(reasons) == 1:
         return next(iter(reasons))
     lines = [f"  {name}: {reason}" for name, reason in refused[:_SHOWN]]
     if len(refused) > _SHOWN:
         lines.append(f"  and {len(refused) - _SHOWN} more.")
-    return "\n".join([f"{len(refused)} of {total} combinations cannot be run, so none was started:", *lines])
+    return "\n".join([f"{len(refused)} of {total} combinations are invalid, so no run was started:", *lines])

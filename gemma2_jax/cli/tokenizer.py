@@ -1,4 +1,4 @@
-"""`gemma2 tokenizer`: train, inspect and use the tokenizer of a configuration."""
+"""`gemma2 tokenizer`: trains, inspects and uses the tokenizer of a configuration."""
 
 import argparse
 import re
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from gemma2_jax.data.tokenizer import Tokenizer
 
 DESCRIPTION = """\
-Works with the tokenizer that a configuration names (tokenizer.path): a SentencePiece model file, Gemma's own or
-one trained here with its settings.
+Manages the tokenizer of a configuration (tokenizer.path): a SentencePiece model file, either Gemma's own or one
+trained here with Gemma's settings.
 
   gemma2 tokenizer train                       trains tokenizer.path on data.source, if it does not exist yet
   gemma2 tokenizer show                        its file, size and control tokens
-  gemma2 tokenizer encode "def add(a, b):"     one line a token: id and piece
+  gemma2 tokenizer encode "def add(a, b):"     one line per token: id and piece
   gemma2 tokenizer decode 417 89               the text of token ids
 """
 TRAIN = """\
 Trains a tokenizer of tokenizer.vocab_size pieces on the training documents of data.source, writes it to
-tokenizer.path, and tokenises the source with it into data.folder. Does nothing if all of that is there.
+tokenizer.path, and tokenises the source with it into data.folder. Does nothing if both exist.
 
   gemma2 tokenizer train
   gemma2 tokenizer train data=files data.source='my/*.txt' data.folder=data/my tokenizer.vocab_size=8192
@@ -33,7 +33,7 @@ Prints the tokenizer's file, size, fingerprint and control tokens.
   gemma2 tokenizer show tokenizer.path=my.model
 """
 ENCODE = """\
-Prints the tokens of a text, one a line: id and piece, in which ▁ is a space and <0xC3> a single byte.
+Prints the tokens of a text, one per line: id and piece. In a piece, ▁ is a space and <0xC3> a single byte.
 
   gemma2 tokenizer encode "def add(a, b):"
   gemma2 tokenizer encode - < file.txt
@@ -50,9 +50,13 @@ Prints the text of token ids.
 def add_parser(verbs: Verbs) -> None:
     actions = add_actions(verbs, "tokenizer", "train, inspect and use a tokenizer", DESCRIPTION)
     add_overrides(
-        add_verb(actions, "train", train, "train it, if it does not exist yet", TRAIN, resumes=True)
+        add_verb(
+            actions, "train", train, "train the tokenizer, if it does not exist yet", TRAIN, resumes=True
+        )
     )
-    add_overrides(add_verb(actions, "show", show, "print its file, size and control tokens", SHOW))
+    add_overrides(
+        add_verb(actions, "show", show, "print the tokenizer's file, size and control tokens", SHOW)
+    )
     parser = add_verb(actions, "encode", encode, "print the tokens of a text", ENCODE)
     parser.add_argument("text", metavar="TEXT", help="the text; - reads it from the standard input")
     add_overrides(parser)
@@ -92,7 +96,7 @@ def encode(arguments: argparse.Namespace) -> None:
     for text in arguments.overrides:
         if "=" not in text:
             raise UserError(
-                f'{text!r} is a second argument; a text with blanks takes quotes, as in "def add(a, b):".'
+                f'{text!r} is a second argument; put a text with blanks in quotes, as in "def add(a, b):".'
             )
     tokenizer, _ = _load(arguments)
     for token in tokenizer.encode(_argument(arguments.text)):

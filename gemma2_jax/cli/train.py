@@ -1,25 +1,25 @@
-"""`gemma2 train`: one run."""
+"""`gemma2 train`: trains one run."""
 
 import argparse
 
 from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
 
 DESCRIPTION = """\
-Trains one model, from text alone or from a teacher, and goes on where it was if the run has begun already.
-The data and the tokenizer are made first if they do not exist.
+Trains one model, on text alone or with a teacher. If the run has already started, resumes from its newest checkpoint.
+If the data or the tokenizer do not exist, they are created first.
 
   gemma2 train experiment=quickstart/teacher output=runs/teacher
   gemma2 train model=small_1m objective=distillation distill=online distill.teacher=runs/teacher name=student
-  gemma2 train --config runs/student/config.yaml                  repeats a run, or goes on with it
+  gemma2 train --config runs/student/config.yaml                  repeats or resumes a run
   gemma2 train --config runs/student/config.yaml seed=1 output=runs/student-1
 
-The run's folder gets config.yaml (all keys and values), metrics.jsonl, tensorboard/ and checkpoints/.
+The run's folder contains config.yaml (all keys and values), metrics.jsonl, tensorboard/ and checkpoints/.
 """
 
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(
-        verbs, "train", run, "train one model, or go on with it", DESCRIPTION, KEYS, resumes=True
+        verbs, "train", run, "train one model, or resume its training", DESCRIPTION, KEYS, resumes=True
     )
     parser.add_argument(
         "--config", metavar="FILE", help="start from a run's config.yaml instead of the config groups"

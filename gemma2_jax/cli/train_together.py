@@ -1,4 +1,4 @@
-"""`gemma2 train-together`: several students of one teacher in one run."""
+"""`gemma2 train-together`: trains several students of one teacher in one program."""
 
 import argparse
 import re
@@ -11,16 +11,17 @@ if TYPE_CHECKING:
     from gemma2_jax.run import RunConfig
 
 DESCRIPTION = """\
-Trains several runs at once on the same batches, all of them in one compiled step. The teacher's forward pass is
-computed once for all of them, so that three students cost less than three runs; each ends as it would alone, but for
-rounding, in a folder of its own, and goes on there after a stop. Those that are behind are trained up to the others
-first. The speed of each (tokens_per_second, mfu) is that of its own tokens in the time that all of them take together.
+Trains several students at once on the same batches, in one compiled step. The teacher's forward pass is computed once
+for all of them, so three students cost less than three separate runs. Each student gets its own run folder and the same
+result as in a separate run, except for rounding. The same command resumes an interrupted run, and first trains students
+that are behind up to the others. A student's speed (tokens_per_second, mfu) is its own tokens divided by the time that
+all students take together.
 
-What all of them have in common comes first, then each with --student NAME and what is its own: its model, optimizer,
-objective, initialise, seed, the layers that it matches (distill.match). Data, tokenizer, teacher, mesh, compute,
-training.steps, accumulation, eval_batches and log_every are shared. A student with samples of its own
-(distill.on_policy) is trained by itself, with gemma2 train. A baseline from text alone goes along without the teacher:
-with distill.teacher=null, and beside students of a cache distill.cache=null distill.encoding=null as well.
+Give the shared keys first, then each student as --student NAME with its own keys: model, optimizer, objective,
+initialise, seed, and the layers to match (distill.match). Data, tokenizer, teacher, mesh, compute, training.steps,
+accumulation, eval_batches and log_every are shared. On-policy students (distill.on_policy) are refused: train each with
+gemma2 train. A baseline on text alone can train along: give it distill.teacher=null (if the others use a cache, also
+distill.cache=null distill.encoding=null).
 
   gemma2 train-together objective=distillation distill=online distill.teacher=runs/teacher output=runs/family \\
       --student wide model=small_1m \\
@@ -50,7 +51,7 @@ def add_parser(verbs: Verbs) -> None:
         nargs="+",
         default=[],
         metavar=("NAME", "key=value"),
-        help="one run: its name, and what it does not share with the others",
+        help="one student: its name and its own keys",
     )
 
 
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.student:
         raise UserError("there is no student to train; name each with --student NAME key=value ….")
     configs = compose_students(arguments.overrides, arguments.student, arguments.config_dir)
-    check_together(configs)  # before the data is prepared, which may take long
+    check_together(configs)  # before preparing the data, which may take long
     for config in configs:
         check_places(config)
     join(configs[0].hosts)
@@ -80,16 +81,16 @@ def run(arguments: argparse.Namespace) -> None:
 def compose_students(
     shared: Sequence[str], students: Sequence[Sequence[str]], config_dir: str | None
 ) -> list["RunConfig"]:
-    """The configuration of each student, given as its name and its own overrides.
+    """Returns the configuration of each student, which is given as its name and its own overrides.
 
     Raises:
-        UserError: a name that is none or is given twice, a key that is not a student's or not theirs together, or
-            what `compose` refuses.
+        UserError: a name is invalid or repeated, a key must not be shared or must not be a student's own, or `compose`
+            refuses an override.
     """
     from gemma2_jax.cli.compose import compose
     from gemma2_jax.config import UserError
 
-    folder = _folder_of_all(shared)
+    folder = _parent_folder(shared)
     names = [name for name, *_ in students]
     configs = []
     for name, *own in students:
@@ -99,15 +100,15 @@ def compose_students(
             )
         values = {"name": name, "output": f"{folder}/{name}"}
         try:
-            _check_own(own)
+            _check_own_keys(own)
             configs.append(compose([*shared, *own], config_dir, values))
         except UserError as error:
             raise UserError(f"--student {name}: {error}") from None
     return configs
 
 
-def _folder_of_all(shared: Sequence[str]) -> str:
-    """The folder that the runs' folders are in."""
+def _parent_folder(shared: Sequence[str]) -> str:
+    """Returns the parent folder of the run folders."""
     from gemma2_jax.cli.compose import pairs
     from gemma2_jax.config import UserError
 
@@ -119,18 +120,20 @@ def _folder_of_all(shared: Sequence[str]) -> str:
             folder = value
     if folder in ("null", ""):
         raise UserError(
-            f"output is {folder or 'empty'}; it must be a folder for those of all runs, as in output=runs/family."
+            f"output is {folder or 'empty'}; it must be the parent folder of all run folders, as in output=runs/family."
         )
     return str(folder)
 
 
-def _check_own(own: Sequence[str]) -> None:
-    """Raises UserError if a student is given a key that cannot be its own."""
+def _check_own_keys(own: Sequence[str]) -> None:
+    """Raises UserError if a key must not be set for a single student."""
     from gemma2_jax.cli.compose import pairs
     from gemma2_jax.config import UserError
 
     for key, _ in pairs(own):
         if key in ("name", "output"):
-            raise UserError(f"{key} follows from the student's name; give output=FOLDER before the students.")
+            raise UserError(
+                f"{key} is set by the student's name; put output=FOLDER before the first --student."
+            )
         if key.split(".")[0] == "hosts":
-            raise UserError(f"{key} belongs to the job and not to a student; give it before the students.")
+            raise UserError(f"{key} belongs to the job, not to a student; put it before the first --student.")

@@ -1,4 +1,4 @@
-"""How much each channel, neuron and head of a teacher does on data: what a narrower student keeps."""
+"""The importance of each channel, neuron and head of a teacher on data, which decides what a narrower student keeps."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from gemma2_jax.model.transformer import Block, Collector, Gemma2, Taps
 @partial(jax.tree_util.register_dataclass, data_fields=["channels", "neurons", "heads"], meta_fields=[])
 @dataclass(frozen=True)
 class BlockImportance:
-    """Of one kind of block, stacked over the pairs: averages over tokens, float32.
+    """The importance in one kind of block, stacked over the pairs: averages over tokens, float32.
 
     Attributes:
-        channels: [P, D], the absolute value behind the two norms that read the residual stream, summed.
-        neurons: [P, F], the length of what the neuron adds to the MLP's output [D].
-        heads: [P, N], the length of what the head adds to the attention's output [D].
+        channels: [P, D], absolute value after the pre-attention norm plus that after the pre-MLP norm.
+        neurons: [P, F], norm of the neuron's contribution to the MLP's output [D].
+        heads: [P, N], norm of the head's contribution to the attention's output [D].
     """
 
     channels: Any
@@ -34,11 +34,11 @@ class BlockImportance:
 @partial(jax.tree_util.register_dataclass, data_fields=["blocks", "final"], meta_fields=[])
 @dataclass(frozen=True)
 class Importance:
-    """Of a whole model.
+    """The importance in a whole model.
 
     Attributes:
-        blocks: by the names `local_block` and `global_block`.
-        final: [D], the absolute value behind the final norm.
+        blocks: importance in the blocks, under `local_block` and `global_block`.
+        final: [D], absolute value after the final norm, averaged over tokens.
     """
 
     blocks: dict[str, BlockImportance]
@@ -46,18 +46,18 @@ class Importance:
 
 
 def measure(teacher: Gemma2, batches: Iterable[Batch], mesh: Mesh) -> Importance:
-    """The importance of everything in the teacher, by its activations on some batches, as NumPy arrays.
+    """Measures the importance of the teacher's channels, neurons and heads on some batches, as NumPy arrays.
 
-    After Minitron (Muralidharan et al., arXiv 2407.14679, section 2.2), with two differences. Each token counts
-    the same, since a packed row is no unit of text. And heads and neurons are measured behind their part of the
-    matrix that leads out: the heads of a group share their values, so that in front of it one that adds nothing
-    would not stand out.
+    This follows Minitron (Muralidharan et al., arXiv 2407.14679, section 2.2), with two differences. Every token has
+    the same weight, since a packed row is not a unit of text. And heads and neurons are measured after the output
+    projection: the heads of a group share their values, so a head that contributes nothing to the output could not be
+    recognised before it.
 
     Args:
-        batches: laid out on the mesh; tokens of padding do not count.
+        batches: batches on the mesh; padding tokens do not count.
     """
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(_sums, out_shardings=everywhere)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(_sums, out_shardings=replicated)
     total: Importance | None = None
     tokens = 0.0
     with jax.set_mesh(mesh):
@@ -72,15 +72,17 @@ def measure(teacher: Gemma2, batches: Iterable[Batch], mesh: Mesh) -> Importance
 
 
 def _sums(teacher: Gemma2, batch: Batch) -> tuple[Importance, jax.Array]:
-    """Sums over the tokens of a batch, and how many there are."""
+    """Sums of the importance over the tokens of a batch, and the number of tokens."""
     real = (batch.segment_ids > 0).astype(jnp.float32)
-    final, blocks = teacher.collect(_OfBlocks(real), batch.tokens, batch.positions, batch.segment_ids)
+    final, blocks = teacher.collect(
+        _ImportanceCollector(real), batch.tokens, batch.positions, batch.segment_ids
+    )
     return Importance(blocks, _sum(real, final)), jnp.sum(real)
 
 
 @dataclass(frozen=True)
-class _OfBlocks(Collector):
-    """The importance in each block, stacked over the pairs; `real`: [B, T], 0 on padding."""
+class _ImportanceCollector(Collector):
+    """Collects the importance in each block, summed over tokens; `real`: [B, T], 1 on tokens and 0 on padding."""
 
     real: jax.Array
 
@@ -88,7 +90,7 @@ class _OfBlocks(Collector):
         heads, neurons = taps["heads"], taps["mlp_hidden"]
         output = for_use(block.attention.output.get_value(), "NHD", heads.dtype)
         down = for_use(block.mlp.down.get_value(), "FD", neurons.dtype)
-        # The length of heads @ output without its D numbers for each head: through output's inner products [H, H].
+        # The norm of heads @ output, from output's inner products [H, H], without storing D numbers for each head.
         inner = jnp.einsum("NHD,NJD->NHJ", output, output)
         squares = jnp.einsum("BTNH,NHJ,BTNJ->BTN", heads, inner, heads)
         return BlockImportance(
@@ -99,5 +101,5 @@ class _OfBlocks(Collector):
 
 
 def _sum(real: jax.Array, x: jax.Array) -> jax.Array:
-    """The absolute values of x [B, T, ...], summed over the tokens that are none of padding."""
+    """The absolute values of x [B, T, X], summed over the tokens that are not padding: [X]."""
     return jnp.einsum("BT,BTX->X", real, jnp.abs(x))

@@ -1,19 +1,18 @@
-"""A student that begins as a part of its teacher: some of its layers, channels, neurons and heads.
+"""Initialises a student from a part of its teacher: some of its layers, channels, neurons and heads.
 
-What is kept is cut out of every weight consistently: one choice of channels D for the whole model, since all
-layers share the residual stream; a choice of neurons F and of heads for each layer.
+The selection is the same in every weight: one set of channels D for the whole model, since all layers share the
+residual stream; a set of neurons F and a set of heads for each layer.
 
-A narrower RMSNorm averages over fewer channels, and the embedding is multiplied by the root of a smaller D. So
-that the student computes what its teacher would if all that is removed were zero, its residual stream is
-r = sqrt(D of the student / D of the teacher) times the teacher's, and every norm then sees the mean square that
-it saw in the teacher:
-- the embedding is kept as it is: on entry it is multiplied by a sqrt(D) that is r times the teacher's;
+A narrower RMSNorm averages over fewer channels, and the embedding is multiplied by the square root of a smaller D. The
+student should compute what the teacher would if everything removed were zero. For this, the student's residual stream
+is r = sqrt(D of the student / D of the teacher) times the teacher's, so that the input of every norm has the same mean
+square as in the teacher:
+- the embedding is unchanged, since it is multiplied by a sqrt(D) that is already r times the teacher's;
 - `output` of the attention and `down` of the MLP are multiplied by r;
-- the norms that read the stream give 1 / r of their scale; behind the final one, the logits are the teacher's.
+- the scales of the norms on the residual stream are divided by r; after the final norm, the logits are the teacher's.
 
-The width of a head is not cut. RoPE turns the pair (i, i + H/2) by base^(-2i/H) a position: fewer pairs of a
-trained head would be turned at other speeds than they were trained with, but for one in every so many of them,
-whatever they do.
+The width H of a head is not reduced. RoPE rotates the pair (i, i + H/2) by base^(-2i/H) per position. In a narrower
+head, nearly all pairs would rotate at other speeds than those they were trained with, whichever pairs are kept.
 """
 
 from collections.abc import Iterable, Mapping
@@ -39,7 +38,7 @@ from gemma2_jax.sharding.layout import check_activations, key_in_use, laid_out, 
 
 BLOCKS = ("local_block", "global_block")
 
-# What cannot be cut: with another value of one of these, the same weights compute something else.
+# Settings that must be equal in teacher and student: with another value, the same weights compute something else.
 _CONSTANTS = (
     "vocab_size", "vocab_padding", "head_dim", "sliding_window", "query_pre_attn_scalar", "attn_logit_softcap",
     "final_logit_softcap", "rope_base", "norm_eps",
@@ -49,15 +48,17 @@ _WIDTHS = ("d_model", "d_ff", "num_heads", "num_kv_heads")
 
 @dataclass(frozen=True)
 class InitConfig:
-    """The weights that a new run begins with. A run that goes on does so from its own newest checkpoint.
+    """The initial weights of a new run. A run that is resumed uses its own newest checkpoint instead.
 
     Attributes:
-        source: a checkpoint of any kind that `gemma2 convert` reads; null for random weights.
-        layers: which (local, global) pairs of the source's layers a student with fewer of them keeps: `first`;
-            `even`, evenly spaced from the first to the last; or their numbers from 0. Null if it has as many.
-        width: which channels, neurons and heads a narrower student keeps: `first`, or by `importance`, those
-            that do most in the source on the data (see `importance.py`). Null if it is as wide.
-        batches: of the training data, to measure the importance on.
+        source: a checkpoint in any format that `gemma2 convert` accepts; null for random weights.
+        layers: which (local, global) pairs of the source's layers a student with fewer layers keeps: `first`;
+            `even`, evenly spaced from the first to the last; or a list of pair numbers from 0. Null if the student has
+            as many layers as the source.
+        width: which channels, neurons and heads a narrower student keeps: `first`; or `importance`, those with the
+            largest contribution in the source on the training data (see `importance.py`). Null if the student is as
+            wide as the source.
+        batches: number of training batches to measure the importance on.
     """
 
     source: str | None = None
@@ -70,14 +71,14 @@ class InitConfig:
             if self.source is None and getattr(self, name) is not None:
                 raise UserError(
                     f"initialise.{name} is {_shown(getattr(self, name))}, but initialise.source is null, so there is "
-                    "nothing to choose from."
+                    f"nothing to choose from; set initialise.source to a checkpoint, or initialise.{name} to null."
                 )
         if isinstance(self.layers, tuple) and list(self.layers) != sorted(
             {abs(pair) for pair in self.layers}
         ):
             raise UserError(
-                f"initialise.layers is {_shown(self.layers)}; it must be pairs of layers, counted from 0, each once "
-                "and in rising order."
+                f"initialise.layers is {_shown(self.layers)}; it must be a list of different pair numbers, counted "
+                "from 0, in ascending order."
             )
         if self.batches < 1:
             raise UserError(f"initialise.batches is {self.batches}; it must be at least 1.")
@@ -86,12 +87,12 @@ class InitConfig:
 @partial(jax.tree_util.register_dataclass, data_fields=["pairs", "channels", "blocks"], meta_fields=[])
 @dataclass(frozen=True)
 class KeptIndices:
-    """What of the teacher becomes the student; all int32, in the teacher's numbers and rising order.
+    """The parts of the teacher that become the student: int32 indices into the teacher, in ascending order.
 
     Attributes:
-        pairs: [P of the student].
-        channels: [D of the student].
-        blocks: for `local_block` and `global_block`, by letter: F neurons [P, F], N query heads [P, N] and
+        pairs: pairs of layers, [P of the student].
+        channels: channels, [D of the student].
+        blocks: for `local_block` and `global_block`, indices by letter: F neurons [P, F], N query heads [P, N] and
             K key/value heads [P, K].
     """
 
@@ -103,21 +104,21 @@ class KeptIndices:
 def initial_params(
     config: InitConfig, student: ModelConfig, tokenizer: Tokenizer, mesh: Mesh, batches: Iterable[Batch]
 ) -> Params:
-    """The student's float32 parameters, cut out of `config.source` and laid out on the mesh.
+    """Loads the student's float32 parameters from `config.source` onto the mesh, cut to the student's sizes.
 
-    A model of the student's own sizes is loaded as it is. Else the whole source is on the mesh for a while, in
-    float32, beside the student.
+    A source with the student's sizes is loaded as it is. Otherwise the mesh temporarily holds the whole source in
+    float32 in addition to the student.
 
     Args:
-        batches: laid out on the mesh; the first `config.batches` are read if width is chosen by importance.
+        batches: batches on the mesh; the first `config.batches` are used if width is `importance`.
 
     Raises:
-        UserError: the source is not whole, has another tokenizer, or the student is no part of it.
+        UserError: the source is incomplete, has another tokenizer, or the student is not a part of it.
     """
     if config.source is None:
         raise UserError("initialise.source is null; it must be a checkpoint.")
     source = open_for(tokenizer, config.source, "initialise.source")
-    # A vocabulary of other tokens is refused by load_params: rows of padding alone may differ.
+    # load_params raises if the number of tokens differs; only the padding rows may differ.
     teacher = replace(source.config, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
     _check(config, teacher, student)
     target = abstract_params(weight_specs(student), mesh=mesh)
@@ -140,19 +141,21 @@ def initial_params(
 def choose(
     config: InitConfig, teacher: ModelConfig, student: ModelConfig, importance: Importance | None = None
 ) -> KeptIndices:
-    """What stays. Query heads stay with their key/value head: whole groups first, then the same number in each.
+    """Selects the parts of the teacher to keep.
+
+    Query heads stay in the group of their key/value head: some groups are kept, with the same number of heads in each.
 
     Args:
-        importance: of the teacher; None takes the first of everything.
+        importance: importance measured on the teacher; None selects the first of everything.
 
     Raises:
-        UserError: the student is no part of the teacher.
+        UserError: the student is not a part of the teacher.
     """
     _check(config, teacher, student)
     pairs = _choose_pairs(config.layers, teacher.num_pairs, student.num_pairs)
     if importance is None:
         importance = _first(teacher)
-    # Only what is kept counts: a channel that nothing but the lost layers read is of no use to the student.
+    # Only the kept layers count: a channel that only removed layers use does not help the student.
     blocks = {
         name: jax.tree.map(lambda each_pair: each_pair[pairs], importance.blocks[name]) for name in BLOCKS
     }
@@ -165,9 +168,9 @@ def choose(
 
 
 def select(params: Params, teacher: ModelConfig, student: ModelConfig, choice: KeptIndices) -> Params:
-    """The student's parameters out of the teacher's, both laid out like `weight_specs`; can be jitted.
+    """Cuts the student's parameters out of the teacher's, both trees as in `weight_specs`; can be jitted.
 
-    Where the two are equal in width and everything is kept, so is every bit.
+    If the widths are equal, the selected weights are bit-identical to the teacher's.
     """
     ratio = (student.d_model / teacher.d_model) ** 0.5
 
@@ -192,7 +195,7 @@ def select(params: Params, teacher: ModelConfig, student: ModelConfig, choice: K
 
 
 def _take(dims: str, channels: Any, array: jax.Array, kept: Mapping[str, Any]) -> jax.Array:
-    """What is kept along each axis whose letter is cut."""
+    """Takes the kept indices along each axis whose letter has some."""
     for axis, letter in enumerate(dims):
         index = channels if letter == "D" else kept.get(letter)
         if index is not None:
@@ -211,7 +214,7 @@ def _choose_pairs(layers: str | tuple[int, ...] | None, teacher: int, student: i
 def _choose_in_block(
     importance: BlockImportance, teacher: ModelConfig, student: ModelConfig
 ) -> dict[str, np.ndarray]:
-    """By letter, for all pairs at once."""
+    """The selected neurons and heads of one kind of block, by letter, for all pairs at once."""
     K, G = teacher.num_kv_heads, teacher.num_heads // teacher.num_kv_heads
     in_groups = importance.heads.reshape(-1, K, G)
     best = _largest(in_groups, student.num_heads // student.num_kv_heads)  # [P, K, G of the student]
@@ -225,13 +228,13 @@ def _choose_in_block(
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Where the `count` largest are along the last axis, in rising order; the first ones among equals."""
+    """Indices of the `count` largest values along the last axis, in ascending order; the first of equal values."""
     order = np.argsort(-values, axis=-1, kind="stable")[..., :count]
     return np.sort(order, axis=-1).astype(np.int32)
 
 
 def _first(teacher: ModelConfig) -> Importance:
-    """Equal importance of everything, so that the first stay."""
+    """Equal importance for everything, so that the first ones are selected."""
     P = teacher.num_pairs
     sizes = (teacher.d_model, teacher.d_ff, teacher.num_heads)
     block = BlockImportance(*(np.zeros((P, size), np.float32) for size in sizes))
@@ -239,47 +242,47 @@ def _first(teacher: ModelConfig) -> Importance:
 
 
 def _check(config: InitConfig, teacher: ModelConfig, student: ModelConfig) -> None:
-    """Raises UserError unless the student is a part of the teacher, and the config says which."""
+    """Raises UserError unless the student is a part of the teacher, and the config selects which part."""
     where = f"initialise.source {config.source}"
     for name in _CONSTANTS:
-        theirs, ours = getattr(teacher, name), getattr(student, name)
-        if theirs != ours:
+        available, needed = getattr(teacher, name), getattr(student, name)
+        if available != needed:
             why = ", since RoPE's frequencies depend on it" if name == "head_dim" else ""
             raise UserError(
-                f"{where} has {name} {theirs}, and model.{name} is {ours}; both must be the same{why}."
+                f"{where} has {name} {available}, but model.{name} is {needed}; both must be the same{why}."
             )
     for name in ("num_layers", *_WIDTHS):
-        theirs, ours = getattr(teacher, name), getattr(student, name)
-        if theirs < ours:
+        available, needed = getattr(teacher, name), getattr(student, name)
+        if available < needed:
             raise UserError(
-                f"{where} has {name} {theirs}, and model.{name} is {ours}; initialise.source must be a model "
-                "that has at least as many."
+                f"{where} has {name} {available}, but model.{name} is {needed}; choose a source that has at least "
+                f"{needed}, or a smaller model.{name}."
             )
-    theirs = teacher.num_heads // teacher.num_kv_heads
-    ours = student.num_heads // student.num_kv_heads
-    if theirs < ours:
+    available = teacher.num_heads // teacher.num_kv_heads
+    needed = student.num_heads // student.num_kv_heads
+    if available < needed:
         raise UserError(
-            f"{where} has {theirs} query heads for each key/value head ({teacher.num_heads} for "
-            f"{teacher.num_kv_heads}), and the model {ours} ({student.num_heads} for {student.num_kv_heads}); choose "
-            f"model.num_heads and model.num_kv_heads with at most {theirs}."
+            f"{where} has {available} query heads for each key/value head ({teacher.num_heads} for "
+            f"{teacher.num_kv_heads}), but the model has {needed} ({student.num_heads} for {student.num_kv_heads}); "
+            f"choose model.num_heads and model.num_kv_heads with at most {available}."
         )
-    _check_asked(config, teacher, student)
+    _check_selection(config, teacher, student)
 
 
-def _check_asked(config: InitConfig, teacher: ModelConfig, student: ModelConfig) -> None:
-    """Raises UserError if the config does not say how to cut what has to be cut."""
+def _check_selection(config: InitConfig, teacher: ModelConfig, student: ModelConfig) -> None:
+    """Raises UserError if the config does not select what to keep of everything that has to be cut."""
     where = f"initialise.source {config.source}"
     if config.layers is None and teacher.num_layers != student.num_layers:
         raise UserError(
-            f"{where} has num_layers {teacher.num_layers}, and model.num_layers is {student.num_layers}; choose "
-            "with initialise.layers which to keep: first, even or a list of pairs."
+            f"{where} has num_layers {teacher.num_layers}, but model.num_layers is {student.num_layers}; set "
+            "initialise.layers to those to keep: first, even or a list of pairs."
         )
     for name in _WIDTHS:
-        theirs, ours = getattr(teacher, name), getattr(student, name)
-        if config.width is None and theirs != ours:
+        available, needed = getattr(teacher, name), getattr(student, name)
+        if config.width is None and available != needed:
             raise UserError(
-                f"{where} has {name} {theirs}, and model.{name} is {ours}; choose with initialise.width what to "
-                "keep: first or importance."
+                f"{where} has {name} {available}, but model.{name} is {needed}; set initialise.width to what to keep: "
+                "first or importance."
             )
     if not isinstance(config.layers, tuple):
         return

@@ -1,7 +1,7 @@
-"""Matching a teacher layer by layer: which of its hidden states and attention a student is to reproduce.
+"""Layer matching: trains a student to reproduce hidden states and attention of some of its teacher's layers.
 
-Where the widths differ, a learned linear projection takes the student's hidden states to the teacher's width. It
-is trained with the student and saved for a run that goes on, and is no part of the model.
+If the widths differ, a learned linear projection maps the student's hidden states to the teacher's width. It is trained
+with the student and saved in its checkpoints, but is not a part of the model.
 """
 
 import math
@@ -21,15 +21,16 @@ from gemma2_jax.objectives.distances import DistanceName, attention_distance, hi
 
 @dataclass(frozen=True)
 class MatchConfig:
-    """Which layers are matched, and how much it counts beside the objective.
+    """Which layers are matched, and with which weights in the loss.
 
-    Each distance is averaged over the pairs of layers and the batch's targets, then weighted into the loss.
+    Each distance is averaged over the pairs of layers and the batch's targets, then multiplied by its weight and added
+    to the loss.
 
     Attributes:
         layers: pairs [student's layer, teacher's layer], counted from 0.
         hidden: weight of the distance between hidden states after the layers.
         attention: weight of the distance between the layers' attention, averaged over heads.
-        distance: `mse`, the squared error over the teacher's own square; or `cosine`, 1 - cos.
+        distance: `mse`, the squared error relative to the teacher's square; or `cosine`, 1 - cos.
     """
 
     layers: tuple[tuple[int, int], ...]
@@ -41,7 +42,7 @@ class MatchConfig:
         for name in ("hidden", "attention"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(
-                    f"distill.match.{name} is {getattr(self, name)}; it must be a number that is not negative."
+                    f"distill.match.{name} is {getattr(self, name)}; it must be a finite number of at least 0."
                 )
         if self.hidden == 0 and self.attention == 0:
             raise UserError("distill.match.hidden and attention are both 0; at least one must be above 0.")
@@ -57,21 +58,23 @@ class MatchConfig:
                 )
             if students.count(student) > 1:
                 raise UserError(
-                    f"distill.match.layers has the student's layer {student} more than once; it can match one only."
+                    f"distill.match.layers has the student's layer {student} more than once; it can match only one "
+                    "layer of the teacher."
                 )
             if self.attention > 0 and (student - teacher) % 2:
                 raise UserError(
-                    f"distill.match.layers holds {[student, teacher]}, a local and a global layer, which see different "
-                    "keys; with distill.match.attention above 0, both must be even (local) or odd (global)."
+                    f"distill.match.layers holds {[student, teacher]}, a local and a global layer, whose attention has "
+                    "different keys; with distill.match.attention above 0, both must be even (local) or odd (global)."
                 )
 
     @property
-    def of_student(self) -> Capture:
-        """What is taken of the student's forward pass."""
+    def student_capture(self) -> Capture:
+        """The outputs to capture in the student's forward pass."""
         return self._capture({student for student, _ in self.layers})
 
     @property
-    def of_teacher(self) -> Capture:
+    def teacher_capture(self) -> Capture:
+        """The outputs to capture in the teacher's forward pass."""
         return self._capture({teacher for _, teacher in self.layers})
 
     def _capture(self, layers: set[int]) -> Capture:
@@ -79,23 +82,24 @@ class MatchConfig:
 
     def check_student(self, model: ModelConfig) -> None:
         """Raises UserError if the student lacks a layer."""
-        _check_layers(self.of_student, model, "student")
+        _check_layers(self.student_capture, model, "student")
 
     def check_teacher(self, student: ModelConfig, teacher: ModelConfig) -> None:
-        """Raises UserError if the teacher lacks a layer, or its local layers have another window than the student's."""
-        _check_layers(self.of_teacher, teacher, "teacher")
-        local = any(layer % 2 == 0 for layer in self.of_student.layers)
+        """Raises UserError if the teacher lacks a layer, or if attention in local layers has another window."""
+        _check_layers(self.teacher_capture, teacher, "teacher")
+        local = any(layer % 2 == 0 for layer in self.student_capture.layers)
         if self.attention > 0 and local and student.sliding_window != teacher.sliding_window:
             raise UserError(
-                f"distill.match.attention is above 0 and distill.match.layers holds local layers, whose window "
-                f"(model.sliding_window) is {student.sliding_window} and the teacher's {teacher.sliding_window}; "
+                f"distill.match.attention is above 0 and distill.match.layers holds local layers, but "
+                f"model.sliding_window is {student.sliding_window} and the teacher's is {teacher.sliding_window}; "
                 "match global layers (odd numbers), or give the student the teacher's window."
             )
 
     def projection_specs(self, student: ModelConfig, teacher: ModelConfig) -> Specs | None:
-        """`projections` [M, D, E], from the student's width D to the teacher's, E, one for each of M pairs of layers.
+        """Specs of `projections` [M, D, E]: one for each of M pairs of layers, from the student's width D to the
+        teacher's width E.
 
-        Their variance of 1 / D lets a projected state begin as large as the state. None where none are needed.
+        Their initial variance of 1 / D preserves the magnitude of a state. None if no projections are needed.
         """
         if self.hidden == 0 or student.d_model == teacher.d_model:
             return None
@@ -104,8 +108,8 @@ class MatchConfig:
         }
 
 
-def captures_joined(captures: Iterable[Capture | None]) -> Capture | None:
-    """What one forward pass gives for several that need layers of it; None if none does."""
+def join_captures(captures: Iterable[Capture | None]) -> Capture | None:
+    """The union of several captures, for one forward pass that serves them all; None if all are None."""
     found = [capture for capture in captures if capture is not None]
     if not found:
         return None
@@ -123,26 +127,32 @@ def match_sums(
     teacher: Mapping[int, CapturedLayer],
     batch: Batch,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted distance, summed over the batch's targets, and `match_hidden` and `match_attention` unweighted.
+    """Returns the weighted distance summed over the batch's targets, and the unweighted `match_hidden` and
+    `match_attention`.
 
     Args:
-        projections: [M, D, E], one for each of `match.layers`; None where the widths are the same.
-        student, teacher: what `match.of_student` and `match.of_teacher` captured, or more, by layer.
+        projections: [M, D, E], one for each of `match.layers`; None if the widths are equal.
+        student, teacher: captured layers by number; at least those of `match.student_capture` and
+            `match.teacher_capture`.
     """
-    distances: dict[str, list[jax.Array]] = {"hidden": [], "attention": []}  # [B, T] of each pair of layers
-    for index, (own, its) in enumerate(match.layers):
-        of_student, of_teacher = student[own], teacher[its]
+    distances: dict[str, list[jax.Array]] = {"hidden": [], "attention": []}  # [B, T] for each pair of layers
+    for index, (student_number, teacher_number) in enumerate(match.layers):
+        student_layer, teacher_layer = student[student_number], teacher[teacher_number]
         if match.hidden > 0:
             projection = None if projections is None else projections[index]
-            distances["hidden"].append(hidden_distance(of_student, of_teacher, projection, match.distance))
+            distances["hidden"].append(
+                hidden_distance(student_layer, teacher_layer, projection, match.distance)
+            )
         if match.attention > 0:
             distances["attention"].append(
-                attention_distance(of_student, of_teacher, batch.positions, batch.segment_ids, match.distance)
+                attention_distance(
+                    student_layer, teacher_layer, batch.positions, batch.segment_ids, match.distance
+                )
             )
     total, metrics = jnp.float32(0), {}
-    for kind, of_pairs in distances.items():
-        if of_pairs:
-            metrics[f"match_{kind}"] = jnp.sum(sum(of_pairs) * batch.loss_mask) / len(of_pairs)
+    for kind, per_pair in distances.items():
+        if per_pair:
+            metrics[f"match_{kind}"] = jnp.sum(sum(per_pair) * batch.loss_mask) / len(per_pair)
             total += getattr(match, kind) * metrics[f"match_{kind}"]
     return total, metrics
 
@@ -151,6 +161,6 @@ def _check_layers(capture: Capture, model: ModelConfig, whose: str) -> None:
     for layer in capture.layers:
         if layer >= model.num_layers:
             raise UserError(
-                f"distill.match.layers names the {whose}'s layer {layer}, and the {whose} has {model.num_layers}; "
-                f"layers are counted from 0 to {model.num_layers - 1}."
+                f"distill.match.layers names the {whose}'s layer {layer}, but the {whose} has {model.num_layers} "
+                f"layers, counted from 0 to {model.num_layers - 1}."
             )

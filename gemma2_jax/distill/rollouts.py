@@ -1,11 +1,11 @@
-"""On-policy distillation (GKD, Agarwal et al., arXiv 2306.13649, Algorithm 1): batches that the student wrote itself.
+"""On-policy distillation (GKD, Agarwal et al., arXiv 2306.13649, Algorithm 1): batches of the student's own samples.
 
-At each step, with probability lambda, the student continues the first tokens of the data's rows, and is trained on
-what it wrote; else on the data. The teacher, the divergence and the step are the same for both. No gradient goes
-through the sampling.
+Each step is on-policy with probability lambda: the student samples a completion of the first tokens of each row of the
+data and is trained on it. The other steps train on the data. Teacher, divergence and step are the same for both. No
+gradient flows through the sampling.
 
-A row seldom begins with a document: mostly with the rest of one that the row before cut. So most prompts are from the
-middle of a document, without the token of its beginning.
+A row rarely starts with the beginning of a document, mostly with the rest of one that the previous row cut off. So most
+prompts are from the middle of a document, without its beginning-of-text token.
 """
 
 import random
@@ -30,13 +30,13 @@ from gemma2_jax.sharding.layout import constrain
 
 @dataclass(frozen=True)
 class OnPolicyConfig:
-    """How often the student is trained on its own samples, and how it samples.
+    """How often the student is trained on its own samples, and how they are sampled.
 
     Attributes:
         fraction: lambda, the probability that a step is on-policy, from 0 to 1; a number or a schedule.
-        prompt_tokens: the student continues at most the first so many tokens of each row, all of one document, of
-            which they are seldom the beginning; see the top of this file.
-        temperature: logits are divided by it before a token is drawn; 1 draws from the student's own distribution.
+        prompt_tokens: maximum length of a prompt, which is taken from the start of a row and from one document only,
+            rarely from the document's beginning; see the top of this file.
+        temperature: divides the logits before a token is drawn; 1 draws from the student's own distribution.
     """
 
     fraction: float | ScheduleConfig
@@ -58,15 +58,15 @@ class OnPolicyConfig:
 
 
 def on_policy_steps(config: OnPolicyConfig, seed: int, steps: int) -> np.ndarray:
-    """Which steps of a run of `steps` are on-policy, bool [steps]: each by a draw of its own.
+    """Draws independently for each step of a run of `steps` whether it is on-policy: bool [steps].
 
-    It depends on the arguments alone, so that a resumed run and all processes of one agree; and it is known before
-    the first step, so that no step waits for the devices to tell.
+    The result depends only on the arguments, so that a resumed run and all processes agree. It is known before the
+    first step, so that no step has to wait for the devices.
     """
     fraction = config.fraction
     if isinstance(fraction, ScheduleConfig):
         fraction = build_schedule(fraction, steps)(jnp.arange(steps))
-    # Python's, whose numbers are the same in every version.
+    # Python's generator gives the same numbers in every version.
     draw = random.Random(f"on-policy steps of seed {seed}")
     return np.array([draw.random() for _ in range(steps)]) < np.asarray(fraction)
 
@@ -81,17 +81,20 @@ def rollout(
     step: jax.Array,
     end_of_text: int,
 ) -> Batch:
-    """The student's continuations of the rows of a batch.
+    """Samples the student's completions of prompts from a batch, and returns them as a batch.
 
-    A row's prompt is the beginning of its first segment, a document's or that of the rest of one; each row must have
-    one. It is continued up to `end_of_text`, or else to T + 1 tokens, of which the last is a target only, as in a row
-    of data. What is drawn depends on `seed`, `step` and the row's place in the whole batch, not on the mesh.
+    A row's prompt is the start of its first segment, which is a document or the rest of one; no row may be empty. The
+    completion ends with `end_of_text`, or when prompt and completion have T + 1 tokens, the last of which is only a
+    target, as in a row of data. The samples depend on `seed`, `step` and the row's index in the whole batch, not on the
+    mesh.
 
-    Every device holds the student's weights in compute's dtype while it samples, except for their split over the tensor
-    axis: gathering them from the fsdp axis for each token would take far longer than its products.
+    While sampling, every device holds the student's weights in compute's dtype, sharded over the tensor axis only:
+    gathering them over the fsdp axis for each token would take far longer than the matrix products.
 
     Args:
-        model, compute, params: the student's; end_of_text: an id.
+        model, compute, params: configuration, compute settings and parameters of the student.
+        batch: batch of data, which the prompts are taken from.
+        end_of_text: id of the token that ends a completion.
     """
     T = batch.tokens.shape[1]
     compute, choice = replace(compute, remat="none"), TokenChoice(config.temperature)
@@ -100,7 +103,8 @@ def rollout(
     prompts = batch.tokens[:, : config.prompt_tokens]
     lengths = jnp.sum(batch.segment_ids[:, : config.prompt_tokens] == 1, axis=1)
     keys = row_keys(jax.random.fold_in(jax.random.key(seed), step), len(prompts))
-    # Rows with long prompts are full before the others, and go on in vain: the cache need not hold that.
+    # Rows with long prompts are full before the others; what they sample after that is dropped, so the KV cache does
+    # not need room for it.
     progress = begin(decoder, prompts, lengths, keys, stops, T, choice)
     left = T - jnp.min(lengths)
     _, sampled = advance(decoder, progress, keys, stops, left, T - 1, choice)
@@ -109,15 +113,17 @@ def rollout(
 
 
 def lay_out(prompts: jax.Array, lengths: jax.Array, new: jax.Array, stop: int) -> Batch:
-    """Prompts and what came after them as rows of one document each, in which only new tokens are targets.
+    """Combines prompts and completions into rows of one document each, in which only new tokens count in the loss.
 
     Args:
-        prompts: int32 [B, S], right-padded; lengths: [B], from 1 to S.
-        new: int32 [B, T], the tokens after each prompt. What exceeds T + 1 tokens with the prompt, or comes after the
-            first `stop`, is dropped.
+        prompts: int32 [B, S], right-padded.
+        lengths: int32 [B], lengths of the prompts, from 1 to S.
+        new: int32 [B, T], tokens after each prompt. Tokens after the first `stop`, or beyond a total of T + 1 tokens
+            with the prompt, are dropped.
+        stop: id of the token that ends a completion.
 
     Returns:
-        Rows of T tokens, zeros after their end. The loss counts targets that are new, `stop` among them.
+        Rows of T tokens, with zeros after their end. The loss mask selects the new targets, including `stop`.
     """
     T = new.shape[1]
     index = jnp.arange(T + 1)
@@ -141,7 +147,7 @@ def lay_out(prompts: jax.Array, lengths: jax.Array, new: jax.Array, stop: int) -
 
 
 def _gathered(model: ModelConfig, params: Params, compute: ComputeConfig) -> Params:
-    """Weights as `Decoder` casts them, laid out for use: cast first, so that less is sent."""
+    """Weights in the dtypes that `Decoder` uses, gathered for use; cast before gathering, so that less is sent."""
 
     def gather(_: str, weight: Weight, value: jax.Array) -> jax.Array:
         return for_use(value, weight.dims, compute.dtype) if weight.fan_in else constrain(value, weight.dims)

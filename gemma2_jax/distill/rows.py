@@ -1,4 +1,4 @@
-"""How the rows that a teacher and its students read are divided over a mesh and its processes."""
+"""Checks that rows of data divide evenly over a mesh and its processes, for training and for a teacher's cache."""
 
 from jax.sharding import Mesh
 
@@ -8,9 +8,9 @@ from gemma2_jax.sharding.layout import batch_shares, sequence_shares
 
 
 def check_rows(rows: int, seq_len: int, mesh: Mesh, key: str) -> None:
-    """Raises UserError if `rows`, which the setting `key` gives, cannot be split evenly over the mesh or its processes.
+    """Raises UserError if `rows`, the value of the setting `key`, do not divide evenly over the mesh and its processes.
 
-    As the layout in use splits them.
+    The layout in use determines how they are divided.
     """
     shares, parts = batch_shares(mesh), sequence_shares(mesh)
     if rows % shares:

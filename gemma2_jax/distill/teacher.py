@@ -31,19 +31,19 @@ class DistillConfig:
     """The teacher that a student is distilled from.
 
     Attributes:
-        teacher: a checkpoint of the teacher, a run folder or any other kind that `gemma2 convert` reads; null
-            without distillation, or to train from a cache alone. With a cache, the teacher runs in validations only;
+        teacher: checkpoint of the teacher, a run folder or any other format that `gemma2 convert` accepts; null
+            without distillation, or to train from a cache alone. With a cache, the teacher runs only in validations;
             without it, they report no divergence.
-        dtype: of the teacher's weights and activations. It has no optimizer state and gets no gradient. Of no effect
-            where teacher is null.
-        cache: folder of the teacher's outputs for the training data, written by `gemma2 teacher-cache` and used in the
-            place of the teacher; null to run the teacher in each step.
-        encoding: what the cache keeps of the teacher's distributions; null to take a cache as it is.
-        on_policy: train on the student's own samples at some steps; null for the data alone.
-        match: which of its layers the student matches as well; null for none.
-        model: its sizes, for `gemma2 plan`, which needs no checkpoint; null to take them from the checkpoint. A
-            checkpoint of other sizes is refused.
-        layout: how the teacher is laid out on the mesh; null for the student's layout.
+        dtype: dtype of the teacher's weights and activations. The teacher has no optimizer state and gets no gradient.
+            No effect if teacher is null.
+        cache: folder of teacher targets for the training data, written by `gemma2 teacher-cache` and used instead of
+            the teacher; null to run the teacher in each step.
+        encoding: encoding of the teacher's distributions in the cache; null to accept a cache with any encoding.
+        on_policy: settings for training on the student's own samples at some steps; null to train on the data alone.
+        match: layers of the teacher that the student is trained to match as well; null for none.
+        model: sizes of the teacher, so that `gemma2 plan` needs no checkpoint; null to take them from the checkpoint. A
+            checkpoint of other sizes is an error.
+        layout: layout of the teacher on the mesh; null for the student's layout.
     """
 
     teacher: str | None
@@ -60,25 +60,26 @@ class DistillConfig:
             raise UserError("distill.encoding is set, but distill.cache is null; set both, or neither.")
         if self.match is not None and self.teacher is None:
             raise UserError(
-                "distill.match is set, which needs a teacher; set distill.teacher to its checkpoint."
+                "distill.match is set, but distill.teacher is null; set distill.teacher to a checkpoint, or "
+                "distill.match to null."
             )
         if self.match is not None and self.cache is not None:
             raise UserError(
-                "distill.match and distill.cache are both set; a cache holds no hidden states, so one of them must be "
+                "distill.match and distill.cache are both set, but a cache holds no hidden states; set one of them to "
                 "null."
             )
 
     @property
-    def teaches(self) -> bool:
-        """Whether there is a teacher, or a cache of one; without either, a run learns from text alone."""
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher or a teacher's cache; without either, a run is trained on text alone."""
         return self.teacher is not None or self.cache is not None
 
 
 def load_teacher(config: DistillConfig, student: ModelConfig, tokenizer: Tokenizer, mesh: Mesh) -> Gemma2:
-    """The teacher, laid out on the student's mesh, with as many rows of padding in its vocabulary.
+    """Loads the teacher onto the student's mesh, with its vocabulary padded to the student's size.
 
     Raises:
-        UserError: it is not whole or not of the sizes in distill.model, or what `open_teacher` refuses.
+        UserError: its checkpoint is incomplete or has other sizes than distill.model; or as `open_teacher`.
     """
     if config.teacher is None:
         raise UserError("distill.teacher is null; it must be a checkpoint of the teacher.")
@@ -91,20 +92,20 @@ def load_teacher(config: DistillConfig, student: ModelConfig, tokenizer: Tokeniz
 
 
 def open_teacher(path: str, student: ModelConfig, tokenizer: Tokenizer) -> tuple[WeightSource, ModelConfig]:
-    """A teacher's checkpoint, which suits the student, and its sizes with the student's rows of padding.
+    """Opens a teacher's checkpoint; returns it and the teacher's sizes, with the student's padding of the vocabulary.
 
     Raises:
-        UserError: there is none, or it has another tokenizer than the student.
+        UserError: it does not exist, or has another tokenizer than the student.
     """
     source = open_for(tokenizer, path, "distill.teacher")
     return source, replace(source.config, vocab_size=student.vocab_size, vocab_padding=student.vocab_padding)
 
 
 def teacher_config(config: DistillConfig, student: ModelConfig) -> ModelConfig | None:
-    """The sizes of the teacher, with the student's rows of padding in its vocabulary; None without a teacher.
+    """The sizes of the teacher, with the student's padding of the vocabulary; None without a teacher.
 
     Raises:
-        UserError: its checkpoint cannot be read, and its sizes are not given.
+        UserError: distill.model is null, and the teacher's checkpoint cannot be read.
     """
     if config.teacher is None:
         return None
@@ -113,15 +114,15 @@ def teacher_config(config: DistillConfig, student: ModelConfig) -> ModelConfig |
 
 
 def online_teacher(config: DistillConfig, student: ModelConfig) -> ModelConfig | None:
-    """As `teacher_config`, of a teacher whose forward pass runs in each step: None beside a cache."""
+    """As `teacher_config`, but None if there is a cache, since the teacher then does not run in the training step."""
     return None if config.cache is not None else teacher_config(config, student)
 
 
 def abstract_teacher(config: DistillConfig, sizes: ModelConfig, mesh: Mesh) -> Gemma2:
-    """The teacher's shapes, dtypes and shardings.
+    """The teacher with the shapes, dtypes and shardings of its weights instead of arrays.
 
     Raises:
-        UserError: the mesh does not divide it.
+        UserError: the mesh does not divide a weight or an activation.
     """
     with as_teacher(config):
         check_activations(mesh, dim_sizes(sizes))
@@ -137,12 +138,12 @@ def as_teacher(config: DistillConfig) -> AbstractContextManager[None]:
 
 
 def _check_sizes(planned: ModelConfig, found: ModelConfig, teacher: str) -> None:
-    """Raises UserError if the teacher is not of the sizes that were planned for, but for its rows of padding."""
+    """Raises UserError if the teacher's sizes differ from distill.model, apart from the padding of the vocabulary."""
     planned = replace(planned, vocab_size=found.vocab_size, vocab_padding=found.vocab_padding)
     for field in fields(planned):
         expected, value = getattr(planned, field.name), getattr(found, field.name)
         if expected != value:
             raise UserError(
-                f"distill.model.{field.name} is {expected}, and {teacher} has {value}; set distill.model to the "
-                "teacher's sizes, or to null."
+                f"distill.model.{field.name} is {expected}, but distill.teacher {teacher} has {value}; set "
+                "distill.model to the teacher's sizes, or to null."
             )

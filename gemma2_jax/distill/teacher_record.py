@@ -1,4 +1,4 @@
-"""Which teacher a run is distilled from: teacher.json in its folder, which identifies the teacher wherever it lies."""
+"""teacher.json in a run folder, which identifies the teacher that the run is distilled from, whatever its path."""
 
 import json
 from dataclasses import dataclass
@@ -11,18 +11,19 @@ from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.files import write_text
 
 TEACHER_FILE = "teacher.json"
-FORMAT = 2  # of the record; raised when the same teacher would get another identity
+FORMAT = 2  # version of the record; raised when the identity of the same teacher changes
 
 
 @dataclass(frozen=True)
 class TeacherRecord:
-    """What distinguishes one teacher from another.
+    """The identity of a teacher or of a teacher's cache.
 
     Attributes:
-        identity: `teacher_identity` of the teacher's weights in `dtype`, or of the checkpoint that a cache was made of.
-        dtype: that the teacher is computed in; None in older files.
-        encoding: of the cache that stands in for the teacher; None without a cache, and in older files.
-        format: of the record.
+        identity: `teacher_identity` of the teacher's weights in `dtype`, or of the checkpoint that the cache was made
+            from.
+        dtype: dtype of the teacher; None in older files.
+        encoding: encoding of the cache; None without a cache, and in older files.
+        format: version of the record.
     """
 
     identity: str
@@ -32,7 +33,7 @@ class TeacherRecord:
 
     @property
     def is_comparable(self) -> bool:
-        """Whether the same teacher has this identity today; else the run keeps to the path of its teacher."""
+        """Whether this version computes the identity in the same way; if not, teachers are compared by path."""
         return self.format == FORMAT
 
     def save(self, run_folder: Path) -> None:
@@ -40,18 +41,18 @@ class TeacherRecord:
 
 
 def read_teacher_record(run_folder: str | Path) -> TeacherRecord | None:
-    """The record in a run folder; None without a teacher, and in folders of older versions."""
+    """Reads the record in a run folder; None without a teacher, and in folders of older versions."""
     path = Path(run_folder) / TEACHER_FILE
     if not path.exists():
         return None
     found = read_json(path)
     if not isinstance(found, dict):
-        raise UserError(f"{path} is cut or broken: it holds no keys and values.")
+        raise UserError(f"{path} is truncated or damaged: it does not hold a JSON object.")
     return build(TeacherRecord, {"format": 1, **found}, str(path))  # Older files lack this key.
 
 
 def check_same_teacher(run_folder: str, distill: DistillConfig, now: TeacherRecord | None) -> None:
-    """Raises UserError if the run in the folder was distilled from another teacher than `now`, the one configured."""
+    """Raises UserError if the run in the folder was distilled from another teacher than `now`, the configured one."""
     begun = read_teacher_record(run_folder)
     if now is None or begun is None:
         return
@@ -75,7 +76,7 @@ def check_same_teacher(run_folder: str, distill: DistillConfig, now: TeacherReco
 
 
 def _settings(record: TeacherRecord) -> dict[str, Any]:
-    """What the outputs depend on beside the weights, by the keys of the configuration, as far as it is recorded."""
+    """The recorded settings that the teacher's outputs depend on, by their keys in the configuration."""
     encoding = {} if record.encoding is None else to_dict(record.encoding)
     dtype = {} if record.dtype is None else {"distill.dtype": record.dtype}
     return {f"distill.encoding.{name}": value for name, value in encoding.items()} | dtype

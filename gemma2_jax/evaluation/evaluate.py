@@ -1,4 +1,4 @@
-"""How good a trained run is, on the whole validation split of its data."""
+"""Evaluates a trained run on the whole validation split of its data."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,16 +29,17 @@ from gemma2_jax.training.validation import averages, sum_over
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one row of a study's table says.
+    """The results in one row of a study's table. Comparisons with a teacher are None without one.
 
     Attributes:
-        parameters: of the model, its tied embedding counted once.
+        parameters: parameter count of the model, its tied embedding counted once.
         tokens_seen: training tokens, padding included.
-        cross_entropy: mean in nats; perplexity: exp of it.
-        agreement: share of positions where the run and the teacher find the same token most likely.
-        kl: KL(teacher || run) in nats.
-        entropy: mean entropy of the run's distributions in nats; teacher_entropy: of the teacher's. What is about
-            the teacher is None without one.
+        cross_entropy: mean cross-entropy in nats.
+        perplexity: exp of the cross-entropy.
+        agreement: fraction of positions where the run and the teacher have the same most likely token.
+        kl: mean KL(teacher || run) in nats.
+        entropy: mean entropy of the run's distributions in nats.
+        teacher_entropy: mean entropy of the teacher's distributions in nats.
     """
 
     parameters: int
@@ -47,12 +48,12 @@ class Evaluation:
     perplexity: float
     agreement: float | None
     kl: float | None
-    entropy: float | None = None  # in files written before these were measured
+    entropy: float | None = None  # Older files lack this key and the next.
     teacher_entropy: float | None = None
 
 
 def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = None) -> Evaluation:
-    """Evaluate the newest checkpoint of a run, and compare it with a teacher's.
+    """Evaluates the newest checkpoint of a run, and compares it with a teacher if one is given.
 
     Raises:
         UserError: a folder holds no checkpoint, the data is not what the run was trained on, or the teacher has
@@ -67,7 +68,7 @@ def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = Non
         model = Gemma2(config.model, read_params(found, abstract_params(specs, mesh=mesh)))
         models = {MODEL: model}
         if teacher_folder is not None:
-            # In the model's own precision, whatever the teacher was distilled from in.
+            # In the precision of this run, whatever distill.dtype was in training.
             tokenizer = Tokenizer.load(Path(run_folder) / TOKENIZER_FILE)
             source, sizes = open_teacher(str(teacher_folder), config.model, tokenizer)
             models[TEACHER] = Gemma2(sizes, load_params(source, sizes, config.compute.dtype, mesh))

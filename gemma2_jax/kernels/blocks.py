@@ -1,4 +1,4 @@
-"""Arrays [B, T, ...] block of tokens by block, for what would need too much memory all at once."""
+"""Splits arrays [B, T, ...] into blocks of tokens, for computations that need too much memory all at once."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from gemma2_jax.sharding.layout import batch_shares, sequence_shares
 
 
 def token_blocks(B: int, T: int, block_tokens: int) -> int:
-    """How many blocks of [B, T] tokens give each device, on the mesh in context, at most `block_tokens` at a time.
+    """The number of blocks of [B, T] tokens such that no device has more than `block_tokens` of a block at a time.
 
-    A block has a token of each row at least.
+    Counted for the mesh in context. A block has at least one token of each row.
     """
     return -(-(T // sequence_shares()) // max(1, block_tokens * batch_shares() // B))
 
 
 def split_tokens(blocks: int, tree: Any) -> Any:
-    """Each [B, T, ...] to [blocks, B, T / blocks, ...], padded with zeros: tokens of weight 0.
+    """Reshapes each [B, T, ...] to [blocks, B, T / blocks, ...], padded with zeros (tokens of weight 0).
 
     Where sequences are split over devices, each block takes an equal part of every device's tokens.
     """
@@ -36,7 +36,7 @@ def split_tokens(blocks: int, tree: Any) -> Any:
 
 
 def join_tokens(x: jax.Array, T: int) -> jax.Array:
-    """What `split_tokens` split, without its padding: [blocks, B, T / blocks, ...] to [B, T, ...]."""
+    """Undoes `split_tokens`, without its padding: [blocks, B, T / blocks, ...] to [B, T, ...]."""
     blocks, B, _, *rest = x.shape
     shares = sequence_shares()
     apart = jnp.moveaxis(x.reshape(blocks, B, shares, -1, *rest), 0, 2)

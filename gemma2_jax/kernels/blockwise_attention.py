@@ -1,6 +1,6 @@
-"""Soft-capped, grouped-query attention in XLA: blocks of queries, each compiled with the keys that it may see.
+"""Soft-capped, grouped-query attention in XLA: each block of queries is compiled with only the keys that it may see.
 
-Made for up to `LONGEST` tokens; `looped_attention` is for more.
+For sequences of up to `LONGEST` tokens; `looped_attention` is for longer ones.
 """
 
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ import jax.numpy as jnp
 
 from gemma2_jax.kernels.reference_attention import visible_keys
 
-# Queries are taken in blocks of this many. Smaller ones skip more hidden keys, but each is compiled on its own.
+# Queries per block. Smaller blocks skip more hidden keys, but each block is compiled separately.
 _BLOCK = 128
 
-# Beyond this many tokens there would be too many blocks to compile, with too many keys each.
+# Longer sequences would have too many blocks to compile, with too many keys each.
 LONGEST = 16 * _BLOCK
 
-# Scores never leave (-softcap, softcap). Up to this cap, exp(score) and sums of millions of them stay well
-# inside float32 (e^60 is 1e26), and softmax needs no pass over the scores to find the largest.
+# Scores are always in (-softcap, softcap). Up to this cap, exp(score) and sums of millions of them stay well
+# inside float32 (e^60 is 1e26), so softmax needs no pass over the scores to find the largest.
 _LARGEST_CAP_WITHOUT_SHIFT = 60.0
 
-# The batch dimensions of every product below: a sequence, and a key/value head.
+# The batch dimensions of every product below: sequences and key/value heads.
 BK = ((0, 1), (0, 1))
 
 
@@ -35,12 +35,11 @@ def blockwise_attention(
     window: int | None,
     softcap: float,
 ) -> jax.Array:
-    """`attention` of a sequence to itself, block of queries by block, without the keys no query of it can see.
+    """`attention` of a sequence to itself, one block of queries at a time, without keys that none of them can see.
 
-    Within a segment positions go up by one from token to token, so a key after the block, or more than a
-    window before it, is hidden whatever the segments are. Differentiable in query, key and value; the
-    backward pass computes each block's scores again, so that none are kept (as in FlashAttention-2, Dao,
-    arXiv 2307.08691).
+    Within a segment, positions go up by one from token to token, so a key after the block, or more than a window before
+    it, is hidden whatever the segments are. Differentiable in query, key and value; the backward pass recomputes each
+    block's scores, so that none are kept (as in FlashAttention-2, Dao, arXiv 2307.08691).
 
     Args:
         query: [B, T, N, H]; key, value: [B, T, K, H]; positions, segment_ids: [B, T].
@@ -71,7 +70,7 @@ def _forward(
         visible = _visible(positions, segment_ids, queries, keys, window)
         scores = softcap * capped(query[:, :, :, queries], key[:, :, keys], softcap)
         shift = jnp.float32(0)
-        # Weights become float16 before they are divided by their sum, and that ends at 65,504.
+        # Weights are cast before they are divided by their sum, and float16 ends at 65,504.
         if softcap > _LARGEST_CAP_WITHOUT_SHIFT or value.dtype == jnp.float16:
             shift = jnp.max(scores, axis=-1, where=visible, initial=-softcap, keepdims=True)
         weights = jnp.where(visible, jnp.exp(scores - shift), 0.0)
@@ -84,15 +83,15 @@ def _forward(
 
 
 def _backward(window: int | None, softcap: float, saved: Any, d_output: jax.Array) -> tuple[Any, ...]:
-    # Without this barrier XLA would find the scores to be the forward pass's, and keep those instead.
+    # Without this barrier XLA would recognise the scores of the forward pass, and keep those instead.
     saved, d_output = jax.lax.optimization_barrier((saved, d_output))
     query, key, value, positions, segment_ids, output, log_sum = saved
     dtype = query.dtype
     d_output = group(d_output, key.shape[1])
-    # sum_s weight_s * d_weight_s, which softmax's gradient subtracts: one number a query.
-    pull = jnp.sum(d_output.astype(jnp.float32) * output, axis=-1, keepdims=True)
+    # sum_s weight_s * d_weight_s, which softmax's gradient subtracts: one number per query.
+    delta = jnp.sum(d_output.astype(jnp.float32) * output, axis=-1, keepdims=True)
     d_queries = []
-    # [B, K, H, S]: with S last, the products below read weights and scores as they lie.
+    # [B, K, H, S]: with S last, the products below read weights and scores without a transposition.
     d_key = d_value = jnp.zeros(key.swapaxes(2, 3).shape, jnp.float32)
     for queries, keys in _blocks(positions.shape[1], window):
         block_query, d_block = query[:, :, :, queries], d_output[:, :, :, queries]
@@ -100,7 +99,7 @@ def _backward(window: int | None, softcap: float, saved: Any, d_output: jax.Arra
         tanh = capped(block_query, key[:, :, keys], softcap)
         weights = jnp.where(visible, jnp.exp(softcap * tanh - log_sum[:, :, :, queries]), 0.0)
         d_weights = dot(d_block, value[:, :, keys], (((4,), (3,)), BK))
-        d_scores = weights * (d_weights - pull[:, :, :, queries]) * (1.0 - jnp.square(tanh))
+        d_scores = weights * (d_weights - delta[:, :, :, queries]) * (1.0 - jnp.square(tanh))
         weights, d_scores = weights.astype(dtype), d_scores.astype(dtype)
         d_queries.append(dot(d_scores, key[:, :, keys], (((4,), (2,)), BK)).astype(dtype))
         d_key = _add_at(d_key, keys, dot(block_query, d_scores, (((2, 3), (2, 3)), BK)))
@@ -114,7 +113,7 @@ _self_attention.defvjp(_forward, _backward)
 
 
 def _blocks(T: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Each block of queries, and the keys that any of them may see, from a multiple of the block on."""
+    """Yields each block of queries with the keys that any of them may see; those start at a block's beginning."""
     for start in range(0, T, _BLOCK):
         end = min(start + _BLOCK, T)
         first = 0 if window is None else max(0, start - window + 1) // _BLOCK * _BLOCK
@@ -124,19 +123,19 @@ def _blocks(T: int, window: int | None) -> Iterator[tuple[slice, slice]]:
 def _visible(
     positions: jax.Array, segment_ids: jax.Array, queries: slice, keys: slice, window: int | None
 ) -> jax.Array:
-    """`visible_keys` of a block, [B, 1, 1, T, S]."""
+    """`visible_keys` of one block, [B, 1, 1, T, S]."""
     return visible_keys(
         positions[:, queries], positions[:, keys], segment_ids[:, queries], segment_ids[:, keys], window
     )[:, None, None]
 
 
 def capped(query: jax.Array, key: jax.Array, softcap: float) -> jax.Array:
-    """tanh(score / softcap), [B, K, G, T, S]; its square is what the soft cap's gradient lacks to 1."""
+    """tanh(score / softcap), [B, K, G, T, S]; the gradient of the soft cap is 1 minus its square."""
     return jnp.tanh(dot(query, key, (((4,), (3,)), BK)) / softcap)
 
 
 def dot(x: jax.Array, y: jax.Array, dimensions: Any) -> jax.Array:
-    """Not einsum, which is free to swap x and y, and so to have the larger of them transposed."""
+    """A product with float32 results. An einsum may swap x and y, and then transposes the larger one."""
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 

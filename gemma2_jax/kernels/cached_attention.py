@@ -1,4 +1,4 @@
-"""Soft-capped, grouped-query attention of one new token a row to a cache."""
+"""Soft-capped, grouped-query attention from one new token per row to a cache."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ from gemma2_jax.kernels.softcap import softcap as apply_softcap
 def cached_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float
 ) -> jax.Array:
-    """`attention.attention` for a single query a row; its keys and values have heads before slots.
+    """`attention.attention` for a single query per row, with keys and values that have heads before slots.
 
-    In that order both products run over a head's slots as they lie in memory. In the other, or through
-    `einsum`, which is free to swap its operands, a CPU copies the whole cache for every token.
+    In this order both products read a head's slots contiguously. In the other order, or with `einsum`, which may swap
+    its operands, a CPU copies the whole cache for every token.
 
     Args:
         query: [B, N, H], already scaled. Query heads k*G .. k*G + G - 1 share key/value head k.

@@ -1,9 +1,9 @@
-"""Losses over the vocabulary, block of tokens by block: [tokens, V] never exists.
+"""Losses over the vocabulary, one block of tokens at a time, so that [tokens, V] never exists.
 
-The logits of 8,192 tokens at V = 256k are 8.4 GB in float32, and a loss may need those of several models and the
-gradients of some. Here a block of tokens goes through the LM heads, the soft caps, the loss and back, and only its
-gradients stay: those of its hidden states, and the sums of the embeddings'. Computed in the forward pass, they need no
-second pass over the logits in the backward pass, as in Liger (arXiv 2410.10989, section 3.2).
+The logits of 8,192 tokens at V = 256k are 8.4 GB in float32, and a loss may need the logits of several models and the
+gradients of some. Here a block of tokens goes through the LM heads, the soft caps, the loss and its backward pass, and
+only gradients remain: those of the block's hidden states, and sums of those of the embeddings. They are computed in the
+forward pass, so the backward pass does not go over the logits again, as in Liger (arXiv 2410.10989, section 3.2).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,9 +19,9 @@ from gemma2_jax.kernels.softcap import mask_padding, negative_log_prob, softcap
 from gemma2_jax.kernels.tuning import HeadPlan, by_head_plan, stays_in_loop
 from gemma2_jax.sharding.layout import batch_shares_in_head, constrain, constrain_in_head, is_split
 
-# By the name of their head, float32 [..., V], soft-capped, those of padding masked.
+# By head name: float32 [..., V], soft-capped, with padding masked.
 Logits = dict[str, jax.Array]
-Sums = tuple[jax.Array, Any]  # of the loss and of each metric
+Sums = tuple[jax.Array, Any]  # sum of the loss, and of each metric
 
 # (logits [..., V] by head, per_token [..., ...], coefficients) -> (loss [...], a pytree of metrics [...]), float32.
 TokenLoss = Callable[[Logits, Any, Any], tuple[jax.Array, Any]]
@@ -40,8 +40,8 @@ class LMHead:
         hidden: final hidden states [B, T, D].
         embedding: [V, D]; cast to hidden's dtype for the product.
         softcap: logits become softcap * tanh(logits / softcap).
-        vocab_padding: the last so many rows of the embedding belong to no token.
-        trained: whether hidden and embedding get gradients; if not, those are zero and cost nothing.
+        vocab_padding: number of rows at the end of the embedding that belong to no token.
+        trained: whether hidden and embedding get gradients; otherwise these are zero and cost nothing.
     """
 
     hidden: Any
@@ -55,10 +55,10 @@ Heads = dict[str, LMHead]
 
 
 def head_logits(hidden: jax.Array, embedding: jax.Array, cap: float, vocab_padding: int) -> jax.Array:
-    """Soft-capped float32 logits [..., V] of hidden states [..., D], -1e30 in rows of padding.
+    """Soft-capped float32 logits [..., V] of hidden states [..., D]; -1e30 for padding.
 
     Args:
-        embedding: [V, D], in hidden's dtype and laid out for use.
+        embedding: [V, D], in hidden's dtype and with the layout of its use.
     """
     return _cap(_products(hidden, embedding), cap, vocab_padding)
 
@@ -70,7 +70,7 @@ def dense_sums(
     mask: jax.Array,
     coefficients: Any = None,
 ) -> Sums:
-    """The reference for `lm_head_sums`, with all logits at once. Arguments and results are the same."""
+    """The reference for `lm_head_sums`: computes all logits at once. Arguments and results are the same."""
     trained, frozen = _parts(heads)
     logits = _logits(trained) | jax.lax.stop_gradient(_logits(frozen))
     constants = jax.lax.stop_gradient((per_token, mask, coefficients))
@@ -85,16 +85,16 @@ def lm_head_sums(
     block_tokens: int,
     coefficients: Any = None,
 ) -> Sums:
-    """Sum of `token_loss` over the tokens of a batch, differentiable in the states and embeddings of trained heads.
+    """Sum of `token_loss` over a batch's tokens, differentiable in hidden states and embeddings of the trained heads.
 
-    A block of a head's logits is computed once, whatever uses it.
+    Each head's logits of a block are computed once, whatever uses them.
 
     Args:
-        token_loss: the loss and metrics of tokens from the logits of all heads.
-        heads: by name, all of the same B and T.
-        per_token: any pytree of arrays [B, T, ...], of which `token_loss` gets those of its tokens. No gradient.
+        token_loss: gives the loss and metrics of tokens from the logits of all heads.
+        heads: heads by name, all with the same B and T.
+        per_token: any pytree of arrays [B, T, ...]; `token_loss` gets the entries of its tokens. No gradient.
         mask: float32 [B, T], the weight of each token in the sums. No gradient.
-        block_tokens: tokens that each device has logits of at a time.
+        block_tokens: number of tokens per device whose logits exist at a time.
         coefficients: any pytree of float32 scalars, which may change from step to step. No gradient.
 
     Returns:
@@ -109,11 +109,11 @@ def lm_head_sums(
 def token_log_probs(head: LMHead, targets: jax.Array, block_tokens: int) -> jax.Array:
     """log P(target) of each token, float32 [B, T], differentiable in the head for any cotangent [B, T].
 
-    Logits are computed block by block, in the backward pass anew.
+    Logits are computed block by block, and again in the backward pass.
 
     Args:
         targets: int32 [B, T].
-        block_tokens: tokens that each device has logits of at a time.
+        block_tokens: number of tokens per device whose logits exist at a time.
     """
     B, T = targets.shape
     head = head if head.trained else jax.lax.stop_gradient(head)
@@ -169,14 +169,14 @@ def _sums_and_gradients(
     mask: jax.Array,
     coefficients: Any,
 ) -> tuple[Sums, Heads]:
-    """The sums, and their gradients with respect to the trained heads, in the form of these."""
-    # Where an embedding has to be gathered from its parts, less is sent of it cast, and a copy is made anyway.
+    """The sums, and their gradients with respect to the trained heads, in the form of heads."""
+    # If an embedding must be gathered from its parts, casting it first sends less, and a copy is made anyway.
     casts_blockwise = plan.casts_blockwise and not is_split("D")
     whole = {name: head.embedding for name, head in trained.items()} if casts_blockwise else _for_use(trained)
     frozen_embeddings = _for_use(frozen)
-    # Devices that do not share a vocabulary each sum up a gradient of their own, or they would send theirs with
-    # every block.
-    R, sums_as = batch_shares_in_head(), f"R{plan.sums_as}"
+    # Devices that do not share a vocabulary each sum a gradient of their own. Otherwise they would exchange gradients
+    # with every block.
+    R, sum_dims = batch_shares_in_head(), f"R{plan.sum_dims}"
 
     def body(carry: Any, block: Any) -> tuple[Any, Any]:
         sums, d_embeddings = carry
@@ -202,20 +202,20 @@ def _sums_and_gradients(
             d_product = constrain_in_head(d_products[name].astype(states.dtype), "BTV")
             d_hidden[name] = constrain(jnp.einsum("BTV,VD->BTD", d_product, embeddings[name]), "BTD")
             more = jnp.einsum(
-                f"RBTD,RBTV->{sums_as}",
+                f"RBTD,RBTV->{sum_dims}",
                 _rows_apart(R, states, "TD"),
                 _rows_apart(R, d_product, "TV"),
                 preferred_element_type=jnp.float32,
             )
-            d_embeddings = {**d_embeddings, name: constrain_in_head(d_embeddings[name] + more, sums_as)}
+            d_embeddings = {**d_embeddings, name: constrain_in_head(d_embeddings[name] + more, sum_dims)}
         return (_add(sums, block_sums), d_embeddings), d_hidden
 
     def zeros(head: LMHead) -> jax.Array:
         sizes = {"R": R, **dict(zip("VD", head.embedding.shape, strict=True))}
-        return constrain_in_head(jnp.zeros([sizes[letter] for letter in sums_as], jnp.float32), sums_as)
+        return constrain_in_head(jnp.zeros([sizes[letter] for letter in sum_dims], jnp.float32), sum_dims)
 
     def gradient(head: LMHead, d_hidden: jax.Array, d_embedding: jax.Array) -> LMHead:
-        summed = plan.as_embedding(constrain_in_head(jnp.sum(d_embedding, axis=0), plan.sums_as))
+        summed = plan.as_embedding(constrain_in_head(jnp.sum(d_embedding, axis=0), plan.sum_dims))
         joined = join_tokens(d_hidden, mask.shape[1])
         return replace(head, hidden=joined, embedding=summed.astype(head.embedding.dtype))
 
@@ -245,7 +245,7 @@ def _log_probs_forward(blocks: int, head: LMHead, targets: jax.Array) -> tuple[j
 
 
 def _log_probs_backward(blocks: int, saved: Any, cotangent: jax.Array) -> tuple[LMHead, None]:
-    """The gradient of sum(cotangent * log P): that of `lm_head_sums` with the cotangent as its mask."""
+    """The gradient of sum(cotangent * log P), which is that of `lm_head_sums` with the cotangent as mask."""
     head, targets = saved
 
     def token_loss(logits: Logits, targets: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -259,7 +259,7 @@ _log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 
 def _parts(heads: Mapping[str, LMHead]) -> tuple[Heads, Heads]:
-    """Those that are trained, and the others."""
+    """The trained heads, and the others."""
     trained = {name: head for name, head in heads.items() if head.trained}
     return trained, {name: head for name, head in heads.items() if not head.trained}
 
@@ -272,10 +272,10 @@ def _masked_sums(
 
 
 def _split(blocks: int, hidden: Any, per_token: Any) -> Any:
-    """Both as a loop over blocks takes them: arrays [B, T, ...] as [blocks, B, T / blocks, ...].
+    """Hidden states and per-token arrays [B, T, ...], split for the loop over blocks: [blocks, B, T / blocks, ...].
 
-    All blocks lie as activations do. Left to itself, the compiler would have them lie as the one in use does in the
-    LM head, and gather all of them to have that one.
+    All blocks keep the layout of activations. Otherwise the compiler would give them the layout that one block has in
+    the LM head, and gather all blocks to use one.
     """
 
     def split(x: jax.Array, last: str) -> jax.Array:
@@ -294,7 +294,7 @@ def _hidden(heads: Heads) -> dict[str, jax.Array]:
 
 
 def _for_use(heads: Heads) -> dict[str, jax.Array]:
-    """Their embeddings, cast and laid out for products with hidden states."""
+    """The heads' embeddings, cast and laid out for products with hidden states."""
     return {
         name: constrain_in_head(head.embedding.astype(head.hidden.dtype), "VD")
         for name, head in heads.items()
@@ -302,9 +302,10 @@ def _for_use(heads: Heads) -> dict[str, jax.Array]:
 
 
 def _in_head(hidden: jax.Array) -> jax.Array:
-    """A block's hidden states as they lie in the LM head.
+    """A block's hidden states in the layout of the LM head.
 
-    First as they lie outside, where they come from: or the compiler would gather all blocks to have this one.
+    They first get the layout of activations, which they have outside: otherwise the compiler would gather all blocks to
+    use one.
     """
     return constrain_in_head(constrain(hidden, "BTD"), "BTD")
 
@@ -322,7 +323,7 @@ def _logits(
     hidden: Mapping[str, jax.Array] | None = None,
     embeddings: Mapping[str, jax.Array] | None = None,
 ) -> Logits:
-    """Of these hidden states and embeddings, which are laid out for use; by default of the heads' own."""
+    """The logits of these hidden states and embeddings (laid out for use), by default of the heads' own."""
     hidden = _hidden(heads) if hidden is None else hidden
     embeddings = _for_use(heads) if embeddings is None else embeddings
     return _caps(heads, {name: _products_in_head(_in_head(hidden[name]), embeddings[name]) for name in heads})
@@ -337,7 +338,7 @@ def _cap(products: jax.Array, cap: float, vocab_padding: int) -> jax.Array:
 
 
 def _zero_sums(token_loss: TokenLoss, heads: Heads, per_token: Any, coefficients: Any) -> Sums:
-    """The sums before the first block; which metrics there are is found with an abstract token."""
+    """The sums before the first block; a call with an abstract token shows which metrics there are."""
     logits = {
         name: jax.ShapeDtypeStruct((head.embedding.shape[0],), jnp.float32) for name, head in heads.items()
     }

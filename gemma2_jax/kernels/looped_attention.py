@@ -1,7 +1,7 @@
-"""Soft-capped, grouped-query attention in XLA for long sequences: a loop over blocks of keys for each of queries.
+"""Soft-capped, grouped-query attention in XLA for long sequences: a loop over key blocks for each query block.
 
-Never more than one block of queries by one of keys exists, however long the sequence is, and one body is compiled
-for all blocks. Blocks that are later than the queries, or outside their window, are not visited.
+Only one block of queries by one block of keys exists at a time, however long the sequence is, and one body is compiled
+for all blocks. Key blocks that are later than the queries, or outside their window, are skipped.
 """
 
 from functools import partial
@@ -15,19 +15,20 @@ from gemma2_jax.kernels.reference_attention import visible_keys
 
 _BLOCK = 512  # of queries and of keys
 
-_NONE = -1  # the segment of padding to whole blocks: no token has it
+_NONE = -1  # segment of the padding to whole blocks; no token has it
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def looped_attention(window: int | None, softcap: float, *arrays: jax.Array) -> jax.Array:
-    """Queries that follow each other attend to the keys of a whole sequence (online softmax, Milakov and
-    Gimelshein, arXiv 1805.02867; recomputed in the backward pass as in FlashAttention-2, Dao, arXiv 2307.08691).
+    """Attention of consecutive queries to the keys of a whole sequence, by an online softmax.
 
-    Differentiable in query, key and value. Within a segment, positions have to go up by one from token to token.
+    (Milakov and Gimelshein, arXiv 1805.02867; the backward pass recomputes scores as in FlashAttention-2, Dao, arXiv
+    2307.08691.) Differentiable in query, key and value. Within a segment, positions must go up by one from token to
+    token.
 
     Args:
-        arrays: query [B, T, N, H]; key, value [B, S, K, H]; query_segments [B, T], key_segments [B, S]; and places
-            [T], where in the sequence of S tokens the queries are: a number, and those after it.
+        arrays: query [B, T, N, H]; key, value [B, S, K, H]; query_segments [B, T], key_segments [B, S]; and indices
+            [T], the consecutive indices of the queries in the sequence of S tokens.
 
     Returns:
         [B, T, N, H].
@@ -56,8 +57,8 @@ def _forward(window: int | None, softcap: float, *arrays: jax.Array) -> tuple[ja
 
         zeros = jnp.zeros((B, K, G, _BLOCK, 1), jnp.float32)
         sums = (zeros - softcap, zeros, jnp.zeros(block_query.shape, jnp.float32))
-        largest, total, mixed = jax.lax.fori_loop(*_seen(start, i, key, window), add_keys, sums)
-        total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # padding may see nothing
+        largest, total, mixed = jax.lax.fori_loop(*_visible_blocks(start, i, key, window), add_keys, sums)
+        total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # padding may see no key
         return None, ((mixed / total).astype(query.dtype), largest + jnp.log(total))
 
     _, outputs = jax.lax.scan(of_queries, None, jnp.arange(T // _BLOCK))
@@ -71,11 +72,11 @@ def _backward(window: int | None, softcap: float, saved: Any, d_output: jax.Arra
     dtype = query.dtype
     d_output = group(_pad(d_output, axis=1), key.shape[1])
     # sum_s weight_s * d_weight_s, which softmax's gradient subtracts: one number a query.
-    pull = jnp.sum(d_output.astype(jnp.float32) * output, axis=-1, keepdims=True)
+    delta = jnp.sum(d_output.astype(jnp.float32) * output, axis=-1, keepdims=True)
 
     def of_queries(sums: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[Any, jax.Array]:
-        block_query, d_block, log_block, pull_block = (
-            _take(x, i, axis=3) for x in (query, d_output, log_sum, pull)
+        block_query, d_block, log_block, block_delta = (
+            _take(x, i, axis=3) for x in (query, d_output, log_sum, delta)
         )
 
         def add_keys(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -85,7 +86,7 @@ def _backward(window: int | None, softcap: float, saved: Any, d_output: jax.Arra
             tanh = capped(block_query, block_key, softcap)
             weights = jnp.where(visible, jnp.exp(softcap * tanh - log_block), 0.0)
             d_weights = dot(d_block, block_value, (((4,), (3,)), BK))
-            d_scores = weights * (d_weights - pull_block) * (1.0 - jnp.square(tanh))
+            d_scores = weights * (d_weights - block_delta) * (1.0 - jnp.square(tanh))
             weights, d_scores = weights.astype(dtype), d_scores.astype(dtype)
             d_query += dot(d_scores, block_key, (((4,), (2,)), BK))
             d_key = _add_at(d_key, j, dot(block_query, d_scores, (((2, 3), (2, 3)), BK)))
@@ -93,7 +94,7 @@ def _backward(window: int | None, softcap: float, saved: Any, d_output: jax.Arra
             return d_query, d_key, d_value
 
         carry = (jnp.zeros(block_query.shape, jnp.float32), *sums)
-        d_query, *sums_after = jax.lax.fori_loop(*_seen(start, i, key, window), add_keys, carry)
+        d_query, *sums_after = jax.lax.fori_loop(*_visible_blocks(start, i, key, window), add_keys, carry)
         return tuple(sums_after), d_query.astype(dtype)
 
     zeros = jnp.zeros(key.swapaxes(2, 3).shape, jnp.float32)  # [B, K, H, S], as in `blockwise_attention`
@@ -112,13 +113,13 @@ def _padded(
     value: jax.Array,
     query_segments: jax.Array,
     key_segments: jax.Array,
-    places: jax.Array,
+    indices: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Whole blocks: query [B, K, G, T, H], key and value [B, K, S, H], segments; and the first query's place."""
+    """The arrays in whole blocks: query [B, K, G, T, H], key, value [B, K, S, H], segments; the first query's index."""
     query = group(_pad(query, axis=1), key.shape[2])
     key, value = (_pad(x, axis=1).swapaxes(1, 2) for x in (key, value))
     segments = (_pad(x, axis=1, fill=_NONE) for x in (query_segments, key_segments))
-    return query, key, value, *segments, places[0]
+    return query, key, value, *segments, indices[0]
 
 
 def _pad(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
@@ -127,8 +128,8 @@ def _pad(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
     return jnp.pad(x, widths, constant_values=fill)
 
 
-def _seen(start: jax.Array, i: jax.Array, key: jax.Array, window: int | None) -> tuple[Any, Any]:
-    """The blocks of keys that block i of the queries may see: the first, and the one after the last."""
+def _visible_blocks(start: jax.Array, i: jax.Array, key: jax.Array, window: int | None) -> tuple[Any, Any]:
+    """The key blocks that query block i may see: the first, and one past the last."""
     first = start + i * _BLOCK
     last = first + _BLOCK - 1
     begin = 0 if window is None else jnp.maximum(0, first - window + 1) // _BLOCK
@@ -143,7 +144,7 @@ def _visible(
     j: jax.Array,
     window: int | None,
 ) -> jax.Array:
-    """`visible_keys` of a block of queries and one of keys, [B, 1, 1, T, S], by their places."""
+    """`visible_keys` of one block of queries and one of keys, [B, 1, 1, T, S], by their indices in the sequence."""
     within = jnp.arange(_BLOCK)[None]
     segments = _take(query_segments, i, axis=1), _take(key_segments, j, axis=1)
     visible = visible_keys(start + i * _BLOCK + within, j * _BLOCK + within, *segments, window)

@@ -1,4 +1,4 @@
-"""Soft-capped, grouped-query attention, in the plain form that all others are compared with."""
+"""Soft-capped, grouped-query attention: the plain reference that the other kernels are compared with."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def visible_keys(
     key_segments: jax.Array,
     window: int | None,
 ) -> jax.Array:
-    """Which keys each query may see: its own document's, not later than itself, inside the window.
+    """Which keys each query sees: those of its own document, not after itself, inside the window.
 
     Args:
         query_positions, query_segments: [B, T].
@@ -33,7 +33,7 @@ def visible_keys(
 def attention(
     query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float
 ) -> jax.Array:
-    """The reference: every score is computed, softmax in float32 (Gemma 2 report, section 2).
+    """The reference: computes every score, with softmax in float32 (Gemma 2 report, section 2).
 
     Args:
         query: [B, T, N, H], already scaled. Query heads k*G .. k*G + G - 1 share key/value head k.
@@ -49,7 +49,7 @@ def attention(
 
 
 def attention_weights(query: jax.Array, key: jax.Array, visible: jax.Array, softcap: float) -> jax.Array:
-    """Each head's distributions over the keys, float32 [B, K, G, T, S]; arguments as in `attention`."""
+    """Each head's attention distributions over the keys, float32 [B, K, G, T, S]; arguments as in `attention`."""
     B, T, N, H = query.shape
     K = key.shape[2]
     grouped = query.reshape(B, T, K, N // K, H)

@@ -1,4 +1,4 @@
-"""The one function by which a sequence attends to itself, and the choice of the kernel that does it."""
+"""Attention of a sequence to itself, and the choice of its kernel."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,23 +17,23 @@ from gemma2_jax.sharding.layout import layout_in_use, sequence_shares
 
 Kernel = Literal["reference", "blockwise", "splash", "tokamax"]
 
-# What runs only on some platforms, and what it is made for. On a CPU, splash is interpreted, to test it.
+# Kernels that run only on some platforms, and their hardware. On a CPU, splash is interpreted, for tests.
 _PLATFORMS = {"splash": ("tpu", "cpu"), "tokamax": ("gpu",)}
 _MADE_FOR = {"splash": "TPUs", "tokamax": "GPUs"}
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How a sequence attends to itself; but for rounding, every kernel computes the same.
+    """The kernel of self-attention; all kernels compute the same, up to rounding.
 
     Attributes:
-        kernel: `splash` is JAX's own for TPUs (on a CPU it is interpreted, to test it); `tokamax` is for Hopper GPUs,
-            with the extra `cuda12`; `blockwise` runs everywhere; `reference` is the plain form, with all scores at
+        kernel: `splash` is JAX's own kernel for TPUs (interpreted on a CPU, for tests); `tokamax` is for Hopper GPUs
+            and needs the extra `cuda12`; `blockwise` runs everywhere; `reference` is the plain form, with all scores at
             once. `auto` takes splash on TPUs, tokamax on Hopper GPUs where it suits (`tokamax_attention.suits`), and
             blockwise elsewhere.
-        block_queries, block_keys: the size of splash's blocks of scores, in multiples of 128; a short sequence gets
-            shorter ones. Larger blocks take fewer steps, and more of the chip's fast memory: at head width 256,
-            1024 x 1024 still compiles for a v5e, and 1024 x 2048 does not.
+        block_queries, block_keys: size of splash's blocks of scores, multiples of 128; a short sequence gets shorter
+            blocks. Larger blocks take fewer steps and more of the chip's fast memory: at head width 256, 1024 x 1024
+            still compiles for a v5e, and 1024 x 2048 does not.
     """
 
     kernel: Literal["auto", "reference", "blockwise", "splash", "tokamax"] = "auto"
@@ -61,8 +61,9 @@ def self_attention(
 ) -> jax.Array:
     """`attention` of a sequence to itself by the kernel that `config` names, differentiable in query, key and value.
 
-    A token sees those of its segment, none later than itself or outside the window. Within a segment positions go up
-    by one from token to token, so that a key outside the window is so by its place, whatever its segment.
+    A token sees the tokens of its own segment that are not after it and are inside the window. Within a segment,
+    positions go up by one from token to token, so the distance in the sequence decides whether a key is inside the
+    window.
 
     Args:
         query: [B, T, N, H], scaled; key, value: [B, T, K, H]; positions, segment_ids: [B, T].
@@ -73,7 +74,7 @@ def self_attention(
         [B, T, N, H] in query's dtype.
 
     Raises:
-        UserError: the kernel that `config` names can not do this here.
+        UserError: the kernel that `config` names cannot be used here.
     """
     platform, kind = device_in_use()
     kernel = choose_kernel(config, platform, tokamax_suits=suits(query, kind))
@@ -89,18 +90,18 @@ def self_attention(
     if query.shape[1] <= LONGEST and sequence_shares() == 1:
         return blockwise_attention(query, key, value, positions, segment_ids, window, softcap)
 
-    def attend(places: jax.Array, *arrays: jax.Array) -> jax.Array:
-        return looped_attention(window, softcap, *arrays, places)
+    def attend(indices: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return looped_attention(window, softcap, *arrays, indices)
 
-    places = jnp.arange(query.shape[1])
-    return on_each_device(attend, places, layout_in_use().spec("T"), query, key, value, segment_ids)
+    indices = jnp.arange(query.shape[1])
+    return on_each_device(attend, indices, layout_in_use().spec("T"), query, key, value, segment_ids)
 
 
 def choose_kernel(config: AttentionConfig, platform: str, tokamax_suits: bool = False) -> Kernel:
-    """The kernel that `config` comes down to for programs that run on `platform` (tpu, gpu, cpu).
+    """The kernel that `config` selects for programs that run on `platform` (tpu, gpu, cpu).
 
     Raises:
-        UserError: it names one that does not run there.
+        UserError: the kernel that it names does not run there.
     """
     if config.kernel == "auto":
         if platform == "gpu" and tokamax_suits:
@@ -108,16 +109,16 @@ def choose_kernel(config: AttentionConfig, platform: str, tokamax_suits: bool = 
         return "splash" if platform == "tpu" else "blockwise"
     if platform not in _PLATFORMS.get(config.kernel, (platform,)):
         raise UserError(
-            f"compute.attention.kernel is {config.kernel}, which is for {_MADE_FOR[config.kernel]}, and this program "
+            f"compute.attention.kernel is {config.kernel}, which is for {_MADE_FOR[config.kernel]}, but this program "
             f"is for a {platform}; choose auto or blockwise."
         )
     return config.kernel
 
 
 def device_in_use() -> tuple[str, str]:
-    """What is traced is going to run on: platform and kind of the mesh's devices in context, or else of JAX's own.
+    """Platform and kind of the device that the traced program will run on: the mesh's in context, or JAX's default.
 
-    They differ where a program is compiled ahead for devices that this machine does not have.
+    They differ where a program is compiled ahead of time for devices that this machine does not have.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return device.platform, device.device_kind

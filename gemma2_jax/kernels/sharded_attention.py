@@ -1,4 +1,4 @@
-"""Attention run by each device on what it holds: its rows, its heads, its part of the queries, and all their keys."""
+"""Attention on each device's part of the arrays: its rows, its heads, its queries, and all keys of these."""
 
 import math
 from collections.abc import Callable
@@ -22,13 +22,13 @@ def on_each_device(
     value: jax.Array,
     segment_ids: jax.Array,
 ) -> jax.Array:
-    """`attend` under `jax.shard_map`, as the layout in use has activations lie on the mesh in context.
+    """Runs `attend` under `jax.shard_map`, with the activations of the layout in use on the mesh in context.
 
-    The compiler can not split what it can not see into. Where a sequence is split over devices, so are its queries;
-    keys and values are gathered, and their gradients summed.
+    The compiler cannot split a kernel that it cannot see into. Where a sequence is split over devices, so are its
+    queries; keys and values are gathered, and their gradients summed.
 
     Args:
-        tables: what else `attend` takes first; tables_spec: how it lies.
+        tables: first argument of `attend`; tables_spec: its partition specs.
         query: [B, T, N, H]; key, value: [B, T, K, H]; segment_ids: [B, T].
 
     Raises:
@@ -39,9 +39,9 @@ def on_each_device(
         return attend(tables, query, key, value, segment_ids, segment_ids)
     _check_heads(query.shape[2], key.shape[2])
     spec = layout_in_use().spec
-    keys = spec("BSKH")  # no letter S is ever split
+    keys = spec("BSKH")  # S is never split
     in_specs = (tables_spec, spec("BTNH"), keys, keys, spec("BT"), spec("BS"))
-    # Kernels of Pallas do not say over which axes their results vary.
+    # Pallas kernels do not declare over which axes their results vary.
     shared = jax.shard_map(attend, in_specs=in_specs, out_specs=spec("BTNH"), check_vma=False)
     return shared(tables, query, key, value, segment_ids, segment_ids)
 
@@ -52,17 +52,17 @@ def _check_heads(N: int, K: int) -> None:
     shares = math.prod(mesh[axis] for axis in axes["N"])
     if axes["N"] != axes["K"] and shares > 1:
         raise UserError(
-            f"{key_in_use()}.activations lays N along {_told(axes['N'])} and K along {_told(axes['K'])}, but a device "
-            "needs the keys of its own queries' heads; give both the same axes, or choose "
+            f"{key_in_use()}.activations lays N along {_axis_names(axes['N'])} and K along {_axis_names(axes['K'])}, "
+            "but a device needs the keys of its own queries' heads; give both the same axes, or choose "
             "compute.attention.kernel=reference."
         )
     if K % shares:
         raise UserError(
             f"{' x '.join(f'mesh.{axis}' for axis in axes['K'])} is {shares}, which does not divide the {K} "
-            f"key/value heads of {model_in_use()}, of which a device needs whole ones; choose a divisor, or "
+            f"key/value heads of {model_in_use()}, and a device needs whole heads; choose a divisor, or "
             "compute.attention.kernel=reference."
         )
 
 
-def _told(axes: tuple[str, ...]) -> str:
+def _axis_names(axes: tuple[str, ...]) -> str:
     return " and ".join(axes) or "no axis"

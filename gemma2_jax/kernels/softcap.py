@@ -1,9 +1,9 @@
-"""What becomes of scores after their product: the soft cap, the mask of rows that are no tokens, probabilities."""
+"""Functions of scores and logits: the soft cap, the mask of rows that are no tokens, negative log-probabilities."""
 
 import jax
 import jax.numpy as jnp
 
-# Finite, since 0 * -inf is NaN in a KL term; far enough from float32's end to be divided by a temperature.
+# Finite, since 0 * -inf is NaN in a KL term; far enough from float32's limit to be divided by a temperature.
 NEVER = -1e30
 
 
@@ -13,9 +13,9 @@ def softcap(logits: jax.Array, cap: float) -> jax.Array:
 
 
 def mask_padding(logits: jax.Array, padding: int) -> jax.Array:
-    """Capped logits [..., V] whose last `padding` rows of the vocabulary get probability 0, and no gradient.
+    """Capped logits [..., V] whose last `padding` entries have probability 0 and no gradient.
 
-    Masked rather than cut off, so that V stays divisible over the mesh.
+    They are masked and not cut off, so that the mesh still divides V.
     """
     if padding == 0:
         return logits
@@ -25,6 +25,6 @@ def mask_padding(logits: jax.Array, padding: int) -> jax.Array:
 
 
 def negative_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log P(target): logits [..., V], targets int32 [...]. Sums over V alone: no gather where V is split."""
+    """-log P(target): logits [..., V], targets int32 [...]. Only sums over V, so a split V needs no gather."""
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)

@@ -1,4 +1,4 @@
-"""Soft-capped, grouped-query attention on TPUs, by the splash kernel that comes with JAX."""
+"""Soft-capped, grouped-query attention on TPUs, by JAX's splash kernel."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gemma2_jax.kernels.sharded_attention import on_each_device
 from gemma2_jax.sharding.layout import layout_in_use, sequence_shares
 
-LANES = 128  # of a TPU's vector unit, of which blocks are made
+LANES = 128  # of a TPU's vector unit; blocks are multiples of it
 
 
 def splash_attention(
@@ -25,16 +25,16 @@ def splash_attention(
     block_keys: int,
     interpret: bool,
 ) -> jax.Array:
-    """A sequence attends to itself; no block of scores leaves the chip, and hidden ones are never computed.
+    """Attention of a sequence to itself; no block of scores leaves the chip, and hidden blocks are never computed.
 
-    Differentiable in query, key and value. Within a segment, positions have to go up by one from token to token:
-    the mask goes by places in the sequence. A head's keys are read as they are by all of its queries.
+    Differentiable in query, key and value. Within a segment, positions must go up by one from token to token, because
+    the mask goes by indices in the sequence. All queries of a key/value head read its keys in place, without copies.
 
     Args:
         query: [B, T, N, H]; key, value: [B, T, K, H]; segment_ids: [B, T].
-        block_queries, block_keys: multiples of `LANES`. Shorter sequences get shorter blocks, others are padded to
-            whole ones.
-        interpret: run the kernel step by step, on any platform, to test it.
+        block_queries, block_keys: multiples of `LANES`. Shorter sequences get shorter blocks; others are padded to
+            whole blocks.
+        interpret: whether to run the kernel step by step, on any platform, for tests.
 
     Returns:
         [B, T, N, H].
@@ -42,7 +42,7 @@ def splash_attention(
     T, shares = query.shape[1], sequence_shares()
     block_queries = min(block_queries, _up_to(T, LANES * shares) // shares)
     block_keys = min(block_keys, _up_to(T, LANES))
-    # Padding comes after every token, so that none sees it.
+    # Padding comes after every token, so no token sees it.
     padded = _up_to(T, math.lcm(block_queries * shares, block_keys))
     query, key, value, segment_ids = (
         jnp.pad(x, [(0, 0), (0, padded - T)] + [(0, 0)] * (x.ndim - 2))
@@ -76,9 +76,9 @@ def _kernel(
     shares: int,
     interpret: bool,
 ) -> Any:
-    """What the kernel knows of the mask: which blocks to visit. JAX keeps that of the last masks it was asked for.
+    """The kernel with its tables for the mask, which list the blocks to visit; JAX caches those of recent masks.
 
-    The mask is one head's, which stands for them all.
+    One head's mask serves for all heads.
     """
     mask = splash.CausalMask((T, T)) if window is None else splash.LocalMask((T, T), (window - 1, 0), 0)
     blocks = splash.BlockSizes(
@@ -100,7 +100,7 @@ def _kernel(
 
 
 def _kernel_spec(kernel: Any) -> Any:
-    """Each device gets the blocks of its own queries."""
+    """Partition specs of the kernel's tables: each device gets the blocks of its own queries."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None

@@ -10,7 +10,7 @@ from gemma2_jax.kernels.sharded_attention import on_each_device
 from gemma2_jax.machine import is_installed
 from gemma2_jax.sharding.layout import layout_in_use, sequence_shares
 
-_HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how JAX names them
+_HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # JAX's names for them
 
 
 def tokamax_attention(
@@ -23,30 +23,30 @@ def tokamax_attention(
     softcap: float,
     implementation: str = "mosaic_gpu",
 ) -> jax.Array:
-    """A sequence attends to itself; differentiable in query, key and value.
+    """Attention of a sequence to itself, differentiable in query, key and value.
 
-    tokamax knows no segments. But what a token sees of its own segment, within the window, are the tokens right before
-    it and itself, and of these tokamax takes a number for each query: as many as its position, or the window, allows.
+    tokamax has no segments. But a token sees, of its own segment and within the window, itself and the tokens directly
+    before it, and tokamax accepts the number of those for each query: its position, limited by the window.
 
     Args:
         query: [B, T, N, H] in bfloat16; key, value: [B, T, K, H]; positions, segment_ids: [B, T].
-        implementation: which of tokamax's; tests take one that runs on a CPU.
+        implementation: one of tokamax's implementations; tests take one that runs on a CPU.
 
     Returns:
         [B, T, N, H].
 
     Raises:
-        UserError: tokamax is not there, or can not do this on this GPU.
+        UserError: tokamax is not installed, or does not support these settings or this GPU.
     """
     tokamax = _tokamax()
     if sequence_shares() > 1:
         raise UserError(
-            "compute.attention.kernel is tokamax, which needs whole sequences, and mesh.sequence splits them over "
+            "compute.attention.kernel is tokamax, which needs whole sequences, but mesh.sequence splits them over "
             f"{sequence_shares()} devices; choose mesh.sequence=1, or compute.attention.kernel=blockwise."
         )
     if query.dtype == jnp.float32 and implementation == "mosaic_gpu":
         raise UserError(
-            "compute.attention.kernel is tokamax, which computes in 16 bits, and compute.dtype is float32; choose "
+            "compute.attention.kernel is tokamax, which computes in 16 bits, but compute.dtype is float32; choose "
             "compute.dtype=bfloat16, or compute.attention.kernel=blockwise."
         )
 
@@ -74,9 +74,10 @@ def tokamax_attention(
 
 
 def suits(query: jax.Array, device_kind: str) -> bool:
-    """Whether tokamax is what to take for these queries [B, T, N, H] on such a device, if nothing else is asked for.
+    """Whether `auto` takes tokamax for these queries [B, T, N, H] on a device of this kind.
 
-    On a Hopper GPU, in bfloat16, with whole sequences, for heads as wide as the released models', if it is installed.
+    It does on a Hopper GPU, in bfloat16, with whole sequences and the head widths of the released models, if tokamax is
+    installed.
     """
     return (
         device_kind.startswith(_HOPPER)
@@ -88,7 +89,7 @@ def suits(query: jax.Array, device_kind: str) -> bool:
 
 
 def check_tokamax_installed() -> None:
-    """Raises UserError if tokamax, or what it reads its flags with, is not installed."""
+    """Raises UserError if tokamax, or absl, which holds its flags, is not installed."""
     if not (is_installed("tokamax") and is_installed("absl")):
         raise UserError(
             "compute.attention.kernel is tokamax, which is not installed; pip install -e '.[cuda12]', or choose "
@@ -102,5 +103,5 @@ def _tokamax() -> ModuleType:
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # or tokamax would look for flags of its own on our command line, and stop at ours
+        flags.FLAGS.mark_as_parsed()  # or tokamax parses our command line, and fails at our options
     return tokamax

@@ -1,4 +1,4 @@
-"""The method that a configuration asks for."""
+"""Selects the training method for a configuration."""
 
 from gemma2_jax.methods.distillation import Distillation
 from gemma2_jax.methods.language_modelling import LanguageModelling
@@ -8,13 +8,13 @@ from gemma2_jax.run import RunConfig
 
 
 def build_method(config: RunConfig, adaptation: Adaptation = FULL) -> LanguageModelling:
-    """Language modelling without a teacher, else distillation, from the data or also from the student's own samples.
+    """Returns language modelling without a teacher, else distillation, on-policy if `distill.on_policy` is set.
 
     Raises:
-        UserError: the teacher's sizes are not known, or do not go with the student's.
+        UserError: the teacher's sizes are unknown or do not match the student's.
     """
     if config.distill.on_policy is not None:
         return OnPolicyDistillation(config, adaptation)
-    if config.distill.teaches:
+    if config.distill.has_teacher:
         return Distillation(config, adaptation)
     return LanguageModelling(config, adaptation)

@@ -1,7 +1,7 @@
-"""Distillation: a student learns from a teacher's distributions (Hinton et al., arXiv 1503.02531).
+"""Distillation: training a student on a teacher's distributions (Hinton et al., arXiv 1503.02531).
 
-The teacher's forward pass runs within the student's step, or its distributions come from a cache, a few tokens of each.
-With `distill.match` the student also learns from the teacher's layers.
+The teacher's forward pass runs within the student's step, or its sparse targets come from a cache. With
+`distill.match`, the loss also compares the student's layers with the teacher's.
 """
 
 from collections.abc import Mapping
@@ -38,16 +38,16 @@ from gemma2_jax.objectives.targets import SparseTargets
 from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import ScheduleConfig
 
-TEACHER = "teacher"  # in the frozen trees, and of its logits in the objective
-TARGETS = "teacher_targets"  # a cache's part of a batch
-MATCHING = "matching"  # the trained tree of the projections
+TEACHER = "teacher"  # name of the teacher among the frozen trees, and of its logits in the objective
+TARGETS = "teacher_targets"  # name of a batch's teacher targets, which come from a cache
+MATCHING = "matching"  # name of the trained tree of projections
 
 
 class Distillation(LanguageModelling):
-    """The divergences from a teacher, beside the objective's terms on text (`Method`).
+    """Trains on the divergences from a teacher in addition to the objective's terms on text (`Method`).
 
     Attributes:
-        teacher: the sizes of the teacher; None beside a cache without one.
+        teacher: sizes of the teacher; None for training from a cache alone.
     """
 
     def __init__(self, config: RunConfig, adaptation: Adaptation = FULL) -> None:
@@ -64,15 +64,15 @@ class Distillation(LanguageModelling):
         if self._match is not None:
             assert self.teacher is not None
             self._match.check_teacher(config.model, self.teacher)
-            self.capture = self._match.of_student
+            self.capture = self._match.student_capture
             projections = self._match.projection_specs(config.model, self.teacher)
             if projections is not None:
                 self.specs[MATCHING] = projections
 
     @property
     def teacher_capture(self) -> Capture | None:
-        """The layers of the teacher that the loss takes; None for none."""
-        return None if self._match is None else self._match.of_teacher
+        """The teacher's layers that the loss needs; None for none."""
+        return None if self._match is None else self._match.teacher_capture
 
     def abstract_frozen(self, mesh: Mesh) -> dict[str, Any]:
         frozen = super().abstract_frozen(mesh)
@@ -130,7 +130,7 @@ class Distillation(LanguageModelling):
         return replace(batch, extra={TARGETS: targets})
 
     def _entries(self, cache: str) -> int:
-        """The most tokens that the cache holds of one position, as far as it is written, or else would hold."""
+        """K, the maximum number of entries per position in the cache, or in the cache to be written if it is empty."""
         manifest, encoding = self._manifest or find_cache(cache), self.config.distill.encoding
         if manifest is not None and manifest.files:
             return manifest.largest
@@ -143,7 +143,7 @@ class Distillation(LanguageModelling):
     def teacher_forward(
         self, frozen: Frozen, batch: Batch, capture: Capture | None
     ) -> tuple[LMHead | None, Layers]:
-        """The teacher's distributions and layers, which get no gradient; None and none from a cache."""
+        """Returns the teacher's distributions and captured layers, without gradients; (None, {}) with a cache."""
         if TARGETS in batch.extra:
             return None, {}
         with jax.named_scope("teacher"), as_teacher(self.config.distill):
@@ -174,7 +174,7 @@ class Distillation(LanguageModelling):
     def match_loss(
         self, trainable: Trainable, layers: Layers, teacher_layers: Layers, batch: Batch
     ) -> tuple[jax.Array | float, Mapping[str, jax.Array]]:
-        """The weighted distance between the layers that are matched, and its metrics: 0 and none without any."""
+        """Returns the weighted distance between the matched layers and its metrics; (0, {}) without `distill.match`."""
         if self._match is None:
             return 0.0, {}
         projections = trainable[MATCHING]["projections"] if MATCHING in trainable else None

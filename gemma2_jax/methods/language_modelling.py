@@ -29,11 +29,12 @@ Layers = Mapping[int, CapturedLayer]
 
 
 class LanguageModelling:
-    """The cross-entropy with the data's next token (`Method`).
+    """Trains on the cross-entropy with the data's next token (`Method`).
 
     Attributes:
-        capture: the layers that the loss takes beside the final hidden states; None for none.
-        terms: the loss of each token from its logits; coefficients: of its terms, at a step.
+        capture: layers that the loss needs in addition to the final hidden states; None for none.
+        terms: function that computes the loss of each token from its logits.
+        coefficients: function from a step to the coefficients of the loss terms.
     """
 
     validation_only: Sequence[str] = ()
@@ -110,16 +111,16 @@ class LanguageModelling:
 def head_and_layers(
     model: Gemma2, batch: Batch, compute: ComputeConfig, capture: Capture | None
 ) -> tuple[LMHead, Layers]:
-    """A model's distributions over a batch, not yet computed, and the layers of `capture` by their number."""
+    """Returns a model's head over a batch, whose logits are not yet computed, and the layers of `capture` by number."""
     hidden, layers = forward(model, batch.tokens, batch.positions, batch.segment_ids, compute, capture)
     return model.head(hidden), layers
 
 
 def evaluation_sums(heads: Mapping[str, LMHead], batch: Batch, block_tokens: int) -> dict[str, Any]:
-    """Sums over a batch's targets of what models are compared by, and `targets`, their number.
+    """Returns the evaluation metrics summed over a batch's targets, and `targets`, the number of targets.
 
     Args:
-        heads: of the model, `student`, and of its teacher, `teacher`, if there is one.
+        heads: head of the evaluated model under `student`, and of its teacher, if there is one, under `teacher`.
     """
     _, metrics = lm_head_sums(
         evaluation_loss, heads, {"targets": batch.targets}, batch.loss_mask, block_tokens

@@ -1,4 +1,4 @@
-"""What a run learns. Trainer, validation, checkpoints, metrics and `plan` know a method by this protocol alone."""
+"""The protocol of a training method. Trainer, validation, checkpoints, metrics and `plan` depend only on it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -12,50 +12,55 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.teacher_record import TeacherRecord
 from gemma2_jax.model.adaptation import Adaptation
 
-PARAMS = "params"  # the trained tree that belongs to the model
-BASE = "base"  # the frozen part of the model, from its adaptation
+PARAMS = "params"  # name of the model's trained tree
+BASE = "base"  # name of the model's frozen base weights, as its adaptation defines them
 
-# Trees of float32 arrays by name: of the model (`PARAMS`), and what is trained beside it.
+# Trained trees of float32 arrays by name: the model's (`PARAMS`), and any others.
 Trainable = Mapping[str, Any]
-# What a loss takes beside: the model's frozen weights (`BASE`), a teacher.
+# Further inputs of a loss by name: the model's base weights (`BASE`), a teacher.
 Frozen = Mapping[str, Any]
-# Float32 scalars by name, summed over the targets of a batch, and `targets`, their number.
+# Float32 scalars by name: metrics summed over the targets of a batch, and `targets`, the number of targets.
 Sums = Mapping[str, Any]
 
 
 class Method(Protocol):
-    """A way of training."""
+    """A training method."""
 
     @property
     def specs(self) -> Mapping[str, Any]:
-        """Of the trees that are trained, by name; `params` is the model's."""
+        """Specs of the trained trees, by name; `params` is the model's."""
 
     @property
     def validation_only(self) -> Sequence[str]:
-        """Names of what `evaluate` takes from the frozen trees, and `loss` does not."""
+        """Names of the frozen trees that `evaluate` uses and `loss` does not."""
 
     def abstract_frozen(self, mesh: Mesh) -> Frozen:
-        """Shapes, dtypes and shardings of everything frozen.
+        """Shapes, dtypes and shardings of all frozen trees.
 
         Raises:
             UserError: the mesh does not divide a weight.
         """
 
     def load_frozen(self, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
-        """What is frozen on the mesh, except for `BASE`, which comes from where the run's weights do.
+        """Loads the frozen trees onto the mesh, except `BASE`, which is loaded with the run's initial weights.
 
         Raises:
-            UserError: it is not there, or does not fit the run.
+            UserError: a tree is missing or does not fit the run.
         """
 
     def record(self, frozen: Frozen) -> TeacherRecord | None:
-        """What identifies the teacher, for the run folder; None without a teacher."""
+        """The identity of the teacher, to be saved in the run folder; None without a teacher."""
 
     def describe(self, frozen: Frozen) -> list[str]:
-        """Lines on what the method adds to a run, shown before its first step."""
+        """Lines about the method, such as its teacher, shown before the first step."""
 
     def examples(self, share: tuple[int, int]) -> grain.DatasetIterator:
-        """An endless iterator of this process's part of each batch: `Batch` of NumPy arrays; its state is saved.
+        """Returns an endless iterator over this process's part of each batch, a `Batch` of NumPy arrays.
+
+        Checkpoints save the iterator's state.
+
+        Args:
+            share: index of this process's part, and the number of parts.
 
         Raises:
             UserError: the data does not fit the run.
@@ -65,38 +70,38 @@ class Method(Protocol):
         """Shapes, dtypes and shardings of a whole batch."""
 
     def collects(self, step: int) -> bool:
-        """Whether `collect` makes the batch of the step with this number, counted from 0."""
+        """Whether the batch of this step, counted from 0, is made by `collect`."""
 
     def collect(self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array) -> Batch:
-        """A batch as the step takes it, from one of the examples: by a rollout, say. Traced; of the same shapes."""
+        """Makes a step's batch from a batch of examples, for example by a rollout; same shapes. Traced."""
 
     def loss(
         self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """The loss of a batch, and its metrics: `Sums`, with the loss as `loss`. Traced; differentiable."""
+        """Returns the loss of a batch and its metrics: `Sums`, with the loss as `loss`. Traced; differentiable."""
 
     def rates(self, step: jax.Array) -> dict[str, Any]:
-        """Numbers that change over the run, to be reported with a step's metrics. Traced."""
+        """Numbers that change over the run, reported with a step's metrics. Traced."""
 
     def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """The metrics of a step as they are reported."""
+        """Converts the metrics of a step to those that are reported."""
 
     def evaluate(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> dict[str, Any]:
-        """Metrics of a validation batch (`Sums`). Traced."""
+        """Returns the metrics of a validation batch (`Sums`). Traced."""
 
 
 class ModelMethod(Method, Protocol):
-    """A way of training one model, whose weights begin as a run's do."""
+    """A method that trains one model, whose initial weights are those of the run."""
 
     @property
     def adaptation(self) -> Adaptation:
-        """Which of the model's weights are trained."""
+        """Defines which of the model's weights are trained."""
 
     @property
     def flops_per_token(self) -> float:
-        """Model FLOPs of a training step for each token, of which the utilisation is computed."""
+        """Model FLOPs per token of a training step, for the model FLOPs utilisation (MFU)."""
 
 
 def frozen_in_step(method: Method, frozen: Frozen) -> dict[str, Any]:
-    """What of the frozen trees a training step takes."""
+    """The frozen trees that a training step uses."""
     return {name: tree for name, tree in frozen.items() if name not in method.validation_only}

@@ -1,6 +1,6 @@
-"""On-policy distillation (GKD, Agarwal et al., arXiv 2306.13649, Algorithm 1): some steps on the student's own samples.
+"""On-policy distillation (GKD, Agarwal et al., arXiv 2306.13649, Algorithm 1): some steps use the student's rollouts.
 
-The teacher, the divergence and the step are those of distillation; only the batch is another.
+Teacher, divergence and step are those of `Distillation`; only the batch differs.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from gemma2_jax.run import RunConfig
 
 
 class OnPolicyDistillation(Distillation):
-    """Distillation whose batch is, at some steps, a continuation of the data's rows by the student (`Method`)."""
+    """Distillation in which the batch of some steps is a rollout: the student continues prompts from the data."""
 
     def __init__(self, config: RunConfig, adaptation: Adaptation = FULL) -> None:
         super().__init__(config, adaptation)
@@ -42,8 +42,10 @@ class OnPolicyDistillation(Distillation):
         )
 
     def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """With `on_policy`; the cross-entropy of a step on samples, whose targets the student has chosen itself, is
-        `sampled_cross_entropy`."""
+        """Adds `on_policy`, and renames the cross-entropy of an on-policy step to `sampled_cross_entropy`.
+
+        The targets of such a step are the student's own samples.
+        """
         row = {**metrics, "on_policy": self.collects(step)}
         if self.collects(step):
             row["sampled_cross_entropy"] = row.pop("cross_entropy")

@@ -1,7 +1,7 @@
 """Several students of one teacher, in one compiled step.
 
-The teacher's layers are computed once for all of them, and each block of its logits once. What belongs to one student
-alone (weights, metrics) is in a branch by its name.
+The teacher's layers, and each block of its logits, are computed once for all students. Weights and metrics of each
+student are in a subtree under its name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.matching import captures_joined
+from gemma2_jax.distill.matching import join_captures
 from gemma2_jax.distill.teacher_record import TeacherRecord
 from gemma2_jax.kernels.lm_head import lm_head_sums
 from gemma2_jax.methods.distillation import TEACHER, Distillation
@@ -23,39 +23,39 @@ from gemma2_jax.methods.method import BASE, Frozen, Trainable
 
 
 class Students:
-    """Students of one teacher on the same batches, and baselines that learn from the text alone (`Method`).
+    """Trains students of one teacher, and baselines on text alone, on the same batches (`Method`).
 
     Args:
-        members: the method of each, by name; at least one has a teacher.
+        members: methods by name; at least one has a teacher.
     """
 
     def __init__(self, members: Mapping[str, LanguageModelling]) -> None:
         self.members = dict(members)
-        self._taught = [member for member in members.values() if isinstance(member, Distillation)]
-        self._teaching = self._taught[0]  # all have the same teacher
+        self._distilled = [member for member in members.values() if isinstance(member, Distillation)]
+        self._first = self._distilled[0]  # loads the teacher and the data, which all of them share
         self.specs = {name: member.specs for name, member in members.items()}
-        self.validation_only: Sequence[str] = self._teaching.validation_only
-        self._capture = captures_joined(member.teacher_capture for member in self._taught)
+        self.validation_only: Sequence[str] = self._first.validation_only
+        self._capture = join_captures(member.teacher_capture for member in self._distilled)
         self._block_tokens = min(member.config.objective.block_tokens for member in members.values())
 
     def abstract_frozen(self, mesh: Mesh) -> dict[str, Any]:
         each = {name: member.abstract_frozen(mesh) for name, member in self.members.items()}
-        return self._teaching.abstract_frozen(mesh) | {BASE: {name: each[name][BASE] for name in each}}
+        return self._first.abstract_frozen(mesh) | {BASE: {name: each[name][BASE] for name in each}}
 
     def load_frozen(self, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
-        return self._teaching.load_frozen(tokenizer, mesh)
+        return self._first.load_frozen(tokenizer, mesh)
 
     def record(self, frozen: Frozen) -> TeacherRecord | None:
-        return self._teaching.record(frozen)
+        return self._first.record(frozen)
 
     def describe(self, frozen: Frozen) -> list[str]:
-        return self._teaching.describe(frozen)
+        return self._first.describe(frozen)
 
     def examples(self, share: tuple[int, int]) -> grain.DatasetIterator:
-        return self._teaching.examples(share)
+        return self._first.examples(share)
 
     def abstract_batch(self, mesh: Mesh) -> Batch:
-        return self._teaching.abstract_batch(mesh)
+        return self._first.abstract_batch(mesh)
 
     def collects(self, step: int) -> bool:
         return False
@@ -66,14 +66,17 @@ class Students:
     def loss(
         self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """The sum of the students' losses, of which each depends on the weights of one; metrics by student."""
-        teacher, teacher_layers = self._teaching.teacher_forward(frozen, batch, self._capture)
+        """Returns the sum of the students' losses, each of which depends only on its own weights; metrics by student.
+
+        Traced.
+        """
+        teacher, teacher_layers = self._first.teacher_forward(frozen, batch, self._capture)
         forward = {
             name: member.forward(trainable[name], _frozen_of(name, frozen), batch)
             for name, member in self.members.items()
         }
         heads = {name: head for name, (head, _) in forward.items()}
-        if teacher is not None and any(member.config.objective.needs_teacher for member in self._taught):
+        if teacher is not None and any(member.config.objective.needs_teacher for member in self._distilled):
             heads[TEACHER] = teacher
 
         def terms(
@@ -124,5 +127,5 @@ class Students:
 
 
 def _frozen_of(name: str, frozen: Frozen) -> dict[str, Any]:
-    """What is frozen, as a student's method takes it."""
+    """The frozen trees in the form that the method of one student takes."""
     return {**frozen, BASE: frozen[BASE][name]}

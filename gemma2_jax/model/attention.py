@@ -1,4 +1,4 @@
-"""Grouped-query attention over positions, segments and a window, with or without a key/value cache."""
+"""Grouped-query attention with positions, segments and a window, with or without a key/value cache."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ from gemma2_jax.sharding.layout import constrain
 
 
 class Attention(nnx.Module):
-    """Attention of one layer (Ainslie et al., arXiv 2305.13245); `window` None makes it global."""
+    """Attention of one layer (Ainslie et al., arXiv 2305.13245); a layer without a `window` is global."""
 
     def __init__(self, weights: Mapping[str, Any], config: ModelConfig, window: int | None):
         self.query = nnx.Param(weights["query"])
@@ -35,14 +35,14 @@ class Attention(nnx.Module):
         segment_ids: jax.Array,
         kernel: AttentionConfig = AttentionConfig(),
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """A sequence attends to itself.
+        """Attention of a sequence to itself.
 
         Args:
             x: [B, T, D]; positions, segment_ids: [B, T].
 
         Returns:
-            [B, T, D], and the taps that it came from: `query` [B, T, N, H], scaled and rotated; `key`, rotated, and
-            `value` [B, T, K, H]; and `heads` [B, T, N, H], each head's output.
+            [B, T, D], and the taps: `query` [B, T, N, H], scaled and rotated; `key`, rotated, and `value` [B, T, K, H];
+                `heads` [B, T, N, H], each head's output.
         """
         query, key, value = self._project(x, positions)
         softcap = self.config.attn_logit_softcap
@@ -52,10 +52,10 @@ class Attention(nnx.Module):
     def decode(
         self, x: jax.Array, position: jax.Array, cache: LayerCaches, pair: jax.Array | int
     ) -> tuple[jax.Array, LayerCaches]:
-        """One new token a row attends to the cache, which already gave it a slot (`LayerCaches.occupy`).
+        """Attention of one new token per row to the cache, where it already has a slot (`LayerCaches.occupy`).
 
         Args:
-            x: [B, 1, D]; position: [B]; pair: which of the stacked layers this is.
+            x: [B, 1, D]; position: [B]; pair: index of this layer's pair in the stack.
 
         Returns:
             [B, 1, D], and the cache with this layer's new key and value.
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
         return self._mix(mixed[:, None]), cache
 
     def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries [B, T, N, H], scaled, rotated keys and values [B, T, K, H]."""
+        """Queries [B, T, N, H], scaled and rotated; keys, rotated, and values [B, T, K, H]."""
         query = linear("BTD,DNH->BTNH", x, self.query.get_value(), "DNH")
         key = linear("BTD,DKH->BTKH", x, self.key.get_value(), "DKH")
         value = linear("BTD,DKH->BTKH", x, self.value.get_value(), "DKH")

@@ -1,4 +1,4 @@
-"""The key/value cache: all of a global layer's past, and only the window of a local layer's."""
+"""The key/value cache: all past tokens for a global layer, only those of the window for a local layer."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,11 +14,11 @@ EMPTY = -1  # the position of a slot that holds nothing
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "positions"], meta_fields=[])
 @dataclass(frozen=True)
 class LayerCaches:
-    """Keys and values of all local, or all global, layers. The token at position p lies in slot p mod S.
+    """Keys and values of all local, or all global, layers. The token at position p is in slot p mod S.
 
     Attributes:
         keys, values: [P, B, K, S, H]: heads before slots, the order in which attention multiplies them.
-        positions: int32 [B, S], the position of the token in each slot, or EMPTY.
+        positions: int32 [B, S], position of the token in each slot, or EMPTY.
     """
 
     keys: jax.Array
@@ -27,10 +27,10 @@ class LayerCaches:
 
     @classmethod
     def from_prompt(cls, keys: jax.Array, values: jax.Array, lengths: jax.Array, size: int) -> "LayerCaches":
-        """Store right-padded prompts: of each row, the last `size` of its own tokens and no padding.
+        """Stores right-padded prompts: the last `size` tokens of each row, without padding.
 
         Args:
-            keys, values: [P, B, T, K, H]; lengths: [B], tokens of each row that are not padding.
+            keys, values: [P, B, T, K, H]; lengths: [B], number of tokens of each row without padding.
         """
         P, B, T, K, H = keys.shape
         position = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -45,14 +45,14 @@ class LayerCaches:
         )
 
     def occupy(self, position: jax.Array) -> "LayerCaches":
-        """Give the slot of `position` [B] to a new token, whose keys and values `write` then stores."""
+        """Assigns the slot of `position` [B] to a new token, whose key and value `write` then stores."""
         rows, slot = self._slot(position)
         return replace(self, positions=self.positions.at[rows, slot].set(position))
 
     def write(
         self, pair: jax.Array | int, position: jax.Array, key: jax.Array, value: jax.Array
     ) -> "LayerCaches":
-        """Store the new token's key and value [B, K, H] of one layer."""
+        """Stores the new token's key and value [B, K, H] of one layer."""
         rows, slot = self._slot(position)
         return replace(
             self,
@@ -75,5 +75,5 @@ class Cache:
 
 
 def local_size(config: ModelConfig, size: int) -> int:
-    """Slots that a local layer needs when a global one has `size`."""
+    """The number of slots that a local layer needs if a global one has `size`."""
     return size if config.sliding_window is None else min(size, config.sliding_window)

@@ -1,4 +1,4 @@
-"""A forward pass that also gives what some layers had inside: hidden states, queries and keys."""
+"""A forward pass that also returns activations of some layers: hidden states, queries and keys."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +17,11 @@ _DIMS = {"hidden": "BTD", "query": "BTNH", "key": "BTKH"}
 
 @dataclass(frozen=True)
 class Capture:
-    """What a forward pass is to give beside its final states.
+    """What a forward pass returns besides its final hidden states.
 
     Attributes:
-        layers: of which layers, counted from 0, each once.
-        hidden: their hidden states; attention: the queries and keys that their attention comes from.
+        layers: numbers of the captured layers, from 0, each once.
+        hidden: whether to capture hidden states; attention: whether to capture the queries and keys of attention.
     """
 
     layers: tuple[int, ...]
@@ -40,12 +40,12 @@ class Capture:
 )
 @dataclass(frozen=True)
 class CapturedLayer:
-    """One layer of a forward pass, in its dtype; None where it was not to be captured.
+    """The captured activations of one layer, in the dtype of the forward pass; None for those not captured.
 
     Attributes:
         hidden: [B, T, D], the residual stream after the layer.
         query: [B, T, N, H], rotated and scaled; key: [B, T, K, H], rotated.
-        window, softcap: of its attention.
+        window, softcap: settings of the layer's attention.
     """
 
     window: int | None
@@ -63,7 +63,7 @@ def forward(
     compute: ComputeConfig,
     capture: Capture | None,
 ) -> tuple[jax.Array, dict[int, CapturedLayer]]:
-    """`model.hidden` [B, T, D], and the layers asked for by their number; differentiable in the model."""
+    """`model.hidden` [B, T, D], and the captured layers by number; differentiable in the model."""
     if capture is None:
         return model.hidden(tokens, positions, segment_ids, compute), {}
     return model.collect(_Capturing(model, capture), tokens, positions, segment_ids, compute)
@@ -71,10 +71,10 @@ def forward(
 
 @dataclass(frozen=True)
 class _Capturing(Collector):
-    """Writes the taps of some layers into buffers with a slot for each of them.
+    """Writes the taps of some layers into buffers with one slot per layer.
 
-    Stacked by the scan, they would be there of every layer. They are written outside of what is rematerialised, which
-    would save them with each pair.
+    Stacking them in the scan would keep the taps of every layer. They are written outside of the rematerialised
+    function, which would otherwise save the buffers with each pair.
     """
 
     model: Gemma2
@@ -106,13 +106,13 @@ class _Capturing(Collector):
 
 
 def _slots(num_layers: int, captured: tuple[int, ...]) -> jax.Array:
-    """The slot [P, 2] of each pair's local and global layer; all that are not captured share the one after the last."""
+    """Slots [P, 2] of each pair's local and global layer; layers that are not captured share the one after the last."""
     slot = {layer: index for index, layer in enumerate(captured)}
     return jnp.array([slot.get(layer, len(captured)) for layer in range(num_layers)]).reshape(-1, 2)
 
 
 def _empty_buffers(config: ModelConfig, x: jax.Array, capture: Capture) -> dict[str, jax.Array]:
-    """Of each name, [slots, B, T, ...]."""
+    """A buffer [slots, B, T, ...] for each name."""
     sizes = {**dim_sizes(config), "B": x.shape[0], "T": x.shape[1]}
     shapes = {name: [len(capture.layers) + 1, *(sizes[d] for d in _DIMS[name])] for name in capture.names}
     return {name: _lay_out(name, jnp.zeros(shape, x.dtype)) for name, shape in shapes.items()}

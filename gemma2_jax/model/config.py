@@ -1,4 +1,4 @@
-"""What a Gemma 2 is made of (`ModelConfig`) and how its forward pass is executed (`ComputeConfig`)."""
+"""The sizes of a Gemma 2 (`ModelConfig`), and how its forward pass is executed (`ComputeConfig`)."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,27 +13,27 @@ Remat = Literal["none", "dots", "full", "offload"]
 class ModelConfig:
     """Sizes and constants of one model (Gemma 2 report, arXiv 2408.00118, table 1).
 
-    `d_ff` is the width of each of the gate, up and down matrices; the report quotes gate + up
-    together, which is twice this. Layers alternate (local, global) strictly from layer 0.
+    `d_ff` is the width of each of the gate, up and down matrices; the report quotes gate + up together, which is twice
+    this. Layers alternate strictly between local and global; layer 0 is local.
 
     Attributes:
         vocab_size: V, the rows of the embedding.
         num_layers: L, an even number: half of them local, half global.
         d_model: D, the width of the residual stream.
         num_heads: N, query heads of a layer.
-        num_kv_heads: K, key and value heads of a layer, which divide the query heads evenly.
+        num_kv_heads: K, key/value heads of a layer, a divisor of the number of query heads.
         head_dim: H, the width of a head.
         d_ff: F, the width of a feed-forward layer.
-        sliding_window: a query of a local layer sees itself and the `sliding_window - 1` tokens before
-            it; None makes every layer global.
-        query_pre_attn_scalar: queries are scaled by its -1/2 power (head_dim for 2B and 9B, 144 for 27B).
-        attn_logit_softcap: c of c * tanh(x / c), which bounds the scores of attention.
-        final_logit_softcap: the same for the logits.
-        rope_base: the longest wavelength of the rotary position embedding is 2 pi times almost this.
-        norm_eps: is added to the mean square in each RMSNorm.
-        vocab_padding: the last so many rows of the embedding belong to no token: no logit, loss or sample
-            comes of them. Gemma 2's weights as DeepMind published them, and the report's parameter counts,
-            have 256,128 rows for 256,000 tokens.
+        sliding_window: a query of a local layer sees itself and the `sliding_window - 1` tokens before it; None makes
+            every layer global.
+        query_pre_attn_scalar: queries are multiplied by its -1/2 power (head_dim for 2B and 9B, 144 for 27B).
+        attn_logit_softcap: c in c * tanh(x / c), which bounds attention scores.
+        final_logit_softcap: the same for logits.
+        rope_base: base of the rotary position embedding, whose longest wavelength is almost 2 pi times this.
+        norm_eps: number added to the mean square in each RMSNorm.
+        vocab_padding: number of rows at the end of the embedding that belong to no token: they give no logit, loss or
+            sample. Gemma 2's weights as DeepMind published them, and the report's parameter counts, have 256,128 rows
+            for 256,000 tokens.
     """
 
     vocab_size: int
@@ -89,7 +89,7 @@ class ModelConfig:
 
     @property
     def num_tokens(self) -> int:
-        """The tokens that there are: rows of the embedding, less its padding."""
+        """The number of tokens: rows of the embedding, less its padding."""
         return self.vocab_size - self.vocab_padding
 
     @property
@@ -104,17 +104,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How a forward and backward pass is executed; none of it changes what is computed, but for rounding.
+    """How forward and backward passes are executed; results differ only by rounding.
 
     Attributes:
-        dtype: of activations and of the weights as they enter a matrix product. Parameters, norms,
-            softmax and losses are float32 whatever it is.
-        remat: what the backward pass keeps of a pair of layers: `none` keeps every activation, `dots`
-            keeps the results of weight products and recomputes the rest, `full` keeps the pair's input only, and
-            `offload` keeps the input of either layer in the host's memory, from which it comes back when it is needed.
-        unroll_layers: compile the pairs one after another instead of as a loop. Faster on CPU, where a
-            loop copies each layer's weights out of the stack; slower to compile.
-        attention: which kernel computes it.
+        dtype: dtype of activations, and of weights in matrix products. Parameters, norms, softmax and losses are always
+            float32.
+        remat: what is kept of a pair of layers for the backward pass: `none` keeps every activation, `dots` keeps the
+            results of weight products and recomputes the rest, `full` keeps only the pair's input, and `offload` keeps
+            the input of each layer in host memory and fetches it when needed.
+        unroll_layers: whether to compile the pairs one after another instead of as a loop. Faster on CPU, where a loop
+            copies each layer's weights out of the stack; slower to compile.
+        attention: kernel of attention.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"

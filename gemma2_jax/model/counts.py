@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model by formula, before any of it exists."""
+"""Parameter counts and FLOPs of a model, from its sizes alone."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class ParameterCounts:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """The parameters of a model of these sizes, counted from its specs; no memory is used."""
+    """The parameter counts of a model of these sizes, from its specs; nothing is allocated."""
     specs = weight_specs(config)
     total = sum(math.prod(spec.shape) for spec in specs_by_path(specs).values())
     embedding = math.prod(specs["embedder"]["embedding"].shape)
@@ -28,12 +28,12 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Multiply-adds times two of one forward pass, for each token of a full sequence of `seq_len`.
+    """FLOPs of one forward pass per token of a full sequence of `seq_len`; a multiply-add counts as two.
 
-    Every weight is used once a token (2 FLOPs), the embedding as the LM head. Attention scores and the
-    weighted sum of values take 4*N*H FLOPs for each visible (query, key) pair: (T+1)/2 of them on average
-    in a global layer, at most the window in a local one. (Kaplan et al., arXiv 2001.08361, section 2.1,
-    with causal and windowed attention counted as they are. Norms and softmax are left out, as usual.)
+    Every weight is used once per token (2 FLOPs), the embedding as the LM head. Attention scores and the weighted sum
+    of values take 4*N*H FLOPs for each visible (query, key) pair: (T+1)/2 of them on average in a global layer, at most
+    the window in a local one. (Kaplan et al., arXiv 2001.08361, section 2.1, but only visible pairs of causal and
+    windowed attention count. Norms and softmax are left out, as usual.)
     """
     weights = count_parameters(config).total
     window = min(config.sliding_window or seq_len, seq_len)
@@ -44,10 +44,10 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: int, teacher: ModelConfig | None = None) -> float:
-    """Model FLOPs of one training step for each token: the backward pass costs twice the forward pass.
+    """Model FLOPs of one training step per token: the backward pass costs twice the forward pass.
 
-    A teacher adds one forward pass. Recomputation (remat) is not counted: this is what model-FLOP
-    utilisation divides by (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B).
+    A teacher adds one forward pass. Recomputation (remat) is not counted: model-FLOP utilisation divides by this number
+    (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B).
     """
     flops = 3.0 * forward_flops_per_token(config, seq_len)
     if teacher is not None:

@@ -1,4 +1,4 @@
-"""Generation's forward pass: a prompt at once, then one token a row at a time, through the cache."""
+"""The forward pass of generation: whole prompts at once, then one token per row at a time, with a cache."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ from gemma2_jax.model.weights import map_specs, weight_specs
 
 
 class Decoder(nnx.Module):
-    """A Gemma 2 whose weights are laid out to be read once for every token.
+    """A Gemma 2 with its weights laid out for decoding, where all of them are read for every token.
 
-    Matrices are already in compute's dtype, and with `unroll_layers` each pair of layers has arrays of its
-    own: to cut a layer out of the stack for every token costs a CPU twice what its products cost.
+    Matrices are already in compute's dtype, and with `unroll_layers` each pair of layers has arrays of its own: on a
+    CPU, slicing a layer out of the stack for every token costs twice as much as its products.
 
     Args:
-        model: whose weights these are; it stays as it is.
-        compute: how to execute. Build the decoder under `jax.jit`, so that only what changes is copied.
+        model: source of the weights, which stays unchanged.
+        compute: how to execute. Build the decoder under `jax.jit`, so that only arrays that change are copied.
     """
 
     def __init__(self, model: Gemma2, compute: ComputeConfig):
@@ -38,10 +38,10 @@ class Decoder(nnx.Module):
         self.final_norm = RMSNorm(params["final_norm"], self.config)
 
     def prefill(self, tokens: jax.Array, lengths: jax.Array, cache_size: int) -> tuple[jax.Array, Cache]:
-        """Read right-padded prompts of different lengths.
+        """Runs right-padded prompts of different lengths.
 
         Args:
-            tokens: [B, T]; lengths: [B], at least 1; cache_size: positions that the cache has to hold.
+            tokens: [B, T]; lengths: [B], at least 1; cache_size: number of positions that the cache must hold.
 
         Returns:
             Soft-capped float32 logits [B, V] after each prompt's last token, and the cache.
@@ -59,13 +59,13 @@ class Decoder(nnx.Module):
         )
 
     def decode(self, tokens: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Read one more token a row.
+        """Runs one more token per row.
 
         Args:
-            tokens, position: [B]; cache: holds positions 0 .. position - 1 of each row.
+            tokens, position: [B]; cache: keys and values of positions 0 .. position - 1 of each row.
 
         Returns:
-            Soft-capped float32 logits [B, V] of the token after it, and the cache with it.
+            Soft-capped float32 logits [B, V] for the next token, and the cache with this token added.
         """
 
         def body(carry: Any, pair: Pair) -> tuple[Any, None]:

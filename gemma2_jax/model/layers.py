@@ -1,4 +1,4 @@
-"""The parts of a block besides attention: RMSNorm, GeGLU, rotary positions, the tied embedder.
+"""The parts of a block besides attention (RMSNorm, GeGLU, rotary positions), and the tied embedder.
 
 Modules compute in the dtype of their input, with weights of any dtype.
 """
@@ -27,7 +27,7 @@ class RMSNorm(nnx.Module):
         """[..., D] to [..., D]."""
         x32 = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        # In float32 whatever the weights are held in: bfloat16 has no room for w beside the 1.
+        # In float32 whatever the weights' dtype: in bfloat16, 1 + w loses a small w.
         scale = 1.0 + self.scale[...].astype(jnp.float32)
         return (x32 * jax.lax.rsqrt(variance + self.eps) * scale).astype(x.dtype)
 
@@ -52,9 +52,9 @@ class MLP(nnx.Module):
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float, scale: float = 1.0) -> jax.Array:
-    """Rotary position embedding: halves i and i + H/2 are a pair, turned by position * base^(-2i/H), times `scale`.
+    """Rotary position embedding: elements i and i + H/2 are rotated by position * base^(-2i/H), then scaled by `scale`.
 
-    (Su et al., arXiv 2104.09864.) Angles and scale are float32: position 8191 has no room in bfloat16.
+    (Su et al., arXiv 2104.09864.) Angles and scale are float32: bfloat16 cannot represent position 8191.
 
     Args:
         x: [B, T, N, H]; positions: [B, T].
@@ -69,7 +69,7 @@ def rotate(x: jax.Array, positions: jax.Array, base: float, scale: float = 1.0) 
 
 
 class Embedder(nnx.Module):
-    """The embedding table, tied: tokens enter through it and logits leave through it."""
+    """The tied embedding table: it embeds tokens, and it is the matrix of the LM head."""
 
     def __init__(self, weights: Mapping[str, Any], config: ModelConfig):
         self.embedding = nnx.Param(weights["embedding"])
@@ -78,10 +78,10 @@ class Embedder(nnx.Module):
         self.vocab_padding = config.vocab_padding
 
     def encode(self, tokens: jax.Array, dtype: Any) -> jax.Array:
-        """[B, T] to [B, T, D]: rows of the table times sqrt(D), which is itself rounded to `dtype`."""
+        """[B, T] to [B, T, D]: rows of the table times sqrt(D), which is first rounded to `dtype`."""
         x = lookup(tokens, self.embedding.get_value(), dtype)
         return constrain(x * jnp.sqrt(jnp.float32(self.d_model)).astype(dtype), "BTD")
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """Final hidden states [..., D] to soft-capped float32 logits [..., V]; -1e30 where rows are padding."""
+        """Final hidden states [..., D] to soft-capped float32 logits [..., V]; -1e30 for rows of padding."""
         return logits(x, self.embedding.get_value(), self.final_logit_softcap, self.vocab_padding)

@@ -1,4 +1,4 @@
-"""Views into a model: what its layers attend to, and what they would predict."""
+"""Views into a model: attention maps, hidden states, and what each layer would predict."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import jax
 from gemma2_jax.kernels.reference_attention import attention_weights, visible_keys
 from gemma2_jax.model.capture import Capture, forward
 from gemma2_jax.model.config import ComputeConfig
-from gemma2_jax.model.transformer import Gemma2, default_places
+from gemma2_jax.model.transformer import Gemma2, default_positions
 
 
 def attention_maps(
@@ -18,14 +18,14 @@ def attention_maps(
     segment_ids: jax.Array | None = None,
     compute: ComputeConfig = ComputeConfig(),
 ) -> dict[int, jax.Array]:
-    """The distribution of each head's queries over the keys, by layer: float32 [B, N, T, S], S the same tokens.
+    """Each head's attention distributions by layer: float32 [B, N, T, S], where S is over the same tokens as T.
 
     Args:
         tokens: int [B, T].
-        layers: counted from 0, each once.
+        layers: layer numbers from 0, each once.
         positions, segment_ids: [B, T], as in `Gemma2.hidden`.
     """
-    positions, segment_ids = default_places(tokens, positions, segment_ids)
+    positions, segment_ids = default_positions(tokens, positions, segment_ids)
     capture = Capture(tuple(layers), hidden=False, attention=True)
     _, captured = forward(model, tokens, positions, segment_ids, compute, capture)
     maps = {}
@@ -46,7 +46,7 @@ def layer_states(
     segment_ids: jax.Array | None = None,
     compute: ComputeConfig = ComputeConfig(),
 ) -> dict[int, jax.Array]:
-    """The residual stream after each layer, by its number: [B, T, D], in compute's dtype, before the final norm.
+    """The residual stream after each layer, by layer number: [B, T, D], in compute's dtype, before the final norm.
 
     Arguments as in `attention_maps`. `Gemma2.hidden` gives the final hidden states.
     """
@@ -67,10 +67,10 @@ def logit_lens(
     segment_ids: jax.Array | None = None,
     compute: ComputeConfig = ComputeConfig(),
 ) -> dict[int, jax.Array]:
-    """What the residual stream after each layer predicts through the final norm and the LM head: logits [B, T, V].
+    """Logits [B, T, V] from the residual stream after each layer, through the final norm and the LM head.
 
     (nostalgebraist, "interpreting GPT: the logit lens", 2020.) Arguments as in `attention_maps`; the last layer's
-    are the model's own logits.
+    logits are the model's own.
     """
     states = layer_states(model, tokens, layers, positions, segment_ids, compute)
     return {number: model.embedder.decode(model.final_norm(x)) for number, x in states.items()}

@@ -1,7 +1,7 @@
-"""Where weights meet activations: the only file that knows what a weight is made of.
+"""Products of activations and weights: the only file that depends on how a weight is represented.
 
-A weight is an array. A tree in an array's place (a sum of two, or a quantised array) passes through models as it is,
-and is given its meaning by a branch in `for_use`, or in `linear` where the product itself is another.
+A weight is an array. Another tree in its place (a sum of two arrays, or a quantised array) passes through models
+unchanged, and is interpreted by a branch in `for_use`, or in `linear` if the product itself differs.
 """
 
 from functools import partial
@@ -14,32 +14,32 @@ from jax.ad_checkpoint import checkpoint_name
 from gemma2_jax.kernels.lm_head import head_logits
 from gemma2_jax.sharding.layout import constrain, constrain_in_lookup
 
-WEIGHT_PRODUCT = "weight_product"  # what remat policies know the results of `linear` by
+WEIGHT_PRODUCT = "weight_product"  # name of the results of `linear` in remat policies
 
 
 def linear(spec: str, x: jax.Array, weight: Any, dims: str) -> jax.Array:
     """`jnp.einsum(spec, x, weight)` in x's dtype.
 
     Args:
-        spec: x's last letters are summed over and are the weight's first.
+        spec: einsum letters; those summed over are the last of x and the first of the weight.
         weight: of any dtype; dims: its letters.
     """
     return checkpoint_name(_product(spec, x, for_use(weight, dims, x.dtype)), WEIGHT_PRODUCT)
 
 
 def lookup(tokens: jax.Array, table: Any, dtype: Any) -> jax.Array:
-    """Rows of a table [V, D] by tokens [B, T]: [B, T, D], in `dtype`."""
+    """Rows of a table [V, D] for tokens [B, T]: [B, T, D], in `dtype`."""
     table = constrain_in_lookup(table, "VD")
     return constrain_in_lookup(table[constrain_in_lookup(tokens, "BT")].astype(dtype), "BTD")
 
 
 def logits(x: jax.Array, table: Any, cap: float, vocab_padding: int) -> jax.Array:
-    """Soft-capped float32 logits [..., V] of final hidden states [..., D] by a table [V, D]; -1e30 in padding."""
+    """Soft-capped float32 logits [..., V] of final hidden states [..., D] and a table [V, D]; -1e30 for padding."""
     return head_logits(x, for_use(table, "VD", x.dtype), cap, vocab_padding)
 
 
 def for_use(weight: Any, dims: str, dtype: Any) -> jax.Array:
-    """The array that enters a product: cast first, so that what fsdp gathers is already small."""
+    """The array that enters a product, cast first, so that fsdp gathers the smaller array."""
     return constrain(cast(weight, dtype), dims)
 
 
@@ -50,11 +50,11 @@ def cast(weight: Any, dtype: Any) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """An einsum with gradients in an order for XLA on CPU.
+    """An einsum whose gradients are computed in an order that suits XLA on CPU.
 
-    JAX's own rule for the weight's gradient computes it transposed and turns it; for that XLA on CPU
-    takes a matrix product three times slower than for the gradient as written here. Nor does it choose
-    an order for the letters summed over, which for "BTNH,NHD->BTD" can cost a copy of the weight.
+    JAX's own rule computes the weight's gradient transposed, and then transposes the result; for that, XLA on CPU takes
+    three times as long as for the product written here. Nor does it fix the order of the letters summed over, which for
+    "BTNH,NHD->BTD" can cost a copy of the weight.
     """
     x_dims, weight_dims, _ = _letters(spec)
     return jnp.tensordot(x, weight, axes=len(set(x_dims) & set(weight_dims)))

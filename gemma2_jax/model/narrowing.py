@@ -1,4 +1,4 @@
-"""Weights in a dtype that holds less: a finite number must not become infinite."""
+"""Weights in a narrower dtype: a finite number must not become infinite."""
 
 import math
 from collections.abc import Callable
@@ -10,18 +10,18 @@ import numpy as np
 
 from gemma2_jax.config import UserError
 
-_BLOCK = 2**24  # numbers that are compared at a time
+_BLOCK = 2**24  # numbers compared at a time
 
 
-def narrows(found: Any, wanted: Any) -> bool:
-    """Whether there are finite numbers of the dtype `found` beyond the largest of `wanted`."""
-    if not (jnp.issubdtype(found, jnp.inexact) and jnp.issubdtype(wanted, jnp.inexact)):
+def narrows(source: Any, target: Any) -> bool:
+    """Whether the dtype `source` has finite numbers beyond the largest of `target`."""
+    if not (jnp.issubdtype(source, jnp.inexact) and jnp.issubdtype(target, jnp.inexact)):
         return False
-    return float(jnp.finfo(found).max) > float(jnp.finfo(wanted).max)
+    return float(jnp.finfo(source).max) > float(jnp.finfo(target).max)
 
 
 def check_range(array: np.ndarray, dtype: Any, name: str) -> None:
-    """Raises UserError, which names the weight, if a finite number of `array` is infinite in `dtype`."""
+    """Raises UserError, which names the weight, if a finite number of `array` becomes infinite in `dtype`."""
     if not narrows(array.dtype, dtype):
         return
     rows = max(1, _BLOCK // max(1, math.prod(array.shape[1:])))
@@ -33,11 +33,11 @@ def check_range(array: np.ndarray, dtype: Any, name: str) -> None:
 
 
 def check_restored(loaded: Any, saved: Any, read: Callable[[Any], Any], name: str) -> None:
-    """`check_range` for a tree of arrays that came out of a checkpoint in narrower dtypes.
+    """`check_range` for a tree of arrays that was restored from a checkpoint in narrower dtypes.
 
     Args:
         saved: the tree's dtypes in the checkpoint.
-        read: gives the tree again, in the dtypes and with the shardings of what it is called with.
+        read: restores the tree again, in the dtypes and with the shardings of its argument.
     """
     suspects = jax.tree.map(
         lambda leaf, info: narrows(info.dtype, leaf.dtype) and bool(jnp.any(jnp.isinf(leaf))), loaded, saved

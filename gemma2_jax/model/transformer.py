@@ -1,7 +1,7 @@
-"""Gemma 2: a scan over (local, global) pairs of blocks between the two sides of a tied embedding.
+"""Gemma 2: an embedding, a scan over (local, global) pairs of blocks, and the same embedding as LM head.
 
-`Gemma2` and its parts are Flax NNX modules that hold nothing but weights and constants, so a model is a
-pytree: `jax.jit`, `jax.grad`, `jax.lax.scan` and optax take it as it is.
+`Gemma2` and its parts are Flax NNX modules that hold nothing but weights and constants, so a model is a pytree, which
+`jax.jit`, `jax.grad`, `jax.lax.scan` and optax take directly.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +22,9 @@ from gemma2_jax.model.linear import WEIGHT_PRODUCT
 from gemma2_jax.model.weights import Params, init_params, map_specs, weight_specs
 from gemma2_jax.sharding.layout import constrain
 
-Taps = dict[str, jax.Array]  # arrays inside of a block by name, see `Collector`
+Taps = dict[str, jax.Array]  # activations inside a block by name, see `Collector`
 
-_BLOCK_INPUT = "block_input"  # what remat policies know the residual stream before a block by
+_BLOCK_INPUT = "block_input"  # name of the residual stream before a block in remat policies
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -38,7 +38,7 @@ _REMAT_POLICIES = {
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each normed before and after, each added to the residual stream."""
+    """Attention and MLP, each with a norm before and after it, each added to the residual stream."""
 
     def __init__(self, weights: Mapping[str, Any], config: ModelConfig, window: int | None):
         self.pre_attention_norm = RMSNorm(weights["pre_attention_norm"], config)
@@ -51,7 +51,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, attend: Callable[[Attention, jax.Array], tuple[jax.Array, Any]]
     ) -> tuple[jax.Array, Taps, Any]:
-        """[B, T, D] to [B, T, D], with the block's taps, and what `attend` gives beside its output."""
+        """[B, T, D] to [B, T, D]; also returns the block's taps and the second result of `attend`."""
         x = checkpoint_name(x, _BLOCK_INPUT)
         with jax.named_scope("attention"):
             attention_input = self.pre_attention_norm(x)
@@ -71,7 +71,7 @@ class Block(nnx.Module):
 
 
 class Pair(nnx.Module):
-    """A local block and the global block after it; stacked, each weight has a leading axis P."""
+    """A local block and the global block after it; in a stack of pairs, each weight has a leading axis P."""
 
     def __init__(self, weights: Mapping[str, Any], config: ModelConfig):
         self.local_block = Block(weights["local_block"], config, config.sliding_window)
@@ -82,8 +82,8 @@ class Gemma2(nnx.Module):
     """A Gemma 2 (arXiv 2408.00118).
 
     Args:
-        config: its sizes.
-        params: its weights, laid out like `weight_specs(config)`; see `Gemma2.init` for new ones.
+        config: sizes of the model.
+        params: weights, laid out like `weight_specs(config)`; `Gemma2.init` makes new ones.
     """
 
     def __init__(self, config: ModelConfig, params: Params):
@@ -119,7 +119,7 @@ class Gemma2(nnx.Module):
         Args:
             tokens: int [B, T].
             positions: [B, T], 0 .. T-1 by default.
-            segment_ids: [B, T]; a token sees only its own segment. One segment a row by default.
+            segment_ids: [B, T]; a token sees only its own segment. One segment per row by default.
         """
         return self.embedder.decode(self.hidden(tokens, positions, segment_ids, compute))
 
@@ -141,8 +141,8 @@ class Gemma2(nnx.Module):
         segment_ids: jax.Array | None = None,
         compute: ComputeConfig = ComputeConfig(),
     ) -> tuple[jax.Array, Any]:
-        """`hidden`, and what a collector makes of the layers on the way; arguments as in `run_layers`."""
-        positions, segment_ids = default_places(tokens, positions, segment_ids)
+        """`hidden`, and the result of a collector over the layers; arguments as in `run_layers`."""
+        positions, segment_ids = default_positions(tokens, positions, segment_ids)
         with jax.named_scope("embed"):
             x = self.embedder.encode(tokens, compute.dtype)
         x, collected = run_layers(self.pairs, x, positions, segment_ids, compute, collector)
@@ -150,15 +150,15 @@ class Gemma2(nnx.Module):
             return self.final_norm(x), collected
 
     def head(self, hidden: jax.Array) -> LMHead:
-        """The distributions over the vocabulary that come from final hidden states [B, T, D]."""
+        """The LM head on final hidden states [B, T, D]."""
         config, embedding = self.config, self.embedder.embedding.get_value()
         return LMHead(hidden, embedding, config.final_logit_softcap, config.vocab_padding)
 
 
-def default_places(
+def default_positions(
     tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Positions and segments [B, T] of tokens [B, T]: where they are not given, 0 .. T-1, and one segment a row."""
+    """Positions and segments [B, T] of tokens [B, T], by default 0 .. T-1 and one segment per row."""
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segment_ids is None:
@@ -167,36 +167,36 @@ def default_places(
 
 
 class Collector:
-    """What is made of the taps of a forward pass; this one makes nothing of them.
+    """Collects results from the taps of a forward pass; this base class collects nothing.
 
-    Taps are the arrays inside of a block by name. Those that no collector uses are not kept.
+    Taps are activations inside a block, by name. Those that no collector uses are not kept.
 
-        attention_input [B, T, D]   behind the norm before attention
+        attention_input [B, T, D]   output of the norm before attention
         query, heads [B, T, N, H]   scaled and rotated queries; each head's output, before the output matrix
         key, value [B, T, K, H]     keys are rotated
-        mlp_input [B, T, D]         behind the norm before the MLP
+        mlp_input [B, T, D]         output of the norm before the MLP
         mlp_hidden [B, T, F]        the MLP's neurons
         hidden [B, T, D]            the residual stream after the block
     """
 
     def of_block(self, block: Block, taps: Taps) -> Any:
-        """A pytree to keep of one block's taps. It is computed again in the backward pass, as the block is."""
+        """A pytree to keep from one block's taps. The backward pass recomputes it together with the block."""
         return None
 
     def begin(self, x: jax.Array) -> Any:
-        """What goes from pair to pair, given the embedded tokens [B, T, D]."""
+        """The carry before the first pair, given the embedded tokens [B, T, D]."""
         return None
 
     def add(self, carry: Any, index: jax.Array, kept: dict[str, Any]) -> tuple[Any, Any]:
-        """The carry after pair `index`, and what is stacked over the pairs.
+        """The carry after pair `index`, and the values to stack over the pairs.
 
         Args:
-            kept: what `of_block` gave for `local_block` and `global_block`.
+            kept: results of `of_block` for `local_block` and `global_block`.
         """
         return carry, kept
 
     def end(self, carry: Any, stacked: Any) -> Any:
-        """What is collected, from the last carry and what `add` gave, stacked [P, ...]."""
+        """The collected result, from the last carry and the stacked values [P, ...] of `add`."""
         return stacked
 
 
@@ -208,7 +208,7 @@ def run_layers(
     compute: ComputeConfig,
     collector: Collector | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Embedded tokens [B, T, D] through all pairs of blocks: [B, T, D], and what the collector made of them.
+    """Runs embedded tokens [B, T, D] through all pairs of blocks; returns [B, T, D] and the collector's result.
 
     Args:
         positions, segment_ids: [B, T].
@@ -226,11 +226,11 @@ def run_layers(
             kept[name] = collector.of_block(block, taps | heads)
         return x, kept
 
-    run_pair_again = _rematerialised(run_pair, compute)
+    rematerialised = _rematerialised(run_pair, compute)
 
     def body(carry: Any, pair: Pair) -> tuple[Any, Any]:
         x, index, collecting = carry
-        x, kept = run_pair_again(x, pair, index)
+        x, kept = rematerialised(x, pair, index)
         collecting, output = collector.add(collecting, index, kept)
         return (x, index + 1, collecting), output
 
@@ -241,11 +241,11 @@ def run_layers(
 def _rematerialised(
     run_pair: Callable[[jax.Array, Pair], tuple[jax.Array, Any]], compute: ComputeConfig
 ) -> Callable[[jax.Array, Pair, jax.Array | int], tuple[jax.Array, Any]]:
-    """`run_pair` of which the backward pass keeps what `compute.remat` says; it takes the pair's number as well."""
+    """`run_pair` with the rematerialisation that `compute.remat` selects; it also takes the pair's index."""
 
     def run_cast(x: jax.Array, pair: Pair, index: jax.Array | int) -> tuple[jax.Array, Any]:
-        # Weights are cast where they are used. The compiler would cast those of all layers before the loop, and keep
-        # that copy for as long.
+        # Weights are cast where they are used. Otherwise the compiler casts those of all layers before the loop, and
+        # keeps that copy all the time.
         if compute.dtype != "float32":
             pair = jax.tree.map(lambda weight: stays_in_loop(weight, jnp.asarray(index)), pair)
         return run_pair(x, pair)
@@ -261,7 +261,7 @@ def over_pairs(
     pairs: Pair | Sequence[Pair],
     compute: ComputeConfig,
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan` of `body` over pairs of layers, whether they are stacked or apart."""
+    """`jax.lax.scan` of `body` over pairs of layers, which are stacked or in a list."""
     if isinstance(pairs, Pair):
         return jax.lax.scan(body, carry, pairs, unroll=compute.unroll_layers)
     outputs = []

@@ -1,4 +1,4 @@
-"""Tokens against rows: an embedding may have more rows than there are tokens (`ModelConfig.vocab_padding`)."""
+"""Tokens and rows: an embedding may have more rows than there are tokens (`ModelConfig.vocab_padding`)."""
 
 from dataclasses import replace
 
@@ -11,24 +11,24 @@ from gemma2_jax.model.weights import Params
 
 
 def check_tokens(config: ModelConfig, tokens: int, tokenizer: str) -> None:
-    """Raises UserError unless the model has exactly the `tokens` of a tokenizer, which `tokenizer` names."""
+    """Raises UserError unless the model has `tokens` tokens, as many as the tokenizer that `tokenizer` names."""
     if tokens != config.num_tokens:
         raise UserError(
             f"{tokenizer} has {tokens} tokens and the model {config.num_tokens}; model.vocab_size "
-            f"({config.vocab_size}) less model.vocab_padding ({config.vocab_padding}) must be the same number."
+            f"({config.vocab_size}) minus model.vocab_padding ({config.vocab_padding}) must be the tokenizer's number."
         )
 
 
 def without_padding(config: ModelConfig) -> ModelConfig:
-    """The same model with no more rows of the embedding than tokens."""
+    """The same model without padding rows in the embedding."""
     return replace(config, vocab_size=config.num_tokens, vocab_padding=0)
 
 
 def resize_rows(params: Params, config: ModelConfig, rows: int) -> tuple[Params, ModelConfig]:
-    """The same model with an embedding of `rows` rows: padding is cut off, or rows of zeros are put behind.
+    """The same model with `rows` rows in its embedding: padding is cut off, or rows of zeros are appended.
 
     Args:
-        params: laid out like `weight_specs(config)`; the embedding stays on its devices, split as it is.
+        params: laid out like `weight_specs(config)`; the embedding stays on its devices, with the same sharding.
         rows: a multiple of the mesh's tensor axis, if there is a mesh.
 
     Returns:

@@ -1,9 +1,9 @@
-"""Trees of weights, described by values: what a model, or anything else that is trained, is made of.
+"""Specs: descriptions of the weights of a model, or of anything else that is trained.
 
-A weight is its dimensions as letters (see `gemma2_jax`), their sizes, and the letters its initialiser averages over.
-A tree of these, the specs, is a nested dict. Abstract arrays, initial values, counts, shardings, optimizer settings and
-checkpoint targets all derive from the specs that they are handed: those of a model (`weight_specs`), of a part of it,
-or of anything beside it, such as projections.
+The spec of a weight (`Weight`) is its dimensions as letters (see `gemma2_jax`), their sizes, and the letters of its
+fan-in. Specs form a nested dict. Abstract arrays, initial values, counts, shardings, optimizer settings and checkpoint
+targets all derive from the specs that they are given: those of a model (`weight_specs`), of a part of it, or of
+additional weights, such as projections.
 """
 
 import math
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.sharding.layout import constrain_weight, weight_sharding
 
-Params = dict[str, Any]  # a nested dict of arrays, or of what `linear` takes in an array's place
+Params = dict[str, Any]  # a nested dict of arrays, or of trees that `linear` takes in place of arrays
 Specs = dict[str, Any]  # a nested dict of Weight, laid out like the parameters that it describes
 
 
@@ -27,8 +27,8 @@ Specs = dict[str, Any]  # a nested dict of Weight, laid out like the parameters 
 class Weight:
     """One weight.
 
-    Weights are drawn from a normal distribution of variance 1 / (size of fan_in); a weight without
-    fan_in is a norm's scale, stored as w and applied as (1 + w), and starts at zero.
+    Weights are drawn from a normal distribution of variance 1 / (size of fan_in). A weight without fan_in is a norm's
+    scale: stored as w, applied as (1 + w), initially zero.
 
     Attributes:
         dims: a letter for each axis.
@@ -47,7 +47,7 @@ class Weight:
 
 
 def weight_specs(config: ModelConfig) -> Specs:
-    """Every weight of a Gemma 2. Those of blocks have a leading axis P, a slice for each pair of layers."""
+    """The specs of all weights of a Gemma 2. Those of blocks have a leading axis P, a slice for each pair of layers."""
     sizes = dim_sizes(config)
 
     def weight(dims: str, fan_in: str = "") -> Weight:
@@ -73,8 +73,8 @@ def weight_specs(config: ModelConfig) -> Specs:
         }
 
     return {
-        # Also the LM head: its input side is multiplied by sqrt(D), so that fan_in D gives activations of variance 1 on
-        # entry and logits of variance 1 at the exit.
+        # Also the LM head. Embedded tokens are multiplied by sqrt(D), so fan_in D gives both them and the logits
+        # variance 1.
         "embedder": {"embedding": weight("VD", fan_in="D")},
         "pairs": {"local_block": block(), "global_block": block()},
         "final_norm": {"scale": weight("D")},
@@ -99,7 +99,8 @@ def map_specs(function: Callable[..., Any], specs: Any, *trees: Any) -> Any:
 
     Args:
         specs: any nested dict of Weight; a single Weight has the path "".
-        trees: laid out like `specs`. A leaf is what they have in the place of a Weight, an array or another pytree.
+        trees: trees laid out like `specs`. A leaf is whatever they hold in place of a Weight, an array or another
+            pytree.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function("/".join(entry.key for entry in path), *leaves), specs, *trees
@@ -107,17 +108,17 @@ def map_specs(function: Callable[..., Any], specs: Any, *trees: Any) -> Any:
 
 
 def specs_by_path(specs: Specs) -> dict[str, Weight]:
-    """The specs without their nesting."""
+    """The specs by path, without nesting."""
     found: dict[str, Weight] = {}
     map_specs(found.__setitem__, specs)
     return found
 
 
 def abstract_params(specs: Any, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Any:
-    """The parameters' shapes, dtype and, on a mesh, shardings, as `jax.ShapeDtypeStruct`s, without memory.
+    """The parameters' shapes, dtype and, on a mesh, shardings, as `jax.ShapeDtypeStruct`s; nothing is allocated.
 
     Raises:
-        UserError: the mesh does not divide a dimension that lies along it.
+        UserError: the mesh does not divide a dimension that is split along it.
     """
 
     def describe(path: str, spec: Weight) -> jax.ShapeDtypeStruct:
@@ -128,10 +129,10 @@ def abstract_params(specs: Any, dtype: Any = jnp.float32, mesh: Mesh | None = No
 
 
 def init_params(specs: Any, key: jax.Array, prefix: str = "") -> Any:
-    """Initial float32 parameters; a weight's values depend on the key and its path, not on its neighbours.
+    """Initial float32 parameters; a weight's values depend on the key and its path, not on other weights.
 
     Args:
-        prefix: stands before every path; the whole path of a single Weight.
+        prefix: prefix of every path; the whole path of a single Weight.
     """
 
     def init(path: str, spec: Weight) -> jax.Array:
@@ -146,7 +147,7 @@ def init_params(specs: Any, key: jax.Array, prefix: str = "") -> Any:
 
 
 def constrain_params(params: Any, specs: Any) -> Any:
-    """Parameters, or gradients, laid out as parameters rest on the mesh: with fsdp, each device has its own part."""
+    """Constrains parameters or gradients to the layout of weights at rest: with fsdp, each device has its own part."""
     return map_specs(lambda _, spec, leaf: constrain_weight(leaf, spec.dims), specs, params)
 
 

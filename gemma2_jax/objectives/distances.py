@@ -1,7 +1,7 @@
-"""How far a student's hidden states and attention are from a teacher's, token by token.
+"""Distances of a student's hidden states and attention from a teacher's, for each token.
 
-Both distances are relative, so that a weight means the same for every layer, whatever the size of its states
-and however many keys a query sees. The teacher gets no gradient.
+Both distances are relative, so that a weight means the same for every layer, whatever the magnitude of its states
+and the number of keys that a query sees. The teacher gets no gradient.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,10 +17,10 @@ from gemma2_jax.sharding.layout import constrain
 
 DistanceName = Literal["mse", "cosine"]
 
-# Queries whose distributions are there at a time; of all of them, those would be [B, N, T, S].
+# Queries whose distributions over the keys are in memory at a time; for all T queries, they would take [B, N, T, S].
 _BLOCK_QUERIES = 128
 
-# Keeps a state that is all zeros, and whose weight may well be 0, from giving NaN; lost in any other.
+# Prevents NaN for a state that is all zeros, such as one of a token with weight 0; negligible for any other state.
 _TINY = 1e-12
 
 
@@ -31,8 +31,11 @@ def relative_squared_error(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def cosine_distance(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """1 - cos(s, t) over the last axis: half the squared distance of the two brought to length 1, which keeps its
-    digits where they are nearly parallel."""
+    """1 - cos(s, t) over the last axis.
+
+    It is computed as half the squared distance of the normalised vectors, which stays precise where they are nearly
+    parallel.
+    """
     student, teacher = (
         x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + _TINY) for x in (student, teacher)
     )
@@ -48,11 +51,12 @@ DISTANCES: Mapping[DistanceName, Callable[[jax.Array, jax.Array], jax.Array]] = 
 def hidden_distance(
     student: CapturedLayer, teacher: CapturedLayer, projection: jax.Array | None, distance: DistanceName
 ) -> jax.Array:
-    """Between hidden states (TinyBERT, arXiv 1909.10351, section 3.1), float32 [B, T].
+    """Distance between hidden states (TinyBERT, arXiv 1909.10351, section 3.1), float32 [B, T].
 
     Args:
         student, teacher: layers whose hidden states were captured, [B, T, D] and [B, T, E].
-        projection: [D, E], takes the student's states to the teacher's width; None where it is the same.
+        projection: [D, E], maps the student's states to the teacher's width; None if the widths are equal.
+        distance: which of `DISTANCES`.
     """
     assert student.hidden is not None
     assert teacher.hidden is not None
@@ -71,22 +75,23 @@ def attention_distance(
     segment_ids: jax.Array,
     distance: DistanceName,
 ) -> jax.Array:
-    """Between each query's distributions over the keys, averaged over heads, float32 [B, T].
+    """Distance between each query's distributions over the keys, averaged over heads, float32 [B, T].
 
-    TinyBERT (arXiv 1909.10351, section 3.1) matches each head's scores, which needs as many heads on both sides and
-    ties scores that soft caps and scales of their own make incomparable. Queries are taken in blocks, whose scores the
-    backward pass computes again.
+    TinyBERT (arXiv 1909.10351, section 3.1) matches each head's scores instead. That needs the same number of heads in
+    both models, and scores are not comparable if the models differ in soft cap or scale. Queries are processed in
+    blocks, whose scores the backward pass recomputes.
 
     Args:
         student, teacher: layers whose queries and keys were captured.
         positions, segment_ids: [B, T].
+        distance: which of `DISTANCES`.
     """
 
-    def of_block(block: tuple[jax.Array, ...]) -> jax.Array:
-        student_query, teacher_query, *of_queries = block
-        own = mean_weights(student, student_query, *of_queries)
-        its = jax.lax.stop_gradient(mean_weights(teacher, teacher_query, *of_queries))
-        return DISTANCES[distance](own, its)
+    def block_distance(block: tuple[jax.Array, ...]) -> jax.Array:
+        student_query, teacher_query, *rest = block
+        student_weights = mean_weights(student, student_query, *rest)
+        teacher_weights = jax.lax.stop_gradient(mean_weights(teacher, teacher_query, *rest))
+        return DISTANCES[distance](student_weights, teacher_weights)
 
     def mean_weights(
         layer: CapturedLayer, query: jax.Array, query_positions: jax.Array, query_segments: jax.Array
@@ -98,4 +103,4 @@ def attention_distance(
     T = positions.shape[1]
     queries = (student.query, teacher.query, positions, segment_ids)
     blocks = split_tokens(-(-T // _BLOCK_QUERIES), queries)
-    return join_tokens(jax.lax.map(jax.checkpoint(of_block, prevent_cse=False), blocks), T)
+    return join_tokens(jax.lax.map(jax.checkpoint(block_distance, prevent_cse=False), blocks), T)

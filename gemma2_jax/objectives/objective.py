@@ -17,7 +17,8 @@ Number = float | ScheduleConfig
 Coefficients = Mapping[str, jax.Array]  # float32 scalars that may change from step to step
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")  # from a teacher
-# Of the temperature: -1e30, which stands for no logit, is divided by it, and losses are times its square, in float32.
+# Limits of the temperature: in float32, the masked logit -1e30 is divided by it, and losses are multiplied by its
+# square.
 _COLDEST, _WARMEST = 1e-3, 1e3
 TERMS = ("cross_entropy", *DIVERGENCES, "z_loss")
 
@@ -31,17 +32,18 @@ class ObjectiveConfig:
 
     Attributes:
         cross_entropy: weight of the cross-entropy with the data's next token.
-        forward_kl: weight of KL(T || S). From a cache of draws, its value is too large by what the draws lack of T's
-            entropy, and not comparable with another number of draws or an online teacher; see `sparse_forward_kl`.
-        temperature: softens T and S in every divergence; a number or a schedule, 1 without a divergence.
-        block_tokens: tokens that each device computes logits of at a time; less needs less memory.
+        forward_kl: weight of KL(T || S). With a `sampled` cache, its value is too large, since the entropy of the draws
+            is below that of T; it is not comparable with another number of draws or an online teacher; see
+            `sparse_forward_kl`.
+        temperature: divides the logits of T and S in every divergence; a number or a schedule, 1 without a divergence.
+        block_tokens: number of tokens whose logits each device computes at a time; smaller values need less memory.
         reverse_kl: weight of KL(S || T).
         jsd: weight of beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S.
         skew_kl: weight of KL(T || alpha T + (1 - alpha) S).
         skew_reverse_kl: weight of KL(S || alpha S + (1 - alpha) T).
         z_loss: weight of the squared logarithm of the sum of the student's exp(logits).
-        mix: lambda, a number or a schedule from 0 to 1: divergences are times lambda, cross-entropy times
-            1 - lambda, on top of their weights; null to leave the weights as they are.
+        mix: lambda, a number or a schedule from 0 to 1: the weights of divergences are multiplied by lambda, that of
+            cross_entropy by 1 - lambda; null to leave the weights as they are.
         jsd_beta: beta of jsd, above 0 and below 1.
         skew_alpha: alpha of skew_kl and skew_reverse_kl, at least 0 and below 1.
     """
@@ -63,7 +65,7 @@ class ObjectiveConfig:
         for name in TERMS:
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(
-                    f"objective.{name} is {getattr(self, name)}; a term's weight must be a number that is not negative."
+                    f"objective.{name} is {getattr(self, name)}; a term's weight must be a finite number of at least 0."
                 )
         if self.cross_entropy == 0 and not self.needs_teacher:
             raise UserError(
@@ -77,8 +79,8 @@ class ObjectiveConfig:
                 )
         if self.temperature != 1 and not self.needs_teacher:
             raise UserError(
-                f"objective.temperature is {_shown(self.temperature)}, which nothing uses while no divergence has a "
-                f"weight ({', '.join(DIVERGENCES)}); set it to 1, or give one of them a weight above 0."
+                f"objective.temperature is {_shown(self.temperature)}, but no divergence that would use it has a "
+                f"weight; set it to 1, or give one of {', '.join(DIVERGENCES)} a weight above 0."
             )
         if self.mix is not None:
             for value in values_of(self.mix):
@@ -86,8 +88,8 @@ class ObjectiveConfig:
                     raise UserError(f"objective.mix is {value}; it must be from 0 to 1.")
             if self.cross_entropy == 0 or not self.needs_teacher:
                 raise UserError(
-                    f"objective.mix is {_shown(self.mix)}, which weighs cross_entropy against divergences; it must be "
-                    "null while either has weight 0."
+                    f"objective.mix is {_shown(self.mix)}, but it weighs cross_entropy against divergences, and one of "
+                    "the two has no weight; set it to null, or give both a weight above 0."
                 )
         if not 0 < self.jsd_beta < 1:
             raise UserError(f"objective.jsd_beta is {self.jsd_beta}; it must be above 0 and below 1.")
@@ -97,8 +99,8 @@ class ObjectiveConfig:
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if value != default and not set(users) & set(self.divergences):
                 raise UserError(
-                    f"objective.{name} is {value}, which nothing uses while objective.{' and objective.'.join(users)} "
-                    f"have no weight; set it to {default}, or give one of them a weight above 0."
+                    f"objective.{name} is {value}, but no term that would use it has a weight; set it to {default}, or "
+                    f"give objective.{' or objective.'.join(users)} a weight above 0."
                 )
         if self.block_tokens < 1:
             raise UserError(f"objective.block_tokens is {self.block_tokens}; it must be at least 1.")
@@ -114,19 +116,18 @@ class ObjectiveConfig:
 
     @property
     def schedules(self) -> dict[str, ScheduleConfig]:
-        """What changes over the run, by its key."""
+        """The schedules of the numbers that change over the run, by their key."""
         numbers = {"temperature": self.temperature, "mix": self.mix}
         return {name: number for name, number in numbers.items() if isinstance(number, ScheduleConfig)}
 
 
 def token_loss(config: ObjectiveConfig) -> TokenLoss:
-    """The objective of each token, as `lm_head_sums` takes it.
+    """Returns the objective of each token as a function for `lm_head_sums`.
 
-    It has the logits of `student`, and of `teacher` where there is one; per token, `targets`, and `teacher_targets`
-    (`SparseTargets`) where these stand for the teacher; and the coefficients of `build_coefficients`.
+    The function takes the logits of `student`, and of `teacher` if it is online; per token, `targets`, and
+    `teacher_targets` (`SparseTargets`) if they replace the teacher; and the coefficients of `build_coefficients`.
 
-    Metrics are each term that has a weight, unweighted, `forward_kl` by the name `kl`, and always
-    `cross_entropy`.
+    Its metrics are `cross_entropy` and every term that has a weight, unweighted; `forward_kl` is named `kl`.
     """
 
     def loss(
@@ -151,9 +152,9 @@ def token_loss(config: ObjectiveConfig) -> TokenLoss:
 
 
 def build_coefficients(config: ObjectiveConfig, steps: int) -> Callable[[jax.Array | int], Coefficients]:
-    """The weights of the terms and the temperature at each step of a run of `steps`, and `mix` where it is set.
+    """Returns a function from a step of a run of `steps` to the term weights, the temperature, and `mix` if it is set.
 
-    They are arrays, so that a compiled step takes them as they change.
+    The values are arrays, so that a compiled step can use values that change.
     """
     schedules = {name: build_schedule(schedule, steps) for name, schedule in config.schedules.items()}
 
@@ -176,13 +177,15 @@ def build_coefficients(config: ObjectiveConfig, steps: int) -> Callable[[jax.Arr
 def evaluation_loss(
     logits: Logits, per_token: Mapping[str, Any], coefficients: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What models are compared by, at temperature 1: `cross_entropy` and `entropy`, and against a teacher `kl`
-    (forward), `agreement` and `teacher_entropy`. Arguments as in `token_loss`, but for teacher targets.
+    """The evaluation metrics of each token, at temperature 1: `cross_entropy` and `entropy`, and with a teacher `kl`
+    (forward), `agreement` and `teacher_entropy`.
+
+    Arguments are as in `token_loss`, except that `teacher_targets` are not allowed.
     """
     student, targets = logits["student"], per_token["targets"]
     metrics = {"cross_entropy": terms.cross_entropy(student, targets), "entropy": terms.entropy(student)}
     if "teacher_targets" in per_token:
-        raise ValueError("a model is compared with a teacher's whole distribution, not with sparse targets")
+        raise ValueError("evaluation needs the teacher's whole distribution, not sparse targets")
     if "teacher" in logits:
         teacher = logits["teacher"]
         metrics["kl"] = terms.forward_kl(student, teacher, temperature=1.0)
@@ -194,7 +197,7 @@ def evaluation_loss(
 def _divergences(
     config: ObjectiveConfig, student: jax.Array, teacher: jax.Array, temperature: jax.Array
 ) -> dict[str, jax.Array]:
-    """The divergences that have a weight, from the whole distributions."""
+    """The divergences that have a weight, computed from the whole distributions."""
     functions: Mapping[str, Callable[[], jax.Array]] = {
         "forward_kl": lambda: terms.forward_kl(student, teacher, temperature),
         "reverse_kl": lambda: terms.reverse_kl(student, teacher, temperature),

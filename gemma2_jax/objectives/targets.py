@@ -1,4 +1,4 @@
-"""A teacher's distributions as training targets."""
+"""A teacher's sparse distributions as training targets."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -10,13 +10,13 @@ import jax
 @partial(jax.tree_util.register_dataclass, data_fields=["ids", "log_weights", "tail"], meta_fields=[])
 @dataclass(frozen=True)
 class SparseTargets:
-    """A few tokens of a teacher's distribution at each position, and the weight of all others. A pytree.
+    """A few tokens of a teacher's distribution at each position, and the total weight of all others. A pytree.
 
     Attributes:
-        ids: int32 [B, T, K], the tokens of one position all different.
-        log_weights: float32 [B, T, K], logarithms of their weights; `softcap.NEVER`, or anything else that is finite
-            and whose exp is 0, in a place without a token.
-        tail: float32 [B, T], the weight of all other tokens together; 0 where the ids are all there are.
+        ids: int32 [B, T, K], token ids, distinct within a position.
+        log_weights: float32 [B, T, K], logarithms of the tokens' weights; unused slots hold `softcap.NEVER` or any
+            other finite number whose exp is 0.
+        tail: float32 [B, T], total weight of all other tokens; 0 if the weights of `ids` are the whole distribution.
     """
 
     ids: Any

@@ -1,19 +1,19 @@
-"""What a training objective can be made of: one function a term, on the logits of one or more tokens.
+"""The terms of a training objective: one function per term, on the logits of one or more tokens.
 
 Logits are float32 [..., V] and already soft-capped; results are [...]. Sums over the vocabulary are
 written so that they stay local on a vocabulary-sharded mesh until the last addition: no gathers.
 
 T is the teacher's distribution and S the student's, both softened by the temperature tau. Every divergence is
-scaled by tau^2: all of them are, to first order, quadratic in the difference of logits / tau, so that tau^2
-keeps the gradient's size when tau changes (Hinton et al., arXiv 1503.02531). What is about the text alone
-(cross-entropy, z-loss) has no temperature.
+scaled by tau^2: all of them are, to leading order, quadratic in the difference of logits / tau, so the factor tau^2
+keeps the gradient's magnitude when tau changes (Hinton et al., arXiv 1503.02531). The terms on text alone
+(cross-entropy, z-loss) have no temperature.
 
-At a high temperature T and S are close, and sum P (log P - log Q) is a small difference of large numbers. As both sum
-to 1, it is also the sum of Q - P - P log(Q / P), each of them at least 0, which is how it is computed here, from
-log(Q / P) as a difference of logits; gradients likewise.
+At a high temperature T and S are close, and sum P (log P - log Q) is a small difference of large numbers. Since P and Q
+both sum to 1, it equals the sum of Q - P - P log(Q / P), whose terms are all at least 0. It is computed in this form,
+with log(Q / P) as a difference of logits; the same holds for its gradients.
 
-A row of padding has the logit -1e30 in both models: differences of its log-probabilities are finite, and its
-probability, 0, takes them out.
+Padding rows of the vocabulary have the logit -1e30 in both models: differences of their log-probabilities are finite,
+and their probability 0 removes them from every sum.
 """
 
 import math
@@ -41,8 +41,8 @@ def z_loss(logits: jax.Array) -> jax.Array:
 
 
 def forward_kl(student: jax.Array, teacher: jax.Array, temperature: Number) -> jax.Array:
-    """tau^2 KL(T || S). At tau = 1 this is Gemma 2's distillation loss less the teacher's entropy, which the
-    student has no part in (Gemma 2 report, section 3.2).
+    """tau^2 KL(T || S). At tau = 1 this is Gemma 2's distillation loss (Gemma 2 report, section 3.2) minus the
+    teacher's entropy, which does not depend on the student.
     """
     log_s, log_t, ratio = _softened(student, teacher, temperature)
     return temperature**2 * _kl(log_t, log_s, ratio)
@@ -78,28 +78,31 @@ def skew_reverse_kl(student: jax.Array, teacher: jax.Array, temperature: Number,
 
 
 def sparse_forward_kl(student: jax.Array, teacher: SparseTargets, temperature: Number) -> jax.Array:
-    """tau^2 KL(T || S) over the teacher's tokens, with all others as one more: their weights w_k and the tail's w_0,
+    """tau^2 KL(T || S) over the teacher's tokens, with all other tokens merged into one, the tail.
+
+    With weights w_k of the tokens and w_0 of the tail, the divergence is
 
         sum_k w_k (log w_k - log S_k) + w_0 (log w_0 - log S_0) + 1 - sum_k w_k - w_0,  S_0 = 1 - sum_k S_k
 
-    The last part is 0 but for weights that sum to 1 in expectation only; with it, no value is below 0. The weights
-    have to be those of T at tau: they cannot be had from those at another. A token of weight 0 counts among the
-    others. S_0 is summed over them: 1 - sum_k S_k would lose a small one to rounding. Where there are no others, a
-    tail is rounding alone, and left out.
+    The last part, 1 - sum_k w_k - w_0, is 0 unless the weights sum to 1 only in expectation; it keeps every value at
+    least 0. The weights must be those of T at tau: weights at one temperature cannot be converted to another. A token
+    of weight 0 counts as part of the tail. S_0 is summed over the tail's tokens, since 1 - sum_k S_k would lose a small
+    value to rounding. If no token is left for the tail, w_0 is only rounding, and is ignored.
 
-    Of N drawn tokens, sum_k w_k log w_k is that of the draws, whose entropy, log N at most, is below T's: the value
-    lies above KL(T || S) by the difference, also where S is T. It is the same for every S, so that the gradient has no
-    part in it; but values compare at the same N and T alone, and not with those of whole distributions.
+    With N drawn tokens, sum_k w_k log w_k is minus the entropy of the draws, which is at most log N and below T's
+    entropy. The value therefore exceeds KL(T || S) by the difference, even if S equals T. The excess is the same for
+    every S, so the gradient is not affected. But values are comparable only at the same N and T, and not with those of
+    whole distributions.
     """
     log_s, _ = _log_softmax(student / temperature)
-    # As an array over the vocabulary, since it lies on a mesh as the logits do: its product with them needs no
-    # gather, and the gradient no scatter.
+    # A dense array over the vocabulary, sharded like the logits: its product with them needs no gather, and the
+    # gradient no scatter.
     dense = _scatter(jnp.zeros(student.shape, jnp.float32), teacher.ids, jnp.exp(teacher.log_weights))
     dense = constrain_in_head(dense, "BTV") if dense.ndim == 3 else dense
     is_named = dense > 0
     log_w = jnp.log(jnp.where(is_named, dense, 1.0))
     named = jnp.sum(jnp.where(is_named, _divergence(log_w, log_s, log_s - log_w), 0.0), axis=-1)
-    never = NEVER / temperature  # as rows of padding have it
+    never = NEVER / temperature  # the value of padding rows
     log_others = jax.nn.logsumexp(jnp.where(is_named, never, log_s), axis=-1)
     has_others = log_others > never / 2
     log_others = jnp.where(has_others, log_others, 0.0)
@@ -116,14 +119,15 @@ def entropy(logits: jax.Array) -> jax.Array:
 
 
 def agreement(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """1 where both find the same token most likely, else 0."""
+    """1 where both have the same most likely token, else 0."""
     return (jnp.argmax(student, axis=-1) == jnp.argmax(teacher, axis=-1)).astype(jnp.float32)
 
 
 def _softened(
     student: jax.Array, teacher: jax.Array, temperature: Number
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """log S, log T and log(S / T). The last, which is not their difference but for rounding, carries no gradient."""
+    """log S, log T and log(S / T). The last is computed from the logits, which is more precise than the difference of
+    the first two; it carries no gradient."""
     log_s, log_z_s = _log_softmax(student / temperature)
     log_t, log_z_t = _log_softmax(teacher / temperature)
     ratio = (student - teacher) / temperature - (log_z_s - log_z_t)
@@ -154,7 +158,7 @@ def _kl(log_p: jax.Array, log_q: jax.Array, ratio: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _divergence(log_p: jax.Array, log_q: jax.Array, ratio: jax.Array) -> jax.Array:
-    """Q - P - P log(Q / P), at least 0, element by element; ratio: log(Q / P), without a gradient of its own."""
+    """Q - P - P log(Q / P), at least 0, elementwise; ratio: log(Q / P), which carries no gradient."""
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     return jnp.where(_is_small(ratio), p * _exp_beyond_linear(ratio), q - p - p * ratio)
 
@@ -175,7 +179,7 @@ def _mixture(
     """log M and log(M / P) of M = share P + (1 - share) Q; ratio: log(Q / P), as in `_divergence`."""
     if share == 0:
         return log_q, ratio
-    # log(share + (1 - share) e^ratio), about 1 where the ratio is small, and else about the larger of the two.
+    # log(share + (1 - share) e^ratio), expanded around 1 where the ratio is small, else around the larger summand.
     first, second = math.log(share), math.log1p(-share) + ratio
     beyond = jnp.where(
         _is_small(ratio),
@@ -191,7 +195,7 @@ def _mixture_jvp(share: float, primals: Any, tangents: Any) -> Any:
     log_m, mixed = _mixture(share, *primals)
     _, _, ratio = primals
     d_log_p, d_log_q, _ = tangents
-    # What of M is P's, and what is Q's.
+    # The fractions of M that come from P and from Q.
     d_log_m = share * jnp.exp(-mixed) * d_log_p + (1 - share) * jnp.exp(ratio - mixed) * d_log_q
     return (log_m, mixed), (d_log_m, jnp.zeros_like(mixed))
 
@@ -201,7 +205,7 @@ def _is_small(ratio: jax.Array) -> jax.Array:
 
 
 def _exp_beyond_linear(x: jax.Array) -> jax.Array:
-    """e^x - 1 - x for |x| < 0.5, to float32's precision: by its series, where the formula would cancel."""
+    """e^x - 1 - x for |x| < 0.5 in float32 precision, by its series, since the formula itself would cancel."""
     sum_ = jnp.full_like(x, 1 / math.factorial(8))
     for power in range(7, 1, -1):
         sum_ = sum_ * x + 1 / math.factorial(power)
@@ -210,5 +214,5 @@ def _exp_beyond_linear(x: jax.Array) -> jax.Array:
 
 @partial(jnp.vectorize, signature="(v),(k),(k)->(v)")
 def _scatter(rows: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-    """[..., V] and, at ids [..., K], weights [..., K]."""
+    """Adds weights [..., K] to rows [..., V] at ids [..., K]."""
     return rows.at[ids].add(weights)

@@ -1,4 +1,4 @@
-"""Which mesh axes a collective goes along, and the bytes that each device sends in it."""
+"""The mesh axes that a collective runs along, and the bytes that each device sends in it."""
 
 import re
 from collections.abc import Sequence
@@ -18,19 +18,22 @@ KINDS = (
 )
 
 
-def collective_kind(one: Instruction) -> str | None:
-    """The kind of a collective, asynchronous ones taken at their start; None for anything else."""
-    kind = one.opcode.removesuffix("-start")
+def collective_kind(instruction: Instruction) -> str | None:
+    """Returns the kind of a collective, or None for any other instruction.
+
+    An asynchronous collective counts at its `-start` instruction only.
+    """
+    kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
-def group_of(one: Instruction, devices: int) -> list[int]:
-    """Devices, by their place in the mesh, of one of the groups that exchange among themselves; all groups are alike.
+def group_of(instruction: Instruction, devices: int) -> list[int]:
+    """Returns one replica group of a collective, as flat indices of devices in the mesh; all groups are alike.
 
-    Reads lists (`{{0,1},{2,3}}`), reshaped ranges (`[4,4]<=[16]`, `[4,4]<=[4,4]T(1,0)`), axes of a mesh
-    (`mesh['a'=4,'b'=2] {'b'}`), and of a permutation all sources and targets of its first cycle.
+    Parses lists (`{{0,1},{2,3}}`), reshaped ranges (`[4,4]<=[16]`, `[4,4]<=[4,4]T(1,0)`) and mesh axes
+    (`mesh['a'=4,'b'=2] {'b'}`). For a permutation, the group is its first cycle.
     """
-    text = one.attributes
+    text = instruction.attributes
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
     if pairs is not None:
         return _cycle(pairs[1])
@@ -56,22 +59,24 @@ def axes_of(group: Sequence[int], shape: dict[str, int]) -> tuple[str, ...]:
     return tuple(axis for axis, along in zip(shape, places, strict=True) if len(np.unique(along)) > 1)
 
 
-def sent_bytes(kind: str, taken: int, given: int, count: int) -> float:
-    """Bytes that each of `count` devices sends by a ring (Thakur et al., Int. J. HPC Applications 19, 2005).
+def sent_bytes(kind: str, input_bytes: int, output_bytes: int, count: int) -> float:
+    """Returns the bytes that each of `count` devices sends in a ring algorithm.
+
+    Formulas from Thakur et al., Int. J. HPC Applications 19, 2005.
 
     Args:
-        taken, given: bytes that the collective takes of a device, and gives to it.
+        input_bytes, output_bytes: size of the collective's input and output on one device.
     """
     if count < 2:
         return 0.0
     others = (count - 1) / count
     if kind == "all-gather":
-        return given * others
+        return output_bytes * others
     if kind == "all-reduce":
-        return 2 * taken * others
+        return 2 * input_bytes * others
     if kind in ("reduce-scatter", "all-to-all", "ragged-all-to-all"):
-        return taken * others
-    return float(taken)
+        return input_bytes * others
+    return float(input_bytes)
 
 
 def _cycle(text: str) -> list[int]:
@@ -84,17 +89,22 @@ def _cycle(text: str) -> list[int]:
     return found
 
 
-def _along_axes(sizes: str, chosen: str) -> list[int]:
-    """The group of device 0 in a mesh given as `'a'=4,'b'=2`, along axes `'b'`, or a part of one, `'a':(2)2`."""
+def _along_axes(sizes: str, axes: str) -> list[int]:
+    """Returns the group of device 0.
+
+    Args:
+        sizes: mesh shape, such as `'a'=4,'b'=2`.
+        axes: axes that the group spans, such as `'b'`, or a part of an axis, such as `'a':(2)2`.
+    """
     shape = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     places = np.arange(int(np.prod(list(shape.values())))).reshape(tuple(shape.values()))
-    taken: list[slice] = [slice(0, 1)] * len(shape)
+    slices: list[slice] = [slice(0, 1)] * len(shape)
     names = list(shape)
-    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen):
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
         step = shape[name] // (int(before) * int(size)) if size else 1
         stop = step * int(size) if size else shape[name]
-        taken[names.index(name)] = slice(0, stop, step)
-    group: list[int] = places[tuple(taken)].ravel().tolist()
+        slices[names.index(name)] = slice(0, stop, step)
+    group: list[int] = places[tuple(slices)].ravel().tolist()
     return group
 
 

@@ -1,4 +1,4 @@
-"""What one device does in a program: FLOPs of products, bytes of memory, bytes sent, loops by their trip counts."""
+"""Cost of a program on one device: FLOPs of products, memory traffic and bytes sent, with loops multiplied out."""
 
 import json
 import math
@@ -12,26 +12,26 @@ import numpy as np
 from gemma2_jax.planning.collectives import axes_of, collective_kind, group_of, sent_bytes
 from gemma2_jax.planning.hlo import Array, Computation, Instruction, Module, trip_count
 
-# What moves nothing by itself.
+# Opcodes without memory traffic.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "optimization-barrier", "domain", "add-dependency", "async-done", "async-update", "copy-done",
     "send-done", "recv-done",
 }  # fmt: skip
 _SLICES = {"dynamic-slice", "slice", "gather"}
-Sent = tuple[str, tuple[str, ...]]  # a collective's kind, and the mesh axes that it goes along
+Sent = tuple[str, tuple[str, ...]]  # a collective's kind, and the mesh axes that it runs along
 
 
 @dataclass
 class ProgramCost:
-    """Of one device.
+    """ProgramCost of a program on one device.
 
     Attributes:
-        flops: of matrix products and convolutions, 2 for each multiply-add.
-        bytes: read from and written to memory by each instruction that is left after fusion.
-        sent: bytes by kind of collective and mesh axes.
-        kernels: calls of custom kernels, whose FLOPs are not in the program, by target.
-        uncounted: loops whose trip count the program does not tell, counted once.
+        flops: FLOPs of matrix products and convolutions, 2 per multiply-add.
+        bytes: bytes that the instructions left after fusion read from and write to memory.
+        sent: bytes sent, by kind of collective and mesh axes.
+        kernels: number of calls of custom kernels, by target. The program does not contain their FLOPs.
+        uncounted: number of loops with an unknown trip count; their bodies are counted once.
     """
 
     flops: float = 0.0
@@ -41,7 +41,7 @@ class ProgramCost:
     uncounted: int = 0
 
     def add(self, other: "ProgramCost", times: int = 1) -> None:
-        """Adds another's cost so many times."""
+        """Adds `times` times another cost."""
         self.flops += other.flops * times
         self.bytes += other.bytes * times
         for key, amount in other.sent.items():
@@ -51,17 +51,17 @@ class ProgramCost:
         self.uncounted += other.uncounted
 
     def send(self, key: Sent, amount: float) -> None:
-        """Adds bytes that a collective sends."""
+        """Adds the bytes that a collective sends."""
         self.sent[key] = self.sent.get(key, 0.0) + amount
 
 
 def count(module: Module, mesh_shape: dict[str, int]) -> ProgramCost:
-    """The cost of a whole program on a mesh."""
-    return _Counter(module, mesh_shape).of(module.entry, fused=False)
+    """Returns the cost of a whole program on one device of a mesh."""
+    return _Counter(module, mesh_shape).cost_of(module.entry, fused=False)
 
 
 class _Counter:
-    """Each computation is counted once, and added as often as it is called."""
+    """Computes the cost of each computation once, and adds it for every call."""
 
     def __init__(self, module: Module, mesh_shape: dict[str, int]) -> None:
         self._module, self._mesh = module, mesh_shape
@@ -69,114 +69,128 @@ class _Counter:
         self._known: dict[tuple[str, bool], ProgramCost] = {}
         self._read: dict[tuple[str, int], int] = {}
 
-    def of(self, name: str, fused: bool) -> ProgramCost:
-        """The cost of a computation; within a fusion nothing but its ends touches memory."""
+    def cost_of(self, name: str, fused: bool) -> ProgramCost:
+        """Returns the cost of a computation. Inside a fusion, instructions cause no memory traffic."""
         if (name, fused) not in self._known:
             total = ProgramCost()
             computation = self._module.computations[name]
             channels: set[str] = set()
-            for one in computation.instructions.values():
-                self._add(total, one, computation, fused, channels)
+            for instruction in computation.instructions.values():
+                self._add(total, instruction, computation, fused, channels)
             self._known[name, fused] = total
         return self._known[name, fused]
 
     def _add(
-        self, total: ProgramCost, one: Instruction, inside: Computation, fused: bool, channels: set[str]
+        self,
+        total: ProgramCost,
+        instruction: Instruction,
+        computation: Computation,
+        fused: bool,
+        channels: set[str],
     ) -> None:
-        """Adds one instruction; `channels` are those of collectives that this computation's fusions have begun."""
-        opcode = one.opcode
+        """Adds one instruction.
+
+        Args:
+            channels: channels of the collectives counted so far in this computation's fusions; updated in place.
+        """
+        opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith("-done"):
             return
         if opcode == "while":
-            trips = trip_count(one, self._module, inside)
+            trips = trip_count(instruction, self._module, computation)
             total.uncounted += trips is None
-            total.add(self.of(one.attribute("body") or "", fused), 1 if trips is None else trips)
+            total.add(self.cost_of(instruction.attribute("body") or "", fused), 1 if trips is None else trips)
             return
         if opcode == "conditional":
-            branches = [self.of(name, fused) for name in one.called]
+            branches = [self.cost_of(name, fused) for name in instruction.called]
             total.add(max(branches, key=lambda cost: (cost.flops, cost.bytes)))
             return
-        kind = collective_kind(one)
+        kind = collective_kind(instruction)
         if kind is not None:
             if not fused:
-                self._add_collective(total, kind, one, inside)
+                self._add_collective(total, kind, instruction, computation)
         elif opcode in ("call", "async-start"):
-            for name in one.called:
-                total.add(self.of(name, fused))
+            for name in instruction.called:
+                total.add(self.cost_of(name, fused))
             return
         elif opcode == "fusion":
-            for name in one.called:
-                total.add(self.of(name, fused=True))
+            for name in instruction.called:
+                total.add(self.cost_of(name, fused=True))
                 if not fused:
                     self._add_fused_collectives(total, name, channels)
         elif opcode == "dot":
-            total.flops += _dot_flops(one, inside)
+            total.flops += _dot_flops(instruction, computation)
         elif opcode == "convolution":
-            total.flops += _convolution_flops(one, inside)
+            total.flops += _convolution_flops(instruction, computation)
         elif opcode == "custom-call":
-            self._add_custom(total, one, inside)
+            self._add_custom(total, instruction, computation)
         if not fused:
-            total.bytes += self._moved(one, inside)
+            total.bytes += self._moved(instruction, computation)
 
-    def _add_collective(self, total: ProgramCost, kind: str, one: Instruction, inside: Computation) -> None:
-        group = group_of(one, self._devices)
+    def _add_collective(
+        self, total: ProgramCost, kind: str, instruction: Instruction, computation: Computation
+    ) -> None:
+        group = group_of(instruction, self._devices)
         axes = axes_of(group, self._mesh)
-        taken = sum(_size(operand) for operand in _operands(one, inside))
-        given = sum(array.size for array in one.arrays)
-        if one.opcode.endswith("-start"):
-            given -= taken  # what it gives is both
-        if "all-reduce-scatter" in inside.name and kind == "all-reduce":
-            kind = "reduce-scatter"  # a TPU's fusion of an all-reduce and the slice that is kept
-        total.send((kind, axes), sent_bytes(kind, taken, given, len(group)))
+        input_bytes = sum(_size(operand) for operand in _operands(instruction, computation))
+        output_bytes = sum(array.size for array in instruction.arrays)
+        if instruction.opcode.endswith("-start"):
+            output_bytes -= input_bytes  # the result of a -start instruction holds the operands too
+        if "all-reduce-scatter" in computation.name and kind == "all-reduce":
+            kind = "reduce-scatter"  # the TPU compiler's fusion of an all-reduce and a slice of its result
+        total.send((kind, axes), sent_bytes(kind, input_bytes, output_bytes, len(group)))
 
     def _add_fused_collectives(self, total: ProgramCost, name: str, channels: set[str]) -> None:
-        """A TPU's asynchronous collective stands in the fusion that begins it, in all that go on meanwhile, and in the
-        one that ends it, each time with the same channel: it is counted once."""
-        inside = self._module.computations[name]
-        for one in inside.instructions.values():
-            kind = collective_kind(one)
-            if one.opcode == "fusion":
-                for inner in one.called:
+        """Adds the asynchronous collectives inside a fusion, each once.
+
+        The TPU compiler repeats such a collective, with the same channel, in the fusion that starts it, in every
+        fusion that runs meanwhile, and in the fusion that ends it.
+        """
+        computation = self._module.computations[name]
+        for instruction in computation.instructions.values():
+            kind = collective_kind(instruction)
+            if instruction.opcode == "fusion":
+                for inner in instruction.called:
                     self._add_fused_collectives(total, inner, channels)
             elif kind is not None:
-                match = re.search(r"channel_id=(\d+)", one.attributes)
+                match = re.search(r"channel_id=(\d+)", instruction.attributes)
                 if match is None or match[1] not in channels:
-                    self._add_collective(total, kind, one, inside)
+                    self._add_collective(total, kind, instruction, computation)
                 if match is not None:
                     channels.add(match[1])
 
-    def _add_custom(self, total: ProgramCost, one: Instruction, inside: Computation) -> None:
-        match = re.search(r'custom_call_target="([^"]*)"', one.attributes)
+    def _add_custom(self, total: ProgramCost, instruction: Instruction, computation: Computation) -> None:
+        match = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
         target = "" if match is None else match[1]
         if "gemm" in target or "matmul" in target:
-            total.flops += _gemm_flops(one, inside)
+            total.flops += _gemm_flops(instruction, computation)
         elif target in ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"):
             total.kernels[target] += 1
 
-    def _moved(self, one: Instruction, inside: Computation) -> int:
-        """Bytes that an instruction reads and writes."""
-        if one.opcode == "fusion":
-            fused = self._module.computations[one.called[0]]
-            taken = sum(
+    def _moved(self, instruction: Instruction, computation: Computation) -> int:
+        """Returns the bytes that an instruction reads from and writes to HBM."""
+        if instruction.opcode == "fusion":
+            fused = self._module.computations[instruction.called[0]]
+            input_bytes = sum(
                 min(_hbm(operand), self._bytes_read(fused, index))
-                for index, operand in enumerate(_operands(one, inside))
+                for index, operand in enumerate(_operands(instruction, computation))
             )
-            return taken + min(_hbm(one), sum(_written(root, fused) for root in _roots(fused)))
-        if one.opcode in _SLICES:
-            return 2 * _hbm(one)
-        if one.opcode == "dynamic-update-slice":
-            return 2 * _hbm(inside.instructions[one.operands[1]])
-        if one.opcode == "copy-start":  # into or out of a memory of the chip's own, or within HBM
-            source = inside.instructions[one.operands[0]]
-            return _hbm(source) + _hbm_of(one.arrays[:1])
-        operands = sum(_hbm(operand) for operand in _operands(one, inside))
-        given = _hbm(one)
-        if one.opcode.endswith("-start"):
-            given = max(0, given - operands)
-        return operands + given
+            return input_bytes + min(_hbm(instruction), sum(_written(root, fused) for root in _roots(fused)))
+        if instruction.opcode in _SLICES:
+            return 2 * _hbm(instruction)
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * _hbm(computation.instructions[instruction.operands[1]])
+        if instruction.opcode == "copy-start":  # between on-chip memory and HBM, or within HBM
+            source = computation.instructions[instruction.operands[0]]
+            return _hbm(source) + _hbm_of(instruction.arrays[:1])
+        operands = sum(_hbm(operand) for operand in _operands(instruction, computation))
+        output_bytes = _hbm(instruction)
+        if instruction.opcode.endswith("-start"):
+            output_bytes = max(0, output_bytes - operands)
+        return operands + output_bytes
 
     def _bytes_read(self, fused: Computation, index: int) -> int:
-        """How much of its parameter a fusion reads: of one that it only slices, the slices."""
+        """Returns the bytes of a parameter that a fusion reads: the slices only, if it only slices the parameter."""
         key = (fused.name, index)
         if key not in self._read:
             parameter = fused.parameters.get(index)
@@ -201,16 +215,18 @@ class _Counter:
         return min(whole, total)
 
 
-def _operands(one: Instruction, inside: Computation) -> Iterator[Instruction]:
-    return (inside.instructions[name] for name in one.operands if name in inside.instructions)
+def _operands(instruction: Instruction, computation: Computation) -> Iterator[Instruction]:
+    return (
+        computation.instructions[name] for name in instruction.operands if name in computation.instructions
+    )
 
 
-def _size(one: Instruction) -> int:
-    return sum(array.size for array in one.arrays)
+def _size(instruction: Instruction) -> int:
+    return sum(array.size for array in instruction.arrays)
 
 
-def _hbm(one: Instruction) -> int:
-    return _hbm_of(one.arrays)
+def _hbm(instruction: Instruction) -> int:
+    return _hbm_of(instruction.arrays)
 
 
 def _hbm_of(arrays: Sequence[Array]) -> int:
@@ -223,7 +239,7 @@ def _roots(fused: Computation) -> list[Instruction]:
 
 
 def _written(root: Instruction, fused: Computation) -> int:
-    """Bytes that a fusion writes of a result: of one that it updates in place, the update."""
+    """Returns the bytes of a result that a fusion writes: the update only, if it updates the result in place."""
     while root.opcode == "bitcast" and root.operands[0] in fused.instructions:
         root = fused.instructions[root.operands[0]]
     if root.opcode == "dynamic-update-slice":
@@ -231,37 +247,37 @@ def _written(root: Instruction, fused: Computation) -> int:
     return _size(root)
 
 
-def _dot_flops(one: Instruction, inside: Computation) -> float:
-    left = inside.instructions[one.operands[0]].shape
-    contracted = math.prod(left[axis] for axis in one.numbers("lhs_contracting_dims"))
-    return 2.0 * math.prod(one.shape) * contracted
+def _dot_flops(instruction: Instruction, computation: Computation) -> float:
+    left = computation.instructions[instruction.operands[0]].shape
+    contracted = math.prod(left[axis] for axis in instruction.numbers("lhs_contracting_dims"))
+    return 2.0 * math.prod(instruction.shape) * contracted
 
 
-def _gemm_flops(one: Instruction, inside: Computation) -> float:
-    """Of a library's matrix product, whose dimensions stand in its backend_config."""
-    match = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', one.attributes)
+def _gemm_flops(instruction: Instruction, computation: Computation) -> float:
+    """Returns the FLOPs of a library's matrix product, whose dimensions are in its backend_config."""
+    match = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', instruction.attributes)
     if match is None:
         return 0.0
-    left = inside.instructions[one.operands[0]].shape
+    left = computation.instructions[instruction.operands[0]].shape
     contracted = math.prod(left[int(axis)] for axis in json.loads(match[1]))
-    return 2.0 * math.prod(one.shape) * contracted
+    return 2.0 * math.prod(instruction.shape) * contracted
 
 
-def _convolution_flops(one: Instruction, inside: Computation) -> float:
-    """As XLA's HloCostAnalysis::HandleConvolution counts: products with padding are none.
+def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
+    """Returns the FLOPs of a convolution as XLA's HloCostAnalysis::HandleConvolution counts them, without padding.
 
-    The TPU's compiler writes matrix products as convolutions, their batch dimensions as spatial ones.
+    The TPU compiler writes matrix products as convolutions, with batch dimensions as spatial dimensions.
     """
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
-    assert labels is not None, one.name
-    left, kernel, given = (
-        inside.instructions[one.operands[0]].shape,
-        inside.instructions[one.operands[1]].shape,
-        one.shape,
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None, instruction.name
+    left, kernel, outputs = (
+        computation.instructions[instruction.operands[0]].shape,
+        computation.instructions[instruction.operands[1]].shape,
+        instruction.shape,
     )
-    window = {name: text.split("x") for name, text in re.findall(r"(\w+)=([\dx_\-]+)", _window(one))}
+    window = {name: text.split("x") for name, text in re.findall(r"(\w+)=([\dx_\-]+)", _window(instruction))}
     valid = 1
-    for axis in range(len(given) - 2):
+    for axis in range(len(outputs) - 2):
         spatial = str(axis)
 
         def setting(name: str, default: str, axis: int = axis) -> str:
@@ -270,28 +286,28 @@ def _convolution_flops(one: Instruction, inside: Computation) -> float:
         valid *= _valid_positions(
             size=left[labels[1].index(spatial)],
             kernel=kernel[labels[2].index(spatial)],
-            outputs=given[labels[3].index(spatial)],
+            outputs=outputs[labels[3].index(spatial)],
             stride=int(setting("stride", "1")),
             padding=int(setting("pad", "0_0").split("_")[0]),
             left_dilation=int(setting("lhs_dilate", "1")),
             kernel_dilation=int(setting("rhs_dilate", "1")),
         )
-    # The kernel's input features are those of one group already.
+    # The kernel's input features are already those of a single group.
     features = kernel[labels[2].index("i")] * kernel[labels[2].index("o")]
-    match = re.search(r"batch_group_count=(\d+)", one.attributes)
+    match = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     batch = left[labels[1].index("b")] // (int(match[1]) if match else 1)
     return 2.0 * features * batch * valid
 
 
-def _window(one: Instruction) -> str:
-    match = re.search(r"window=\{([^}]*)\}", one.attributes)
+def _window(instruction: Instruction) -> str:
+    match = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     return "" if match is None else match[1]
 
 
 def _valid_positions(
     size: int, kernel: int, outputs: int, stride: int, padding: int, left_dilation: int, kernel_dilation: int
 ) -> int:
-    """Pairs of an output and a kernel position that meet an input instead of padding or a hole."""
+    """Returns the number of (output, kernel) position pairs that read an input element, not padding or a hole."""
     if kernel == 1 and padding == 0 and left_dilation == 1:
         return outputs
     total = 0

@@ -1,10 +1,11 @@
-"""What XLA has to know of a GPU that is not there: the text of its GpuTargetConfig."""
+"""Descriptions of GPUs that XLA compiles for without having them: the text of a GpuTargetConfig."""
 
 from gemma2_jax.chips import Chip
 
-# Multiprocessors, shared memory that a block may ask for and that a core has, L2 cache, clock in GHz, compute
-# capability: NVIDIA's CUDA programming guide (compute capabilities 8.0, 9.0, 10.0) and architecture white papers.
-_BUILT = {
+# Device name, number of multiprocessors, bytes of shared memory per block (opt-in) and per multiprocessor, bytes of L2
+# cache, clock in GHz, compute capability. Sources: NVIDIA's CUDA programming guide (compute capabilities 8.0, 9.0,
+# 10.0) and architecture white papers.
+_HARDWARE = {
     "a100": ("NVIDIA A100-SXM4-80GB", 108, 166_912, 167_936, 41_943_040, 1.41, (8, 0)),
     "h100": ("NVIDIA H100 80GB HBM3", 132, 232_448, 233_472, 52_428_800, 1.98, (9, 0)),
     "h200": ("NVIDIA H200", 132, 232_448, 233_472, 62_914_560, 1.98, (9, 0)),
@@ -13,8 +14,8 @@ _BUILT = {
 
 
 def target_config(kind: str, chip: Chip) -> str:
-    """The text proto (xla/stream_executor/device_description.proto, GpuTargetConfigProto) of a GPU of `kind`."""
-    name, cores, block_memory, core_memory, cache, clock, (major, minor) = _BUILT[kind]
+    """Returns the text proto of a GPU: GpuTargetConfigProto in xla/stream_executor/device_description.proto."""
+    name, cores, block_memory, core_memory, cache, clock, (major, minor) = _HARDWARE[kind]
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048

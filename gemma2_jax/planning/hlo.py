@@ -1,6 +1,6 @@
-"""An optimised program as text (`compiled.as_text()`), read into computations and their instructions.
+"""Parser for the text of an optimised program (`compiled.as_text()`): computations and their instructions.
 
-The text may be tens of megabytes, so that each line is read once, and only as far as counting takes.
+The text can be tens of megabytes, so each line is parsed once, and only as far as counting needs.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-# Bits of an element; a type that is not here (token, opaque) takes none.
+# Bits per element. Types that are not listed (token, opaque) take no memory.
 _BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
     "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f4e2m1fn": 4,
@@ -28,8 +28,8 @@ class Array:
     """One array of an instruction's type.
 
     Attributes:
-        size: bytes.
-        on_chip: whether it lies in a memory of the chip's own (VMEM of a TPU) instead of in HBM.
+        size: size in bytes.
+        on_chip: whether the array is in on-chip memory (a TPU's VMEM) instead of HBM.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Instruction:
 
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """What it gives, a tuple's parts one by one."""
+        """The arrays of the result; a tuple is flattened."""
         return tuple(_arrays(self.type_text))
 
     @property
@@ -59,18 +59,18 @@ class Instruction:
         return self.arrays[0].shape
 
     def attribute(self, name: str) -> str | None:
-        """The name of the computation that `name=%…` refers to."""
+        """Returns the name of the computation in the attribute `name=%…`, or None without that attribute."""
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return None if match is None else match[1]
 
     def numbers(self, name: str) -> tuple[int, ...]:
-        """`name={1,2}` as numbers; none if it is not there."""
+        """Returns the numbers in the attribute `name={1,2}`; empty without that attribute."""
         match = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.attributes)
         return () if match is None or not match[1] else tuple(int(text) for text in match[1].split(","))
 
     @property
     def called(self) -> list[str]:
-        """Every computation that it calls by `calls`, `to_apply`, or as a branch."""
+        """Names of the computations that the instruction calls: by `calls`, by `to_apply`, or as branches."""
         match = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
         if match is not None:
             return _NAME.findall(match[1])
@@ -79,7 +79,7 @@ class Instruction:
 
 
 class Computation:
-    """Instructions by name, in order."""
+    """A computation: its instructions by name, in order."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -88,55 +88,67 @@ class Computation:
     @cached_property
     def root(self) -> Instruction:
         instructions = list(self.instructions.values())
-        return next((one for one in instructions if one.is_root), instructions[-1])
+        return next((instruction for instruction in instructions if instruction.is_root), instructions[-1])
 
     @cached_property
     def parameters(self) -> dict[int, Instruction]:
-        return {int(one.operand_text): one for one in self.instructions.values() if one.opcode == "parameter"}
+        return {
+            int(instruction.operand_text): instruction
+            for instruction in self.instructions.values()
+            if instruction.opcode == "parameter"
+        }
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who takes each instruction's result."""
+        """The instructions that use each instruction's result."""
         found: dict[str, list[Instruction]] = {}
-        for one in self.instructions.values():
-            for operand in set(one.operands):
-                found.setdefault(operand, []).append(one)
+        for instruction in self.instructions.values():
+            for operand in set(instruction.operands):
+                found.setdefault(operand, []).append(instruction)
         return found
 
 
 @dataclass(frozen=True)
 class Module:
-    """A whole program."""
+    """A whole program: the name of its entry computation, and all computations by name."""
 
     entry: str
     computations: dict[str, Computation]
 
 
 def read_program(text: str) -> Module:
-    """The computations of a program's text. Raises ValueError if it has no entry."""
+    """Parses a program's text.
+
+    Raises:
+        ValueError: the text has no entry computation.
+    """
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
-        # Attributes may hold text of several lines, closing braces and all: only a header begins something new.
+        # Attributes may span several lines, closing braces included: only a header starts a new computation.
         if line.startswith(("%", "ENTRY")):
             match = _COMPUTATION.match(line)
             if match is not None:
                 current = computations[match[2]] = Computation(match[2])
                 entry = match[2] if match[1] else entry
         elif current is not None:
-            one = _instruction(line)
-            if one is not None:
-                current.instructions[one.name] = one
+            instruction = _instruction(line)
+            if instruction is not None:
+                current.instructions[instruction.name] = instruction
     if not entry:
-        raise ValueError("this is no program: it has no entry computation")
+        raise ValueError("the text is not an HLO program: it has no entry computation")
     return Module(entry, computations)
 
 
-def trip_count(loop: Instruction, module: Module, inside: Computation) -> int | None:
-    """How often the body of a while loop of computation `inside` runs; None if the program does not say.
+def trip_count(loop: Instruction, module: Module, computation: Computation) -> int | None:
+    """Returns how often the body of a while loop runs; None if the program does not determine it.
 
-    It is in the loop's backend_config where the compiler has put it. Else the loop is read: one counter, compared with
-    a constant and raised by a constant (by 2 where the compiler has unrolled it once), from a constant or else 0.
+    The compiler may state the count in the loop's backend_config. Otherwise the count is derived from a counter that is
+    compared with a constant and incremented by a constant (by 2 where the compiler has unrolled the loop once). The
+    counter starts from a constant, or else from 0.
+
+    Args:
+        computation: the computation that contains the loop.
     """
     match = re.search(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.attributes)
     if match is not None:
@@ -154,17 +166,17 @@ def trip_count(loop: Instruction, module: Module, inside: Computation) -> int | 
     raised = body.instructions[body.root.operands[index]]
     steps = [_constant(body.instructions[name]) for name in raised.operands]
     step = next((value for value in steps if value), None) if raised.opcode == "add" else None
-    given = inside.instructions.get(loop.operands[0])
+    initial = computation.instructions.get(loop.operands[0])
     begin = None
-    if given is not None and given.opcode == "tuple":
-        begin = _constant(inside.instructions[given.operands[index]])
+    if initial is not None and initial.opcode == "tuple":
+        begin = _constant(computation.instructions[initial.operands[index]])
     if not step or step < 0:
         return None
     return max(0, -(-((_constant(limit) or 0) - (begin or 0)) // step))
 
 
-def _constant(one: Instruction) -> int | None:
-    match = re.fullmatch(r"-?\d+", one.operand_text) if one.opcode == "constant" else None
+def _constant(instruction: Instruction) -> int | None:
+    match = re.fullmatch(r"-?\d+", instruction.operand_text) if instruction.opcode == "constant" else None
     return None if match is None else int(match[0])
 
 
@@ -191,7 +203,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, begin: int) -> int:
-    """Where the parenthesis that was opened before `begin` closes."""
+    """Returns the index of the parenthesis that closes the one opened just before `begin`."""
     depth, place = 1, begin
     while True:
         close = text.find(")", place)

@@ -1,4 +1,4 @@
-"""Where a step's memory goes, and what would make it less: sizes of shards where they are known, else by formula."""
+"""What a step's memory holds, and which settings would reduce it: exact shard sizes where known, else formulas."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,10 +14,11 @@ _UNITS = ((2**30, "GiB"), (2**20, "MiB"))
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes of one device by what they hold.
+    """Memory of one device in bytes, by content.
 
     Attributes:
-        parameters, moments, teacher: exact, from their shards. Gradients lie as the parameters do.
+        parameters, moments, teacher: exact sizes of the shards.
+        gradients: same as `parameters`, since gradients are sharded like the parameters.
         activations, logits: estimates by formula, see `saved_activations` and `head_blocks`.
     """
 
@@ -30,7 +31,7 @@ class Parts:
 
 
 def memory_parts(config: RunConfig, inputs: Inputs, mesh_shape: dict[str, int]) -> Parts:
-    """The parts of one device's memory."""
+    """Returns the memory of one device by content."""
     parameters = device_bytes(inputs.state.trainable)
     return Parts(
         parameters=parameters,
@@ -43,11 +44,11 @@ def memory_parts(config: RunConfig, inputs: Inputs, mesh_shape: dict[str, int]) 
 
 
 def saved_activations(config: RunConfig, mesh_shape: dict[str, int]) -> int:
-    """What the backward pass finds of the forward pass, an estimate.
+    """Estimates the bytes of activations that one device saves for the backward pass.
 
-    Of each pair of layers its input, which `offload` keeps elsewhere; with `dots` also the results of its products;
-    with `none` also those of norms, rotations, activation functions and residual sums, one array each (Korthikanti et
-    al., arXiv 2205.05198, section 4, counted for Gemma's blocks).
+    Each pair of layers saves its input (`offload` moves it to the host); with `dots` also the results of its products;
+    with `none` also the results of norms, rotations, activation functions and residual sums, one array each
+    (Korthikanti et al., arXiv 2205.05198, section 4, applied to Gemma's blocks).
     """
     tokens = _device_rows(config, mesh_shape) * config.data.seq_len // shares(config, mesh_shape)[1]
     tensor = mesh_shape.get("tensor", 1)
@@ -57,9 +58,9 @@ def saved_activations(config: RunConfig, mesh_shape: dict[str, int]) -> int:
 
 
 def head_blocks(config: RunConfig, mesh_shape: dict[str, int]) -> int:
-    """The LM head's logits of one block of tokens, their gradient, and the embedding's gradient: an estimate.
+    """Estimates the bytes of the LM head's logits of one block of tokens, their gradient and the embedding's gradient.
 
-    Tokens of a block are those of all devices that share the vocabulary's rows.
+    A block holds the tokens of all devices that share the rows of the vocabulary.
     """
     split = math.prod(mesh_shape.get(axis, 1) for axis in config.layout.head)
     sharing = split // mesh_shape.get("tensor", 1)
@@ -69,16 +70,22 @@ def head_blocks(config: RunConfig, mesh_shape: dict[str, int]) -> int:
     return logits * (_FLOAT32 + _width(config) + teacher) + gradient
 
 
-def what_helps(
+def memory_savings(
     config: RunConfig, topology: Topology, parts: Parts, mesh_shape: dict[str, int], excess: int
 ) -> list[str]:
-    """What would save memory, the largest saving first, each with its estimate; `excess` is what there is too much."""
+    """Lists settings that would save memory, largest saving first, each with its estimated saving.
+
+    Args:
+        excess: bytes by which the step exceeds the memory of a device.
+    """
     savings: list[tuple[int, str]] = []
 
-    def offer(saved: int, words: str) -> None:
+    def offer(saved: int, change: str) -> None:
         if saved > 0:
             enough = "enough by itself" if saved >= excess else "not enough by itself"
-            savings.append((saved, f"{words}: some {in_units(saved)} less a device ({enough}, an estimate)"))
+            savings.append(
+                (saved, f"{change}: saves about {in_units(saved)} per device (estimate; {enough})")
+            )
 
     policies: tuple[Remat, ...] = ("full", "offload")
     for remat in policies:
@@ -86,7 +93,7 @@ def what_helps(
         offer(parts.activations - saved_activations(less, mesh_shape), f"compute.remat={remat}")
     rows = _device_rows(config, mesh_shape)
     if rows > 1:
-        # A batch cut into more parts adds a second copy of the gradients, unless there is one already.
+        # Accumulation adds a second copy of the gradients, unless the run accumulates already.
         sums = 0 if config.training.accumulation > 1 else parts.gradients
         offer(
             parts.activations - parts.activations // rows - sums,
@@ -98,7 +105,7 @@ def what_helps(
     if copies > 1 and config.model.d_model % fsdp == 0:
         offer(
             whole - whole // copies,
-            f"mesh.fsdp={fsdp} mesh.data=1 (every weight split over all devices)",
+            f"mesh.fsdp={fsdp} mesh.data=1 (splits every weight over all devices)",
         )
     if config.objective.block_tokens > 128:
         smaller = replace(config, objective=replace(config.objective, block_tokens=128))
@@ -112,11 +119,11 @@ def what_helps(
     else:
         more = f"along mesh.fsdp, and data.batch_size={2 * config.data.batch_size}", 0
     offer(whole // 2 + more[1], f"twice as many devices as {topology.name} has, {more[0]}")
-    return [words for _, words in sorted(savings, reverse=True)]
+    return [text for _, text in sorted(savings, reverse=True)]
 
 
 def teacher_is_float32(config: RunConfig) -> bool:
-    """Whether there is an online teacher that could be halved."""
+    """Whether there is an online teacher in float32, whose memory bfloat16 would halve."""
     return (
         config.distill.teacher is not None
         and config.distill.cache is None
@@ -125,7 +132,7 @@ def teacher_is_float32(config: RunConfig) -> bool:
 
 
 def shares(config: RunConfig, mesh_shape: dict[str, int]) -> tuple[int, int]:
-    """Into how many parts the mesh splits rows, and each sequence."""
+    """Returns the number of parts into which the mesh splits the rows of a batch, and each sequence."""
 
     def along(letter: str) -> int:
         axes = config.layout.activations.get(letter, ())
@@ -135,13 +142,13 @@ def shares(config: RunConfig, mesh_shape: dict[str, int]) -> tuple[int, int]:
 
 
 def in_units(size: float) -> str:
-    """Bytes with the unit that suits them: GiB, MiB or KiB."""
+    """Formats a number of bytes in GiB, MiB or KiB."""
     unit, name = next(((unit, name) for unit, name in _UNITS if size >= unit), (2**10, "KiB"))
     return f"{size / unit:.2f} {name}"
 
 
 def _device_rows(config: RunConfig, mesh_shape: dict[str, int]) -> int:
-    """Rows of a microbatch that one device works on."""
+    """Returns the number of rows of a microbatch on one device."""
     return max(1, config.data.batch_size // config.training.accumulation // shares(config, mesh_shape)[0])
 
 
@@ -150,7 +157,7 @@ def _width(config: RunConfig) -> int:
 
 
 def _pair_numbers(model: ModelConfig, compute: ComputeConfig, tensor: int) -> int:
-    """Numbers that are kept of a pair of layers for each token."""
+    """Returns how many numbers a pair of layers saves per token."""
     D, H, F = model.d_model, model.head_dim, model.d_ff
     if compute.remat == "offload":
         return 0

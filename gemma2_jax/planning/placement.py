@@ -1,4 +1,4 @@
-"""What lies where on a mesh: each weight's split and a device's part of it, and how activations are laid out."""
+"""How a run's arrays are sharded on a mesh: the axes that split each weight and the activations, and shard sizes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,11 +19,13 @@ from gemma2_jax.sharding.layout import Axes, laid_out, layout_in_use
 
 @dataclass(frozen=True)
 class PlacedWeight:
-    """A weight at rest; gradients and moments lie as it does.
+    """Sharding of one weight; its gradient and moments are sharded the same way.
 
     Attributes:
-        sizes, axes: of each dimension by its letter (see `gemma2_jax`): its size, and the mesh axes that split it.
-        device_bytes: of a device's part.
+        path: path of the weight in the parameter tree.
+        sizes: size of each dimension, by its letter (see `gemma2_jax`).
+        axes: mesh axes that split each dimension, by its letter; dimensions that are not split are left out.
+        device_bytes: size in bytes of one device's shard.
     """
 
     path: str
@@ -34,12 +36,12 @@ class PlacedWeight:
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """A model on a mesh.
+    """Sharding of a model on a mesh.
 
     Attributes:
-        role: student (what is trained) or teacher.
-        activations: the mesh axes that split a letter of its activations.
-        head: those that split the vocabulary in the LM head; tokens lie along what is left of theirs.
+        role: student (the trained model) or teacher.
+        activations: mesh axes that split each dimension of the activations, by its letter.
+        head: mesh axes that split the vocabulary in the LM head. Tokens are split along the rest of their own axes.
     """
 
     role: str
@@ -50,7 +52,7 @@ class PlacedModel:
 
 @dataclass(frozen=True)
 class Placement:
-    """What lies where, without anything compiled."""
+    """Sharding of a run's models on a topology, found without compiling anything."""
 
     name: str
     topology: str
@@ -63,10 +65,10 @@ class Placement:
 
 
 def find_placement(config: RunConfig, topology: Topology) -> Placement:
-    """What lies where when `config` runs on `topology`.
+    """Returns how the arrays of a run are sharded on a topology.
 
     Raises:
-        UserError: mesh, batch, model and teacher do not fit each other.
+        UserError: mesh, batch, model and teacher are incompatible.
     """
     mesh = mesh_of(config, topology)
     with laid_out(config.layout):
@@ -95,6 +97,6 @@ def _place(role: str, model: ModelConfig, dtype: str, mesh: Mesh) -> PlacedModel
 
 
 def _split(column: Mapping[str, Axes], mesh: Mesh) -> dict[str, Axes]:
-    """Without the axes that are 1, which split nothing."""
+    """Leaves out mesh axes of size 1, which split nothing."""
     found = {letter: tuple(axis for axis in axes if mesh.shape[axis] > 1) for letter, axes in column.items()}
     return {letter: axes for letter, axes in found.items() if axes}

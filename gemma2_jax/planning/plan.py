@@ -1,4 +1,4 @@
-"""What a step of a configuration takes on a topology: compiled, counted, bounded, and put into one record."""
+"""The plan of a training step on a topology: its memory, counted cost, and lower bounds on its time."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from gemma2_jax.methods.choose import build_method
 from gemma2_jax.methods.method import ModelMethod
 from gemma2_jax.planning.count import ProgramCost, count
 from gemma2_jax.planning.hlo import read_program
-from gemma2_jax.planning.memory import Parts, memory_parts, what_helps
+from gemma2_jax.planning.memory import Parts, memory_parts, memory_savings
 from gemma2_jax.planning.program import Program, check_sizes, compile_step, device_bytes
 from gemma2_jax.planning.roofline import Bounds, bounds, kernel_flops, share_of_peak
 from gemma2_jax.planning.topologies import Topology, find_topology
@@ -22,19 +22,22 @@ FLOPS_SOURCE = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a step before it runs. Bytes, FLOPs and costs are those of one device, but for `model_flops`.
+    """The plan of a training step. Bytes, FLOPs and costs are per device, except `model_flops`.
 
     Attributes:
-        fits: whether the compiler placed it into the device's memory.
-        mesh: devices along each axis.
-        samples: whether the run also samples from the student, by another program, which is not planned.
-        validating: bytes of frozen weights that validations take and the step does not: of a teacher beside a cache.
-        parts: where the memory goes; activations and logits are estimates.
-        help: what would save memory; empty where it fits.
-        model_flops: of a whole step on all devices, by formula.
-        cost: what the compiled program does; None where there is none.
-        kernel_flops: by formula, of attention where the program's count leaves it out.
-        bounds: the least seconds of a step, an estimate.
+        name: name of the run.
+        fits: whether the step fits into the memory of a device.
+        mesh: number of devices along each axis.
+        program: the compiled step and its memory.
+        validating: bytes of frozen weights that only validations use: a teacher whose outputs a cache holds.
+        samples: whether the run also samples from the student, in another program that is not planned.
+        parts: memory by content; activations and logits are estimates.
+        help: settings that would save memory; empty if the step fits.
+        tokens: tokens per step.
+        model_flops: FLOPs of a whole step on all devices, by formula.
+        cost: cost of the compiled program; None if the compiler produced none.
+        kernel_flops: FLOPs of attention by formula, where the program does not contain them.
+        bounds: lower bounds on the seconds of a step, an estimate; None without a program.
     """
 
     name: str
@@ -58,13 +61,13 @@ class Plan:
 
     @property
     def utilisation(self) -> float | None:
-        """The most model-FLOP utilisation that the bounds leave."""
+        """Upper bound on model-FLOP utilisation; None without bounds."""
         if self.bounds is None:
             return None
         return share_of_peak(self.model_flops, self.bounds.seconds, self.devices, self.topology)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """Returns everything as plain values, for JSON."""
         memory = self.program.memory
         found: dict[str, Any] = {
             "name": self.name,
@@ -113,31 +116,31 @@ class Plan:
             "bounds_seconds": found.all,
             "tokens_per_second_at_most": self.tokens / found.seconds,
             "mfu_at_most": self.utilisation,
-            "kind": "estimate: peaks from data sheets, all parts at the same time; a real step takes longer",
+            "kind": "estimate: data-sheet peaks, with all parts fully overlapped; a real step takes longer",
         }
 
 
 def plan(config: RunConfig, topology: str = "cpu:1", method: ModelMethod | None = None) -> Plan:
-    """What a step of a run takes on devices that need not be there: memory, communication, and the least time.
+    """Plans a training step on devices that need not be present: its memory, communication and least time.
 
     Args:
-        topology: `v5e:4x4`, `h100:8`, `cpu:8` and the like, as in `gemma2 plan`.
-        method: what the run learns; by default what the configuration asks for.
+        topology: a name such as `v5e:4x4`, `h100:8` or `cpu:8`, as in `gemma2 plan`.
+        method: training method; by default the one that the configuration selects.
 
     Raises:
-        UserError: the topology is not known, a package for it is missing, or what `compile_step` refuses.
+        UserError: the topology is unknown, a package for it is missing, or `compile_step` raises.
     """
     return make_plan(config, find_topology(topology), method)
 
 
 def make_plan(config: RunConfig, topology: Topology, method: ModelMethod | None = None) -> Plan:
-    """Compiles a step of `config` for `topology`, and counts it.
+    """Compiles a step of `config` for `topology`, and counts its cost.
 
     Args:
-        method: what the run learns; by default what the configuration asks for.
+        method: training method; by default the one that the configuration selects.
 
     Raises:
-        UserError: what `compile_step` refuses.
+        UserError: `compile_step` raises.
     """
     if method is None:
         check_sizes(config)
@@ -145,7 +148,7 @@ def make_plan(config: RunConfig, topology: Topology, method: ModelMethod | None 
     program = compile_step(config, topology, method)
     shape = dict(program.mesh.shape)
     capacity = topology.capacity
-    # The TPU's compiler itself refuses what does not fit; the others compile it.
+    # The TPU compiler rejects a program that does not fit; the other compilers accept it.
     validating = device_bytes(program.inputs.validating)
     needed = program.memory.peak + validating
     fits = program.text is not None and (
@@ -168,7 +171,7 @@ def make_plan(config: RunConfig, topology: Topology, method: ModelMethod | None 
         validating=validating,
         samples=config.distill.on_policy is not None,
         parts=parts,
-        help=[] if fits else what_helps(config, topology, parts, shape, needed - capacity),
+        help=[] if fits else memory_savings(config, topology, parts, shape, needed - capacity),
         tokens=tokens,
         model_flops=method.flops_per_token * tokens,
         cost=cost,

@@ -1,4 +1,4 @@
-"""Plans, and what lies where, as tables for the terminal."""
+"""Tables for the terminal: plans, searches and placements."""
 
 from rich import box, table
 from rich.console import Console
@@ -12,7 +12,7 @@ from gemma2_jax.planning.topologies import Topology
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Prints what there is to know of a plan; what is an estimate is called one."""
+    """Prints a plan; estimates are marked as such."""
     verdict = "fits" if plan.fits else "does not fit"
     style = "bold green" if plan.fits else "bold red"
     _say(console, f"{plan.name} on {plan.topology.name} {verdict}.", style)
@@ -24,8 +24,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(grid)
     if plan.help:
         _say(console, "What would help:")
-        for words in plan.help:
-            _say(console, f"  {words}")
+        for suggestion in plan.help:
+            _say(console, f"  {suggestion}")
 
 
 def _rows(plan: Plan) -> list[tuple[str, str]]:
@@ -35,7 +35,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     rows = [
         ("devices", f"{plan.devices}, mesh {mesh}"),
         (
-            "memory a device",
+            "memory per device",
             f"{in_units(memory.peak)} of {in_units(capacity)} ({memory.peak / capacity:.0%})",
         ),
         ("  arguments, temporaries", f"{in_units(memory.argument)}, {temp}"),
@@ -45,22 +45,23 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("  teacher", in_units(plan.parts.teacher)),
         ("  saved activations", f"{in_units(plan.parts.activations)} (estimate)"),
         ("  logits of a block", f"{in_units(plan.parts.logits)} (estimate)"),
-        *_beside(plan),
+        *_not_in_step(plan),
         ("compiled in", f"{plan.program.seconds:.0f} s"),
-        ("tokens a step", f"{plan.tokens:,}"),
-        ("model FLOPs a step", f"{plan.model_flops:.3e} (formula: PaLM, arXiv 2204.02311, appendix B)"),
+        ("tokens per step", f"{plan.tokens:,}"),
+        ("model FLOPs per step", f"{plan.model_flops:.3e} (formula: PaLM, arXiv 2204.02311, appendix B)"),
     ]
     return rows + _counted(plan) + _estimated(plan)
 
 
-def _beside(plan: Plan) -> list[tuple[str, str]]:
+def _not_in_step(plan: Plan) -> list[tuple[str, str]]:
+    """Rows about host memory, and about what the planned step leaves out."""
     rows = []
     if plan.program.memory.host:
         rows.append(("  in the host's memory", in_units(plan.program.memory.host)))
     if plan.validating:
-        rows.append(("  beside: teacher", f"{in_units(plan.validating)}, used in validations"))
+        rows.append(("  validation teacher", f"{in_units(plan.validating)}, in addition, during validations"))
     if plan.samples:
-        rows.append(("  not planned", "the program that samples at on-policy steps, and its key/value cache"))
+        rows.append(("  not planned", "the sampling program of on-policy steps, and its key/value cache"))
     return rows
 
 
@@ -70,12 +71,12 @@ def _counted(plan: Plan) -> list[tuple[str, str]]:
         return []
     rows = [
         (
-            "program, a device",
+            "program per device",
             f"{cost.flops:.3e} FLOPs of products, {in_units(cost.bytes)} of memory traffic",
         ),
     ]
     if plan.kernel_flops:
-        rows.append(("  attention beside", f"{plan.kernel_flops:.3e} FLOPs (estimate by formula)"))
+        rows.append(("  attention in addition", f"{plan.kernel_flops:.3e} FLOPs (estimate by formula)"))
     if cost.uncounted:
         rows.append(("  loops", f"{cost.uncounted} without a trip count, counted once"))
     for (kind, axes), amount in sorted(cost.sent.items(), key=lambda item: -item[1]):
@@ -105,7 +106,7 @@ def _say(console: Console, line: str, style: str = "") -> None:
 
 
 def print_search(found: SearchResult, topology: Topology, console: Console) -> None:
-    """Prints what a search tried, best first, and what to type for the best."""
+    """Prints the plans that a search compiled, best first, and the overrides of the best one."""
     grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("fits", "peak GiB", "step s", "bound by", "MFU"):
         grid.add_column(name, justify="right")
@@ -120,27 +121,27 @@ def print_search(found: SearchResult, topology: Topology, console: Console) -> N
         grid.add_row(*(Text(cell) for cell in (*cells, _short(candidate.overrides))))
     _say(
         console,
-        f"{len(found.plans)} tried on {topology.name}, {found.left} left when the budget was spent.",
+        f"Candidates tried on {topology.name}: {len(found.plans)}; left when the budget was spent: {found.left}.",
         "bold",
     )
     console.print(grid)
-    _say(console, "Times and MFU are estimates: bounds from the makers' peaks, which no real step reaches.")
+    _say(console, "Times and MFU are estimates: bounds from data-sheet peaks, which no real step reaches.")
     candidate, best = found.plans[0]
     if best.fits:
         _say(console, f"Best: {candidate.overrides}", "bold green")
     else:
-        _say(console, "None of these fits.", "bold red")
+        _say(console, "None of the candidates tried fits.", "bold red")
 
 
 def _short(overrides: str) -> str:
-    """Without the axes that are 1."""
+    """Leaves out mesh axes of size 1."""
     return " ".join(
         text for text in overrides.split() if not (text.startswith("mesh.") and text.endswith("=1"))
     )
 
 
 def print_placement(placement: Placement, console: Console) -> None:
-    """Prints for each model how every weight and the activations are split, and what a device holds."""
+    """Prints for each model how its weights and activations are split, and the size of each device's shards."""
     shape = {axis: size for axis, size in placement.mesh.items() if size > 1}
     mesh = " x ".join(f"{axis}={size}" for axis, size in shape.items()) or "one device"
     _say(console, f"{placement.name} on {placement.topology}, mesh {mesh}", "bold")
@@ -149,17 +150,17 @@ def print_placement(placement: Placement, console: Console) -> None:
         if model.role == "student":
             _say(
                 console,
-                "Gradients and the optimizer's two moments lie as these weights do, each as large as they.",
+                "Gradients and the optimizer's two moments are split like these weights, and each is as large.",
             )
         letters: dict[tuple[str, ...], list[str]] = {}
         for letter, axes in model.activations.items():
             letters.setdefault(axes, []).append(letter)
-        split = "; ".join(f"{', '.join(those)} along {_axes(axes, shape)}" for axes, those in letters.items())
+        split = "; ".join(f"{', '.join(dims)} along {_axes(axes, shape)}" for axes, dims in letters.items())
         _say(console, f"Activations of the {model.role}: {split or 'not split'}.")
         if model.head:
             _say(
                 console,
-                f"LM head of the {model.role}: V along {_axes(model.head, shape)}; tokens along the axes left to them.",
+                f"LM head of the {model.role}: V along {_axes(model.head, shape)}; tokens along their remaining axes.",
             )
 
 
@@ -168,7 +169,7 @@ def _weights_table(model: PlacedModel, shape: dict[str, int]) -> table.Table:
     grid.add_column(f"weight of the {model.role}", no_wrap=True)
     grid.add_column("size", no_wrap=True)
     grid.add_column("split along")
-    grid.add_column("a device holds", justify="right", no_wrap=True)
+    grid.add_column("per device", justify="right", no_wrap=True)
     for weight in model.weights:
         size = " ".join(f"{letter}{length}" for letter, length in weight.sizes.items())
         split = ", ".join(f"{letter}: {_axes(axes, shape)}" for letter, axes in weight.axes.items())

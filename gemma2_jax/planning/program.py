@@ -1,4 +1,4 @@
-"""The training step of a configuration, compiled for devices that need not be there, and the memory it takes."""
+"""Compiles a configuration's training step for devices that need not be present, and reports its memory."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gemma2_jax.compilation import programs_kept_in
+from gemma2_jax.compilation import use_compilation_cache
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.methods.choose import build_method
@@ -30,13 +30,13 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, as the compiler counts them.
+    """Memory of a step on one device in bytes, as counted by the compiler.
 
     Attributes:
-        argument: what a step is given: the state, what is frozen, the batch.
-        temp: what it makes and drops; None where the compiler gave up.
-        peak: what has to be free for it, see `_peak`; of a program that does not fit, what the compiler wanted.
-        host: what lies in the host's memory for it (`compute.remat=offload`).
+        argument: size of the step's arguments: state, frozen arrays and batch.
+        temp: size of the temporaries; None if the program does not fit.
+        peak: memory that the step needs, see `_peak`; if it does not fit, the size in the compiler's error.
+        host: size of the temporaries in the host's memory (`compute.remat=offload`).
     """
 
     argument: int
@@ -47,10 +47,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a step takes, without memory: shapes, dtypes and shardings.
+    """Abstract inputs of a step: shapes, dtypes and shardings without data.
 
     Attributes:
-        frozen: what a method's loss takes beside the state; validating: what only its validations take.
+        frozen: frozen arrays that the method's loss uses.
+        validating: frozen arrays that only validations use.
     """
 
     state: TrainState
@@ -64,8 +65,8 @@ class Program:
     """A compiled step.
 
     Attributes:
-        seconds: of compiling, tracing included.
-        text: the optimised program; None if the compiler found that it does not fit.
+        seconds: time of tracing and compiling.
+        text: text of the optimised program; None if the compiler found that it does not fit.
     """
 
     mesh: Mesh
@@ -76,20 +77,20 @@ class Program:
 
 
 def check_sizes(config: RunConfig) -> None:
-    """Raises UserError if the sizes of the teacher are not given, and its checkpoint is not on this machine."""
+    """Raises UserError if the teacher's sizes are not given and its checkpoint is not on this machine."""
     teacher = config.distill.teacher
     if teacher is not None and config.distill.model is None and not os.path.exists(teacher):
         raise UserError(
-            f"distill.teacher is {teacher}, which is not here; give its sizes in distill.model, as "
-            "`- /model@distill.model: gemma2_9b` does in an experiment."
+            f"distill.teacher is {teacher}, which does not exist on this machine; give the teacher's sizes in "
+            "distill.model, as `- /model@distill.model: gemma2_9b` does in an experiment."
         )
 
 
 def mesh_of(config: RunConfig, topology: Topology) -> Mesh:
-    """The configuration's mesh of these devices.
+    """Builds the configuration's mesh from the devices of a topology.
 
     Raises:
-        UserError: it does not fit them, or does not divide the batch; or the teacher's sizes are not known.
+        UserError: the mesh does not match the devices or does not divide the batch, or the teacher's sizes are unknown.
     """
     check_sizes(config)
     mesh = build_mesh(config.mesh, topology.devices)
@@ -98,10 +99,10 @@ def mesh_of(config: RunConfig, topology: Topology) -> Mesh:
 
 
 def abstract_inputs(method: Method, update: Update, config: RunConfig, mesh: Mesh) -> Inputs:
-    """What a step takes on a mesh.
+    """Returns the abstract inputs of a step on a mesh.
 
     Raises:
-        UserError: the mesh does not divide a weight, or the teacher's sizes are not known.
+        UserError: the mesh does not divide a weight, or the teacher's sizes are unknown.
     """
     with laid_out(config.layout):
         frozen = method.abstract_frozen(mesh)
@@ -111,36 +112,36 @@ def abstract_inputs(method: Method, update: Update, config: RunConfig, mesh: Mes
 
 
 def compile_step(config: RunConfig, topology: Topology, method: Method | None = None) -> Program:
-    """Compiles one step. With `compilation_cache`, a run on these devices finds it there.
+    """Compiles one step. With `compilation_cache`, a later run on such devices loads it from there.
 
     Args:
-        method: what the run learns; by default what the configuration asks for.
+        method: training method; by default the one that the configuration selects.
 
     Raises:
-        UserError: mesh, batch, teacher or model do not fit each other, or the compiler refuses the program for
-            another reason than memory.
+        UserError: mesh, batch, teacher and model are incompatible, or compilation fails for a reason other than
+            memory.
     """
     mesh = mesh_of(config, topology)
     chosen: Method = build_method(config) if method is None else method
     update = Update(config, chosen.specs)
     inputs = abstract_inputs(chosen, update, config, mesh)
     argument = device_bytes((inputs.state, inputs.frozen, inputs.batch))
-    begun = time.perf_counter()
-    # The default device is for libraries of kernels that ask the machine what it is, rather than the mesh (tokamax).
+    started = time.perf_counter()
+    # Kernel libraries such as tokamax look at the default device, not at the mesh, to find the kind of device.
     device = jax.default_device(topology.devices[0])
-    with jax.set_mesh(mesh), device, laid_out(config.layout), _kept(config):
+    with jax.set_mesh(mesh), device, laid_out(config.layout), _compilation_cache(config):
         step = build_train_step(chosen, update, inputs.state, config.layout, config.training.accumulation)
         lowered = step.lower(inputs.state, inputs.frozen, inputs.batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            wanted = wanted_bytes(str(error))
-            if wanted is None:
+            required = required_bytes(str(error))
+            if required is None:
                 reason = " ".join(str(error).split())[:500].rstrip(".")
-                raise UserError(f"the compiler of {topology.name} refuses the step: {reason}.") from None
-            seconds = time.perf_counter() - begun
-            return Program(mesh, inputs, seconds, Memory(argument, None, wanted), None)
-    seconds = time.perf_counter() - begun
+                raise UserError(f"the step cannot be compiled for {topology.name}: {reason}.") from None
+            seconds = time.perf_counter() - started
+            return Program(mesh, inputs, seconds, Memory(argument, None, required), None)
+    seconds = time.perf_counter() - started
     found: Any = compiled.memory_analysis()
     memory = Memory(
         found.argument_size_in_bytes,
@@ -152,15 +153,18 @@ def compile_step(config: RunConfig, topology: Topology, method: Method | None = 
 
 
 @contextmanager
-def _kept(config: RunConfig) -> Iterator[None]:
-    """`programs_kept_in`, where a program that was kept can not be loaded without its devices, and is compiled anew."""
-    with programs_kept_in(config.compilation_cache), warnings.catch_warnings():
+def _compilation_cache(config: RunConfig) -> Iterator[None]:
+    """Opens the compilation cache without JAX's warning about entries that it cannot read.
+
+    A cached program cannot be loaded without its devices, so planning compiles it again.
+    """
+    with use_compilation_cache(config.compilation_cache), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
         yield
 
 
-def wanted_bytes(error: str) -> int | None:
-    """The memory that a program would take, out of the compiler's own error; None if it is about something else."""
+def required_bytes(error: str) -> int | None:
+    """Returns the memory that a program needs according to a compiler error; None if the error is not about memory."""
     if "RESOURCE_EXHAUSTED" not in error and "Ran out of memory" not in error:
         return None
     for pattern in (
@@ -175,7 +179,7 @@ def wanted_bytes(error: str) -> int | None:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of one device's parts of some abstract arrays."""
+    """Returns the bytes of one device's shards of a tree of abstract arrays."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         size = leaf.dtype.itemsize
@@ -186,10 +190,10 @@ def device_bytes(tree: Any) -> int:
 
 
 def _peak(found: Any, platform: str) -> int:
-    """Bytes of a device that a program needs: arguments, results that are not written over them, and temporaries.
+    """Returns the bytes that a program needs on a device: arguments, results not aliased to them, and temporaries.
 
-    CPUs and GPUs allocate all temporaries at once, so that a peak within them saves nothing; the CPU's compiler leaves
-    them out of its own figure altogether. The TPU's compiler places everything itself, and its figure is what counts.
+    CPUs and GPUs allocate all temporaries at once, so the compiler's own peak is too low there; the CPU compiler's peak
+    leaves temporaries out altogether. The TPU compiler places every array itself, so its peak is exact.
     """
     if platform == "tpu" and found.peak_memory_in_bytes:
         return int(found.peak_memory_in_bytes)

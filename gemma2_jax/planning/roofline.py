@@ -1,7 +1,7 @@
-"""The least time that a step can take: by its products, its memory traffic, and each network that it sends over.
+"""Lower bounds on the time of a step: by its products, its memory traffic, and each network that it uses.
 
-All of it is an estimate, a bound from below: each part at the peak that the maker tells, everything else at the same
-time (Williams et al., Communications of the ACM 52, 2009; for networks arXiv 2211.05102, section 3.1).
+All bounds are estimates: each part runs at its data-sheet peak, and all parts fully overlap (Williams et al.,
+Communications of the ACM 52, 2009; for networks arXiv 2211.05102, section 3.1).
 """
 
 import math
@@ -19,12 +19,12 @@ from gemma2_jax.run import RunConfig
 
 @dataclass(frozen=True)
 class Bounds:
-    """Seconds of a step that no device can stay below, by what bounds it.
+    """Lower bounds on the seconds of a step, by resource.
 
     Attributes:
-        compute: products at the peak of bfloat16.
-        memory: bytes at the peak of HBM.
-        network: by the mesh axes that collectives go along, joined by +.
+        compute: seconds of the products at peak bfloat16 FLOPs.
+        memory: seconds of the memory traffic at peak HBM bandwidth.
+        network: seconds of the collectives, by the mesh axes that they run along, joined by +.
     """
 
     compute: float
@@ -33,24 +33,29 @@ class Bounds:
 
     @property
     def all(self) -> dict[str, float]:
-        """Every bound by its name."""
+        """All bounds by name."""
         return {"compute": self.compute, "memory": self.memory} | {
             f"network along {axes}": seconds for axes, seconds in self.network.items()
         }
 
     @property
     def binding(self) -> str:
-        """The name of the largest."""
+        """The name of the largest bound."""
         return max(self.all, key=self.all.__getitem__)
 
     @property
     def seconds(self) -> float:
-        """The largest: the least time of a step."""
+        """The largest bound: the least time of a step."""
         return self.all[self.binding]
 
 
 def bounds(cost: ProgramCost, kernel_flops: float, mesh: Mesh, topology: Topology) -> Bounds:
-    """The bounds of a program of which one device does `cost`, and `kernel_flops` more in kernels of its own."""
+    """Returns the bounds of a program.
+
+    Args:
+        cost: counted cost of the program on one device.
+        kernel_flops: FLOPs of one device in custom kernels, which `cost` does not contain.
+    """
     chip = topology.chip
     sent: dict[tuple[str, ...], float] = {}
     for (_, axes), amount in cost.sent.items():
@@ -66,11 +71,11 @@ def bounds(cost: ProgramCost, kernel_flops: float, mesh: Mesh, topology: Topolog
 
 
 def bandwidth_along(axes: tuple[str, ...], mesh: Mesh, topology: Topology) -> float:
-    """Bytes per second that a device can send to others that differ from it along these mesh axes.
+    """Returns the bytes per second that a device can send to the other devices along these mesh axes.
 
-    Where the axes lead out of a slice or node, that of the data-centre network, which is the narrower. Within a TPU
-    slice, that of both links along each dimension of the torus in which these devices lie; within a node of GPUs, that
-    of NVLink.
+    If the axes span several slices or nodes, it is the bandwidth of the data-centre network, which is the slowest.
+    Within a TPU slice, it is that of both links along each dimension of the torus that the devices span; within a node
+    of GPUs, that of NVLink.
     """
     chip = topology.chip
     chosen = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
@@ -81,17 +86,17 @@ def bandwidth_along(axes: tuple[str, ...], mesh: Mesh, topology: Topology) -> fl
         return chip.link_bandwidth
     places = np.array([device.coords for device in group])
     spanned = sum(len(np.unique(along)) > 1 for along in places.T)
-    return chip.link_bandwidth * 2 * max(1, spanned)  # two devices of one chip share what it has
+    return chip.link_bandwidth * 2 * max(1, spanned)  # two devices of one chip share its links
 
 
 def kernel_flops(config: RunConfig, teacher: ModelConfig | None, cost: ProgramCost, devices: int) -> float:
-    """FLOPs of attention that a device does where the program does not tell them: by formula.
+    """Returns by formula the FLOPs of attention on one device that the program does not contain.
 
-    They are in kernels of their own, or in loops over blocks of keys, as many as a block of queries sees.
+    They are in custom kernels, or in loops over blocks of keys whose trip count depends on the block of queries.
 
-    Forward 4*N*H for each visible pair of query and key, backward 2.5 times as much, since scores are computed again
-    (FlashAttention-2, arXiv 2307.08691, section 3.1); one forward pass more where the backward pass computes a pair of
-    layers again, and one of the teacher. Hidden pairs that a kernel computes are left out.
+    Forward takes 4*N*H FLOPs per visible pair of query and key; backward takes 2.5 times as much, since it recomputes
+    the scores (FlashAttention-2, arXiv 2307.08691, section 3.1). Rematerialisation adds a forward pass, and a teacher
+    another one. Masked pairs that a kernel computes are left out.
     """
     if not cost.kernels and not cost.uncounted:
         return 0.0
@@ -103,12 +108,12 @@ def kernel_flops(config: RunConfig, teacher: ModelConfig | None, cost: ProgramCo
 
 
 def attention_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Of one forward pass: the formula's, less what it counts for the weights."""
+    """Returns the FLOPs of attention in a forward pass: the formula's total minus the FLOPs of the weights."""
     return forward_flops_per_token(model, seq_len) - 2.0 * count_parameters(model).total
 
 
 def share_of_peak(model_flops: float, seconds: float, devices: int, topology: Topology) -> float:
-    """Model-FLOP utilisation of a step that takes `seconds`."""
+    """Returns the model-FLOP utilisation of a step that takes `seconds`."""
     if seconds <= 0 or math.isinf(seconds):
         return 0.0
     return model_flops / (seconds * devices * topology.chip.peak_flops)

@@ -1,4 +1,4 @@
-"""Which meshes, remat policies and microbatches fit, and which of them has the least bound on its step's time."""
+"""Search over meshes, remat policies and microbatch sizes for those that fit, ranked by their bound on step time."""
 
 import math
 import time
@@ -16,21 +16,22 @@ from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import AXES, MeshConfig
 
-_WIDEST_SEQUENCE = (
-    8  # devices that a sequence is split over at most: each layer's keys and values are gathered
-)
-# Of a forward pass, how much of it the backward pass computes again; products are most of it. What goes to the host and
-# back may take no time, but is to be tried after what stays.
+# The most devices that a sequence is split over, since each layer gathers keys and values.
+_WIDEST_SEQUENCE = 8
+# The fraction of a forward pass that the backward pass recomputes; products are most of it. Copies to the host and back
+# may overlap with compute, but offloading should be tried after the policies without it.
 _RECOMPUTED: dict[Remat, float] = {"none": 0.0, "dots": 0.15, "full": 1.0, "offload": 1.05}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to lay the run out.
+    """A setting of mesh, remat policy and microbatch size.
 
     Attributes:
-        overrides: what has to be typed for it.
-        seconds, memory: of a step, and of a device; estimates by formula from before anything was compiled.
+        config: the run's configuration with this setting.
+        overrides: the setting as `key=value` overrides.
+        seconds: seconds per step, estimated by formula.
+        memory: bytes per device, estimated by formula.
     """
 
     config: RunConfig
@@ -41,11 +42,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search came to.
+    """Result of a search.
 
     Attributes:
-        plans: those that were compiled, those that fit first, by the bound on their time, then by their memory.
-        left: candidates that the budget did not reach.
+        plans: compiled candidates and their plans: those that fit first, then by bound on step time, then by memory.
+        left: number of candidates that were not tried within the budget.
     """
 
     plans: list[tuple[Candidate, Plan]]
@@ -53,41 +54,48 @@ class SearchResult:
 
 
 def search(
-    config: RunConfig, topology: Topology, budget: float, tell: Callable[[str], None] = lambda line: None
+    config: RunConfig, topology: Topology, budget: float, report: Callable[[str], None] = lambda line: None
 ) -> SearchResult:
-    """Compiles candidates, the most promising first, until `budget` seconds are spent; the first one always.
+    """Compiles candidates, most promising first, until the budget is spent; at least one is compiled.
+
+    Args:
+        budget: seconds; no compilation starts after them.
+        report: called with a line of text about each candidate tried.
 
     Raises:
-        UserError: no mesh of these devices divides model and batch, or none of those tried can be compiled.
+        UserError: no mesh of these devices divides model and batch, or none of the candidates tried can be compiled.
     """
     check_sizes(config)
     waiting = candidates(config, topology)
     if not waiting:
         raise UserError(
-            f"no mesh of the {len(topology.devices)} devices of {topology.name} divides the heads of the model and its "
-            f"teacher and data.batch_size ({config.data.batch_size}); choose a data.batch_size that is a multiple of "
-            f"{len(topology.devices)}."
+            f"no mesh of the {len(topology.devices)} devices of {topology.name} divides both the heads of the model "
+            f"(and its teacher) and data.batch_size, which is {config.data.batch_size}; set data.batch_size to a "
+            f"multiple of {len(topology.devices)}."
         )
-    begun = time.perf_counter()
+    started = time.perf_counter()
     plans: list[tuple[Candidate, Plan]] = []
-    refused: UserError | None = None
-    while waiting and (not (plans or refused) or time.perf_counter() - begun < budget):
+    failure: UserError | None = None
+    while waiting and (not (plans or failure) or time.perf_counter() - started < budget):
         candidate = waiting.pop(0)
         try:
             plan = make_plan(candidate.config, topology)
-        except UserError as error:  # what only the compiler knows to be impossible
-            tell(f"{candidate.overrides}: {error}")
-            refused = error
+        except UserError as error:  # some limits show only when compiling
+            report(f"{candidate.overrides}: {error}")
+            failure = error
             continue
-        tell(f"{candidate.overrides}: {'fits' if plan.fits else 'does not fit'}")
+        report(f"{candidate.overrides}: {'fits' if plan.fits else 'does not fit'}")
         plans.append((candidate, plan))
-    if not plans and refused is not None:
-        raise refused
+    if not plans and failure is not None:
+        raise failure
     return SearchResult(sorted(plans, key=lambda pair: _rank(pair[1])), len(waiting))
 
 
 def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
-    """All that divides evenly: first what should fit, the fastest by formula first; then the rest by its memory."""
+    """Lists all candidates whose sizes divide evenly.
+
+    Those that should fit come first, the fastest by formula first; the rest follow in order of their memory.
+    """
     found = []
     for mesh in _meshes(config, topology):
         shape = {axis: getattr(mesh, axis) for axis in AXES}
@@ -116,7 +124,7 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
                 )
     capacity = topology.capacity
 
-    def promise(candidate: Candidate) -> tuple[bool, float, float]:
+    def order(candidate: Candidate) -> tuple[bool, float, float]:
         fits = candidate.memory <= capacity
         return (
             (False, candidate.seconds, candidate.memory)
@@ -124,11 +132,11 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
             else (True, candidate.memory, candidate.seconds)
         )
 
-    return sorted(found, key=promise)
+    return sorted(found, key=order)
 
 
 def estimated_memory(config: RunConfig, shape: dict[str, int]) -> float:
-    """Bytes of a device by formula: the state, its gradients and the teacher, and what `memory` estimates."""
+    """Estimates the bytes per device by formula: state, gradients, teacher, saved activations and logits."""
     split = shape["fsdp"] * shape["tensor"]
     teacher = online_teacher(config.distill, config.model)
     state = 4 * 4 * count_parameters(config.model).total
@@ -140,10 +148,11 @@ def estimated_memory(config: RunConfig, shape: dict[str, int]) -> float:
 
 
 def estimated_seconds(config: RunConfig, topology: Topology, shape: dict[str, int]) -> float:
-    """Of a step by formula: its products, and after them what is sent, which is pessimistic, but orders well.
+    """Estimates the seconds per step by formula: time of the products plus time of the communication.
 
-    Weights are gathered over fsdp for the forward and the backward pass of each microbatch, and gradients summed there;
-    four times a layer activations are summed over tensor; keys and values are gathered over sequence.
+    Adding them without overlap is pessimistic, but ranks candidates well. Weights are gathered over fsdp for the
+    forward and the backward pass of each microbatch, and gradients are summed there; activations are summed over
+    tensor four times per layer; keys and values are gathered over sequence.
     """
     chip, model, teacher = topology.chip, config.model, online_teacher(config.distill, config.model)
     devices, width = len(topology.devices), 2 if config.compute.dtype == "bfloat16" else 4
@@ -152,25 +161,27 @@ def estimated_seconds(config: RunConfig, topology: Topology, shape: dict[str, in
     flops *= 1 + _RECOMPUTED[config.compute.remat] / 4
     weights = count_parameters(model).total / shape["tensor"]
     gathered = 3 * weights + (0 if teacher is None else count_parameters(teacher).total / shape["tensor"])
-    mine = tokens / devices * shape["tensor"]
-    sent = gathered * width * config.training.accumulation * _others(shape["fsdp"])
-    sent += 2 * 4 * weights / shape["fsdp"] * _others(shape["data"])
-    sent += 4 * model.num_layers * mine * model.d_model * width * 2 * _others(shape["tensor"])
-    pairs = 2 * model.num_kv_heads * model.head_dim / shape["tensor"] * width * mine * shape["sequence"]
-    sent += 3 * model.num_layers * pairs * _others(shape["sequence"])
+    device_tokens = tokens / devices * shape["tensor"]
+    sent = gathered * width * config.training.accumulation * _ring_share(shape["fsdp"])
+    sent += 2 * 4 * weights / shape["fsdp"] * _ring_share(shape["data"])
+    sent += 4 * model.num_layers * device_tokens * model.d_model * width * 2 * _ring_share(shape["tensor"])
+    keys_and_values = (
+        2 * model.num_kv_heads * model.head_dim / shape["tensor"] * width * device_tokens * shape["sequence"]
+    )
+    sent += 3 * model.num_layers * keys_and_values * _ring_share(shape["sequence"])
     return flops / devices / chip.peak_flops + sent / (chip.link_bandwidth * (2 if chip.dimensions else 1))
 
 
 def _meshes(config: RunConfig, topology: Topology) -> Iterator[MeshConfig]:
-    """Every mesh of the devices that divides model and teacher.
+    """Yields every mesh of the devices that divides model and teacher.
 
-    Copies across slices stay as configured, or are one a slice.
+    mesh.replica stays as configured, unless it does not divide over the slices of a TPU; then it is one per slice.
     """
     replica, devices = max(1, config.mesh.replica), len(topology.devices)
     if topology.platform == "tpu" and replica % topology.slices:
         replica = topology.slices
     models, teacher = [config.model], teacher_config(config.distill, config.model)
-    if teacher is not None and config.distill.layout is None:  # it lies as the student does
+    if teacher is not None and config.distill.layout is None:  # it is sharded like the student
         models.append(teacher)
     for tensor in _divisors(math.gcd(*(model.num_kv_heads for model in models))):
         if any(model.d_ff % tensor or model.vocab_size % tensor for model in models):
@@ -189,8 +200,8 @@ def _rank(plan: Plan) -> tuple[bool, float, int]:
     return (not plan.fits, seconds, plan.program.memory.peak)
 
 
-def _others(count: int) -> float:
-    """The share of an array that a ring of so many devices sends."""
+def _ring_share(count: int) -> float:
+    """Returns the fraction of an array that each device sends in a ring of `count` devices."""
     return (count - 1) / count
 
 

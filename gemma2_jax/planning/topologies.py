@@ -1,11 +1,11 @@
-"""Machines that need not be there: `topology=v5e:4x4` to devices that a compiler knows, without any chip.
+"""Devices to compile for that need not be present, from a name such as `topology=v5e:4x4`.
 
     v5e:4x4   v6e:16x16   v4:8x16x32   v5p:8x24x32   tpu7x:4x4x4     a TPU slice, by its chips along each dimension
-    v5e:16x16*2                                                      two of them, joined by the data-centre network
+    v5e:16x16*2                                                      two slices, joined by the data-centre network
     h100:8   h100:16   h200:8   a100:8   b200:8                      GPUs, in nodes of 8
-    cpu:8                                                            this process's own CPU devices
+    cpu:8                                                            this process's CPU devices
 
-A TPU v4 is compiled for as it is used, one device a chip ("megacore"); a TPU7x chip is two devices.
+A TPU v4 chip is one device ("megacore"), as in normal use; a TPU7x chip is two devices.
 """
 
 import re
@@ -20,9 +20,11 @@ from gemma2_jax.config import UserError, suggest
 from gemma2_jax.machine import is_installed
 from gemma2_jax.planning.gpus import target_config
 
-GPUS_OF_A_NODE = 8
-ACCEPTED = "accepted: v5e:4x4, v5e:16x16*2 (two slices), v4:8x16x32, v5p:8x24x32, h100:8, cpu:8 and the like"
-# Round figures, so that everything can be tried without the extras: no bound in them is of use.
+GPUS_PER_NODE = 8
+ACCEPTED = (
+    "accepted: names such as v5e:4x4, v5e:16x16*2 (two slices), v4:8x16x32, v5p:8x24x32, h100:8 and cpu:8"
+)
+# Placeholder figures, so that planning can be tried without the extras; bounds computed from them mean nothing.
 _CPU = Chip(("cpu",), 100e9, 2**34, 10e9, 1e9, 1e9, 0)
 
 
@@ -31,11 +33,11 @@ class Topology:
     """Devices that a program is compiled for.
 
     Attributes:
-        name: as it was asked for.
-        chip: what each device is.
-        devices: JAX's.
+        name: name given by the user.
+        chip: figures of the chip.
+        devices: JAX devices.
         platform: tpu, cuda or cpu.
-        memory_fraction: of a device's memory that a program can have.
+        memory_fraction: fraction of a device's memory that a program can use.
     """
 
     name: str
@@ -46,42 +48,44 @@ class Topology:
 
     @property
     def capacity(self) -> int:
-        """Bytes of a device that a program can have."""
+        """Bytes of a device's memory that a program can use."""
         return int(self.chip.memory * self.memory_fraction)
 
     @property
     def slices(self) -> int:
-        """How many of the platform's islands the devices come in."""
+        """Number of slices (TPU) or nodes (GPU) that the devices belong to."""
         return len({self.island(device) for device in self.devices})
 
     def island(self, device: Any) -> int:
-        """Which slice or node a device is of; between them lies the data-centre network."""
-        # A single slice's devices have no number.
+        """Returns the number of the slice or node that a device belongs to; the data-centre network joins them."""
+        # The devices of a single slice have no slice_index.
         number: int = getattr(device, "slice_index", 0) if self.platform == "tpu" else device.process_index
         return number
 
 
 def find_topology(name: str, gpu_memory_fraction: float = 0.75) -> Topology:
-    """The topology of that name.
+    """Returns the topology of a name.
 
     Args:
-        gpu_memory_fraction: of a GPU's memory that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by default).
+        gpu_memory_fraction: fraction of a GPU's memory that JAX allocates (XLA_PYTHON_CLIENT_MEM_FRACTION).
 
     Raises:
-        UserError: the name cannot be read, there is none of that shape, or its compiler is not installed.
+        UserError: the name is malformed, the chip does not exist in that shape, or its compiler is not installed.
     """
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
     if match is None:
-        raise UserError(f"topology={name} cannot be read; {ACCEPTED}.")
+        raise UserError(f"topology={name} is not of the form CHIP:SHAPE; {ACCEPTED}.")
     kind, shape, slices = match[1], [int(size) for size in match[2].split("x")], int(match[3] or 1)
     known = (*CHIPS, "cpu")
     if kind not in known:
-        raise UserError(f"topology={name} names no chip that is known, {suggest(kind, known)}.")
+        raise UserError(f"topology={name} names the unknown chip {kind}, {suggest(kind, known)}.")
     dimensions = _CPU.dimensions if kind == "cpu" else CHIPS[kind].dimensions
-    wanted = dimensions or 1
-    if len(shape) != wanted or min(shape) < 1 or slices < 1 or (dimensions == 0 and slices > 1):
-        shown = f"{kind}:" + "x".join(["4"] * wanted) if dimensions else f"{kind}:8"
-        raise UserError(f"topology={name} is not a shape of {kind}; accepted: shapes such as {shown}.")
+    rank = dimensions or 1
+    if len(shape) != rank or min(shape) < 1 or slices < 1 or (dimensions == 0 and slices > 1):
+        shown = f"{kind}:" + "x".join(["4"] * rank) if dimensions else f"{kind}:8"
+        raise UserError(
+            f"topology={name} has a shape that {kind} does not have; accepted: shapes such as {shown}."
+        )
     if kind == "cpu":
         return Topology(name, _CPU, _cpus(name, shape[0]), "cpu")
     chip = CHIPS[kind]
@@ -94,7 +98,7 @@ def _cpus(name: str, count: int) -> tuple[Any, ...]:
     devices = jax.devices("cpu")
     if count > len(devices):
         raise UserError(
-            f"topology={name} asks for more CPU devices than there are ({len(devices)}); "
+            f"topology={name} needs {count} CPU devices, and this process has {len(devices)}; "
             f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}."
         )
     return tuple(devices[:count])
@@ -103,7 +107,7 @@ def _cpus(name: str, count: int) -> tuple[Any, ...]:
 def _tpus(name: str, kind: str, shape: list[int], slices: int) -> tuple[Any, ...]:
     if not is_installed("libtpu"):
         raise UserError(
-            f"topology={name} needs libtpu, the TPU's compiler: pip install -e '.[tpu]' brings it."
+            f"topology={name} needs libtpu, the TPU compiler, which is not installed: pip install -e '.[tpu]'."
         )
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if kind == "v4":
@@ -117,21 +121,22 @@ def _tpus(name: str, kind: str, shape: list[int], slices: int) -> tuple[Any, ...
 def _gpus(name: str, kind: str, chip: Chip, count: int) -> tuple[Any, ...]:
     if not any(is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
         raise UserError(
-            f"topology={name} needs JAX's CUDA plugin, the GPU's compiler: pip install -e '.[cuda12]' brings it."
+            f"topology={name} needs JAX's CUDA plugin, the GPU compiler, which is not installed: "
+            "pip install -e '.[cuda12]'."
         )
-    nodes, rest = divmod(count, GPUS_OF_A_NODE)
+    nodes, rest = divmod(count, GPUS_PER_NODE)
     if nodes and rest:
         raise UserError(
-            f"topology={name} asks for {count} GPUs; accepted: 1 to {GPUS_OF_A_NODE}, or a multiple of that."
+            f"topology={name} has {count} GPUs; accepted: 1 to {GPUS_PER_NODE}, or a multiple of {GPUS_PER_NODE}."
         )
-    layout = f"1x{max(nodes, 1)}x{GPUS_OF_A_NODE if nodes else rest}"
+    layout = f"1x{max(nodes, 1)}x{GPUS_PER_NODE if nodes else rest}"
     return _describe(name, "cuda", kind, {"target_config": target_config(kind, chip), "topology": layout})
 
 
-def _describe(name: str, platform: str, asked: str, options: dict[str, Any]) -> tuple[Any, ...]:
+def _describe(name: str, platform: str, jax_name: str, options: dict[str, Any]) -> tuple[Any, ...]:
     try:
-        found = topologies.get_topology_desc(platform=platform, topology_name=asked, **options)
-    except Exception as error:  # of several types, by what the plugin dislikes
+        found = topologies.get_topology_desc(platform=platform, topology_name=jax_name, **options)
+    except Exception as error:  # plugins raise several types
         reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"topology={name} was refused by the compiler of {platform}: {reason}.") from None
+        raise UserError(f"topology={name} was rejected by the {platform} compiler: {reason}.") from None
     return tuple(found.devices)

@@ -1,11 +1,11 @@
-"""A job of several processes, on one host or many: how they find one another, wait for one another, and end.
+"""A job of several processes, on one host or many: how they find each other, wait for each other, and end.
 
     join(config.hosts)            # before anything is computed
     with first_process_first():   # process 0 makes what the others then find
         prepare(...)
     ending.leave(0, None)         # as the command line does, at the end
 
-Which processes there are is told by the configuration, or by what started them: SLURM, Open MPI, a TPU pod, GKE.
+The processes of a job are given by the configuration, or by their launcher: SLURM, Open MPI, a TPU pod, GKE.
 """
 
 import importlib.util
@@ -29,9 +29,9 @@ from gemma2_jax.processes.jax_private import cluster_found, completed_by, coordi
 from gemma2_jax.processes.links import JAX_SILENCE
 from gemma2_jax.processes.rendezvous import meet, split_address
 
-_WAIT_MS = 24 * 3600 * 1000  # for process 0 to prepare data, at most
-_BETWEEN_LOOKS = 0.2  # seconds
-_PREFIX = "gemma2_jax"  # of what is kept with JAX's coordinator
+_WAIT_MS = 24 * 3600 * 1000  # longest time that process 0 may take to prepare data
+_POLL = 0.2  # seconds
+_PREFIX = "gemma2_jax"  # of the keys in the coordinator's store
 _CLUSTERS = {
     "slurm": "SLURM",
     "ompi": "Open MPI",
@@ -39,21 +39,21 @@ _CLUSTERS = {
     "gketpu": "GKE",
     "": "Kubernetes",  # JAX gives it no name
 }
-_counter: dict[str, int] = {}  # how often each wait was come by; the same in all processes
+_counter: dict[str, int] = {}  # number of waits by name; the same in all processes
 
 _Known = tuple[str | None, int | None, int | None]  # coordinator, number of processes, this one's
 
 
 @dataclass(frozen=True)
 class HostsConfig:
-    """The processes of a job. What is null is asked of the environment; where that knows nothing, there is one.
+    """The processes of a job. Null values are taken from the environment; if it has none either, there is one process.
 
     Attributes:
-        coordinator: HOST:PORT of process 0, with a port that is free there.
-        num_processes: how many there are.
-        process_id: this one's number, from 0.
-        detect: whether the environment is asked.
-        timeout: seconds that processes wait for one another at the start.
+        coordinator: HOST:PORT of process 0; the port must be free there.
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
+        detect: whether to use the environment.
+        timeout: seconds that processes wait for each other at the start.
     """
 
     coordinator: str | None = None
@@ -78,32 +78,32 @@ class JobProcess:
     """One process in its job.
 
     Attributes:
-        devices: numbers of the host's devices that are this process's; None for all of them.
-        told_by: what says how many processes there are.
+        devices: indices of the host's devices that belong to this process; None for all of them.
+        count_source: the setting or launcher that gives the number of processes.
     """
 
     coordinator: str
     num_processes: int
     process_id: int
     devices: tuple[int, ...] | None = None
-    told_by: str = "hosts.num_processes"
+    count_source: str = "hosts.num_processes"
 
 
 def join(config: HostsConfig) -> None:
-    """Makes this process one of its job, if there are several; before JAX is asked for its devices.
+    """Connects this process to its job, if there are several processes; call it before JAX uses its devices.
 
     Raises:
-        UserError: what is known of the processes does not suffice, or they do not all come.
+        UserError: a setting of the processes is missing, or not all processes connect.
     """
     if jax.distributed.is_initialized():
-        return  # one of several runs of this process has joined before
+        return  # an earlier run in this process has joined already
     process = find_job_process(config)
     if process is None:
         return
     links = meet(
-        process.coordinator, process.num_processes, process.process_id, config.timeout, process.told_by
+        process.coordinator, process.num_processes, process.process_id, config.timeout, process.count_source
     )
-    # It would take SIGTERM for itself, from the command line that ends this process and with it the others.
+    # It would take SIGTERM away from the command line, which ends this process and with it the others.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         process.coordinator,
@@ -116,22 +116,22 @@ def join(config: HostsConfig) -> None:
     )
     watch(coordinator_client(), process.process_id, process.num_processes, links)
     if not is_first():
-        # JAX's collectives between CPUs print from C++ with whom they are connected.
+        # JAX's collectives between CPUs print their connections, from C++.
         sys.stdout.flush()
         with open(os.devnull, "w") as sink:
             os.dup2(sink.fileno(), 1)
 
 
 def find_job_process(config: HostsConfig) -> JobProcess | None:
-    """What the configuration and then the environment say of this process; None if it is alone.
+    """This process's role in its job, from the configuration and then the environment; None if it is alone.
 
     Raises:
-        UserError: something is not known, or its number is none of the job's.
+        UserError: a setting is missing, or the process number is out of range.
     """
     given = (config.coordinator, config.num_processes, config.process_id)
-    told_by, devices = "", None
+    count_source, devices = "", None
     if config.detect and None in given:
-        told_by, (coordinator, num_processes, process_id), devices = _detected(given, config.timeout)
+        count_source, (coordinator, num_processes, process_id), devices = _detected(given, config.timeout)
     else:
         coordinator, num_processes, process_id = given
     found = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
@@ -140,23 +140,26 @@ def find_job_process(config: HostsConfig) -> JobProcess | None:
         return None
     if coordinator is None or num_processes is None or process_id is None:
         raise UserError(
-            f"{' and '.join(missing)} must be set too, since the environment does not provide what the other "
-            "keys of hosts leave open."
+            f"{' and '.join(missing)} must be set too: neither the other keys of hosts nor the environment provide a "
+            "value."
         )
     _check_number(process_id, num_processes)
     if config.num_processes is not None:
-        told_by = "hosts.num_processes"
-    return JobProcess(coordinator, num_processes, process_id, devices, told_by)
+        count_source = "hosts.num_processes"
+    return JobProcess(coordinator, num_processes, process_id, devices, count_source)
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which alone prints, and writes what is not divided among all."""
+    """Whether this is process 0, which alone prints, and alone writes what is not divided among all processes."""
     return jax.process_index() == 0
 
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """The others enter when process 0 has left, and find what it has made on a disk that they share."""
+    """Runs the block first in process 0, then in the others.
+
+    These find on a shared disk what process 0 has made.
+    """
     if jax.process_count() == 1:
         yield
         return
@@ -168,16 +171,19 @@ def first_process_first() -> Iterator[None]:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when all processes have come here; without their devices, for which some may have to compile first."""
+    """Returns when all processes have called it.
+
+    It does not use the devices, because some processes may have to compile their programs first.
+    """
     if jax.process_count() > 1:
         _interruptibly(coordinator_client().wait_at_barrier, _numbered(name), _WAIT_MS)
 
 
 def check_agreement(values: Mapping[str, Any]) -> None:
-    """Raises UserError in a process that has other values than process 0: it would wait for what never comes.
+    """Raises UserError in a process whose values differ from those of process 0: it would wait forever.
 
     Args:
-        values: what JSON holds, by name; of what is nested, the key that differs is told.
+        values: JSON values by name; if nested values differ, the message names their key.
     """
     if jax.process_count() == 1:
         return
@@ -190,12 +196,12 @@ def check_agreement(values: Mapping[str, Any]) -> None:
 
 
 def first_finding(found: str | None) -> str | None:
-    """What the first process that found something has found, in all processes; None if none has. Waits for all."""
+    """The finding of the first process that has one, in all processes; None if none has. Waits for all."""
     return next((text for text in from_all(found) if text), None)
 
 
 def from_first(value: Any) -> Any:
-    """What process 0 gives, in all processes, as JSON holds it."""
+    """The value that process 0 gives, in all processes, after a round trip through JSON."""
     if jax.process_count() == 1:
         return json.loads(json.dumps(value))
     key = _numbered("first")
@@ -205,7 +211,7 @@ def from_first(value: Any) -> Any:
 
 
 def from_all(value: Any) -> list[Any]:
-    """What each process gives, by its number, in all processes, as JSON holds it; waits for all."""
+    """The values of all processes, in order of their numbers, after a round trip through JSON; waits for all."""
     if jax.process_count() == 1:
         return [json.loads(json.dumps(value))]
     key = _numbered("all")
@@ -218,7 +224,10 @@ def from_all(value: Any) -> list[Any]:
 
 
 def _interruptibly(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What `call` gives, which waits in C++: in a thread, so that a signal, or another's end, can end the wait here."""
+    """The result of `call`, which waits in C++.
+
+    It runs in a thread, so that a signal, or another process's end, can interrupt the wait here.
+    """
     given: Future[Any] = Future()
 
     def run() -> None:
@@ -229,7 +238,7 @@ def _interruptibly(call: Callable[..., Any], *arguments: Any) -> Any:
 
     threading.Thread(target=run, daemon=True, name="waiting for other processes").start()
     while not given.done():
-        wait([given], _BETWEEN_LOOKS)  # `_thread.interrupt_main` is seen between two waits only
+        wait([given], _POLL)  # `_thread.interrupt_main` is seen between two waits only
     return given.result()
 
 
@@ -245,11 +254,14 @@ def _check_number(process_id: int, num_processes: int | None) -> None:
 
 
 def _detected(given: _Known, timeout: int) -> tuple[str, _Known, tuple[int, ...] | None]:
-    """What tells of a job (JAX: the first cluster that it knows), `given` completed by it, and the devices there."""
+    """The launcher of the job, `given` completed with its values, and the devices of this process.
+
+    The launcher is the first cluster that JAX detects; "" if there is none.
+    """
     if _is_alone_in_kubernetes():
         return "", given, None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a missing package, of which the check above has told
+        warnings.simplefilter("ignore")  # about a missing package, which the check above reports
         try:
             cluster = cluster_found()
             if cluster is None:
@@ -266,10 +278,10 @@ def _detected(given: _Known, timeout: int) -> tuple[str, _Known, tuple[int, ...]
 
 
 def _is_alone_in_kubernetes() -> bool:
-    """Whether this is a pod that belongs to no job of several; JAX takes any pod for one that does.
+    """Whether this is a pod outside of any job of several; JAX takes every pod for part of such a job.
 
     Raises:
-        UserError: it belongs to one, and the package by which JAX asks for its size is not there.
+        UserError: it belongs to a job, and the package through which JAX finds its size is not installed.
     """
     if "KUBERNETES_SERVICE_HOST" not in os.environ or "TPU_WORKER_HOSTNAMES" in os.environ:
         return False
@@ -278,18 +290,18 @@ def _is_alone_in_kubernetes() -> bool:
         return True
     if importlib.util.find_spec("kubernetes") is None:
         raise UserError(
-            f"this is pod {index} of a Kubernetes job, whose size JAX asks for through a package that is missing: "
-            "pip install kubernetes, or set hosts.coordinator, hosts.num_processes and hosts.process_id, or "
-            "hosts=single."
+            f"this is pod {index} of a Kubernetes job, and JAX needs a package to find the job's size: pip install "
+            "kubernetes, or set hosts.coordinator, hosts.num_processes and hosts.process_id, or hosts=single."
         )
     return False
 
 
 def _own_devices(local_id: int) -> tuple[int, ...] | None:
-    """The devices of a process that is the `local_id`th on its host, of those that it sees; None for all.
+    """The indices of a process's devices, among those visible to it, by its number on its host; None for all.
 
-    All are its own where it is alone on its host, where SLURM shows each its own, and where there are fewer than
-    processes; else they are divided evenly. Where nothing says how many there are, JAX's rule holds: one for each.
+    A process has all devices if it is alone on its host, if SLURM shows each process its own, or if there are fewer
+    devices than processes; otherwise they are divided evenly. If their number, or that of the processes, is unknown,
+    JAX's rule holds: one device per process.
     """
     tasks = _processes_on_host()
     given_by_slurm = "SLURM_GPUS_PER_TASK" in os.environ or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
@@ -303,10 +315,10 @@ def _own_devices(local_id: int) -> tuple[int, ...] | None:
 
 
 def _processes_on_host() -> int | None:
-    """How many of the job's processes are on this host, if SLURM or Open MPI says it."""
+    """The number of the job's processes on this host, if SLURM or Open MPI provides it."""
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in os.environ:
         return int(os.environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
-    counts: list[int] = []  # of each node; SLURM writes 4,4,3 as 4(x2),3
+    counts: list[int] = []  # for each node; SLURM writes 4,4,3 as 4(x2),3
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(count)] * int(times or 1)
     node = int(os.environ.get("SLURM_NODEID", 0))

@@ -1,8 +1,8 @@
-"""The connections between process 0 and the others while a job runs: who is alive, who is gone, who is silent.
+"""The connections between process 0 and the others while a job runs: which processes run, are gone, or are silent.
 
-Each side sends a byte now and then. A connection that ends without a farewell tells of a process that is gone, one that
-stays silent of a process that runs no more although its host keeps the connection: suspended, or its host hangs. JAX
-would notice either later, and abort with a stack trace.
+Each side sends a byte now and then. A connection that closes without a farewell means that its process is gone. One
+that stays silent means that its process no longer runs although its host keeps the connection: the process is
+suspended, or the host hangs. JAX would notice either later, and abort with a stack trace.
 """
 
 import selectors
@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-SILENCE = 120.0  # seconds; longer than anything that keeps the threads of a process from running
-JAX_SILENCE = 600  # after which JAX aborts a job itself, which would be without a word of ours
+SILENCE = 120.0  # seconds; longer than anything that blocks the threads of a process
+JAX_SILENCE = 600  # seconds after which JAX itself aborts a job, without our message
 _BEAT, _FAREWELL = b"h", b"."
 _BETWEEN_BEATS = 1.0  # seconds
-_TOGETHER = 0.2  # seconds in which processes of one host that goes down are gone
+_TOGETHER = 0.2  # seconds in which all processes of a host that goes down are gone
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Lost:
     """Processes that no longer take part.
 
     Attributes:
-        numbers: of the processes, in rising order.
-        gone: whether their connections have ended; else they are silent.
+        numbers: numbers of the processes, in rising order.
+        gone: whether their connections have closed; otherwise they are silent.
     """
 
     numbers: list[int]
@@ -44,7 +44,10 @@ class Lost:
 
 
 class LiveLinks:
-    """Connections by the number of the process at their other side: process 0 has one to each, the others one to it."""
+    """Connections by the number of the process at their other end.
+
+    Process 0 has one to each of the others, and these have one to it.
+    """
 
     def __init__(self, connections: Mapping[int, socket.socket]) -> None:
         self._connections = dict(connections)
@@ -54,22 +57,22 @@ class LiveLinks:
             connection.setblocking(False)
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
-    def say_farewell(self) -> None:
-        """Tells the other sides that this process ends as it should."""
+    def send_farewell(self) -> None:
+        """Sends a farewell to the other ends: this process ends normally."""
         self._leaving.set()
         self._send(_FAREWELL)
 
     def lost(self) -> Iterator[Lost]:
-        """Waits, and yields processes that are lost, until all have gone in one way or another."""
+        """Waits and yields lost processes, until no process is left that could be lost."""
         with selectors.DefaultSelector() as selector:
             for number, connection in self._connections.items():
                 selector.register(connection, selectors.EVENT_READ, number)
             while self._silent:
                 self._wait(selector)
-                ended = self._hear(selector)
+                ended = self._receive(selector)
                 if ended:
                     time.sleep(_TOGETHER)
-                    yield Lost(sorted(ended + self._hear(selector)), gone=True)
+                    yield Lost(sorted(ended + self._receive(selector)), gone=True)
                 silent = [number for number, seconds in self._silent.items() if seconds > SILENCE]
                 for number in silent:
                     self._drop(selector, number)
@@ -77,26 +80,26 @@ class LiveLinks:
                     yield Lost(sorted(silent), gone=False)
 
     def _wait(self, selector: selectors.BaseSelector) -> None:
-        """Returns when there is something to hear, or after a while."""
+        """Returns when there is something to receive, or after a while."""
         begun = time.monotonic()
         selector.select(_BETWEEN_BEATS)
-        # Time in which this process was suspended itself, as a whole job can be, counts for no other's silence.
+        # Time in which this process itself was suspended, as a whole job can be, does not count as silence of others.
         passed = min(time.monotonic() - begun, 2 * _BETWEEN_BEATS)
         for number in self._silent:
             self._silent[number] += passed
 
-    def _hear(self, selector: selectors.BaseSelector) -> list[int]:
-        """Takes what has come; returns the processes whose connections have ended without a farewell."""
+    def _receive(self, selector: selectors.BaseSelector) -> list[int]:
+        """Receives what has arrived; returns the processes whose connections have closed without a farewell."""
         ended = []
         for key, _ in selector.select(0):
             try:
-                heard = self._connections[key.data].recv(4096)
+                received = self._connections[key.data].recv(4096)
             except OSError:
-                heard = b""
+                received = b""
             self._silent[key.data] = 0.0
-            if not heard or _FAREWELL in heard:
+            if not received or _FAREWELL in received:
                 self._drop(selector, key.data)
-            if not heard:
+            if not received:
                 ended.append(key.data)
         return ended
 
@@ -110,5 +113,5 @@ class LiveLinks:
 
     def _send(self, byte: bytes) -> None:
         for connection in self._connections.values():
-            with suppress(OSError):  # gone, or so long silent that nothing more can be sent
+            with suppress(OSError):  # gone, or silent for so long that the send buffer is full
                 connection.send(byte)

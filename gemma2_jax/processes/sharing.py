@@ -1,4 +1,4 @@
-"""What the processes of a job have in common on disk: folders that process 0 makes, and files that all of them read."""
+"""What the processes of a job share on disk: folders that process 0 makes, and files that all of them read."""
 
 import hashlib
 import secrets
@@ -15,13 +15,13 @@ from gemma2_jax.processes.hosts import check_agreement, from_all, from_first, is
 
 
 def check_shared(folders: Iterable[tuple[str, str]]) -> None:
-    """Returns in all processes when process 0 has made the folders, whose locks it holds.
+    """Checks in all processes that they see the folders that process 0 has made, and whose locks it holds.
 
     Args:
-        folders: the setting that names each, and its value.
+        folders: setting and path of each folder.
 
     Raises:
-        UserError: a folder is not there for this process, or is another one under the same name.
+        UserError: a folder is missing for this process, or is a different one of the same name.
     """
     if jax.process_count() == 1:
         return
@@ -37,19 +37,20 @@ def check_shared(folders: Iterable[tuple[str, str]]) -> None:
             found = ""
         if found != mark:
             raise UserError(
-                f"{key} is {folder}, and process {jax.process_index()} finds another folder there "
+                f"{key} is {folder}, but process {jax.process_index()} finds a different folder there "
                 f"({Path(folder).absolute()}) than process 0; it must be on a disk that all processes share."
             )
-    wait_for_all("shared")  # before anything is written there, and where process 0 can still undo it
+    wait_for_all("shared")  # before anything is written there, while process 0 can still undo it
 
 
 def check_same_files(files: Mapping[str, Sequence[Path]]) -> None:
-    """Raises UserError in a process whose files differ from those of process 0, which would give another result.
+    """Raises UserError in a process whose files differ from those of process 0, which would change the result.
 
-    Files on a disk that the processes share are known by size, time and number. Others are read, by all processes.
+    Files on a shared disk are compared by size, modification time and inode. If these differ, all processes compare
+    contents.
 
     Args:
-        files: by what they are of, for the message; the same names in all processes.
+        files: files by name of what they hold, for the message; the same names in all processes.
     """
     if jax.process_count() == 1:
         return
@@ -62,7 +63,7 @@ def check_same_files(files: Mapping[str, Sequence[Path]]) -> None:
 
 
 def _of_disk(paths: Sequence[Path]) -> str:
-    """A digest that is the same for the same files of one disk, however it is mounted."""
+    """A digest that is equal for the same files on one disk, however it is mounted."""
     found = [(path.name, path.stat()) for path in paths]
     states = [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in found]
     return hashlib.sha256(repr(states).encode()).hexdigest()

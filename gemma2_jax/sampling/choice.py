@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from gemma2_jax.kernels.softcap import NEVER
 
-# What a temperature is brought to before logits are divided by it: at the lower end any two that differ are told
-# apart, at the upper end none are, and neither is more than float32 can hold.
-_COLDEST, _WARMEST = 1e-30, 1e30
+# Temperatures are limited to this range before logits are divided by them. At the lower end, any two different logits
+# stay apart; at the upper end, all become equal; and float32 can hold the results of both.
+_LOWEST, _HIGHEST = 1e-30, 1e30
 
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """How the next token is chosen; hashable, so that a jitted function can take it as static.
+    """How the next token is chosen; hashable, so that a jitted function can take it as a static argument.
 
     Attributes:
         temperature, top_k, top_p: as in `SamplingConfig`.
@@ -26,25 +26,25 @@ class TokenChoice:
     top_p: float | None = None
 
     def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        """The next token of each row, int32 [B]; V, which is none, where one of the row's logits is NaN.
+        """The next token of each row, int32 [B]; V, which is not a token, where one of the row's logits is NaN.
 
         Args:
-            logits: float32 [B, V]; keys: random keys [B], each row's own.
+            logits: float32 [B, V]; keys: random keys [B], one per row.
         """
         if self.temperature == 0:
             return _argmax(logits)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
         scaled = self.distribution(logits)
-        # From the largest on, or the noise would be lost to rounding at a low temperature.
+        # Relative to the largest logit, or else rounding loses the noise at a low temperature.
         return _argmax(scaled - jnp.max(scaled, axis=-1, keepdims=True) + noise)
 
     def distribution(self, logits: jax.Array) -> jax.Array:
-        """[B, V]: logits after temperature (above 0), top-k and top-p; -inf for what is cut, and for padding.
+        """Logits [B, V] after temperature (above 0), top-k and top-p; -inf for tokens that are cut, and for padding.
 
-        Equals are kept or cut together, so that the result does not hang on their order.
+        Equal logits are kept or cut together, so that the result does not depend on their order.
         """
-        scaled = logits / min(max(self.temperature, _COLDEST), _WARMEST)
-        # Divided by a high temperature, what stands for no logit would be one like all others.
+        scaled = logits / min(max(self.temperature, _LOWEST), _HIGHEST)
+        # Divided by a high temperature, the value of masked padding would be a logit like any other.
         logits = jnp.where(logits <= NEVER / 2, -jnp.inf, scaled)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             limit = self.top_k
@@ -55,10 +55,11 @@ class TokenChoice:
 
 
 def _within(p: jax.Array, top_p: float) -> Callable[[jax.Array], jax.Array]:
-    """Whether those who are better have less than `top_p` of the probability, or all others more than the rest.
+    """A function that decides which tokens to keep, given the tokens that are better than each.
 
-    The sum is that of the smaller side, whose rounding is the smaller too: float32 sums of 256,000 probabilities reach
-    1 long before the last.
+    It keeps a token if the better ones have less than `top_p` of the probability. It sums the better ones or all
+    others, whichever sum is smaller, since that has the smaller rounding error: float32 sums of 256,000 probabilities
+    reach 1 long before the last.
     """
 
     def keeps(better: jax.Array) -> jax.Array:
@@ -70,12 +71,12 @@ def _within(p: jax.Array, top_p: float) -> Callable[[jax.Array], jax.Array]:
 
 
 def _keep_best(logits: jax.Array, keeps: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Keep each logit whose betters, bool [B, V], satisfy `keeps`, bool [B, 1]; the others become -inf, but for NaN.
+    """Keeps each logit whose better logits, bool [B, V], satisfy `keeps`, bool [B, 1]; others become -inf, except NaN.
 
-    The least logit to keep is found by bisection: 32 sums over V, where sorting V takes a CPU 20 times as long.
+    The least logit to keep is found by bisection: 32 sums over V. Sorting V takes a CPU 20 times as long.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
-    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as whole numbers, in the same order
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # the logits as integers, in the same order
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
@@ -90,8 +91,7 @@ def _keep_best(logits: jax.Array, keeps: Callable[[jax.Array], jax.Array]) -> ja
 
 
 def _argmax(logits: jax.Array) -> jax.Array:
-    """`jnp.argmax` over the last axis as two plain reductions, which a CPU runs several times faster; V where one is
-    NaN."""
+    """`jnp.argmax` over the last axis, as two reductions that a CPU runs several times faster; V where one is NaN."""
     best = jnp.max(logits, axis=-1, keepdims=True)
     ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     return jnp.min(jnp.where(logits == best, ids, logits.shape[-1]), axis=-1).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""What a user may ask of a generation."""
+"""The settings of text generation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from gemma2_jax.config import refuse
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How text is continued.
+    """How prompts are completed.
 
     Attributes:
-        max_new_tokens: at most so many tokens are added to each prompt.
-        temperature: logits are divided by it; 0 always takes the most likely token (greedy).
-        top_k: choose among the k most likely tokens only; null for all of them.
-        top_p: then choose among the fewest most likely tokens that together have this probability; null for all.
+        max_new_tokens: largest number of tokens added to each prompt.
+        temperature: divisor of the logits; 0 always takes the most likely token (greedy).
+        top_k: choose only among the k most likely tokens; null for all of them.
+        top_p: then choose only among the fewest most likely tokens that together have this probability; null for all.
         seed: the same seed, prompts and settings give the same text.
-        stop_tokens: ids that end a row and are not part of its text; null for those of the checkpoint or, where it
-            names none, the tokenizer's end of text and end of turn; an empty list for none.
-        stop_texts: end a row's text where one of them begins. Of no effect on functions that give tokens.
+        stop_tokens: ids of tokens that end a row and are not part of its text; null for those of the checkpoint or, if
+            it names none, the tokenizer's end of text and end of turn; an empty list for none.
+        stop_texts: texts that end a row's text where one of them begins. Functions that return tokens ignore them.
     """
 
     max_new_tokens: int = 128

@@ -1,6 +1,6 @@
-"""Generation on arrays: pure functions that a jitted program can call, such as training on own samples.
+"""Generation on arrays: pure functions that jitted programs, such as on-policy training steps, can call.
 
-Rows do not know of each other: what a row samples depends on its prompt and its key alone.
+Rows are independent: what a row samples depends on its prompt and its key alone.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from gemma2_jax.sampling.choice import TokenChoice
 )
 @dataclass(frozen=True)
 class Progress:
-    """Where a generation stands between two tokens.
+    """The state of a generation between two tokens.
 
     Attributes:
-        cache: what has been read.
-        tokens, positions: int32 [B], each row's newest token, chosen but not yet read, and its position.
-        finished: bool [B], a stop token has been chosen; what a row gives after it is to be thrown away.
+        cache: keys and values of all tokens before the newest ones.
+        tokens, positions: int32 [B], each row's newest token, which the model has not processed yet, and its position.
+        finished: bool [B], whether a stop token has been chosen; a row's tokens after it are to be discarded.
     """
 
     cache: Cache
@@ -34,7 +34,7 @@ class Progress:
 
 
 def row_keys(key: jax.Array, rows: int) -> jax.Array:
-    """A random key for each row [B]; row i's is the same whatever the number of rows."""
+    """A random key for each row [B]; the key of row i is the same whatever the number of rows."""
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
 
 
@@ -47,12 +47,12 @@ def begin(
     cache_size: int,
     choice: TokenChoice,
 ) -> Progress:
-    """Read the prompts and choose each row's first token.
+    """Runs the prompts and chooses each row's first token.
 
     Args:
         prompts: int [B, T], right-padded; lengths: [B], at least 1; keys: [B], see `row_keys`.
-        stop: ids [any number] that finish a row.
-        cache_size: at least the longest prompt and its new tokens together.
+        stop: ids of the tokens that finish a row, [any number].
+        cache_size: at least the length of the longest prompt plus its new tokens.
     """
     logits, cache = decoder.prefill(prompts, lengths, cache_size)
     return _choose(logits, cache, lengths, jnp.zeros(lengths.shape, bool), keys, stop, choice)
@@ -64,16 +64,16 @@ def advance(
     keys: jax.Array,
     stop: jax.Array,
     steps: int | jax.Array,
-    room: int,
+    max_steps: int,
     choice: TokenChoice,
 ) -> tuple[Progress, jax.Array]:
-    """Choose `steps` more tokens a row, fewer if all rows finish before.
+    """Chooses `steps` more tokens per row, fewer if all rows finish earlier.
 
     Args:
-        steps: at most `room`, and not static, so that one compiled program serves any number.
+        steps: at most `max_steps`, and not static, so that one compiled program serves any number.
 
     Returns:
-        The new state, and int32 [B, room] whose first columns are the chosen tokens.
+        The new state, and int32 [B, max_steps] whose first columns are the chosen tokens.
     """
 
     def unfinished(carry: tuple[Progress, jax.Array, jax.Array]) -> jax.Array:
@@ -86,7 +86,7 @@ def advance(
         progress = _choose(logits, cache, progress.positions + 1, progress.finished, keys, stop, choice)
         return progress, written.at[:, step].set(progress.tokens), step + 1
 
-    written = jnp.zeros((progress.tokens.shape[0], room), jnp.int32)
+    written = jnp.zeros((progress.tokens.shape[0], max_steps), jnp.int32)
     progress, written, _ = jax.lax.while_loop(unfinished, body, (progress, written, jnp.int32(0)))
     return progress, written
 
@@ -100,7 +100,7 @@ def _choose(
     stop: jax.Array,
     choice: TokenChoice,
 ) -> Progress:
-    """The token at `positions`; its randomness is the row's key and the position, nothing else."""
+    """Chooses the tokens at `positions`; their randomness depends on each row's key and position alone."""
     tokens = choice(logits, jax.vmap(jax.random.fold_in)(keys, positions))
     return Progress(cache, tokens, positions, finished | _is_stop(tokens, stop))
 

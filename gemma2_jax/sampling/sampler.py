@@ -1,4 +1,4 @@
-"""Prompts in, text out: batching, padding and streaming around the functions of `decoding`."""
+"""From prompts to text: batching, padding and streaming around the functions of `decoding`."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -18,25 +18,25 @@ from gemma2_jax.sampling.completion import Completion, Draw
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.decoding import advance, begin
 
-_ROOM = 64  # tokens a row that one dispatch can give
-_FIRST_STEPS = 8  # tokens of the first dispatch, before it is known how long one takes
-_SECONDS = 0.1  # between two pieces of streamed text, if a token takes no longer
+_MAX_STEPS = 64  # tokens per row that one dispatch can give
+_FIRST_STEPS = 8  # tokens per row in the first dispatch, before their speed is known
+_SECONDS = 0.1  # between two pieces of streamed text, unless one token takes longer
 
 _make_decoder = jax.jit(Decoder, static_argnums=1)
 _begin = jax.jit(begin, static_argnames=("cache_size", "choice"))
-_advance = jax.jit(advance, static_argnames=("room", "choice"), donate_argnames="progress")
+_advance = jax.jit(advance, static_argnames=("max_steps", "choice"), donate_argnames="progress")
 
 
 class Sampler:
-    """Continues prompts with a model's samples.
+    """Completes prompts with a model's samples.
 
-    The weights are laid out anew for decoding (see `Decoder`), so the model itself can be dropped.
+    The weights are laid out anew for decoding (see `Decoder`), so the model itself can be deleted.
 
     Args:
         compute: its dtype is that of the weights and the cache; `unroll_layers` is twice as fast on CPU.
 
     Raises:
-        UserError: the tokenizer has another number of tokens than the model.
+        UserError: the tokenizer and the model have different numbers of tokens.
     """
 
     def __init__(self, model: Gemma2, tokenizer: Tokenizer, compute: ComputeConfig = ComputeConfig()):
@@ -45,10 +45,10 @@ class Sampler:
         self._tokenizer = tokenizer
 
     def generate(self, prompts: Sequence[str], config: SamplingConfig) -> list[str]:
-        """The continuation of each prompt, without the prompt.
+        """The completion of each prompt, without the prompt.
 
-        Prompts may differ in length. Turn tokens in them are control tokens, as `data.chat_format.render` writes
-        them; the beginning-of-text token is put in front.
+        Prompts may differ in length. Turn markers in them are encoded as control tokens, as
+        `data.chat_format.render` writes them; the beginning-of-text token is prepended.
         """
         texts = [""] * len(prompts)
         for pieces in self.stream_batch(prompts, config):
@@ -56,13 +56,13 @@ class Sampler:
         return texts
 
     def stream(self, prompt: str, config: SamplingConfig) -> Iterator[str]:
-        """Yields the continuation of one prompt piece by piece, whole characters only."""
+        """Yields the completion of one prompt piece by piece, in whole characters."""
         for (piece,) in self.stream_batch([prompt], config):
             if piece:
                 yield piece
 
     def stream_batch(self, prompts: Sequence[str], config: SamplingConfig) -> Iterator[list[str]]:
-        """Yields, again and again, the next piece of every row ("" where there is none)."""
+        """Repeatedly yields the next piece of every row ("" if there is none)."""
         shown = [0] * len(prompts)
         for rows in self.complete(prompts, config):
             yield [row.text[start:] for row, start in zip(rows, shown, strict=True)]
@@ -71,10 +71,10 @@ class Sampler:
     def complete(
         self, prompts: Sequence[str], config: SamplingConfig, draws: Sequence[Draw] | None = None
     ) -> Iterator[list[Completion]]:
-        """Yields, again and again, the completions of all prompts, which grow in between.
+        """Repeatedly yields the completions of all prompts, which grow between two yields.
 
         Args:
-            draws: which of a prompt's samples each row is; the first of the prompt in its place if left out.
+            draws: prompt and sample number of each row; by default, row i is the first sample of prompt i.
         """
         stop = self._stop_tokens(config)
         rows = [Completion(self._tokenizer, stop, config) for _ in prompts]
@@ -90,7 +90,7 @@ class Sampler:
                 return
 
     def generate_tokens(self, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> list[list[int]]:
-        """The new tokens of each prompt of tokens, with the stop token that ended it, if one did."""
+        """The new tokens of each tokenised prompt, including the stop token that ended it, if one did."""
         rows: list[list[int]] = [[] for _ in prompts]
         for new in self.stream_tokens(prompts, config):
             for row, ids in zip(rows, new, strict=True):
@@ -103,14 +103,14 @@ class Sampler:
         config: SamplingConfig,
         draws: Sequence[Draw] | None = None,
     ) -> Iterator[list[list[int]]]:
-        """Yields, again and again, the next tokens of every row (none after its stop token).
+        """Repeatedly yields the next tokens of every row (none after its stop token).
 
         Args:
-            draws: as `complete` takes them.
+            draws: as in `complete`.
 
         Raises:
-            UserError: a prompt is empty, or holds an id that is none of the model's tokens; or the model's logits are
-            NaN.
+            UserError: a prompt is empty, or holds an id that is not a token of the model; or the model's logits are
+                NaN.
         """
         if not prompts:
             return
@@ -144,17 +144,23 @@ class Sampler:
             steps = min(steps, left)
             start = time.perf_counter()
             progress, written = _advance(
-                self._decoder, progress, keys, stop_ids, steps=np.int32(steps), room=_ROOM, choice=choice
+                self._decoder,
+                progress,
+                keys,
+                stop_ids,
+                steps=np.int32(steps),
+                max_steps=_MAX_STEPS,
+                choice=choice,
             )
             new = self._checked(written)[:, :steps]
             steps = _pace(steps, time.perf_counter() - start)
 
     def _checked(self, new: jax.Array) -> np.ndarray:
-        """Raises UserError if one of the chosen ids is that of no token, as `TokenChoice` has it for NaN."""
+        """The chosen ids as a NumPy array. Raises UserError if one of them is V, which stands for NaN logits."""
         ids = np.asarray(new)
         if ids.max(initial=0) >= self._decoder.config.vocab_size:
             raise UserError(
-                "The model's logits are NaN, so that no token can be chosen; its weights hold NaN or infinite numbers, "
+                "The model's logits are NaN, so no token can be chosen; its weights hold NaN or infinite numbers, "
                 "or are too large for the dtype that it computes in."
             )
         return ids
@@ -168,7 +174,7 @@ class Sampler:
                 )
             if not 0 <= min(prompt) <= max(prompt) < tokens:
                 raise UserError(
-                    f"Prompt {index} holds a token id that the model lacks; it has ids 0 to {tokens - 1}."
+                    f"Prompt {index} holds a token id that the model does not have; accepted: ids 0 to {tokens - 1}."
                 )
 
     def _stop_tokens(self, config: SamplingConfig) -> frozenset[int]:
@@ -178,14 +184,14 @@ class Sampler:
 
 
 def _keys(seed: int, draws: Sequence[Draw]) -> jax.Array:
-    """A random key for each row [B], which follows from its draw alone, whatever rows are beside it."""
+    """A random key for each row [B], determined by the seed and its draw alone, whatever the other rows are."""
     seeds = np.array([(seed + draw.sample) % 2**32 for draw in draws], np.uint32)
     prompts = np.array([draw.prompt for draw in draws], np.uint32)
     return jax.vmap(lambda seed, prompt: jax.random.fold_in(jax.random.key(seed), prompt))(seeds, prompts)
 
 
 def bucket(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, …: few sizes to compile for, at most half of one unused."""
+    """The next of 16, 24, 32, 48, 64, 96, …: few sizes to compile for, with at most half of one unused."""
     size = 16
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -193,10 +199,10 @@ def bucket(length: int) -> int:
 
 
 def _pace(steps: int, seconds: float) -> int:
-    """How many tokens to ask for next, after so many took so long."""
+    """The number of tokens for the next dispatch, given the number and the time of the last one."""
     if seconds > _SECONDS:
         return max(1, steps // 2)
-    return min(_ROOM, steps * 2) if seconds < _SECONDS / 2 else steps
+    return min(_MAX_STEPS, steps * 2) if seconds < _SECONDS / 2 else steps
 
 
 def _until_stop(ids: list[int], stop: frozenset[int]) -> list[int]:

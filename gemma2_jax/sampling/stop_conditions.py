@@ -1,4 +1,4 @@
-"""Where a text ends, as a person says it: by texts and token ids."""
+"""Stop conditions as users give them: texts and token ids."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,11 +11,11 @@ from gemma2_jax.sampling.config import SamplingConfig
 def with_stops(
     config: SamplingConfig, tokenizer: Tokenizer, stops: Sequence[str], chat: bool = False
 ) -> SamplingConfig:
-    """The same sampling that ends at `stops` too, beside the checkpoint's own ends.
+    """`config` with `stops` in addition to the checkpoint's own stop tokens.
 
     Args:
-        stops: each a token id, the name of a control token such as `<eos>`, or any other text.
-        chat: end with the turn as well, which a model that was not tuned to chats does not name as an end.
+        stops: token ids, names of control tokens such as `<eos>`, or any other texts.
+        chat: whether to stop at the end of the turn too, which is no stop token of a model that was not tuned for chat.
 
     Raises:
         UserError: an id is not in the vocabulary, or a text is empty.

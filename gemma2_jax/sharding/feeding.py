@@ -1,4 +1,4 @@
-"""Which rows of a batch a process feeds: those that its devices hold."""
+"""Which rows of a batch each process feeds: those that its devices hold."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,13 @@ from gemma2_jax.sharding.layout import batch_sharding, batch_shares
 
 
 def feeding_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """Which of how many equal parts of a batch's rows a process feeds (this one by default), in the layout in use.
+    """The part of a batch's rows that a process (by default this one) feeds: its index, and the number of equal parts.
 
-    Processes whose devices hold the same rows, as where heads are split over hosts, feed the same part.
+    The layout in use decides. Processes whose devices hold the same rows, as when heads are split over hosts, feed the
+    same part.
 
     Raises:
-        UserError: two processes hold some rows in common, and not all.
+        UserError: two processes have some rows in common, but not all.
     """
     rows = batch_shares(mesh)
     held: dict[int, set[int]] = {}
@@ -28,8 +29,8 @@ def feeding_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     if sum(map(len, parts)) != rows or len({len(part) for part in parts}) > 1:
         shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
         raise UserError(
-            f"mesh {shape} gives two of the {len(held)} processes some rows of a batch in common, but not all; choose "
-            "mesh.tensor x mesh.sequence so that it divides the number of devices of a process, or is a multiple of "
-            "that number."
+            f"mesh {shape} makes two of the {len(held)} processes share some of their rows of a batch, but not all; "
+            "choose mesh.tensor x mesh.sequence so that it divides the number of devices per process, or is a multiple "
+            "of that number."
         )
     return parts.index(of_process[jax.process_index() if process is None else process]), len(parts)

@@ -1,13 +1,13 @@
-"""Which letter of an array's dimensions lies along which mesh axes: the one table of the package.
+"""The layout: which dimensions of arrays are split along which mesh axes. This is the package's only such table.
 
-An array is laid out by where it is: a weight at rest, an activation between blocks, the embedding where tokens
-enter, or the LM head, where tokens meet the whole vocabulary. The last two follow from the first two:
+The layout of an array depends on its use: a weight at rest, an activation between blocks, the embedding during the
+lookup of tokens, or the LM head, where tokens meet the whole vocabulary. The last two follow from the first two:
 
-- A batch enters by looking up all its tokens in each device's own columns of the embedding, after which the
-  results change places. So no device ever holds the whole table, nor the table's whole gradient.
-- In the LM head each device has the logits of its own rows of the vocabulary, for the tokens of all devices that
-  share the rows among them. It takes less memory than to gather the table, and sends less, as long as these are
-  no more than some 40 devices: their hidden states are then smaller than the table and its float32 gradient.
+- For the lookup, each device looks up all tokens in its own columns of the embedding, and then the results are
+  redistributed. So no device ever holds the whole table or the table's whole gradient.
+- In the LM head, each device computes the logits of its own rows of the vocabulary, for the tokens of all devices that
+  share the rows among them. That takes less memory than gathering the table. It also sends less, as long as these are
+  at most some 40 devices: their hidden states are then smaller than the table and its float32 gradient.
 """
 
 import math
@@ -27,7 +27,7 @@ from gemma2_jax.sharding.mesh import AXES
 Axes = tuple[str, ...]
 Tree = TypeVar("Tree")
 
-# The kinds of activations that there are: no two letters of one of them can lie along the same mesh axis.
+# All kinds of activations. Two letters of one kind cannot be split along the same mesh axis.
 _ACTIVATIONS = ("BTD", "BTNH", "BTKH", "BTF", "BTV")
 
 
@@ -48,13 +48,13 @@ def _activations() -> dict[str, Axes]:
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """Mesh axes by the letter of a dimension (see `gemma2_jax`); a letter that is not named is never split.
+    """Mesh axes by the letter of a dimension (see `gemma2_jax`); a letter without an entry is never split.
 
     Attributes:
-        weights: of weights, their gradients and moments, between their uses.
-        activations: of activations, and of a weight gathered for its use.
-        head: the mesh axes that split the vocabulary within the LM head and its loss; tokens lie along the axes of
-            B and T that are left.
+        weights: axes of weights, their gradients and moments, at rest.
+        activations: axes of activations, and of weights gathered for use.
+        head: axes that split the vocabulary within the LM head and its loss; tokens are split along the remaining axes
+            of B and T.
     """
 
     weights: dict[str, Axes] = field(default_factory=_weights)
@@ -73,29 +73,29 @@ class LayoutConfig:
             _check_collisions("layout.activations", dims, self.activations)
 
     def spec_of_weight(self, dims: str) -> PartitionSpec:
-        """How a weight with these dimensions rests in memory between its uses."""
+        """The partition spec of a weight with these dimensions, at rest."""
         _check_collisions("layout.weights", dims, self.weights)
         return _spec(dims, self.weights)
 
     def spec(self, dims: str) -> PartitionSpec:
-        """How an activation with these dimensions lies."""
+        """The partition spec of an activation with these dimensions."""
         return _spec(dims, self.activations)
 
     def spec_in_head(self, dims: str) -> PartitionSpec:
-        """How an array lies within the LM head: V along `head`, tokens along what is left.
+        """The partition spec of an array within the LM head: V along `head`, tokens along the remaining axes.
 
-        A letter R stands for the parts into which the rows are split there.
+        The letter R stands for the parts into which the rows are split there.
         """
         tokens = self.tokens_without(self.head)
         return _spec(dims, {"V": self.head, "R": tokens["B"], **tokens})
 
     def spec_of_lookup(self, dims: str) -> PartitionSpec:
-        """How an array lies while tokens are looked up in the embedding: V and D as in the weights."""
+        """The partition spec while tokens are looked up in the embedding: V and D as in the weights."""
         columns = self.weights.get("D", ())
         return _spec(dims, {"V": self.weights.get("V", ()), "D": columns, **self.tokens_without(columns)})
 
     def tokens_without(self, taken: Axes) -> dict[str, Axes]:
-        """The mesh axes of B and of T, but for those that something else has taken."""
+        """The mesh axes of B and of T, without those in `taken`."""
         return {
             letter: tuple(axis for axis in self.activations.get(letter, ()) if axis not in taken)
             for letter in "BT"
@@ -104,7 +104,7 @@ class LayoutConfig:
 
 @dataclass(frozen=True)
 class _InUse:
-    """A layout, the setting that it comes from, and the model that it is for, as messages call them."""
+    """A layout, with the names of its setting and of its model for messages."""
 
     layout: LayoutConfig
     key: str
@@ -116,12 +116,12 @@ _IN_USE: ContextVar[_InUse | None] = ContextVar("layout", default=None)
 
 @contextmanager
 def laid_out(layout: LayoutConfig, key: str = "layout", model: str = "the model") -> Iterator[None]:
-    """Has what is traced within lie as `layout` says, as `jax.set_mesh` says on which devices.
+    """Applies `layout` to everything traced inside, as `jax.set_mesh` applies a mesh.
 
-    A teacher can so lie otherwise than its student, in one step and on one mesh.
+    So a teacher can have another layout than its student, in one step and on one mesh.
 
     Args:
-        key, model: what messages call the setting that `layout` comes from, and the model that it is for.
+        key, model: names for messages: the setting that `layout` comes from, and the model that it is for.
     """
     token = _IN_USE.set(_InUse(layout, key, model))
     try:
@@ -131,25 +131,25 @@ def laid_out(layout: LayoutConfig, key: str = "layout", model: str = "the model"
 
 
 def layout_in_use() -> LayoutConfig:
-    """That of the innermost `laid_out`; the default one outside."""
+    """The layout of the innermost `laid_out`; the default layout outside."""
     return _in_use().layout
 
 
 def key_in_use() -> str:
-    """The setting that `layout_in_use` comes from."""
+    """The setting that `layout_in_use` comes from, for messages."""
     return _in_use().key
 
 
 def model_in_use() -> str:
-    """What messages call the model that the innermost `laid_out` is for."""
+    """The model that the innermost `laid_out` is for, for messages."""
     return _in_use().model
 
 
 def weight_sharding(mesh: Mesh, path: str, dims: str, shape: Sequence[int]) -> NamedSharding:
-    """How a weight rests on a mesh.
+    """The sharding of a weight at rest.
 
     Raises:
-        UserError: mesh axes do not divide the size of a dimension laid along them, or would split two of them.
+        UserError: mesh axes do not divide the dimension that they split, or would split two dimensions.
     """
     layout = layout_in_use()
     for d, size in zip(dims, shape, strict=True):
@@ -164,10 +164,10 @@ def weight_sharding(mesh: Mesh, path: str, dims: str, shape: Sequence[int]) -> N
 
 
 def check_activations(mesh: Mesh, sizes: Mapping[str, int]) -> None:
-    """Raises UserError if mesh axes do not divide a model's dimensions where they split activations, or the LM head.
+    """Raises UserError if mesh axes do not divide a model's dimensions that they split in activations or the LM head.
 
     Args:
-        sizes: of the letters N, K, F and V.
+        sizes: sizes of the letters N, K, F and V.
     """
     layout, setting = layout_in_use(), key_in_use()
     columns = {f"{setting}.activations.{d}": (d, layout.activations.get(d, ())) for d in "NKFV"}
@@ -183,19 +183,19 @@ def check_activations(mesh: Mesh, sizes: Mapping[str, int]) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How a batch [B, ...] is split over devices when it is fed."""
+    """The sharding of a batch [B, ...] when it is fed."""
     return NamedSharding(mesh, layout_in_use().spec("B"))
 
 
 def on_mesh(rows: Tree, mesh: Mesh) -> Tree:
-    """This process's rows of some arrays [B, ...], such as a batch's, as its part of global ones over the mesh."""
+    """Global arrays over the mesh, made from this process's rows of arrays [B, ...], such as those of a batch."""
     sharding = batch_sharding(mesh)
     placed: Tree = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), rows)
     return placed
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:
-    """Fix how an activation (or a weight gathered for use) is laid out; without a mesh, do nothing.
+    """Fixes the layout of an activation (or a weight gathered for use); without a mesh, does nothing.
 
     `dims` names x's axes by letter: `constrain(queries, "BTNH")`.
     """
@@ -203,7 +203,7 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
 
 
 def constrain_weight(x: jax.Array, dims: str) -> jax.Array:
-    """Fix that a gradient lies as its weight does; without a mesh, do nothing."""
+    """Fixes the layout of a gradient to that of its weight; without a mesh, does nothing."""
     return _lay_out(x, layout_in_use().spec_of_weight(dims))
 
 
@@ -218,23 +218,23 @@ def constrain_in_lookup(x: jax.Array, dims: str) -> jax.Array:
 
 
 def batch_shares(mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Into how many parts a batch's rows are split, on `mesh` or else on the mesh in context; 1 without any."""
+    """The number of parts into which a batch's rows are split, on `mesh` or the mesh in context; 1 without a mesh."""
     return _shares(layout_in_use().activations.get("B", ()), mesh)
 
 
 def sequence_shares(mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Into how many parts each sequence is split."""
+    """The number of parts into which each sequence is split."""
     return _shares(layout_in_use().activations.get("T", ()), mesh)
 
 
 def batch_shares_in_head() -> int:
-    """Into how many parts the rows are still split within the LM head, on the mesh in context."""
+    """The number of parts into which rows are still split within the LM head, on the mesh in context."""
     layout = layout_in_use()
     return _shares(layout.tokens_without(layout.head)["B"], None)
 
 
 def is_split(dimension: str) -> bool:
-    """Whether weights have this dimension split over devices, on the mesh in context."""
+    """Whether this dimension of weights is split over devices, on the mesh in context."""
     return _shares(layout_in_use().weights.get(dimension, ()), None) > 1
 
 
@@ -255,9 +255,9 @@ def _shares(axes: Axes, mesh: Mesh | AbstractMesh | None) -> int:
 def _check_axes(key: str, axes: Axes) -> None:
     for axis in axes:
         if axis not in AXES:
-            raise UserError(f"{key} has {axis}, which is no axis of the mesh, {suggest(axis, AXES)}.")
+            raise UserError(f"{key} has {axis}, which is not an axis of the mesh, {suggest(axis, AXES)}.")
         if axes.count(axis) > 1:
-            raise UserError(f"{key} has {axis} twice; a mesh axis can split a dimension once.")
+            raise UserError(f"{key} has {axis} twice; a mesh axis can split a dimension only once.")
 
 
 def _check_collisions(key: str, dims: str, column: Mapping[str, Axes]) -> None:
@@ -266,14 +266,14 @@ def _check_collisions(key: str, dims: str, column: Mapping[str, Axes]) -> None:
         for axis in column.get(letter, ()):
             if axis in taken:
                 raise UserError(
-                    f"{key} lays both {taken[axis]} and {letter} along mesh axis {axis}, and there are arrays "
-                    f"{dims}; an axis can split one dimension of an array."
+                    f"{key} lays both {taken[axis]} and {letter} along mesh axis {axis}, but arrays {dims} have both; "
+                    "an axis can split only one dimension of an array."
                 )
             taken[axis] = letter
 
 
 def _spec(dims: str, column: Mapping[str, Axes]) -> PartitionSpec:
-    """One entry a dimension: None, a mesh axis, or several of them."""
+    """One entry per dimension: None, a mesh axis, or several of them."""
     entries = (column.get(d, ()) for d in dims)
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
 

@@ -16,16 +16,16 @@ AXES = ("replica", "data", "fsdp", "sequence", "tensor")  # from the slowest net
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1, for all the devices that are left.
+    """Devices along each mesh axis; one axis may be -1, for all remaining devices.
 
     Attributes:
         data: copies of the whole model, each with its share of the batch.
-        fsdp: devices that share a batch axis and also split every weight among them, gathering one layer at a
+        fsdp: devices that split the batch and also every weight among them, gathering the weights of one layer at a
             time (ZeRO-3; Rajbhandari et al., arXiv 1910.02054).
         tensor: devices that split heads, feed-forward width and vocabulary (Shoeybi et al., arXiv 1909.08053).
         sequence: devices that split each sequence; every layer's keys and values are gathered.
-        replica: copies of the whole model, as along `data`, but between slices of TPUs, whose network is slower; a
-            multiple of the slices.
+        replica: copies of the whole model, as along `data`, but between TPU slices, whose network is slower; a multiple
+            of the number of slices.
     """
 
     data: int = -1
@@ -39,7 +39,7 @@ class MeshConfig:
         for axis, size in zip(AXES, sizes, strict=True):
             if size < 1 and size != -1:
                 raise UserError(
-                    f"mesh.{axis} is {size}; it must be at least 1, or -1 for the devices that are left."
+                    f"mesh.{axis} is {size}; it must be at least 1, or -1 for all remaining devices."
                 )
         if sizes.count(-1) > 1:
             raise UserError(
@@ -48,10 +48,10 @@ class MeshConfig:
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lay `devices` (all there are by default) out as a mesh with the axes `AXES`.
+    """Arranges `devices` (by default all) as a mesh with the axes `AXES`.
 
     Raises:
-        UserError: the axes do not multiply to the number of devices, or `replica` does not span their slices.
+        UserError: the product of the axes is not the number of devices, or `replica` is not a multiple of their slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
@@ -59,17 +59,17 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     shape = [len(devices) // given if size == -1 else size for size in sizes]
     if math.prod(shape) != len(devices):
         raise UserError(_misfit(dict(zip(AXES, sizes, strict=True)), given, devices))
-    # A GPU has such a number as well, of its node. Nodes hold devices that follow one another, and the axes that send
-    # the most are the last, so that they lie within one without more ado.
+    # A GPU also has a `slice_index`, that of its node. Nodes hold consecutive devices, and the axes that send the most
+    # come last, so they stay within a node without special treatment.
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform != "gpu"}) or 1
     if shape[0] % slices:
         raise UserError(
-            f"mesh.replica is {shape[0]}, and the devices come in {slices} slices; it must be a multiple of {slices}, "
-            "so that only gradients cross the network between them."
+            f"mesh.replica is {shape[0]}, but the devices come in {slices} slices; it must be a multiple of {slices}, "
+            "so that only gradients cross the network between slices."
         )
     types = (AxisType.Auto,) * len(AXES)
     array: np.ndarray
-    # An axis of the mesh may take a part of one of the torus: the report's 9B has 4 model shards on 8x16x32 chips.
+    # A mesh axis may take a part of a torus axis: the report's 9B has 4 model shards on 8x16x32 chips.
     if slices == 1:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
@@ -80,12 +80,12 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
 
 
 def _misfit(sizes: Mapping[str, int], given: int, devices: Sequence[jax.Device]) -> str:
-    """The message about axes that do not multiply to the number of devices."""
+    """The message about axes whose product is not the number of devices."""
     count = len(devices)
-    asked = " ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "mesh.data=1"
-    wanted = f"a multiple of {given}" if -1 in sizes.values() else f"exactly {given}"
+    settings = " ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "mesh.data=1"
+    needed = f"a multiple of {given}" if -1 in sizes.values() else f"exactly {given}"
     there = "1 device" if count == 1 else f"{count} devices"
     remedy = f"choose axes that multiply to {count}"
     if devices[0].platform == "cpu":
         remedy += f", or get {given} with XLA_FLAGS=--xla_force_host_platform_device_count={given}"
-    return f"{asked} needs {wanted} devices, and there {'is' if count == 1 else 'are'} {there}; {remedy}."
+    return f"{settings} needs {needed} devices, but there {'is' if count == 1 else 'are'} {there}; {remedy}."

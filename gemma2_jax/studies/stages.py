@@ -26,9 +26,14 @@ from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.screen import activity
 from gemma2_jax.studies.tables import say
-from gemma2_jax.training.going_on import changes, check_same_run
 from gemma2_jax.training.loop import train
-from gemma2_jax.training.start import as_prepared, check_run_folder, check_same_data, data_identity
+from gemma2_jax.training.resume import changes, check_same_run
+from gemma2_jax.training.start import (
+    check_run_folder,
+    check_same_data,
+    data_identity,
+    with_prepared_vocabulary,
+)
 from gemma2_jax.training.teacher_cache import write_cache
 
 TEACHER_FILE = "teacher.yaml"  # in a distilled run's folder: the configuration that its teacher had
@@ -73,7 +78,7 @@ def prepare_all(configs: Sequence[RunConfig], console: Console) -> None:
 def cache_teacher(config: RunConfig, console: Console) -> None:
     """Writes the cache that a run is distilled from, or what is left of it."""
     _say(console, "cache", config.name, f"{config.distill.cache}")
-    write_cache(as_prepared(config))
+    write_cache(with_prepared_vocabulary(config))
 
 
 def train_run(config: RunConfig, console: Console, teacher: RunConfig | None = None) -> None:

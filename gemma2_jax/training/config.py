@@ -1,4 +1,4 @@
-"""How long a run trains, and how often it reports."""
+"""The length of a run, and how often it logs and evaluates."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from gemma2_jax.config import refuse
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long to train, and when to look.
+    """How long to train, and when to log and evaluate.
 
     Attributes:
         steps: optimizer steps of the whole run.
-        accumulation: microbatches that each step's batch is split into, one after another, to save memory.
-        log_every: steps between rows of metrics, each an average since the row before.
+        accumulation: microbatches that each step's batch is split into; they run one after another to save memory.
+        log_every: steps between rows of metrics; each row averages over the steps since the previous row.
         eval_every: steps between evaluations on the validation split; the last step is always evaluated.
-        eval_batches: the most batches that an evaluation takes; of a larger split, the same sample of its documents
-            each time. None takes the whole split.
-        profile_steps: the first and the last step that `profile` traces, counted from where the process begins, whose
-            first steps are slower than the others.
+        eval_batches: maximum number of batches per evaluation; a larger split is sampled, with the same documents
+            each time. None evaluates on the whole split.
+        profile_steps: the first and the last step that `profile` traces, counted from the first step of the process;
+            the first steps of a process are slower than the others.
     """
 
     steps: int
@@ -35,8 +35,8 @@ class TrainingConfig:
         first, last = self.profile_steps
         if not 1 <= first <= last:
             yield (
-                f"training.profile_steps is [{first}, {last}]; it must be the first step to trace, at least 1, and the "
-                "last."
+                f"training.profile_steps is [{first}, {last}]; it must be the first and the last step to trace, both "
+                "at least 1 and in this order."
             )
         for name in ("steps", "accumulation", "log_every", "eval_every", "eval_batches"):
             value = getattr(self, name)

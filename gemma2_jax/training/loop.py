@@ -1,4 +1,4 @@
-"""One run from its configuration to its last step."""
+"""Trains one run, from its configuration to its last step."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gemma2_jax import stops
 from gemma2_jax.checkpoints.store import FOLDER, find, latest_step
-from gemma2_jax.compilation import programs_kept_in
+from gemma2_jax.compilation import use_compilation_cache
 from gemma2_jax.config import UserError, to_dict, usable
 from gemma2_jax.distill.teacher_record import check_same_teacher
 from gemma2_jax.files import locked
@@ -24,22 +24,22 @@ from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
-from gemma2_jax.training.going_on import check_same_run
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
 from gemma2_jax.training.overview import describe_runs
 from gemma2_jax.training.packages import check_packages
 from gemma2_jax.training.profile import Profile
 from gemma2_jax.training.progress import TrainingProgress
+from gemma2_jax.training.resume import check_same_run
 from gemma2_jax.training.run_folder import Folder, RunFolder
 from gemma2_jax.training.start import (
-    as_prepared,
     check_batch,
     check_data,
     check_run_folder,
     check_same_data,
     check_same_inputs,
     data_identity,
-    names_other_teacher,
+    teacher_setting_changed,
+    with_prepared_vocabulary,
     write_inputs,
 )
 from gemma2_jax.training.trainer import Trainer
@@ -48,54 +48,55 @@ OpenFolder = Callable[[Mesh, TrainingProgress, ExitStack], Folder]
 
 
 def train(config: RunConfig, method: ModelMethod | None = None) -> None:
-    """Trains to `config.training.steps`, going on from the newest checkpoint in the run folder if there is one.
+    """Trains to `config.training.steps`, resuming from the newest checkpoint in the run folder if there is one.
 
-    Writes config.yaml, tokenizer.model, data.json, teacher.json (of a student), metadata.json (if the checkpoint that
-    it begins with, or else its teacher, has some), metrics.jsonl, tensorboard/ and checkpoints/ into config.output.
-    A run that is done already is left as it is.
+    Writes config.yaml, tokenizer.model, data.json, teacher.json (with a teacher), metadata.json (if initialise.source
+    or else the teacher has one), metrics.jsonl, tensorboard/ and checkpoints/ into config.output. A finished run is
+    left unchanged.
 
     Args:
-        method: what the run learns; by default what the configuration asks for (`build_method`).
+        method: training method; the one that the configuration selects by default (`build_method`).
 
     Raises:
         UserError: data, teacher, mesh or checkpoint do not fit the configuration, or the loss is not finite.
     """
-    (config,) = prepared([config])
-    with stops.resuming(partial(how_to_go_on, [config])):
-        check_begun(config)
+    (config,) = prepare_configs([config])
+    with stops.resuming(partial(resume_message, [config])):
+        check_existing_run(config)
         if is_done(config):
-            check_teacher_of_done(config)
+            check_teacher_of_finished(config)
             return
         check_same_inputs([config])
         chosen: ModelMethod = build_method(config) if method is None else method
         train_method(chosen, [config], partial(RunFolder, config, chosen), config.training.steps)
 
 
-def prepared(configs: Sequence[RunConfig]) -> list[RunConfig]:
-    """The configurations that all processes of the job train, with the vocabulary of the prepared data.
+def prepare_configs(configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """Returns the configurations with the vocabulary of the prepared data, after checking that all processes agree.
 
     Raises:
-        UserError: a package is missing, or the processes differ in what they were given or have on disk.
+        UserError: a package is missing, or the processes have different configurations, data or checkpoints.
     """
-    # Which processes there are belongs to the job, and not to what it trains.
-    configs = [as_prepared(replace(config, hosts=HostsConfig())) for config in configs]
+    # The processes are a property of the job, not of the run.
+    configs = [with_prepared_vocabulary(replace(config, hosts=HostsConfig())) for config in configs]
     for config in configs:
         check_packages(config)
-    check_agreement(_what_decides(configs))
+    check_agreement(_shared_settings(configs))
     return configs
 
 
-def check_begun(config: RunConfig) -> None:
-    """Raises UserError if the run folder holds another run, or one of other data."""
+def check_existing_run(config: RunConfig) -> None:
+    """Raises UserError if the run folder holds another run, or a run on other data."""
     check_run_folder(config)
     check_same_run(config)
     check_same_data(config.output, config.data)
 
 
 def is_done(config: RunConfig) -> bool:
-    """Whether a run is at its last step, and evaluated there: one that was to be longer may not be.
+    """Whether a run has reached its last step and been evaluated there.
 
-    The checkpoint's files are read: one that is damaged has to be trained again.
+    A run whose training.steps was lowered may still lack that evaluation. The checkpoint's files are verified, since a
+    damaged checkpoint has to be trained again.
     """
     steps, folder = config.training.steps, Path(config.output)
     found = find(folder) if latest_step(folder) == steps else None
@@ -105,21 +106,21 @@ def is_done(config: RunConfig) -> bool:
     return rows is None or any((row["step"], row["split"]) == (steps, "validation") for row in rows)
 
 
-def how_to_go_on(configs: Sequence[RunConfig]) -> str:
-    """What the same command does after a stop."""
+def resume_message(configs: Sequence[RunConfig]) -> str:
+    """Describes what the same command does after a stop."""
     steps = {config.output: latest_step(config.output) for config in configs}
     saved = [f"step {step} of {output}" for output, step in steps.items() if step is not None]
     if not saved:
-        return "no step is saved yet, and the same command begins anew"
-    return f"the same command goes on from {' and '.join(saved)}"
+        return "no step is saved yet; the same command starts from the beginning"
+    return f"the same command resumes from {' and '.join(saved)}"
 
 
-def check_teacher_of_done(config: RunConfig) -> None:
-    """Raises UserError if a run that is done names another teacher than its own.
+def check_teacher_of_finished(config: RunConfig) -> None:
+    """Raises UserError if a finished run is configured with another teacher than it was trained with.
 
-    It has to be loaded for that, and so is only where it has another name, or place, than when the run was trained.
+    This loads the teacher, so it is skipped if the teacher's path is the one that the run was trained with.
     """
-    if not names_other_teacher(config):
+    if not teacher_setting_changed(config):
         return
     mesh = build_mesh(config.mesh)
     with jax.set_mesh(mesh), laid_out(config.layout):
@@ -130,11 +131,12 @@ def check_teacher_of_done(config: RunConfig) -> None:
 
 
 def train_method(method: Method, configs: Sequence[RunConfig], open_folder: OpenFolder, until: int) -> None:
-    """Trains by a method, up to a step.
+    """Trains one or several runs with a method, up to step `until`.
 
     Args:
-        configs: of the runs that the method trains, which share all that is asked of the first one here.
-        open_folder: opens the folder of a run, or those of all runs, when they are locked.
+        configs: configurations of the runs that the method trains; everything that is taken from the first one here is
+            the same in all of them.
+        open_folder: opens the folders of the runs; called after they are locked.
     """
     config = configs[0]
     mesh = build_mesh(config.mesh)
@@ -142,15 +144,15 @@ def train_method(method: Method, configs: Sequence[RunConfig], open_folder: Open
         check_batch(each, mesh)
         tokenizer = check_data(each)
     with jax.set_mesh(mesh), laid_out(config.layout), ExitStack() as stack:
-        stack.enter_context(programs_kept_in(config.compilation_cache))
+        stack.enter_context(use_compilation_cache(config.compilation_cache))
         if is_first():
             for each in configs:
-                _take_folder(each, stack)
+                _lock_folder(each, stack)
         check_shared([("output", each.output) for each in configs])
         name = config.name if len(configs) == 1 else f"{len(configs)} runs"
         progress = stack.enter_context(TrainingProgress(name, config.training.steps, show=is_first()))
         for line in describe_runs(configs, mesh):
-            progress.say(line)
+            progress.print_line(line)
         with progress.doing("opening the data"):
             examples = method.examples(feeding_share(mesh))
         with progress.doing(
@@ -158,7 +160,7 @@ def train_method(method: Method, configs: Sequence[RunConfig], open_folder: Open
         ):
             frozen = method.load_frozen(tokenizer, mesh)
         for line in method.describe(frozen):
-            progress.say(line)
+            progress.print_line(line)
         record = method.record(frozen)
         for each in configs:
             check_same_teacher(each.output, each.distill, record)
@@ -167,29 +169,29 @@ def train_method(method: Method, configs: Sequence[RunConfig], open_folder: Open
         folder.open_writers(stack)
         if is_first():
             for each in configs:
-                write_inputs(each, record)  # now that nothing was refused
-        trainer.train(until, stack.enter_context(Profile(config, progress.say)))
+                write_inputs(each, record)  # only now, after all checks have passed
+        trainer.train(until, stack.enter_context(Profile(config, progress.print_line)))
 
 
-def _take_folder(config: RunConfig, stack: ExitStack) -> None:
-    """Locks the run folder until the stack is closed. If the run is refused until then, nothing of it is left."""
+def _lock_folder(config: RunConfig, stack: ExitStack) -> None:
+    """Locks the run folder until the stack is closed; then removes the checkpoint folder if it is still empty."""
     try:
         with usable("output", config.output):
             stack.enter_context(locked(config.output, wait=False))
     except BlockingIOError:
         raise UserError(
-            f"{config.output} is being trained by another process; wait for it, or choose another output."
+            f"output {config.output} is being trained by another process; wait for it, or choose another output."
         ) from None
     stack.enter_context(stops.cleanup(partial(_remove_empty, Path(config.output, FOLDER))))
 
 
 def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # there is something in it, or it is not there
+    with suppress(OSError):  # it is not empty, or does not exist
         folder.rmdir()
 
 
-def _what_decides(configs: Sequence[RunConfig]) -> dict[str, Any]:
-    """What all processes must have in common for their steps to be those of one program."""
+def _shared_settings(configs: Sequence[RunConfig]) -> dict[str, Any]:
+    """Everything that must be the same in all processes for them to run the same program on the same data."""
     found = {f"{config.name}: {key}": value for config in configs for key, value in to_dict(config).items()}
     steps = {f"the newest checkpoint in {config.output}": latest_step(config.output) for config in configs}
     folder = configs[0].data.folder

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: JSON lines always, TensorBoard by default, Weights & Biases if asked."""
+"""Writers for a run's metrics: JSON lines always, TensorBoard by default, Weights & Biases on request."""
 
 import json
 import math
@@ -17,7 +17,7 @@ JSON_LINES = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Writers beside the JSON lines.
+    """Metrics writers in addition to the JSON lines.
 
     Attributes:
         tensorboard: write event files into RUN/tensorboard.
@@ -29,7 +29,7 @@ class MetricsConfig:
 
 
 def check_wandb(config: MetricsConfig) -> None:
-    """Raises UserError if metrics are to go to Weights & Biases, whose package is not installed."""
+    """Raises UserError if metrics.wandb_project is set but wandb is not installed."""
     if config.wandb_project is not None and not is_installed("wandb"):
         raise UserError(
             "metrics.wandb_project is set but wandb is not installed; install the extra gemma2_jax[wandb]."
@@ -37,7 +37,7 @@ def check_wandb(config: MetricsConfig) -> None:
 
 
 class Writer(Protocol):
-    """Takes one row of metrics of one split."""
+    """Writes rows of metrics, each for one step and split."""
 
     def write(self, step: int, split: str, row: Mapping[str, float]) -> None: ...
 
@@ -45,11 +45,13 @@ class Writer(Protocol):
 
 
 class JsonLinesWriter:
-    """RUN/metrics.jsonl, one object a line; rows of a run that was cut off are dropped, if they will come again.
+    """Writes RUN/metrics.jsonl, one JSON object per line.
+
+    On opening, drops the rows of an interrupted run that the resumed run will write again.
 
     Args:
-        last_step: that the run goes on behind.
-        evaluated: whether its validation row stays, too.
+        last_step: step that the run resumes from.
+        evaluated: whether to keep the validation row of that step.
     """
 
     def __init__(self, run_folder: Path, last_step: int, evaluated: bool = True):
@@ -69,7 +71,7 @@ class JsonLinesWriter:
 
 
 class TensorBoardWriter:
-    """Event files in RUN/tensorboard, tags `train/loss` and so on."""
+    """Writes event files into RUN/tensorboard, with tags such as `train/loss`."""
 
     def __init__(self, run_folder: Path, last_step: int):
         from tensorboardX import SummaryWriter
@@ -85,15 +87,16 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A Weights & Biases run, resumed under the id in RUN/wandb.id; one of several where runs are trained together.
+    """Writes to a Weights & Biases run, resumed by the id in RUN/wandb.id; each run that is trained together has one.
 
-    It takes no step twice: rows after a checkpoint that a cut-off run had sent already are equal to their repeats.
+    wandb ignores a step that it already has. That is harmless: the rows that an interrupted run sent after its last
+    checkpoint equal those that the resumed run sends again.
     """
 
     def __init__(self, run_folder: Path, project: str, config: Mapping[str, Any]):
         import wandb
 
-        file = run_folder / "wandb.id"  # drawn once, since two runs may lie under the same path elsewhere
+        file = run_folder / "wandb.id"  # random, since runs on other machines may have the same path
         if not file.exists():
             write_text(file, secrets.token_hex(8))
         self._run = wandb.init(
@@ -120,14 +123,14 @@ def open_writers(
     run_config: Mapping[str, Any],
     evaluated: bool = True,
 ) -> list[Writer]:
-    """The writers that the configuration asks for, each continuing after `last_step`, as `JsonLinesWriter`.
+    """Opens the configured writers, each of which continues after `last_step`; arguments as in `JsonLinesWriter`.
 
     Raises:
         UserError: a writer's package is not installed.
     """
     check_wandb(config)
     writers: list[Writer] = []
-    if config.wandb_project is not None:  # first, since it is the one that can fail
+    if config.wandb_project is not None:  # first, since only this one can fail
         writers.append(WandbWriter(run_folder, config.wandb_project, run_config))
     if config.tensorboard:
         writers.append(TensorBoardWriter(run_folder, last_step))
@@ -136,9 +139,9 @@ def open_writers(
 
 
 def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a last line that was cut off is left out.
+    """Reads the rows of a run's metrics.jsonl, without a truncated last line.
 
-    Names have one meaning, in files of older versions too: see `_renamed`.
+    Names in files of older versions are converted to the current ones, see `_renamed`.
     """
     path = Path(run_folder) / JSON_LINES
     if not path.exists():
@@ -156,15 +159,15 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
     except ValueError:
         row = None
     if not isinstance(row, dict) or not {"step", "split"} <= row.keys():
-        raise UserError(f"{where} is broken: it is no row of metrics; delete that line.")
+        raise UserError(f"{where} is not a row of metrics; delete that line.")
     return row
 
 
 def _renamed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with the names of today.
+    """Converts a row to the current names.
 
-    Older versions wrote `tokens` for the positions seen in training and for the targets of an evaluation, and the
-    cross-entropy of an evaluation as its `loss` too.
+    Older versions wrote `tokens` for both the positions seen in training and the targets of an evaluation, and repeated
+    the cross-entropy of an evaluation as `loss`.
     """
     row = dict(row)
     if "tokens" in row:
@@ -175,12 +178,12 @@ def _renamed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def perplexity(cross_entropy: float) -> float:
-    """exp of the mean cross-entropy in nats; infinite rather than an overflow error."""
+    """exp of the mean cross-entropy in nats; infinity instead of an overflow error."""
     return math.exp(cross_entropy) if cross_entropy < 700 else math.inf
 
 
 def format_number(value: float | None, places: int) -> str:
-    """A number with so many decimal places, or as a power of ten where it is too large to read; – for None."""
+    """Formats a number with `places` decimals, or in scientific notation from 1e6 on; – for None."""
     if value is None:
         return "–"
     return f"{value:,.{places}f}" if abs(value) < 1e6 else f"{value:.2e}"

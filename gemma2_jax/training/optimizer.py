@@ -1,4 +1,4 @@
-"""AdamW with warm-up, a schedule, clipping, and no decay on norms."""
+"""AdamW with warm-up, a learning rate schedule, gradient clipping, and no weight decay on norms."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,22 +12,22 @@ from gemma2_jax.schedule import StepCount, check_step_count, count_steps, curve
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and its learning rate over time.
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and its learning rate schedule.
 
     Attributes:
-        learning_rate: the peak.
-        schedule: after the warm-up, `cosine` falls to the end of the run; `wsd` (warmup-stable-decay)
-            stays and falls linearly in the last `decay_steps`; `constant` stays.
-        warmup_steps: steps of linear growth from 0 that a run begins with; the last of them has the peak. Either a
+        learning_rate: peak learning rate.
+        schedule: shape after the warm-up: `cosine` decays until the end of the run; `wsd` (warmup-stable-decay) stays
+            at the peak and decays linearly in the last `decay_steps`; `constant` stays at the peak.
+        warmup_steps: steps of linear warm-up from 0 at the start of the run; the last of them has the peak. Either a
             whole number of steps, or a fraction below 1 of training.steps (0.05 for a twentieth of the run), rounded
             to at least 1 step.
-        decay_steps: of `wsd`, which needs at least 1, as a number or a fraction like `warmup_steps`; the first of
-            them is below the peak. 0 with the other schedules.
-        final_fraction: the learning rate of the run's last step as a fraction of the peak; 1 with `constant`.
-        beta1, beta2: decay rates of the averages of the gradient and of its square.
-        eps: is added to the root of the latter, by which the former is divided.
-        weight_decay: of every weight but the norms' scales, times the learning rate.
-        clip_norm: gradients are scaled down to this global norm.
+        decay_steps: length of the decay of `wsd`, at least 1, as a number or a fraction like `warmup_steps`; its first
+            step is already below the peak. 0 with the other schedules.
+        final_fraction: learning rate of the run's last step as a fraction of the peak; 1 with `constant`.
+        beta1, beta2: decay rates of the moving averages of the gradient and of its square.
+        eps: constant added to the root of the second moment in the update's denominator.
+        weight_decay: weight decay, multiplied by the learning rate; applies to all weights except the norms' scales.
+        clip_norm: maximum global norm; larger gradients are scaled down to it.
     """
 
     learning_rate: float
@@ -58,25 +58,26 @@ class OptimizerConfig:
             raise UserError(f"optimizer.final_fraction is {self.final_fraction}; it must be from 0 to 1.")
         if self.schedule == "wsd" and self.decay_steps == 0:
             raise UserError(
-                "optimizer.decay_steps is 0; with the schedule wsd it must be at least 1, or a fraction of the run "
-                "(0.2)."
+                "optimizer.decay_steps is 0; with optimizer.schedule wsd it must be at least 1, or a fraction of the "
+                "run (0.2)."
             )
         if self.schedule != "wsd" and self.decay_steps > 0:
             raise UserError(
-                f"optimizer.decay_steps is {self.decay_steps}, which the schedule {self.schedule} does not use; "
-                "it must be 0, or optimizer.schedule wsd."
+                f"optimizer.decay_steps is {self.decay_steps}, which optimizer.schedule {self.schedule} does not use; "
+                "set it to 0, or optimizer.schedule to wsd."
             )
         if self.schedule == "constant" and self.final_fraction != 1:
             raise UserError(
-                f"optimizer.final_fraction is {self.final_fraction}, which the schedule constant does not use; "
-                "it must be 1, or optimizer.schedule cosine or wsd."
+                f"optimizer.final_fraction is {self.final_fraction}, which optimizer.schedule constant does not use; "
+                "set it to 1, or optimizer.schedule to cosine or wsd."
             )
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of each step of a run of `steps`, float32: step i of a warm-up of w has peak * (i + 1) / w.
+    """The learning rate at each step of a run of `steps`, float32: step i of a warm-up of w has peak * (i + 1) / w.
 
-    Raises UserError as `count_steps`.
+    Raises:
+        UserError: as `count_steps`.
     """
     warmup, decay = count_steps("optimizer", config.warmup_steps, config.decay_steps, steps)
     peak = config.learning_rate
@@ -85,10 +86,10 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def build_optimizer(config: OptimizerConfig, steps: int, specs: Specs) -> optax.GradientTransformation:
-    """The whole update rule of a run of `steps`; its moments have the parameters' dtype, float32.
+    """Builds the optimizer for a run of `steps`; its moments have the parameters' dtype, float32.
 
     Args:
-        specs: of the parameters that it updates, of which those without fan_in do not decay.
+        specs: specs of the parameters; those without fan_in (the norms' scales) get no weight decay.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

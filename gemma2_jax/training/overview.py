@@ -1,4 +1,4 @@
-"""What a run is made of, in a few lines before its first step: sizes, data, devices."""
+"""A summary of a run in a few lines, shown before its first step: sizes, data, devices."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from gemma2_jax.run import RunConfig
 
 
 def describe_runs(configs: Sequence[RunConfig], mesh: Mesh) -> list[str]:
-    """A line for each of the runs, one for the data and one for the devices that they share."""
+    """One line for each run, then one for the data and one for the devices that all runs share."""
     data = configs[0].data
     lines = [
         f"{config.name}: {count_parameters(config.model).total:,} parameters, {config.training.steps:,} steps of "

@@ -1,6 +1,6 @@
-"""Packages that only some runs need, missed before minutes go into their data and their programs."""
+"""Checks for optional packages, made before the slow steps: data preparation and compilation."""
 
-from gemma2_jax.compilation import check_programs_folder
+from gemma2_jax.compilation import check_compilation_cache
 from gemma2_jax.formats import hub
 from gemma2_jax.kernels import tokamax_attention
 from gemma2_jax.run import RunConfig
@@ -10,11 +10,11 @@ from gemma2_jax.training.metrics import check_wandb
 def check_packages(config: RunConfig) -> None:
     """Raises UserError if a run needs a package that is not installed.
 
-    (Parquet files, which `data.source` may match, are missed when its files are listed.)
+    (The package for Parquet files is checked later, when the files of `data.source` are listed.)
     """
     check_wandb(config.metrics)
     if config.compilation_cache is not None:
-        check_programs_folder(config.compilation_cache)
+        check_compilation_cache(config.compilation_cache)
     if config.compute.attention.kernel == "tokamax":
         tokamax_attention.check_tokamax_installed()
     for path in (config.distill.teacher, config.initialise.source):

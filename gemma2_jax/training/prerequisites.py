@@ -1,4 +1,4 @@
-"""What a run reads and where it writes, checked before minutes go into its data and its programs."""
+"""Checks of a run's input and output paths, made before the slow steps: data preparation and compilation."""
 
 from collections.abc import Collection, Iterable, Iterator
 
@@ -10,7 +10,7 @@ from gemma2_jax.run import RunConfig
 
 
 def check_places(config: RunConfig) -> None:
-    """Raises UserError if a folder that a run writes to cannot be made, as below a file."""
+    """Raises UserError if a path that a run writes to cannot be created, for example because a parent is a file."""
     check_place("output", config.output)
     check_place("data.folder", config.data.folder)
     check_place("tokenizer.path", config.tokenizer.path, is_file=True)
@@ -21,12 +21,12 @@ def check_places(config: RunConfig) -> None:
 
 
 def check_sources(configs: Iterable[RunConfig], made: Collection[str] = ()) -> None:
-    """Raises UserError if a teacher, a cache or a checkpoint to begin with is missing, damaged or of another tokenizer.
+    """Raises UserError if a teacher, cache or initial checkpoint is missing, damaged, or has another tokenizer.
 
     Call it after the processes of a job have joined, since it may use JAX.
 
     Args:
-        made: keys of paths that the command itself makes, which are not checked.
+        made: keys of paths that the command itself creates; they are not checked.
     """
     checked = set()
     for config in configs:
@@ -37,7 +37,7 @@ def check_sources(configs: Iterable[RunConfig], made: Collection[str] = ()) -> N
 
 
 def _sources(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """The keys that name what is still to be read, and their paths."""
+    """The keys of the inputs that the run has yet to read, and their paths."""
     latest = latest_step(config.output)
     if latest == config.training.steps:
         return

@@ -1,4 +1,4 @@
-"""A trace of some steps: what the host and the devices do when, for xprof and TensorBoard."""
+"""Records a trace of some steps, with the timeline of the host and the devices, for xprof and TensorBoard."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,20 +13,20 @@ FOLDER = "profile"  # in a run folder
 
 
 class Profile:
-    """Traces the steps that `training.profile_steps` chooses, if `profile` is set. A context manager.
+    """Context manager that traces the steps in `training.profile_steps`, if `profile` is set.
 
     Within a step, the stages of the model are named scopes: embed, attention,
     mlp, final_norm, teacher, loss, match, optimizer.
 
     Args:
-        say: tells the user where the trace is.
+        print_line: prints a line for the user, such as the trace's location.
     """
 
-    def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, config: RunConfig, print_line: Callable[[str], None]) -> None:
         self._first, self._last = config.training.profile_steps if config.profile else (0, 0)
-        self._folder, self._say = Path(config.output, FOLDER), say
-        self._taken = 0  # steps of this process
-        self._since: int | None = None  # the step of the run that the trace begins with
+        self._folder, self._print_line = Path(config.output, FOLDER), print_line
+        self._taken = 0  # steps taken by this process
+        self._trace_start: int | None = None  # the step of the run at which the open trace began
 
     def __enter__(self) -> "Profile":
         return self
@@ -34,29 +34,31 @@ class Profile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._since is not None:
+        if self._trace_start is not None:
             self._finish()
         elif self._taken < self._first and error is None:
-            self._say(
-                f"no step was traced: {self._taken} were left, and training.profile_steps begins with {self._first}"
+            self._print_line(
+                f"no step was traced: training.profile_steps starts at step {self._first} of this process, which took "
+                f"only {self._taken}"
             )
 
     @contextmanager
-    def step(self, number: int, settle: Callable[[], None]) -> Iterator[None]:
-        """Around step `number` of the run; `settle` waits until the devices have done it."""
+    def step(self, number: int, wait: Callable[[], None]) -> Iterator[None]:
+        """Context manager around step `number` of the run; `wait` blocks until the devices have finished the step."""
         self._taken += 1
         if self._taken == self._first:
             jax.profiler.start_trace(self._folder)
-            self._since = number
+            self._trace_start = number
         with jax.profiler.StepTraceAnnotation("step", step_num=number):
             yield
         if self._taken == self._last:
-            settle()
+            wait()
             self._finish()
 
     def _finish(self) -> None:
         jax.profiler.stop_trace()
-        self._say(
-            f"a trace from step {self._since} on is in {self._folder}: pip install xprof; xprof --logdir {self._folder}"
+        self._print_line(
+            f"the trace from step {self._trace_start} on is in {self._folder}; to view it: pip install xprof; "
+            f"xprof --logdir {self._folder}"
         )
-        self._since = None
+        self._trace_start = None

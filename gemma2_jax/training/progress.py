@@ -1,4 +1,4 @@
-"""How a run shows itself: one live line on a terminal, a line now and then in a log file. Standard error, process 0."""
+"""Progress display on standard error of process 0: one live line on a terminal, occasional lines in a log file."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -12,29 +12,29 @@ from rich.text import Text
 
 from gemma2_jax.training.metrics import format_number
 
-# Terms of the loss that are shown beside it, as far as a run has them.
+# Terms of the loss to show next to it, where a run has them.
 _TERMS = (
     "kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "cross_entropy", "z_loss", "match_hidden",
     "match_attention",
 )  # fmt: skip
-_LONG = 2.0  # seconds after which a log tells how long something took
+_LONG = 2.0  # seconds; the log gets the duration of anything that takes longer
 _SHORTEST_BAR, _LONGEST_BAR = 8, 40
 
 
 class TrainingProgress:
-    """What is being done, step, loss and its terms, speed and time left. A context manager.
+    """Context manager that shows the current activity, step, loss and its terms, speed and time left.
 
-    On a terminal they are one line at its end, cut to its width; elsewhere each row of metrics is a line, without
-    control characters.
+    On a terminal this is one live line at the bottom, cut to the terminal's width. Elsewhere each row of metrics is one
+    line, without control characters.
     """
 
     def __init__(self, name: str, steps: int, show: bool):
         self._console = Console(stderr=True, quiet=not show)
         self._name, self._steps, self._step = name, steps, 0
         self._status: list[str] = []
-        self._doing: tuple[str, float] | None = None  # what is done between steps, and since when
-        self._free = time.monotonic()  # when the last of it ended
-        self._begun: tuple[int, float] | None = None  # the step that this process began with, and when
+        self._doing: tuple[str, float] | None = None  # the activity between steps, and its start time
+        self._idle_since = time.monotonic()  # end of the last activity
+        self._begun: tuple[int, float] | None = None  # last step before this process, and the start time
         on_terminal = show and self._console.is_terminal
         self._live = Live(self, console=self._console, refresh_per_second=4) if on_terminal else None
 
@@ -51,30 +51,30 @@ class TrainingProgress:
 
     @contextmanager
     def doing(self, what: str, brief: bool = False) -> Iterator[None]:
-        """Shows `what` is done within, with a clock; a log has a line before, and one after if it took long.
+        """Shows `what` and a clock while the block runs; a log gets a line before it, and one after if it took long.
 
         Args:
-            brief: no line in a log, since this is done again and again.
+            brief: write no line to a log, for an activity that recurs often.
         """
         begun = time.monotonic()
         before, self._doing = self._doing, (what, begun)
         in_log = self._live is None and not brief
         if in_log:
-            self.say(f"{what} …")
+            self.print_line(f"{what} …")
         try:
             yield
         finally:
-            self._doing, self._free = before, time.monotonic()
-        if in_log and self._free - begun > _LONG:
-            self.say(f"{what}: done in {duration(self._free - begun)}")
+            self._doing, self._idle_since = before, time.monotonic()
+        if in_log and self._idle_since - begun > _LONG:
+            self.print_line(f"{what}: done in {duration(self._idle_since - begun)}")
 
     def advance(self, step: int) -> None:
         if self._begun is None:
-            self._begun = step - 1, self._free
+            self._begun = step - 1, self._idle_since
         self._step = step
 
     def report(self, name: str, step: int, split: str, row: Mapping[str, float]) -> None:
-        """Shows a run's row of metrics: in the live line, or as a line of its own, as which validations stay."""
+        """Shows a row of a run's metrics: training in the live line if there is one, all else as a permanent line."""
         if split == "train":
             terms = [term for term in _TERMS if term in row and row[term] != row["loss"]]
             status = [f"{term} {row[term]:.4f}" for term in ("loss", *terms)]
@@ -88,13 +88,13 @@ class TrainingProgress:
             status += [f"kl {row['kl']:.4f}"] if "kl" in row else []
             status += [f"agreement with the teacher {row['agreement']:.1%}"] if "agreement" in row else []
         if split != "train" or self._live is None:
-            self.say("  ".join([name, f"step {step}/{self._steps}", *status, self._left(step)]))
+            self.print_line("  ".join([name, f"step {step}/{self._steps}", *status, self._left(step)]))
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)
 
     def _left(self, step: int) -> str:
-        """How long the steps after `step` will take, validations and checkpoints included as they did so far."""
+        """The estimated time for the steps after `step`, from the average so far, with validations and checkpoints."""
         if step >= self._steps:
             return f"{duration(0)} left"
         if self._begun is None or step <= self._begun[0]:
@@ -106,7 +106,7 @@ class TrainingProgress:
         yield self._line(options.max_width, plain=not options.encoding.startswith("utf"))
 
     def _line(self, width: int, plain: bool) -> Text:
-        """The live line: first what is always shown, then of the metrics and the bar what there is room for."""
+        """The live line: the parts that are always shown, then as many metrics and as much of the bar as fit."""
         head, tail = f"{self._name}  {self._step}/{self._steps}", self._left(self._step)
         status = self._status
         if self._doing is not None:
@@ -129,7 +129,7 @@ class TrainingProgress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: 12 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
+    """Formats seconds as a duration: 12 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
     whole = round(seconds)
     minutes, hours, days = whole // 60, whole // 3600, whole // 86400
     if minutes == 0:

@@ -1,4 +1,4 @@
-"""A run's folder while the run is trained: how its weights begin or go on, what it reports, what it saves."""
+"""A run's folder during training: initial or restored state, metrics, evaluations and checkpoints."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,19 @@ from gemma2_jax.processes.hosts import is_first
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import on_mesh
-from gemma2_jax.training.going_on import older_schedule
 from gemma2_jax.training.metrics import Writer, open_writers, perplexity
 from gemma2_jax.training.optimizer import learning_rate_schedule
 from gemma2_jax.training.progress import TrainingProgress
+from gemma2_jax.training.resume import older_schedule_note
 from gemma2_jax.training.state import TrainState, Update, UpdateRule, initial_state
 from gemma2_jax.training.throughput import peak_flops
 from gemma2_jax.training.validation import averages
 
-Rows = Sequence[Mapping[str, Any]]  # the metrics of some steps
+Rows = Sequence[Mapping[str, Any]]  # the metrics of some steps, one mapping per step
 
 
 class Folder(Protocol):
-    """Where the state of a training comes from, and where it and its metrics go: of one run, or of several.
+    """Loads and saves the training state and writes the metrics, of one run or of several.
 
     The members are those of `RunFolder`.
     """
@@ -62,13 +62,14 @@ class Folder(Protocol):
 
 
 class RunFolder:
-    """One run: its update rule, its checkpoints, and where its metrics go.
+    """One run: its update rule, its checkpoints and its metrics writers.
 
     Args:
-        stack: closes what is opened here.
+        stack: exit stack that closes the checkpoint store.
 
     Attributes:
-        step: of the checkpoint that the run goes on from, 0 without; unreported: what that has still to report.
+        step: step of the checkpoint that the run resumes from, 0 without a checkpoint.
+        unreported: metrics and time of the steps before that checkpoint that no row of metrics has reported.
     """
 
     def __init__(
@@ -86,14 +87,15 @@ class RunFolder:
         self._store = stack.enter_context(CheckpointStore(config.output, config.checkpoint.keep))
         self.step = 0 if self._found is None else self._found.step
         self.unreported = Unreported() if self._found is None else self._store.unreported(self.step)
-        # Whether what is due at the step that the run is at is done. (A run that was to be longer may end there.)
+        # Whether the evaluation due at the current step is done. (At the last step, a run that was planned longer may
+        # have been saved without one.)
         self._evaluated = self.unreported.evaluated and self.step < config.training.steps
         self._learning_rate = learning_rate_schedule(config.optimizer, config.training.steps)
         self._peak_flops = peak_flops(jax.devices()[0])
         self._writers: list[Writer] = []
 
     def open_writers(self, stack: ExitStack) -> None:
-        """Opens what metrics go to: once nothing can be refused."""
+        """Opens the metrics writers. Call it after all checks have passed."""
         config = self.config
         if is_first():
             self._writers = open_writers(
@@ -103,27 +105,29 @@ class RunFolder:
                 stack.callback(writer.close)
 
     def start(self, examples: Any, tokenizer: Tokenizer) -> tuple[TrainState, Any]:
-        """The state that the run goes on from or begins with, and the frozen part of the model.
+        """Returns the restored or initial state, and the frozen part of the model.
 
         Args:
-            examples: the iterator of the data, which is moved to where the run stood.
+            examples: iterator of the data; it is moved to the position saved in the checkpoint.
         """
         found = self._found
         if found is None:
-            return self._begin(tokenizer)
+            return self._initialise(tokenizer)
         self._announce(found)
-        # What is frozen is in no checkpoint: it comes from where it did when the run began.
+        # Checkpoints do not hold frozen weights: they are loaded again from where the run first got them.
         frozen = jax.tree.leaves(self._method.abstract_frozen(self._mesh)[BASE])
-        base = self._begin(tokenizer)[1] if frozen else {}
+        base = self._initialise(tokenizer)[1] if frozen else {}
         return self._restore(examples), base
 
     def _announce(self, found: FoundCheckpoint) -> None:
         passed_over = "".join(f"; {clause}" for clause in found.passed_over)
-        self._progress.say(f"{self.config.name} goes on from its checkpoint at step {self.step}{passed_over}")
-        if (line := older_schedule(self.config, self.step)) is not None:
-            self._progress.say(line)
+        self._progress.print_line(
+            f"{self.config.name} resumes from its checkpoint at step {self.step}{passed_over}"
+        )
+        if (line := older_schedule_note(self.config, self.step)) is not None:
+            self._progress.print_line(line)
 
-    def _begin(self, tokenizer: Tokenizer) -> tuple[TrainState, Any]:
+    def _initialise(self, tokenizer: Tokenizer) -> tuple[TrainState, Any]:
         config, params = self.config, None
         if config.initialise.source is not None:
             rows = train_batches(config.data, *feeding_share(self._mesh))
@@ -142,12 +146,16 @@ class RunFolder:
         return TrainState(step, trainable, optimizer)
 
     def log(self, step: int, rows: Rows, seconds: float) -> None:
-        """One row: averages over the steps since the last one, and the speed, which all devices have reached.
+        """Writes one row of metrics: averages over the steps since the last row, and the speed of all devices together.
 
         `loss` is the objective. `cross_entropy` and `perplexity` are those of text alone. `tokens_seen` counts the
         positions of all batches since the run began, padding included. `tokens_per_second` counts targets of the loss.
-        The time of an on-policy step is also that of its sampling, and its targets are the tokens that were sampled,
-        without their prompts.
+        The time of an on-policy step includes its rollout, and its targets are the sampled tokens without their
+        prompts.
+
+        Args:
+            rows: metrics of the steps since the last row.
+            seconds: time that these steps took, up to when the devices finished them.
 
         Raises:
             UserError: a metric is not finite.
@@ -171,29 +179,30 @@ class RunFolder:
         self._write(step, "train", row)
 
     def must_evaluate(self, step: int) -> bool:
-        """Whether an evaluation is due at a step, and not done."""
+        """Whether an evaluation is due at a step and not yet done."""
         if step != self.step:
             self.step, self._evaluated = step, not self._is_due(step, self.config.training.eval_every)
         return not self._evaluated
 
     def report_evaluation(self, step: int, sums: Mapping[str, Any]) -> None:
-        """Writes the row of an evaluation, from its sums over the targets."""
+        """Writes the row of an evaluation from its sums over the targets."""
         self._write(step, "validation", averages(sums))
         self._evaluated = True
 
     def save_if_due(self, step: int, state: TrainState, examples: Any) -> None:
-        """Begins to save a state, where that is due."""
+        """Starts saving the state if a checkpoint is due at this step."""
         if self._is_due(step, self.config.checkpoint.every):
             self._save(step, state, examples, Unreported((), 0.0, self._evaluated))
 
     def save_now(self, step: int, state: TrainState, examples: Any, rows: Rows, seconds: float) -> None:
-        """Saves a state if that is not done, and waits until it is written.
+        """Saves the state unless it is saved already, and waits until it is written.
 
         Args:
-            rows, seconds: of the steps that no row of metrics has reported.
+            rows: metrics of the steps that no row of metrics has reported.
+            seconds: time that these steps took.
 
         Raises:
-            UserError: a metric is not finite; nothing is saved then.
+            UserError: a metric is not finite; nothing is saved in that case.
         """
         self._store.wait()
         if step and self._store.latest_step != step:
@@ -210,8 +219,8 @@ class RunFolder:
         for name, value in row.items():
             if not math.isfinite(value):
                 raise UserError(
-                    f"{self.config.output} stopped before step {step}: {name} is {value}; try a lower "
-                    "optimizer.learning_rate or optimizer.clip_norm in another output."
+                    f"{self.config.output} stopped before step {step} because {name} is {value}; try a lower "
+                    "optimizer.learning_rate or optimizer.clip_norm with another output."
                 )
 
     def _write(self, step: int, split: str, row: dict[str, float]) -> None:
@@ -225,7 +234,7 @@ class RunFolder:
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds: the model's parameters, their optimizer's state, and both for each other tree."""
+    """The trees of a checkpoint: the model's parameters, their optimizer state, and both for each further tree."""
     trees = {PARAMS: state.trainable[PARAMS], "optimizer": state.optimizer[PARAMS]}
     for name, tree in state.trainable.items():
         if name != PARAMS:

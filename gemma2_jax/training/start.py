@@ -1,4 +1,4 @@
-"""What is checked, and written into the run folder, before anything is computed."""
+"""Checks of a run's folder and data, and the files written into the run folder, before training starts."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -33,33 +33,40 @@ from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.layout import check_activations, laid_out
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
 
-DATA_FILE = "data.json"  # in a run folder: which documents and tokens it was trained on
+DATA_FILE = (
+    "data.json"  # in a run folder: identity of the documents and tokenizer that the run was trained on
+)
 
-# The files beside the checkpoints of a run, each of which a run that goes on needs.
+# The files in a run folder that a run needs, next to its checkpoints, to be resumed.
 _PURPOSES = {
-    CONFIG_FILE: "which holds the configuration that the checkpoints beside it were trained with",
+    CONFIG_FILE: "which holds the configuration that the checkpoints were trained with",
     DATA_FILE: "which identifies the data that the run was trained on",
-    TOKENIZER_FILE: "the tokenizer that the run was trained with",
+    TOKENIZER_FILE: "which is the tokenizer that the run was trained with",
     TEACHER_FILE: "which identifies the teacher that the run was distilled from",
 }
 
 
-def as_prepared(config: RunConfig) -> RunConfig:
-    """The run with the vocabulary of its prepared data, where the text supports no larger one.
+def with_prepared_vocabulary(config: RunConfig) -> RunConfig:
+    """Lowers the vocabulary size to that of the prepared data, if the text supports no larger one.
 
-    The model follows if it has as many tokens as were asked for.
+    The model's vocabulary is lowered too if it has tokenizer.vocab_size tokens.
     """
-    manifest, asked = find_data_manifest(config.data.folder), config.tokenizer.vocab_size
-    if manifest is None or not manifest.vocabulary_full or asked is None or asked <= manifest.vocab_size:
+    manifest, requested = find_data_manifest(config.data.folder), config.tokenizer.vocab_size
+    if (
+        manifest is None
+        or not manifest.vocabulary_full
+        or requested is None
+        or requested <= manifest.vocab_size
+    ):
         return config
     model, tokens = config.model, manifest.vocab_size
-    if model.num_tokens == asked:
+    if model.num_tokens == requested:
         model = replace(model, vocab_size=tokens + model.vocab_padding)
     return replace(config, model=model, tokenizer=replace(config.tokenizer, vocab_size=tokens))
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:
-    """Raises UserError if a microbatch or the model's activations cannot be split evenly over mesh and processes."""
+    """Raises UserError if a microbatch or the model's activations do not divide evenly over mesh and processes."""
     rows = config.data.batch_size // config.training.accumulation
     with laid_out(config.layout):
         check_activations(mesh, dim_sizes(config.model))
@@ -67,27 +74,27 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
 
 
 def check_data(config: RunConfig) -> Tokenizer:
-    """The run's tokenizer, after its data was found to be there and to fit.
+    """Checks that the run's data exists and fits the model, and returns its tokenizer.
 
     Raises:
         UserError: the tokenizer has another number of tokens than the model, or the data was prepared with another
-            one or has no validation documents.
+            tokenizer or has no validation documents.
     """
     tokenizer = tokenizer_of(config.data, config.tokenizer)
     check_tokens(config.model, tokenizer.vocab_size, f"tokenizer.path {config.tokenizer.path}")
     manifest = read_data_manifest(config.data.folder)
     if not manifest.validation.documents:
         raise UserError(
-            f"data.folder {config.data.folder} has no validation documents, which runs are evaluated on; prepare "
+            f"data.folder {config.data.folder} has no validation documents, which runs need for evaluation; prepare "
             "it with data.validation_fraction above 0."
         )
     return tokenizer
 
 
 def check_run_folder(config: RunConfig) -> None:
-    """Raises UserError if the run folder holds a part of a run only, or something else than a run of `train`.
+    """Raises UserError if the run folder holds an incomplete run, or something other than a run of `train`.
 
-    What is missing would otherwise be taken for a run that has not begun, or not be compared with what is asked for.
+    Without this check, missing files could look like a run that has not started, or skip a check of the configuration.
     """
     folder = Path(config.output)
     if not checkpoint_steps(folder):
@@ -95,11 +102,11 @@ def check_run_folder(config: RunConfig) -> None:
         return
     if (folder / CONFIG_FILE).is_file() and set(read_yaml(folder / CONFIG_FILE)) == {"model"}:
         raise UserError(
-            f"{folder} holds a converted model; choose another output, where initialise.source={folder} begins with "
-            "its weights."
+            f"output {folder} holds a converted model; choose another output, and write initialise.source={folder} to "
+            "start from its weights."
         )
     for name in _PURPOSES:
-        if not (folder / name).is_file() and (name != TEACHER_FILE or config.distill.teaches):
+        if not (folder / name).is_file() and (name != TEACHER_FILE or config.distill.has_teacher):
             raise _missing(folder / name)
     find(folder, contents=False)
 
@@ -112,22 +119,22 @@ def _missing(path: Path) -> UserError:
 
 
 def _check_no_checkpoints(folder: Path) -> None:
-    """Raises UserError if a folder without checkpoints has lost them."""
+    """Raises UserError if a folder without checkpoints must have had some."""
     if (folder / FOLDER).is_dir() or not all((folder / name).is_file() for name in (CONFIG_FILE, JSON_LINES)):
         return
-    begun, rows = load_config(RunConfig, folder / CONFIG_FILE), read_metrics(folder)
+    saved, rows = load_config(RunConfig, folder / CONFIG_FILE), read_metrics(folder)
     last = max((row["step"] for row in rows), default=0)
-    # A run that was stopped where its first checkpoint was due may not have written it.
-    ended = any((row["step"], row["split"]) == (begun.training.steps, "validation") for row in rows)
-    if last > begun.checkpoint.every or ended:
+    # A run that was stopped at the step of its first checkpoint may not have written it.
+    ended = any((row["step"], row["split"]) == (saved.training.steps, "validation") for row in rows)
+    if last > saved.checkpoint.every or ended:
         raise UserError(
-            f"{folder / FOLDER} is missing, though {folder / JSON_LINES} has rows up to step {last}; copy it there "
+            f"{folder / FOLDER} is missing, but {folder / JSON_LINES} has rows up to step {last}; copy it there "
             f"from where the run was trained, or delete {folder} to train again."
         )
 
 
 def check_same_data(run_folder: str | Path, data: DataConfig) -> None:
-    """Raises UserError if `data.folder` holds other documents or tokens than the run was trained on."""
+    """Raises UserError if `data.folder` holds documents or tokens other than those that the run was trained on."""
     path = Path(run_folder) / DATA_FILE
     if not path.exists():
         if checkpoint_steps(run_folder):
@@ -136,35 +143,35 @@ def check_same_data(run_folder: str | Path, data: DataConfig) -> None:
     if read_json(path) != data_identity(data):
         raise UserError(
             f"{run_folder} was trained on other documents or with another tokenizer ({DATA_FILE}) than data.folder "
-            f"{data.folder} holds now; choose another output, or delete that folder to train again."
+            f"{data.folder} has now; choose another output, or delete {run_folder} to train again."
         )
 
 
-def names_other_teacher(config: RunConfig) -> bool:
-    """Whether the run in the folder had its teacher or its cache elsewhere, or another one."""
+def teacher_setting_changed(config: RunConfig) -> bool:
+    """Whether distill.teacher or distill.cache differs from the configuration saved in the run folder."""
     path = Path(config.output) / CONFIG_FILE
     if not path.exists():
         return False
-    begun = load_config(RunConfig, path).distill
-    return (begun.teacher, begun.cache) != (config.distill.teacher, config.distill.cache)
+    saved = load_config(RunConfig, path).distill
+    return (saved.teacher, saved.cache) != (config.distill.teacher, config.distill.cache)
 
 
 def data_identity(data: DataConfig) -> dict[str, str]:
-    """What tells one prepared data set from another, wherever it lies."""
+    """Fingerprints of the prepared documents and their tokenizer, independent of the folder's path."""
     manifest = read_data_manifest(data.folder)
     return {"documents": manifest.identity, "tokenizer": manifest.tokenizer}
 
 
 def check_same_inputs(configs: Sequence[RunConfig]) -> None:
-    """Raises UserError if another process reads other weights or another cache from the paths that all are given.
+    """Raises UserError if the weights or the cache at the configured paths differ between processes.
 
-    What the data was tokenised from, and by what, is in `data_identity`; a run folder is shared.
+    Data and tokenizer are compared by `data_identity`, and the run folder is shared.
     """
     if jax.process_count() > 1:
-        check_same_files(dict(_read_from(configs)))
+        check_same_files(dict(_input_files(configs)))
 
 
-def _read_from(configs: Sequence[RunConfig]) -> Iterator[tuple[str, list[Path]]]:
+def _input_files(configs: Sequence[RunConfig]) -> Iterator[tuple[str, list[Path]]]:
     for config in configs:
         sources = {"distill.teacher": config.distill.teacher}
         if latest_step(config.output) is None:
@@ -177,15 +184,14 @@ def _read_from(configs: Sequence[RunConfig]) -> Iterator[tuple[str, list[Path]]]
 
 
 def write_inputs(config: RunConfig, record: TeacherRecord | None) -> None:
-    """Saves the resolved configuration, a copy of the tokenizer, and the identity of data and teacher in the run
-    folder."""
+    """Writes the configuration, the tokenizer, and the identities of data and teacher into the run folder."""
     folder = Path(config.output)
     save_config(config, folder / CONFIG_FILE)
     write_bytes(folder / TOKENIZER_FILE, Path(config.tokenizer.path).read_bytes())
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
-    if record is not None and config.distill.teaches:
+    if record is not None and config.distill.has_teacher:
         record.save(folder)
-    # Where a text ends, and how a chat is written, the run learns from the model that it begins with or its teacher.
+    # The end-of-text token and the chat format are those of the initial model, or else of the teacher.
     origin = config.initialise.source or config.distill.teacher
     if origin is not None and latest_step(folder) is None:
         open_source(origin).metadata.save(folder)

@@ -1,4 +1,4 @@
-"""The train state, and what a step does to it: what a checkpoint holds, and how it begins and changes."""
+"""The train state, its initialisation, and the update that a step applies to it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class TrainState:
     """Everything that training changes.
 
     Attributes:
-        step: int32 scalar, optimizer steps done.
-        trainable: float32, the trees that a method trains, by name.
-        optimizer: the optimizer's state for each of them.
+        step: number of optimizer steps done, int32 scalar.
+        trainable: trees that a method trains, by name; float32.
+        optimizer: optimizer state of each tree, by the same names.
     """
 
     step: Any
@@ -33,27 +33,27 @@ class TrainState:
 
 
 class UpdateRule(Protocol):
-    """How a step changes the state of what it trains, one run or several."""
+    """Applies the gradients of a step to the state of one run or of several."""
 
     def trainable(self, state: Any) -> Any:
-        """What the gradients are taken of."""
+        """The part of the state that gradients are computed for."""
 
     def step(self, state: Any) -> jax.Array:
-        """Steps done, int32."""
+        """Number of steps done, int32."""
 
     def __call__(
         self, state: Any, gradients: Any, sums: Mapping[str, Any], rates: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """The state after a step, and the step's metrics, see `Update`. Traced."""
+        """Returns the state after a step and the step's metrics, see `Update`. Traced."""
 
 
 class Update:
-    """The update rule of one run: from a batch's gradients to the next state.
+    """The update rule of one run: computes the next state from a batch's gradients.
 
-    Each of the trees that are trained has moments, decay and clipping of its own.
+    Moments, weight decay and clipping are separate for each trained tree.
 
     Args:
-        specs: of these trees, by name.
+        specs: specs of the trained trees, by name.
     """
 
     def __init__(self, config: RunConfig, specs: Mapping[str, Any]) -> None:
@@ -64,7 +64,7 @@ class Update:
         }
 
     def abstract_state(self, mesh: Mesh) -> TrainState:
-        """Shapes, dtypes and shardings of a state, without memory: the target of initialisation and restore.
+        """Shapes, dtypes and shardings of the state, without arrays: the target of initialisation and restore.
 
         Raises:
             UserError: the mesh does not divide a weight.
@@ -82,29 +82,29 @@ class Update:
         return TrainState(jnp.int32(0), trainable, optimizer)
 
     def trainable(self, state: TrainState) -> dict[str, Any]:
-        """What the gradients are taken of."""
+        """The part of the state that gradients are computed for."""
         return state.trainable
 
     def step(self, state: TrainState) -> jax.Array:
-        """Steps done, int32."""
+        """Number of steps done, int32."""
         step: jax.Array = state.step
         return step
 
     def __call__(
         self, state: TrainState, gradients: dict[str, Any], sums: Mapping[str, Any], rates: Mapping[str, Any]
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The state after a step, and the step's metrics. Traced.
+        """Returns the state after a step and the step's metrics. Traced.
 
-        A step whose loss or gradients are not finite leaves the state as it was.
+        A step whose loss or gradients are not finite leaves the state unchanged.
 
         Args:
-            gradients: summed over the targets of the batch, one tree for each of `specs`.
-            sums: metrics likewise, the loss among them, and `targets`, their number.
-            rates: further metrics, as they are.
+            gradients: gradients summed over the batch's targets, one tree for each of `specs`.
+            sums: metrics summed over the batch's targets, including `loss`, and `targets`, the number of targets.
+            rates: further metrics, which are returned as they are.
 
         Returns:
-            Averages over the targets, `targets`, and `gradient_norm`, that of the model before clipping; NaN where the
-            step was left out.
+            The next state; and the metrics: averages over the targets, `rates`, `targets`, and `gradient_norm`, the
+            norm of the model's gradients before clipping, NaN if the update was skipped.
         """
         targets = jnp.maximum(sums["targets"], 1.0)
         gradients = jax.tree.map(lambda gradient: gradient / targets, gradients)
@@ -128,10 +128,10 @@ class Update:
 def initial_state(
     config: RunConfig, method: ModelMethod, mesh: Mesh, params: Params | None = None
 ) -> tuple[TrainState, Any]:
-    """A run's state before its first step, and the frozen part of its model, each device making its own part.
+    """Returns a run's state before its first step and the frozen part of its model; each device creates its own shards.
 
     Args:
-        params: of the model, which are used up; random ones by default, from the run's seed.
+        params: the model's parameters, which are donated; by default they are drawn at random from the run's seed.
     """
     update, key = Update(config, method.specs), jax.random.key(config.seed)
     out = update.abstract_state(mesh), method.abstract_frozen(mesh)[BASE]
@@ -140,25 +140,26 @@ def initial_state(
         if params is None:
             params = init_params(weight_specs(config.model), key)
         trained, base = method.adaptation.split(params, key)
-        beside = {
+        others = {
             name: init_params(specs, key, name) for name, specs in method.specs.items() if name != PARAMS
         }
-        return update.begin({PARAMS: trained, **beside}), base
+        return update.begin({PARAMS: trained, **others}), base
 
-    begun: tuple[TrainState, Any] = jax.jit(begin, donate_argnums=0, out_shardings=shardings(out))(params)
-    return begun
+    state_and_base: tuple[TrainState, Any] = jax.jit(begin, donate_argnums=0, out_shardings=shardings(out))(
+        params
+    )
+    return state_and_base
 
 
 def shardings(abstract: Any) -> Any:
-    """The shardings of abstract arrays, in the same tree."""
+    """The shardings of a tree of abstract arrays, as the same tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def _abstract_optimizer(rule: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
-    """The state of an optimizer of these abstract parameters.
+    """The abstract optimizer state for abstract parameters.
 
-    Each of its copies of the parameters (its moments) lies on the mesh as the parameters do; left to itself, the
-    compiler would give every device all of them.
+    The moments get the parameters' shardings; without this, the compiler would replicate them on every device.
     """
 
     def replicated(leaf: Any) -> jax.ShapeDtypeStruct:

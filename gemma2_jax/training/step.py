@@ -1,4 +1,4 @@
-"""The one training step, for every method, and the evaluation step beside it."""
+"""The training step and the evaluation step, the same for every method."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +17,14 @@ from gemma2_jax.training.state import UpdateRule, shardings
 def build_train_step(
     method: Method, update: UpdateRule, abstract: Any, layout: LayoutConfig, accumulation: int = 1
 ) -> Wrapped:
-    """Compile-once `step(state, frozen, batch) -> (state, metrics)`; the state given in is used up.
+    """Builds the jitted `step(state, frozen, batch) -> (state, metrics)`, which donates the state it is given.
 
-    Metrics are those of `update`.
+    The metrics are those of `update`.
 
     Args:
-        abstract: the state's shapes and shardings.
-        accumulation: microbatches that each batch is split into.
+        abstract: the state's shapes, dtypes and shardings.
+        layout: layout of activations and gradients on the mesh.
+        accumulation: number of microbatches that each batch is split into.
     """
 
     def step(state: Any, frozen: Frozen, batch: Batch) -> tuple[Any, dict[str, Any]]:
@@ -47,19 +48,19 @@ def build_train_step(
 
 
 def build_evaluation_step(method: Method) -> Wrapped:
-    """Compile-once `step(trainable, frozen, batch) -> sums`, see `Method.evaluate`."""
+    """Builds the jitted `step(trainable, frozen, batch) -> sums`, see `Method.evaluate`."""
     return jax.jit(method.evaluate)
 
 
 def _accumulate(
     gradients: Callable[[Batch], tuple[Any, Any]], specs: Any, microbatches: int, batch: Batch
 ) -> tuple[Any, Any]:
-    """Sums of gradients and metrics over the microbatches of a batch, one after another in memory."""
+    """Sums gradients and metrics over the microbatches of a batch, with one microbatch in memory at a time."""
     if microbatches == 1:
         return gradients(batch)
 
     def split(x: jax.Array) -> jax.Array:
-        # Every microbatch takes rows from each device's share: the batch axis stays split as it is.
+        # Every microbatch takes rows from each device's shard, so the sharding of the batch axis does not change.
         return jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
 
     def body(sums: Any, microbatch: Batch) -> tuple[Any, None]:

@@ -1,4 +1,4 @@
-"""A teacher and prepared data to a cache: one forward pass over the rows that a student will train on."""
+"""Writes a teacher's cache: one forward pass of the teacher over the rows that a student will train on."""
 
 import itertools
 import time
@@ -23,9 +23,9 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries, check_encoding, encode_batch
 from gemma2_jax.distill.cache.manifest import (
     FORMAT,
+    CacheFile,
     CacheManifest,
     DataOrder,
-    Signals,
     find_cache,
     refuse_other_dtype,
     refuse_other_encoding,
@@ -50,27 +50,28 @@ from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import batch_sharding, laid_out, on_mesh
 from gemma2_jax.sharding.mesh import build_mesh
 
-STRETCH_ROWS = 4096  # over all processes, between two files: what a stopped run may have to do again
-# Steps that size and time are estimated from; the first, which compiles, gives no time. More of them where they are
-# small: fewer tokens would not tell how large a record is on average.
+CHUNK_ROWS = 4096  # rows per chunk over all processes; each process writes one file per chunk
+# Size and time are estimated from so many steps, and from so many tokens at least: the average size of a record needs
+# enough tokens. The first step compiles and is not timed.
 _ESTIMATED_STEPS, _ESTIMATED_TOKENS = 4, 8192
 
 
-def check_asked(config: RunConfig) -> str:
-    """The folder of the cache that a configuration asks for.
+def check_cache_settings(config: RunConfig) -> str:
+    """Checks that a configuration sets the keys that writing a cache needs, and returns distill.cache.
 
     Raises:
-        UserError: it does not say where the cache is to be, or what it is to keep.
+        UserError: distill.cache or distill.encoding is null.
     """
     if config.distill.cache is None or config.distill.encoding is None:
         raise UserError(
-            "distill.cache and distill.encoding must be set to write a teacher's cache; distill=cached sets the latter."
+            "distill.cache and distill.encoding must be set to write a teacher's cache; write distill=cached to set "
+            "distill.encoding."
         )
     return config.distill.cache
 
 
 def check_teacher(config: RunConfig) -> None:
-    """Raises UserError if there is no teacher, or none that can be read: before data is prepared for it."""
+    """Raises UserError if distill.teacher is null or unreadable. Call it before data is prepared."""
     check_readable("distill.teacher", _teacher_path(config), config.tokenizer.path)
 
 
@@ -81,55 +82,58 @@ def _teacher_path(config: RunConfig) -> str:
 
 
 def _folder(config: RunConfig) -> str:
-    assert config.distill.cache is not None  # as `check_asked` has it
+    assert config.distill.cache is not None  # checked by `check_cache_settings`
     return config.distill.cache
 
 
 def _encoding(config: RunConfig) -> EncodingConfig:
-    assert config.distill.encoding is not None  # as `check_asked` has it
+    assert config.distill.encoding is not None  # checked by `check_cache_settings`
     return config.distill.encoding
 
 
 def write_cache(config: RunConfig, estimate_only: bool = False) -> CacheManifest:
-    """Makes distill.cache hold the teacher's targets for all steps of a run; returns at once if it does already.
+    """Writes the teacher targets for all steps of a run into distill.cache; returns at once if they are complete.
 
-    Says first, on standard error, what it will take in bytes and hours, from a few steps. A cache that was stopped,
-    or made for fewer steps, goes on behind its last file, with the same rows as if it had not been.
-    Every process of a job writes the files of its own rows, into a folder that all of them see.
+    First prints an estimate of size and time, from a few steps, to standard error. A cache that was interrupted, or
+    written for fewer steps, continues after its last file and ends with the same rows as without the interruption.
+    Every process of a job writes the files of its own rows into the shared folder.
+
+    Args:
+        estimate_only: print the estimate and write nothing.
 
     Returns:
-        The manifest; with `estimate_only` nothing is written, and it is what is there.
+        The manifest; with `estimate_only`, that of the rows that exist.
 
     Raises:
         UserError: the folder holds a cache for other data, teacher or settings, or is being written; the teacher
-            has another tokenizer, or gives no numbers; the batch does not fit the mesh; the disk is full.
+            has another tokenizer, or its logits are NaN; the batch does not fit the mesh; the disk is full.
     """
-    check_asked(config)
-    config = replace(config, hosts=HostsConfig())  # which processes there are does not change what is written
+    check_cache_settings(config)
+    config = replace(config, hosts=HostsConfig())  # the processes do not affect the cache's content
     mesh = build_mesh(config.mesh)
     with jax.set_mesh(mesh), laid_out(config.layout), ExitStack() as stack:
         check_rows(config.data.batch_size, config.data.seq_len, mesh, "data.batch_size")
         _, shares = feeding_share(mesh)
         if shares != jax.process_count():
             raise UserError(
-                f"mesh divides a batch's rows into {shares} parts for {jax.process_count()} processes, and each "
-                "process needs rows of its own to write a cache; choose mesh.tensor x mesh.sequence so that it divides "
-                "the number of devices of a process."
+                f"mesh divides a batch's rows into {shares} parts for {jax.process_count()} processes, but each "
+                "process needs its own rows to write a cache; choose mesh.tensor x mesh.sequence so that it divides "
+                "the number of devices per process."
             )
         manifest = _manifest(config)
-        check_agreement({**to_dict(config), **_what_decides(config, manifest)})
+        check_agreement({**to_dict(config), **_shared_inputs(config, manifest)})
         if is_complete(config, manifest):
             return manifest
-        stack.enter_context(stops.resuming(lambda: "" if estimate_only else _goes_on(config)))
+        stack.enter_context(stops.resuming(lambda: "" if estimate_only else _resume_message(config)))
         if not estimate_only:
             if is_first():
                 _lock(config, manifest, stack)
             check_shared([("distill.cache", _folder(config))])
-        return _Writing(config, manifest, mesh, stack).run(estimate_only)
+        return _CacheWriter(config, manifest, mesh, stack).run(estimate_only)
 
 
-def _what_decides(config: RunConfig, manifest: CacheManifest) -> dict[str, Any]:
-    """What all processes must find on disk for their files to be those of one cache."""
+def _shared_inputs(config: RunConfig, manifest: CacheManifest) -> dict[str, Any]:
+    """Everything on disk that must be the same for all processes, so that their files form one cache."""
     data = {
         f"{name} of data.folder {config.data.folder}": getattr(manifest.order, name)
         for name in ("documents", "tokenizer")
@@ -139,7 +143,7 @@ def _what_decides(config: RunConfig, manifest: CacheManifest) -> dict[str, Any]:
 
 
 def _lock(config: RunConfig, manifest: CacheManifest, stack: ExitStack) -> None:
-    """Keeps others from writing, until the stack is closed."""
+    """Locks the cache against other writers until the stack is closed."""
     try:
         with usable("distill.cache", _folder(config)):
             stack.enter_context(locked(_folder(config), wait=False))
@@ -150,25 +154,26 @@ def _lock(config: RunConfig, manifest: CacheManifest, stack: ExitStack) -> None:
     found = find_cache(_folder(config))
     if found is not None and found != manifest:
         raise UserError(
-            f"distill.cache {_folder(config)} was written by another process just now; run this again to go on with it."
+            f"distill.cache {_folder(config)} was changed by another process in the meantime; run the same command "
+            "again to continue it."
         )
 
 
-def _goes_on(config: RunConfig) -> str:
-    """What the same command does after a stop."""
+def _resume_message(config: RunConfig) -> str:
+    """Describes what the same command does after a stop."""
     found = find_cache(_folder(config))
     if found is None:
-        return f"nothing of {_folder(config)} is written yet, and the same command begins anew"
-    return f"{found.rows:,} rows of {_folder(config)} are written, and the same command goes on behind them"
+        return f"nothing of {_folder(config)} is written yet; the same command starts from the beginning"
+    return f"{found.rows:,} rows of {_folder(config)} are written; the same command continues after them"
 
 
 def is_complete(config: RunConfig, manifest: CacheManifest) -> bool:
-    """Whether nothing is left to write."""
+    """Whether a cache has the rows of all steps."""
     return len(manifest.files) > 0 and manifest.rows >= config.training.steps * config.data.batch_size
 
 
 def _manifest(config: RunConfig) -> CacheManifest:
-    """What is there already, or the manifest of an empty cache."""
+    """The manifest of the cache in the folder, checked against the configuration; an empty one if there is none."""
     tokenizer = tokenizer_of(config.data, config.tokenizer)
     order = DataOrder.of(config.data, jax.process_count())
     teacher = _teacher_path(config)
@@ -195,8 +200,8 @@ def _manifest(config: RunConfig) -> CacheManifest:
     return found
 
 
-class _Writing:
-    """A cache in the making."""
+class _CacheWriter:
+    """Computes and writes the missing rows of a cache."""
 
     def __init__(self, config: RunConfig, manifest: CacheManifest, mesh: Mesh, stack: ExitStack) -> None:
         self._config, self._manifest, self._mesh = config, manifest, mesh
@@ -219,32 +224,32 @@ class _Writing:
 
     def run(self, estimate_only: bool) -> CacheManifest:
         config = self._config
-        per_stretch = self._steps_of_a_stretch()
+        per_chunk = self._steps_per_chunk()
         steps = self._estimated(self._packed())
-        head = next(steps)  # which compiles: a stop until now has nothing to save
+        head = next(steps)  # compiles; a stop before this point has nothing to save
         if estimate_only:
             return self._manifest
         steps = itertools.chain([head], steps)
-        bar = self._progress.add_task("teaching", total=config.training.steps * config.data.batch_size)
-        with stopping_together(config.checkpoint.grace_seconds, self._say) as stop:
-            for first in range(self._first_step, config.training.steps, per_stretch):
-                count = min(per_stretch, config.training.steps - first)
-                self._write_stretch(itertools.islice(steps, count), stop)
+        bar = self._progress.add_task("teacher", total=config.training.steps * config.data.batch_size)
+        with stopping_together(config.checkpoint.grace_seconds, self._print_line) as stop:
+            for first in range(self._first_step, config.training.steps, per_chunk):
+                count = min(per_chunk, config.training.steps - first)
+                self._write_chunk(itertools.islice(steps, count), stop)
                 self._progress.update(bar, completed=self._manifest.rows)
                 if stop.is_due():
                     stops.check()
-        wait_for_all("cache")  # whose manifest process 0 writes
-        self._say(
+        wait_for_all("cache")  # until process 0 has written the manifest
+        self._print_line(
             f"{_folder(config)}: {self._manifest.rows:,} rows of {config.data.seq_len:,} tokens, "
             f"{_bytes(self._manifest.size)} in {len(self._manifest.files)} files"
         )
         return self._manifest
 
-    def _steps_of_a_stretch(self) -> int:
-        return max(1, STRETCH_ROWS // self._config.data.batch_size)
+    def _steps_per_chunk(self) -> int:
+        return max(1, CHUNK_ROWS // self._config.data.batch_size)
 
-    def _write_stretch(self, steps: Iterator[list[Packed]], stop: AgreedStop) -> None:
-        """Writes one file of each process, and the manifest that names them; they are shorter at a stop."""
+    def _write_chunk(self, steps: Iterator[list[Packed]], stop: AgreedStop) -> None:
+        """Writes one file per process, then the manifest that lists them; a stop makes the files shorter."""
         folder, (share, _) = Path(_folder(self._config)), feeding_share(self._mesh)
         number = len(self._manifest.files) // jax.process_count()
         writer = RecordWriter(folder / f"signals-{number:05d}-{share:03d}.arrayrecord", ",uncompressed")
@@ -261,14 +266,14 @@ class _Writing:
         except BaseException:
             writer.abandon()
             raise
-        signals = Signals(file.file, file.size, file.sha256, share, rows, largest)
-        files = [Signals(**values) for values in from_all(asdict(signals))]
+        own = CacheFile(file.file, file.size, file.sha256, share, rows, largest)
+        files = [CacheFile(**values) for values in from_all(asdict(own))]
         self._manifest = replace(self._manifest, files=(*self._manifest.files, *files))
         if is_first():
             write_cache_manifest(folder, self._manifest)
 
     def _estimated(self, steps: Iterator[list[Packed]]) -> Iterator[list[Packed]]:
-        """Passes steps on; estimates from the first of them, and shows, what all of them will take."""
+        """Passes the steps on, after printing the size and time of all of them, estimated from the first few."""
         tokens = self._config.data.batch_size * self._config.data.seq_len
         head = list(itertools.islice(steps, 1))
         begun = time.perf_counter()
@@ -283,22 +288,22 @@ class _Writing:
             f"{_folder(self._config)}: {left * self._config.data.batch_size:,} rows to go, about {_bytes(size)} "
             f"({content / left / tokens:.1f} bytes a token; {_bytes(size - content)} are headers and padding of files)"
         )
-        timed = len(head) - 1  # a first step alone would be timed with its compilation
+        timed = len(head) - 1  # without the first step, whose time includes compilation
         each = seconds / max(1, timed)
-        told = f" and {_duration(each * left)} ({tokens / each:,.0f} tokens/s)" if timed else ""
-        self._say(sized + told)
+        time_left = f" and {_duration(each * left)} ({tokens / each:,.0f} tokens/s)" if timed else ""
+        self._print_line(sized + time_left)
         yield from head
         yield from steps
 
     def _size_of_files(self, steps: int, record: float) -> int:
-        """Bytes of the files of all processes for so many steps, whose records have `record` bytes on average."""
+        """Size in bytes of the files of all processes for `steps` steps, with records of `record` bytes on average."""
         own_rows = self._config.data.batch_size // jax.process_count()
-        stretch = self._steps_of_a_stretch()
-        rows = [min(stretch, steps - first) * own_rows for first in range(0, steps, stretch)]
+        chunk = self._steps_per_chunk()
+        rows = [min(chunk, steps - first) * own_rows for first in range(0, steps, chunk)]
         return sum(record_file_size(each, round(each * record)) for each in rows) * jax.process_count()
 
     def _packed(self) -> Iterator[list[Packed]]:
-        """The records of each step's rows, packed by threads while devices are at the next step."""
+        """Yields the records of each step's rows, packed by threads while the devices compute the next step."""
         for entries, checksums in self._encoded():
             rows = [
                 jax.tree.map(lambda values, row=row: values[row], entries) for row in range(len(checksums))
@@ -306,6 +311,7 @@ class _Writing:
             yield list(self._pool.map(self._packer.pack, rows, checksums))
 
     def _encoded(self) -> Iterator[tuple[Entries, list[int]]]:
+        """Yields the entries and row checksums of each step, one step behind the devices."""
         config = self._config
         share, shares = feeding_share(self._mesh)
         tokenizer = Tokenizer.load(config.tokenizer.path)
@@ -316,16 +322,16 @@ class _Writing:
         ahead: tuple[Any, list[int]] | None = None
         batches = itertools.islice(train_batches(config.data, share, shares), config.training.steps)
         for step, batch in enumerate(batches):
-            if step < self._first_step:  # read past, as a run would
+            if step < self._first_step:  # in the cache already; the iterator has to pass it, as in a run
                 continue
             first = step * config.data.batch_size + share * own
             rows = np.arange(first, first + own, dtype=np.uint32)
             entries = encode(teacher, *on_mesh((batch, rows), self._mesh))
             if ahead is not None:
-                yield jax.tree.map(_own_rows, ahead[0]), ahead[1]
+                yield jax.tree.map(_local_rows, ahead[0]), ahead[1]
             ahead = entries, row_checksums(batch)
         if ahead is not None:
-            yield jax.tree.map(_own_rows, ahead[0]), ahead[1]
+            yield jax.tree.map(_local_rows, ahead[0]), ahead[1]
 
     def _encoder(self, compute: ComputeConfig) -> Any:
         def encode(teacher: Gemma2, *arguments: Any) -> Entries:
@@ -336,12 +342,12 @@ class _Writing:
 
         return jax.jit(encode, out_shardings=batch_sharding(self._mesh))
 
-    def _say(self, text: str) -> None:
+    def _print_line(self, text: str) -> None:
         self._progress.console.print(text, soft_wrap=True, highlight=False)
 
 
-def _own_rows(values: jax.Array) -> np.ndarray:
-    """This process's rows of an array that is split along its first axis only."""
+def _local_rows(values: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is sharded along its first axis only."""
     parts = {shard.index[0].start or 0: shard.data for shard in values.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 

@@ -1,4 +1,4 @@
-"""Tokens per second and model-FLOP utilisation, timed up to the moment the devices have finished."""
+"""Peak FLOPs of a device and time spent in steps, for tokens per second and model FLOPs utilisation (MFU)."""
 
 import time
 
@@ -9,16 +9,16 @@ from gemma2_jax.chips import chip_of_kind
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak FLOPs per second of one device: the data sheet's, a measurement on CPU, None if unknown."""
+    """Peak FLOPs per second of one device: from its data sheet, measured on CPU, None if unknown."""
     if device.platform == "cpu":
-        # All CPU devices of a process share its cores, so each has its share of what they reach together.
+        # All CPU devices of a process share its cores, and so their peak.
         return measure_matmul_flops() / jax.local_device_count()
     chip = chip_of_kind(device.device_kind)
     return None if chip is None else chip.peak_flops
 
 
 def measure_matmul_flops(size: int = 1024, repetitions: int = 5) -> float:
-    """FLOPs per second of a float32 matrix product on this process's default device: the best of a few."""
+    """FLOPs per second of a float32 matrix product on the default device: the best of `repetitions`."""
     x = jnp.ones((size, size), jnp.float32)
     multiply = jax.jit(lambda x: x @ x)
     multiply(x).block_until_ready()
@@ -31,10 +31,10 @@ def measure_matmul_flops(size: int = 1024, repetitions: int = 5) -> float:
 
 
 class Stopwatch:
-    """Time spent in training steps: started and stopped around them, so that evaluation does not count.
+    """Measures the time spent in training steps. It is stopped elsewhere, so that evaluation does not count.
 
     Args:
-        elapsed: seconds to begin with.
+        elapsed: initial time in seconds.
     """
 
     def __init__(self, elapsed: float = 0.0) -> None:
@@ -42,7 +42,7 @@ class Stopwatch:
         self._started: float | None = None
 
     def start(self) -> None:
-        """Starts it, or leaves it running: steps are dispatched ahead, so many of them pass before a stop."""
+        """Starts it unless it is running: steps are dispatched ahead, so many of them may start before one stop."""
         if self._started is None:
             self._started = time.perf_counter()
 
@@ -52,6 +52,6 @@ class Stopwatch:
             self._started = None
 
     def take(self) -> float:
-        """Seconds since the last `take`, less the time it stood; it must be stopped."""
+        """Returns the seconds that it has run since the last `take`. It must be stopped."""
         elapsed, self._elapsed = self._elapsed, 0.0
         return elapsed

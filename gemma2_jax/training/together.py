@@ -1,4 +1,4 @@
-"""Several students of one teacher trained at once, each in a run folder like any other."""
+"""Trains several students of one teacher at once, each in its own ordinary run folder."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,11 +17,11 @@ from gemma2_jax.methods.choose import build_method
 from gemma2_jax.methods.students import Students
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.loop import (
-    check_begun,
-    check_teacher_of_done,
-    how_to_go_on,
+    check_existing_run,
+    check_teacher_of_finished,
     is_done,
-    prepared,
+    prepare_configs,
+    resume_message,
     train_method,
 )
 from gemma2_jax.training.packages import check_packages
@@ -32,22 +32,22 @@ from gemma2_jax.training.state import TrainState, Update
 
 
 def train_together(configs: Sequence[RunConfig]) -> None:
-    """Trains several runs in one compiled step, which share their data and one forward pass of their teacher.
+    """Trains several runs in one compiled step that shares the data and one forward pass of the teacher.
 
-    Each ends as it would alone, but for rounding, in its own folder. Those that are behind, after a stop, are trained
-    up to the others first.
+    Each run gives the same result as on its own, up to rounding, in its own folder. Runs that are behind the others
+    after a stop are first trained up to them.
 
     Raises:
-        UserError: as `train`; or the runs do not go together.
+        UserError: as `train`; or the runs cannot be trained together.
     """
     check_together(configs)
-    configs = prepared(configs)
-    with stops.resuming(partial(how_to_go_on, configs)):
+    configs = prepare_configs(configs)
+    with stops.resuming(partial(resume_message, configs)):
         for config in configs:
-            check_begun(config)
+            check_existing_run(config)
         done = [config for config in configs if is_done(config)]
         for config in done:
-            check_teacher_of_done(config)
+            check_teacher_of_finished(config)
         left = [config for config in configs if config not in done]
         if left:
             check_same_inputs(left)
@@ -55,15 +55,15 @@ def train_together(configs: Sequence[RunConfig]) -> None:
             steps = {config.output: _step_of(config) for config in left}
             first, *later = sorted(set(steps.values()))
             until = min(later, default=left[0].training.steps)
-            _train_in_step([config for config in left if steps[config.output] == first], until)
+            _train_group([config for config in left if steps[config.output] == first], until)
             left = left if later else []
 
 
-def _train_in_step(configs: Sequence[RunConfig], until: int) -> None:
-    """Trains runs that are at the same step, up to another one."""
+def _train_group(configs: Sequence[RunConfig], until: int) -> None:
+    """Trains runs that are at the same step, up to step `until`."""
     methods = {config.name: build_method(config) for config in configs}
-    if not any(config.distill.teaches for config in configs) or len(configs) == 1:
-        # Without a teacher, nothing is shared but the batches.
+    if not any(config.distill.has_teacher for config in configs) or len(configs) == 1:
+        # Without a teacher, the runs would share only the batches.
         for config in configs:
             train_method(
                 methods[config.name], [config], partial(RunFolder, config, methods[config.name]), until
@@ -78,8 +78,8 @@ def _train_in_step(configs: Sequence[RunConfig], until: int) -> None:
             }
         )
 
-    # The one with a teacher first: what all share is asked of it.
-    ordered = sorted(configs, key=lambda config: not config.distill.teaches)
+    # A run with a teacher comes first, since `train_method` takes the shared settings from the first run.
+    ordered = sorted(configs, key=lambda config: not config.distill.has_teacher)
     train_method(Students(methods), ordered, open_folders, until)
 
 
@@ -89,7 +89,7 @@ def _step_of(config: RunConfig) -> int:
 
 
 class Updates:
-    """The update rules of several runs: as `Update`, with a branch for each run in whatever it takes and gives."""
+    """The update rules of several runs: as `Update`, with every argument and result a mapping by run name."""
 
     def __init__(self, updates: Mapping[str, Update]) -> None:
         self._updates = updates
@@ -101,7 +101,7 @@ class Updates:
         return {name: update.trainable(state[name]) for name, update in self._updates.items()}
 
     def step(self, state: Mapping[str, TrainState]) -> jax.Array:
-        """All runs are at the same step."""
+        """The step of the first run; all runs are at the same step."""
         return next(update.step(state[name]) for name, update in self._updates.items())
 
     def __call__(
@@ -118,7 +118,7 @@ class Updates:
 
 
 class RunFolders:
-    """The folders of several runs that are at the same step: as `RunFolder`, with a branch for each run."""
+    """The folders of several runs at the same step: as `RunFolder`, with states and metrics by run name."""
 
     def __init__(self, folders: Mapping[str, RunFolder]) -> None:
         self._folders = folders
@@ -126,7 +126,7 @@ class RunFolders:
         self.abstract = {name: folder.abstract for name, folder in folders.items()}
         self.step = next(folder.step for folder in folders.values())
         rows = {name: folder.unreported.rows for name, folder in folders.items()}
-        # A run that was behind the others has more of them: their common steps are reported.
+        # A run that was behind the others may have more unreported steps; only the steps common to all are reported.
         count = min(map(len, rows.values()))
         common = [of_run[len(of_run) - count :] for of_run in rows.values()]
         self.unreported = Unreported(
@@ -142,8 +142,8 @@ class RunFolders:
     def start(self, examples: Any, tokenizer: Tokenizer) -> tuple[dict[str, TrainState], dict[str, Any]]:
         states, bases = {}, {}
         begin = examples.get_state()
-        # Those that learn from the cache last: only they know where the iterator stood in it.
-        for name in sorted(self._folders, key=self._learns_from_cache):
+        # Runs that use the cache come last, since only their checkpoints hold the iterator's position in it.
+        for name in sorted(self._folders, key=self._uses_cache):
             examples.set_state(begin)
             states[name], bases[name] = self._folders[name].start(
                 self._examples_of(name, examples), tokenizer
@@ -152,11 +152,13 @@ class RunFolders:
 
     def log(self, step: int, rows: Rows, seconds: float) -> None:
         for name, folder in self._folders.items():
-            with self._noted(name):
+            with self._collect_error(name):
                 folder.log(step, [row[name] for row in rows], seconds)
 
     def must_evaluate(self, step: int) -> bool:
-        due = [folder.must_evaluate(step) for folder in self._folders.values()]  # all of them note the step
+        due = [
+            folder.must_evaluate(step) for folder in self._folders.values()
+        ]  # a list, since each call updates its folder
         return any(due)
 
     def report_evaluation(self, step: int, sums: Mapping[str, Any]) -> None:
@@ -165,7 +167,7 @@ class RunFolders:
                 folder.report_evaluation(step, sums[name])
 
     def save_if_due(self, step: int, state: Mapping[str, TrainState], examples: Any) -> None:
-        """Raises UserError if a run's loss is not finite: when the others have saved what is due."""
+        """Saves the runs with finite metrics, then raises UserError if another run's metrics are not finite."""
         for name, folder in self._folders.items():
             if name not in self._broken:
                 folder.save_if_due(step, state[name], self._examples_of(name, examples))
@@ -176,22 +178,22 @@ class RunFolders:
     ) -> None:
         for name, folder in self._folders.items():
             own = [row[name] for row in rows]
-            with self._noted(name):
+            with self._collect_error(name):
                 folder.save_now(step, state[name], self._examples_of(name, examples), own, seconds)
         self._raise_if_broken()
 
-    def _learns_from_cache(self, name: str) -> bool:
+    def _uses_cache(self, name: str) -> bool:
         return self._folders[name].config.distill.cache is not None
 
     def _examples_of(self, name: str, examples: Any) -> Any:
-        """The iterator as a run alone would have it: without the cache, if the run learns from the text."""
-        if isinstance(examples, CachedBatches) and not self._learns_from_cache(name):
+        """The iterator that the run would have on its own: without the cache if the run has no teacher."""
+        if isinstance(examples, CachedBatches) and not self._uses_cache(name):
             return examples.batches
         return examples
 
     @contextmanager
-    def _noted(self, name: str) -> Iterator[None]:
-        """Notes what a run is refused for, so that the others can be saved before it is raised."""
+    def _collect_error(self, name: str) -> Iterator[None]:
+        """Collects a run's UserError, so that the other runs can be saved before it is raised."""
         try:
             yield
         except UserError as error:
@@ -205,26 +207,28 @@ class RunFolders:
             raise first
         without = " ".join(f"--student {name}" for name in self._broken)
         raise UserError(
-            f"{str(first).removesuffix('.')}; without {without}, the same command goes on with the others."
+            f"{str(first).removesuffix('.')}; the same command without {without} resumes the other runs."
         )
 
 
 def check_together(configs: Sequence[RunConfig]) -> None:
-    """Raises UserError if runs cannot be trained at once: in the same steps, on the same batches, and those with a
-    teacher from the same one; or if a package is missing that one of them needs."""
+    """Raises UserError if the runs cannot be trained together, or if one of them needs a missing package.
+
+    All runs need the same steps and batches, and all runs with a teacher need the same teacher.
+    """
     for config in configs:
         check_packages(config)
         if config.distill.on_policy is not None:
             raise UserError(
-                f"{config.name} has distill.on_policy, and students that sample for themselves share no pass of the "
-                "teacher; train each of them by itself, with gemma2 train."
+                f"{config.name} sets distill.on_policy, so it samples its own batches and cannot share the teacher's "
+                "forward pass; train it on its own with `gemma2 train`."
             )
     _check_same(configs, _shared)
-    _check_same([config for config in configs if config.distill.teaches], _shared_with_teacher)
+    _check_same([config for config in configs if config.distill.has_teacher], _shared_with_teacher)
     outputs = [config.output for config in configs]
     for output in outputs:
         if outputs.count(output) > 1:
-            raise UserError(f"output is {output} for two runs; each needs a folder of its own.")
+            raise UserError(f"output is {output} for two runs; each run needs its own folder.")
 
 
 def _check_same(configs: Sequence[RunConfig], shared: Callable[[RunConfig], dict[str, Any]]) -> None:
@@ -232,12 +236,13 @@ def _check_same(configs: Sequence[RunConfig], shared: Callable[[RunConfig], dict
         first = configs[0]
         for key, one, other in differences(shared(first), shared(config)):
             raise UserError(
-                f"{first.name} has {key}={one}, and {config.name} has {other}; runs that are trained together share it."
+                f"{first.name} has {key}={one}, but {config.name} has {key}={other}; runs that are trained together "
+                "must have the same value."
             )
 
 
 def _shared(config: RunConfig) -> dict[str, Any]:
-    """What runs that are trained together have in common."""
+    """The settings that must be the same in all runs that are trained together."""
     whole = to_dict(config)
     names = ("data", "tokenizer", "mesh", "layout", "compute", "profile", "compilation_cache")
     in_training = ["steps", "log_every", "accumulation", "eval_batches"]
@@ -247,10 +252,10 @@ def _shared(config: RunConfig) -> dict[str, Any]:
 
 
 def _shared_with_teacher(config: RunConfig) -> dict[str, Any]:
-    """What those with a teacher have in common beside that: everything about it but the layers that each matches."""
+    """The settings that must also be the same in all runs with a teacher: `distill` except for `match`, and more."""
     whole = to_dict(config)
     shared = {"distill": {name: value for name, value in whole["distill"].items() if name != "match"}}
-    # The teacher has the rows of the student's vocabulary, and a cache one temperature.
+    # The teacher's vocabulary is padded like the student's, and a cache has one temperature.
     shared["model"] = {name: whole["model"][name] for name in ("vocab_size", "vocab_padding")}
     if config.distill.cache is not None:
         shared["objective"] = {"temperature": whole["objective"]["temperature"]}

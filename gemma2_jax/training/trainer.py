@@ -1,4 +1,4 @@
-"""The loop over steps, for every method: a step, then what is to be reported and saved."""
+"""The training loop, for every method: take a step, then log, evaluate and save when due."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -26,12 +26,13 @@ from gemma2_jax.training.validation import sum_over
 
 
 class Trainer:
-    """A run between its steps. Folder, data and mesh are checked before, see `loop.train`.
+    """Trains one run, or several runs in one step. `loop.train` checks folder, data and mesh beforehand.
 
     Args:
-        config: steps, batches, mesh and layout of the run.
-        folder: where its state comes from, and where that and its metrics go.
-        examples, frozen: the method's.
+        config: the run's configuration; with several runs, the first one's.
+        folder: loads and saves the state and writes the metrics.
+        examples: the iterator from `method.examples`.
+        frozen: the frozen trees from `method.load_frozen`.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Trainer:
         self._state, base = folder.start(examples, tokenizer)
         self._frozen = {**frozen, BASE: base}
         self._in_step = frozen_in_step(method, self._frozen)
-        # Compiled ahead, so that no step's time contains it.
+        # Compiled ahead of time, so that no step's time includes compilation.
         train_step = build_train_step(
             method, folder.update, folder.abstract, config.layout, config.training.accumulation
         )
@@ -66,17 +67,16 @@ class Trainer:
                 self._collect = collect.lower(trainable, self._in_step, batch, step).compile()
         self._evaluation_step = build_evaluation_step(method)
         self._stopwatch = Stopwatch(unreported.seconds)
-        self._rows: list[Mapping[str, Any]] = list(
-            unreported.rows
-        )  # of the steps since the last row of metrics
+        # Metrics of the steps since the last row.
+        self._rows: list[Mapping[str, Any]] = list(unreported.rows)
 
     def train(self, until: int, profile: Profile) -> None:
-        """Takes the steps up to `until`; a signal ends it behind one of them, which is saved."""
-        with stopping_together(self._config.checkpoint.grace_seconds, self._progress.say) as stop:
-            self._evaluate_if_due(stop)  # what an earlier stop has cut short
+        """Takes the steps up to `until`. A signal ends training after the current step, whose state is saved."""
+        with stopping_together(self._config.checkpoint.grace_seconds, self._progress.print_line) as stop:
+            self._evaluate_if_due(stop)  # repeats an evaluation that an earlier stop interrupted
             self._stop_if_due(stop)
             while self._step < until:
-                with profile.step(self._step + 1, settle=self._settle):
+                with profile.step(self._step + 1, wait=self._wait):
                     self._take_step()
                 self._progress.advance(self._step)
                 if self._is_due(self._config.training.log_every):
@@ -88,7 +88,7 @@ class Trainer:
                 self._save_now()
 
     def _take_step(self) -> None:
-        """Begins a step; it may still be computed when this returns."""
+        """Dispatches a step; the devices may still be computing it when this returns."""
         batch = on_mesh(next(self._examples), self._mesh)
         self._stopwatch.start()
         if self._method.collects(self._step):
@@ -102,22 +102,24 @@ class Trainer:
         self._rows.append(self._method.row(self._step, metrics))
         self._step += 1
 
-    def _settle(self) -> None:
+    def _wait(self) -> None:
+        """Waits until the devices have finished all dispatched steps."""
         jax.block_until_ready(self._state)
 
     def _is_due(self, every: int) -> bool:
         return self._step % every == 0 or self._step == self._config.training.steps
 
     def _log(self) -> None:
-        self._settle()
+        self._wait()
         self._stopwatch.stop()
         self._folder.log(self._step, self._rows, self._stopwatch.take())
         self._rows = []
 
     def _evaluate_if_due(self, stop: AgreedStop) -> None:
-        """Evaluates, unless that is done at this step.
+        """Evaluates if an evaluation is due and not yet done at this step.
 
-        A stop cuts it short, and it is done when the run goes on; except at the last step, where a run does not go on.
+        A stop interrupts the evaluation, which is then made when the run is resumed. At the last step it is finished
+        despite a stop, since no step is left to resume for.
         """
         if not self._step or not self._folder.must_evaluate(self._step):
             return
@@ -132,7 +134,7 @@ class Trainer:
             with self._progress.doing("validating", brief=True):
                 step = partial(self._evaluation_step, trainable, self._frozen)
                 sums = sum_over(step, batches, self._mesh)
-        except _CutShortError:
+        except _InterruptedError:
             return
         self._folder.report_evaluation(self._step, sums)
 
@@ -142,17 +144,17 @@ class Trainer:
             stops.check()
 
     def _save_now(self) -> None:
-        self._settle()
+        self._wait()
         self._stopwatch.stop()
         self._folder.save_now(self._step, self._state, self._examples, self._rows, self._stopwatch.take())
 
 
-class _CutShortError(Exception):
-    """An evaluation is not finished because the run is stopped."""
+class _InterruptedError(Exception):
+    """A stop interrupted an evaluation."""
 
 
 def _until(stop: AgreedStop, batches: Iterable[Batch]) -> Iterator[Batch]:
     for batch in batches:
         if stop.is_due():
-            raise _CutShortError
+            raise _InterruptedError
         yield batch

@@ -10,27 +10,27 @@ from gemma2_jax.data.batch import Batch
 from gemma2_jax.sharding.layout import on_mesh
 from gemma2_jax.training.metrics import perplexity
 
-# Batches that wait on the devices behind the one in work; all of them at once could fill their memory.
+# Batches dispatched ahead of the one being computed; all batches at once could fill the devices' memory.
 _AHEAD = 2
 
 
 def sum_over(step: Callable[[Batch], Any], batches: Iterable[Batch], mesh: Mesh) -> Any:
-    """Sums of what a step gives of each batch: a pytree of floats."""
+    """Sums the outputs of `step` over the batches: a pytree of floats."""
     sums: list[Any] = []
     for batch in batches:
         sums.append(step(on_mesh(batch, mesh)))
         if len(sums) > _AHEAD:
             jax.block_until_ready(sums[-1 - _AHEAD])
-    # Fetched once: the devices would stand idle while the numbers of each batch are fetched.
+    # Fetched only once: the devices would be idle while the numbers of each batch are fetched.
     return jax.tree.map(lambda *each: sum(map(float, each)), *jax.device_get(sums))
 
 
 def averages(sums: Mapping[str, float]) -> dict[str, float]:
-    """Averages over every target: `cross_entropy` (nats), `perplexity`, `entropy`, and against a teacher `kl`,
-    `agreement` and `teacher_entropy`; and `targets`, their number.
+    """Averages over all targets: `cross_entropy` (nats), `perplexity`, `entropy`; with a teacher also `kl`,
+    `agreement` and `teacher_entropy`; and `targets`, the number of targets.
 
     Args:
-        sums: of these, and `targets`.
+        sums: sums of these metrics (without `perplexity`) over the targets, and `targets`.
     """
     targets = sums["targets"]
     found = {name: total / targets for name, total in sums.items() if name != "targets"}

@@ -135,17 +135,20 @@ def test_distilled_and_scratch_differ_in_the_objective_alone():
         ),
         (["optimiser.learning_rate=1"], "no key optimiser, did you mean optimizer (accepted: checkpoint, "),
         (["seeds=1"], "no key seeds, did you mean seed (accepted: "),
-        (["seed.x=1"], "no key seed.x, since seed is a single value (0)."),
+        (["seed.x=1"], "no key seed.x, since seed is a single value (0), not a section."),
         (["training.steps=1.5"], "training.steps is 1.5; accepted: a whole number."),
         (["training.steps=true"], "training.steps is true; accepted: a whole number."),
         (["compute.dtype=float16"], 'compute.dtype is "float16"; accepted: float32 or bfloat16.'),
         (["model.num_layers=3"], "model.num_layers is 3; it must be even"),
         (["objective=distillation"], "objective.forward_kl is above 0, which needs a teacher"),
-        (["objective=distillation", "distill=online"], "distill.teacher has no value yet"),
-        (["training.steps=1,2"], "training.steps=1,2 lists several values, which only `gemma2 sweep` takes."),
+        (["objective=distillation", "distill=online"], "distill.teacher has no value; set it with"),
+        (
+            ["training.steps=1,2"],
+            "training.steps=1,2 lists several values, which only `gemma2 sweep` accepts.",
+        ),
         (
             ["seed=${nothing}"],
-            "seed refers to something that is not there: Interpolation key 'nothing' not found.",
+            "seed has a reference that cannot be resolved: Interpolation key 'nothing' not found.",
         ),
         (["steps"], "'steps' cannot be read; accepted: key=value"),
         (["=1"], "'=1' cannot be read; accepted: key=value"),
@@ -158,14 +161,14 @@ def test_distilled_and_scratch_differ_in_the_objective_alone():
         (["training.steps = 5"], "cannot be read; write it without blanks: training.steps=5."),
         (["training.steps:", "5"], "cannot be read; write it without blanks: training.steps=5."),
         (["steps", "seed=1"], "'steps' cannot be read; accepted: key=value"),
-        (["data.source=a.txt,b.txt"], "in brackets and quotes: 'data.source=[a.txt,b.txt]'."),
+        (["data.source=a.txt,b.txt"], "to give one list, write 'data.source=[a.txt,b.txt]'."),
         (
             ["name=../x"],
-            "name is ../x; accepted: text without / and \\ that is not . or ..; for another folder",
+            "name is ../x; accepted: text without / and \\, except . and ..; to choose the run",
         ),
-        (["name=a/b"], "write output=a/b."),
-        (["name=/tmp/x"], "write output=/tmp/x."),
-        (["name=.."], "write output=..."),
+        (["name=a/b"], "use output=a/b."),
+        (["name=/tmp/x"], "use output=/tmp/x."),
+        (["name=.."], "use output=..."),
         (["name='a\\b'"], "name is a\\b; accepted: text without / and \\"),
         (["name=\udcff"], "'name=\\udcff' is not UTF-8"),
     ],
@@ -208,7 +211,7 @@ def test_text_of_a_file_that_looks_like_a_date_is_text_and_a_number_needs_quotes
     dated.write_text("# @package _global_\nname: 2024-01-01\n")
     numbered.write_text("# @package _global_\nname: 1\n")
     assert compose(["experiment=dated"], tmp_path).name == "2024-01-01"
-    with pytest.raises(UserError, match=r"name is 1; accepted: text\. In quotes it is text: '1'."):
+    with pytest.raises(UserError, match=r"name is 1; accepted: text\. Write it in quotes for text: '1'."):
         compose(["experiment=numbered"], tmp_path)
     save_config(compose(), tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text().replace("name: run", "name: 2024-01-01")
@@ -220,7 +223,10 @@ def test_text_of_a_file_that_looks_like_a_date_is_text_and_a_number_needs_quotes
     ("overrides", "sentences"),
     [
         (["model=smal", "data=fils"], ["there is no model smal, did", "there is no data fils, did"]),
-        (["data=files", "training.stepz=3"], ["data.source has no value yet", "no key training.stepz, did"]),
+        (
+            ["data=files", "training.stepz=3"],
+            ["data.source has no value; set it with", "no key training.stepz, did"],
+        ),
         (
             ["data.seq_len=1", "data.batch_size=0", "training.steps=0"],
             ["data.seq_len is 1;", "data.batch_size is 0;", "training.steps is 0;"],
@@ -252,8 +258,8 @@ def test_a_saved_run_is_repeated_from_its_file_alone(tmp_path, monkeypatch):
     ("override", "sentence"),
     [
         ("training.step=1", "there is no key training.step, did you mean steps (accepted: "),
-        ("model=toy", "model=toy chooses a file, but config.yaml is already composed"),
-        ("experiment=quickstart/teacher", "chooses a file, but config.yaml is already composed"),
+        ("model=toy", "model=toy chooses a config file, but config.yaml is already composed"),
+        ("experiment=quickstart/teacher", "chooses a config file, but config.yaml is already composed"),
     ],
 )
 def test_a_saved_run_refuses_what_it_does_not_know(tmp_path, monkeypatch, override, sentence):
@@ -293,7 +299,7 @@ def test_an_experiment_that_asks_for_a_missing_file_is_told(tmp_path):
     )
     (tmp_path / "experiments" / "worse.yaml").write_text("defaults: [override /modell: toy]\n")
     with pytest.raises(
-        UserError, match=r"asks for the file model/toyy.yaml, which does not exist, did you mean toy "
+        UserError, match=r"refers to the file model/toyy.yaml, which does not exist, did you mean toy "
     ):
         compose(["experiment=bad"], tmp_path)
     with pytest.raises(UserError, match=r"\Athe configuration cannot be composed: [^\n]*modell[^\n]*\Z"):
@@ -309,7 +315,7 @@ def test_a_broken_file_of_the_users_own_is_told(tmp_path, content):
 
 
 def test_a_config_dir_that_is_no_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--config-dir is .*nowhere, which is no folder"):
+    with pytest.raises(UserError, match=r"--config-dir is .*nowhere, which is not a folder"):
         compose([], tmp_path / "nowhere")
 
 

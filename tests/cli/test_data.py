@@ -61,9 +61,7 @@ def test_shards_are_verified(overrides, tmp_path, capsys):
     assert main(["data", "verify", *overrides, f"data.folder={folder}"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0] == f"{folder}: 2 shards were read; all match their checksums."
-    assert re.fullmatch(
-        r".*: the files of data\.source \[.*\] are those that it was prepared from\.", told[1]
-    )
+    assert re.fullmatch(r".*: data\.source \[.*\] has the content that was prepared\.", told[1])
 
     shard = folder / "validation-00000.arrayrecord"
     content = bytearray(shard.read_bytes())
@@ -94,7 +92,7 @@ def test_a_source_is_verified_where_it_is(tmp_path, capsys):
     assert re.search(r"has changed since .* was prepared \(.*notes\.txt\); delete", capsys.readouterr().err)
     (tmp_path / "notes.txt").unlink()
     assert main(["data", "verify", *arguments]) == 0
-    assert "is not there, and so was not compared" in capsys.readouterr().out
+    assert "was not found, so its content was not compared" in capsys.readouterr().out
 
 
 def test_what_was_left_out_is_shown(tmp_path, capsys):
@@ -113,7 +111,7 @@ def test_what_was_left_out_is_shown(tmp_path, capsys):
     assert main(["data", "prepare", *arguments]) == 0
     assert main(["data", "show", *arguments]) == 0
     left_out = (
-        f"left out: 1 invalid records of 201 (not valid JSON: 1; first: {tmp_path}/notes.jsonl, line 201)"
+        f"skipped: 1 invalid records of 201 (not valid JSON: 1; first: {tmp_path}/notes.jsonl, line 201)"
     )
     assert left_out in capsys.readouterr().out.splitlines()
 
@@ -150,7 +148,7 @@ def test_input_that_is_no_utf8_is_told(overrides, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 x"), encoding="utf-8"))
     assert main(["tokenizer", "encode", "-", *overrides]) == 1
     assert capsys.readouterr().err.startswith(
-        "gemma2: the standard input is not UTF-8 (it has a byte 0xe9 where"
+        "gemma2: the standard input is not UTF-8 (it has an invalid byte 0xe9)"
     )
 
 
@@ -178,7 +176,7 @@ def test_the_bytes_of_a_character_are_told_apart(overrides, capsys):
         (["tokenizer", "decode", "12 x"], "'x' is not a token id; accepted: whole numbers"),
         (
             ["tokenizer", "encode", "def", "add"],
-            "'add' is a second argument; a text with blanks takes quotes",
+            "'add' is a second argument; put a text with blanks in quotes",
         ),
         (["tokenizer", "decode", "-1"], "'-1' is not a token id; accepted: whole numbers"),
         (["data", "show", "--rows", "-2"], "--rows is -2; it must be at least 0."),

@@ -94,7 +94,7 @@ def test_a_key_has_meaning_type_value_file_and_group(capsys):
         (["layout.head", "layout=gathered"], ["set in  configs/layout/gathered.yaml"]),
         (["seed", "seed=3"], ["value   3", "set in  the command line"]),
         (["optimizer.beta1", "optimizer={beta1: 0.8}"], ["value   0.8", "set in  the command line"]),
-        (["data.text_field"], ["type    text", "value   text", "set in  no file: the default of the code"]),
+        (["data.text_field"], ["type    text", "value   text", "set in  no file (the default in the code)"]),
         (["distill.on_policy.fraction"], ["value   null", "group   distill"]),
     ],
 )

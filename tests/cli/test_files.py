@@ -136,7 +136,7 @@ def test_config_files_that_cannot_be_read_are_told(tmp_path, capsys):
     (tmp_path / "circle").symlink_to("circle")
     for arguments, sentence in (
         (["model=deep", f"--config-dir={tmp_path}/configs"], "the configuration cannot be composed: "),
-        ([f"--config-dir={tmp_path}/circle"], f"--config-dir is {tmp_path}/circle, which is no folder"),
+        ([f"--config-dir={tmp_path}/circle"], f"--config-dir is {tmp_path}/circle, which is not a folder"),
     ):
         assert main(["config", "show", *arguments]) == 1
         told = capsys.readouterr().err

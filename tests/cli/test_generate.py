@@ -141,12 +141,12 @@ def test_prompts_come_from_a_file_or_the_standard_input(asked, monkeypatch, tmp_
         (
             "p.jsonl",
             b'{"prompt": "a"}\n{"text": "b"}\n',
-            r"p\.jsonl, line 2 is no object with a prompt; accepted",
+            r"p\.jsonl, line 2 is not a JSON object with a prompt; accepted",
         ),
-        ("p.txt", b'{"prompt": "a"}\nb\n', r"p\.txt, line 2 is no object with a prompt"),
-        ("p.txt", b"\n \n", r"p\.txt holds no prompt; accepted: one a line"),
+        ("p.txt", b'{"prompt": "a"}\nb\n', r"p\.txt, line 2 is not a JSON object with a prompt"),
+        ("p.txt", b"\n \n", r"p\.txt holds no prompt; accepted: one prompt per line"),
         ("p.txt", b"\xe9\n", r"p\.txt is not UTF-8"),
-        ("p.jsonl", b"[" * 5000, r"line 1 is no object with a prompt"),
+        ("p.jsonl", b"[" * 5000, r"line 1 is not a JSON object with a prompt"),
     ],
 )
 def test_a_file_without_prompts_is_refused_before_anything_is_loaded(
@@ -173,8 +173,8 @@ def test_defaults_are_those_of_the_library(asked, capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert f"takes the likeliest token ({usual.temperature})" in told
-    assert f"stop after so many tokens ({usual.max_new_tokens})" in told
+    assert f"takes the most likely token ({usual.temperature})" in told
+    assert f"maximum tokens per completion ({usual.max_new_tokens})" in told
 
 
 def test_another_tokenizer_may_be_given(asked):
@@ -205,7 +205,7 @@ def test_a_conversation_keeps_its_history_until_it_is_reset(asked, monkeypatch, 
 
 def test_control_c_stops_a_reply_and_the_conversation_goes_on(asked, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nWhy?\n"))
-    complete = generate.chat.__globals__["announced"]
+    complete = generate.chat.__globals__["with_compile_message"]
 
     def interrupted(growing, show):
         for number, rows in enumerate(complete(growing, show)):
@@ -213,7 +213,7 @@ def test_control_c_stops_a_reply_and_the_conversation_goes_on(asked, monkeypatch
                 signal.raise_signal(signal.SIGINT)
             yield rows
 
-    monkeypatch.setattr("gemma2_jax.cli.chat.announced", interrupted)
+    monkeypatch.setattr("gemma2_jax.cli.chat.with_compile_message", interrupted)
     assert main([*COMMAND, "--interactive"]) == 0
     assert len(asked) == 2
     assert f"{MODEL}[{END}" in asked[1][0][0]  # what there was of the reply, trimmed

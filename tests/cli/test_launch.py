@@ -39,7 +39,7 @@ def test_dry_run_tells_what_a_launch_would_refuse(
     dry = ["launch", "tpu-vm", "model=toy", *VM, "--workdir", "/shared", "--dry-run"]
     assert main(dry) == 0
     printed = capsys.readouterr()
-    assert printed.err == "gemma2: without --dry-run, this is refused: there are changes.\n"
+    assert printed.err == "gemma2: without --dry-run, this would be refused: there are changes.\n"
     assert "#!/bin/bash" in printed.out
     assert main([*dry, "--allow-changes"]) == 0
     assert capsys.readouterr().err == ""

@@ -227,8 +227,8 @@ def test_train_repeats_a_run_from_its_file(trained, tmp_path):
     assert trained == [config]
 
 
-@pytest.mark.parametrize(("resumes", "hint"), [(True, "the same command goes on"), (False, "stopped.")])
-def test_an_interrupt_exits_with_130_and_says_how_to_go_on(monkeypatch, capsys, resumes, hint):
+@pytest.mark.parametrize(("resumes", "hint"), [(True, "the same command resumes"), (False, "stopped.")])
+def test_an_interrupt_exits_with_130_and_a_hint_how_to_resume(monkeypatch, capsys, resumes, hint):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
@@ -258,7 +258,7 @@ def test_a_signal_unwinds_and_exits_with_its_number(monkeypatch, capsys, number)
     monkeypatch.setattr(train_verb, "run", killed)
     assert main(["train"]) == 128 + number
     assert unwound == [True]
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert signal.getsignal(number) == signal.SIG_DFL
 
 

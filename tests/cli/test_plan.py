@@ -17,9 +17,9 @@ def test_a_table_and_its_figures_as_json(capsys):
     table = capsys.readouterr().out
     assert "run on cpu:8 fits." in table
     for words in (
-        "memory a device",
+        "memory per device",
         "compiled in",
-        "model FLOPs a step",
+        "model FLOPs per step",
         "least time of a step",
         "(estimate)",
     ):
@@ -63,7 +63,7 @@ def test_what_lies_where_needs_no_compiler(monkeypatch, capsys):
 def test_a_search_prints_what_to_type(capsys):
     assert main([*TOY, "topology=cpu:8", "--search", "--budget", "0"]) == 0
     told = capsys.readouterr().out
-    assert "1 tried on cpu:8" in told
+    assert "Candidates tried on cpu:8: 1" in told
     assert "Best: mesh.replica=1 mesh.data=" in told
 
 
@@ -71,8 +71,8 @@ def test_a_search_prints_what_to_type(capsys):
     ("arguments", "told"),
     [
         (TOY, "topology is missing"),
-        ([*TOY, "topology=abacus:8"], "topology=abacus:8 names no chip that is known"),
-        ([*TOY[:-1], "topology=cpu:8", "mesh.data=3"], "needs exactly 3 devices, and there are 8 devices"),
+        ([*TOY, "topology=abacus:8"], "topology=abacus:8 names the unknown chip abacus"),
+        ([*TOY[:-1], "topology=cpu:8", "mesh.data=3"], "needs exactly 3 devices, but there are 8 devices"),
         (
             [*TOY[:-1], "topology=cpu:8", "mesh.data=1", "mesh.tensor=8"],
             "along mesh.tensor, which is 8 and does not divide it",

@@ -110,27 +110,27 @@ def test_data_that_several_processes_tokenise(corpus: Path, tmp_path: Path) -> N
 def test_phases_of_a_run(run: Path) -> None:
     """One after another: each time, the run goes on from where the stop before has left it."""
     command = ["train", "--config", "toy.yaml"]
-    nothing = "no step is saved yet, and the same command begins anew."
+    nothing = "no step is saved yet; the same command starts from the beginning."
     assert stopped_in("jax.stages:Lowered.compile:1", command, run, wait=False) == nothing
     assert not (run / "runs").exists()
     last = stopped_in("gemma2_jax.training.trainer:Trainer._take_step:1", command, run, signal.SIGINT)
-    assert last == "the same command goes on from step 1 of runs/toy."
+    assert last == "the same command resumes from step 1 of runs/toy."
     last = stopped_in("gemma2_jax.training.trainer:sum_over:1", command, run)
-    assert last == "the same command goes on from step 2 of runs/toy."
+    assert last == "the same command resumes from step 2 of runs/toy."
     last = stopped_in(
         "gemma2_jax.checkpoints.store:CheckpointStore.save:1", command, run, signal.SIGINT, wait=False
     )
     step = latest_step(run / "runs" / "toy")
     assert step is not None
     assert step >= 4
-    assert last == f"the same command goes on from step {step} of runs/toy."
+    assert last == f"the same command resumes from step {step} of runs/toy."
 
 
 @pytest.mark.slow
 def test_a_stage_of_a_study(corpus: Path, tmp_path: Path) -> None:
     command = ["run", "quickstart", *TOY, f"data.source={corpus}"]
     last = stopped_in("gemma2_jax.training.trainer:Trainer._take_step:1", command, tmp_path)
-    assert last == "the same command goes on from step 1 of runs/quickstart/teacher."
+    assert last == "the same command resumes from step 1 of runs/quickstart/teacher."
     assert not (tmp_path / "runs" / "quickstart" / "scratch").exists()
 
 
@@ -159,5 +159,5 @@ def test_a_cache(tmp_path: Path, estimate: bool, corpus: Path) -> None:
         assert not (tmp_path / "cache").exists()
     else:
         last = stopped_in("gemma2_jax.data.shards:RecordWriter.write:1", command, tmp_path)
-        assert last == "8 rows of cache are written, and the same command goes on behind them."
+        assert last == "8 rows of cache are written; the same command continues after them."
         assert read_cache(tmp_path / "cache").rows == 8

@@ -36,12 +36,10 @@ def test_each_seed_of_a_run_and_its_cache():
     assert first.distill.cache == "runs/teacher_source/caches/sampled_12-0"
     assert {run.distill.teacher for run in (first, second)} == {"runs/teacher_source/teacher"}
     for override in ("seed=3", "data.seed=3", "sampled_12.data.seed=3", "data={seed:3}"):
-        with pytest.raises(
-            UserError, match=r"seed.*3.* has no effect, since the study's study.yaml lists the seeds"
-        ):
+        with pytest.raises(UserError, match=r"seed.*3.* has no effect, since study.yaml lists the seeds"):
             compose_study("teacher_source", study, [override], None)
     with pytest.raises(
-        UserError, match=r"distill.cache=x has no effect, since the study puts the cache of sampled"
+        UserError, match=r"distill.cache=x has no effect, since the study chooses the cache folder of sampled"
     ):
         compose_study("teacher_source", study, ["sampled_12.distill.cache=x"], None)
 
@@ -75,13 +73,13 @@ def test_a_key_goes_to_every_run_or_to_one(quickstart):
         ("distiled.seed=3", "there is no key distiled, did you mean distill"),
         ("distilled.sed=3", "there is no key sed, did you mean seed"),
         ("seed=1,2", "seed=1,2 lists several values"),
-        ("name=mine", "name=mine has no effect, since the study names each run"),
-        ("scratch.name=mine", "scratch.name=mine has no effect, since the study names each run"),
+        ("name=mine", "name=mine has no effect, since study.yaml names the runs"),
+        ("scratch.name=mine", "scratch.name=mine has no effect, since study.yaml names the runs"),
         (
             "distilled.output=there",
             "distilled.output=there has no effect, since the study puts each run into",
         ),
-        ("distill.teacher=x", "distill.teacher=x has no effect, since the study's study.yaml makes teacher"),
+        ("distill.teacher=x", "distill.teacher=x has no effect, since study.yaml makes teacher"),
         ("distilled.distill.teacher=x", "makes teacher the teacher of distilled; leave it out"),
         ("distilled.distill={teacher: x}", "makes teacher the teacher of distilled; leave it out"),
     ],
@@ -146,7 +144,7 @@ def test_nothing_is_run_where_a_combination_cannot_be_composed():
     with pytest.raises(UserError) as caught:
         compose_sweep(["optimizer.learning_rate=1e-3,x,-1", "seed=0,1"], None)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "4 of 6 combinations cannot be run, so none was started:"
+    assert lines[0] == "4 of 6 combinations are invalid, so no run was started:"
     assert 'optimizer.learning_rate=x,seed=0: the configuration: optimizer.learning_rate is "x"' in lines[1]
     assert "optimizer.learning_rate=-1,seed=1: " in lines[4]
     assert "must be above 0" in lines[4]
@@ -168,7 +166,7 @@ def test_only_the_first_of_many_refusals_are_listed():
         (["seed=1,2", "output=a,b"], "output= lists several values, but a sweep has one folder"),
         (
             ["optimizer.learning_rate=1e-3,0.001"],
-            "are one run, in runs/sweeps/train/optimizer.learning_rate/",
+            "would share the folder runs/sweeps/train/optimizer.learning_rate/",
         ),
         (["sed=1,2"], "there is no key sed, did you mean seed"),
         (["experiment=quickstart/teachr", "seed=1,2"], "did you mean quickstart/teacher"),

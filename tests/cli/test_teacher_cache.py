@@ -38,11 +38,11 @@ def test_a_cache_is_estimated_written_and_verified(
     assert "400 rows to go, about" in told.err
     assert not (tmp_path / "cache").exists()
     assert main(["teacher-cache", *overrides]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}/cache holds the teacher's signal for 400 rows.\n"
+    assert capsys.readouterr().out == f"{tmp_path}/cache holds teacher targets for 400 rows.\n"
     assert main(["teacher-cache", *overrides, "--estimate"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}/cache holds the teacher's signal for 400 rows.\n"
+    assert capsys.readouterr().out == f"{tmp_path}/cache holds teacher targets for 400 rows.\n"
     assert main(["teacher-cache", *overrides, "seed=3"]) == 0  # other weights, of the same data
-    assert capsys.readouterr().out == f"{tmp_path}/cache holds the teacher's signal for 400 rows.\n"
+    assert capsys.readouterr().out == f"{tmp_path}/cache holds teacher targets for 400 rows.\n"
     assert main(["teacher-cache", *overrides, "data.seed=3"]) == 1
     assert (
         "another value of data.seed (0, now 3); write data.seed=0 to use it, or set"

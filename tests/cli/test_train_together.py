@@ -40,13 +40,13 @@ def test_what_each_makes_of_the_teacher_is_its_own(tmp_path: Path, monkeypatch: 
     assert matching.distill.teacher == "runs/teacher"
     assert matching.distill.match is not None
     matching.distill.match.check_teacher(matching.model, compose(["experiment=quickstart/teacher"]).model)
-    assert not text.distill.teaches
+    assert not text.distill.has_teacher
     check_together([taught, matching, text])
     of_a_cache = [*SHARED, "distill=cached", "distill.cache=runs/cache"]
     text_too = [*scratch, "distill.cache=null", "distill.encoding=null"]
     cached, text = compose_students(of_a_cache, [["small", "model=small_1m"], text_too], None)
     assert cached.distill.encoding is not None
-    assert not text.distill.teaches
+    assert not text.distill.has_teacher
     check_together([cached, text])
 
 
@@ -57,11 +57,11 @@ def test_what_each_makes_of_the_teacher_is_its_own(tmp_path: Path, monkeypatch: 
         ([["model=toy"]], "--student model=toy cannot name"),
         (
             [["a", "output=x"]],
-            "--student a: output follows from the student's name; give output=FOLDER before",
+            "--student a: output is set by the student's name; put output=FOLDER before",
         ),
         (
             [["a", "hosts.process_id=1"]],
-            "--student a: hosts.process_id belongs to the job and not to a student",
+            "--student a: hosts.process_id belongs to the job, not to a student",
         ),
         ([["a", "hosts=single"]], "--student a: hosts belongs to the job"),
         ([["a"], ["b", "model=smal_1m"]], "--student b: there is no model smal_1m, did you mean small_1m"),
@@ -79,9 +79,12 @@ def test_students_that_are_none(students, told):
         ("name=family", "name=family has no effect, since each --student names its run; leave it out."),
         (
             "output=null",
-            "output is null; it must be a folder for those of all runs, as in output=runs/family.",
+            "output is null; it must be the parent folder of all run folders, as in output=runs/family.",
         ),
-        ("output=", "output is empty; it must be a folder for those of all runs, as in output=runs/family."),
+        (
+            "output=",
+            "output is empty; it must be the parent folder of all run folders, as in output=runs/family.",
+        ),
     ],
 )
 def test_what_cannot_be_shared(shared, told):

@@ -88,13 +88,13 @@ def with_targets(task: RunConfig) -> Iterator[tuple[Batch, SparseTargets]]:
 
 @pytest.fixture(autouse=True)
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "STRETCH_ROWS", 8)  # two steps
+    monkeypatch.setattr(writer, "CHUNK_ROWS", 8)  # two steps
 
 
 @pytest.fixture(scope="module")
 def sampled(task: RunConfig) -> RunConfig:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "STRETCH_ROWS", 8)
+        patch.setattr(writer, "CHUNK_ROWS", 8)
         write_cache(task)
     return task
 
@@ -237,7 +237,7 @@ def test_size_and_time_are_told_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(writer, "STRETCH_ROWS", 200)
+    monkeypatch.setattr(writer, "CHUNK_ROWS", 200)
     data = replace(task.data, **changes)
     planned = replace(
         asking(task, steps=steps, cache=str(tmp_path / "planned"), encoding=encoding), data=data
@@ -346,7 +346,7 @@ def test_another_teacher_and_other_settings_are_refused(
 
 
 def test_too_few_rows_are_refused(sampled: RunConfig) -> None:
-    with pytest.raises(UserError, match=r"holds 24 rows, and training.steps \(7\) .* needs 28"):
+    with pytest.raises(UserError, match=r"holds 24 rows, but training.steps \(7\) .* needs 28"):
         check_cache(folder_of(sampled), sampled.data, STEPS + 1)
     with pytest.raises(UserError, match="holds no teacher's cache"):
         check_cache(f"{folder_of(sampled)}-none", sampled.data, 1)
@@ -358,7 +358,7 @@ def test_rows_that_are_not_those_of_the_data_are_found(
     """A manifest can be made to fit; the checksum in each record cannot."""
     order = manifest.DataOrder.of(sampled.data, 1)
     monkeypatch.setattr(manifest.DataOrder, "of", lambda *_: order)
-    with pytest.raises(UserError, match=r"holds other rows than data\.folder gives"):
+    with pytest.raises(UserError, match=r"holds other rows than data\.folder, although"):
         next(cached_batches(replace(sampled.data, seed=1), folder_of(sampled)))
 
 
@@ -423,7 +423,7 @@ def test_a_cache_that_another_has_written_meanwhile_is_not_written_again(
         return locked(folder, wait)
 
     monkeypatch.setattr(writer, "locked", written_just_before)
-    with pytest.raises(UserError, match="was written by another process just now"):
+    with pytest.raises(UserError, match="was changed by another process in the meantime"):
         write_cache(asking(task, steps=2))
     assert content(folder_of(task)) == content(folder_of(sampled))
 
@@ -460,14 +460,17 @@ def test_a_cache_of_unknown_place_or_content_is_refused(task: RunConfig, lacking
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"kind": "full"}, "entries is 50; it must be null for full"),
-        ({"entries": None}, "entries is null; it must be at least 1 for sampled"),
+        ({"kind": "full"}, "entries is 50; it must be null for kind full"),
+        ({"entries": None}, "entries is null; it must be at least 1 for kind sampled"),
         ({"entries": 0}, "entries is 0"),
-        ({"kind": "top_p"}, "p is null; it must be above 0, at most 1 for top_p"),
-        ({"p": 0.5}, "p is 0.5; it must be null for sampled"),
+        ({"kind": "top_p"}, "p is null; it must be above 0 and at most 1 for kind top_p"),
+        ({"p": 0.5}, "p is 0.5; it must be null for kind sampled"),
         ({"kind": "top_p", "p": 1.5}, "p is 1.5"),
         ({"proposal_temperature": 0.5}, "proposal_temperature is 0.5; it must be at least 1"),
-        ({"kind": "top_k", "proposal_temperature": 2}, "proposal_temperature is 2, which only sampled uses"),
+        (
+            {"kind": "top_k", "proposal_temperature": 2},
+            "proposal_temperature is 2, but only kind sampled uses",
+        ),
         ({"temperature": 0}, "temperature is 0"),
         ({"weight_bits": 7}, "weight_bits is 7"),
         ({"seed": -1}, "seed is -1"),
@@ -480,8 +483,8 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], told: str) -> None
 
 def test_vocabularies_that_do_not_fit_are_refused(toy_config: ModelConfig) -> None:
     large = replace(toy_config, vocab_size=encoding.LARGEST_FULL + 1)
-    with pytest.raises(UserError, match="the teacher has 65537 tokens, of which 65536 can be kept"):
+    with pytest.raises(UserError, match="the teacher has 65537 tokens, and full supports at most 65536"):
         check_encoding(EncodingConfig("full", None), large)
     check_encoding(EncodingConfig("full", None), replace(large, vocab_padding=1))
-    with pytest.raises(UserError, match="entries is 98; the teacher has 97 tokens"):
+    with pytest.raises(UserError, match="entries is 98; it must be at most 97, the number"):
         check_encoding(EncodingConfig("top_k", 98), toy_config)

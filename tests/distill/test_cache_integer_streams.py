@@ -74,7 +74,7 @@ def test_gaps_take_little_more_than_their_entropy(mean: int, most: float) -> Non
 
 
 @pytest.mark.parametrize(("once", "most"), [(0.95, 1.65), (0.8, 1.1), (0.6, 1.1)])
-def test_numbers_of_draws_take_less_than_a_byte_each_squeezed(once: float, most: float) -> None:
+def test_numbers_of_draws_take_less_than_a_byte_each_compressed(once: float, most: float) -> None:
     values = np.random.default_rng(0).geometric(once, 32_000) - 1
     (record,) = written([values.tolist()], lambda writer, row: writer.small(row, 1))
     assert 1 <= len(record) / entropy(values) < most

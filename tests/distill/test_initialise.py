@@ -345,21 +345,21 @@ def test_the_same_model_is_loaded_as_it_is(teacher: RunConfig, tokenizer: Tokeni
 @pytest.mark.parametrize(
     ("changed", "choice", "sentence"),
     [
-        (dict(d_model=64), {}, r"teacher has d_model 32, and model.d_model is 64; initialise.source must be a model"),
-        (dict(num_layers=6), {}, r"teacher has num_layers 4, and model.num_layers is 6; initialise.source must"),
-        (dict(num_heads=8, num_kv_heads=4), {}, r"has num_heads 4, and model.num_heads is 8; initialise.source"),
-        (dict(head_dim=4), {}, r"teacher has head_dim 8, and model.head_dim is 4; both .*, since RoPE's"),
-        (dict(sliding_window=4), {}, r"teacher has sliding_window 8, and model.sliding_window is 4; both must"),
-        (dict(vocab_size=64), {}, r"teacher has vocab_size 97, and model.vocab_size is 64; both must"),
+        (dict(d_model=64), {}, r"teacher has d_model 32, but model.d_model is 64; choose a source that"),
+        (dict(num_layers=6), {}, r"teacher has num_layers 4, but model.num_layers is 6; choose a source that"),
+        (dict(num_heads=8, num_kv_heads=4), {}, r"has num_heads 4, but model.num_heads is 8; choose a source that"),
+        (dict(head_dim=4), {}, r"teacher has head_dim 8, but model.head_dim is 4; both .*, since RoPE's"),
+        (dict(sliding_window=4), {}, r"teacher has sliding_window 8, but model.sliding_window is 4; both must"),
+        (dict(vocab_size=64), {}, r"teacher has vocab_size 97, but model.vocab_size is 64; both must"),
         (
             dict(num_heads=4, num_kv_heads=1),
             {},
-            r"has 2 query heads for each key/value head \(4 for 2\), and the model 4 \(4 for 1\); choose",
+            r"has 2 query heads for each key/value head \(4 for 2\), but the model has 4 \(4 for 1\); choose",
         ),
         (dict(num_layers=2), dict(layers=(2,)), r"layers names pair 2, but .* teacher has pairs 0 to 1\.$"),
         (dict(num_layers=2), dict(layers=(0, 1)), r"layers names 2 pairs .*, but model.num_layers=2 needs 1 pairs"),
-        (dict(num_layers=2), dict(layers=None), r"has num_layers 4, and model.num_layers is 2; choose with init"),
-        (dict(d_ff=32), dict(width=None), r"teacher has d_ff 64, and model.d_ff is 32; choose with initialise.w"),
+        (dict(num_layers=2), dict(layers=None), r"has num_layers 4, but model.num_layers is 2; set initialise.layers"),
+        (dict(d_ff=32), dict(width=None), r"teacher has d_ff 64, but model.d_ff is 32; set initialise.width"),
     ],
 )  # fmt: skip
 def test_no_part_of_the_teacher_is_refused(
@@ -376,7 +376,7 @@ def test_refused_before_the_weights_are_read(
 ) -> None:
     monkeypatch.setattr(initialise, "load_params", lambda *_: pytest.fail("the weights are read"))
     student = replace(teacher.model, d_ff=128)
-    found = f"^initialise.source {teacher.output} has d_ff 96, and model.d_ff is 128; "
+    found = f"^initialise.source {teacher.output} has d_ff 96, but model.d_ff is 128; "
     with pytest.raises(UserError, match=found):
         initial_params(InitConfig(teacher.output, width="first"), student, tokenizer, one_device(), [])
 
@@ -400,8 +400,8 @@ def test_a_mesh_that_does_not_divide_the_source(teacher: RunConfig, tokenizer: T
     ("data", "sentence"),
     [
         (dict(layers="last"), r"layers is \"last\"; accepted: first or even or a list of a whole number or null"),
-        (dict(layers=[1, 0]), r"initialise.layers is \[1, 0\]; it must be pairs of layers"),
-        (dict(layers=[-1, 0]), r"initialise.layers is \[-1, 0\]; it must be pairs of layers"),
+        (dict(layers=[1, 0]), r"initialise.layers is \[1, 0\]; it must be a list of different pair"),
+        (dict(layers=[-1, 0]), r"initialise.layers is \[-1, 0\]; it must be a list of different pair"),
         (dict(width="random"), r"width is \"random\"; accepted: first or importance or null"),
         (dict(batches=0), r"initialise.batches is 0; it must be at least 1"),
         (dict(source=None, layers="even"), r"initialise.layers is even, but initialise.source is null"),

@@ -14,7 +14,7 @@ import pytest
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.config import UserError, build, to_dict
 from gemma2_jax.data.batch import Batch
-from gemma2_jax.distill.matching import MatchConfig, captures_joined, match_sums
+from gemma2_jax.distill.matching import MatchConfig, join_captures, match_sums
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.capture import Capture, CapturedLayer, forward
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
@@ -74,7 +74,7 @@ def matched(
     match: MatchConfig, student: Gemma2, its: Any, projections: jax.Array | None, batch: Batch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What the training step computes."""
-    return match_sums(match, projections, captured(student, batch, match.of_student), its, batch)
+    return match_sums(match, projections, captured(student, batch, match.student_capture), its, batch)
 
 
 def distance_of(name: str, pair: Any, numpy: Any) -> Any:
@@ -198,7 +198,7 @@ def test_gradients_are_those_of_the_dense_form(
 @pytest.mark.parametrize("distance", ["mse", "cosine"])
 def test_a_student_that_is_its_teacher_is_at_no_distance(case: Case, distance: Any) -> None:
     match = MatchConfig(((0, 0), (3, 3)), hidden=1.0, attention=1.0, distance=distance)
-    its = captured(case.student, case.batch, match.of_teacher)
+    its = captured(case.student, case.batch, match.teacher_capture)
     _, metrics = matched(match, case.student, its, None, case.batch)
     assert metrics.keys() == {"match_hidden", "match_attention"}
     for value in metrics.values():
@@ -214,7 +214,7 @@ def test_weights_are_of_the_sum(case: Case) -> None:
 
 def test_a_layer_of_the_teacher_may_serve_twice(case: Case) -> None:
     both = only("hidden", layers=((1, 4), (3, 4)))
-    own = captured(case.student, case.batch, both.of_student)
+    own = captured(case.student, case.batch, both.student_capture)
 
     def total(match: MatchConfig, projections: jax.Array) -> float:
         return float(match_sums(match, projections, own, case.its, case.batch)[0])
@@ -233,7 +233,7 @@ def test_masked_tokens_and_other_segments_do_not_count(case: Case) -> None:
     @jax.jit
     def run(batch: Batch) -> Any:
         def total(student: Gemma2) -> jax.Array:
-            its = captured(case.teacher, batch, match.of_teacher)
+            its = captured(case.teacher, batch, match.teacher_capture)
             return matched(match, student, its, case.projections, batch)[0]
 
         return jax.value_and_grad(total)(case.student)
@@ -252,7 +252,7 @@ def test_masked_tokens_and_other_segments_do_not_count(case: Case) -> None:
 
 def test_no_gradient_goes_to_the_teacher(case: Case) -> None:
     match = MatchConfig(LAYERS, hidden=1.0, attention=1.0)
-    own = captured(case.student, case.batch, match.of_student)
+    own = captured(case.student, case.batch, match.student_capture)
     gradient = jax.jit(jax.grad(lambda its: match_sums(match, case.projections, own, its, case.batch)[0]))(
         case.its
     )
@@ -273,7 +273,7 @@ def test_distributions_of_all_queries_are_never_there(case: Case) -> None:
     S = 8 * T
     long: Batch = jax.tree.map(lambda x: np.tile(x, (1, 8)), case.batch)
     match = only("attention")
-    its = jax.eval_shape(lambda: captured(case.teacher, long, match.of_teacher))
+    its = jax.eval_shape(lambda: captured(case.teacher, long, match.teacher_capture))
     total = jax.grad(lambda student, its: matched(match, student, its, None, long)[0])
     jaxpr = jax.make_jaxpr(total)(case.student, its)
     of_keys = [size for shape, size in arrays(jaxpr.jaxpr) if shape and shape[-1] == S]
@@ -282,7 +282,7 @@ def test_distributions_of_all_queries_are_never_there(case: Case) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"hidden": 0.0}, r"distill\.match\.hidden and attention are both 0"),
-    ({"hidden": -1.0}, r"distill\.match\.hidden is -1\.0; it must be a number that is not negative"),
+    ({"hidden": -1.0}, r"distill\.match\.hidden is -1\.0; it must be a finite number of at least 0"),
     ({"attention": -1.0}, r"distill\.match\.attention is -1\.0"),
     ({"layers": ()}, r"distill\.match\.layers is empty"),
     ({"layers": ((0, -1),)}, r"holds \[0, -1\]; layers are counted from 0"),
@@ -318,37 +318,37 @@ def test_on_the_command_line() -> None:
         "distill.match={layers: [[1, 3]], attention: 2, distance: cosine}",
     )  # fmt: skip
     assert config.distill.match == MatchConfig(((1, 3),), attention=2.0, distance="cosine")
-    with pytest.raises(UserError, match=r"distill\.match\.layers has no value yet"):
+    with pytest.raises(UserError, match=r"distill\.match\.layers has no value; set it"):
         composed("distill=match", "distill.teacher=runs/t")
 
 
 def test_matching_without_a_teacher_is_refused() -> None:
-    with pytest.raises(UserError, match=r"distill\.match is set, which needs a teacher"):
+    with pytest.raises(UserError, match=r"distill\.match is set, but distill\.teacher is null"):
         DistillConfig(None, "float32", match=MatchConfig(LAYERS, hidden=1.0))
 
 
 def test_layers_that_the_models_lack_are_refused(toy_run: RunConfig, toy_config: ModelConfig) -> None:
     match = MatchConfig(LAYERS, hidden=1.0)
     with pytest.raises(
-        UserError, match=r"names the student's layer 3, and the student has 2; .* from 0 to 1\."
+        UserError, match=r"names the student's layer 3, but the student has 2 layers, counted from 0 to 1\."
     ):
         replace(toy_run, distill=DistillConfig("runs/teacher", "float32", match=match))
-    with pytest.raises(UserError, match="names the teacher's layer 5, and the teacher has 4"):
+    with pytest.raises(UserError, match="names the teacher's layer 5, but the teacher has 4"):
         match.check_teacher(toy_config, toy_config)
 
 
 def test_what_serves_several_students() -> None:
-    hidden = MatchConfig(((0, 3), (1, 1)), hidden=1.0).of_teacher
-    attention = MatchConfig(((0, 2), (1, 3)), attention=1.0).of_teacher
-    assert captures_joined([None, hidden, None, attention]) == Capture((1, 2, 3), True, True)
-    assert captures_joined([hidden, None]) == Capture((1, 3), hidden=True, attention=False)
-    assert captures_joined([attention]) == Capture((2, 3), hidden=False, attention=True)
-    assert captures_joined([None, None]) is None
+    hidden = MatchConfig(((0, 3), (1, 1)), hidden=1.0).teacher_capture
+    attention = MatchConfig(((0, 2), (1, 3)), attention=1.0).teacher_capture
+    assert join_captures([None, hidden, None, attention]) == Capture((1, 2, 3), True, True)
+    assert join_captures([hidden, None]) == Capture((1, 3), hidden=True, attention=False)
+    assert join_captures([attention]) == Capture((2, 3), hidden=False, attention=True)
+    assert join_captures([None, None]) is None
 
 
 def test_other_windows_are_refused(toy_config: ModelConfig) -> None:
     other = replace(toy_config, num_layers=6, sliding_window=16)
-    with pytest.raises(UserError, match=r"\(model\.sliding_window\) is 8 and the teacher's 16"):
+    with pytest.raises(UserError, match=r"model\.sliding_window is 8 and the teacher's is 16"):
         MatchConfig(LAYERS, attention=1.0).check_teacher(toy_config, other)
     MatchConfig(((3, 5),), attention=1.0).check_teacher(toy_config, other)
     MatchConfig(LAYERS, hidden=1.0).check_teacher(toy_config, other)

@@ -175,8 +175,8 @@ def test_a_teacher_of_other_sizes_than_planned_is_refused(teacher: RunConfig, to
             build_mesh(MeshConfig()),
         )
     assert str(error.value) == (
-        f"distill.model.num_layers is 6, and {teacher.output} has {teacher.model.num_layers}; set distill.model to the "
-        "teacher's sizes, or to null."
+        f"distill.model.num_layers is 6, but distill.teacher {teacher.output} has {teacher.model.num_layers}; set "
+        "distill.model to the teacher's sizes, or to null."
     )
 
 

@@ -15,9 +15,9 @@ from gemma2_jax.data.shards import RecordWriter
 from gemma2_jax.distill.cache.encoding import EncodingConfig, Entries
 from gemma2_jax.distill.cache.manifest import (
     FORMAT,
+    CacheFile,
     CacheManifest,
     DataOrder,
-    Signals,
     verify_cache,
     write_cache_manifest,
 )
@@ -56,7 +56,7 @@ def cache(tmp_path: Path) -> Path:
     writer.write(packer().pack(entries, 77).record)
     written = writer.finish()
     order = DataOrder("", "", 0.1, 0, seq_len=len(ids), batch_size=1, process_count=1)
-    signals = Signals(written.file, written.size, written.sha256, process=0, rows=1, largest=2)
+    signals = CacheFile(written.file, written.size, written.sha256, process=0, rows=1, largest=2)
     write_cache_manifest(
         folder, CacheManifest(FORMAT, order, "", "", "float32", NUM_TOKENS, ENCODING, GRID, (signals,))
     )
@@ -78,7 +78,7 @@ def test_the_copy_has_no_tail_and_sums_to_1(script: ModuleType, cache: Path, tmp
     np.testing.assert_allclose(np.exp(sparse.log_weights[0]), expected, rtol=2 * GRID.step)
 
 
-def test_before_the_study_it_says_what_to_run(tmp_path: Path) -> None:
+def test_without_the_study_it_names_the_command_to_run(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(
         [sys.executable, str(SCRIPT)],
@@ -90,7 +90,7 @@ def test_before_the_study_it_says_what_to_run(tmp_path: Path) -> None:
     )
     assert ran.returncode == 1
     assert ran.stderr == (
-        "renormalised.py: runs/teacher_source/caches/top_k_with_tail-0 holds no teacher's cache to copy; carry out the "
-        "study before, by `gemma2 run teacher_source` with the same key=value.\n"
+        "renormalised.py: runs/teacher_source/caches/top_k_with_tail-0 holds no teacher cache to copy; run the study "
+        "first: `gemma2 run teacher_source` with the same key=value.\n"
     )
     assert list(tmp_path.iterdir()) == []

@@ -212,7 +212,7 @@ def test_a_config_that_is_no_json(hf_folder, content):
     (hf_folder / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(
         UserError,
-        match=r"config.json (is empty; JSON is expected|is cut or broken, and no JSON: .*|holds no JSON object)\.$",
+        match=r"config.json (is empty; JSON is expected|is cut off or not valid JSON: .*|holds no JSON object)\.$",
     ):
         open_source(hf_folder)
 

@@ -169,7 +169,7 @@ def test_a_kernel_for_another_platform_is_refused(kernel, made_for, platform):
     with pytest.raises(UserError) as error:
         choose_kernel(AttentionConfig(kernel), platform)
     assert str(error.value) == (
-        f"compute.attention.kernel is {kernel}, which is for {made_for}, and this program is for a {platform}; choose "
+        f"compute.attention.kernel is {kernel}, which is for {made_for}, but this program is for a {platform}; choose "
         "auto or blockwise."
     )
 

@@ -55,7 +55,7 @@ def test_it_is_told_the_soft_cap_the_window_and_the_segments(window):
 @pytest.mark.parametrize(
     ("dtype", "says"),
     [
-        (jnp.float32, "computes in 16 bits, and compute.dtype is float32"),
+        (jnp.float32, "computes in 16 bits, but compute.dtype is float32"),
         (jnp.bfloat16, "which fails: Not supported on cpu; choose auto or blockwise."),
     ],
 )

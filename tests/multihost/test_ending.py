@@ -36,7 +36,7 @@ def test_one_that_is_stopped(command: list[str], tmp_path: Path) -> None:
     command = [*command, f"output={tmp_path}/run"]
     first, second = run_job([[*GEMMA2, *command], [*FAILING, "SIGTERM", *command]])
     assert (first.code, second.code) == (128 + signal.SIGTERM,) * 2
-    saved = r"gemma2: (process 1: )?stopped; the same command goes on from step 2 of .*/run\."
+    saved = r"gemma2: (process 1: )?stopped; the same command resumes from step 2 of .*/run\."
     assert re.fullmatch(saved, first.errors.splitlines()[-1])
     assert "Traceback" not in first.errors
     assert (second.output, second.errors) == ("", "")

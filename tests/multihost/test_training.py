@@ -170,7 +170,7 @@ def test_what_two_processes_saved_goes_on_in_one(
 ) -> None:
     folder = cut(two[0], tmp_path / "run")
     (ended,) = train(config, folder, 1, devices=2)
-    assert "goes on from its checkpoint at step 2" in ended.errors
+    assert "resumes from its checkpoint at step 2" in ended.errors
     assert_same_metrics(folder, two[0])
 
 
@@ -180,7 +180,7 @@ def test_what_two_processes_saved_goes_on_in_four(
 ) -> None:
     folder = cut(two[0], tmp_path / "run")
     first, *_ = train(config, folder, 4)
-    assert "goes on from its checkpoint at step 2" in first.errors
+    assert "resumes from its checkpoint at step 2" in first.errors
     assert_same_metrics(folder, two[0])
 
 

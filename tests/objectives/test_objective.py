@@ -109,7 +109,7 @@ def test_evaluation_compares_at_temperature_one() -> None:
     assert set(metrics) == {"cross_entropy", "kl", "agreement", "entropy", "teacher_entropy"}
     _, alone = evaluation_loss(*named(None), {})
     assert set(alone) == {"cross_entropy", "entropy"}
-    with pytest.raises(ValueError, match="not with sparse targets"):
+    with pytest.raises(ValueError, match="not sparse targets"):
         evaluation_loss(*named(SPARSE), {})
 
 
@@ -145,19 +145,22 @@ RISING = ScheduleConfig("constant", start=-1.0, peak=1.0, warmup_steps=3)
             "objective.temperature is 1e-09; it must be from 0.001 to 1000",
         ),
         ({"forward_kl": 1.0, "temperature": RISING}, "objective.temperature is -1.0"),
-        ({"cross_entropy": 1.0, "temperature": 2.0}, "objective.temperature is 2.0, which nothing uses"),
+        (
+            {"cross_entropy": 1.0, "temperature": 2.0},
+            "objective.temperature is 2.0, but no divergence that would use it",
+        ),
         (
             {"cross_entropy": 1.0, "forward_kl": 1.0, "mix": 1.5},
             "objective.mix is 1.5; it must be from 0 to 1",
         ),
         ({"cross_entropy": 1.0, "forward_kl": 1.0, "mix": RISING}, "objective.mix is -1.0"),
-        ({"forward_kl": 1.0, "mix": 0.5}, "objective.mix is 0.5, which weighs cross_entropy against"),
-        ({"cross_entropy": 1.0, "mix": 0.5}, "objective.mix is 0.5, which weighs cross_entropy against"),
+        ({"forward_kl": 1.0, "mix": 0.5}, "objective.mix is 0.5, but it weighs cross_entropy against"),
+        ({"cross_entropy": 1.0, "mix": 0.5}, "objective.mix is 0.5, but it weighs cross_entropy against"),
         ({"jsd": 1.0, "jsd_beta": 0.0}, "objective.jsd_beta is 0.0; it must be above 0 and below 1"),
         ({"jsd": 1.0, "jsd_beta": 1.0}, "objective.jsd_beta is 1.0"),
-        ({"forward_kl": 1.0, "jsd_beta": 0.1}, "objective.jsd_beta is 0.1, which nothing uses"),
+        ({"forward_kl": 1.0, "jsd_beta": 0.1}, "objective.jsd_beta is 0.1, but no term that would use it"),
         ({"skew_kl": 1.0, "skew_alpha": 1.0}, "objective.skew_alpha is 1.0; it must be at least 0"),
-        ({"jsd": 1.0, "skew_alpha": 0.3}, "objective.skew_alpha is 0.3, which nothing uses"),
+        ({"jsd": 1.0, "skew_alpha": 0.3}, "objective.skew_alpha is 0.3, but no term that would use it"),
         ({"cross_entropy": 1.0, "block_tokens": 0}, "objective.block_tokens is 0"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import pytest
 
-from gemma2_jax.compilation import programs_kept_in
+from gemma2_jax.compilation import use_compilation_cache
 from gemma2_jax.config import UserError
 from gemma2_jax.planning.program import compile_step
 from gemma2_jax.planning.topologies import find_topology
@@ -66,7 +66,10 @@ def test_buckets_that_cannot_be_written_to_are_told(
     folder: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(UserError, match=f"compilation_cache is {folder}.*{told}"), programs_kept_in(folder):
+    with (
+        pytest.raises(UserError, match=f"compilation_cache is {folder}.*{told}"),
+        use_compilation_cache(folder),
+    ):
         pass
 
 
@@ -78,6 +81,6 @@ def test_what_cannot_be_a_folder_is_told(tmp_path: Path) -> None:
             UserError,
             match=r"compilation_cache is .*file/cache, which cannot be used: .*file is a file, where a folder",
         ),
-        programs_kept_in(f"{file}/cache"),
+        use_compilation_cache(f"{file}/cache"),
     ):
         pass

@@ -199,14 +199,14 @@ def test_a_loop_of_unknown_length_is_told():
 )
 def test_groups_of_every_form(groups, group, axes):
     text = f"ENTRY %e (a: f32[2]) -> f32[2] {{\n  ROOT %r = f32[2]{{0}} all-reduce(%a), {groups}, to_apply=%add\n}}\n"
-    one = read_program(text).computations["e"].instructions["r"]
-    assert group_of(one, 8) == group
+    instruction = read_program(text).computations["e"].instructions["r"]
+    assert group_of(instruction, 8) == group
     assert axes_of(group, SHAPE) == axes
 
 
 def test_a_ring_sends_what_the_others_lack():
-    assert sent_bytes("all-gather", taken=10, given=40, count=4) == 30
-    assert sent_bytes("all-reduce", taken=40, given=40, count=4) == 60
-    assert sent_bytes("reduce-scatter", taken=40, given=10, count=4) == 30
-    assert sent_bytes("collective-permute", taken=40, given=40, count=4) == 40
-    assert sent_bytes("all-reduce", taken=40, given=40, count=1) == 0
+    assert sent_bytes("all-gather", input_bytes=10, output_bytes=40, count=4) == 30
+    assert sent_bytes("all-reduce", input_bytes=40, output_bytes=40, count=4) == 60
+    assert sent_bytes("reduce-scatter", input_bytes=40, output_bytes=10, count=4) == 30
+    assert sent_bytes("collective-permute", input_bytes=40, output_bytes=40, count=4) == 40
+    assert sent_bytes("all-reduce", input_bytes=40, output_bytes=40, count=1) == 0

@@ -17,10 +17,10 @@ from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.counts import count_parameters, training_flops_per_token
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.planning.count import ProgramCost
-from gemma2_jax.planning.memory import memory_parts, saved_activations, what_helps
+from gemma2_jax.planning.memory import memory_parts, memory_savings, saved_activations
 from gemma2_jax.planning.placement import find_placement
 from gemma2_jax.planning.plan import make_plan
-from gemma2_jax.planning.program import Inputs, _peak, abstract_inputs, mesh_of, wanted_bytes
+from gemma2_jax.planning.program import Inputs, _peak, abstract_inputs, mesh_of, required_bytes
 from gemma2_jax.planning.roofline import bandwidth_along, bounds
 from gemma2_jax.planning.search import candidates, search
 from gemma2_jax.planning.topologies import Topology, find_topology
@@ -149,9 +149,9 @@ def test_what_does_not_fit_says_what_would_help(planned_run, cpus):
     told = " ".join(plan.help)
     for words in ("compute.remat=full", "mesh.fsdp=4", "distill.dtype=bfloat16", "twice as many devices"):
         assert words in told
-    assert told.count("an estimate") == len(plan.help)
+    assert told.count("estimate;") == len(plan.help)
     parts = replace(plan.parts, activations=10**9)
-    assert "enough by itself" in what_helps(planned_run, small, parts, plan.mesh, 10**8)[0]
+    assert "enough by itself" in memory_savings(planned_run, small, parts, plan.mesh, 10**8)[0]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,10 @@ def test_what_does_not_go_together_is_told(changes, told, planned_run, cpus):
 
 def test_a_teacher_of_unknown_sizes_is_told(planned_run, cpus):
     unknown = replace(planned_run, distill=replace(planned_run.distill, model=None))
-    with pytest.raises(UserError, match=r"distill\.teacher is nowhere, which is not here; .* distill\.model"):
+    with pytest.raises(
+        UserError,
+        match=r"distill\.teacher is nowhere, which does not exist on this machine; .* distill\.model",
+    ):
         make_plan(unknown, cpus)
 
 
@@ -188,7 +191,7 @@ def test_a_teacher_of_unknown_sizes_is_told(planned_run, cpus):
     ],
 )
 def test_the_compilers_own_figure_is_read(error, size):
-    assert wanted_bytes(error) == size
+    assert required_bytes(error) == size
 
 
 class Device:
@@ -238,7 +241,7 @@ def test_candidates_divide_and_the_search_keeps_its_budget(planned_run, cpus):
 
 def test_a_search_without_a_mesh_is_told(planned_run, cpus):
     odd = replace(planned_run, data=replace(planned_run.data, batch_size=3, seq_len=31))
-    with pytest.raises(UserError, match=r"no mesh of the 8 devices of cpu:8 divides"):
+    with pytest.raises(UserError, match=r"no mesh of the 8 devices of cpu:8 divides both"):
         search(odd, cpus, budget=0.0)
 
 

@@ -19,8 +19,8 @@ def test_the_processs_own_devices():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("v5e", "cannot be read; accepted: v5e:4x4"),
-        ("v5e:4x", "cannot be read"),
+        ("v5e", "is not of the form CHIP:SHAPE; accepted: names such as v5e:4x4"),
+        ("v5e:4x", "is not of the form CHIP:SHAPE"),
         ("v5x:4x4", "accepted: a100, b200, cpu, h100, h200, tpu7x, v4, v5e, v5p, v6e"),
         ("v5e:4x4x4", "accepted: shapes such as v5e:4x4"),
         ("v5p:4x4", "accepted: shapes such as v5p:4x4x4"),

@@ -130,7 +130,7 @@ def test_open_mpi(within: Callable[..., None]) -> None:
     process = find_job_process(HostsConfig())
     assert process is not None
     assert process.coordinator.startswith("10.96.0.1:")
-    assert (process.num_processes, process.process_id, process.told_by) == (2, 1, "Open MPI")
+    assert (process.num_processes, process.process_id, process.count_source) == (2, 1, "Open MPI")
 
 
 def test_tpu_pods_of_gke(within: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,17 +233,17 @@ def test_who_is_missing_is_told_to_all() -> None:
     first, second = meeting((4, 0), (4, 2), timeout=0.5)
     assert first is not None
     assert first == second
-    assert first.startswith("2 of 4 processes (by hosts.num_processes) did not connect within 0.5 s ")
-    assert first.endswith("(hosts.timeout): process 1, 3; hosts=single trains alone.")
+    assert first.startswith("2 of 4 processes (set by hosts.num_processes) did not connect within 0.5 s ")
+    assert first.endswith("(hosts.timeout): process 1, 3; to run a single process, set hosts=single.")
 
 
 def test_for_whom_process_0_waits_is_said_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rendezvous, "_QUIET_SECONDS", 0.1)
-    with pytest.raises(UserError, match=r"^2 of 3 processes \(by SLURM\) did not connect within"):
+    with pytest.raises(UserError, match=r"^2 of 3 processes \(set by SLURM\) did not connect within"):
         meet(f"127.0.0.1:{free_port()}", 3, 0, 0.5, "SLURM")
-    assert capsys.readouterr().err == ("gemma2: waiting for 2 of 3 processes (by SLURM): process 1, 2.\n")
+    assert capsys.readouterr().err == ("gemma2: waiting for 2 of 3 processes (set by SLURM): process 1, 2.\n")
 
 
 def test_two_of_one_number() -> None:
@@ -275,9 +275,9 @@ def test_nobody_there() -> None:
     (told,) = meeting((2, 1), timeout=0.3)
     assert told is not None
     assert told.startswith(
-        "process 1 of 2 (by hosts.num_processes) cannot reach the coordinator, process 0 at 127.0.0.1:"
+        "process 1 of 2 (set by hosts.num_processes) cannot reach the coordinator, process 0 at 127.0.0.1:"
     )
-    assert told.endswith("; hosts=single trains alone.")
+    assert told.endswith("; to run a single process, set hosts=single.")
 
 
 def knocked(port: int) -> socket.socket:

@@ -31,7 +31,7 @@ def test_one_that_is_silent_beside_one_that_is_not(pairs: list[tuple[socket.sock
     lively = [LiveLinks({0: pairs[place][1]}) for place in (0, 2)]
     assert next(found) == Lost([2], gone=False)
     for each in lively:
-        each.say_farewell()
+        each.send_farewell()
     assert list(found) == []
 
 
@@ -49,7 +49,7 @@ def test_those_that_go_together_are_told_together(pairs: list[tuple[socket.socke
     for _, far in pairs[1:]:
         far.close()
     assert next(found) == Lost([2, 3], gone=True)
-    lively.say_farewell()
+    lively.send_farewell()
     assert list(found) == []
 
 
@@ -72,7 +72,7 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on(
     lively = LiveLinks({0: far})
     listening.start()
     listening.join(0.3)
-    lively.say_farewell()
+    lively.send_farewell()
     listening.join(10)
     assert not listening.is_alive()
     assert heard == []

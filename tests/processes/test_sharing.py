@@ -100,6 +100,6 @@ def test_a_folder_that_is_not_that_of_process_0(
     with pytest.raises(UserError) as error:
         check_shared([("output", "run")])
     assert str(error.value) == (
-        f"output is run, and process 1 finds another folder there ({tmp_path}/run) than process 0; it must be on a "
+        f"output is run, but process 1 finds a different folder there ({tmp_path}/run) than process 0; it must be on a "
         "disk that all processes share."
     )

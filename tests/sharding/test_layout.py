@@ -59,7 +59,7 @@ def test_where_tokens_meet_the_vocabulary():
     [
         (
             {"weights": {"D": ("fdsp",)}},
-            "layout.weights.D has fdsp, which is no axis of the mesh, did you mean fsdp "
+            "layout.weights.D has fdsp, which is not an axis of the mesh, did you mean fsdp "
             "(accepted: data, fsdp, replica, sequence, tensor).",
         ),
         (
@@ -68,12 +68,12 @@ def test_where_tokens_meet_the_vocabulary():
         ),
         (
             {"head": ("tensor", "tensor")},
-            "layout.head has tensor twice; a mesh axis can split a dimension once.",
+            "layout.head has tensor twice; a mesh axis can split a dimension only once.",
         ),
         (
             {"activations": {"B": ("fsdp",), "V": ("fsdp",)}},
-            "layout.activations lays both B and V along mesh axis fsdp, and there are arrays BTV; an axis can split "
-            "one dimension of an array.",
+            "layout.activations lays both B and V along mesh axis fsdp, but arrays BTV have both; an axis can "
+            "split only one dimension of an array.",
         ),
     ],
 )
@@ -88,8 +88,8 @@ def test_a_collision_within_a_weight_is_refused(toy_config):
     with laid_out(LayoutConfig(weights={"D": ("fsdp",), "F": ("fsdp",)})), pytest.raises(UserError) as error:
         abstract_params(weight_specs(toy_config), mesh=mesh)
     assert str(error.value) == (
-        "layout.weights lays both F and D along mesh axis fsdp, and there are arrays PFD; an axis can split one "
-        "dimension of an array."
+        "layout.weights lays both F and D along mesh axis fsdp, but arrays PFD have both; an axis can split "
+        "only one dimension of an array."
     )
 
 

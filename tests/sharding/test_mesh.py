@@ -38,8 +38,8 @@ def test_some_of_the_devices():
 @pytest.mark.parametrize(
     ("sizes", "sentence"),
     [
-        ({"fsdp": 0}, "mesh.fsdp is 0; it must be at least 1, or -1 for the devices that are left."),
-        ({"tensor": -2}, "mesh.tensor is -2; it must be at least 1, or -1 for the devices that are left."),
+        ({"fsdp": 0}, "mesh.fsdp is 0; it must be at least 1, or -1 for all remaining devices."),
+        ({"tensor": -2}, "mesh.tensor is -2; it must be at least 1, or -1 for all remaining devices."),
         (
             {"fsdp": -1},
             "mesh has -1 for more than one of replica, data, fsdp, sequence, tensor; only one of them can be -1.",
@@ -58,7 +58,7 @@ def test_sizes_that_make_no_mesh(sizes, sentence):
 def test_a_mesh_that_does_not_fit_the_machine(config):
     with pytest.raises(
         UserError,
-        match=r"^mesh\..*=.* needs .* devices, and there are 8 devices; choose axes that multiply to 8, or",
+        match=r"^mesh\..*=.* needs .* devices, but there are 8 devices; choose axes that multiply to 8, or",
     ):
         build_mesh(config)
 
@@ -86,8 +86,8 @@ def test_more_slices_than_replicas_are_refused():
     with pytest.raises(UserError) as error:
         build_mesh(MeshConfig(replica=2, data=-1), chips)
     assert str(error.value) == (
-        "mesh.replica is 2, and the devices come in 4 slices; it must be a multiple of 4, so that only gradients "
-        "cross the network between them."
+        "mesh.replica is 2, but the devices come in 4 slices; it must be a multiple of 4, so that only gradients "
+        "cross the network between slices."
     )
 
 

@@ -40,7 +40,7 @@ class Stage:
         for file in (folder / TOKENIZER_FILE, folder / DATA_FILE, checkpoint / "params" / "_METADATA"):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"documents": config.data.folder}) if file.name == DATA_FILE else "{}")
-        if config.distill.teaches:
+        if config.distill.has_teacher:
             (folder / TEACHER_FILE).write_text('{"identity": "0"}')
         write_checkpoint_manifest(checkpoint)
         rows = [

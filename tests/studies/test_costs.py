@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from gemma2_jax.distill.cache.encoding import EncodingConfig
-from gemma2_jax.distill.cache.manifest import FORMAT, CacheManifest, DataOrder, Signals, write_cache_manifest
+from gemma2_jax.distill.cache.manifest import (
+    FORMAT,
+    CacheFile,
+    CacheManifest,
+    DataOrder,
+    write_cache_manifest,
+)
 from gemma2_jax.distill.cache.records import LogGrid
 from gemma2_jax.studies.config import StudyConfig, StudyRun
 from gemma2_jax.studies.costs import RunCost, costs_by_run, costs_table
@@ -33,7 +39,7 @@ def write_cache(folder: str, size: int) -> None:
     """A cache of 10 rows of 8 tokens."""
     Path(folder).mkdir(parents=True)
     Path(folder, "signals").write_bytes(bytes(size))
-    signals = Signals("signals", size, "", process=0, rows=10, largest=2)
+    signals = CacheFile("signals", size, "", process=0, rows=10, largest=2)
     order = DataOrder("", "", 0.1, 0, seq_len=8, batch_size=2, process_count=1)
     grid = LogGrid(-1.0, 0.0, 8)
     manifest = CacheManifest(FORMAT, order, "", "", "float32", 9, EncodingConfig(), grid, (signals,))

@@ -72,7 +72,7 @@ def test_a_changed_configuration_is_refused_before_anything_runs(stage, runs, co
     changed = dataclasses.replace(runs["distilled"].optimizer, learning_rate=0.5)
     runs["distilled"] = dataclasses.replace(runs["distilled"], optimizer=changed)
     stage.calls.clear()
-    with pytest.raises(UserError, match=r"out/distilled .*optimizer.learning_rate=0.2, and 0.5 is asked for"):
+    with pytest.raises(UserError, match=r"out/distilled .*optimizer.learning_rate=0.2, but .* is now 0.5"):
         run_study(STUDY, runs, "out", console)
     assert stage.calls == []
 

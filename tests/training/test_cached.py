@@ -18,7 +18,7 @@ from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
-from gemma2_jax.training.start import as_prepared
+from gemma2_jax.training.start import with_prepared_vocabulary
 from gemma2_jax.training.teacher_cache import write_cache
 from gemma2_jax.training.together import train_together
 from tests.distill.test_cache import write_teacher
@@ -47,7 +47,7 @@ def cached(online: RunConfig, encoding: EncodingConfig, name: str) -> RunConfig:
     folder = Path(online.output).parent
     distill = replace(online.distill, cache=str(folder / f"cache-{name}"), encoding=encoding)
     config = replace(online, distill=distill, output=str(folder / name))
-    write_cache(as_prepared(config))
+    write_cache(with_prepared_vocabulary(config))
     return config
 
 
@@ -124,7 +124,7 @@ def test_a_cache_that_was_made_anew_is_not_the_runs(
     shutil.copytree(str(other), str(begun.distill.cache))
     with pytest.raises(
         UserError,
-        match=r"was distilled from a cache with distill\.encoding\.weight_bits=16 .*, and that of .* has 12",
+        match=r"was distilled from a cache with distill\.encoding\.weight_bits=16 .*, but .* has 12",
     ):
         train(begun)
     # What was written before it told of the cache: the teacher is the same, and the cache has to be in its place.
@@ -160,11 +160,11 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
         distill=replace(full.distill, encoding=None),
         output=str(tmp_path / "warm"),
     )
-    with pytest.raises(UserError, match=r"was made at temperature 1.0, and objective.temperature is 2.0"):
+    with pytest.raises(UserError, match=r"was made at temperature 1.0, but objective.temperature is 2.0"):
         train(warm)
     longer = replace(full.training, steps=9, eval_every=9)
     with pytest.raises(
-        UserError, match=r"holds 32 rows, and training.steps \(9\) times data.batch_size \(4\)"
+        UserError, match=r"holds 32 rows, but training.steps \(9\) times data.batch_size \(4\)"
     ):
         train(replace(full, training=longer, output=str(tmp_path / "longer")))
     half = replace(full.distill, dtype="bfloat16")

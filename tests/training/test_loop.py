@@ -102,7 +102,7 @@ def test_a_run_goes_on_from_the_one_before_a_broken_checkpoint(
     config = replace(finished, output=str(run))
     train(config)
     said = " ".join(capsys.readouterr().err.split())
-    assert "goes on from its checkpoint at step 6" in said
+    assert "resumes from its checkpoint at step 6" in said
     assert "checkpoints/8 is not whole" in said
     assert without_times(run) == without_times(Path(finished.output))
     chex.assert_trees_all_equal(load_model(run).params(), load_model(finished.output).params())
@@ -234,10 +234,10 @@ def test_without_on_policy_steps_a_run_is_as_without_the_setting(finished: RunCo
 def test_another_schedule_in_the_same_folder_is_refused(finished: RunConfig, tmp_path: Path) -> None:
     begun = scheduled(finished, tmp_path)
     save_config(begun, tmp_path / "config.yaml")
-    with pytest.raises(UserError, match=r"objective.mix=\{'kind': 'wsd', .*\}, and 0.5 is asked for"):
+    with pytest.raises(UserError, match=r"objective.mix=\{'kind': 'wsd', .*\}, but .* is now 0.5"):
         train(replace(begun, objective=replace(begun.objective, mix=0.5)))
     longer = ScheduleConfig("cosine", peak=3.0, end=1.0)
-    with pytest.raises(UserError, match=r"objective.temperature.peak=2.0, and 3.0 is asked for"):
+    with pytest.raises(UserError, match=r"objective.temperature.peak=2.0, but .* is now 3.0"):
         train(replace(begun, objective=replace(begun.objective, temperature=longer)))
 
 
@@ -268,7 +268,7 @@ def test_repeated_from_its_own_config_file_alone(finished: RunConfig, tmp_path: 
 
 def test_another_configuration_in_the_same_folder_is_refused(finished: RunConfig) -> None:
     other = replace(finished, optimizer=replace(finished.optimizer, learning_rate=5e-3))
-    with pytest.raises(UserError, match=r"optimizer.learning_rate=0.01, and 0.005 is asked for"):
+    with pytest.raises(UserError, match=r"optimizer.learning_rate=0.01, but .* is now 0.005"):
         train(other)
 
 

@@ -249,6 +249,6 @@ def test_a_layer_that_the_teacher_lacks_is_refused(
     finished: RunConfig, tmp_path: Path, one_device: None
 ) -> None:
     distill = replace(finished.distill, match=replace(MATCH, layers=((1, 7),)))
-    with pytest.raises(UserError, match="names the teacher's layer 7, and the teacher has 4"):
+    with pytest.raises(UserError, match="names the teacher's layer 7, but the teacher has 4"):
         train(replace(finished, output=str(tmp_path / "run"), distill=distill))
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -97,15 +97,15 @@ def test_refused(toy_run: RunConfig, name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"decay_steps": 5}, "decay_steps is 5, which the schedule cosine does not use; it must be 0"),
+        ({"decay_steps": 5}, "decay_steps is 5, which optimizer.schedule cosine does not use; set it to 0"),
         (
             {"schedule": "constant", "final_fraction": 1.0, "decay_steps": 5},
-            "decay_steps is 5, which the schedule constant does not use; it must be 0",
+            "decay_steps is 5, which optimizer.schedule constant does not use; set it to 0",
         ),
-        ({"schedule": "wsd"}, "decay_steps is 0; with the schedule wsd it must be at least 1"),
+        ({"schedule": "wsd"}, "decay_steps is 0; with optimizer.schedule wsd it must be at least 1"),
         (
             {"schedule": "constant"},
-            "final_fraction is 0.1, which the schedule constant does not use; it must be 1",
+            "final_fraction is 0.1, which optimizer.schedule constant does not use; set it to 1",
         ),
     ],
 )

@@ -70,7 +70,7 @@ def test_other_processes_show_nothing(capsys):
     with TrainingProgress("run", 2, show=False) as progress, progress.doing("compiling"):
         progress.advance(1)
         progress.report("run", 1, "train", ROW)
-        progress.say("a line")
+        progress.print_line("a line")
     assert capsys.readouterr() == ("", "")
 
 

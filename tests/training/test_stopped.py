@@ -24,7 +24,7 @@ from gemma2_jax.training import teacher_cache as writer
 from gemma2_jax.training import trainer
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
-from gemma2_jax.training.start import as_prepared
+from gemma2_jax.training.start import with_prepared_vocabulary
 from gemma2_jax.training.teacher_cache import write_cache
 from gemma2_jax.training.together import train_together
 from gemma2_jax.training.trainer import Trainer
@@ -89,7 +89,7 @@ def test_it_saves_its_step_and_goes_on(whole: RunConfig, tmp_path: Path, step: i
     with signal_at(step):
         train(config)
     assert latest_step(config.output) == step + 1
-    assert promise() == f"gemma2: stopped; the same command goes on from step {step + 1} of {config.output}."
+    assert promise() == f"gemma2: stopped; the same command resumes from step {step + 1} of {config.output}."
     assert all(row["step"] <= step for row in rows(config.output))
     train(config)
     assert_same(config, whole)
@@ -151,7 +151,7 @@ def test_a_signal_while_a_checkpoint_is_written(whole: RunConfig, tmp_path: Path
     with signal_at(6, CheckpointStore, "save"):
         train(config)
     assert latest_step(config.output) == 6
-    assert promise() == f"gemma2: stopped; the same command goes on from step 6 of {config.output}."
+    assert promise() == f"gemma2: stopped; the same command resumes from step 6 of {config.output}."
     train(config)
     assert_same(config, whole)
 
@@ -160,7 +160,7 @@ def test_before_the_first_step_nothing_is_saved(whole: RunConfig, tmp_path: Path
     config = replace(whole, output=str(tmp_path / "run"))
     with signal_at(0, trainer, "build_train_step"):
         train(config)
-    assert promise() == "gemma2: stopped; no step is saved yet, and the same command begins anew."
+    assert promise() == "gemma2: stopped; no step is saved yet; the same command starts from the beginning."
     assert not (tmp_path / "run").exists()
 
 
@@ -200,7 +200,7 @@ def test_runs_that_are_trained_together(whole: RunConfig, tmp_path: Path) -> Non
     assert [latest_step(config.output) for config in configs] == [2, 4]
     one, other = (config.output for config in configs)
     assert (
-        promise() == f"gemma2: stopped; the same command goes on from step 2 of {one} and step 4 of {other}."
+        promise() == f"gemma2: stopped; the same command resumes from step 2 of {one} and step 4 of {other}."
     )
     with signal_at(6):
         train_together(configs)
@@ -222,7 +222,7 @@ def test_runs_without_a_teacher_go_one_after_the_other(whole: RunConfig, tmp_pat
     with signal_at(6):
         train_together(configs)
     assert [latest_step(config.output) for config in configs] == [7, None]
-    assert promise() == f"gemma2: stopped; the same command goes on from step 7 of {configs[0].output}."
+    assert promise() == f"gemma2: stopped; the same command resumes from step 7 of {configs[0].output}."
     train_together(configs)
     assert_same(configs[0], whole)
     assert latest_step(configs[1].output) == 9
@@ -234,7 +234,10 @@ def test_a_cache_keeps_the_step_it_is_at(
     teacher = write_teacher(whole, Gemma2.init(whole.model, jax.random.key(1)), tmp_path / "teacher")
     distill = DistillConfig(teacher, "float32", cache=str(tmp_path / "cache"), encoding=EncodingConfig())
     objective = ObjectiveConfig(0.0, 1.0, temperature=1.0, block_tokens=48)
-    task, cache = as_prepared(replace(whole, distill=distill, objective=objective)), str(tmp_path / "cache")
+    task, cache = (
+        with_prepared_vocabulary(replace(whole, distill=distill, objective=objective)),
+        str(tmp_path / "cache"),
+    )
     write: Callable[..., None] = writer.RecordWriter.write
     written = []
 
@@ -250,7 +253,7 @@ def test_a_cache_keeps_the_step_it_is_at(
             write_cache(task)
     assert read_cache(cache).rows == 4 * 6
     assert stops.message(caught.value).strip() == (
-        f"gemma2: stopped; 24 rows of {cache} are written, and the same command goes on behind them."
+        f"gemma2: stopped; 24 rows of {cache} are written; the same command continues after them."
     )
     write_cache(task)
     assert read_cache(cache).rows == 4 * 9

@@ -166,7 +166,7 @@ def test_one_whose_loss_breaks_lets_the_others_save(
     with pytest.raises(UserError) as error:
         train_together([first, text])
     assert "stopped before step 2: loss is nan; try a lower optimizer.learning_rate" in str(error.value)
-    assert str(error.value).endswith("; without --student first, the same command goes on with the others.")
+    assert str(error.value).endswith("; the same command without --student first resumes the other runs.")
     assert [latest_step(config.output) for config in (first, text)] == [None, 2]
 
 
@@ -234,30 +234,40 @@ def test_runs_that_do_not_go_together(students: list[RunConfig]) -> None:
     first = students[0]
     other = replace(first, name="other", output=f"{first.output}-other")
     with pytest.raises(
-        UserError, match=r"first has data.seed=0, and other has 1; runs that are trained together"
+        UserError, match=r"first has data.seed=0, but other has data.seed=1; runs that are trained together"
     ):
         train_together([first, replace(other, data=replace(first.data, seed=1))])
-    with pytest.raises(UserError, match=r"first has training.steps=5, and other has 6"):
+    with pytest.raises(UserError, match=r"first has training.steps=5, but other has training.steps=6"):
         train_together([first, replace(other, training=replace(first.training, steps=6))])
     every_second = replace(first.training, log_every=2, eval_every=2)
-    with pytest.raises(UserError, match=r"first has training.log_every=1, and other has 2"):
+    with pytest.raises(
+        UserError, match=r"first has training.log_every=1, but other has training.log_every=2"
+    ):
         train_together([first, replace(other, training=every_second)])
     changed: list[tuple[str, Any]] = [("accumulation", 4), ("eval_batches", 3)]
     for key, value in changed:
-        with pytest.raises(UserError, match=rf"first has training.{key}=(2|None), and other has {value}"):
+        with pytest.raises(
+            UserError, match=rf"first has training.{key}=(2|None), but other has training.{key}={value}"
+        ):
             train_together([first, replace(other, training=replace(first.training, **{key: value}))])
     padded = replace(first.model, vocab_size=416, vocab_padding=16)
-    with pytest.raises(UserError, match=r"first has model.vocab_size=400, and other has 416"):
+    with pytest.raises(
+        UserError, match=r"first has model.vocab_size=400, but other has model.vocab_size=416"
+    ):
         train_together([first, replace(other, model=padded)])
     cached = replace(first.distill, cache="runs/cache")
     warm = replace(other, objective=replace(first.objective, temperature=2.0), distill=cached)
-    with pytest.raises(UserError, match=r"first has objective.temperature=1.0, and other has 2.0"):
+    with pytest.raises(
+        UserError, match=r"first has objective.temperature=1.0, but other has objective.temperature=2.0"
+    ):
         train_together([replace(first, distill=cached), warm])
-    with pytest.raises(UserError, match=r"first has distill.dtype=float32, and other has bfloat16"):
+    with pytest.raises(
+        UserError, match=r"first has distill.dtype=float32, but other has distill.dtype=bfloat16"
+    ):
         train_together([first, students[3], replace(other, distill=replace(first.distill, dtype="bfloat16"))])
-    with pytest.raises(UserError, match=r"text has data.seed=0, and other has 1"):
+    with pytest.raises(UserError, match=r"text has data.seed=0, but other has data.seed=1"):
         train_together([students[3], replace(other, data=replace(first.data, seed=1))])
-    with pytest.raises(UserError, match=r"for two runs; each needs a folder of its own"):
+    with pytest.raises(UserError, match=r"for two runs; each run needs its own folder"):
         train_together([first, replace(other, output=first.output)])
 
 
@@ -267,8 +277,8 @@ def test_one_that_samples_for_itself_is_refused(students: list[RunConfig], tmp_p
     with pytest.raises(UserError) as error:
         train_together([first, replace(other, distill=sampling)])
     assert str(error.value) == (
-        "other has distill.on_policy, and students that sample for themselves share no pass of the teacher; train each "
-        "of them by itself, with gemma2 train."
+        "other sets distill.on_policy, so it samples its own batches and cannot share the teacher's forward pass; "
+        "train it on its own with `gemma2 train`."
     )
     assert not any(tmp_path.iterdir())
 
@@ -299,7 +309,7 @@ def test_what_any_of_them_is_to_match_has_to_be_there(students: list[RunConfig],
         return str(error.value)
 
     assert refused(MatchConfig(((1, 5),), hidden=1.0)) == (
-        "distill.match.layers names the teacher's layer 5, and the teacher has 4; layers are counted from 0 to 3."
+        "distill.match.layers names the teacher's layer 5, but the teacher has 4 layers, counted from 0 to 3."
     )
     assert "(model.sliding_window) is 16 and the teacher's 8" in refused(
         MatchConfig(((0, 0),), attention=1.0), sliding_window=16

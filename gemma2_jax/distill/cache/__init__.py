@@ -1,10 +1,10 @@
-"""The offline teacher: its distributions over the training rows, computed once and kept sparse.
+"""The offline teacher: its distributions over the training rows, computed once and stored as sparse targets.
 
-encoding.py          from a teacher's logits to a few entries a token, on devices
-records.py           those entries to bytes and back, on the host
-integer_streams.py   the bytes: streams of integers close to their entropy
-manifest.py          what a folder of them holds, and what it was made for
-reader.py            a folder and data to batches with the teacher's targets
+encoding.py          encodes a teacher's logits as a few entries per token, on the devices
+records.py           packs the entries of a row into bytes and unpacks them, on the host
+integer_streams.py   compresses streams of unsigned integers, for records.py
+manifest.py          describes the content of a cache folder, and the data, teacher and settings that it was made for
+reader.py            reads a cache alongside the data: batches with teacher targets
 
-`training/teacher_cache.py` writes a folder; `distill/teacher_identity.py` identifies the teacher by its weights.
+`training/teacher_cache.py` writes a cache; `distill/teacher_identity.py` identifies the teacher by its weights.
 """

@@ -1,19 +1,19 @@
-"""From a teacher's logits to a few entries a token.
+"""Encodes a teacher's logits as a few entries per token.
 
-Four ways to keep a distribution P over V tokens:
+There are four ways to store a distribution P over V tokens:
 
 - `sampled`: N ids drawn with replacement, each with weight 1/N: an unbiased estimate of P, so that the gradient
   of the forward KL, which is linear in P, is unbiased too (Random Sampling KD, arXiv 2503.16870; Gemma 3 keeps
-  256 draws, arXiv 2503.19786). Drawn from a flatter proposal q ~ P^(1/proposal_temperature), a draw has weight
-  p/q / N. Those weights sum to 1 in expectation only, and stay so: divided by their sum they would be biased. They
-  are unbiased but for the rounding of their logarithms, half a step of `records.LogGrid` each.
-- `top_k`: the k largest probabilities, and what is left as the tail's.
-- `top_p`: of those k, the fewest that reach p together; and the tail.
+  256 draws, arXiv 2503.19786). If ids are drawn from a flatter proposal q ~ P^(1/proposal_temperature), a draw has
+  weight p/q / N. These weights sum to 1 only in expectation; they are not normalised, since dividing them by their
+  sum would bias them. They are unbiased up to the rounding of their logarithms, half a step of `records.LogGrid`.
+- `top_k`: the k largest probabilities, and the sum of the others as the tail.
+- `top_p`: the fewest of those k that reach probability p together, and the tail.
 - `full`: all of P, for small vocabularies.
 
-Draws use the inverse of the cumulative distribution on two levels: first one of some sqrt(V) runs of ids, then
-an id in it. Cumulative sums in float32 over all of V would lose tokens of probability below 6e-8, which a large
-vocabulary has many of. On two levels they are sums of 31-bit integers, which are exact; what is drawn from
+Draws invert the cumulative distribution on two levels: first they select one of about sqrt(V) runs of ids, then an id
+in that run. Cumulative sums in float32 over all of V would lose tokens of probability below 6e-8, of which a large
+vocabulary has many. On two levels they are sums of 31-bit integers, which are exact; the distribution that is sampled
 differs from the float32 softmax by less than 2e-6 in total variation.
 """
 
@@ -32,25 +32,26 @@ from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sharding.layout import constrain
 
-LARGEST_FULL = 65_536  # tokens of a vocabulary that `full` is meant for: 256 KiB a token as float32
+LARGEST_FULL = 65_536  # largest vocabulary that `full` accepts: 256 KiB per token as float32
 _ONE = 2.0**31  # probability 1, as an integer; a float, since a Python integer would have to fit int32
 
 
 @dataclass(frozen=True)
 class EncodingConfig:
-    """What is kept of the teacher's distribution.
+    """How the cache encodes the teacher's distributions.
 
     Attributes:
-        kind: what is kept of each distribution: `sampled` random draws from it, an unbiased estimate; `top_k` the
-            largest probabilities, and the sum of the others; `top_p` the fewest of those that reach p together, and
-            the sum of the others; `full` all of it, for small vocabularies.
-        entries: N, the draws of `sampled`; k of `top_k` and `top_p`; null for `full`.
-        p: the probability that `top_p` keeps, if k ids reach it; null otherwise.
-        proposal_temperature: of `sampled`; above 1 draws unlikely tokens more often, with less weight.
-        temperature: softens P itself; a student must train with the same objective.temperature.
-        weight_bits: of a logarithm, where logarithms are kept: everywhere but in draws from P itself, which are
-            counted. See `records.LogGrid` for the error.
-        seed: of the draws.
+        kind: which part of each distribution is stored: `sampled` random draws from it, an unbiased estimate; `top_k`
+            the largest probabilities, and the sum of the others; `top_p` the fewest of those that reach p together,
+            and the sum of the others; `full` all of it, for small vocabularies.
+        entries: number of draws N of `sampled`, or k of `top_k` and `top_p`; null for `full`.
+        p: total probability that `top_p` stores, unless k ids do not reach it; null for the other kinds.
+        proposal_temperature: temperature of the distribution that `sampled` draws from; values above 1 draw unlikely
+            tokens more often, with less weight.
+        temperature: temperature of the stored distribution; a student must train with the same objective.temperature.
+        weight_bits: bits of a stored logarithm. Draws with proposal_temperature 1 are counted and have no logarithms.
+            See `records.LogGrid` for the error.
+        seed: random seed of the draws.
     """
 
     kind: Literal["sampled", "top_k", "top_p", "full"] = "sampled"
@@ -65,42 +66,44 @@ class EncodingConfig:
         if (self.kind == "full") != (self.entries is None):
             accepted = "null" if self.kind == "full" else "at least 1"
             raise UserError(
-                f"distill.encoding.entries is {_shown(self.entries)}; it must be {accepted} for {self.kind}."
+                f"distill.encoding.entries is {_shown(self.entries)}; it must be {accepted} for kind {self.kind}."
             )
         if self.entries is not None and not 1 <= self.entries < 1 << 16:
             raise UserError(
                 f"distill.encoding.entries is {self.entries}; it must be at least 1 and below 65536."
             )
         if (self.kind == "top_p") != (self.p is not None):
-            accepted = "above 0, at most 1" if self.kind == "top_p" else "null"
-            raise UserError(f"distill.encoding.p is {_shown(self.p)}; it must be {accepted} for {self.kind}.")
+            accepted = "above 0 and at most 1" if self.kind == "top_p" else "null"
+            raise UserError(
+                f"distill.encoding.p is {_shown(self.p)}; it must be {accepted} for kind {self.kind}."
+            )
         if self.p is not None and not 0 < self.p <= 1:
-            raise UserError(f"distill.encoding.p is {self.p}; it must be above 0, at most 1.")
+            raise UserError(f"distill.encoding.p is {self.p}; it must be above 0 and at most 1.")
         if not self.proposal_temperature >= 1 or not math.isfinite(self.proposal_temperature):
             raise UserError(
                 f"distill.encoding.proposal_temperature is {self.proposal_temperature}; it must be at least 1, since "
-                "a sharper proposal leaves unlikely tokens with weights of unbounded variance."
+                "a sharper proposal gives unlikely tokens weights of unbounded variance."
             )
         if self.proposal_temperature != 1 and self.kind != "sampled":
             raise UserError(
-                f"distill.encoding.proposal_temperature is {self.proposal_temperature}, which only sampled uses; it "
-                f"must be 1 for {self.kind}."
+                f"distill.encoding.proposal_temperature is {self.proposal_temperature}, but only kind sampled uses it; "
+                f"it must be 1 for kind {self.kind}."
             )
         if not 0 < self.temperature < math.inf:
             raise UserError(f"distill.encoding.temperature is {self.temperature}; it must be above 0.")
         if not 8 <= self.weight_bits <= 16:
-            raise UserError(f"distill.encoding.weight_bits is {self.weight_bits}; it must be 8 to 16.")
+            raise UserError(f"distill.encoding.weight_bits is {self.weight_bits}; it must be from 8 to 16.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"distill.encoding.seed is {self.seed}; it must be at least 0 and below 2**32.")
 
     @property
     def counted(self) -> bool:
-        """Whether weights are numbers of draws, rather than logarithms."""
+        """Whether weights are stored as numbers of draws instead of logarithms."""
         return self.kind == "sampled" and self.proposal_temperature == 1
 
     @property
     def has_tail(self) -> bool:
-        """Whether there is probability outside the entries that is known."""
+        """Whether the probability outside the entries is stored."""
         return self.kind in ("top_k", "top_p")
 
 
@@ -111,14 +114,14 @@ def _shown(value: float | None) -> str:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Entries:
-    """The entries of tokens [...], as devices give them: sorted by id.
+    """The entries of tokens [...] as computed on the devices, sorted by id.
 
     Attributes:
-        ids: int32 [..., N]; a drawn id as often as it was drawn, V where an entry is unused, -1 where the teacher gives
-            no numbers.
-        logs: float32 [..., N]: log p of the id; with a proposal log p/q; None for draws from P itself.
-        log_tail: float32 [...], log of the probability outside, below any token's where no token is there; None
-            without a tail.
+        ids: int32 [..., N]; a drawn id appears as often as it was drawn; V in unused entries; -1 where the teacher's
+            logits are NaN.
+        logs: float32 [..., N], log p of each id, or log p/q with a proposal; None for draws from P itself.
+        log_tail: float32 [...], log of the probability outside the entries, lower than any token's if no token is
+            outside; None without a tail.
     """
 
     ids: Any
@@ -131,11 +134,14 @@ def check_encoding(config: EncodingConfig, model: ModelConfig) -> None:
     tokens = model.num_tokens
     if config.kind == "full" and tokens > LARGEST_FULL:
         raise UserError(
-            f"distill.encoding.kind is full and the teacher has {tokens} tokens, of which {LARGEST_FULL} can be kept "
-            "at most; choose sampled, top_k or top_p."
+            f"distill.encoding.kind is full, but the teacher has {tokens} tokens, and full supports at most "
+            f"{LARGEST_FULL}; choose sampled, top_k or top_p."
         )
     if config.kind in ("top_k", "top_p") and config.entries is not None and config.entries > tokens:
-        raise UserError(f"distill.encoding.entries is {config.entries}; the teacher has {tokens} tokens.")
+        raise UserError(
+            f"distill.encoding.entries is {config.entries}; it must be at most {tokens}, the number of the teacher's "
+            "tokens."
+        )
 
 
 def encode_batch(
@@ -146,13 +152,13 @@ def encode_batch(
     batch: Batch,
     rows: jax.Array,
 ) -> Entries:
-    """What the teacher says about each target of a batch; for `jax.jit`, on any mesh.
+    """Encodes the teacher's distributions for the targets of a batch; for `jax.jit`, on any mesh.
 
     Args:
-        teacher: its weights may be split over the mesh, the vocabulary included.
-        block_tokens: tokens that each device has logits of at a time.
-        batch: B x T.
-        rows: uint32 [B], the number of each row in the data: with its position it decides a token's draws.
+        teacher: the teacher; its weights may be sharded over the mesh, including the vocabulary.
+        block_tokens: number of tokens whose logits each device computes at a time.
+        batch: batch of [B, T].
+        rows: uint32 [B], index of each row in the data; it and the position determine a token's draws.
 
     Returns:
         Entries of [B, T].
@@ -172,18 +178,18 @@ def encode_batch(
 def encode(
     config: EncodingConfig, logits: jax.Array, num_tokens: int, rows: jax.Array, places: jax.Array
 ) -> Entries:
-    """The entries of tokens from their logits.
+    """Encodes tokens from their logits.
 
     Args:
-        logits: float32 [..., V], soft-capped; those of padding rows far below all others.
-        num_tokens: the rest of V is padding.
-        rows, places: uint32 and int32, of shapes that broadcast to [...]: which token of the data each is.
+        logits: float32 [..., V], soft-capped; those of padding rows are far below all others.
+        num_tokens: number of tokens; the rest of V is padding.
+        rows, places: row in the data (uint32) and position in the row (int32) of each token; broadcast to [...].
 
     Returns:
         Entries of [...].
     """
     entries = _encode(config, logits / config.temperature, num_tokens, rows, places)
-    # From NaN, all kinds would make entries like any others.
+    # Every kind would encode NaN as ordinary entries.
     broken = jnp.isnan(jnp.max(logits, axis=-1, keepdims=True))
     return replace(entries, ids=jnp.where(broken, -1, entries.ids))
 
@@ -203,7 +209,7 @@ def _encode(
     reached = jnp.cumsum(p, axis=-1)
     kept = jnp.ones_like(ids, bool) if config.p is None else reached - p < config.p
     ids, logs = jnp.where(kept, ids, logits.shape[-1]), jnp.where(kept, logs, -jnp.inf)
-    # Not 1 - sum(p), which is rounding alone where the entries are nearly all of P.
+    # Not 1 - sum(p), which is mere rounding where the entries hold nearly all of P.
     log_tail = jax.nn.logsumexp(_without(log_p, ids), axis=-1)
     ids, logs = jax.lax.sort((ids, logs), num_keys=1)
     return Entries(ids, logs, log_tail)
@@ -211,7 +217,7 @@ def _encode(
 
 @partial(jnp.vectorize, signature="(v),(k)->(v)")
 def _without(log_p: jax.Array, ids: jax.Array) -> jax.Array:
-    """log_p [..., V] with -inf at ids [..., K]; an id of V is none."""
+    """log_p [..., V] with -inf at ids [..., K]; ids equal to V are ignored."""
     return log_p.at[ids].set(-jnp.inf, mode="drop")
 
 
@@ -223,8 +229,8 @@ def _sampled(config: EncodingConfig, logits: jax.Array, rows: jax.Array, places:
     rows, places = (jnp.broadcast_to(x, shape).reshape(-1) for x in (rows, places))
 
     def bits(row: jax.Array, place: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, row), place)
-        return jax.random.bits(own, (2, N), jnp.uint32) >> 1
+        token_key = jax.random.fold_in(jax.random.fold_in(key, row), place)
+        return jax.random.bits(token_key, (2, N), jnp.uint32) >> 1
 
     draws = jax.vmap(bits)(rows, places).reshape(*shape, 2, N)
     proposal = logits / config.proposal_temperature
@@ -240,7 +246,11 @@ def _sampled(config: EncodingConfig, logits: jax.Array, rows: jax.Array, places:
 
 @partial(jax.jit, inline=True)
 def draw(logits: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """Ids int32 [..., N] drawn from softmax(logits [..., V]) by uniform integers uint32 [..., N] below 2^31."""
+    """Draws ids int32 [..., N] from softmax(logits [..., V]).
+
+    Args:
+        first, second: uniform random integers below 2^31, uint32 [..., N], for the two levels.
+    """
     runs = run_weights(logits)
     run = _invert(cumulative(jnp.sum(runs, axis=-1)), first[..., None])
     inside = jnp.take_along_axis(runs, run[..., None], axis=-2)  # [..., N, width]
@@ -257,9 +267,9 @@ def run_weights(logits: jax.Array) -> jax.Array:
 
 
 def cumulative(weights: jax.Array) -> jax.Array:
-    """Cumulative distribution of weights [..., n] in integers, the last one 2^31 exactly: uint32 [..., n].
+    """Cumulative distribution of weights [..., n] as integers uint32 [..., n], the last of which is exactly 2^31.
 
-    Each share is rounded to a multiple of 2^-31; what that leaves over or lacks goes to the largest.
+    Each share is rounded to a multiple of 2^-31; the rounding error of the total is added to the largest share.
     """
     shares = weights / jnp.sum(weights, axis=-1, keepdims=True)
     whole = jnp.round(shares * _ONE).astype(jnp.uint32)
@@ -270,7 +280,7 @@ def cumulative(weights: jax.Array) -> jax.Array:
 
 
 def _invert(distribution: jax.Array, uniform: jax.Array) -> jax.Array:
-    """How many of the cumulative sums [..., n] a uniform integer [..., 1] has passed: int32 [...]."""
+    """The number of cumulative sums [..., n] that are at most a uniform integer [..., 1]: int32 [...]."""
     if distribution.ndim == uniform.ndim - 1:  # the same distribution for all draws
         distribution = distribution[..., None, :]
     return jnp.sum(distribution <= uniform, axis=-1, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""What a folder of cached teacher signals holds, and which data, teacher and settings it was made for."""
+"""The manifest of a teacher's cache: its files, and the data, teacher and settings that it was made for."""
 
 import re
 from dataclasses import dataclass, fields
@@ -20,16 +20,17 @@ from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.cache.records import LogGrid
 from gemma2_jax.files import write_text
 
-FORMAT = 3  # of the folder; raised when a reader of the old one would misread the new one
+FORMAT = 3  # version of the folder's format; raised when code for the old one would misread the new one
 
 
 @dataclass(frozen=True)
 class DataOrder:
-    """All that decides which tokens are in row i of the training data, and in which file it is.
+    """Everything that determines the tokens in row i of the training data, and the file that holds the row.
 
     Attributes:
-        documents: the prepared data's identity; tokenizer: fingerprint of its tokenizer.
-        process_count: the processes that each batch's rows are divided among.
+        documents: identity of the prepared data.
+        tokenizer: fingerprint of its tokenizer.
+        process_count: number of processes that each batch's rows are divided among.
     """
 
     documents: str
@@ -59,12 +60,13 @@ class DataOrder:
 
 
 @dataclass(frozen=True)
-class Signals(File):
-    """One file: record i is row i of what `process` is fed, counted on from that process's file before.
+class CacheFile(File):
+    """One file of a cache, which continues the rows of the same process's previous file, one record per row.
 
     Attributes:
-        rows: how many records.
-        largest: the most entries that a token has.
+        process: index of the process whose part of each batch the rows belong to.
+        rows: number of records.
+        largest: maximum number of entries per token.
     """
 
     process: int
@@ -74,16 +76,18 @@ class Signals(File):
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """What the folder holds; its manifest.json.
+    """The content of a cache folder, as in its manifest.json.
 
     Attributes:
-        format: version of the folder's layout.
-        order: the data that it was made for.
-        teacher: `source_identity`; teacher_path: where it lay; dtype: that it was computed in.
-        num_tokens: V.
-        encoding: how its distributions were made sparse.
-        grid: of the logarithms.
-        files: in order, those of all processes for a stretch of rows before the next stretch.
+        format: version of the folder's format.
+        order: data that it was made for, and the order of its rows.
+        teacher: `source_identity` of the teacher.
+        teacher_path: path that the teacher was read from.
+        dtype: dtype of the teacher's weights and activations.
+        num_tokens: number of tokens of the teacher's vocabulary, without padding.
+        encoding: encoding of the distributions.
+        grid: grid of the stored logarithms.
+        files: files in order; for each chunk of rows, one file per process.
     """
 
     format: int
@@ -94,26 +98,26 @@ class CacheManifest:
     num_tokens: int
     encoding: EncodingConfig
     grid: LogGrid
-    files: tuple[Signals, ...]
+    files: tuple[CacheFile, ...]
 
     @property
     def rows(self) -> int:
-        """How many rows there are, over all processes."""
+        """Number of rows, over all processes."""
         return sum(file.rows for file in self.files)
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Total size of the files in bytes."""
         return sum(file.size for file in self.files)
 
     @property
     def bytes_per_token(self) -> float:
-        """Of a cache that has rows."""
+        """Average size per token; the cache must have rows."""
         return self.size / (self.rows * self.order.seq_len)
 
     @property
     def largest(self) -> int:
-        """K, the most entries that a token has."""
+        """K, the maximum number of entries per token."""
         return max((file.largest for file in self.files), default=0)
 
 
@@ -121,15 +125,15 @@ _ADAPTER = TypeAdapter(CacheManifest)
 
 
 def write_cache_manifest(folder: Path, manifest: CacheManifest) -> None:
-    """Puts `manifest` in the place of the folder's manifest."""
+    """Replaces the folder's manifest."""
     write_text(folder / MANIFEST, _ADAPTER.dump_json(manifest, indent=1).decode() + "\n")
 
 
 def find_cache(folder: str | Path) -> CacheManifest | None:
-    """The folder's manifest, None if it has none.
+    """Reads the folder's manifest; returns None if it has none.
 
     Raises:
-        UserError: it cannot be read, is of another format, or files that it names are gone or cut.
+        UserError: it cannot be read or has another format, or files that it lists are missing or truncated.
     """
     expected = "the manifest of a teacher's cache; choose another distill.cache"
     manifest = read_described("distill.cache", folder, _ADAPTER, FORMAT, expected, "make")
@@ -140,21 +144,25 @@ def find_cache(folder: str | Path) -> CacheManifest | None:
 
 
 def read_cache(folder: str | Path) -> CacheManifest:
-    """As `find_cache`. Raises UserError if there is none, too."""
+    """Reads the folder's manifest.
+
+    Raises:
+        UserError: the folder has no manifest; or as `find_cache`.
+    """
     manifest = find_cache(folder)
     if manifest is None:
         raise UserError(
-            f"distill.cache {folder} holds no teacher's cache; make it by `gemma2 teacher-cache` with the "
-            "student's configuration."
+            f"distill.cache {folder} holds no teacher's cache; run `gemma2 teacher-cache` with the student's "
+            "configuration to make it."
         )
     return manifest
 
 
 def verify_cache(folder: str | Path) -> int:
-    """Reads every file of a cache, and returns how many there are.
+    """Verifies the checksum of every file of a cache, and returns the number of files.
 
     Raises:
-        UserError: a file, which is named, is not as it was written; or as `read_cache`.
+        UserError: a file, which the message names, has changed since it was written; or as `read_cache`.
     """
     manifest = read_cache(folder)
     for file in manifest.files:
@@ -163,7 +171,7 @@ def verify_cache(folder: str | Path) -> int:
 
 
 def refuse_other_order(folder: str | Path, manifest: CacheManifest, order: DataOrder) -> None:
-    """Raises UserError if the rows of `order` are not those that a cache was made for."""
+    """Raises UserError if a cache was made for other rows than those of `order`."""
     names = {
         "documents": "the documents of data.folder",
         "tokenizer": "the tokenizer",
@@ -179,7 +187,7 @@ def refuse_other_order(folder: str | Path, manifest: CacheManifest, order: DataO
 
 
 def refuse_other_teacher(folder: str | Path, manifest: CacheManifest, identity: str, path: str) -> None:
-    """Raises UserError if a cache was made of another teacher than the one at `path`."""
+    """Raises UserError if a cache was made from another teacher than the one at `path`."""
     if manifest.teacher != identity:
         was = f"{manifest.teacher_path}, weights {manifest.teacher[:12]}"
         raise _other(folder, "distill.teacher", was, f"{path}, weights {identity[:12]}")

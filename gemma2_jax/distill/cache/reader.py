@@ -1,4 +1,4 @@
-"""A cache beside the data that it was made for: batches with the teacher's targets."""
+"""Reads a cache alongside the data that it was made for: batches with teacher targets."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from gemma2_jax.distill.teacher_identity import source_identity
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.objectives.targets import SparseTargets
 
-# Decoded by a thread while the step before is trained on. A second one would wait for Python's lock most of the time.
+# One thread decodes ahead of training. A second one would mostly wait for Python's global interpreter lock.
 _READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -39,20 +39,20 @@ def check_cache(
     encoding: EncodingConfig | None = None,
     dtype: str | None = None,
 ) -> CacheManifest:
-    """The manifest of a cache, after it was found to be what a run needs.
+    """Checks that a cache is what a run needs, and returns its manifest.
 
     Args:
-        cache: its folder.
-        data: of the run.
-        steps: of the run: all of its rows must be there.
-        process_count: parts that the processes which train feed.
-        temperature: of the run's objective, which the cache has to be made at; None accepts any.
-        teacher: the checkpoint that it should have been made of; None accepts any.
-        encoding: the settings that it should have been made with; None accepts any.
-        dtype: that the teacher should have been computed in; None accepts any.
+        cache: folder of the cache.
+        data: data configuration of the run.
+        steps: number of steps of the run, whose rows the cache must hold.
+        process_count: number of parts that the training processes divide each batch into.
+        temperature: temperature of the run's objective, which must be that of the cache; None accepts any.
+        teacher: checkpoint of the required teacher; None accepts any.
+        encoding: required encoding; None accepts any.
+        dtype: required dtype of the teacher; None accepts any.
 
     Raises:
-        UserError: it was made for other data, tokenizer, order, teacher or settings, or holds too few rows.
+        UserError: the cache was made for other data, tokenizer, order, teacher or settings, or holds too few rows.
     """
     manifest = read_cache(cache)
     refuse_other_order(cache, manifest, DataOrder.of(data, process_count))
@@ -62,13 +62,13 @@ def check_cache(
         refuse_other_dtype(cache, manifest, dtype)
     if temperature is not None and manifest.encoding.temperature != temperature:
         raise UserError(
-            f"distill.cache {cache} was made at temperature {manifest.encoding.temperature}, and objective.temperature "
+            f"distill.cache {cache} was made at temperature {manifest.encoding.temperature}, but objective.temperature "
             f"is {temperature}; both must be the same."
         )
     if manifest.rows < steps * data.batch_size:
         raise UserError(
-            f"distill.cache {cache} holds {manifest.rows} rows, and training.steps ({steps}) times data.batch_size "
-            f"({data.batch_size}) needs {steps * data.batch_size}; add the others by `gemma2 teacher-cache`."
+            f"distill.cache {cache} holds {manifest.rows} rows, but training.steps ({steps}) times data.batch_size "
+            f"({data.batch_size}) needs {steps * data.batch_size}; run `gemma2 teacher-cache` to add the others."
         )
     if teacher is not None:
         refuse_other_teacher(cache, manifest, source_identity(open_source(teacher)), teacher)
@@ -76,10 +76,10 @@ def check_cache(
 
 
 def cached_batches(data: DataConfig, cache: str, share: int = 0, shares: int = 1) -> "CachedBatches":
-    """`train_batches`, each with the teacher's targets; ends where the cache does. See `check_cache`.
+    """`train_batches` with teacher targets in each batch; ends at the end of the cache. See `check_cache`.
 
     Raises:
-        UserError: as `train_batches` and `check_cache`; later, if a row is not the one that was cached.
+        UserError: as `train_batches` and `check_cache`; during iteration, if a row differs from the cached one.
     """
     manifest = check_cache(cache, data, steps=0, process_count=shares)
     steps = grain.MapDataset.source(_Steps(cache, manifest, share))
@@ -88,36 +88,38 @@ def cached_batches(data: DataConfig, cache: str, share: int = 0, shares: int = 1
 
 
 class CachedBatches(grain.DatasetIterator):
-    """Yields `Batch` of NumPy arrays with `teacher_targets` of its rows in this process; its state is that of both.
+    """Yields this process's part of each `Batch`, as NumPy arrays, with its `teacher_targets`.
+
+    Its state combines those of the data and the cache.
 
     Attributes:
-        batches: the iterator without the cache, which moves with this one.
+        batches: the iterator over the data alone, which advances together with this one.
     """
 
-    def __init__(self, batches: grain.DatasetIterator, signals: grain.DatasetIterator, cache: str) -> None:
-        super().__init__((batches, signals))
-        self.batches, self._signals, self._cache = batches, signals, cache
+    def __init__(self, batches: grain.DatasetIterator, targets: grain.DatasetIterator, cache: str) -> None:
+        super().__init__((batches, targets))
+        self.batches, self._targets, self._cache = batches, targets, cache
 
     def __next__(self) -> Batch:
-        sparse, checksums = next(self._signals)
+        sparse, checksums = next(self._targets)
         batch = next(self.batches)
         if checksums != row_checksums(batch):
             raise UserError(
-                f"distill.cache {self._cache} holds other rows than data.folder gives now, although its manifest "
-                "matches; delete it and run `gemma2 teacher-cache`."
+                f"distill.cache {self._cache} holds other rows than data.folder, although its manifest matches; delete "
+                "it and run `gemma2 teacher-cache`."
             )
         return replace(batch, extra={"teacher_targets": sparse})
 
     def get_state(self) -> dict[str, Any]:
-        return {"data": self.batches.get_state(), "cache": self._signals.get_state()}
+        return {"data": self.batches.get_state(), "cache": self._targets.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.batches.set_state(state["data"])
-        self._signals.set_state(state["cache"])
+        self._targets.set_state(state["cache"])
 
 
 class _Steps:
-    """Random access to a process's signals, one item a step: (SparseTargets, checksums of its rows)."""
+    """Random access to a process's teacher targets, one item per step: (SparseTargets, checksums of its rows)."""
 
     def __init__(self, cache: str, manifest: CacheManifest, process: int) -> None:
         order = manifest.order

@@ -1,12 +1,12 @@
-"""Entries to bytes and back: one record a row of the data.
+"""Packs entries into bytes and unpacks them: one record per row of the data.
 
-A record is the crc32 of the row that it belongs to, then streams of unsigned integers (`integer_streams`):
+A record is the CRC-32 of the row that it belongs to, followed by streams of unsigned integers (see `integer_streams`):
 
-    numbers   how many entries each token has; left out where all have as many
-    gaps      of the ids of a token, sorted: the first id and 1, then each one's distance to the one before
-    draws     how often each id was drawn, less 1
-    logs      a logarithm as its place on a grid
-    tails     the same grid, one a token; its lowest number stands for none
+    numbers   number of entries of each token; omitted if it is the same for all
+    gaps      gaps between the sorted ids of a token: first id + 1, then each difference to the previous id
+    draws     number of times that each id was drawn, minus 1
+    logs      logarithm of each weight, as an index into a grid
+    tails     logarithm of each token's tail, on the same grid; index 0 stands for no tail
 """
 
 import math
@@ -26,15 +26,15 @@ from gemma2_jax.kernels.softcap import NEVER
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.objectives.targets import SparseTargets
 
-_CHUNK = 2048  # tokens that are unpacked at a time: what is in use stays in a processor's own memory
+_CHUNK = 2048  # tokens unpacked at a time, so that the arrays in use stay in the CPU's cache
 
 
 @dataclass(frozen=True)
 class LogGrid:
-    """Logarithms in [low, high] as one of 2^bits numbers.
+    """A grid of 2^bits evenly spaced logarithms from low to high.
 
-    A logarithm is off by `step` / 2 at most. Where there is a tail, weights and tail are brought to a sum of 1
-    when they are read, which moves all of them by as much again at most: `step` in all.
+    The rounding error of a logarithm is at most `step` / 2. If there is a tail, weights and tail are normalised to a
+    sum of 1 after reading, which adds an error of at most `step` / 2: at most `step` in total.
     """
 
     low: float
@@ -46,17 +46,17 @@ class LogGrid:
         return (self.high - self.low) / ((1 << self.bits) - 1)
 
     def codes(self, logs: np.ndarray) -> np.ndarray:
-        """Float to uint16, the nearest; what lies outside, at the end."""
+        """Indices of the nearest grid points, uint16; logarithms outside the grid are clipped."""
         scaled = (np.clip(logs, self.low, self.high) - self.low) / self.step
         return np.round(scaled).astype(np.uint16)
 
     def logs(self) -> np.ndarray:
-        """Every number's logarithm, float32."""
+        """All logarithms of the grid, float32 [2^bits]."""
         return (self.low + self.step * np.arange(1 << self.bits)).astype(np.float32)
 
 
 def log_grid(config: EncodingConfig, model: ModelConfig) -> LogGrid:
-    """The range that the soft cap leaves for log p, or for log p/q where there is a proposal.
+    """The grid over all possible values of log p under the soft cap, or of log p/q if there is a proposal.
 
     Logits lie within the cap, so log p >= -2 cap / temperature - log V. With q = p^(1/t) / Z and
     1 <= Z <= V^(1 - 1/t), log p/q = (1 - 1/t) log p + log Z.
@@ -71,19 +71,21 @@ def log_grid(config: EncodingConfig, model: ModelConfig) -> LogGrid:
 
 @dataclass(frozen=True)
 class Packed:
-    """One record, and the largest number of entries that one of its tokens has."""
+    """One record, and the maximum number of entries per token in it."""
 
     record: bytes
     largest: int
 
 
 def broken_record() -> UserError:
-    """What is said of a record that is not whole."""
-    return UserError("distill.cache holds a damaged record; `gemma2 teacher-cache --verify` names its file.")
+    """The error for a damaged record."""
+    return UserError(
+        "distill.cache holds a damaged record; run `gemma2 teacher-cache --verify` to find its file."
+    )
 
 
 def row_checksums(batch: Batch) -> list[int]:
-    """The crc32 of each row of a batch: of its tokens and of the documents that they belong to."""
+    """The CRC-32 of each row of a batch, over its tokens and segment ids."""
     rows = zip(batch.tokens, batch.segment_ids, strict=True)
     return [zlib.crc32(segments.tobytes(), zlib.crc32(tokens.tobytes())) for tokens, segments in rows]
 
@@ -92,41 +94,45 @@ class Packer:
     """Packs and unpacks the records of one cache.
 
     Args:
-        config: how its entries were made.
-        grid: of their logarithms.
-        num_tokens: V, which stands for no id.
-        seq_len: T.
+        config: encoding of the entries.
+        grid: grid of their logarithms.
+        num_tokens: number of tokens V; ids from V on mark unused entries.
+        seq_len: tokens per row, T.
     """
 
     def __init__(self, config: EncodingConfig, grid: LogGrid, num_tokens: int, seq_len: int) -> None:
         self._config, self._grid, self._num_tokens, self._seq_len = config, grid, num_tokens, seq_len
-        # As many for every token, or None.
+        # Number of entries per token if it is the same for all tokens, else None.
         self._number = {"full": num_tokens, "top_k": config.entries}.get(config.kind)
         draws = config.entries or 1
-        self._of_numbers, self._of_draws = bytes_for(draws), bytes_for(draws - 1)
-        self._of_logs = bytes_for((1 << grid.bits) - 1)
+        # Bytes of an integer in the streams of numbers, draws and logarithms.
+        self._number_bytes, self._draw_bytes = bytes_for(draws), bytes_for(draws - 1)
+        self._log_bytes = bytes_for((1 << grid.bits) - 1)
         self._log_shares = np.log(np.arange(1, draws + 1) / draws).astype(np.float32)
         self._logs = grid.logs()
 
     def pack(self, entries: Entries, checksum: int) -> Packed:
-        """The record of one row, from entries [T, N] of numpy arrays.
+        """Packs one row, given as entries [T, N] of NumPy arrays.
+
+        Args:
+            checksum: checksum of the row, see `row_checksums`.
 
         Raises:
-            UserError: the teacher gave no numbers.
+            UserError: the teacher's logits were NaN.
         """
         config, ids = self._config, entries.ids
         if ids.min() < 0:
             raise UserError(
-                "distill.teacher gives NaN for some tokens; set distill.dtype=float32, or, if it is that already, "
-                "another teacher: its weights are damaged."
+                "distill.teacher gives NaN for some tokens; set distill.dtype=float32, or, if it is float32 already, "
+                "choose another teacher, since the weights of this one are damaged."
             )
-        first = ids < self._num_tokens  # of the draws of an id
+        first = ids < self._num_tokens  # marks the first draw of each id
         first[:, 1:] &= ids[:, 1:] != ids[:, :-1]
         numbers = first.sum(axis=1)
         places = np.flatnonzero(first)
         writer = StreamsWriter(checksum)
         if self._number is None:
-            writer.planes(numbers, self._of_numbers)
+            writer.planes(numbers, self._number_bytes)
         if config.kind != "full":
             found = ids.reshape(-1)[places]
             gaps = np.diff(found, prepend=0)
@@ -134,18 +140,18 @@ class Packer:
             gaps[begin] = found[begin] + 1
             writer.scales(gaps)
         if config.kind == "sampled":
-            writer.small(np.diff(places, append=ids.size) - 1, self._of_draws)
+            writer.small(np.diff(places, append=ids.size) - 1, self._draw_bytes)
         if not config.counted:
-            writer.planes(self._grid.codes(entries.logs.reshape(-1)[places]), self._of_logs)
+            writer.planes(self._grid.codes(entries.logs.reshape(-1)[places]), self._log_bytes)
         if config.has_tail:
-            writer.planes(self._grid.codes(entries.log_tail), self._of_logs)
+            writer.planes(self._grid.codes(entries.log_tail), self._log_bytes)
         return Packed(writer.record(), int(numbers.max()))
 
     def unpack(self, records: Sequence[bytes], largest: int) -> tuple[SparseTargets, list[int]]:
-        """The entries of B records as numpy arrays, K = `largest`, and the checksums of the rows that they belong to.
+        """Unpacks B records into NumPy arrays with K = `largest`, and the checksums of the rows that they belong to.
 
         Raises:
-            UserError: a record is not whole.
+            UserError: a record is damaged.
         """
         B, T, K = len(records), self._seq_len, largest
         sparse = SparseTargets(
@@ -160,7 +166,7 @@ class Packer:
         return sparse, checksums
 
     def _unpack(self, records: Sequence[bytes], sparse: SparseTargets) -> list[int]:
-        """Fills in the entries, and gives the checksums."""
+        """Fills `sparse` with the entries of the records, and returns the checksums."""
         try:
             reader = StreamsReader(records)
             self._fill(reader, sparse)
@@ -173,7 +179,7 @@ class Packer:
         B, T, K = sparse.ids.shape
         numbers = np.full(B * T, self._number or 0)
         if self._number is None:
-            numbers = reader.planes(self._of_numbers)
+            numbers = reader.planes(self._number_bytes)
         if numbers.size != B * T or numbers.max() > K:
             raise ValueError
         used = np.arange(K) < numbers.reshape(B, T, 1)
@@ -187,22 +193,22 @@ class Packer:
             sparse.ids[used] = _from_gaps(gaps, numbers)
         logs: np.ndarray | None = None
         if config.kind == "sampled":
-            logs = self._log_shares.take(reader.small(each, self._of_draws))
+            logs = self._log_shares.take(reader.small(each, self._draw_bytes))
         if not config.counted:
-            codes = self._logs.take(reader.planes(self._of_logs))
+            codes = self._logs.take(reader.planes(self._log_bytes))
             logs = codes if logs is None else logs + codes
         sparse.log_weights[used] = logs
         if config.has_tail:
-            codes = reader.planes(self._of_logs).reshape(B, T)
-            # The lowest: nothing is left, or as good as nothing.
+            codes = reader.planes(self._log_bytes).reshape(B, T)
+            # Code 0 means that the tail is empty or negligible.
             sparse.tail[...] = np.where(codes > 0, np.exp(self._logs.take(codes)), 0)
         if config.kind != "sampled":
             _normalise(sparse)
 
 
 def _from_gaps(gaps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Ids int32 [n] of gaps int32 [n], so `numbers` [tokens] of them each."""
-    sums = np.cumsum(gaps, dtype=np.int32)  # may run over, which the difference takes back
+    """Ids int32 [n] from gaps int32 [n]; `numbers` [tokens] counts the ids of each token."""
+    sums = np.cumsum(gaps, dtype=np.int32)  # may overflow, which the difference below cancels
     ends = np.cumsum(numbers[:-1], dtype=np.int64)
     before = np.zeros(len(numbers), np.int32)
     before[1:] = np.where(ends > 0, sums[ends - 1], 0)
@@ -210,7 +216,7 @@ def _from_gaps(gaps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def _normalise(sparse: SparseTargets) -> None:
-    """Brings weights and tail to a sum of 1."""
+    """Normalises weights and tail to a sum of 1."""
     total = np.exp(sparse.log_weights).sum(axis=-1) + sparse.tail
     sparse.log_weights[...] -= np.log(total)[..., None]
     sparse.tail[...] /= total

@@ -1,4 +1,4 @@
-"""What a run folder is asked about before it goes on, or is found to be done."""
+"""Which changes of the configuration a run can be resumed with, and when a run counts as finished."""
 
 import json
 import shutil
@@ -26,10 +26,10 @@ from gemma2_jax.schedule import ScheduleConfig
 from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training import loop
-from gemma2_jax.training.going_on import changes, check_same_run, older_schedule
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
 from gemma2_jax.training.optimizer import learning_rate_schedule
+from gemma2_jax.training.resume import changes, check_same_run, older_schedule_note
 from gemma2_jax.training.state import Update
 from gemma2_jax.training.together import train_together
 from tests.distill.test_cache import write_teacher
@@ -115,15 +115,13 @@ def test_parts_of_a_layout_may_change(done: RunConfig, tmp_path: Path) -> None:
     save_config(begun, tmp_path / CONFIG_FILE)
     gathered = LayoutConfig(weights={"D": ()})
     check_same_run(replace(begun, layout=gathered, distill=replace(begun.distill, layout=gathered)))
-    with pytest.raises(
-        UserError, match=r"holds a run with distill\.dtype=float32, and bfloat16 is asked for"
-    ):
+    with pytest.raises(UserError, match=r"holds a run with distill\.dtype=float32, but .* is now bfloat16"):
         check_same_run(replace(begun, distill=replace(begun.distill, dtype="bfloat16")))
 
 
 def test_a_run_that_an_older_schedule_began_is_told(toy_run: RunConfig, tmp_path: Path) -> None:
     config = replace(toy_run, output=str(tmp_path))
-    assert older_schedule(config, 4) is None  # there is nothing to compare with
+    assert older_schedule_note(config, 4) is None  # there is nothing to compare with
     rate = learning_rate_schedule(config.optimizer, config.training.steps)
     for late, line in ((0, None), (1, "step 4 had the learning rate 0.009")):
         rows = [
@@ -131,7 +129,7 @@ def test_a_run_that_an_older_schedule_began_is_told(toy_run: RunConfig, tmp_path
             for step in range(1, 9)
         ]
         (tmp_path / JSON_LINES).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        told = older_schedule(config, 4)
+        told = older_schedule_note(config, 4)
         assert told is None if line is None else line in (told or "")
 
 
@@ -141,7 +139,7 @@ def test_a_fraction_of_the_run_is_the_number_of_steps_that_it_comes_to(
     begun = replace(toy_run, output=str(tmp_path))
     save_config(begun, tmp_path / CONFIG_FILE)
     check_same_run(replace(begun, optimizer=replace(begun.optimizer, warmup_steps=0.25)))  # 2 of 8
-    with pytest.raises(UserError, match=r"optimizer\.warmup_steps=2, and 4 is asked for"):
+    with pytest.raises(UserError, match=r"optimizer\.warmup_steps=2, but .* is now 4"):
         check_same_run(replace(begun, optimizer=replace(begun.optimizer, warmup_steps=0.5)))
 
 
@@ -204,22 +202,22 @@ def test_what_leaves_the_done_steps_as_they_are_is_allowed(
 @pytest.mark.parametrize(
     ("done", "begun", "asked", "told"),
     [
-        ((8,), {}, {"training": {"steps": 12}}, r"with training\.steps=8, and 12 .* optimizer\.schedule=cosine gives"
+        ((8,), {}, {"training": {"steps": 12}}, r"with training\.steps=8, but .* 12, .*optimizer\.schedule=cosine gives"
          r" another learning rate from step 3 on, .* write training\.steps=8, or choose another output"),
-        ((6,), {}, {"training": {"steps": 7}}, r"training\.steps=8, and 7 .* optimizer\.schedule=cosine"),
+        ((6,), {}, {"training": {"steps": 7}}, r"training\.steps=8, but .* 7, .* optimizer\.schedule=cosine"),
         ((6, 8), {"optimizer": WSD}, {"training": {"steps": 12}}, r"optimizer\.schedule=wsd gives another learning rate"
          r" from step [78] on, .* write training\.steps=8, delete the checkpoints after 6 in .*checkpoints"),
-        ((8,), {"optimizer": CONSTANT}, {"training": {"steps": 7}}, r"is trained to step 8 already, and"
-         r" training\.steps=7 is asked for; write training\.steps=8 or more"),
+        ((8,), {"optimizer": CONSTANT}, {"training": {"steps": 7}}, r"is already trained to step 8, but"
+         r" training\.steps is 7; write training\.steps=8 or more"),
         ((8,), {"optimizer": CONSTANT}, {"training": {"steps": 12}, "optimizer": {"warmup_steps": 3}},
-         r"optimizer\.warmup_steps=2, and 3 is asked for; write optimizer\.warmup_steps=2"),
-        ((8,), {}, {"optimizer": {"learning_rate": 0.02}}, r"optimizer\.learning_rate=0\.01, and 0\.02 is asked for"),
-        ((8,), {}, {"optimizer": {"clip_norm": 2.0}}, r"optimizer\.clip_norm=1\.0, and 2\.0 is asked for; "
-         r"write optimizer\.clip_norm=1\.0 to go on with it, choose"),
-        ((8,), {}, {"data": {"shuffle_buffer": 64}}, r"data\.shuffle_buffer=0, and 64 is asked for; "
-         r"write data\.shuffle_buffer=0 to go on with it, choose another output"),
-        ((8,), {}, {"data": {"text_field": "body"}}, r"write data\.text_field=text to go on with it"),
-        ((), {}, {"optimizer": {"learning_rate": 0.02}, "training": {"steps": 9}}, r"is asked for"),
+         r"optimizer\.warmup_steps=2, but .* is now 3; write optimizer\.warmup_steps=2"),
+        ((8,), {}, {"optimizer": {"learning_rate": 0.02}}, r"optimizer\.learning_rate=0\.01, but .* is now 0\.02"),
+        ((8,), {}, {"optimizer": {"clip_norm": 2.0}}, r"optimizer\.clip_norm=1\.0, but .* is now 2\.0; "
+         r"write optimizer\.clip_norm=1\.0 to resume it, choose"),
+        ((8,), {}, {"data": {"shuffle_buffer": 64}}, r"data\.shuffle_buffer=0, but .* is now 64; "
+         r"write data\.shuffle_buffer=0 to resume it, choose another output"),
+        ((8,), {}, {"data": {"text_field": "body"}}, r"write data\.text_field=text to resume it"),
+        ((), {}, {"optimizer": {"learning_rate": 0.02}, "training": {"steps": 9}}, r"is now 0\.02"),
     ],
 )  # fmt: skip
 def test_what_changes_the_done_steps_is_refused(
@@ -253,7 +251,7 @@ def test_schedules_of_the_objective_are_compared_by_their_values(done: RunConfig
     check_same_run(changed(constant, objective={"temperature": ScheduleConfig("constant", peak=2.0)}))
     later = ScheduleConfig("wsd", peak=2.0, end=1.0, decay_steps=2)
     check_same_run(changed(constant, objective={"temperature": later}))
-    with pytest.raises(UserError, match=r"objective\.temperature=2\.0, and .* is asked for; write objective"):
+    with pytest.raises(UserError, match=r"objective\.temperature=2\.0, but .* is now .*; write objective"):
         check_same_run(changed(constant, objective={"temperature": replace(later, decay_steps=6)}))
 
 
@@ -264,12 +262,12 @@ def test_own_samples_are_compared_by_their_steps(done: RunConfig, tmp_path: Path
     steps = changed(done, training={"steps": 30, "eval_every": 1}, optimizer=CONSTANT)
     config = begun_with(with_own(steps, 0.5), tmp_path, (20,))
     check_same_run(changed(config, training={"steps": 40}))
-    with pytest.raises(UserError, match=r"on_policy\.prompt_tokens=6, and 5 is asked for; write distill"):
+    with pytest.raises(UserError, match=r"on_policy\.prompt_tokens=6, but .* is now 5; write distill"):
         check_same_run(with_own(config, 0.5, prompt_tokens=5))
     falling = ScheduleConfig("linear", peak=1.0, end=0.0)
     config = begun_with(with_own(steps, falling), tmp_path, (20,))
     with pytest.raises(
-        UserError, match=r"on_policy\.fraction\.kind=linear gives another choice between data and own"
+        UserError, match=r"on_policy\.fraction\.kind=linear gives another choice of on-policy steps"
     ):
         check_same_run(changed(config, training={"steps": 300}))
     none_yet = ScheduleConfig("wsd", peak=0.0, end=1.0, decay_steps=5)

@@ -1,8 +1,8 @@
-"""What may differ between the configuration that a run began with and the one that goes on with it.
+"""Checks whether a run can be resumed with a changed configuration.
 
-Everything under which the steps that are done would have been the same, but for rounding. Numbers that depend on the
-step (learning rate, temperature, mix, which steps are on-policy) are compared by their values over those steps: so a
-run can be made longer or shorter where its schedules agree.
+A change is allowed if the steps already done would have been the same under it, up to rounding. Numbers that depend on
+the step (learning rate, temperature, mix, which steps are on-policy) are compared by their values over those steps, so
+a run can be made longer or shorter as long as its schedules agree.
 """
 
 import math
@@ -23,10 +23,9 @@ from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import ScheduleConfig, build_schedule, count_steps
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
 from gemma2_jax.training.optimizer import learning_rate_schedule
-from gemma2_jax.training.start import as_prepared
+from gemma2_jax.training.start import with_prepared_vocabulary
 
-# Where things lie, how they are executed, and what is looked at. That the data, the tokenizer and the teacher are the
-# same is checked by content.
+# Keys for locations, execution and reporting. Data, tokenizer and teacher are compared by content instead.
 _MAY_CHANGE = {
     "name", "output", "hosts", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "profile",
     "compilation_cache", "training.log_every", "training.eval_every", "training.eval_batches", "training.profile_steps",
@@ -39,57 +38,60 @@ _STEPS = "training.steps"
 
 @dataclass(frozen=True)
 class _Number:
-    """A number that may be another at each step.
+    """A number that may change from step to step.
 
     Attributes:
-        what: it is called; keys: that decide it; kind: of them the one that says how it moves over a run.
-        values: of a configuration, at its first steps, of which there are so many; None where there is no such number.
+        label: its name in messages.
+        keys: configuration keys that determine it.
+        schedule_key: the key that sets how it changes over a run.
+        values: function from a configuration and a count to the values at the first `count` steps; None if the
+            configuration does not have the number.
     """
 
-    what: str
+    label: str
     keys: tuple[str, ...]
-    kind: str
+    schedule_key: str
     values: Callable[[RunConfig, int], np.ndarray | None]
 
 
 def check_same_run(config: RunConfig) -> None:
-    """Raises UserError if the run folder was begun with a configuration that gives another result.
+    """Raises UserError if the configuration saved in the run folder gives another result than `config`.
 
-    Of a run that has no checkpoint yet, the first step is compared.
+    For a run without a checkpoint, only the first step is compared.
     """
     path = Path(config.output) / CONFIG_FILE
     if not path.exists():
         return
-    begun, latest = load_config(RunConfig, path), latest_step(config.output) or 0
-    config = as_prepared(config)
+    saved, latest = load_config(RunConfig, path), latest_step(config.output) or 0
+    config = with_prepared_vocabulary(config)
     steps = config.training.steps
-    for key, one, other in _changed_keys(begun, config):
+    for key, one, other in _changed_keys(saved, config):
         if key != _STEPS:
-            raise _refusal(config, key, one, other)
+            raise _changed_key_error(config, key, one, other)
     if steps < latest:
         raise UserError(
-            f"{config.output} is trained to step {latest} already, and {_STEPS}={steps} is asked for; write "
+            f"{config.output} is already trained to step {latest}, but {_STEPS} is {steps}; write "
             f"{_STEPS}={latest} or more, or choose another output."
         )
-    for number, step in _changed_numbers(begun, config, max(1, latest)):
-        keys = _keys_of(number, begun, config)
-        if keys and not _moves_with_length(number, begun, steps, max(1, latest)):
+    for number, step in _changed_numbers(saved, config, max(1, latest)):
+        keys = _keys_of(number, saved, config)
+        if keys and not _depends_on_length(number, saved, steps, max(1, latest)):
             key, one, other = keys[0]
-            raise _refusal(config, key, one, other)
-        raise _length_matters(config, begun, number, step)
+            raise _changed_key_error(config, key, one, other)
+        raise _changed_length_error(config, saved, number, step)
 
 
-def changes(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """The dotted key and both values of all that makes `asked` end as another run than `begun`."""
-    yield from _changed_keys(begun, asked)
-    for number, _ in _changed_numbers(begun, asked, asked.training.steps):
-        yield from _keys_of(number, begun, asked)[:1]
+def changes(saved: RunConfig, requested: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the dotted key and both values of every difference that makes the two runs end differently."""
+    yield from _changed_keys(saved, requested)
+    for number, _ in _changed_numbers(saved, requested, requested.training.steps):
+        yield from _keys_of(number, saved, requested)[:1]
 
 
-def older_schedule(config: RunConfig, step: int) -> str | None:
-    """A line to say where the run's learning rates up to `step` are not those of its schedule, else None.
+def older_schedule_note(config: RunConfig, step: int) -> str | None:
+    """Returns a line for the log if the learning rates up to `step` deviate from the run's schedule, else None.
 
-    Older versions were one step behind: no step had the final rate, and the first of a warm-up had 0.
+    The schedules of older versions were one step behind: no step had the final rate, and the first warm-up step had 0.
     """
     if not (Path(config.output) / JSON_LINES).exists():
         return None
@@ -101,35 +103,35 @@ def older_schedule(config: RunConfig, step: int) -> str | None:
     if math.isclose(logged, rate, rel_tol=1e-4):
         return None
     return (
-        f"{config.name} was begun by an older version, whose schedule was a step behind: step {done} had the learning "
-        f"rate {logged:.4g}, and would now have {rate:.4g}. Later steps follow the current schedule."
+        f"{config.name} was started by an older version, whose schedule was one step behind: step {done} had the "
+        f"learning rate {logged:.4g}, and would now have {rate:.4g}. Later steps follow the current schedule."
     )
 
 
-def _changed_keys(begun: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """The dotted key and both values of what differs, but for what may, and numbers that depend on the step."""
+def _changed_keys(saved: RunConfig, requested: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the dotted key and both values of every difference, except keys that may change and keys of `_NUMBERS`."""
     free = {*_MAY_CHANGE, *(key for number in _NUMBERS for key in number.keys)}
-    record = read_teacher_record(asked.output)
+    record = read_teacher_record(requested.output)
     if record is not None and record.is_comparable:
         free.add("distill.teacher")
-        if record.encoding is not None and asked.distill.cache is not None:
+        if record.encoding is not None and requested.distill.cache is not None:
             free |= {"distill.cache", "distill.encoding", "distill.dtype"}
-    if begun.distill.teacher is None and asked.distill.teacher is None:
-        free.add("distill.dtype")  # of no effect
-    if "importance" not in (begun.initialise.width, asked.initialise.width):
+    if saved.distill.teacher is None and requested.distill.teacher is None:
+        free.add("distill.dtype")  # has no effect
+    if "importance" not in (saved.initialise.width, requested.initialise.width):
         free.add("initialise.batches")
-    for key, one, other in differences(_in_steps(begun), _in_steps(asked)):
+    for key, one, other in differences(_in_steps(saved), _in_steps(requested)):
         if not _is_among(key, free):
             yield key, one, other
 
 
-def _changed_numbers(begun: RunConfig, asked: RunConfig, done: int) -> Iterator[tuple[_Number, int]]:
-    """Which numbers are not the same in the first `done` steps, and how many steps agree."""
-    same_length = begun.training.steps == asked.training.steps
+def _changed_numbers(saved: RunConfig, requested: RunConfig, done: int) -> Iterator[tuple[_Number, int]]:
+    """Yields each number that differs within the first `done` steps, and how many steps agree."""
+    same_length = saved.training.steps == requested.training.steps
     for number in _NUMBERS:
-        if same_length and not _keys_of(number, begun, asked):
+        if same_length and not _keys_of(number, saved, requested):
             continue
-        one, other = number.values(begun, done), number.values(asked, done)
+        one, other = number.values(saved, done), number.values(requested, done)
         if one is None and other is None:
             continue
         if one is None or other is None:
@@ -138,30 +140,31 @@ def _changed_numbers(begun: RunConfig, asked: RunConfig, done: int) -> Iterator[
             yield number, int(np.argmax(one != other))
 
 
-def _keys_of(number: _Number, begun: RunConfig, asked: RunConfig) -> list[tuple[str, Any, Any]]:
-    found = differences(_in_steps(begun), _in_steps(asked))
+def _keys_of(number: _Number, saved: RunConfig, requested: RunConfig) -> list[tuple[str, Any, Any]]:
+    """The changed keys that determine `number`, with both values."""
+    found = differences(_in_steps(saved), _in_steps(requested))
     return [(key, one, other) for key, one, other in found if _is_among(key, number.keys)]
 
 
 def _is_among(key: str, names: set[str] | tuple[str, ...]) -> bool:
-    """Whether a key is one of these, or within one of them."""
+    """Whether a key is one of `names`, or below one of them."""
     return any(f"{key}.".startswith(f"{name}.") for name in names)
 
 
-def _moves_with_length(number: _Number, begun: RunConfig, steps: int, done: int) -> bool:
-    """Whether the settings that a run began with give another number in a run of `steps`."""
-    settings = _in_steps(begun)
+def _depends_on_length(number: _Number, saved: RunConfig, steps: int, done: int) -> bool:
+    """Whether the saved settings, with training.steps = `steps`, change the number within the first `done` steps."""
+    settings = _in_steps(saved)
     settings["training"]["steps"] = steps
     try:
         other = number.values(build(RunConfig, settings, CONFIG_FILE), done)
-    except UserError:  # they do not fit into so few steps
+    except UserError:  # the warm-up or decay is longer than `steps`
         return True
-    one = number.values(begun, done)
+    one = number.values(saved, done)
     return one is not None and other is not None and not np.array_equal(one, other)
 
 
 def _in_steps(config: RunConfig) -> dict[str, Any]:
-    """The settings, each warm-up and decay as a number of steps: 0.1 and 50 are the same in a run of 500."""
+    """The settings with each warm-up and decay converted to a number of steps: 0.1 equals 50 in a run of 500."""
 
     def counted(settings: dict[str, Any], where: str) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -177,38 +180,39 @@ def _in_steps(config: RunConfig) -> dict[str, Any]:
     return counted(to_dict(config), "")
 
 
-def _refusal(config: RunConfig, key: str, one: Any, other: Any) -> UserError:
-    """The refusal of a key with another value: perhaps its default was another when the run began."""
+def _changed_key_error(config: RunConfig, key: str, one: Any, other: Any) -> UserError:
+    """The error for a key whose value has changed; the user may not have typed it, since defaults can change too."""
     typed = as_override(key, one)
-    remedy = "" if typed is None else f"write {typed} to go on with it, "
+    remedy = "" if typed is None else f"write {typed} to resume it, "
     return UserError(
-        f"{config.output} holds a run with {key}={_plain(one)}, and {_plain(other)} is asked for; {remedy}"
+        f"{config.output} holds a run with {key}={_shown(one)}, but {key} is now {_shown(other)}; {remedy}"
         "choose another output, or delete that folder to train again."
     )
 
 
-def _length_matters(config: RunConfig, begun: RunConfig, number: _Number, step: int) -> UserError:
-    """The refusal of a run whose schedule depends on its length, and agrees in the first `step` steps only."""
+def _changed_length_error(config: RunConfig, saved: RunConfig, number: _Number, step: int) -> UserError:
+    """The error for a new length that changes a schedule after `step`, which the run has passed."""
     earlier = [kept for kept in checkpoint_steps(config.output) if kept <= step]
     back = f"delete the checkpoints after {earlier[0]} in {Path(config.output) / FOLDER}, " if earlier else ""
     return UserError(
-        f"{config.output} holds a run with {_STEPS}={begun.training.steps}, and {config.training.steps} is asked for, "
-        f"with which {_setting(config, number.kind)} gives another {number.what} from step {step + 1} on, but the run "
-        f"has passed that step; write {_STEPS}={begun.training.steps}, {back}or choose another output and start it "
-        f"from these weights (initialise.source={config.output}). A run can be made longer with optimizer=constant, or "
-        "with optimizer=wsd before its decay."
+        f"{config.output} holds a run with {_STEPS}={saved.training.steps}, but {_STEPS} is now "
+        f"{config.training.steps}, with which {_setting(config, number.schedule_key)} gives another {number.label} "
+        f"from step {step + 1} on, a step that the run has passed; write "
+        f"{_STEPS}={saved.training.steps}, {back}or choose another output and start it from these weights "
+        f"(initialise.source={config.output}). A run can be made longer with optimizer=constant, or with optimizer=wsd "
+        "before its decay."
     )
 
 
 def _setting(config: RunConfig, key: str) -> str:
-    """The key and its value; of a schedule, its kind."""
+    """A key and its value, as KEY=VALUE; for a schedule, its kind."""
     value: Any = to_dict(config)
     for name in key.split("."):
         value = value[name]
     return f"{key}.kind={value['kind']}" if isinstance(value, dict) else f"{key}={value}"
 
 
-def _plain(value: Any) -> Any:
+def _shown(value: Any) -> Any:
     return "null" if value is None else value
 
 
@@ -224,7 +228,7 @@ def _objective(name: str, config: RunConfig, count: int) -> np.ndarray | None:
 
 
 def _on_policy(config: RunConfig, count: int) -> np.ndarray:
-    """Which steps are on-policy; and with which settings those are sampled, as far as there are any."""
+    """1 for on-policy steps, 0 for the others, float [count]."""
     on_policy = config.distill.on_policy
     if on_policy is None:
         return np.zeros(count)
@@ -233,6 +237,7 @@ def _on_policy(config: RunConfig, count: int) -> np.ndarray:
 
 
 def _sampling(name: str, config: RunConfig, count: int) -> np.ndarray:
+    """The sampling setting `name` at on-policy steps, 0 at the others, float [count]."""
     on_policy = config.distill.on_policy
     return _on_policy(config, count) * (0.0 if on_policy is None else getattr(on_policy, name))
 
@@ -252,9 +257,9 @@ _NUMBERS = (
         _Number(name, (f"objective.{name}",), f"objective.{name}", partial(_objective, name))
         for name in ("temperature", "mix")
     ),
-    _Number("choice between data and own samples", (_FRACTION,), f"{_FRACTION}.fraction", _on_policy),
+    _Number("choice of on-policy steps", (_FRACTION,), f"{_FRACTION}.fraction", _on_policy),
     *(
-        _Number(f"{name} of own samples", (_FRACTION,), f"{_FRACTION}.{name}", partial(_sampling, name))
+        _Number(f"{name} of on-policy steps", (_FRACTION,), f"{_FRACTION}.{name}", partial(_sampling, name))
         for name in ("prompt_tokens", "temperature")
     ),
 )
