@@ -51,8 +51,8 @@ from gemma2_jax.sharding.layout import batch_sharding, laid_out, on_mesh
 from gemma2_jax.sharding.mesh import build_mesh
 
 CHUNK_ROWS = 4096  # rows per chunk over all processes; each process writes one file per chunk
-# Size and time are estimated from so many steps, and from so many tokens at least: the average size of a record needs
-# enough tokens. The first step compiles and is not timed.
+# Size and time are estimated from at least this many steps and tokens; fewer tokens would not give the average size of
+# a record. The first step compiles and is not timed.
 _ESTIMATED_STEPS, _ESTIMATED_TOKENS = 4, 8192
 
 

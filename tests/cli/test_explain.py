@@ -149,4 +149,7 @@ def test_comments_leave_the_configuration_as_it_is(overrides, capsys):
     assert main(["config", "show", "--comments", *overrides]) == 0
     shown = capsys.readouterr().out
     assert shown == with_comments(config)
-    assert "  # steps between rows of metrics, each an average since the row before.\n  log_every: " in shown
+    assert (
+        "  # steps between rows of metrics; each row averages over the steps since the previous row.\n  log_every: "
+        in shown
+    )
