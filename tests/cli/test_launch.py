@@ -121,7 +121,7 @@ def test_a_run_on_this_machine(
         "optimizer.warmup_steps=1",
     ]  # fmt: skip
     assert main(["launch", "slurm", *keys, "--local", "--allow-changes", "--workdir", "work"]) == 0
-    assert "is done; its output goes to " in capsys.readouterr().out
+    assert "is done; its output is in " in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(tmp_path / "work" / "runs" / "mine")] == [1, 2, 2]
     (launched,) = (tmp_path / "launches").iterdir()
     assert (launched / "code" / "gemma2_jax" / "__init__.py").exists()

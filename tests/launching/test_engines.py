@@ -166,7 +166,7 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         gke.check_tools()
     with pytest.raises(
-        UserError, match="gcloud, which asks for TPU VMs, is not installed; see https://cloud"
+        UserError, match="gcloud, which requests TPU VMs, is not installed; see https://cloud"
     ):
         tpu_vm.check_tools()
     monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda _: None)
@@ -176,7 +176,7 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_command_that_fails_is_told() -> None:
     with pytest.raises(UserError, match=r"^`false` failed with exit code 1; its output is above"):
-        job.Submission([["false"], ["true"]]).carry_out()
+        job.Submission([["false"], ["true"]]).execute()
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_a_command_that_fails_is_told() -> None:
         (gke.GkeSettings, GKE, "either --tpu-type or --device-type"),
         (gke.GkeSettings, {**GKE, "tpu_type": "t", "slices": 0}, "--slices is 0; it must be at least 1"),
         (gke.GkeSettings, {**GKE, "tpu_type": "t", "max_restarts": -1}, "--max-restarts is -1; it must be at least 0"),
-        (gke.GkeSettings, {**GKE, "tpu_type": "t", "nodes": 2}, "--nodes is 2, and is for GPUs"),
-        (gke.GkeSettings, {**GKE, "device_type": "g", "slices": 2}, "--slices is 2, and GPUs"),
+        (gke.GkeSettings, {**GKE, "tpu_type": "t", "nodes": 2}, "--nodes is 2, but --nodes is for GPUs"),
+        (gke.GkeSettings, {**GKE, "device_type": "g", "slices": 2}, "--slices is 2, but GPUs"),
         (gke.GkeSettings, {**GKE, "tpu_type": "t", "workdir": "w"}, "--workdir is w; it must be absolute"),
         (tpu_vm.TpuVmSettings, {**TPU_VM, "bucket": "mine"}, "--bucket is mine; accepted: gs://BUCKET"),
         (tpu_vm.TpuVmSettings, {**TPU_VM, "bucket": "gs://"}, "--bucket is gs://; accepted: gs://BUCKET"),
@@ -200,7 +200,7 @@ def test_a_command_that_fails_is_told() -> None:
         (slurm.SlurmSettings, {"workdir": ".", "restarts": -1}, "--restarts is -1; it must be at least 0"),
         (slurm.SlurmSettings, {"workdir": ".", "gpus_per_node": -1}, "--gpus-per-node is -1; it must be at least 0"),
         (slurm.SlurmSettings, {"workdir": ".", "cpus_per_task": 0}, "--cpus-per-task is 0; it must be at least 1"),
-        (slurm.SlurmSettings, {"workdir": ".", "nodes": 2, "local": True}, "--local runs on this machine alone"),
+        (slurm.SlurmSettings, {"workdir": ".", "nodes": 2, "local": True}, "--local runs on this machine only"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings: Any, values: dict[str, Any], words: str) -> None:
@@ -212,7 +212,7 @@ def test_what_would_fail_on_the_hosts_is_refused(toy_run: RunConfig) -> None:
     for replica, slices in ((1, 1), (2, 2), (4, 2), (-1, 2)):
         job.check_config(replace(toy_run, mesh=MeshConfig(data=1, replica=replica)), slices)
     with pytest.raises(
-        UserError, match=r"^mesh\.replica is 1 and --slices 2; mesh\.replica must be a multiple"
+        UserError, match=r"^mesh\.replica is 1 and --slices is 2; mesh\.replica must be a multiple"
     ):
         job.check_config(replace(toy_run, mesh=MeshConfig()), slices=2)
     job.check_config(replace(toy_run, hosts=HostsConfig(timeout=5)))
@@ -225,5 +225,5 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     job.check_folder(tmp_path / "new" / "folder")
     for path in (tmp_path / "file", tmp_path / "file" / "within"):
-        with pytest.raises(UserError, match=r"^--folder is .*, and .*/file is a file; name a folder"):
+        with pytest.raises(UserError, match=r"^--folder is .*, but .*/file is a file; name a folder"):
             job.check_folder(path)

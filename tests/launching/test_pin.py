@@ -62,7 +62,7 @@ def test_changes_are_refused_or_pinned_as_they_are(
     (checkout / "runs" / "weights").write_text("ignored")
     refused = refusal(checkout, tmp_path / "launches")
     assert refused is not None
-    assert "has changes that are not committed (code.py, …); commit them" in refused
+    assert "has uncommitted changes (code.py, …); commit them" in refused
     before = git(checkout, "status", "--porcelain")
     pinned = pin(toy_run, checkout, tmp_path / "launches")
     assert pinned.changed
@@ -126,7 +126,7 @@ def test_other_code_or_configuration_has_another_name(
 
 def test_a_package_outside_a_checkout_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("gemma2_jax.__file__", str(tmp_path / "gemma2_jax" / "__init__.py"))
-    with pytest.raises(UserError, match="which is no git checkout, so its code cannot be pinned"):
+    with pytest.raises(UserError, match="which is not a git checkout, so its code cannot be pinned"):
         find_checkout()
 
 

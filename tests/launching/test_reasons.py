@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemma2_jax.launching.reasons import meaningful_line
+from gemma2_jax.launching.reasons import error_line
 
 GIT = """\
 fatal: detected dubious ownership in repository at '/x'
@@ -41,4 +41,4 @@ ValueError: no such cluster
     ],
 )
 def test_the_line_that_counts(said: str, line: str) -> None:
-    assert meaningful_line(said) == line
+    assert error_line(said) == line

@@ -108,7 +108,7 @@ def test_a_vm_tries_again_until_the_run_is_done(vm: Path) -> None:
     code, did, said = start(vm, [134, 143, 134, 137, 134, 134, 1, 0])
     assert code == 0
     assert did == ["train", "sleep"] * 7 + ["train"]
-    assert said.startswith("gemma2: failed with exit code 134; begins again in 30 s.\n")
+    assert said.startswith("gemma2: failed with exit code 134; starts again in 30 s.\n")
 
 
 @pytest.mark.parametrize("mistake", [1, 2])
@@ -116,7 +116,7 @@ def test_a_vm_gives_a_mistake_up(vm: Path, mistake: int) -> None:
     code, did, said = start(vm, [mistake] * 9)
     assert code == mistake
     assert did.count("train") == 5
-    assert said.endswith(f"given up, since 5 tries failed; the last one with exit code {mistake}.\n")
+    assert said.endswith(f"gave up after 5 failed tries; the last one ended with exit code {mistake}.\n")
 
 
 def test_a_vm_mounts_once_and_before_it_works_there(vm: Path) -> None:
