@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_packages(config)
         check_places(config)
     join(next(iter(runs.values())).hosts)
-    for name, (run_name, _) in study.trained().items():
+    for name, (run_name, _) in study.trained_runs().items():
         own = study.runs[run_name]  # whose teacher and cache the study makes
         made = {"distill.teacher": own.teacher is not None, "distill.cache": own.cache}
         check_sources([runs[name]], [key for key, is_made in made.items() if is_made])
@@ -88,7 +88,7 @@ def compose_study(
         else:
             raise UserError(f"{text} names a run of the study; accepted: {first}.KEY=VALUE.")
     runs = {}
-    for folder, (run_name, seed) in study.trained().items():
+    for folder, (run_name, seed) in study.trained_runs().items():
         run = study.runs[run_name]
         values: dict[str, Any] = {"name": folder, "output": str(Path(output) / folder)}
         if run.teacher is not None:

@@ -14,7 +14,7 @@ from gemma2_jax.studies.config import StudyConfig
 def test_every_study_composes_and_has_a_readme(name):
     study = load(StudyConfig, find_study(name))
     runs, output = compose_study(name, study, [], None)
-    assert list(runs) == list(study.trained())
+    assert list(runs) == list(study.trained_runs())
     assert output == f"runs/{name}"
     assert (find_study(name).parent / "README.md").is_file()
 

@@ -83,7 +83,8 @@ def test_a_student_of_another_teacher_is_not_taken_for_this_ones(stage, runs, co
     stage.calls.clear()
     runs["teacher"] = dataclasses.replace(runs["teacher"], seed=5)
     with pytest.raises(
-        UserError, match=r"out/distilled was distilled from a teacher with seed=0 .*, and 5 is asked for"
+        UserError,
+        match=r"out/distilled was distilled from a teacher with seed=0 .*, but .* is configured with seed=5",
     ):
         run_study(STUDY, runs, "out", console)
     assert stage.calls == []
@@ -184,8 +185,8 @@ def test_the_report(stage, runs, console):
             {"runs": {"a": {"experiment": "x", "teacher": "a"}}},
             "runs.a.teacher is a; it must be an earlier run",
         ),
-        ({"runs": {"model": {"experiment": "x"}}}, "runs.model cannot name a run"),
-        ({"runs": {"a.b": {"experiment": "x"}}}, "runs.a.b cannot name a run"),
+        ({"runs": {"model": {"experiment": "x"}}}, "runs.model is not a valid name of a run"),
+        ({"runs": {"a.b": {"experiment": "x"}}}, "runs.a.b is not a valid name of a run"),
         ({"runs": {"a": {"experimen": "x"}}}, "no key runs.a.experimen, did you mean experiment"),
         ({"runs": {"a": {"experiment": "x"}}, "sample_tokens": 0}, "sample_tokens is 0"),
     ],
