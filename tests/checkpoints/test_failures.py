@@ -46,7 +46,7 @@ def test_what_orbax_raises_is_one_sentence(error: str, tmp_path: Path) -> None:
         fail_in(IN_ORBAX, error)()
 
 
-def test_the_cause_is_told_and_not_what_it_is_wrapped_in(tmp_path: Path) -> None:
+def test_the_message_names_the_cause_and_not_its_wrapper(tmp_path: Path) -> None:
     cause = fail_in(IN_ORBAX, "ValueError('the cause')")
     with pytest.raises(UserError, match=r"checkpoint of a run: the cause\.$"), reading(tmp_path):
         raise_from(WrappedError("no handler"), cause)

@@ -128,9 +128,9 @@ def test_the_one_before_is_used_and_both_are_named(
     assert f"{newest} is not whole (" in found.passed_over[0]
     loaded = load_params(run, abstract(trees(0)["params"]))
     np.testing.assert_array_equal(loaded["w"], np.full((40, 50), 2.0))
-    said = capsys.readouterr().err
-    assert f"{newest} is not whole" in said
-    assert f"{run / 'checkpoints' / '2'} is used" in said
+    output = capsys.readouterr().err
+    assert f"{newest} is not whole" in output
+    assert f"{run / 'checkpoints' / '2'} is used" in output
 
 
 def test_any_flipped_bit_is_found(run: Path) -> None:
@@ -185,7 +185,7 @@ def test_parameters_that_were_copied_alone(written: Path, tmp_path: Path) -> Non
 
 
 def as_older(checkpoint: Path) -> None:
-    """Makes it one of before there were manifests."""
+    """Turns a checkpoint into one of an older version, which wrote no manifest."""
     (checkpoint / MANIFEST).unlink()
     file = checkpoint / "_CHECKPOINT_METADATA"
     about = json.loads(file.read_text())

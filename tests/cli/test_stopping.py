@@ -87,7 +87,7 @@ def run(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_sweep_that_trains_a_tokenizer(corpus: Path, tmp_path: Path) -> None:
-    """SentencePiece asks for the documents from C++, which makes another exception of ours."""
+    """SentencePiece reads the documents from C++, which turns our exception into another type."""
     command = [*SWEEP, f"data.source={corpus}", "data.folder=data"]
     last = stopped_in("gemma2_jax.data.prepare:chance:20", command, tmp_path)
     assert last == "nothing of data is prepared yet, and the same command begins anew."

@@ -51,7 +51,7 @@ def test_what_each_makes_of_the_teacher_is_its_own(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("students", "told"),
+    ("students", "message"),
     [
         ([["a"], ["a"]], "--student a cannot name a run"),
         ([["model=toy"]], "--student model=toy cannot name"),
@@ -68,13 +68,13 @@ def test_what_each_makes_of_the_teacher_is_its_own(tmp_path: Path, monkeypatch: 
         ([["a"], ["b", "seed"]], "--student b: 'seed' cannot be read"),
     ],
 )
-def test_students_that_are_none(students, told):
-    with pytest.raises(UserError, match=told):
+def test_students_that_are_none(students, message):
+    with pytest.raises(UserError, match=message):
         compose_students(SHARED, students, None)
 
 
 @pytest.mark.parametrize(
-    ("shared", "told"),
+    ("shared", "message"),
     [
         ("name=family", "name=family has no effect, since each --student names its run; leave it out."),
         (
@@ -84,8 +84,8 @@ def test_students_that_are_none(students, told):
         ("output=", "output is empty; it must be a folder for those of all runs, as in output=runs/family."),
     ],
 )
-def test_what_cannot_be_shared(shared, told):
-    with pytest.raises(UserError, match=re.escape(told)):
+def test_what_cannot_be_shared(shared, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         compose_students([*SHARED, shared], [["a"]], None)
 
 

@@ -62,7 +62,9 @@ def of(*patterns: Path, text_field: str = "text") -> str:
     return content_of(source, (), Progress(disable=True)).identity
 
 
-def test_masked_text_is_refused_and_told(own: DataConfig, tokenizer_config: TokenizerConfig, source: Path):
+def test_masked_text_is_refused_and_reported(
+    own: DataConfig, tokenizer_config: TokenizerConfig, source: Path
+):
     prepare(own, tokenizer_config)
     assert verify_source(own.folder)
     mask(source / "b.jsonl")
@@ -189,7 +191,7 @@ def with_a_copy(source: Path) -> None:
         (with_a_copy, "2 files, now 3: other copies of the same content"),
     ],
 )
-def test_the_refusal_says_what_has_changed(
+def test_the_refusal_names_what_has_changed(
     own: DataConfig,
     tokenizer_config: TokenizerConfig,
     source: Path,
@@ -297,12 +299,12 @@ def test_names_need_not_be_utf8(
         shutil.copyfile(source / "a.jsonl", os.fsencode(source / "x").removesuffix(b"x") + name)
     asked = replace(own, source=str(source / "*"), skip_invalid=1)
     manifest = prepare(asked, tokenizer_config)
-    assert r"first: " in (said := capsys.readouterr().err)
-    assert r"/caf\xe9.py" in said
+    assert r"first: " in (output := capsys.readouterr().err)
+    assert r"/caf\xe9.py" in output
     assert prepare(asked, tokenizer_config) == manifest
 
 
-def test_python_docs_are_told_apart_by_their_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_python_docs_are_distinguished_by_their_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(tmp_path))
 
     def of_python(docstring: str) -> str:

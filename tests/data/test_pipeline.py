@@ -121,7 +121,7 @@ def rows_of(batches: Iterable[Batch]) -> list[bytes]:
     ]
 
 
-def test_shuffled_rows_are_those_of_before_a_buffer_at_a_time(data: DataConfig):
+def test_shuffling_permutes_the_rows_of_each_buffer(data: DataConfig):
     plain = rows_of(itertools.islice(train_batches(data), 60))
     shuffled = rows_of(itertools.islice(train_batches(replace(data, shuffle_buffer=12)), 60))
     windows = [(plain[first : first + 12], shuffled[first : first + 12]) for first in range(0, 240, 12)]
@@ -189,7 +189,7 @@ def test_processes_share_the_batches_of_one(
 
 
 @pytest.mark.parametrize("part", [slice(1000, 4000), slice(65_536, 65_600)], ids=["records", "index"])
-def test_damaged_shards_are_told(data: DataConfig, tmp_path: Path, part: slice):
+def test_damaged_shards_are_reported(data: DataConfig, tmp_path: Path, part: slice):
     damaged = replace(data, folder=str(shutil.copytree(data.folder, tmp_path / "data")))
     for shard in read_manifest(damaged.folder).train_shards:
         content = bytearray((tmp_path / "data" / shard.file).read_bytes())

@@ -1,4 +1,4 @@
-"""What is kept of a distribution: unbiased where it says so, with the tail where there is one.
+"""Encodings of teacher distributions: unbiased where they claim to be, with the tail where there is one.
 
 The gradient of the forward KL with respect to the student's logits is (sum of w) P_S - w for a teacher's weights
 w, and P_S - P_T for the whole of its distribution: an estimate w with the mean P_T gives that gradient on average.
@@ -59,8 +59,8 @@ def largest_deviation(gradients: np.ndarray, expected: np.ndarray, sigma: np.nda
     return float(np.max(np.abs(gradients.mean(0) - expected) / (sigma / math.sqrt(len(gradients)))))
 
 
-# Were the estimates unbiased, the mean of a coordinate would lie beyond z standard errors with a chance of about
-# erfc(z / sqrt 2); over V coordinates (Bonferroni) beyond 5 with a chance below 40 * 6e-7 = 2.3e-5.
+# If the estimates are unbiased, the mean of a coordinate is beyond z standard errors with a probability of about
+# erfc(z / sqrt 2); over V coordinates (Bonferroni) beyond 5 with a probability below 40 * 6e-7 = 2.3e-5.
 Z = 5.0
 
 
@@ -163,7 +163,7 @@ def test_padding_is_never_drawn_and_a_certain_token_always() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sampled", "top_k", "top_p", "full"])
-def test_a_teacher_that_gives_no_numbers_is_told(kind: str) -> None:
+def test_a_teacher_with_nan_outputs_is_reported(kind: str) -> None:
     config = {
         "sampled": EncodingConfig(entries=5),
         "top_k": EncodingConfig("top_k", 5),

@@ -142,7 +142,7 @@ def test_the_default_error_is_small() -> None:
     assert math.exp(grid.step) - 1 < 0.02
 
 
-def test_a_record_that_is_cut_is_told() -> None:
+def test_a_truncated_record_is_reported() -> None:
     tool = packer(EncodingConfig(entries=4), 1000, 2)
     record = tool.pack(Entries(np.array([[1, 1, 2, 3], [5, 5, 5, 5]], np.int32), None, None), 0).record
     for broken in (record[:-1], record[:6], record[:4], record[:-8] + b"12345678"):

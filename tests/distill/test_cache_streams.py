@@ -82,7 +82,7 @@ def test_numbers_of_draws_take_less_than_a_byte_each_squeezed(once: float, most:
     assert len(record) < 0.8 * len(each)
 
 
-def test_a_record_that_is_not_whole_is_told() -> None:
+def test_an_incomplete_record_is_reported() -> None:
     values = [np.random.default_rng(row).integers(1, 5000, 50).tolist() for row in range(2)]
     first, second = written(values, StreamsWriter.scales)
     for cut in (1, 5, len(first) - 1, len(first) - 40):

@@ -169,7 +169,7 @@ def test_what_does_nothing_is_found_and_can_go(toy_config: ModelConfig, wider: d
 
 
 def test_norms_see_the_mean_square_that_they_saw(toy_config: ModelConfig) -> None:
-    """With an epsilon that is not small beside it."""
+    """With an epsilon that is not small compared with the mean square."""
     teacher = replace(toy_config, **WIDER, norm_eps=0.5)
     student = replace(toy_config, norm_eps=0.5)
     params, _ = widened(lively(student), student, teacher)
@@ -210,7 +210,7 @@ def test_pairs_of_layers_stay_whole(
     assert equal(chosen["final_norm"], params["final_norm"])
 
 
-def test_what_is_lost_has_no_say_in_the_channels(toy_config: ModelConfig) -> None:
+def test_removed_parts_do_not_affect_the_choice_of_channels(toy_config: ModelConfig) -> None:
     """Channel 9 matters to a pair that goes, channel 7 a little to the one that stays."""
     teacher, student = toy_config, replace(toy_config, num_layers=2, d_model=1)
     channels = np.zeros((2, 32))
@@ -318,7 +318,7 @@ def test_a_student_begins_ahead(teacher: RunConfig, toy_run: RunConfig, tokenize
 
 @pytest.mark.thorough
 def test_the_mesh_does_not_matter(teacher: RunConfig, toy_run: RunConfig, tokenizer: Tokenizer) -> None:
-    """And the student lies on it as its run needs it. Its vocabulary has rows of padding, its teacher's none."""
+    """The student is sharded as its run needs. Its vocabulary has rows of padding, its teacher's has none."""
     student = replace(toy_run.model, vocab_size=416, vocab_padding=16)
     config = InitConfig(teacher.output, layers="even", width="importance", batches=2)
 
@@ -335,7 +335,7 @@ def test_the_mesh_does_not_matter(teacher: RunConfig, toy_run: RunConfig, tokeni
         f"{leaf.sharding} is not {target.sharding}"), sharded, wanted)  # fmt: skip
 
 
-def test_the_same_model_is_loaded_as_it_is(teacher: RunConfig, tokenizer: Tokenizer) -> None:
+def test_the_same_model_is_loaded_unchanged(teacher: RunConfig, tokenizer: Tokenizer) -> None:
     """With or without a word on how to choose; no batch is read."""
     whole = load_model(teacher.output).params()
     for config in (InitConfig(teacher.output), InitConfig(teacher.output, "even", "importance")):

@@ -326,7 +326,7 @@ def test_rows_end_with_the_stop_token(rolled: Batch) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_as_many_steps_as_asked(fraction: float) -> None:
+def test_the_configured_fraction_of_steps(fraction: float) -> None:
     share = np.mean(on_policy_steps(OnPolicyConfig(fraction, 1), 0, 10_000))
     assert share == pytest.approx(fraction, abs=4 * np.sqrt(fraction * (1 - fraction) / 10_000))
 

@@ -72,7 +72,7 @@ def test_the_student_approaches_the_teacher(distilled: RunConfig, teacher: RunCo
     assert 0 < compared.agreement <= 1
 
 
-def test_the_fingerprint_is_of_the_weights_wherever_they_lie(
+def test_the_fingerprint_depends_on_the_weights_and_not_on_their_folder(
     teacher: RunConfig, distilled: RunConfig
 ) -> None:
     tokenizer = Tokenizer.load(teacher.tokenizer.path)
@@ -98,7 +98,7 @@ def test_the_fingerprint_is_of_the_weights_wherever_they_lie(
 
 @pytest.mark.thorough
 def test_the_student_alone_is_checkpointed(distilled: RunConfig) -> None:
-    """Loading refuses arrays that the student does not have; and beside them only its optimizer's copies are saved."""
+    """Loading rejects arrays that the student does not have; besides its weights, only optimizer state is saved."""
     checkpoint = Path(distilled.output, "checkpoints", "12")
     assert {path.name for path in checkpoint.iterdir() if path.is_dir()} == {"params", "optimizer", "data"}
     student = load_model(distilled.output)
@@ -206,7 +206,7 @@ def test_a_teacher_of_other_sizes_than_planned_is_refused(teacher: RunConfig, to
 
 
 @pytest.mark.parametrize(
-    ("layout", "told"),
+    ("layout", "message"),
     [
         (None, "layout.activations.K splits dimension K (2)"),
         (LayoutConfig(head=("fsdp",)), "distill.layout.activations.K splits dimension K (2)"),
@@ -214,7 +214,7 @@ def test_a_teacher_of_other_sizes_than_planned_is_refused(teacher: RunConfig, to
     ],
 )
 def test_a_mesh_that_does_not_divide_the_teacher(
-    layout: LayoutConfig | None, told: str, teacher: RunConfig, toy_run: RunConfig
+    layout: LayoutConfig | None, message: str, teacher: RunConfig, toy_run: RunConfig
 ) -> None:
     """It does divide the student, which is another model."""
     student = replace(toy_run.model, num_kv_heads=4)
@@ -223,7 +223,7 @@ def test_a_mesh_that_does_not_divide_the_teacher(
     check_activations(mesh, dim_sizes(student))
     with pytest.raises(UserError) as error:
         load_teacher(distill, student, Tokenizer.load(toy_run.tokenizer.path), mesh)
-    assert str(error.value).startswith(f"{told} of distill.teacher {teacher.output} ")
+    assert str(error.value).startswith(f"{message} of distill.teacher {teacher.output} ")
 
 
 def test_sizes_of_a_teacher_that_cannot_be(toy_run: RunConfig) -> None:

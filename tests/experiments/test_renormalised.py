@@ -1,4 +1,4 @@
-"""The biased cache beside the second study: what is in the copy, and what is said without something to copy."""
+"""The biased cache for the second study: the content of the copy, and the message if there is nothing to copy."""
 
 import importlib.util
 import os
@@ -78,7 +78,7 @@ def test_the_copy_has_no_tail_and_sums_to_1(script: ModuleType, cache: Path, tmp
     np.testing.assert_allclose(np.exp(sparse.log_weights[0]), expected, rtol=2 * GRID.step)
 
 
-def test_before_the_study_it_says_what_to_run(tmp_path: Path) -> None:
+def test_before_the_study_it_prints_what_to_run(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(
         [sys.executable, str(SCRIPT)],

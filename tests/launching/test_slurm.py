@@ -1,4 +1,4 @@
-"""SLURM: what it is sent, what it refuses, and the whole way through submitit on this machine."""
+"""SLURM: submitted jobs, rejected jobs, and a whole run through submitit on this machine."""
 
 import os
 import signal
@@ -21,13 +21,13 @@ pytest.importorskip("submitit")
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on PATH with SLURM's programs; `sbatch` is to be written by the test."""
+    """A folder on PATH with a fake srun; each test writes its own `sbatch`."""
     write_program(tmp_path / "bin" / "srun", "exit 0")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     return tmp_path
 
 
-def test_what_slurm_is_shown(tmp_path: Path) -> None:
+def test_the_script_and_sbatch_file_of_a_slurm_job(tmp_path: Path) -> None:
     settings = SlurmSettings(
         "/shared", nodes=4, gpus_per_node=8, cpus_per_task=16, minutes=90, partition="long", account="me"
     )
@@ -43,7 +43,7 @@ def test_what_slurm_is_shown(tmp_path: Path) -> None:
         assert "PYTHONPATH=/launches/toy-0123abcd/code${PYTHONPATH:+:$PYTHONPATH}\n" in text
 
 
-def test_a_job_is_submitted_as_it_was_shown(cluster: Path) -> None:
+def test_a_job_is_submitted_as_previewed(cluster: Path) -> None:
     write_program(cluster / "bin" / "sbatch", f'cp "$1" {cluster}/sent; echo Submitted batch job 17')
     settings, job = SlurmSettings(str(cluster), nodes=2), Job("toy", cluster / "toy")
     slurm.check_tools(settings)
@@ -54,7 +54,7 @@ def test_a_job_is_submitted_as_it_was_shown(cluster: Path) -> None:
     assert {line for line in lines if line.startswith("export")} <= set(shown)
 
 
-def test_a_job_that_slurm_refuses(cluster: Path) -> None:
+def test_a_job_that_slurm_rejects(cluster: Path) -> None:
     settings, job = SlurmSettings(str(cluster)), Job("toy", cluster / "toy")
     write_program(cluster / "bin" / "sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1")
     with pytest.raises(UserError, match=r"^SLURM rejected the job: sbatch: error: invalid partition"):
@@ -74,12 +74,12 @@ def test_sbatch_is_needed(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_job_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way through submitit, with a script in the place of a training."""
+    """A whole run through submitit, with a script in place of training."""
     settings, job = SlurmSettings(str(tmp_path / "work"), local=True), Job("toy", tmp_path / "toy")
     slurm.check_tools(settings)
     monkeypatch.setattr(slurm, "script", lambda *_: f"#!/bin/bash\necho trained > {tmp_path}/result\n")
-    said = slurm.submit(settings, job)
-    assert said.startswith("toy is done; its output is in ")
+    output = slurm.submit(settings, job)
+    assert output.startswith("toy is done; its output is in ")
     assert (tmp_path / "result").read_text() == "trained\n"
     failing = "#!/bin/bash\necho 'gemma2: first' >&2\necho 'gemma2: no such disk.' >&2\nexit 1\n"
     monkeypatch.setattr(slurm, "script", lambda *_: failing)
@@ -88,7 +88,7 @@ def test_a_job_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_job_on_this_machine_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It leaves no result to submitit; which waits for one for seconds."""
+    """The job leaves no result, for which submitit would wait for seconds."""
     from submitit.core.core import Job as Submitted
 
     monkeypatch.setattr(Submitted, "_results_timeout_s", 0)

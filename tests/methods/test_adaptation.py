@@ -99,7 +99,9 @@ def test_the_norms_are_trained_and_nothing_else(run: RunConfig) -> None:
     with stopped_after(4):
         train(run, method)
     (before,) = rows_at(run, 4, "train")
-    train(run, method)  # from the checkpoint of step 3, which holds the norms, beside the same frozen weights
+    train(
+        run, method
+    )  # from the checkpoint of step 3, which holds only the norms, with the same frozen weights
     assert rows_at(run, 4, "train") == [before]
     (last,) = rows_at(run, run.training.steps, "validation")
     assert np.isfinite(last["cross_entropy"])

@@ -1,4 +1,4 @@
-"""Which method a configuration asks for, and what of the frozen weights its step takes."""
+"""The method that a configuration selects, and the frozen weights that its step uses."""
 
 from dataclasses import replace
 from typing import Any
@@ -72,7 +72,7 @@ def test_on_policy_steps_alone_collect(toy_run: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_beside_a_cache_only_validations_take_the_teacher(toy_run: RunConfig, cached: bool) -> None:
+def test_with_a_cache_only_validations_use_the_teacher(toy_run: RunConfig, cached: bool) -> None:
     run = student(toy_run, **(CACHED if cached else {}))
     method, mesh = build_method(run), build_mesh(run.mesh, jax.devices()[:1])
     frozen = method.abstract_frozen(mesh)

@@ -82,7 +82,7 @@ def rows(run: RunConfig, split: str) -> list[dict[str, float]]:
     ]
 
 
-def test_it_learns_and_is_validated(trained: RunConfig) -> None:
+def test_it_trains_and_is_validated(trained: RunConfig) -> None:
     logged, validated = rows(trained, "train"), rows(trained, "validation")
     assert logged[-1]["step"] == validated[-1]["step"] == trained.training.steps
     assert logged[-1]["loss"] < logged[0]["loss"]

@@ -1,4 +1,4 @@
-"""What the report says of speed and of caches."""
+"""Speed and cache sizes in the report of a study."""
 
 import json
 from pathlib import Path
@@ -67,6 +67,6 @@ def test_speeds_and_caches_over_the_seeds(runs):
     ]
 
 
-def test_what_no_run_has_is_no_column():
+def test_empty_columns_are_left_out():
     table = costs_table({"plain": Cost(1500)})
     assert (table.columns, table.rows) == (["run", "tokens/s in training"], [("plain", "1,500")])

@@ -1,4 +1,4 @@
-"""Several seeds of a study: what is trained, and what the report makes of it."""
+"""Studies with several seeds: the runs that are trained, and their report."""
 
 import dataclasses
 import json

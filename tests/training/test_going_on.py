@@ -1,4 +1,4 @@
-"""What a run folder is asked about before it goes on, or is found to be done."""
+"""Checks of a run folder before a run resumes or is found to be done."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def test_one_that_is_done_was_distilled_from_the_same(
     train(done)
 
 
-def test_one_that_is_done_beside_one_that_is_not(done: RunConfig, tmp_path: Path) -> None:
+def test_a_finished_run_next_to_an_unfinished_one(done: RunConfig, tmp_path: Path) -> None:
     other = teacher(done, tmp_path / "other", seed=2)
     new = replace(distilled_from(done, other), name="new", output=str(tmp_path / "new"))
     with pytest.raises(UserError, match=r"was distilled from other weights"):
@@ -103,7 +103,7 @@ def test_parts_of_a_layout_may_change(done: RunConfig, tmp_path: Path) -> None:
         check_same_run(replace(begun, distill=replace(begun.distill, dtype="bfloat16")))
 
 
-def test_a_run_that_an_older_schedule_began_is_told(toy_run: RunConfig, tmp_path: Path) -> None:
+def test_a_run_begun_with_an_older_schedule_is_reported(toy_run: RunConfig, tmp_path: Path) -> None:
     config = replace(toy_run, output=str(tmp_path))
     assert older_schedule(config, 4) is None  # there is nothing to compare with
     rate = learning_rate_schedule(config.optimizer, config.training.steps)
@@ -113,8 +113,8 @@ def test_a_run_that_an_older_schedule_began_is_told(toy_run: RunConfig, tmp_path
             for step in range(1, 9)
         ]
         (tmp_path / JSON_LINES).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        told = older_schedule(config, 4)
-        assert told is None if line is None else line in (told or "")
+        message = older_schedule(config, 4)
+        assert message is None if line is None else line in (message or "")
 
 
 def test_a_fraction_of_the_run_is_the_number_of_steps_that_it_comes_to(
@@ -184,7 +184,7 @@ def test_what_leaves_the_done_steps_as_they_are_is_allowed(
 
 
 @pytest.mark.parametrize(
-    ("done", "begun", "asked", "told"),
+    ("done", "begun", "asked", "message"),
     [
         ((8,), {}, {"training": {"steps": 12}}, r"with training\.steps=8, and 12 .* optimizer\.schedule=cosine gives"
          r" another learning rate from step 3 on, .* write training\.steps=8, or choose another output"),
@@ -210,12 +210,12 @@ def test_what_changes_the_done_steps_is_refused(
     done: tuple[int, ...],
     begun: dict[str, Any],
     asked: dict[str, Any],
-    told: str,
+    message: str,
 ) -> None:
     config = begun_with(toy_run, tmp_path, done, **begun)
     if not done:  # with a first step that has a learning rate
         config = begun_with(toy_run, tmp_path, done, optimizer={"warmup_steps": 0})
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         check_same_run(changed(config, **asked))
 
 

@@ -101,9 +101,9 @@ def test_a_run_goes_on_from_the_one_before_a_broken_checkpoint(
             file.unlink()
     config = replace(finished, output=str(run))
     train(config)
-    said = " ".join(capsys.readouterr().err.split())
-    assert "goes on from its checkpoint at step 6" in said
-    assert "checkpoints/8 is not whole" in said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "goes on from its checkpoint at step 6" in printed
+    assert "checkpoints/8 is not whole" in printed
     assert without_times(run) == without_times(Path(finished.output))
     chex.assert_trees_all_equal(load_model(run).params(), load_model(finished.output).params())
 
@@ -151,7 +151,7 @@ def scheduled(finished: RunConfig, output: Path) -> RunConfig:
 
 
 @pytest.mark.thorough
-def test_a_scheduled_run_says_its_values_and_goes_on_with_them(finished: RunConfig, tmp_path: Path) -> None:
+def test_a_scheduled_run_logs_its_values_and_resumes_with_them(finished: RunConfig, tmp_path: Path) -> None:
     whole = scheduled(finished, tmp_path / "whole")
     train(whole)
     rows = read_metrics(whole.output)
@@ -181,7 +181,7 @@ def on_policy(finished: RunConfig, output: Path, fraction: float) -> RunConfig:
 
 
 @pytest.mark.thorough
-def test_an_on_policy_run_says_its_steps_and_goes_on_with_them(finished: RunConfig, tmp_path: Path) -> None:
+def test_an_on_policy_run_logs_its_steps_and_resumes_with_them(finished: RunConfig, tmp_path: Path) -> None:
     whole = on_policy(finished, tmp_path / "whole", fraction=0.5)
     train(whole)
     rows = [row for row in read_metrics(whole.output) if row["split"] == "train"]
@@ -374,7 +374,7 @@ def test_a_refused_run_leaves_a_folder_that_was_there(finished: RunConfig, tmp_p
 
 
 @pytest.mark.thorough
-def test_a_student_goes_on_with_the_same_teacher_wherever_it_lies(
+def test_a_student_resumes_with_the_same_teacher_in_another_folder(
     finished: RunConfig, tmp_path: Path
 ) -> None:
     moved = shutil.copytree(finished.output, tmp_path / "moved")

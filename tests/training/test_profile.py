@@ -44,7 +44,7 @@ def test_the_chosen_steps_are_traced(profiled: RunConfig, capsys: pytest.Capture
     assert f"a trace from step 2 on is in {folder}" in capsys.readouterr().err
 
 
-def test_a_run_without_steps_left_says_that_there_is_no_trace(
+def test_a_run_without_steps_left_reports_that_there_is_no_trace(
     profiled: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(replace(profiled, profile=False))  # its last checkpoint but one is at step 3

@@ -75,7 +75,7 @@ Alone = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def alone(batches: list[Batch]) -> Alone:
-    """What `steps` tells of the batches on one device, each run computed once."""
+    """The metrics that `steps` returns for the batches on one device; each run is computed once."""
     known: dict[tuple[str, bool], list[dict[str, float]]] = {}
 
     def rows(run: RunConfig, teacher: bool = False) -> list[dict[str, float]]:
@@ -353,7 +353,7 @@ def test_no_step_holds_logits_of_all_tokens(run: RunConfig, batches: list[Batch]
 
 
 def test_the_stages_of_a_step_have_names(run: RunConfig, batches: list[Batch]) -> None:
-    """By which a profile tells them."""
+    """A profile shows these names."""
     run = with_teacher(run, DISTILLATION)
     step, state, frozen = prepared(run, mesh_of(ONE_DEVICE), a_teacher(run))
     program = step.lower(state, frozen, batches[0]).as_text(debug_info=True)

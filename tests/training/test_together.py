@@ -1,4 +1,4 @@
-"""Several students of one teacher at once, and a baseline beside them: each as it would be alone."""
+"""Several students of one teacher and a baseline trained together: each equals the same run alone."""
 
 import shutil
 from dataclasses import replace
@@ -286,7 +286,7 @@ def test_one_that_is_refused_leaves_nothing_of_the_others(students: list[RunConf
 
 
 def test_what_any_of_them_is_to_match_has_to_be_there(students: list[RunConfig], tmp_path: Path) -> None:
-    """It is the last that asks for too much; the first loads the teacher."""
+    """The last student has the impossible setting; the first one loads the teacher."""
 
     def refused(match: MatchConfig, **sizes: int) -> str:
         first, other = (
