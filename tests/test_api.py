@@ -1,4 +1,4 @@
-"""The public API: fast to import, documented, and enough for what the command line does."""
+"""The public API: fast to import, documented, and sufficient for everything that the command line does."""
 
 import subprocess
 import sys

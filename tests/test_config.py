@@ -1,4 +1,4 @@
-"""Building configuration from plain data: what is accepted, and the one sentence for what is not."""
+"""Building configuration from plain data: accepted values, and one-sentence errors for others."""
 
 from dataclasses import dataclass, field
 from typing import Literal

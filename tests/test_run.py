@@ -1,4 +1,4 @@
-"""Combinations of sections that make no sense together."""
+"""Incompatible combinations of sections."""
 
 from dataclasses import replace
 from typing import Any

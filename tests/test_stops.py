@@ -1,4 +1,4 @@
-"""How a process ends at a signal: real ones, whose main threads are in all the places where a signal finds them."""
+"""How real processes end at a signal, with the main thread in every kind of place."""
 
 import signal
 import subprocess
@@ -177,7 +177,7 @@ def test_what_was_ignored_stays_ignored() -> None:
 
 
 def test_without_the_command_line() -> None:
-    """In a notebook, Ctrl-C is Python's."""
+    """In a notebook, Python handles Ctrl-C."""
     with pytest.raises(KeyboardInterrupt), stops.deferred(100, print):
         signal.raise_signal(signal.SIGINT)
     assert not stops.requested()

@@ -1,4 +1,4 @@
-"""What fails in Orbax or on the disk is one sentence; all else stays what it is, and nothing is left replaced."""
+"""Errors of Orbax and of the disk become one sentence; other errors are unchanged, and no patch is left in place."""
 
 import sys
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from gemma2_jax.config import UserError
 
 
 class WrappedError(Exception):
-    """As Orbax's own."""
+    """Stands for an exception type of Orbax."""
 
 
 WrappedError.__module__ = "orbax.checkpoint.somewhere"

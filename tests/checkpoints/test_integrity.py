@@ -1,4 +1,4 @@
-"""A checkpoint counts when it is whole; what copies and disks do to its files is found."""
+"""Only whole checkpoints count; damage to their files by copies and disks is detected."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ Damage = Callable[[Path], object]
 
 
 def trees(step: float) -> dict[str, Any]:
-    """Arrays of nothing but their step."""
+    """Arrays filled with the number of their step."""
     return {"params": {"w": jnp.full((40, 50), step)}, "optimizer": {"m": jnp.full(30, step)}}
 
 

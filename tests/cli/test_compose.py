@@ -183,7 +183,7 @@ def test_a_mistake_is_reported_in_one_sentence(overrides, sentence):
     ["1", "1e3", "1_000", "0x10", "007", "true", "null", "nan", "2024-01-01", "12:30:00", "é", "a 'b c"],
 )
 def test_a_key_of_text_has_the_text_as_typed(text, tmp_path):
-    """Also through the file that it is saved in."""
+    """Also after saving and loading the configuration."""
     config = compose([f"name={text}", f"tokenizer.path={text}", f"data.text_field={text}"])
     assert (config.name, config.tokenizer.path, config.data.text_field) == (text, text, text)
     assert config.output == f"runs/{text}"

@@ -1,4 +1,4 @@
-"""The verbs convert and inspect as they are typed."""
+"""The commands convert and inspect."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""Files that cannot be read or written, and disks that fail: one sentence, whatever the verb."""
+"""Files that cannot be read or written, and disks that fail: one sentence from every command."""
 
 import errno
 import re

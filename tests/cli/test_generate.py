@@ -1,4 +1,4 @@
-"""The verb generate: what is handed to the sampler, and what is printed."""
+"""The command generate: the arguments of the sampler, and the output."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""`gemma2 launch`: what it shows, what it refuses, and a run on this machine by submitit."""
+"""`gemma2 launch`: its previews, its errors, and a run on this machine through submitit."""
 
 import os
 from contextlib import suppress
@@ -109,7 +109,7 @@ def test_a_missing_tool_is_one_sentence(
 def test_a_run_on_this_machine(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As SLURM runs it: the pinned code trains by the pinned configuration."""
+    """As under SLURM, the pinned code trains with the pinned configuration."""
     pytest.importorskip("submitit")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")

@@ -1,4 +1,4 @@
-"""The command line as a whole: help at once, exit codes, mistakes in one sentence."""
+"""The whole command line: fast help, exit codes, errors of one sentence."""
 
 import json
 import os
@@ -58,7 +58,7 @@ print(json.dumps([helps, sorted({name.split(".")[0] for name in sys.modules})]))
 
 @pytest.fixture(scope="module")
 def helps():
-    """What every --help prints, and the libraries that one process has loaded after answering all of them."""
+    """The output of every --help, and the libraries that a process has imported after printing all of them."""
     done = subprocess.run(
         [sys.executable, "-c", ASK_ALL, json.dumps(COMMANDS)], capture_output=True, check=True
     )
@@ -263,7 +263,7 @@ def test_a_signal_unwinds_and_exits_with_its_number(monkeypatch, capsys, number)
 
 
 def test_an_ignored_signal_stays_ignored(monkeypatch):
-    """As nohup has it."""
+    """As under nohup."""
     monkeypatch.setattr(train_verb, "run", lambda arguments: signal.raise_signal(signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

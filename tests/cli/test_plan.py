@@ -1,4 +1,4 @@
-"""The verb plan as it is typed."""
+"""The command plan."""
 
 import json
 import re

@@ -108,7 +108,7 @@ def test_data_that_several_processes_tokenise(corpus: Path, tmp_path: Path) -> N
 
 @pytest.mark.thorough
 def test_phases_of_a_run(run: Path) -> None:
-    """One after another: each time, the run goes on from where the stop before has left it."""
+    """Several stops in a row: each time, the run resumes from where the previous stop left it."""
     command = ["train", "--config", "toy.yaml"]
     nothing = "no step is saved yet, and the same command begins anew."
     assert stopped_in("jax.stages:Lowered.compile:1", command, run, wait=False) == nothing

@@ -1,4 +1,4 @@
-"""The verb teacher-cache: estimate, write, verify, refuse."""
+"""The command teacher-cache: estimates, writing, verification and errors."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The verb train-together: what each student's configuration becomes, and what is refused."""
+"""The command train-together: the configuration of each student, and rejected settings."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_each_student_has_what_is_shared_and_its_own():
 
 
 def test_what_each_makes_of_the_teacher_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As in the verb's description, and from a cache."""
+    """As in the command's description, and from a cache."""
     monkeypatch.chdir(tmp_path)
     Path("runs/teacher").mkdir(
         parents=True

@@ -1,4 +1,4 @@
-"""Which files a glob names, and what it tells of the others."""
+"""The files that a glob matches, and messages about the others."""
 
 import errno
 import glob

@@ -32,7 +32,7 @@ def source(texts: list[str], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def own(data: DataConfig, source: Path, tmp_path: Path) -> DataConfig:
-    """Of a folder that is prepared from `source`."""
+    """Data configuration of a folder prepared from `source`."""
     return replace(data, source=str(source / "*.jsonl"), folder=str(tmp_path / "prepared"))
 
 
@@ -50,7 +50,7 @@ def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def mask(path: Path) -> None:
-    """Replaces the numbers by letters, as many; size and time of modification stay what they were."""
+    """Replaces the digits with as many letters; size and modification time stay the same."""
     before = path.stat()
     path.write_bytes(path.read_bytes().replace(b"555-0199", b"XXX-XXXX"))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -244,7 +244,7 @@ def stop_at_once(data: DataConfig, tokenizer: TokenizerConfig, patch: pytest.Mon
 def test_a_tokenizer_of_the_text_before_is_not_used(
     own: DataConfig, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Stopped between its training and the first shard, it is the only thing that was made."""
+    """After a stop between training it and writing the first shard, only the tokenizer exists."""
     tokenizer = TokenizerConfig(str(tmp_path / "own.model"), vocab_size=380)
     stop_at_once(own, tokenizer, monkeypatch)
     assert Path(tokenizer.path).exists()

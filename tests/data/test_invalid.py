@@ -29,7 +29,7 @@ BAD_LINES = {
 
 @pytest.fixture(params=["with a tokenizer", "without one"])
 def tokenizer(request: pytest.FixtureRequest, tokenizer_config: TokenizerConfig, tmp_path: Path):
-    """Training reads the source within SentencePiece, which makes another error of every error."""
+    """Training reads the source within SentencePiece, which turns every error into another type."""
     if request.param == "with a tokenizer":
         request.getfixturevalue("data")  # which trains it
         return tokenizer_config

@@ -144,7 +144,7 @@ def test_a_long_document_is_spread(tokenizer_config: TokenizerConfig, streams: i
     epoch = prepare(data, tokenizer_config).train.tokens // (4 * 32)
 
     def of_long_document(data: DataConfig) -> list[int]:
-        """How many rows of each batch hold one document alone, which is longer than a row."""
+        """Number of rows in each batch that hold part of a single document longer than a row."""
         batches = itertools.islice(train_batches(data), epoch)
         return [int((batch.segment_ids.max(axis=1) == 1).sum()) for batch in batches]
 
@@ -155,7 +155,7 @@ def test_a_long_document_is_spread(tokenizer_config: TokenizerConfig, streams: i
 
 
 def test_no_row_comes_again_before_all_came(data: DataConfig):
-    """A buffer of more rows than there are reaches no further than an epoch."""
+    """A buffer larger than the number of rows does not mix epochs."""
     counts = read_manifest(data.folder).train
     epoch = (counts.tokens - counts.documents) // data.seq_len
     plain = rows_of(itertools.islice(train_batches(data), epoch // 4 + 1))

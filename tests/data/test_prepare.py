@@ -31,7 +31,7 @@ from gemma2_jax.data.tokenizer import Tokenizer
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
-    """What was prepared; not when its source was looked at, nor which preparation trained the tokenizer."""
+    """The prepared data, without the time of reading the source and the preparation that trained the tokenizer."""
     files = (path for path in Path(folder).iterdir() if path.is_file() and path.name != SEEN_FILE)
     trained = b'"tokenizer_trained": true'
     return {
@@ -188,7 +188,7 @@ def stopped_after(
 
 
 def test_a_full_disk_is_reported(data: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path):
-    """A limit to the size of a file stands for the end of the disk."""
+    """A limit on the size of files stands for a full disk."""
     full, limit = replace(data, folder=str(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))
     try:

@@ -218,7 +218,7 @@ def test_brackets_within_a_text_are_no_nesting(tmp_path: Path):
 
 
 def refusing(path: Path, error: OSError) -> Callable[..., Any]:
-    """`Path.open`, but for one file."""
+    """`Path.open` that fails for one file."""
     real = Path.open
 
     def open_(self: Path, *args: Any, **kwargs: Any) -> Any:

@@ -106,7 +106,7 @@ def test_training_on_nothing_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("error", [UserError("line 3 is no JSON."), KeyboardInterrupt(), ZeroDivisionError()])
 def test_what_ends_the_documents_stays_what_it_is(tmp_path: Path, error: BaseException):
-    """SentencePiece asks for them from C++, and makes a RuntimeError of it."""
+    """SentencePiece reads them from C++, and raises a RuntimeError instead."""
 
     def documents():
         yield "some text"

@@ -1,4 +1,4 @@
-"""The offline teacher: written, stopped, gone on with, read back, and refused where it does not belong."""
+"""The teacher cache: writing, stopping, resuming, reading, and rejection for other runs."""
 
 import resource
 import shutil
@@ -50,7 +50,7 @@ def write_teacher(run: RunConfig, model: Gemma2, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A teacher wider than the student, with rows of padding in its vocabulary, and sure of some tokens."""
+    """A teacher wider than the student, with rows of padding in its vocabulary, and confident about some tokens."""
     config = replace(toy_run.model, d_model=48, vocab_size=416, vocab_padding=16)
     return write_teacher(toy_run, vivid(config), tmp_path_factory.mktemp("runs") / "teacher")
 
@@ -108,7 +108,7 @@ def top_k(task: RunConfig) -> RunConfig:
 
 
 def log_probabilities(task: RunConfig, batch: Any) -> np.ndarray:
-    """The online teacher's, [B, T, V]."""
+    """Logits of the online teacher, [B, T, V]."""
     assert task.distill.teacher is not None
     model = load_model(task.distill.teacher)
     logits = model(batch.tokens, batch.positions, batch.segment_ids)[..., : model.config.num_tokens]
@@ -272,7 +272,7 @@ def kilobytes(text: str, before: str) -> float:
 def test_a_single_step_is_not_timed(
     task: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It would be with its compilation, or over no step at all."""
+    """Otherwise it would include compilation, or cover no step at all."""
     write_cache(asking(task, steps=1, cache=str(tmp_path / "one")), estimate_only=True)
     message = capsys.readouterr().err
     assert message.startswith(f"{tmp_path}/one: 4 rows to go, about ")
@@ -416,7 +416,7 @@ def test_a_broken_record_is_reported_where_it_is_read(sampled: RunConfig, tmp_pa
 
 
 def test_a_full_disk_is_reported_and_whole_files_stay(sampled: RunConfig, tmp_path: Path) -> None:
-    """A limit to the size of a file stands for the end of the disk."""
+    """A limit on the size of files stands for a full disk."""
     task = asking(sampled, steps=2, cache=str(tmp_path / "full"))
     write_cache(task)
     before, limit = content(folder_of(task)), resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""Integers become bytes and come back, and take about what their entropy asks for."""
+"""Integers are encoded as bytes and decoded again, in about as much space as their entropy."""
 
 import struct
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def test_the_bytes_are_the_least_that_holds_a_number(largest: int) -> None:
 
 
 def entropy(values: np.ndarray) -> float:
-    """In bytes, of numbers each for itself."""
+    """Entropy in bytes of independent numbers."""
     shares = np.unique(values, return_counts=True)[1] / len(values)
     return float(-np.sum(shares * np.log2(shares)) * len(values) / 8)
 

@@ -1,4 +1,4 @@
-"""Students cut out of a teacher: the right parts, all weights alike, and nothing lost that did nothing."""
+"""Students cut out of a teacher: the right parts, consistently in all weights, without loss for unused parts."""
 
 from dataclasses import replace
 from functools import partial
@@ -39,7 +39,7 @@ def one_device() -> jax.sharding.Mesh:
 
 
 def random_batch(vocab_size: int, padding: int = 0) -> Batch:
-    """Two documents a row, and so many tokens of padding behind them."""
+    """Two documents per row, followed by tokens of padding."""
     B, T = 2, 24
     tokens = jax.random.randint(jax.random.key(5), (B, T), 0, vocab_size)
     segments = jnp.broadcast_to(jnp.repeat(jnp.array([1, 2]), T // 2), (B, T))
@@ -211,7 +211,7 @@ def test_pairs_of_layers_stay_whole(
 
 
 def test_removed_parts_do_not_affect_the_choice_of_channels(toy_config: ModelConfig) -> None:
-    """Channel 9 matters to a pair that goes, channel 7 a little to the one that stays."""
+    """Channel 9 matters to a pair that is removed, channel 7 a little to the pair that is kept."""
     teacher, student = toy_config, replace(toy_config, num_layers=2, d_model=1)
     channels = np.zeros((2, 32))
     channels[1, 9], channels[0, 7] = 5, 1
@@ -336,7 +336,7 @@ def test_the_mesh_does_not_matter(teacher: RunConfig, toy_run: RunConfig, tokeni
 
 
 def test_the_same_model_is_loaded_unchanged(teacher: RunConfig, tokenizer: Tokenizer) -> None:
-    """With or without a word on how to choose; no batch is read."""
+    """With or without settings for the choice; no batch is read."""
     whole = load_model(teacher.output).params()
     for config in (InitConfig(teacher.output), InitConfig(teacher.output, "even", "importance")):
         assert equal(initial_params(config, teacher.model, tokenizer, one_device(), []), whole)
@@ -388,7 +388,7 @@ def test_another_vocabulary_is_refused(teacher: RunConfig, toy_run: RunConfig, t
 
 
 def test_a_mesh_that_does_not_divide_the_source(teacher: RunConfig, tokenizer: Tokenizer) -> None:
-    """It does divide the student, which is another model."""
+    """The mesh does divide the student, which has other sizes."""
     mesh = build_mesh(MeshConfig(data=1, fsdp=5), jax.devices()[:5])
     student = replace(teacher.model, d_model=40)
     found = rf"fsdp is 5, which does not divide dimension D \(48\) of initialise.source {teacher.output} "

@@ -1,4 +1,4 @@
-"""Distilling from a run folder: the student learns, alone is saved, and strangers are refused."""
+"""Distilling from a run folder: the student improves, only it is saved, and incompatible teachers are rejected."""
 
 import shutil
 from dataclasses import replace
@@ -128,7 +128,7 @@ def test_the_teacher_has_its_own_dtype_and_the_students_mesh(
 def test_rows_may_differ_where_tokens_do_not(
     toy_run: RunConfig, tmp_path: Path, teachers: int, students: int
 ) -> None:
-    """A teacher with rows of padding teaches a student without, and the other way round: KL is over the tokens."""
+    """Teacher and student may have different padding of the vocabulary: the KL is over the tokens only."""
 
     def model(seed: int, padding: int, **sizes: int) -> Gemma2:
         config = replace(toy_run.model, vocab_size=400 + padding, vocab_padding=padding, **sizes)
@@ -216,7 +216,7 @@ def test_a_teacher_of_other_sizes_than_planned_is_refused(teacher: RunConfig, to
 def test_a_mesh_that_does_not_divide_the_teacher(
     layout: LayoutConfig | None, message: str, teacher: RunConfig, toy_run: RunConfig
 ) -> None:
-    """It does divide the student, which is another model."""
+    """The mesh does divide the student, which has other sizes."""
     student = replace(toy_run.model, num_kv_heads=4)
     distill = DistillConfig(teacher.output, "float32", layout=layout)
     mesh = build_mesh(MeshConfig(data=2, tensor=4))

@@ -24,7 +24,7 @@ KL = ObjectiveConfig(cross_entropy=0.0, forward_kl=1.0, temperature=1.0, block_t
 
 
 def student(run: RunConfig, **distill: Any) -> RunConfig:
-    """Of a teacher that is not there."""
+    """Configuration with a teacher whose checkpoint does not exist."""
     sizes = replace(run.model, d_model=48)
     settings = DistillConfig(**{"teacher": "nowhere", "dtype": "float32", "model": sizes, **distill})
     return replace(run, objective=KL, distill=settings)

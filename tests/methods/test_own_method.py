@@ -1,4 +1,4 @@
-"""A way of training that the package does not have: trained, validated, stopped, resumed and planned as its own are."""
+"""A method that the package does not have is trained, validated, stopped, resumed and planned like its own methods."""
 
 import shutil
 from dataclasses import replace

@@ -43,7 +43,7 @@ def online(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunC
 
 
 def cached(online: RunConfig, encoding: EncodingConfig, name: str) -> RunConfig:
-    """The same student with a cache in the teacher's place, which is written."""
+    """The same student with a written cache in place of the teacher."""
     folder = Path(online.output).parent
     distill = replace(online.distill, cache=str(folder / f"cache-{name}"), encoding=encoding)
     config = replace(online, distill=distill, output=str(folder / name))
@@ -73,8 +73,8 @@ def test_the_whole_distribution_trains_as_the_teacher_itself(online: RunConfig, 
 
 
 @pytest.mark.thorough
-def test_validations_ask_the_teacher_itself(online: RunConfig, full: RunConfig) -> None:
-    """As online, since it is loaded for them; a cache holds nothing of these documents."""
+def test_validations_use_the_teacher_itself(online: RunConfig, full: RunConfig) -> None:
+    """Validations load the teacher, since a cache does not cover their documents."""
     train(online)  # if no test before has
     by_cache, by_teacher = (
         next(row for row in read_metrics(run.output) if row["split"] == "validation")
@@ -188,7 +188,7 @@ def test_several_students_of_one_cache(full: RunConfig, tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_a_baseline_trained_with_a_student_of_a_cache(full: RunConfig, tmp_path: Path) -> None:
-    """Together up to a stop; then each goes on alone, the one without the cache and the other with it."""
+    """They train together until a stop; then each resumes alone, one without the cache and one with it."""
     objective = ObjectiveConfig(1.0, 0.0, temperature=1.0, block_tokens=48)
     text = replace(full, name="text", objective=objective, distill=DistillConfig(None, "float32"))
     warm = replace(

@@ -128,7 +128,7 @@ def test_a_fraction_of_the_run_is_the_number_of_steps_that_it_comes_to(
 
 
 def pretend(folder: Path, *steps: int) -> None:
-    """Whole checkpoints that nothing is in."""
+    """Valid but empty checkpoints."""
     for step in steps:
         checkpoint = folder / "checkpoints" / str(step)
         write_text(checkpoint / "params" / "_METADATA", "{}")
@@ -142,7 +142,7 @@ COSINE = ScheduleConfig("cosine", peak=2.0, end=1.0)
 
 
 def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    """With these keys of these sections."""
+    """Returns the configuration with these values in these sections."""
     return replace(
         config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
     )

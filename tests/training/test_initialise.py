@@ -1,4 +1,4 @@
-"""A run that begins with the weights of a checkpoint of another kind."""
+"""Runs initialised from the weights of another kind of checkpoint."""
 
 from dataclasses import replace
 

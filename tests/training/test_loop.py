@@ -1,4 +1,4 @@
-"""Whole toy runs: what they leave behind, and that a run cut off goes on as if it never had been."""
+"""Whole toy runs: the files they write, and that an interrupted run resumes with identical results."""
 
 import json
 import shutil
@@ -174,7 +174,7 @@ def test_a_scheduled_run_logs_its_values_and_resumes_with_them(finished: RunConf
 
 
 def on_policy(finished: RunConfig, output: Path, fraction: float) -> RunConfig:
-    """Distilled from `finished` by the reverse KL, on samples of its own at some steps."""
+    """Distilled from `finished` by the reverse KL, on its own samples at some steps."""
     distill = DistillConfig(finished.output, "float32", on_policy=OnPolicyConfig(fraction, prompt_tokens=6))
     objective = ObjectiveConfig(0.0, 0.0, 1.0, block_tokens=48, reverse_kl=1.0)
     return replace(finished, objective=objective, distill=distill, seed=1, output=str(output))
@@ -352,7 +352,7 @@ def test_two_processes_in_one_folder(finished: RunConfig, tmp_path: Path) -> Non
 
 
 def test_a_refused_run_leaves_no_configuration(finished: RunConfig, tmp_path: Path) -> None:
-    """So that the corrected command is not refused for another reason."""
+    """Otherwise the corrected command would be rejected for another reason."""
     distilled = replace(
         finished,
         output=str(tmp_path / "run"),
@@ -397,7 +397,7 @@ def test_a_student_resumes_with_the_same_teacher_in_another_folder(
 def test_weights_that_broke_are_not_saved(
     finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A finite loss with a gradient that is not: the weights are broken after the step, the loss only later."""
+    """A finite loss with an infinite gradient breaks the weights after the step, and the loss only later."""
     log = RunFolder.log
 
     def with_infinite_gradient(self: RunFolder, step: int, rows: Rows, seconds: float) -> None:

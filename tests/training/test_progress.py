@@ -1,4 +1,4 @@
-"""What a run shows: the live line of a terminal in any width, plain lines in a log, nothing but for process 0."""
+"""The output of a run: a live line in a terminal of any width, plain lines in a log, and only from process 0."""
 
 import re
 from dataclasses import replace
