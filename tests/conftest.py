@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
-# Before JAX is imported: it reads these once. Toy models spend their time in the compiler rather than in what it makes,
-# so it is told not to optimise: the tests then take little more than half as long. The processes that tests start
-# inherit these variables, and so find the programs that are compiled already.
+# Set before JAX is imported, since it reads these once. Toy models spend more time in compilation than in execution, so
+# the compiler does not optimise: the tests then take little more than half as long. Processes that tests start inherit
+# these variables, and so reuse programs that are already compiled.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     # Eight devices on two busy cores may keep one another waiting for longer than 40 s, after which XLA aborts.

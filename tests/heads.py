@@ -1,4 +1,4 @@
-"""A student and what it learns from, as the objective's token loss names them."""
+"""A student and its training signal, under the names that the objective's token loss uses."""
 
 from dataclasses import replace
 from typing import Any

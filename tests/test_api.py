@@ -1,4 +1,4 @@
-"""The public API: fast to import, documented, and enough for what the command line does."""
+"""The public API: fast to import, documented, and sufficient for everything that the command line does."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def test_importing_it_loads_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_name_says_what_it_is(name: str) -> None:
+def test_each_name_has_a_docstring(name: str) -> None:
     found = getattr(g2, name)
     assert len(found.__doc__.split()) > 4
     assert name in dir(g2)

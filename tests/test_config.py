@@ -1,4 +1,4 @@
-"""Building configuration from plain data: what is accepted, and the one sentence for what is not."""
+"""Building configuration from plain data: accepted values, and one-sentence errors for others."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -118,7 +118,7 @@ def test_nested_data_becomes_nested_dataclasses():
         ({"inner": {"width": object()}}, "here holds a value that is not plain data"),
     ],
 )
-def test_a_mistake_is_told_in_one_sentence(data, sentence):
+def test_a_mistake_is_reported_in_one_sentence(data, sentence):
     with pytest.raises(UserError) as caught:
         build(Outer, data, "here")
     assert sentence in str(caught.value)
@@ -126,7 +126,7 @@ def test_a_mistake_is_told_in_one_sentence(data, sentence):
     assert "pydantic" not in str(caught.value)
 
 
-def test_all_mistakes_are_told_together_one_a_line():
+def test_all_mistakes_are_reported_together_one_per_line():
     data = {"inner": {"widht": 2, "rate": "x"}, "named": {"a": {"width": 3}}, "othr": 1}
     with pytest.raises(UserError) as caught:
         build(Outer, data, "here")

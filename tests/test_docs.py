@@ -394,7 +394,7 @@ def test_the_example_is_an_engine(defined: dict[str, Any], tmp_path: Path) -> No
 
     settings = defined["SshSettings"]("big", "/shared")
     submission = defined["submission"](settings, Job("mine-1", tmp_path / "mine-1"))
-    assert "/shared/launches/mine-1/code" in submission.told()
+    assert "/shared/launches/mine-1/code" in submission.preview()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

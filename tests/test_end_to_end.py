@@ -37,7 +37,7 @@ def command(corpus: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def study(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working directory of a study that was carried out without a stop."""
+    """The working directory of a study that ran without interruption."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -99,8 +99,8 @@ def test_generate_from_the_study(
 
 
 @pytest.mark.thorough
-def test_killed_half_way_it_goes_on(study: Path, command: list[str], tmp_path: Path) -> None:
-    """Killed without warning in the second run; then the same command ends with the very same losses."""
+def test_a_study_killed_half_way_resumes(study: Path, command: list[str], tmp_path: Path) -> None:
+    """A study is killed in its second run; the same command then ends with exactly the same losses."""
     process = [sys.executable, "-m", "gemma2_jax.cli.main", *command]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     rows = tmp_path / "runs" / "quickstart" / "scratch" / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""Imports flow one way: a room knows only the rooms below it, and none but the command line knows Hydra."""
+"""Imports flow one way: a package imports only packages below it, and only the command line imports Hydra."""
 
 import ast
 import configparser
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gemma2_jax"
 
 BOTTOM = {"chips", "compilation", "config", "files", "machine", "schedule", "screen", "stops"}
-# What each room may import beside itself and the bottom. A room that is not named here fails the test.
+# What each package may import besides itself and the bottom. A package that is not listed fails the test.
 ALLOWED = {
     "chips": set(),
     "compilation": {"config", "machine"},
@@ -55,7 +55,7 @@ ALLOWED["launching"] = {"run", "training"}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED["cli"] = ALLOWED["studies"] | {"studies", "planning", "launching"}
 
-# Libraries that one room only may know.
+# Libraries that only one package may import.
 ONLY_IN = {
     "hydra": "cli",
     "omegaconf": "cli",
@@ -101,7 +101,7 @@ def test_a_file_imports_only_from_below(path):
     assert violations(room, path.read_text(encoding="utf-8")) == []
 
 
-def test_only_composing_knows_hydra():
+def test_only_one_file_imports_hydra():
     knowing = {
         path.relative_to(PACKAGE).as_posix()
         for path in FILES

@@ -1,4 +1,4 @@
-"""Combinations of sections that make no sense together."""
+"""Incompatible combinations of sections."""
 
 from dataclasses import replace
 from typing import Any
@@ -168,7 +168,7 @@ def test_an_encoding_without_a_cache() -> None:
         DistillConfig(None, "float32", encoding=EncodingConfig())
 
 
-def test_a_cache_knows_nothing_of_own_samples(toy_run: RunConfig) -> None:
+def test_a_cache_excludes_on_policy_samples(toy_run: RunConfig) -> None:
     distill = DistillConfig("runs/teacher", "float32", "runs/cache", on_policy=OnPolicyConfig(0.5, 8))
     with pytest.raises(UserError, match=r"distill\.on_policy and distill\.cache are both set"):
         replace(toy_run, objective=ObjectiveConfig(0.0, 1.0, 1.0, 8), distill=distill)

@@ -1,4 +1,4 @@
-"""Values of schedules over a run, and which are refused."""
+"""Values of schedules over a run, and rejected schedules."""
 
 from typing import Any
 

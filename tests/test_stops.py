@@ -1,4 +1,4 @@
-"""How a process ends at a signal: real ones, whose main threads are in all the places where a signal finds them."""
+"""How real processes end at a signal, with the main thread in every kind of place."""
 
 import signal
 import subprocess
@@ -32,7 +32,7 @@ GOES_ON = "\ngemma2: stopped; it goes on.\n"
 
 
 def start(body: str) -> subprocess.Popen[str]:
-    """A process that runs `body` within `handled()`, as soon as that says `ready`."""
+    """Starts a process that runs `body` within `handled()`; returns once it prints `ready`."""
     indented = body.strip().replace("\n", "\n    ")
     process = subprocess.Popen(
         [sys.executable, "-c", f"{BEGIN}def body():\n    {indented}\n\nrun()\nsay('done')\n"],
@@ -67,7 +67,7 @@ def test_in_c() -> None:
 
 
 def test_in_a_destructor() -> None:
-    """Where Python has nobody to give an exception to."""
+    """In a destructor, Python has no caller to raise an exception to."""
     process = start(
         """
 class Slow:
@@ -115,8 +115,10 @@ with stops.deferred(100, say):
     )
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
-    told = "stopping after this step, within 100 s (checkpoint.grace_seconds); a second signal stops at once"
-    assert sorted(output.splitlines()) == sorted([told, "step done", "saved", "cleaned"])
+    expected = (
+        "stopping after this step, within 100 s (checkpoint.grace_seconds); a second signal stops at once"
+    )
+    assert sorted(output.splitlines()) == sorted([expected, "step done", "saved", "cleaned"])
     assert (process.returncode, errors) == (128 + signal.SIGTERM, GOES_ON)
 
 
@@ -148,7 +150,7 @@ with stops.deferred(100, say):
 
 
 def test_before_a_loop_that_would_defer_it() -> None:
-    """An exception that nobody has seen does not let a loop begin."""
+    """A loop does not begin if an earlier exception was swallowed."""
     with stops.handled():
         with pytest.raises(stops.Stopped):
             signal.raise_signal(signal.SIGTERM)
@@ -175,7 +177,7 @@ def test_what_was_ignored_stays_ignored() -> None:
 
 
 def test_without_the_command_line() -> None:
-    """In a notebook, Ctrl-C is Python's."""
+    """In a notebook, Python handles Ctrl-C."""
     with pytest.raises(KeyboardInterrupt), stops.deferred(100, print):
         signal.raise_signal(signal.SIGINT)
     assert not stops.requested()

@@ -153,7 +153,7 @@ def _launch_slurm(arguments: argparse.Namespace) -> None:
     values = _settings(arguments, SlurmSettings)
     settings = SlurmSettings(**{**values, "workdir": str(Path(values["workdir"] or ".").absolute())})
     if arguments.dry_run:
-        print(slurm.told(settings, _job(arguments)))
+        print(slurm.preview(settings, _job(arguments)))
         return
     slurm.check_tools(settings)
     print(slurm.submit(settings, _job(arguments)))
@@ -166,7 +166,7 @@ def _launch_tpu_vm(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         tpu_vm.check_tools()
     job = _job(arguments, settings.slices, tpu_vm.HOSTS_TIMEOUT)
-    _carry_out(arguments, tpu_vm.submission(settings, job), job)
+    _submit(arguments, tpu_vm.submission(settings, job), job)
     if not arguments.dry_run:
         print(
             f"The VMs keep running, and cost money, until you delete them: {tpu_vm.delete_command(settings, job)}"
@@ -180,14 +180,14 @@ def _launch_gke(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         gke.check_tools()
     job = _job(arguments, settings.slices)
-    _carry_out(arguments, gke.submission(settings, job), job)
+    _submit(arguments, gke.submission(settings, job), job)
 
 
-def _carry_out(arguments: argparse.Namespace, submission: "Submission", job: "Job") -> None:
+def _submit(arguments: argparse.Namespace, submission: "Submission", job: "Job") -> None:
     if arguments.dry_run:
-        print(submission.told())
+        print(submission.preview())
         return
-    submission.carry_out()
+    submission.execute()
     print(f"{job.name} is submitted; its code and configuration are in {job.folder}.")
 
 

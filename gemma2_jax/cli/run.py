@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_packages(config)
         check_places(config)
     join(next(iter(runs.values())).hosts)
-    for name, (run_name, _) in study.trained().items():
+    for name, (run_name, _) in study.trained_runs().items():
         study_run = study.runs[run_name]
         # The study itself creates these, so they need not exist yet.
         created = {"distill.teacher": study_run.teacher is not None, "distill.cache": study_run.cache}
@@ -87,7 +87,7 @@ def compose_study(
         else:
             raise UserError(f"{text} names a run of the study; accepted: {first}.KEY=VALUE.")
     runs = {}
-    for folder, (run_name, seed) in study.trained().items():
+    for folder, (run_name, seed) in study.trained_runs().items():
         run = study.runs[run_name]
         values: dict[str, Any] = {"name": folder, "output": str(Path(output) / folder)}
         if run.teacher is not None:

@@ -1,1 +1,1 @@
-"""A training run as a job of an engine that others run: one file an engine, and what is pinned for all of them."""
+"""Training runs as jobs of an existing engine (SLURM, TPU VMs, GKE): one file per engine, and shared pinning."""

@@ -1,33 +1,33 @@
-"""Google Kubernetes Engine, through xpk, which builds the image, makes the JobSet and queues it.
+"""Jobs for Google Kubernetes Engine, through xpk, which builds the image, creates the JobSet and queues it.
 
-xpk copies a folder into the working directory of an image: that of the pinned job. Credentials are the cluster's own
-(a Kubernetes service account); nothing of this machine's environment goes along. Flags as in xpk 1.16.
+xpk copies the folder of the pinned job into the working directory of an image. The job uses the cluster's credentials
+(a Kubernetes service account) and nothing from this machine's environment. Flags as in xpk 1.16.
 """
 
-from gemma2_jax.launching.job import SCRIPT, Job, Submission, need_tool, script_of, training_lines
+from gemma2_jax.launching.job import SCRIPT, Job, Submission, bash_script, require_tool, training_lines
 from gemma2_jax.launching.settings import GkeSettings
 
 _WORKING_DIRECTORY = "/app"  # of xpk's images
-# What xpk tells a container of GPUs; of TPUs, JAX finds out itself.
+# xpk sets these variables in containers with GPUs; on TPUs, JAX detects the hosts itself.
 _HOSTS_OF_GPUS = (
     'hosts.coordinator="$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT"',
     'hosts.num_processes="$NNODES"',
     'hosts.process_id="$NODE_RANK"',
 )
-# Of itself, xpk gives a job up for good at any exit code below 127 but 42. A process that loses another one, or its
-# devices, ends with Python's own code for an error.
+# By default, an xpk job fails for good at any exit code below 127 except 42. A process that loses another process or
+# its devices exits with Python's error code, 1, and should be restarted.
 _FAILURE = 1
 
 
 def check_tools() -> None:
-    need_tool("xpk", "makes jobs for GKE", "pipx install xpk")
+    require_tool("xpk", "makes jobs for GKE", "pipx install xpk")
 
 
 def submission(settings: GkeSettings, job: Job) -> Submission:
-    """The script in the image, and xpk's command line."""
+    """Returns the script in the image and xpk's command line."""
     hosts = () if settings.device_type is None else _HOSTS_OF_GPUS
     code = f"{_WORKING_DIRECTORY}/code"
-    script = script_of(
+    script = bash_script(
         training_lines(code, f"{_WORKING_DIRECTORY}/config.yaml", settings.workdir, hosts=hosts)
     )
     devices = (

@@ -1,4 +1,4 @@
-"""What all engines have in common: a job, the script that each of its hosts runs, and the commands that submit it."""
+"""Shared parts of all engines: a job, the script that each of its hosts runs, and the commands that submit it."""
 
 import os
 import shlex
@@ -20,8 +20,8 @@ class Job:
     """A pinned run.
 
     Attributes:
-        name: unique among other code and configurations.
-        folder: where it is pinned on this machine.
+        name: name of the job, different for any other code or configuration.
+        folder: folder of the pinned code and configuration on this machine.
     """
 
     name: str
@@ -30,26 +30,26 @@ class Job:
 
 @dataclass(frozen=True)
 class Submission:
-    """What is done to submit a job.
+    """The steps that submit a job.
 
     Attributes:
-        files: that are written first, by path.
-        commands: that are then run, in order.
+        commands: commands to run, in order, after the files are written.
+        files: text of the files to write first, by path.
     """
 
     commands: Sequence[Sequence[str]]
     files: Mapping[Path, str] = field(default_factory=dict)
 
-    def told(self) -> str:
-        """All of it, for a person to read."""
+    def preview(self) -> str:
+        """Returns all files and commands as text, for --dry-run."""
         parts = [f"# {path}\n{text}" for path, text in self.files.items()]
         return "\n".join([*parts, *(shlex.join(command) for command in self.commands)])
 
-    def carry_out(self) -> None:
+    def execute(self) -> None:
         """Writes the files and runs the commands.
 
         Raises:
-            UserError: one of them fails.
+            UserError: a command fails.
         """
         for path, text in self.files.items():
             write_text(path, text)
@@ -69,13 +69,14 @@ def training_lines(
     hosts: Sequence[str] = (),
     python: str = "python3",
 ) -> list[str]:
-    """The lines of bash that train on each host, under `set -euo pipefail`.
+    """Returns the lines of bash that train on each host, under `set -euo pipefail`.
 
     Args:
-        code: folder of the pinned code there; config: the pinned config.yaml.
-        folder: that all hosts see, in which relative paths of the configuration begin.
-        hosts: keys that tell a process its place, as bash reads them.
-        python: that has what the code requires.
+        code: folder of the pinned code on the host.
+        config: path of the pinned config.yaml on the host.
+        folder: folder that all hosts see; the configuration's relative paths start there.
+        hosts: `hosts.*` overrides for this process, in bash syntax.
+        python: Python interpreter that has the code's requirements installed.
     """
     train = [
         shlex.quote(python),
@@ -95,52 +96,52 @@ def training_lines(
 
 
 def import_from(code: str) -> str:
-    """The line of bash by which Python finds a package in the folder `code` before anywhere else.
+    """Returns the line of bash that makes Python import packages from the folder `code` first.
 
-    By itself, Python looks into the working directory first, which may be a checkout that has changed since.
+    By default, Python looks in the working directory first, which may be a checkout that has changed since the launch.
     """
     return f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}"
 
 
-def script_of(lines: Sequence[str]) -> str:
-    """A bash script that ends at the first line that fails."""
+def bash_script(lines: Sequence[str]) -> str:
+    """Returns a bash script that stops at the first line that fails."""
     return "\n".join(["#!/bin/bash", "set -euo pipefail", *lines]) + "\n"
 
 
 def check_config(config: RunConfig, slices: int = 1) -> None:
-    """Raises UserError for a configuration that would fail on the hosts, which cost money by then.
+    """Raises UserError for a configuration that would fail on the hosts, where failures cost money.
 
     Args:
-        slices: of TPUs, whose network `mesh.replica` alone may span.
+        slices: number of TPU slices; only mesh.replica may span the network between them.
     """
     usual = type(config.hosts)()
     for item in fields(usual):
         value = getattr(config.hosts, item.name)
         if item.name != "timeout" and value != getattr(usual, item.name):
             raise UserError(
-                f"hosts.{item.name} is {value}, but a launched run's processes find one another through the engine; "
-                "leave out all keys of hosts but hosts.timeout."
+                f"hosts.{item.name} is {value}, but the processes of a launched run find each other through the "
+                "engine; remove all keys of hosts except hosts.timeout."
             )
     replica = config.mesh.replica
     if replica != -1 and replica % slices:
         raise UserError(
-            f"mesh.replica is {replica} and --slices {slices}; mesh.replica must be a multiple of the slices, since "
-            f"only gradients should cross the network between them: set mesh.replica={slices}."
+            f"mesh.replica is {replica} and --slices is {slices}; mesh.replica must be a multiple of --slices, since "
+            f"only gradients should cross the network between slices: set mesh.replica={slices}."
         )
 
 
 def check_launch_folder(folder: Path) -> None:
-    """Raises UserError if nothing can be written into `folder`, which need not be there yet."""
+    """Raises UserError if `folder`, which need not exist yet, cannot be written to."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
-        raise UserError(f"--folder is {folder}, and {there} is a file; name a folder.")
+        raise UserError(f"--folder is {folder}, but {there} is a file; name a folder.")
     if not os.access(there, os.W_OK):
-        raise UserError(f"--folder is {folder}, and {there} cannot be written to; name another folder.")
+        raise UserError(f"--folder is {folder}, but {there} is not writable; name another folder.")
 
 
-def need_tool(tool: str, purpose: str, install: str) -> None:
-    """Raises UserError if a program is not on this machine."""
+def require_tool(tool: str, purpose: str, install: str) -> None:
+    """Raises UserError if a program is not installed on this machine."""
     if shutil.which(tool) is None:
         raise UserError(
-            f"{tool}, which {purpose}, is not installed; {install}, or use --dry-run, which works without it."
+            f"{tool}, which {purpose}, is not installed; {install}, or use --dry-run, which does not need it."
         )

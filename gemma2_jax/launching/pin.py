@@ -1,8 +1,9 @@
-"""What a job is made of, fixed when it is launched: the exact tree of the code, and the whole configuration.
+"""Pinning: the exact code and the whole configuration of a job, fixed when it is launched.
 
-LAUNCH/code/          the tree, unpacked;  LAUNCH/code.tar.gz: as an archive
+LAUNCH/code/          the code
+      /code.tar.gz    the same as an archive
       /config.yaml    every key and value of the run
-      /pin.json       the commit, and whether anything was changed since
+      /pin.json       the commit, and whether the code differs from it
 """
 
 import hashlib
@@ -21,21 +22,22 @@ from pathlib import Path
 import gemma2_jax
 from gemma2_jax.config import UserError, to_yaml
 from gemma2_jax.files import replacing, write_bytes, write_text
-from gemma2_jax.launching.reasons import meaningful_line
+from gemma2_jax.launching.reasons import error_line
 from gemma2_jax.run import RunConfig
 
 CODE, ARCHIVE, CONFIG, PIN = "code", "code.tar.gz", "config.yaml", "pin.json"
-_CODE_FOLDERS = ("gemma2_jax", "configs", "experiments")  # what a run reads of the checkout
-_NAME_LENGTH = 40  # the longest that all engines take
+_CODE_FOLDERS = ("gemma2_jax", "configs", "experiments")  # the folders of the checkout that a run uses
+_NAME_LENGTH = 40  # the longest name that all engines accept
 
 
 @dataclass(frozen=True)
 class Pin:
-    """Which code and configuration a job runs.
+    """The code and configuration that a job runs.
 
     Attributes:
-        commit: that the code was at; tree: git's name for its exact content.
-        changed: whether the content is another than the commit's.
+        commit: hash of the commit that was checked out.
+        tree: git's hash of the exact content of the code.
+        changed: whether the code differs from the commit.
         config: SHA-256 of config.yaml.
     """
 
@@ -46,51 +48,52 @@ class Pin:
 
     @property
     def identity(self) -> str:
-        """Short, and another one for any other code or configuration."""
+        """Short hash that differs for any other code or configuration."""
         return hashlib.sha256(f"{self.tree} {self.config}".encode()).hexdigest()[:8]
 
 
 def find_checkout() -> Path:
-    """The git checkout that this package runs from.
+    """Returns the git checkout that this package runs from.
 
     Raises:
-        UserError: it runs from somewhere else, or there is no git.
+        UserError: the package does not run from a checkout, git is not installed, or git rejects the checkout.
     """
     folder = Path(gemma2_jax.__file__).resolve().parent.parent
     if shutil.which("git") is None:
-        raise UserError("git, which pins the code of a job, is not installed: apt install git.")
+        raise UserError(
+            "git, which pins the code of a job, is not installed; install it with `apt install git`."
+        )
     if not (folder / ".git").exists():
         raise UserError(
-            f"gemma2_jax runs from {folder}, which is no git checkout, so its code cannot be pinned; launch from a "
-            "checkout (pip install -e .)."
+            f"gemma2_jax runs from {folder}, which is not a git checkout, so its code cannot be pinned; launch from a "
+            "checkout in which you ran `pip install -e .`."
         )
-    _git(
-        folder, "rev-parse", "--git-dir"
-    )  # what git has against the checkout is told by this, and not by a diff
+    # If git rejects the checkout, this command names the reason; `git diff` would print its usage text instead.
+    _git(folder, "rev-parse", "--git-dir")
     return folder
 
 
 def refusal(checkout: Path, launches: Path) -> str | None:
-    """Why the code in `checkout` cannot be pinned unless changes are allowed, if so.
+    """Returns why the code in `checkout` can be pinned only with --allow-changes; None if it is all committed.
 
     Args:
-        launches: where pinned jobs are kept, which is no part of the code.
+        launches: folder of pinned jobs, which are not part of the code.
     """
     changed = [*_changed(checkout), *_new_code(checkout, launches)]
     if not changed:
         return None
     return (
-        f"{checkout} has changes that are not committed ({changed[0]}{', …' if changed[1:] else ''}); commit them, or "
-        "pass --allow-changes to launch the files as they are."
+        f"{checkout} has uncommitted changes ({changed[0]}{', …' if changed[1:] else ''}); commit them, or pass "
+        "--allow-changes to launch the files with these changes."
     )
 
 
 def pin(config: RunConfig, checkout: Path, launches: Path, dry_run: bool = False) -> Pin:
-    """Fixes the code in `checkout`, changes included, and the configuration.
+    """Pins the code in `checkout`, uncommitted changes included, and the configuration.
 
     Args:
-        launches: where pinned jobs are kept, which is no part of the code.
-        dry_run: leave nothing in the repository.
+        launches: folder of pinned jobs, which are not part of the code.
+        dry_run: whether to write no objects to the repository.
     """
     new = _new_code(checkout, launches)
     changed = bool(new or _changed(checkout))
@@ -102,7 +105,7 @@ def pin(config: RunConfig, checkout: Path, launches: Path, dry_run: bool = False
 
 
 def write_pinned(folder: Path, pinned: Pin, config: RunConfig, checkout: Path) -> None:
-    """Writes code and configuration into `folder`; what is there already is the same."""
+    """Writes code and configuration into `folder`. Existing files from an earlier launch have the same content."""
     archive = _git_bytes(checkout, "archive", "--format=tar.gz", f"--prefix={CODE}/", pinned.tree)
     write_bytes(folder / ARCHIVE, archive)
     if not (folder / CODE).exists():
@@ -115,7 +118,7 @@ def write_pinned(folder: Path, pinned: Pin, config: RunConfig, checkout: Path) -
 
 
 def job_name(name: str, pinned: Pin) -> str:
-    """A run's name as engines take it (a-z, 0-9, -), with the identity of what it runs."""
+    """Returns a run's name in the characters that engines accept (a-z, 0-9, -), followed by the pin's identity."""
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if not plain[:1].isalpha():
         plain = f"run-{plain}".strip("-")
@@ -123,18 +126,18 @@ def job_name(name: str, pinned: Pin) -> str:
 
 
 def _changed(checkout: Path) -> list[str]:
-    """Files that git knows and that are not as in the last commit."""
+    """Returns the tracked files that differ from the last commit."""
     return _names(_git(checkout, "diff", "--name-only", "-z", "HEAD"))
 
 
 def _new_code(checkout: Path, launches: Path) -> list[str]:
-    """Files that a run reads and git does not know; others, such as data and notes, lie around and stay there."""
+    """Returns the untracked files in the code folders. Untracked files elsewhere, such as data, are not pinned."""
     found = _names(_git(checkout, "ls-files", "--others", "--exclude-standard", "-z", "--", *_CODE_FOLDERS))
     return [name for name in found if not _is_pinned(checkout / name, launches.resolve())]
 
 
 def _is_pinned(path: Path, launches: Path) -> bool:
-    """Whether the file belongs to a job pinned before."""
+    """Whether the file belongs to a job that was pinned earlier."""
     return path.is_relative_to(launches) and (launches / path.relative_to(launches).parts[0] / PIN).exists()
 
 
@@ -143,10 +146,10 @@ def _names(listed: str) -> list[str]:
 
 
 def _tree_of_files(checkout: Path, new: Sequence[str], dry_run: bool) -> str:
-    """Git's name for the files that it knows, as they lie, and the new ones; neither they nor the index are touched."""
+    """Returns git's tree hash of the tracked files in the working tree and the new ones, without changing the index."""
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index"
-        # With its time: a file that changed in the same instant counts as changed by that.
+        # copy2 keeps the index's time, by which git notices files that changed in the same instant.
         shutil.copy2(_git_path(checkout, "index"), index)
         variables = {"GIT_INDEX_FILE": str(index), "GIT_LITERAL_PATHSPECS": "1"}
         if dry_run:
@@ -171,13 +174,13 @@ def _git_bytes(checkout: Path, *arguments: str, **variables: str) -> bytes:
     done = subprocess.run(
         ["git", "-C", str(checkout), *arguments],
         capture_output=True,
-        env={**os.environ, "LC_ALL": "C", **variables},  # its messages in English
+        env={**os.environ, "LC_ALL": "C", **variables},  # messages in English
         check=False,
     )
     if done.returncode:
-        said = done.stderr.decode(errors="replace")
-        reason = meaningful_line(said) or f"exit code {done.returncode}"
-        allow = next((line.strip() for line in said.splitlines() if "safe.directory" in line), None)
+        output = done.stderr.decode(errors="replace")
+        reason = error_line(output) or f"exit code {done.returncode}"
+        allow = next((line.strip() for line in output.splitlines() if "safe.directory" in line), None)
         remedy = "" if allow is None else f"; if you trust it: {allow}"
         raise UserError(f"git {arguments[0]} failed in {checkout}: {reason}{remedy}.")
     return done.stdout

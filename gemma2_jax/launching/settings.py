@@ -1,24 +1,25 @@
-"""Where a job runs, for each engine, with what is refused before anything is pinned; imports nothing heavy.
+"""Settings of each engine, checked before anything is pinned.
 
-The command line takes its defaults from here, and asks for them at --help.
+The command line takes its defaults from here, for --help too, so this module imports nothing heavy.
 """
 
 import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-FOLDER = "launches"  # of pinned jobs
+FOLDER = "launches"  # default folder of pinned jobs
 PRIORITIES = ("very-low", "low", "medium", "high", "very-high")
 
 
 @dataclass(frozen=True)
 class SlurmSettings:
-    """A job of SLURM's.
+    """Settings of a SLURM job.
 
     Attributes:
-        workdir: a folder that all nodes see.
-        minutes: after which it is queued again, up to `restarts` times.
-        local: run it on this machine, without SLURM, to try it.
+        workdir: folder that all nodes see.
+        minutes: time limit, after which the job is queued again.
+        restarts: the most times that the job is queued again at its time limit.
+        local: whether to run the job on this machine, without SLURM, to try it.
     """
 
     workdir: str
@@ -36,20 +37,23 @@ class SlurmSettings:
     def __post_init__(self) -> None:
         _check_least(self, nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=1, restarts=0)
         if self.local and self.nodes > 1:
-            _refuse(f"--local runs on this machine alone, and --nodes is {self.nodes}.")
+            _refuse(f"--nodes is {self.nodes}, but --local runs on this machine only; remove one of the two.")
 
 
 @dataclass(frozen=True)
 class TpuVmSettings:
-    """Queued resources: slices of TPU VMs.
+    """Settings of Cloud TPU VMs, requested as queued resources.
 
     Attributes:
-        accelerator_type: of one slice, such as v5litepod-16; slices: how many.
-        runtime_version: the VMs' image, such as v2-alpha-tpuv5-lite.
-        bucket: gs://… that carries the pinned job to the VMs.
-        workdir: a folder that all VMs see; mount: the command that makes it so on each of them, if any.
-        spot: cheaper, and taken away at any time. reserved: of the project's reservation.
-        service_account: of the VMs; the project's default one where it is None.
+        accelerator_type: type of one slice, such as v5litepod-16.
+        runtime_version: image of the VMs, such as v2-alpha-tpuv5-lite.
+        bucket: gs://… address through which the pinned job reaches the VMs.
+        workdir: folder that all VMs see.
+        slices: number of slices.
+        mount: command that mounts the shared folder on each VM, if one is needed.
+        spot: whether to use spot VMs, which cost less and can be taken away at any time.
+        reserved: whether to use the project's reservation.
+        service_account: service account of the VMs; None for the project's default.
     """
 
     zone: str
@@ -65,29 +69,32 @@ class TpuVmSettings:
     service_account: str | None = None
 
     def __post_init__(self) -> None:
-        # gcloud takes the other signs for patterns and versions.
+        # gcloud interprets the other characters as patterns and versions.
         if not re.fullmatch(r"gs://[^/\s*?#\[\]]+(/[^\s*?#\[\]]*)?", self.bucket):
             _refuse(
                 f"--bucket is {self.bucket}; accepted: gs://BUCKET or gs://BUCKET/FOLDER, without blanks, *, ?, #, [ "
-                "and ]."
+                "or ]."
             )
         if self.spot and self.reserved:
-            _refuse("--spot and --reserved exclude one another.")
+            _refuse("--spot and --reserved exclude each other; give only one of the two.")
         _check_least(self, slices=1)
         _check_absolute(self.workdir)
 
 
 @dataclass(frozen=True)
 class GkeSettings:
-    """A JobSet of xpk's.
+    """Settings of a JobSet that xpk creates.
 
     Attributes:
-        cluster: made by `xpk cluster create`.
-        workdir: a folder that all containers see, such as the mount point of an `xpk storage`.
-        image: with Python and all that the code requires; the pinned code is put on top of it.
-        tpu_type: of one slice, such as v5litepod-16; slices: how many.
-        device_type: of GPUs instead, such as h100-80gb-8; nodes: how many.
-        priority: in the queue. max_restarts: of the whole job, after a failure.
+        cluster: name of a cluster made by `xpk cluster create`.
+        workdir: folder that all containers see, such as the mount point of an `xpk storage`.
+        image: image with Python and the code's requirements; the pinned code is added to it.
+        tpu_type: type of one TPU slice, such as v5litepod-16; None for GPUs.
+        slices: number of TPU slices.
+        device_type: type of a GPU node, such as h100-80gb-8; None for TPUs.
+        nodes: number of GPU nodes.
+        priority: priority in the queue.
+        max_restarts: the most restarts of the whole job after failures.
     """
 
     cluster: str
@@ -104,12 +111,12 @@ class GkeSettings:
 
     def __post_init__(self) -> None:
         if (self.tpu_type is None) == (self.device_type is None):
-            _refuse("gke takes either --tpu-type or --device-type, one of the two.")
+            _refuse("gke needs either --tpu-type or --device-type; give one of the two.")
         _check_least(self, slices=1, nodes=1, max_restarts=0)
         if self.device_type is not None and self.slices != 1:
-            _refuse(f"--slices is {self.slices}, and GPUs (--device-type) have none; give --nodes.")
+            _refuse(f"--slices is {self.slices}, but GPUs (--device-type) have no slices; give --nodes.")
         if self.tpu_type is not None and self.nodes != 1:
-            _refuse(f"--nodes is {self.nodes}, and is for GPUs; TPUs (--tpu-type) are counted by --slices.")
+            _refuse(f"--nodes is {self.nodes}, but --nodes is for GPUs; for TPUs (--tpu-type) give --slices.")
         _check_absolute(self.workdir)
 
 
@@ -123,11 +130,11 @@ def _check_least(settings: Any, **least: int) -> None:
 def _check_absolute(workdir: str) -> None:
     if not workdir.startswith("/"):
         _refuse(
-            f"--workdir is {workdir}; it must be absolute, as in /mnt/shared, since it is a folder over there."
+            f"--workdir is {workdir}; it must be absolute, as in /mnt/shared, since it is a folder on the hosts."
         )
 
 
 def _refuse(sentence: str) -> NoReturn:
-    from gemma2_jax.config import UserError  # brings pydantic, which --help does without
+    from gemma2_jax.config import UserError  # imports pydantic, which --help does not need
 
     raise UserError(sentence)

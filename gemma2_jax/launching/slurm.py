@@ -1,7 +1,7 @@
-"""SLURM, through submitit: one process a node, which has all of its devices.
+"""Jobs for SLURM, through submitit: one process per node, with all of the node's devices.
 
-submitit asks for the job to be queued again before its time is over, or when it is preempted; the run then goes on
-from its newest checkpoint. The job has the environment that it is submitted from, as SLURM's own jobs do.
+submitit queues the job again before its time limit or when it is preempted; the run then resumes from its newest
+checkpoint. As is usual with SLURM, the job inherits the environment that it is submitted from.
 """
 
 import importlib.util
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from gemma2_jax.config import UserError
 from gemma2_jax.files import write_text
-from gemma2_jax.launching.job import SCRIPT, Job, import_from, need_tool, script_of, training_lines
+from gemma2_jax.launching.job import SCRIPT, Job, bash_script, import_from, require_tool, training_lines
 from gemma2_jax.launching.pin import CODE, CONFIG
-from gemma2_jax.launching.reasons import meaningful_line
+from gemma2_jax.launching.reasons import error_line
 from gemma2_jax.launching.settings import SlurmSettings
 from gemma2_jax.launching.submitit_private import sbatch_text
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 class Training:
-    """What submitit runs on each node: the script, again after it was stopped."""
+    """Callable that submitit runs on each node: runs the script, and is queued again when the job is stopped."""
 
     def __init__(self, script: str) -> None:
         self.script = script
 
     def __call__(self) -> None:
-        # No signal before it is known whom to stop: the training would go on alone.
+        # Block signals until `process` is set: a signal before that would leave the training running.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         release = partial(signal.pthread_sigmask, signal.SIG_SETMASK, held)
         try:
@@ -41,7 +41,7 @@ class Training:
         try:
             release()
             code = process.wait()
-        except BaseException:  # submitit stops this process alone
+        except BaseException:  # submitit stops this process only
             process.terminate()
             process.wait()
             raise
@@ -49,7 +49,7 @@ class Training:
             raise RuntimeError(f"{self.script} ended with exit code {code}")
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
-        """submitit's hook: what to queue when the job is about to be stopped."""
+        """Returns the job to queue when this one is about to be stopped; submitit calls it."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -59,19 +59,19 @@ def check_tools(settings: SlurmSettings) -> None:
     _need_submitit()
     if not settings.local:
         for tool in ("sbatch", "srun"):
-            need_tool(tool, "submits jobs", "launch from a login node of the cluster, try it with --local")
+            require_tool(tool, "submits jobs", "launch from a login node of the cluster, try it with --local")
 
 
 def script(settings: SlurmSettings, job: Job) -> str:
-    """The script of each node."""
+    """Returns the script that each node runs."""
     folder = job.folder.absolute()
     train = training_lines(str(folder / CODE), str(folder / CONFIG), settings.workdir, python=sys.executable)
-    # SLURM's signal before the end is for submitit, and goes to all processes; it would end the training at once.
-    return script_of(["trap '' USR2", *train])
+    # SLURM sends the signal meant for submitit to all processes; without this trap, it would end the training at once.
+    return bash_script(["trap '' USR2", *train])
 
 
-def told(settings: SlurmSettings, job: Job) -> str:
-    """The node's script, and the file that sbatch gets from submitit, for a person to read."""
+def preview(settings: SlurmSettings, job: Job) -> str:
+    """Returns the node's script and the file that submitit passes to sbatch, for --dry-run."""
     _need_submitit()
     values = {name.removeprefix("slurm_"): value for name, value in _parameters(settings, job).items()}
     parts = [f"# {job.folder / SCRIPT}\n{script(settings, job)}"]
@@ -79,10 +79,10 @@ def told(settings: SlurmSettings, job: Job) -> str:
 
 
 def submit(settings: SlurmSettings, job: Job) -> str:
-    """Writes the script and submits the job; a local one is waited for. Returns what came of it, in a sentence.
+    """Writes the script, submits the job, and returns a sentence about the result; waits for a local job to end.
 
     Raises:
-        UserError: SLURM refuses it, or a local job fails.
+        UserError: SLURM rejects the job, or a local job fails.
     """
     import submitit
     from submitit.core.utils import FailedSubmissionError, UncompletedJobError
@@ -98,30 +98,30 @@ def submit(settings: SlurmSettings, job: Job) -> str:
     try:
         submitted = executor.submit(Training(str(path)))
     except (FailedSubmissionError, UncompletedJobError, OSError) as error:
-        raise UserError(f"SLURM refuses the job: {meaningful_line(str(error))}.") from None
-    words = f"its output goes to {submitted.paths.folder}"
+        raise UserError(f"SLURM rejected the job: {error_line(str(error))}.") from None
+    where = f"its output is in {submitted.paths.folder}"
     if not settings.local:
-        return f"{job.name} is job {submitted.job_id}; {words}."
+        return f"{job.name} was submitted as job {submitted.job_id}; {where}."
     try:
         submitted.result()
-    except UncompletedJobError:  # or the one that it failed, which is one of these
-        raise UserError(f"{job.name} failed{_reason(submitted)}; {words}.") from None
-    except BaseException:  # it would go on by itself
+    except UncompletedJobError:  # or its subclass FailedJobError
+        raise UserError(f"{job.name} failed{_reason(submitted)}; {where}.") from None
+    except BaseException:  # the job would keep running
         submitted.cancel()
         submitted.wait()
         raise
-    return f"{job.name} is done; {words}."
+    return f"{job.name} is done; {where}."
 
 
 def _reason(submitted: Any) -> str:
-    """The last sentence of the job's about itself, if it had one."""
-    said = (submitted.stderr() or "").splitlines()
-    sentences = [line.removeprefix("gemma2: ") for line in said if line.startswith("gemma2: ")]
+    """Returns the last `gemma2: …` message in the job's output, if there is one."""
+    lines = (submitted.stderr() or "").splitlines()
+    sentences = [line.removeprefix("gemma2: ") for line in lines if line.startswith("gemma2: ")]
     return f": {sentences[-1].rstrip('.')}" if sentences else ""
 
 
 def _parameters(settings: SlurmSettings, job: Job) -> dict[str, Any]:
-    """submitit's names and values."""
+    """Returns the job's parameters under submitit's names."""
     values: dict[str, Any] = {
         "name": job.name,
         "nodes": settings.nodes,
@@ -132,7 +132,7 @@ def _parameters(settings: SlurmSettings, job: Job) -> dict[str, Any]:
         values["gpus_per_node"] = settings.gpus_per_node
     if settings.cpus_per_task is not None:
         values["cpus_per_task"] = settings.cpus_per_task
-    # The process of submitit's that starts the script is of the pinned code, too.
+    # submitit's process that starts the script imports the pinned code, too.
     values["slurm_setup"] = [import_from(str(job.folder.absolute() / CODE))]
     for name in ("partition", "account", "qos", "constraint"):
         if getattr(settings, name) is not None:

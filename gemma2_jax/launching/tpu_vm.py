@@ -1,31 +1,32 @@
-"""Cloud TPU VMs, through gcloud's queued resources: a start-up script of each VM fetches the pinned job and runs it.
+"""Jobs for Cloud TPU VMs, through gcloud's queued resources: each VM's start-up script fetches and runs the pinned job.
 
-The script begins anew where it fails, and when its VM does, and so goes on from the newest checkpoint. Credentials are
-those of the VMs' service account; nothing of this machine's environment goes along. Flags as in
+The script starts over when it fails or its VM restarts, and the run resumes from its newest checkpoint. The job uses
+the credentials of the VMs' service account and nothing from this machine's environment. Flags as in
 https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/create.
 """
 
 import shlex
 from collections.abc import Sequence
 
-from gemma2_jax.launching.job import SCRIPT, Job, Submission, need_tool, training_lines
+from gemma2_jax.launching.job import SCRIPT, Job, Submission, require_tool, training_lines
 from gemma2_jax.launching.pin import ARCHIVE, CONFIG
 from gemma2_jax.launching.settings import TpuVmSettings
 
-# VMs of one pod start minutes apart, and one that is repaired comes back while the others wait.
+# VMs of one pod start minutes apart, and the others wait while a VM is repaired.
 HOSTS_TIMEOUT = 1800  # seconds
 _LOCAL = "/opt/gemma2"  # on each VM
-_MOUNTED = "/run/gemma2-mounted"  # a file that is gone after a restart, as mounts are
-_TRIES = 5  # that end with an exit code of a mistake: most are, but a host whose network is lost may have one of them
-_PAUSE = 30  # seconds
+_MOUNTED = "/run/gemma2-mounted"  # a marker file that a restart removes, like the mounts themselves
+# Tries that may end with exit code 1 or 2: usually these mean a user's mistake, but a lost network can cause them too.
+_TRIES = 5
+_PAUSE = 30  # seconds between tries
 
 
 def check_tools() -> None:
-    need_tool("gcloud", "asks for TPU VMs", "see https://cloud.google.com/sdk/docs/install")
+    require_tool("gcloud", "requests TPU VMs", "see https://cloud.google.com/sdk/docs/install")
 
 
 def submission(settings: TpuVmSettings, job: Job) -> Submission:
-    """The VMs' script, and gcloud's command lines: one to upload the job, one to ask for the VMs."""
+    """Returns the VMs' script and two gcloud command lines: one uploads the job, one requests the VMs."""
     remote = f"{settings.bucket.rstrip('/')}/{job.name}"
     script_path = job.folder / SCRIPT
     place = [f"--zone={settings.zone}"]
@@ -52,7 +53,7 @@ def submission(settings: TpuVmSettings, job: Job) -> Submission:
 
 
 def _one_item(text: str) -> str:
-    """One item of what gcloud takes for a list with commas; see `gcloud topic escaping`."""
+    """Escapes text as one item of a list that gcloud would split at commas; see `gcloud topic escaping`."""
     if "," not in text:
         return text
     delimiter = next(sign for sign in ":;|@~!%" if sign not in text)
@@ -60,7 +61,7 @@ def _one_item(text: str) -> str:
 
 
 def delete_command(settings: TpuVmSettings, job: Job) -> str:
-    """Takes the VMs down, which stay (and cost) after the run."""
+    """Returns the command that deletes the VMs, which otherwise stay (and cost money) after the run."""
     project = [] if settings.project is None else [f"--project={settings.project}"]
     command = [
         *("gcloud", "compute", "tpus", "queued-resources", "delete", job.name),
@@ -72,12 +73,12 @@ def delete_command(settings: TpuVmSettings, job: Job) -> str:
 
 
 def _script(settings: TpuVmSettings, remote: str) -> str:
-    """A VM runs it once each time that it starts; so the tries are the script's own."""
+    """Returns the start-up script. A VM runs it once per start, so the script itself loops over its tries."""
     train = training_lines(
         f"{_LOCAL}/code", f"{_LOCAL}/{CONFIG}", settings.workdir, python=f"{_LOCAL}/venv/bin/python"
     )
     tried = "\n".join(f"        {line}" for line in [*_fetch(remote), *_mount(settings), *train])
-    # `set -e` is within the brackets, and they are no condition of an `if` or `||`, which would have them ignore it.
+    # bash ignores `set -e` in the condition of an `if` or `||`, so the subshell sets it and stands alone.
     return f"""\
 #!/bin/bash
 set -uo pipefail
@@ -91,19 +92,19 @@ while true; do
     if [ "$code" -eq 0 ]; then exit 0; fi
     if [ "$code" -le 2 ]; then mistakes=$((mistakes + 1)); fi
     if [ "$mistakes" -ge {_TRIES} ]; then
-        echo "gemma2: given up, since {_TRIES} tries failed; the last one with exit code $code."
+        echo "gemma2: gave up after {_TRIES} failed tries; the last one ended with exit code $code."
         exit "$code"
     fi
-    echo "gemma2: failed with exit code $code; begins again in {_PAUSE} s."
+    echo "gemma2: failed with exit code $code; starts again in {_PAUSE} s."
     sleep {_PAUSE}
 done
 """
 
 
 def _fetch(remote: str) -> list[str]:
-    """Fetches the job, and installs what it requires beside the image's own Python, which is too old."""
+    """Returns lines that fetch the job and install its requirements for a newer Python than the image's."""
     return [
-        "export HOME=/root",  # start-up scripts have none
+        "export HOME=/root",  # start-up scripts have no HOME
         f"mkdir -p {_LOCAL}",
         f"cd {_LOCAL}",
         f"gcloud storage cp {shlex.quote(f'{remote}/{ARCHIVE}')} {shlex.quote(f'{remote}/{CONFIG}')} .",
@@ -116,13 +117,16 @@ def _fetch(remote: str) -> list[str]:
 
 
 def _mount(settings: TpuVmSettings) -> Sequence[str]:
-    """Mounts once, on a folder that is there; a part of --workdir may be where, so `mountpoint` could not tell."""
+    """Returns lines that create --workdir and run the mount command once per start of the VM.
+
+    A marker file records the mount: the mount point may be a parent of --workdir, so `mountpoint` cannot detect it.
+    """
     if settings.mount is None:
         return []
     return [
         f"if [ ! -e {_MOUNTED} ]; then",
         f"    mkdir -p {shlex.quote(settings.workdir)}",
-        # By a bash of its own: in `install && mount`, a failure of the former would not end this script.
+        # In a separate bash with -e: in `install && mount`, a failed install would not stop this script.
         f"    bash -ec {shlex.quote(settings.mount)}",
         f"    touch {_MOUNTED}",
         "fi",

@@ -15,7 +15,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Prints a plan; estimates are marked as such."""
     verdict = "fits" if plan.fits else "does not fit"
     style = "bold green" if plan.fits else "bold red"
-    _say(console, f"{plan.name} on {plan.topology.name} {verdict}.", style)
+    _print_line(console, f"{plan.name} on {plan.topology.name} {verdict}.", style)
     grid = table.Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
@@ -23,9 +23,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         grid.add_row(Text(name), Text(value))
     console.print(grid)
     if plan.help:
-        _say(console, "What would help:")
+        _print_line(console, "What would help:")
         for suggestion in plan.help:
-            _say(console, f"  {suggestion}")
+            _print_line(console, f"  {suggestion}")
 
 
 def _rows(plan: Plan) -> list[tuple[str, str]]:
@@ -101,7 +101,7 @@ def _estimated(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _say(console: Console, line: str, style: str = "") -> None:
+def _print_line(console: Console, line: str, style: str = "") -> None:
     console.print(Text(line, style), soft_wrap=True)
 
 
@@ -119,18 +119,20 @@ def print_search(found: SearchResult, topology: Topology, console: Console) -> N
         else:
             cells += [f"≥ {least.seconds:.4f}", least.binding, f"≤ {plan.utilisation:.0%}"]
         grid.add_row(*(Text(cell) for cell in (*cells, _short(candidate.overrides))))
-    _say(
+    _print_line(
         console,
         f"Candidates tried on {topology.name}: {len(found.plans)}; left when the budget was spent: {found.left}.",
         "bold",
     )
     console.print(grid)
-    _say(console, "Times and MFU are estimates: bounds from data-sheet peaks, which no real step reaches.")
+    _print_line(
+        console, "Times and MFU are estimates: bounds from data-sheet peaks, which no real step reaches."
+    )
     candidate, best = found.plans[0]
     if best.fits:
-        _say(console, f"Best: {candidate.overrides}", "bold green")
+        _print_line(console, f"Best: {candidate.overrides}", "bold green")
     else:
-        _say(console, "None of the candidates tried fits.", "bold red")
+        _print_line(console, "None of the candidates tried fits.", "bold red")
 
 
 def _short(overrides: str) -> str:
@@ -144,11 +146,11 @@ def print_placement(placement: Placement, console: Console) -> None:
     """Prints for each model how its weights and activations are split, and the size of each device's shards."""
     shape = {axis: size for axis, size in placement.mesh.items() if size > 1}
     mesh = " x ".join(f"{axis}={size}" for axis, size in shape.items()) or "one device"
-    _say(console, f"{placement.name} on {placement.topology}, mesh {mesh}", "bold")
+    _print_line(console, f"{placement.name} on {placement.topology}, mesh {mesh}", "bold")
     for model in placement.models:
         console.print(_weights_table(model, shape))
         if model.role == "student":
-            _say(
+            _print_line(
                 console,
                 "Gradients and the optimizer's two moments are split like these weights, and each is as large.",
             )
@@ -156,9 +158,9 @@ def print_placement(placement: Placement, console: Console) -> None:
         for letter, axes in model.activations.items():
             letters.setdefault(axes, []).append(letter)
         split = "; ".join(f"{', '.join(dims)} along {_axes(axes, shape)}" for axes, dims in letters.items())
-        _say(console, f"Activations of the {model.role}: {split or 'not split'}.")
+        _print_line(console, f"Activations of the {model.role}: {split or 'not split'}.")
         if model.head:
-            _say(
+            _print_line(
                 console,
                 f"LM head of the {model.role}: V along {_axes(model.head, shape)}; tokens along their remaining axes.",
             )

@@ -1,1 +1,1 @@
-"""Several runs as one piece of work: a study with its report, a sweep with its table."""
+"""Several runs carried out together: a study with its report, a sweep with its table."""

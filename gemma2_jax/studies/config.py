@@ -1,4 +1,4 @@
-"""What a study is made of: study.yaml as a dataclass."""
+"""Configuration of a study: study.yaml as a dataclass."""
 
 import dataclasses
 import re
@@ -13,11 +13,11 @@ class StudyRun:
     """One run of a study.
 
     Attributes:
-        experiment: the experiment that configures it, as in `gemma2 train experiment=NAME`.
-        teacher: an earlier run of the study to distil from: distill.teacher is set to its folder.
-        cache: distil from a cache of the teacher, which the study writes before: distill.cache is set to it.
-        overrides: `key=value` on top of the experiment.
-        series: the line of the summary's plot that the run is a point of.
+        experiment: the experiment that configures the run, as in `gemma2 train experiment=NAME`.
+        teacher: an earlier run of the study to distil from; distill.teacher is set to its folder.
+        cache: whether to distil from a cache of the teacher, which the study writes first; distill.cache is set to it.
+        overrides: `key=value` overrides on top of the experiment.
+        series: the line in the plot of the summary that the run is a point of.
     """
 
     experiment: str
@@ -32,14 +32,15 @@ class StudyConfig:
     """A study: runs that are trained in order and reported together.
 
     Attributes:
-        title: the question that the study asks.
-        runs: the runs by name; each gets a folder of that name inside the study's, with -SEED behind it where
-            there are several seeds.
-        reference: a run with which the others' predictions are compared (agreement, KL); None: no comparison.
-        prompts: texts that every run continues in the report.
-        sample_tokens: how many tokens each continuation has at most.
-        seeds: every run is trained with each of them (`seed` and `data.seed`), but for teachers and the reference, of
-            which there is one; and the report gives means and deviations. None: all with the configuration's.
+        title: the question that the study answers.
+        runs: the runs by name. Each is trained in a folder of that name inside the study's folder; with several seeds,
+            the folder's name ends in -SEED.
+        reference: the run that the predictions of the others are compared with (agreement, KL); None: no comparison.
+        prompts: texts that every run completes in the report.
+        sample_tokens: the maximum number of tokens in each completion.
+        seeds: seeds (`seed` and `data.seed`) that every run is trained with, except teachers and the reference, which
+            are trained once. The report then gives means and standard deviations. Empty: each run is trained once, with
+            the seed of its configuration.
     """
 
     title: str
@@ -51,7 +52,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         if not self.runs:
-            raise UserError("runs is empty; a study has at least one run.")
+            raise UserError("runs is empty; a study needs at least one run.")
         if self.sample_tokens < 1:
             raise UserError(f"sample_tokens is {self.sample_tokens}; it must be at least 1.")
         names = list(self.runs)
@@ -61,7 +62,8 @@ class StudyConfig:
         for position, (name, run) in enumerate(self.runs.items()):
             if name in keys or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise UserError(
-                    f"runs.{name} cannot name a run; accepted: letters, digits, _ and -, but no key of a run."
+                    f"runs.{name} is not a valid name of a run; accepted: letters, digits, _ and -, but no key of the "
+                    "run's configuration."
                 )
             if run.teacher is not None and run.teacher not in names[:position]:
                 earlier = ", ".join(names[:position]) or "none"
@@ -70,11 +72,12 @@ class StudyConfig:
                 )
             if run.cache and run.teacher is None:
                 raise UserError(
-                    f"runs.{name}.cache is true and its teacher is null; name the teacher whose outputs are cached."
+                    f"runs.{name}.cache is true, but runs.{name}.teacher is null; set it to the run whose outputs are "
+                    "cached."
                 )
 
-    def trained(self) -> dict[str, tuple[str, int | None]]:
-        """What is trained, in order, by the name of its folder: the run, and its seed if the study sets one."""
+    def trained_runs(self) -> dict[str, tuple[str, int | None]]:
+        """Returns the run and the seed of each folder, in training order; the seed is None if the study sets none."""
         single = {run.teacher for run in self.runs.values()} | {self.reference}
         found: dict[str, tuple[str, int | None]] = {}
         for name in self.runs:
@@ -85,5 +88,5 @@ class StudyConfig:
         return found
 
     def folders(self, run: str) -> list[str]:
-        """The names of the folders of a run, one for each of its seeds."""
-        return [folder for folder, (of, _) in self.trained().items() if of == run]
+        """Returns the names of a run's folders, one for each seed."""
+        return [folder for folder, (name, _) in self.trained_runs().items() if name == run]

@@ -1,4 +1,4 @@
-"""What the runs of a study took: how fast they trained, and what their caches of the teacher came to."""
+"""Costs of a study's runs: their training speed, and the time and size of their teacher caches."""
 
 import statistics
 from collections.abc import Mapping
@@ -10,16 +10,17 @@ from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.tables import Table
 from gemma2_jax.training.metrics import read_metrics
 
-_NOTHING = "–"  # in a cell
+_NOTHING = "–"  # an empty cell
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """Of a run with all of its seeds.
+    """RunCost of a run over all of its seeds.
 
     Attributes:
-        tokens_per_second: in training, the median over the rows of metrics.
-        cache_seconds: mean time of writing a seed's cache; bytes_per_token: of the caches; None without caches.
+        tokens_per_second: training speed, the median over the rows of metrics.
+        cache_seconds: mean seconds to write the cache of one seed; None without caches.
+        bytes_per_token: mean size of the caches in bytes per token; None without caches.
     """
 
     tokens_per_second: float
@@ -30,10 +31,11 @@ class RunCost:
 def costs_by_run(
     study: StudyConfig, runs: Mapping[str, RunConfig], seconds: Mapping[str, float]
 ) -> dict[str, RunCost]:
-    """The cost of each of the study's runs.
+    """Returns the cost of each run of the study.
 
     Args:
-        runs: by folder; seconds: of each stage, as `read_times` gives them.
+        runs: configurations by folder.
+        seconds: seconds of each stage, from `read_times`.
     """
     return {
         name: _cost({folder: runs[folder] for folder in study.folders(name)}, seconds) for name in study.runs
@@ -41,11 +43,11 @@ def costs_by_run(
 
 
 def costs_table(costs: Mapping[str, RunCost]) -> Table:
-    """One row for each run, without the columns that none of them has."""
+    """Returns a table with a row for each run, without the columns that are empty for all runs."""
     columns = {
         "tokens/s in training": [f"{cost.tokens_per_second:,.0f}" for cost in costs.values()],
         "writing the cache": [_cell(cost.cache_seconds, ",.0f", " s") for cost in costs.values()],
-        "bytes a token": [_cell(cost.bytes_per_token, ".1f") for cost in costs.values()],
+        "bytes per token": [_cell(cost.bytes_per_token, ".1f") for cost in costs.values()],
     }
     shown = {name: cells for name, cells in columns.items() if set(cells) != {_NOTHING}}
     return Table(["run", *shown], list(zip(costs, *shown.values(), strict=True)))

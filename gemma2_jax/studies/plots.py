@@ -1,4 +1,4 @@
-"""Loss curves, and what became of them, as pictures."""
+"""Plots of loss curves and of final results."""
 
 import io
 import math
@@ -17,20 +17,20 @@ from gemma2_jax.training.metrics import format_number, read_metrics
 
 
 def plot_losses(runs: Mapping[str, str], target: Path) -> None:
-    """Draws the cross-entropy of each run against its steps, and writes a PNG to `target`.
+    """Plots the cross-entropy of each run against its steps, and writes a PNG to `target`.
 
-    Lines with dots are the validation split, faint lines the training batches. Runs whose objective is another
-    are comparable all the same, since every run logs its cross-entropy.
+    Lines with dots are the validation split, faint lines the training batches. Runs with different objectives are
+    comparable, since every run logs its cross-entropy.
 
     Args:
-        runs: the run folders by the names that the legend shows.
+        runs: run folders by their names in the legend.
     """
-    # Without pyplot there is no global state and no display to look for.
+    # Using Figure without pyplot avoids global state and the search for a display.
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     curves = {name: (_curve(folder, "validation"), _curve(folder, "train")) for name, folder in runs.items()}
-    # A run that diverged would flatten what there is to compare.
+    # The limits leave out diverged runs, which would flatten the other curves.
     last = min(validation[1][-1] for validation, _ in curves.values())
     high = low = 0.0
     for position, (name, (validation, training)) in enumerate(curves.items()):
@@ -41,7 +41,7 @@ def plot_losses(runs: Mapping[str, str], target: Path) -> None:
         if validation[1][-1] < 2 * last:
             high = max(high, *validation[1])
         low = min(low or high, *validation[1], *training[1])
-    # The first steps fall from ln V, and would do the same.
+    # They leave out the first training steps too, in which the loss falls from ln V.
     margin = 0.05 * (high - low) + 0.01
     axes.set_ylim(low - margin, high + 4 * margin)
     axes.set_xlabel("optimizer step")
@@ -56,12 +56,12 @@ def plot_losses(runs: Mapping[str, str], target: Path) -> None:
 
 
 def plot_summary(groups: Sequence[Group], target: Path, axis: str = "parameters") -> None:
-    """Draws the validation perplexity of each group, every seed and their mean, and writes a PNG to `target`.
+    """Plots the validation perplexity of each group, each seed and their mean, and writes a PNG to `target`.
 
     Groups of a series are points of one line over their `x`; without series, each group has a row.
 
     Args:
-        axis: what `x` is.
+        axis: label of `x`.
     """
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -83,7 +83,7 @@ def plot_summary(groups: Sequence[Group], target: Path, axis: str = "parameters"
 
 
 def _draw_lines(axes: Axes, groups: Sequence[Group]) -> None:
-    """A line for each series; a horizontal one for each group without a series."""
+    """Draws a line for each series, and a horizontal line for each group without a series."""
     for number, name in enumerate(
         dict.fromkeys(group.series for group in groups if group.series is not None)
     ):
@@ -120,7 +120,7 @@ def _draw_rows(axes: Axes, groups: Sequence[Group]) -> None:
 
 
 def _scale(values: Sequence[float], least: float = 4) -> Literal["log", "linear"]:
-    """Logarithmic where the values are positive and the largest is so many times the smallest."""
+    """Returns "log" if all values are positive and the largest is at least `least` times the smallest."""
     finite = [value for value in values if math.isfinite(value)]
     return "log" if finite and min(finite) > 0 and max(finite) >= least * min(finite) else "linear"
 
@@ -136,6 +136,6 @@ def _write(figure: Figure, target: Path) -> None:
 
 
 def _curve(run_folder: str, split: str) -> tuple[list[int], list[float]]:
-    """Steps and cross-entropy of a split, but for training rows of on-policy steps alone, which have none."""
+    """Returns steps and cross-entropy of a split. Training rows of on-policy steps only have none and are left out."""
     rows = [row for row in read_metrics(run_folder) if row["split"] == split and "cross_entropy" in row]
     return [row["step"] for row in rows], [row["cross_entropy"] for row in rows]

@@ -1,4 +1,4 @@
-"""The report of a study: tables on the terminal, report.md, pictures and results.json."""
+"""The report of a study: tables on the terminal, report.md, plots and results.json."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from gemma2_jax.studies.costs import costs_by_run, costs_table
 from gemma2_jax.studies.plots import plot_losses, plot_summary
 from gemma2_jax.studies.stages import Measurement, read_times
 from gemma2_jax.studies.summary import group_by_run, summary_table
-from gemma2_jax.studies.tables import Table, say
+from gemma2_jax.studies.tables import Table, print_line
 from gemma2_jax.training.metrics import format_number
 
 
@@ -29,7 +29,7 @@ def write_report(
     folder: Path,
     console: Console,
 ) -> None:
-    """Prints the study's tables and samples, and writes report.md, its pictures and results.json into `folder`."""
+    """Prints the study's tables and samples, and writes report.md, its plots and results.json into `folder`."""
     table = _table(study, measurements)
     seconds = read_times(folder)
     table.print(console, f"Results of {folder}")
@@ -40,12 +40,12 @@ def write_report(
         summary.print(console, "Means and standard deviations over the seeds")
         plot_summary(groups, folder / "summary.png")
     costs = costs_by_run(study, runs, seconds)
-    costs_table(costs).print(console, "What the runs took")
+    costs_table(costs).print(console, "Costs of the runs")
     for number, prompt in enumerate(study.prompts):
-        say(console, f"{prompt!r} goes on", "bold")
+        print_line(console, f"Completions of {prompt!r}", "bold")
         for name, measurement in measurements.items():
-            say(console, f"  {name + ':':<11} {measurement.samples[number]!r}")
-    shown = [name for name, (_, seed) in study.trained().items() if seed in (None, *study.seeds[:1])]
+            print_line(console, f"  {name + ':':<11} {measurement.samples[number]!r}")
+    shown = [name for name, (_, seed) in study.trained_runs().items() if seed in (None, *study.seeds[:1])]
     plot_losses({name: runs[name].output for name in shown}, folder / "loss.png")
     write_text(
         folder / "report.md", _markdown(study, summary, table, measurements, costs_table(costs), seconds)
@@ -63,8 +63,8 @@ def write_report(
     write_text(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1))
     spent = _duration(sum(seconds.values()))
     memory = f"{peak_memory_gib():.1f} GiB of memory"
-    say(console, f"{spent} of work in all, at most {memory} in any one process of this command")
-    say(console, f"report in {folder / 'report.md'}, curves in {folder / 'loss.png'}")
+    print_line(console, f"{spent} of work in total; at most {memory} in any process of this command")
+    print_line(console, f"report in {folder / 'report.md'}, curves in {folder / 'loss.png'}")
 
 
 def _table(study: StudyConfig, measurements: Mapping[str, Measurement]) -> Table:
@@ -104,27 +104,29 @@ def _markdown(
         "Cross-entropy is the mean over the validation split's tokens in nats; perplexity is its exponential."
     ]
     if study.reference is not None:
-        notes.append(f"A run agrees with {study.reference} where both find the same next token most likely.")
+        notes.append(
+            f"A run agrees with {study.reference} where both give the highest probability to the same next token."
+        )
     parts.append(" ".join(notes))
     for number, prompt in enumerate(study.prompts):
         samples = [
             f"- {name}: {_code(measurement.samples[number])}" for name, measurement in measurements.items()
         ]
-        parts.append("\n".join([f"## {_code(prompt)} goes on", "", *samples]))
+        parts.append("\n".join([f"## Completions of {_code(prompt)}", "", *samples]))
     stages = Table(["stage", "time"], [[stage, _duration(spent)] for stage, spent in seconds.items()])
     total = _duration(sum(seconds.values()))
     parts += [
         "## Machine and time",
         describe_machine(jax.devices()) + ".",
         costs.markdown(),
-        f"{total} in all:",
+        f"{total} in total:",
         stages.markdown(),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _code(text: str) -> str:
-    """Text of a model as Markdown code on one line, whatever it holds."""
+    """Formats any text as Markdown code on one line."""
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * (longest + 1)
     return f"{fence} {text.replace(chr(10), '⏎')} {fence}"

@@ -1,4 +1,4 @@
-"""The stages of a run inside a study or sweep: prepare its data, train it, measure it; each done only once."""
+"""The stages of a run in a study or sweep: prepare its data, train it, measure it. Each is done only once."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from gemma2_jax.run import RunConfig
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.screen import activity
-from gemma2_jax.studies.tables import say
+from gemma2_jax.studies.tables import print_line
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.resume import changes, check_same_run
 from gemma2_jax.training.start import (
@@ -36,22 +36,27 @@ from gemma2_jax.training.start import (
 )
 from gemma2_jax.training.teacher_cache import write_cache
 
-TEACHER_FILE = "teacher.yaml"  # in a distilled run's folder: the configuration that its teacher had
+TEACHER_FILE = "teacher.yaml"  # in a distilled run's folder: the configuration of its teacher
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a finished run came to; `samples` holds one continuation for each prompt."""
+    """Results of a finished run.
+
+    Attributes:
+        evaluation: scores on the validation split.
+        samples: one completion for each prompt.
+    """
 
     evaluation: Evaluation
     samples: tuple[str, ...] = ()
 
 
 def check_unchanged(config: RunConfig, teacher: RunConfig | None = None) -> None:
-    """Refuses to go on with a run folder that another configuration, or another teacher, has begun.
+    """Checks that a run folder was begun with the same configuration and the same teacher.
 
     Raises:
-        UserError: says what differs and what to do.
+        UserError: something differs.
     """
     check_run_folder(config)
     check_same_run(config)
@@ -60,38 +65,42 @@ def check_unchanged(config: RunConfig, teacher: RunConfig | None = None) -> None
         return
     for key, then, value in changes(load_config(RunConfig, file), teacher):
         raise UserError(
-            f"{config.output} was distilled from a teacher with {key}={then} ({TEACHER_FILE}), and {value} is asked "
-            f"for in {teacher.output}; give another output, or delete {config.output} to train it again."
+            f"{config.output} was distilled from a teacher with {key}={then} ({TEACHER_FILE}), but {teacher.output} is "
+            f"configured with {key}={value}; give another output, or delete {config.output} to train it again."
         )
 
 
 def prepare_all(configs: Sequence[RunConfig], console: Console) -> None:
-    """Prepares the data of all runs, each distinct set once."""
+    """Prepares the data of all runs, each distinct data set once."""
     for data, tokenizer in dict.fromkeys((config.data, config.tokenizer) for config in configs):
         manifest = find_data_manifest(data.folder)
         done = manifest is not None and manifest.complete
-        _say(console, "data", data.folder, "already prepared, skipped" if done else "preparing")
+        _print_stage(console, "data", data.folder, "already prepared, skipped" if done else "preparing")
         with first_process_first():
             prepare(data, tokenizer)
 
 
 def cache_teacher(config: RunConfig, console: Console) -> None:
-    """Writes the cache that a run is distilled from, or what is left of it."""
-    _say(console, "cache", config.name, f"{config.distill.cache}")
+    """Writes the teacher cache that a run is distilled from, or the rest of it."""
+    _print_stage(console, "cache", config.name, f"{config.distill.cache}")
     write_cache(with_prepared_vocabulary(config))
 
 
 def train_run(config: RunConfig, console: Console, teacher: RunConfig | None = None) -> None:
-    """Trains a run, or what is left of it; `teacher` is the configuration of the run that it learns from."""
+    """Trains a run, or the rest of it.
+
+    Args:
+        teacher: configuration of the run that it is distilled from.
+    """
     check_unchanged(config, teacher)
     check_same_data(config.output, config.data)
     found = find(config.output)
     if found is not None and found.step == config.training.steps:
-        _say(console, "train", config.name, "already done, skipped")
+        _print_stage(console, "train", config.name, "already done, skipped")
         return
-    _say(console, "train", config.name, f"{config.training.steps} steps in {config.output}")
+    _print_stage(console, "train", config.name, f"{config.training.steps} steps in {config.output}")
     train(config)
-    # Not before: of a run that is refused nothing is left, and one that was stopped tells its teacher by the weights.
+    # Written after training, so that a rejected run leaves no files. A stopped run records its teacher's weights.
     if teacher is not None and is_first():
         save_config(teacher, Path(config.output) / TEACHER_FILE)
 
@@ -104,11 +113,13 @@ def measure_run(
     sample_tokens: int = 1,
     teacher: str | None = None,
 ) -> Measurement:
-    """Evaluates a trained run and lets it continue the prompts; an equal measurement is read back instead.
+    """Evaluates a trained run and samples completions of the prompts.
+
+    A stored measurement under the same conditions is returned instead.
 
     Args:
-        reference: the run whose predictions it is compared with.
-        teacher: in its place, the checkpoint of the run's own teacher.
+        reference: configuration of the run that the predictions are compared with.
+        teacher: checkpoint of the run's teacher to compare with, if there is no `reference`.
     """
     file = Path(config.output) / "evaluation.json"
     conditions = {
@@ -123,10 +134,10 @@ def measure_run(
     if _same_reference(then.get("reference"), reference):
         then = {**then, "reference": conditions["reference"]}
     if then == conditions:
-        _say(console, "evaluate", config.name, "already done, skipped")
+        _print_stage(console, "evaluate", config.name, "already done, skipped")
         return Measurement(_evaluation(stored["evaluation"]), tuple(stored["samples"]))
-    _say(console, "evaluate", config.name, "on the validation split")
-    # A log has the line above; a terminal gets a clock.
+    _print_stage(console, "evaluate", config.name, "on the validation split")
+    # A log has the line above; a terminal also shows a clock.
     with activity(f"evaluating {config.name}", show=is_first() and sys.stderr.isatty()):
         evaluation = evaluate_run(config.output, teacher if reference is None else reference.output)
         samples = _continue(config, prompts, sample_tokens) if prompts else []
@@ -150,18 +161,18 @@ def timed(folder: Path, stage: str) -> Iterator[None]:
 
 
 def read_times(folder: Path) -> dict[str, float]:
-    """Returns the seconds of each stage of the study in `folder`, over all the commands that worked on it."""
+    """Returns the seconds of each stage of the study in `folder`, summed over all commands that ran it."""
     file = folder / "times.json"
     times: dict[str, float] = read_json(file) if file.exists() else {}
     return times
 
 
 @contextmanager
-def sole_command(folder: str | Path) -> Iterator[None]:
-    """Keeps other commands from working on the same study or sweep at the same time.
+def exclusive_command(folder: str | Path) -> Iterator[None]:
+    """Prevents other commands from working on the same study or sweep at the same time.
 
     Raises:
-        UserError: another one does.
+        UserError: another command is working on it.
     """
     if not is_first():
         yield
@@ -178,7 +189,7 @@ def sole_command(folder: str | Path) -> Iterator[None]:
 
 
 def _teacher_identity(config: RunConfig, teacher: str | None) -> Any:
-    """The teacher that a run is compared with, by its weights, which may have moved since."""
+    """Returns the identity of the weights of a run's teacher, which may have been moved since."""
     if teacher is None:
         return None
     record = read_teacher_record(config.output)
@@ -186,12 +197,12 @@ def _teacher_identity(config: RunConfig, teacher: str | None) -> Any:
 
 
 def _evaluation(stored: Mapping[str, Any]) -> Evaluation:
-    """Older files call the cross-entropy `loss`."""
+    """Builds an Evaluation from stored values. Older files call the cross-entropy `loss`."""
     return Evaluation(**{"cross_entropy" if name == "loss" else name: stored[name] for name in stored})
 
 
 def _same_reference(stored: Mapping[str, Any] | None, reference: RunConfig | None) -> bool:
-    """Whether a run was compared with a run of the same configuration, wherever that lies."""
+    """Whether the stored reference run has the same configuration as `reference`, in whatever folder."""
     if stored is None or reference is None or "teacher" in stored:
         return False
     return not any(changes(build(RunConfig, stored, "evaluation.json"), reference))
@@ -205,5 +216,5 @@ def _continue(config: RunConfig, prompts: Sequence[str], sample_tokens: int) -> 
     )
 
 
-def _say(console: Console, stage: str, what: str, text: str) -> None:
-    say(console, f"{stage:<10} {what}: {text}")
+def _print_stage(console: Console, stage: str, what: str, text: str) -> None:
+    print_line(console, f"{stage:<10} {what}: {text}")

@@ -1,4 +1,4 @@
-"""A study: its runs trained in order, measured on the same text, and reported together."""
+"""Studies: runs trained in order, measured on the same text, and reported together."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,21 +12,21 @@ from gemma2_jax.studies.report import write_report
 from gemma2_jax.studies.stages import (
     cache_teacher,
     check_unchanged,
+    exclusive_command,
     measure_run,
     prepare_all,
-    sole_command,
     timed,
     train_run,
 )
-from gemma2_jax.studies.tables import say
+from gemma2_jax.studies.tables import print_line
 
 
 def run_study(study: StudyConfig, runs: Mapping[str, RunConfig], output: str, console: Console) -> None:
-    """Carries out what is left of a study and writes its report.
+    """Runs the unfinished stages of a study and writes its report.
 
     Args:
-        runs: the configuration of each of `study.trained()`, whose output folders lie in `output`.
-        output: the study's folder; gets report.md, loss.png, results.json and times.json, and with several seeds
+        runs: the configuration of each of `study.trained_runs()`, with output folders inside `output`.
+        output: the study's folder. Receives report.md, loss.png, results.json and times.json, and with several seeds
             summary.png.
 
     Raises:
@@ -34,13 +34,13 @@ def run_study(study: StudyConfig, runs: Mapping[str, RunConfig], output: str, co
     """
     folder = Path(output)
     teachers: dict[str, RunConfig | None] = {}
-    for folder_name, (name, _) in study.trained().items():
+    for folder_name, (name, _) in study.trained_runs().items():
         teacher = study.runs[name].teacher
         teachers[folder_name] = runs[teacher] if teacher else None
-    for name, config in runs.items():  # before hours go into the first of them
+    for name, config in runs.items():  # check all runs before the first one trains for hours
         check_unchanged(config, teachers[name])
-    with sole_command(folder):
-        say(console, study.title, "bold")
+    with exclusive_command(folder):
+        print_line(console, study.title, "bold")
         with timed(folder, "data"):
             prepare_all(list(runs.values()), console)
         for name, config in runs.items():

@@ -16,11 +16,11 @@ class Group:
     """A run of a study, or a combination of a sweep, with all of its seeds.
 
     Attributes:
-        name: the run's, or the combination's values.
-        series: the line of the plot that it is a point of.
-        x: where on that line; None where the plot has no lines.
-        evaluations: one for each seed.
-        seconds: mean time of a seed, its cache's included.
+        name: name of the run, or values of the combination.
+        series: the line of the plot that the group is a point of; None if it is not on a line.
+        x: position along the horizontal axis; None if the group is not on a line.
+        evaluations: one evaluation for each seed.
+        seconds: mean seconds per seed, including the time of its cache.
     """
 
     name: str
@@ -33,10 +33,11 @@ class Group:
 def group_by_run(
     study: StudyConfig, measurements: Mapping[str, Measurement], seconds: Mapping[str, float]
 ) -> list[Group]:
-    """The study's runs in order.
+    """Returns a group for each run of the study, in order.
 
     Args:
-        measurements: by folder; seconds: of each stage, as `read_times` gives them.
+        measurements: measurements by folder.
+        seconds: seconds of each stage, from `read_times`.
     """
     groups = []
     for name, run in study.runs.items():
@@ -51,10 +52,10 @@ def group_by_run(
 
 
 def summary_table(groups: Sequence[Group], reference: str | None) -> Table:
-    """Each figure as mean ± standard deviation over the seeds.
+    """Returns a table of means ± standard deviations over the seeds.
 
     Args:
-        reference: the name of the model that all are compared with; None: no comparison.
+        reference: name of the model that all are compared with; None: no comparison.
     """
     columns = ["run", "parameters", "seeds", "validation cross-entropy", "perplexity"]
     measures: list[Callable[[Evaluation], float | None]] = [
@@ -75,7 +76,7 @@ def summary_table(groups: Sequence[Group], reference: str | None) -> Table:
         for measure, places in zip(measures, digits, strict=True):
             row.append(_spread([measure(found) for found in group.evaluations], places))
         rows.append([*row, f"{group.seconds:,.0f} s"])
-    return Table([*columns, "time of one"], rows)
+    return Table([*columns, "time per seed"], rows)
 
 
 def _spread(values: Sequence[float | None], places: int) -> str:

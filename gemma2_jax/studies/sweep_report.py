@@ -1,4 +1,4 @@
-"""The report of a sweep: one table of its runs, one of means over seeds, and plots."""
+"""The report of a sweep: a table of its runs, a table of means over seeds, and plots."""
 
 import dataclasses
 import json
@@ -13,22 +13,22 @@ from gemma2_jax.files import write_text
 from gemma2_jax.studies.plots import plot_losses, plot_summary
 from gemma2_jax.studies.stages import read_times
 from gemma2_jax.studies.summary import Group, summary_table
-from gemma2_jax.studies.tables import Table, say
+from gemma2_jax.studies.tables import Table, print_line
 from gemma2_jax.training.metrics import format_number
 
 _SEED = "seed"  # the key whose values are averaged over
-_MOST_CURVES = 10  # in one plot: matplotlib has as many colours
+_MOST_CURVES = 10  # per plot, since matplotlib cycles through 10 colours
 
 
 @dataclass(frozen=True)
 class Result:
-    """One combination of a sweep, done or failed.
+    """Result of one combination of a sweep, done or failed.
 
     Attributes:
-        values: what it sets, by key.
-        folder: of its run.
-        evaluation: None if it failed.
-        error: why it failed.
+        values: values that the combination sets, by key.
+        folder: folder of its run.
+        evaluation: scores of the run; None if it failed.
+        error: why it failed; None if it is done.
     """
 
     values: Mapping[str, str]
@@ -68,7 +68,7 @@ def write_sweep_report(results: Sequence[Result], folder: Path, console: Console
         folder / "results.json",
         json.dumps([_record(result) for result in [*done, *failed]], ensure_ascii=False, indent=1),
     )
-    say(console, f"table in {folder / 'table.md'}" + (f", plots beside it in {folder}" if done else ""))
+    print_line(console, f"table in {folder / 'table.md'}" + (f", plots in {folder}" if done else ""))
 
 
 def _table(done: Sequence[Result], failed: Sequence[Result], keys: Sequence[str], compared: bool) -> Table:
@@ -91,9 +91,11 @@ def _table(done: Sequence[Result], failed: Sequence[Result], keys: Sequence[str]
 def _groups(
     done: Sequence[Result], keys: Sequence[str], seconds: Mapping[str, float]
 ) -> tuple[str, list[Group]]:
-    """The combinations without their seeds, lowest mean loss first; and the key along the axis of their plot.
+    """Groups the combinations that differ only in the seed.
 
-    That is the key with the most numbers; without one the plot has a row for each combination.
+    Returns:
+        The key on the horizontal axis of the plot, and the groups, lowest mean loss first. The key is the one with the
+        most distinct numbers; if no key has two, the groups have no `x` and the plot has a row for each of them.
     """
     together: dict[tuple[str, ...], list[Result]] = {}
     for result in done:
@@ -138,7 +140,7 @@ def _cells(result: Result, keys: Sequence[str]) -> list[str]:
 
 
 def _name(values: Mapping[str, str]) -> str:
-    """The values in one line, each behind the last part of its key where no other key ends in the same."""
+    """Formats the values on one line as `key=value`, with the last part of each key where that is unambiguous."""
     ends = [key.split(".")[-1] for key in values]
     short = {key: end if ends.count(end) == 1 else key for key, end in zip(values, ends, strict=True)}
     return " ".join(f"{short[key]}={value}" for key, value in values.items())

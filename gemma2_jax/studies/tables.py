@@ -1,4 +1,4 @@
-"""Plain lines on a terminal, and tables that can be printed and written as Markdown."""
+"""Plain lines on a terminal, and tables for the terminal and for Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,28 +8,34 @@ from rich.console import Console
 from rich.text import Text
 
 
-def say(console: Console, line: str, style: str = "") -> None:
-    """Prints a line as it is: brackets are no markup, numbers have no colours, the terminal breaks it."""
+def print_line(console: Console, line: str, style: str = "") -> None:
+    """Prints a line verbatim: without markup or highlighted numbers, and wrapped by the terminal itself."""
     console.print(Text(line, style), soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Column names, and rows of as many cells; the first `left` columns hold text, the others numbers."""
+    """A table of text cells.
+
+    Attributes:
+        columns: column names.
+        rows: rows with one cell per column.
+        left: number of columns, from the left, that hold text; the others hold numbers.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: int = 1
 
     def print(self, console: Console, title: str) -> None:
-        """Prints the title, and the table with numbers on the right."""
-        say(console, title, "bold")  # a title of rich's own would be broken to the table's width
+        """Prints the title and the table, with numbers aligned right."""
+        print_line(console, title, "bold")  # rich would wrap a table's own title to the table's width
         grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for position, column in enumerate(self.columns):
-            words = column.replace(
+            header = column.replace(
                 " ", "\n"
-            )  # below one another, so that a table of seven fits into 80 columns
-            grid.add_column(Text(words), justify="left" if position < self.left else "right")
+            )  # one word per line, so that a table of seven columns fits into 80
+            grid.add_column(Text(header), justify="left" if position < self.left else "right")
         for row in self.rows:
             grid.add_row(*(Text(cell) for cell in row))
         console.print(grid)

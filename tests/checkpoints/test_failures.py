@@ -1,4 +1,4 @@
-"""What fails in Orbax or on the disk is one sentence; all else stays what it is, and nothing is left replaced."""
+"""Errors of Orbax and of the disk become one sentence; other errors are unchanged, and no patch is left in place."""
 
 import sys
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from gemma2_jax.config import UserError
 
 
 class WrappedError(Exception):
-    """As Orbax's own."""
+    """Stands for an exception type of Orbax."""
 
 
 WrappedError.__module__ = "orbax.checkpoint.somewhere"
@@ -46,7 +46,7 @@ def test_what_orbax_raises_is_one_sentence(error: str, tmp_path: Path) -> None:
         fail_in(IN_ORBAX, error)()
 
 
-def test_the_cause_is_told_and_not_what_it_is_wrapped_in(tmp_path: Path) -> None:
+def test_the_message_names_the_cause_and_not_its_wrapper(tmp_path: Path) -> None:
     cause = fail_in(IN_ORBAX, "ValueError('the cause')")
     with pytest.raises(UserError, match=r"checkpoint of a run: the cause\.$"), reading_checkpoint(tmp_path):
         raise_from(WrappedError("no handler"), cause)

@@ -1,4 +1,4 @@
-"""A checkpoint counts when it is whole; what copies and disks do to its files is found."""
+"""Only whole checkpoints count; damage to their files by copies and disks is detected."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ Damage = Callable[[Path], object]
 
 
 def trees(step: float) -> dict[str, Any]:
-    """Arrays of nothing but their step."""
+    """Arrays filled with the number of their step."""
     return {"params": {"w": jnp.full((40, 50), step)}, "optimizer": {"m": jnp.full(30, step)}}
 
 
@@ -128,9 +128,9 @@ def test_the_one_before_is_used_and_both_are_named(
     assert f"{newest} is not whole (" in found.passed_over[0]
     loaded = restore_params(run, abstract(trees(0)["params"]))
     np.testing.assert_array_equal(loaded["w"], np.full((40, 50), 2.0))
-    said = capsys.readouterr().err
-    assert f"{newest} is not whole" in said
-    assert f"{run / 'checkpoints' / '2'} is used" in said
+    output = capsys.readouterr().err
+    assert f"{newest} is not whole" in output
+    assert f"{run / 'checkpoints' / '2'} is used" in output
 
 
 def test_any_flipped_bit_is_found(run: Path) -> None:
@@ -187,7 +187,7 @@ def test_parameters_that_were_copied_alone(written: Path, tmp_path: Path) -> Non
 
 
 def as_older(checkpoint: Path) -> None:
-    """Makes it one of before there were manifests."""
+    """Turns a checkpoint into one of an older version, which wrote no manifest."""
     (checkpoint / MANIFEST).unlink()
     file = checkpoint / "_CHECKPOINT_METADATA"
     about = json.loads(file.read_text())

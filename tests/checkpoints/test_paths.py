@@ -1,4 +1,4 @@
-"""Run folders whose names are hard: they are read again, or refused before anything is written."""
+"""Run folders with difficult names: they can be read back, or are rejected before anything is written."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""`gemma2` in a process that says where it is: `python stopping.py MODULE:NAME:N VERB …`.
+"""Runs `gemma2` and announces when it reaches a function: `python stopping.py MODULE:NAME:N VERB …`.
 
 When that function is called for the Nth time, it prints `here` to standard error, waits for a signal unless WAIT=0,
-and goes on.
+and continues.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from gemma2_jax.cli.main import main
 
 
 def announce(place: str) -> None:
-    """Has the function at `place` say `here` when it is called for the Nth time."""
+    """Patches the function at `place` to print `here` when it is called for the Nth time."""
     module, name, calls = place.split(":")
     *owner, attribute = name.split(".")
     holder: Any = importlib.import_module(module)

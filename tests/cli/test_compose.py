@@ -88,7 +88,7 @@ def test_references_follow_what_they_refer_to():
 
 
 @pytest.mark.parametrize("data", ["python_docs", "files"])
-def test_the_seed_of_the_weights_leaves_the_data_as_it_is(data):
+def test_the_seed_of_the_weights_does_not_change_the_data(data):
     chosen = [f"data={data}", "data.source=x.txt"]
     assert compose([*chosen, "seed=7"]).data == compose(chosen).data
     config = compose([*chosen, "seed=7", "data.seed=3"])
@@ -173,7 +173,7 @@ def test_distilled_and_scratch_differ_in_the_objective_alone():
         (["name=\udcff"], "'name=\\udcff' is not UTF-8"),
     ],
 )
-def test_a_mistake_is_told_in_one_sentence(overrides, sentence):
+def test_a_mistake_is_reported_in_one_sentence(overrides, sentence):
     with pytest.raises(UserError) as caught:
         compose(overrides)
     assert sentence in str(caught.value)
@@ -186,7 +186,7 @@ def test_a_mistake_is_told_in_one_sentence(overrides, sentence):
     ["1", "1e3", "1_000", "0x10", "007", "true", "null", "nan", "2024-01-01", "12:30:00", "é", "a 'b c"],
 )
 def test_a_key_of_text_has_the_text_as_typed(text, tmp_path):
-    """Also through the file that it is saved in."""
+    """Also after saving and loading the configuration."""
     config = compose([f"name={text}", f"tokenizer.path={text}", f"data.text_field={text}"])
     assert (config.name, config.tokenizer.path, config.data.text_field) == (text, text, text)
     assert config.output == f"runs/{text}"
@@ -237,7 +237,7 @@ def test_text_of_a_file_that_looks_like_a_date_is_text_and_a_number_needs_quotes
         ),
     ],
 )
-def test_mistakes_that_can_be_found_together_are_told_together(overrides, sentences):
+def test_mistakes_that_can_be_found_together_are_reported_together(overrides, sentences):
     with pytest.raises(UserError) as caught:
         compose(overrides)
     lines = str(caught.value).split("\n")
@@ -292,7 +292,7 @@ def test_a_folder_of_the_users_own_adds_and_wins(tmp_path):
         find_study("deap", tmp_path)
 
 
-def test_an_experiment_that_asks_for_a_missing_file_is_told(tmp_path):
+def test_an_experiment_that_names_a_missing_file_is_reported(tmp_path):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "bad.yaml").write_text(
         "# @package _global_\ndefaults: [override /model: toyy]\n"
@@ -307,7 +307,7 @@ def test_an_experiment_that_asks_for_a_missing_file_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"a: [1\n", b"- 1\n", b"\xff\xfe", b"a: 1\na: 2\n", b""])
-def test_a_broken_file_of_the_users_own_is_told(tmp_path, content):
+def test_a_broken_file_of_the_user_is_reported(tmp_path, content):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"\Athe configuration[^\n]*\Z"):
@@ -359,6 +359,6 @@ def test_pairs_are_typed():
     ]
 
 
-def test_the_studies_lie_where_their_experiments_lie():
+def test_studies_are_next_to_their_experiments():
     assert "quickstart" in studies()
     assert all(isinstance(path, Path) and path.is_file() for path in studies().values())

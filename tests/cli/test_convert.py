@@ -1,4 +1,4 @@
-"""The verbs convert and inspect as they are typed."""
+"""The commands convert and inspect."""
 
 import shutil
 import sys
@@ -20,9 +20,9 @@ def run_folder(toy_run, tokenizer_config, tmp_path_factory):
 
 def test_a_run_goes_out_and_comes_back(run_folder, tmp_path, capsys):
     assert main(["convert", str(run_folder), str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
-    told, stages = capsys.readouterr()
+    message, stages = capsys.readouterr()
     assert stages == "gemma2: writing …\ngemma2: verifying …\n"  # a line each, where no bar can be drawn
-    assert told.startswith(
+    assert message.startswith(
         f"{tmp_path}/hf: 24 weights from {run_folder} (run folder) as huggingface, bfloat16;"
     )
     assert main(["inspect", str(tmp_path / "hf")]) == 0
@@ -47,7 +47,7 @@ def test_a_run_goes_out_and_comes_back(run_folder, tmp_path, capsys):
     assert texts.pop().startswith("the model")
 
 
-def test_several_dtypes_are_told(run_folder, tmp_path, capsys):
+def test_several_dtypes_are_reported(run_folder, tmp_path, capsys):
     main(["convert", str(run_folder), str(tmp_path / "hf"), "--dtype", "bfloat16"])
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype("float32")
@@ -64,7 +64,7 @@ def test_mistakes_are_one_sentence(run_folder, tmp_path, capsys):
         assert line.startswith("gemma2: ")
 
 
-def test_what_is_wrong_is_shown_and_the_exit_code_tells(run_folder, tmp_path, capsys):
+def test_problems_are_shown_and_set_the_exit_code(run_folder, tmp_path, capsys):
     shutil.copytree(run_folder, tmp_path / "run")
     (tmp_path / "run" / "tokenizer.model").unlink()
     assert main(["inspect", str(tmp_path / "run")]) == 1

@@ -46,7 +46,7 @@ def test_what_was_prepared_is_shown(overrides, capsys):
 @pytest.mark.parametrize(
     ("given", "rows"), [([], 4), (["--rows", "2"], 2), (["--rows=100"], 16), (["--rows", "0"], 0)]
 )
-def test_few_rows_are_shown_unless_more_are_asked_for(overrides, capsys, given, rows):
+def test_few_rows_are_shown_by_default(overrides, capsys, given, rows):
     assert main(["data", "show", *overrides, "data.batch_size=16", *given]) == 0
     shown = capsys.readouterr().out
     assert len(re.findall(r"^ +\d+  ['\"]", shown, re.MULTILINE)) == rows
@@ -59,18 +59,18 @@ def test_shards_are_verified(overrides, tmp_path, capsys):
     folder = tmp_path / "copied"
     shutil.copytree(prepared, folder)
     assert main(["data", "verify", *overrides, f"data.folder={folder}"]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == f"{folder}: 2 shards were read; all match their checksums."
-    assert re.fullmatch(r".*: data\.source \[.*\] has the content that was prepared\.", told[1])
+    output = capsys.readouterr().out.splitlines()
+    assert output[0] == f"{folder}: 2 shards were read; all match their checksums."
+    assert re.fullmatch(r".*: data\.source \[.*\] has the content that was prepared\.", output[1])
 
     shard = folder / "validation-00000.arrayrecord"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert main(["data", "verify", *overrides, f"data.folder={folder}"]) == 1
-    told = capsys.readouterr().err
-    assert f"{shard} has changed since it was written" in told
-    assert len([line for line in told.splitlines() if not line.endswith("…")]) == 1
+    output = capsys.readouterr().err
+    assert f"{shard} has changed since it was written" in output
+    assert len([line for line in output.splitlines() if not line.endswith("…")]) == 1
 
 
 def test_a_source_is_verified_where_it_is(tmp_path, capsys):
@@ -118,14 +118,14 @@ def test_what_was_left_out_is_shown(tmp_path, capsys):
 
 @pytest.mark.parametrize("folder", ["/dev/null/x", "/proc/x", "{file}", "{file}/x/y"])
 @pytest.mark.parametrize("key", ["data.folder", "tokenizer.path"])
-def test_a_place_that_cannot_be_written_to_is_told(key, folder, overrides, tmp_path, capsys):
+def test_a_path_that_is_not_writable_is_reported(key, folder, overrides, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     place = folder.format(file=tmp_path / "file")
     own = ["tokenizer.vocab_size=600", f"data.folder={tmp_path}/prepared", f"{key}={place}"]
     assert main(["data", "prepare", *overrides, *own]) == 1
-    told = capsys.readouterr().err
-    assert place in told
-    assert len([line for line in told.splitlines() if not line.endswith("…")]) == 1
+    output = capsys.readouterr().err
+    assert place in output
+    assert len([line for line in output.splitlines() if not line.endswith("…")]) == 1
 
 
 def test_the_tokenizer_is_trained_once(overrides, capsys):
@@ -144,7 +144,7 @@ def test_encoded_and_decoded_is_the_same(overrides, capsys):
     assert capsys.readouterr().out == text + "\n"
 
 
-def test_input_that_is_no_utf8_is_told(overrides, capsys, monkeypatch):
+def test_input_that_is_not_utf8_is_reported(overrides, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 x"), encoding="utf-8"))
     assert main(["tokenizer", "encode", "-", *overrides]) == 1
     assert capsys.readouterr().err.startswith(
@@ -164,7 +164,7 @@ def test_ids_are_decoded_however_they_are_given(overrides, capsys, monkeypatch, 
     assert capsys.readouterr().out == text
 
 
-def test_the_bytes_of_a_character_are_told_apart(overrides, capsys):
+def test_the_bytes_of_a_character_are_shown_one_by_one(overrides, capsys):
     assert main(["tokenizer", "encode", "λ", *overrides]) == 0
     pieces = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
     assert pieces == ["'<0xCE>'", "'<0xBB>'"]
@@ -195,9 +195,9 @@ def test_the_bytes_of_a_character_are_told_apart(overrides, capsys):
         (["data", "prepare", "data.text_field=body"], "data.text_field"),
     ],
 )
-def test_a_mistake_is_told(overrides, command, sentence, capsys):
+def test_a_mistake_is_reported(overrides, command, sentence, capsys):
     words = [text for text in command if "=" not in text]
     assert main([*words, *overrides, *(text for text in command if "=" in text)]) == 1
-    told = capsys.readouterr().err
-    assert sentence in told
-    assert len([line for line in told.splitlines() if not line.endswith("…")]) == 1
+    output = capsys.readouterr().err
+    assert sentence in output
+    assert len([line for line in output.splitlines() if not line.endswith("…")]) == 1

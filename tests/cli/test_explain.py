@@ -99,8 +99,8 @@ def test_a_key_has_meaning_type_value_file_and_group(capsys):
     ],
 )
 def test_value_and_file_are_those_of_the_command_line(capsys, arguments, lines):
-    told = [line.strip() for line in explained(capsys, *arguments).splitlines()]
-    assert set(lines) <= set(told)
+    printed = [line.strip() for line in explained(capsys, *arguments).splitlines()]
+    assert set(lines) <= set(printed)
 
 
 @pytest.mark.parametrize(
@@ -124,10 +124,10 @@ def test_a_section_lists_its_keys(capsys, section, names):
 )
 def test_an_unknown_key_names_the_nearest(capsys, key, meant):
     assert main(["config", "explain", key]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"gemma2: there is no key {key}; ")
-    assert meant in told
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"gemma2: there is no key {key}; ")
+    assert meant in message
+    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_an_unknown_key_names_the_nearest(capsys, key, meant):
         ],
     ],
 )
-def test_comments_leave_the_configuration_as_it_is(overrides, capsys):
+def test_comments_do_not_change_the_configuration(overrides, capsys):
     config = compose(overrides)
     assert build(RunConfig, yaml.safe_load(with_comments(config)), "shown") == config
     assert main(["config", "show", "--comments", *overrides]) == 0

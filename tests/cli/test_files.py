@@ -1,4 +1,4 @@
-"""Files that cannot be read or written, and disks that fail: one sentence, whatever the verb."""
+"""Files that cannot be read or written, and disks that fail: one sentence from every command."""
 
 import errno
 import re
@@ -32,9 +32,9 @@ def test_the_folder_of_a_study(place: str, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     output = place.format(file=tmp_path / "file")
     assert main(["run", "quickstart", f"output={output}"]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"gemma2: output is {output}, which cannot be used: ")
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"gemma2: output is {output}, which cannot be used: ")
+    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -81,16 +81,16 @@ def test_the_folder_of_a_study(place: str, tmp_path, capsys, monkeypatch):
     ],
     ids=" ".join,
 )
-def test_a_path_below_a_file_is_told_before_anything_is_made(
+def test_a_path_below_a_file_is_reported_before_anything_is_created(
     arguments: list[str], tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     given = [text.replace("FILE", str(tmp_path / "file")) for text in arguments]
     assert main(given) == 1
-    told = re.sub(r"gemma2: loading .* …\n", "", capsys.readouterr().err)
-    assert re.search(rf"{tmp_path}/file is (a file, where a folder is needed|no folder)", told)
-    assert told.count("\n") == 1
+    message = re.sub(r"gemma2: loading .* …\n", "", capsys.readouterr().err)
+    assert re.search(rf"{tmp_path}/file is (a file, where a folder is needed|no folder)", message)
+    assert message.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -109,15 +109,15 @@ def test_a_path_below_a_file_is_told_before_anything_is_made(
         (OSError(errno.EIO, "Input/output error"), "Input/output error."),
     ],
 )
-def test_errors_of_files_are_told_in_a_sentence(error: OSError, sentence: str, capsys, monkeypatch):
+def test_file_errors_are_reported_in_one_sentence(error: OSError, sentence: str, capsys, monkeypatch):
     def fail(*args):
         raise error
 
     monkeypatch.setattr(data_verb, "prepare", fail)
     assert main(["data", "prepare"]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"gemma2: {sentence}")
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"gemma2: {sentence}")
+    assert message.count("\n") == 1
 
 
 def test_errors_of_other_things_are_not_hidden(monkeypatch):
@@ -129,7 +129,7 @@ def test_errors_of_other_things_are_not_hidden(monkeypatch):
         main(["data", "prepare"])
 
 
-def test_config_files_that_cannot_be_read_are_told(tmp_path, capsys):
+def test_unreadable_config_files_are_reported(tmp_path, capsys):
     deep = "a: " + "[" * 3000 + "]" * 3000
     (tmp_path / "configs" / "model").mkdir(parents=True)
     (tmp_path / "configs" / "model" / "deep.yaml").write_text(deep)
@@ -139,8 +139,8 @@ def test_config_files_that_cannot_be_read_are_told(tmp_path, capsys):
         ([f"--config-dir={tmp_path}/circle"], f"--config-dir is {tmp_path}/circle, which is not a folder"),
     ):
         assert main(["config", "show", *arguments]) == 1
-        told = capsys.readouterr().err
-        assert told.startswith(f"gemma2: {sentence}")
-        assert told.count("\n") == 1
+        message = capsys.readouterr().err
+        assert message.startswith(f"gemma2: {sentence}")
+        assert message.count("\n") == 1
     with pytest.raises(UserError, match=r"deep\.yaml is nested too deeply to be read"):
         read_yaml(tmp_path / "configs" / "model" / "deep.yaml")

@@ -1,4 +1,4 @@
-"""The verb generate: what is handed to the sampler, and what is printed."""
+"""The command generate: the arguments of the sampler, and the output."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from gemma2_jax.sampling.config import SamplingConfig
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the sampler was asked; it answers each prompt with its length, a character at a time, the first row last."""
+    """Calls of a fake sampler, which completes each prompt with its length, by characters, with the first row last."""
     calls: list[tuple[list[str], SamplingConfig]] = []
 
     class Sampler:
@@ -85,7 +85,7 @@ def test_a_chat_prints_the_answer_alone(asked, capsys):
     assert capsys.readouterr().out == f" [{len(turns)}]\n"
 
 
-def test_it_stops_where_it_is_told_to_as_well(asked, capsys):
+def test_it_also_stops_at_the_given_stop_conditions(asked, capsys):
     assert main([*COMMAND, "--prompt", "x", "--stop", "7", "--stop", "\n\n", "--stop", "<bos>"]) == 0
     assert (asked[0][1].stop_tokens, asked[0][1].stop_texts) == ((1, 2, 7), ("\n\n",))
     assert main([*COMMAND, "--prompt", "x", "--stop", "9"]) == 1
@@ -172,9 +172,9 @@ def test_defaults_are_those_of_the_library(asked, capsys):
     assert asked[0][1] == usual
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
-    told = " ".join(capsys.readouterr().out.split())
-    assert f"takes the most likely token ({usual.temperature})" in told
-    assert f"maximum tokens per completion ({usual.max_new_tokens})" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"takes the most likely token ({usual.temperature})" in output
+    assert f"maximum tokens per completion ({usual.max_new_tokens})" in output
 
 
 def test_another_tokenizer_may_be_given(asked):
@@ -197,10 +197,10 @@ def test_a_conversation_keeps_its_history_until_it_is_reset(asked, monkeypatch, 
         [f"{first}{reply}{END}{USER}Why?{END}{MODEL}"],
         [f"{USER}Bye{END}{MODEL}"],
     ]
-    told = capsys.readouterr()
-    assert told.out.splitlines()[0] == f" {reply}"
-    assert "there is no command /foo; accepted: /reset, /quit." in told.err
-    assert "holds <start_of_turn> or <end_of_turn>" in told.err
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0] == f" {reply}"
+    assert "there is no command /foo; accepted: /reset, /quit." in captured.err
+    assert "holds <start_of_turn> or <end_of_turn>" in captured.err
 
 
 def test_control_c_stops_a_reply_and_the_conversation_goes_on(asked, monkeypatch, capsys):
@@ -241,7 +241,7 @@ def test_options_that_do_not_go_together(asked, capsys, options, sentence):
     assert asked == []
 
 
-def test_a_folder_without_a_checkpoint_is_told(capsys, tmp_path):
+def test_a_folder_without_a_checkpoint_is_reported(capsys, tmp_path):
     assert main(["generate", "--checkpoint", str(tmp_path), "--prompt", "x"]) == 1
     assert "holds no checkpoint that is known" in capsys.readouterr().err
 
@@ -265,6 +265,6 @@ def test_a_folder_without_a_checkpoint_is_told(capsys, tmp_path):
 )
 def test_what_is_refused_is_named_as_it_was_typed(asked, capsys, options, sentence):
     assert main(["generate", "--checkpoint", "RUN", "--dtype", "bfloat16", "--prompt", "a", *options]) == 1
-    assert f"{sentence}\n" in (told := capsys.readouterr().err)
-    assert "sampling." not in told
-    assert "null" not in told
+    assert f"{sentence}\n" in (message := capsys.readouterr().err)
+    assert "sampling." not in message
+    assert "null" not in message

@@ -1,4 +1,4 @@
-"""`gemma2 launch`: what it shows, what it refuses, and a run on this machine by submitit."""
+"""`gemma2 launch`: its previews, its errors, and a run on this machine through submitit."""
 
 import os
 from contextlib import suppress
@@ -12,8 +12,8 @@ from gemma2_jax.run import RunConfig
 from gemma2_jax.training.metrics import read_metrics
 from tests.launching.shell import write_program
 
-# On import it sets logging up anew, which closes the stream of absl's handler unless that is today's sys.stderr: within
-# a test it is pytest's, and pytest goes on to use it.
+# Importing submitit configures logging again and closes the stream of absl's handler unless it is the current
+# sys.stderr. Within a test that stream belongs to pytest, which still needs it.
 with suppress(ImportError):
     import submitit  # noqa: F401
 
@@ -31,7 +31,7 @@ def test_dry_run_shows_all_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_tells_what_a_launch_would_refuse(
+def test_dry_run_reports_what_a_launch_would_refuse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -63,16 +63,16 @@ def test_what_fails_later_is_refused_at_once(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     assert main(["launch", "tpu-vm", "model=toy", *VM, "--workdir", "/w", "--dry-run", *arguments]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("gemma2: ")
-    assert words in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("gemma2: ")
+    assert words in output
+    assert output.count("\n") == 1
 
 
 def test_a_pod_of_vms_waits_long_for_its_hosts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Unless it is told how long; the VMs are asked for by a program that takes all, and told how to be deleted."""
+    """Unless hosts.timeout is set. A fake gcloud accepts everything, and the output shows how to delete the VMs."""
     monkeypatch.chdir(tmp_path)
     write_program(tmp_path / "bin" / "gcloud", "exit 0")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -109,7 +109,7 @@ def test_a_missing_tool_is_one_sentence(
 def test_a_run_on_this_machine(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As SLURM runs it: the pinned code trains by the pinned configuration."""
+    """As under SLURM, the pinned code trains with the pinned configuration."""
     pytest.importorskip("submitit")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -121,7 +121,7 @@ def test_a_run_on_this_machine(
         "optimizer.warmup_steps=1",
     ]  # fmt: skip
     assert main(["launch", "slurm", *keys, "--local", "--allow-changes", "--workdir", "work"]) == 0
-    assert "is done; its output goes to " in capsys.readouterr().out
+    assert "is done; its output is in " in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(tmp_path / "work" / "runs" / "mine")] == [1, 2, 2]
     (launched,) = (tmp_path / "launches").iterdir()
     assert (launched / "code" / "gemma2_jax" / "__init__.py").exists()

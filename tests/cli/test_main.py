@@ -1,4 +1,4 @@
-"""The command line as a whole: help at once, exit codes, mistakes in one sentence."""
+"""The whole command line: fast help, exit codes, errors of one sentence."""
 
 import json
 import os
@@ -49,16 +49,16 @@ import contextlib, io, json, sys
 from gemma2_jax.cli.main import main
 helps = []
 for command in json.loads(sys.argv[1]):
-    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(SystemExit):
         main([*command, "--help"])
-    helps.append(getattr(told, "getvalue", str)())
+    helps.append(getattr(output, "getvalue", str)())
 print(json.dumps([helps, sorted({name.split(".")[0] for name in sys.modules})]))
 """
 
 
 @pytest.fixture(scope="module")
 def helps():
-    """What every --help prints, and the libraries that one process has loaded after answering all of them."""
+    """The output of every --help, and the libraries that a process has imported after printing all of them."""
     done = subprocess.run(
         [sys.executable, "-c", ASK_ALL, json.dumps(COMMANDS)], capture_output=True, check=True
     )
@@ -84,7 +84,7 @@ def test_help_loads_nothing_heavy(helps):
     assert loaded & heavy == set()
 
 
-def test_every_help_says_what_it_does_with_an_example(helps):
+def test_every_help_text_has_a_description_and_an_example(helps):
     for command, text in zip(COMMANDS, helps[0], strict=True):
         assert text.startswith("usage: gemma2 " + " ".join(command)), command
         assert text.count(f"  gemma2 {' '.join(command)}") >= 1, command
@@ -112,12 +112,12 @@ def test_a_wrong_command_line_exits_with_2(command, capsys):
 @pytest.mark.parametrize("command", [[], ["data"], ["config"], ["tokenizer"], ["launch"]])
 def test_without_a_verb_or_action_the_help_is_printed(command, helps, capsys):
     assert main(command) == 0
-    told = capsys.readouterr()
-    assert told.out.split() == helps[0][COMMANDS.index(command)].split()
-    assert told.err == ""
+    captured = capsys.readouterr()
+    assert captured.out.split() == helps[0][COMMANDS.index(command)].split()
+    assert captured.err == ""
 
 
-def test_the_module_is_the_same_program_and_tells_its_version():
+def test_the_module_is_the_same_program_and_prints_its_version():
     done = subprocess.run(
         [sys.executable, "-m", "gemma2_jax", "--version"], capture_output=True, text=True, check=True
     )
@@ -138,7 +138,7 @@ def test_the_module_is_the_same_program_and_tells_its_version():
         (["--seed"], "seed=…"),
     ],
 )
-def test_an_option_that_is_a_key_is_told_so(given, meant, capsys):
+def test_an_option_that_is_a_key_is_explained(given, meant, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["train", *given])
     assert caught.value.code == 2
@@ -182,10 +182,10 @@ def test_a_configuration_in_a_file_is_utf_8_whatever_the_locale(tmp_path):
 
 def test_a_user_error_is_one_line_and_exits_with_1(capsys):
     assert main(["config", "show", "model=gemm2_2b"]) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("gemma2: there is no model gemm2_2b, did you mean gemma2_2b")
-    assert told.err.count("\n") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("gemma2: there is no model gemm2_2b, did you mean gemma2_2b")
+    assert captured.err.count("\n") == 1
 
 
 def test_config_show_prints_what_train_would_take(capsys):
@@ -239,9 +239,9 @@ def test_an_interrupt_exits_with_130_and_a_hint_how_to_resume(monkeypatch, capsy
         monkeypatch.setattr(cli.config, "show", interrupted)
         command = ["config", "show"]
     assert main(command) == 130
-    told = capsys.readouterr().err
-    assert hint in told
-    assert "Traceback" not in told
+    message = capsys.readouterr().err
+    assert hint in message
+    assert "Traceback" not in message
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -263,7 +263,7 @@ def test_a_signal_unwinds_and_exits_with_its_number(monkeypatch, capsys, number)
 
 
 def test_an_ignored_signal_stays_ignored(monkeypatch):
-    """As nohup has it."""
+    """As under nohup."""
     monkeypatch.setattr(train_verb, "run", lambda arguments: signal.raise_signal(signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -281,7 +281,7 @@ def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
         main(["train"])
 
 
-def test_any_user_error_of_a_verb_is_told(monkeypatch, capsys):
+def test_every_user_error_of_a_verb_is_reported(monkeypatch, capsys):
     def refused(arguments):
         raise UserError("no.")
 

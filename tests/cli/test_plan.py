@@ -1,4 +1,4 @@
-"""The verb plan as it is typed."""
+"""The command plan."""
 
 import json
 import re
@@ -33,12 +33,12 @@ def test_a_table_and_its_figures_as_json(capsys):
 def test_what_does_not_fit_has_an_exit_code_of_its_own(monkeypatch, capsys):
     monkeypatch.setattr(topologies, "_CPU", replace(topologies._CPU, memory=1000))
     assert main([*TOY, "topology=cpu:8", "training.accumulation=1"]) == 3
-    told = capsys.readouterr().out
-    assert "does not fit" in told
-    assert "What would help:" in told
+    output = capsys.readouterr().out
+    assert "does not fit" in output
+    assert "What would help:" in output
 
 
-def test_what_lies_where_needs_no_compiler(monkeypatch, capsys):
+def test_placement_needs_no_compiler(monkeypatch, capsys):
     monkeypatch.setattr("gemma2_jax.planning.program.compile_step", None)
     monkeypatch.setenv("COLUMNS", "120")
     asked = [
@@ -50,11 +50,11 @@ def test_what_lies_where_needs_no_compiler(monkeypatch, capsys):
         "--placement",
     ]
     assert main(asked) == 0
-    told = capsys.readouterr().out
-    assert "run on cpu:8, mesh data=2 x fsdp=2 x tensor=2" in told
-    assert re.search(r"embedder/embedding +V512 D\d+ +V: tensor \(2\), D: fsdp \(2\)", told)
-    assert "B along data (2) x fsdp (2); N, K, F, V along tensor (2)." in told
-    assert "V along tensor (2) x fsdp (2)" in told
+    output = capsys.readouterr().out
+    assert "run on cpu:8, mesh data=2 x fsdp=2 x tensor=2" in output
+    assert re.search(r"embedder/embedding +V512 D\d+ +V: tensor \(2\), D: fsdp \(2\)", output)
+    assert "B along data (2) x fsdp (2); N, K, F, V along tensor (2)." in output
+    assert "V along tensor (2) x fsdp (2)" in output
     assert main([*asked, "--json"]) == 0
     (student,) = json.loads(capsys.readouterr().out)["models"]
     assert student["weights"][0]["axes"] == {"V": ["tensor"], "D": ["fsdp"]}
@@ -62,13 +62,13 @@ def test_what_lies_where_needs_no_compiler(monkeypatch, capsys):
 
 def test_a_search_prints_what_to_type(capsys):
     assert main([*TOY, "topology=cpu:8", "--search", "--budget", "0"]) == 0
-    told = capsys.readouterr().out
-    assert "Candidates tried on cpu:8: 1" in told
-    assert "Best: mesh.replica=1 mesh.data=" in told
+    output = capsys.readouterr().out
+    assert "Candidates tried on cpu:8: 1" in output
+    assert "Best: mesh.replica=1 mesh.data=" in output
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (TOY, "topology is missing"),
         ([*TOY, "topology=abacus:8"], "topology=abacus:8 names the unknown chip abacus"),
@@ -81,9 +81,9 @@ def test_a_search_prints_what_to_type(capsys):
         ([*TOY, "topology=cpu:8", "model=toi"], "there is no model toi"),
     ],
 )
-def test_mistakes_are_one_sentence(arguments, told, capsys):
+def test_mistakes_are_one_sentence(arguments, message, capsys):
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert error.startswith("gemma2: ")
     assert len([line for line in error.splitlines() if not line.endswith("…")]) == 1

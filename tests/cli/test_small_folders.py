@@ -47,8 +47,8 @@ def test_a_small_folder_trains_goes_on_and_is_repeated(
 ) -> None:
     command = ["train", *SETTINGS, "data.source=notes/**/*.md"]
     assert main([*command, "name=notes"]) == 0
-    told = capsys.readouterr().err
-    assert "tokenizer.vocab_size is 4096, but this text supports at most" in told
+    message = capsys.readouterr().err
+    assert "tokenizer.vocab_size is 4096, but this text supports at most" in message
     saved = load_config(RunConfig, "runs/notes/config.yaml")
     assert saved.tokenizer.vocab_size == saved.model.vocab_size < 500
     assert main([*command, "name=notes"]) == 0
@@ -64,14 +64,14 @@ def test_a_small_folder_trains_goes_on_and_is_repeated(
     assert [row.split(",")[0] for row in first] == [row.split(",")[0] for row in repeated]
 
 
-def test_other_notes_in_the_same_folder_are_told_where_to_go(
+def test_other_notes_in_the_same_folder_get_another_folder_suggested(
     notes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["data", "prepare", *SETTINGS, "data.source=notes/*.md"]) == 0
     assert main(["data", "prepare", *SETTINGS, "data.source=notes/1.md"]) == 1
-    told = capsys.readouterr().err
-    assert "was prepared from data.source ['notes/*.md'], and ['notes/1.md'] holds other text" in told
-    assert "set another folder, as in data.folder=runs/data/files_4096-2, or delete this one" in told
+    message = capsys.readouterr().err
+    assert "was prepared from data.source ['notes/*.md'], and ['notes/1.md'] holds other text" in message
+    assert "set another folder, as in data.folder=runs/data/files_4096-2, or delete this one" in message
     assert (
         main(["data", "prepare", *SETTINGS, "data.source=notes/1.md", "data.folder=runs/data/files_4096-2"])
         == 0

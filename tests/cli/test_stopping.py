@@ -87,7 +87,7 @@ def run(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_sweep_that_trains_a_tokenizer(corpus: Path, tmp_path: Path) -> None:
-    """SentencePiece asks for the documents from C++, which makes another exception of ours."""
+    """SentencePiece reads the documents from C++, which turns our exception into another type."""
     command = [*SWEEP, f"data.source={corpus}", "data.folder=data"]
     last = stopped_in("gemma2_jax.data.prepare:chance:20", command, tmp_path)
     assert last == "nothing of data is prepared yet, and the same command begins anew."
@@ -108,7 +108,7 @@ def test_data_that_several_processes_tokenise(corpus: Path, tmp_path: Path) -> N
 
 @pytest.mark.thorough
 def test_phases_of_a_run(run: Path) -> None:
-    """One after another: each time, the run goes on from where the stop before has left it."""
+    """Several stops in a row: each time, the run resumes from where the previous stop left it."""
     command = ["train", "--config", "toy.yaml"]
     nothing = "no step is saved yet; the same command starts from the beginning."
     assert stopped_in("jax.stages:Lowered.compile:1", command, run, wait=False) == nothing

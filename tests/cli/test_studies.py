@@ -14,7 +14,7 @@ from gemma2_jax.studies.config import StudyConfig
 def test_every_study_composes_and_has_a_readme(name):
     study = load_config(StudyConfig, find_study(name))
     runs, output = compose_study(name, study, [], None)
-    assert list(runs) == list(study.trained())
+    assert list(runs) == list(study.trained_runs())
     assert output == f"runs/{name}"
     assert (find_study(name).parent / "README.md").is_file()
 
@@ -84,7 +84,7 @@ def test_a_key_goes_to_every_run_or_to_one(quickstart):
         ("distilled.distill={teacher: x}", "makes teacher the teacher of distilled; leave it out"),
     ],
 )
-def test_a_wrong_key_of_a_study_is_told(quickstart, override, sentence):
+def test_a_wrong_key_of_a_study_is_reported(quickstart, override, sentence):
     with pytest.raises(UserError) as caught:
         compose_study("quickstart", quickstart, [override], None)
     assert sentence in str(caught.value)
@@ -102,7 +102,7 @@ def test_what_the_study_leaves_free_may_be_set(quickstart):
     assert runs["distilled"].distill.dtype == "bfloat16"
 
 
-def test_an_unknown_study_is_told(capsys):
+def test_an_unknown_study_is_reported(capsys):
     assert main(["run", "quikstart"]) == 1
     assert "there is no study quikstart, did you mean quickstart (accepted: " in capsys.readouterr().err
 
@@ -135,7 +135,7 @@ def test_a_sweep_over_experiments_and_groups():
     assert [combination.config.model.d_model for combination in found] == [32, 96, 32, 96]
 
 
-def test_sweeps_over_other_keys_lie_in_other_folders():
+def test_sweeps_over_other_keys_have_other_folders():
     assert compose_sweep(["seed=1,2"], None)[1] == "runs/sweeps/train/seed"
     assert compose_sweep(["model=toy,small_1m"], None)[1] == "runs/sweeps/train/model"
 
@@ -172,7 +172,7 @@ def test_only_the_first_of_many_refusals_are_listed():
         (["experiment=quickstart/teachr", "seed=1,2"], "did you mean quickstart/teacher"),
     ],
 )
-def test_a_sweep_that_is_no_sweep_is_told(overrides, sentence):
+def test_an_invalid_sweep_is_reported(overrides, sentence):
     with pytest.raises(UserError) as caught:
         compose_sweep(overrides, None)
     assert sentence in str(caught.value)

@@ -1,4 +1,4 @@
-"""The verb teacher-cache: estimate, write, verify, refuse."""
+"""The command teacher-cache: estimates, writing, verification and errors."""
 
 from pathlib import Path
 
@@ -34,8 +34,8 @@ def test_a_cache_is_estimated_written_and_verified(
     overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["teacher-cache", *overrides, "--estimate"]) == 0
-    told = capsys.readouterr()
-    assert "400 rows to go, about" in told.err
+    captured = capsys.readouterr()
+    assert "400 rows to go, about" in captured.err
     assert not (tmp_path / "cache").exists()
     assert main(["teacher-cache", *overrides]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/cache holds teacher targets for 400 rows.\n"
@@ -63,6 +63,6 @@ def test_the_teacher_is_looked_for_before_data_is_prepared(
     assert not (tmp_path / "prepared").exists()
 
 
-def test_without_a_folder_it_is_told_what_to_set(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_folder_the_message_names_the_key_to_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["teacher-cache", "model=small_1m"]) == 1
     assert "distill.cache and distill.encoding must be set" in capsys.readouterr().err

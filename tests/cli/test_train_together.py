@@ -1,4 +1,4 @@
-"""The verb train-together: what each student's configuration becomes, and what is refused."""
+"""The command train-together: the configuration of each student, and rejected settings."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_each_student_has_what_is_shared_and_its_own():
 
 
 def test_what_each_makes_of_the_teacher_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As in the verb's description, and from a cache."""
+    """As in the command's description, and from a cache."""
     monkeypatch.chdir(tmp_path)
     Path("runs/teacher").mkdir(
         parents=True
@@ -51,7 +51,7 @@ def test_what_each_makes_of_the_teacher_is_its_own(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("students", "told"),
+    ("students", "message"),
     [
         ([["a"], ["a"]], "--student a cannot name a run"),
         ([["model=toy"]], "--student model=toy cannot name"),
@@ -68,13 +68,13 @@ def test_what_each_makes_of_the_teacher_is_its_own(tmp_path: Path, monkeypatch: 
         ([["a"], ["b", "seed"]], "--student b: 'seed' cannot be read"),
     ],
 )
-def test_students_that_are_none(students, told):
-    with pytest.raises(UserError, match=told):
+def test_students_that_are_none(students, message):
+    with pytest.raises(UserError, match=message):
         compose_students(SHARED, students, None)
 
 
 @pytest.mark.parametrize(
-    ("shared", "told"),
+    ("shared", "message"),
     [
         ("name=family", "name=family has no effect, since each --student names its run; leave it out."),
         (
@@ -87,8 +87,8 @@ def test_students_that_are_none(students, told):
         ),
     ],
 )
-def test_what_cannot_be_shared(shared, told):
-    with pytest.raises(UserError, match=re.escape(told)):
+def test_what_cannot_be_shared(shared, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         compose_students([*SHARED, shared], [["a"]], None)
 
 

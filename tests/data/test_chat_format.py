@@ -92,7 +92,7 @@ def rendered(chat: Chat, generation_prompt: bool) -> str | None:
 
 
 def only_ours_refuses(chat: Chat) -> bool:
-    """Whether a chat has what the published template lets pass, and `render` does not, on purpose."""
+    """Whether a chat has content that the published template accepts and `render` rejects on purpose."""
     return any(
         message["role"] not in ("user", "assistant", "model")
         or any(turn in message["content"] for turn in TURNS)

@@ -1,4 +1,4 @@
-"""Which files a glob names, and what it tells of the others."""
+"""The files that a glob matches, and messages about the others."""
 
 import errno
 import glob
@@ -74,9 +74,7 @@ def test_folders_and_pipes_named_like_files_are_matches(tree: Path):
 
 
 @pytest.mark.parametrize("pattern", ["**/*.txt", "x/*.txt"])
-def test_a_folder_that_cannot_be_looked_into_is_told(
-    tree: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_unreadable_folder_is_reported(tree: Path, pattern: str, monkeypatch: pytest.MonkeyPatch):
     real = os.scandir
 
     def scandir(path: str) -> Any:
@@ -90,6 +88,6 @@ def test_a_folder_that_cannot_be_looked_into_is_told(
 
 
 @pytest.mark.parametrize("pattern", ["none.txt", "none/*.txt", "a.txt/*", "x" * 5000, "none/**/*.txt"])
-def test_a_pattern_that_matches_nothing_is_told(tree: Path, pattern: str):
+def test_a_pattern_without_matches_is_reported(tree: Path, pattern: str):
     with pytest.raises(UserError, match="matches no file; accepted: python-docs, or globs"):
         match_files(["a.txt", pattern])

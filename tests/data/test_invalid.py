@@ -29,7 +29,7 @@ BAD_LINES = {
 
 @pytest.fixture(params=["with a tokenizer", "without one"])
 def tokenizer(request: pytest.FixtureRequest, tokenizer_config: TokenizerConfig, tmp_path: Path):
-    """Training reads the source within SentencePiece, which makes another error of every error."""
+    """Training reads the source within SentencePiece, which turns every error into another type."""
     if request.param == "with a tokenizer":
         request.getfixturevalue("data")  # which trains it
         return tokenizer_config
@@ -69,20 +69,20 @@ def test_one_bad_line_is_refused_or_left_out(
     assert manifest.skipped == Skipped(1, len(texts) + 1, {problem: 1}, (place,))
 
 
-def test_what_is_left_out_is_said_once_and_kept(
+def test_skipped_records_are_reported_once_and_recorded(
     own: DataConfig, tokenizer: TokenizerConfig, texts: list[str], capsys: pytest.CaptureFixture[str]
 ):
     write(own, "a.jsonl", jsonl(texts) + b"".join(BAD_LINES.values()))
     write(own, "b.py", b"print()")
     prepare(replace(own, skip_invalid=20), tokenizer)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        said.count("8 invalid records of 128 (a file of no known kind: 1, no text in the field 'text': 1,")
+        output.count("8 invalid records of 128 (a file of no known kind: 1, no text in the field 'text': 1,")
         == 1
     )
-    assert len([line for line in said.splitlines() if not line.endswith("…")]) == 2
-    assert "first: " in said
-    assert "a.jsonl, line 124; …)" in said  # five places
+    assert len([line for line in output.splitlines() if not line.endswith("…")]) == 2
+    assert "first: " in output
+    assert "a.jsonl, line 124; …)" in output  # five places
     assert read_data_manifest(own.folder).skipped.records == 8
 
 

@@ -121,7 +121,7 @@ def rows_of(batches: Iterable[Batch]) -> list[bytes]:
     ]
 
 
-def test_shuffled_rows_are_those_of_before_a_buffer_at_a_time(data: DataConfig):
+def test_shuffling_permutes_the_rows_of_each_buffer(data: DataConfig):
     plain = rows_of(itertools.islice(train_batches(data), 60))
     shuffled = rows_of(itertools.islice(train_batches(replace(data, shuffle_buffer=12)), 60))
     windows = [(plain[first : first + 12], shuffled[first : first + 12]) for first in range(0, 240, 12)]
@@ -144,7 +144,7 @@ def test_a_long_document_is_spread(tokenizer_config: TokenizerConfig, streams: i
     epoch = prepare(data, tokenizer_config).train.tokens // (4 * 32)
 
     def of_long_document(data: DataConfig) -> list[int]:
-        """How many rows of each batch hold one document alone, which is longer than a row."""
+        """Number of rows in each batch that hold part of a single document longer than a row."""
         batches = itertools.islice(train_batches(data), epoch)
         return [int((batch.segment_ids.max(axis=1) == 1).sum()) for batch in batches]
 
@@ -155,7 +155,7 @@ def test_a_long_document_is_spread(tokenizer_config: TokenizerConfig, streams: i
 
 
 def test_no_row_comes_again_before_all_came(data: DataConfig):
-    """A buffer of more rows than there are reaches no further than an epoch."""
+    """A buffer larger than the number of rows does not mix epochs."""
     counts = read_data_manifest(data.folder).train
     epoch = (counts.tokens - counts.documents) // data.seq_len
     plain = rows_of(itertools.islice(train_batches(data), epoch // 4 + 1))
@@ -189,7 +189,7 @@ def test_processes_share_the_batches_of_one(
 
 
 @pytest.mark.parametrize("part", [slice(1000, 4000), slice(65_536, 65_600)], ids=["records", "index"])
-def test_damaged_shards_are_told(data: DataConfig, tmp_path: Path, part: slice):
+def test_damaged_shards_are_reported(data: DataConfig, tmp_path: Path, part: slice):
     damaged = replace(data, folder=str(shutil.copytree(data.folder, tmp_path / "data")))
     for shard in read_data_manifest(damaged.folder).train_shards:
         content = bytearray((tmp_path / "data" / shard.file).read_bytes())

@@ -31,7 +31,7 @@ from gemma2_jax.data.tokenizer import Tokenizer
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
-    """What was prepared; not when its source was looked at, nor which preparation trained the tokenizer."""
+    """The prepared data, without the time of reading the source and the preparation that trained the tokenizer."""
     files = (path for path in Path(folder).iterdir() if path.is_file() and path.name != SEEN_FILE)
     trained = b'"tokenizer_trained": true'
     return {
@@ -116,10 +116,10 @@ def test_preparing_imports_no_jax():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_script_without_a_guard_is_told_so(
+def test_a_script_without_a_main_guard_is_reported(
     data: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
 ):
-    # Workers import the script anew, which calls prepare again; it must end, and in one sentence.
+    # Workers import the script, which calls prepare again; this must end with an error of one sentence.
     config = replace(data, folder=str(tmp_path / "data"), workers=2)
     (tmp_path / "script.py").write_text(
         "from gemma2_jax.data.config import DataConfig, TokenizerConfig\n"
@@ -187,8 +187,8 @@ def stopped_after(
     return manifest
 
 
-def test_a_full_disk_is_told(data: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path):
-    """A limit to the size of a file stands for the end of the disk."""
+def test_a_full_disk_is_reported(data: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path):
+    """A limit on the size of files stands for a full disk."""
     full, limit = replace(data, folder=str(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))
     try:
@@ -358,12 +358,12 @@ def test_the_vocabulary_is_an_upper_bound(
         assert prepare(config, replace(asked, vocab_size=size)) == manifest
     with pytest.raises(UserError, match=rf"vocab_size is 300, but .* has {manifest.vocab_size} tokens"):
         prepare(config, replace(asked, vocab_size=300))
-    # The same file as of one who asks for the number that is possible.
+    # The file is the same as with a vocab_size of the number that is possible.
     other = replace(asked, path=str(tmp_path / "other.model"), vocab_size=manifest.vocab_size)
     assert prepare(replace(config, folder=str(tmp_path / "other")), other).tokenizer == manifest.tokenizer
 
 
-def test_all_that_differs_is_told_at_once_with_a_folder_that_is_free(
+def test_all_differences_are_reported_at_once_with_a_free_folder(
     data: DataConfig, tokenizer_config: TokenizerConfig
 ):
     other = replace(data, text_field="body", validation_fraction=0.1)

@@ -1,4 +1,4 @@
-"""Files of records, as large as they are foreseen."""
+"""Files of records have the predicted sizes."""
 
 from pathlib import Path
 

@@ -32,7 +32,7 @@ def source(texts: list[str], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def own(data: DataConfig, source: Path, tmp_path: Path) -> DataConfig:
-    """Of a folder that is prepared from `source`."""
+    """Data configuration of a folder prepared from `source`."""
     return replace(data, source=str(source / "*.jsonl"), folder=str(tmp_path / "prepared"))
 
 
@@ -50,7 +50,7 @@ def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def mask(path: Path) -> None:
-    """Replaces the numbers by letters, as many; size and time of modification stay what they were."""
+    """Replaces the digits with as many letters; size and modification time stay the same."""
     before = path.stat()
     path.write_bytes(path.read_bytes().replace(b"555-0199", b"XXX-XXXX"))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -62,7 +62,9 @@ def of(*patterns: Path, text_field: str = "text") -> str:
     return content_of(source, (), Progress(disable=True)).identity
 
 
-def test_masked_text_is_refused_and_told(own: DataConfig, tokenizer_config: TokenizerConfig, source: Path):
+def test_masked_text_is_refused_and_reported(
+    own: DataConfig, tokenizer_config: TokenizerConfig, source: Path
+):
     prepare(own, tokenizer_config)
     assert verify_source(own.folder)
     mask(source / "b.jsonl")
@@ -189,7 +191,7 @@ def with_a_copy(source: Path) -> None:
         (with_a_copy, "2 files, now 3: other copies of the same content"),
     ],
 )
-def test_the_refusal_says_what_has_changed(
+def test_the_refusal_names_what_has_changed(
     own: DataConfig,
     tokenizer_config: TokenizerConfig,
     source: Path,
@@ -242,7 +244,7 @@ def stop_at_once(data: DataConfig, tokenizer: TokenizerConfig, patch: pytest.Mon
 def test_a_tokenizer_of_the_text_before_is_not_used(
     own: DataConfig, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Stopped between its training and the first shard, it is the only thing that was made."""
+    """After a stop between training it and writing the first shard, only the tokenizer exists."""
     tokenizer = TokenizerConfig(str(tmp_path / "own.model"), vocab_size=380)
     stop_at_once(own, tokenizer, monkeypatch)
     assert Path(tokenizer.path).exists()
@@ -297,12 +299,12 @@ def test_names_need_not_be_utf8(
         shutil.copyfile(source / "a.jsonl", os.fsencode(source / "x").removesuffix(b"x") + name)
     asked = replace(own, source=str(source / "*"), skip_invalid=1)
     manifest = prepare(asked, tokenizer_config)
-    assert r"first: " in (said := capsys.readouterr().err)
-    assert r"/caf\xe9.py" in said
+    assert r"first: " in (output := capsys.readouterr().err)
+    assert r"/caf\xe9.py" in output
     assert prepare(asked, tokenizer_config) == manifest
 
 
-def test_python_docs_are_told_apart_by_their_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_python_docs_are_distinguished_by_their_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(tmp_path))
 
     def of_python(docstring: str) -> str:

@@ -218,7 +218,7 @@ def test_brackets_within_a_text_are_no_nesting(tmp_path: Path):
 
 
 def refusing(path: Path, error: OSError) -> Callable[..., Any]:
-    """`Path.open`, but for one file."""
+    """`Path.open` that fails for one file."""
     real = Path.open
 
     def open_(self: Path, *args: Any, **kwargs: Any) -> Any:
@@ -241,7 +241,9 @@ def test_a_file_without_permission_is_named_and_never_skipped(
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.zst", "a.parquet", "a.parquet.gz"])
-def test_a_broken_disk_is_told_and_never_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_a_broken_disk_is_reported_and_never_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
     class Broken(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
             raise OSError(errno.EIO, "Input/output error")
@@ -264,7 +266,7 @@ def test_missing_columns_files_and_folders_are_named(tmp_path: Path):
         documents(tmp_path)
 
 
-def test_parquet_without_pyarrow_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_parquet_without_pyarrow_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.parquet").write_bytes(parquet_bytes(["x"]))
     real = builtins.__import__
 

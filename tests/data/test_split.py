@@ -55,7 +55,7 @@ def test_where_both_have_some_the_fraction_decides() -> None:
     assert many.read < 200  # no further than to the first of each
 
 
-def test_nothing_is_held_out_where_nothing_is_asked_for() -> None:
+def test_a_fraction_of_zero_holds_nothing_out() -> None:
     assert split(TEXTS, 0.0) == (TEXTS, [])
     assert split(["alone"], 0.0) == (["alone"], [])
 

@@ -84,7 +84,7 @@ def test_training_is_deterministic(texts: list[str], tmp_path: Path):
     assert train_tokenizer(texts[::2], tmp_path / "c", 380).fingerprint != first.fingerprint
 
 
-def test_training_learns_from_long_documents(tmp_path: Path):
+def test_training_uses_long_documents(tmp_path: Path):
     # Longer than SentencePiece's own limit (4192 bytes), in one line and in many.
     document = "zyzzyva " * 2000 + "\n" + "quokka\n" * 2000
     trained = train_tokenizer([document], tmp_path / "model", 300)
@@ -106,7 +106,7 @@ def test_training_on_nothing_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("error", [UserError("line 3 is no JSON."), KeyboardInterrupt(), ZeroDivisionError()])
 def test_what_ends_the_documents_stays_what_it_is(tmp_path: Path, error: BaseException):
-    """SentencePiece asks for them from C++, and makes a RuntimeError of it."""
+    """SentencePiece reads them from C++, and raises a RuntimeError instead."""
 
     def documents():
         yield "some text"
@@ -163,7 +163,7 @@ def test_a_character_cut_in_half_is_a_replacement(tokenizer: Tokenizer):
     assert tokenizer.decode(tokenizer.encode("😀")[:-1]) == "\ufffd" * 3
 
 
-def test_text_of_nothing_but_nul_is_told_without_source_lines(tmp_path):
+def test_text_of_nothing_but_nul_is_reported_without_source_lines(tmp_path):
     with pytest.raises(
         UserError, match=r"^No tokenizer can be trained on these documents: they hold no characters"
     ):

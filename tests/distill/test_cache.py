@@ -1,4 +1,4 @@
-"""The offline teacher: written, stopped, gone on with, read back, and refused where it does not belong."""
+"""The teacher cache: writing, stopping, resuming, reading, and rejection for other runs."""
 
 import json
 import resource
@@ -49,7 +49,7 @@ def write_teacher(run: RunConfig, model: Gemma2, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A teacher wider than the student, with rows of padding in its vocabulary, and sure of some tokens."""
+    """A teacher wider than the student, with rows of padding in its vocabulary, and confident about some tokens."""
     config = replace(toy_run.model, d_model=48, vocab_size=416, vocab_padding=16)
     return write_teacher(toy_run, vivid(config), tmp_path_factory.mktemp("runs") / "teacher")
 
@@ -107,7 +107,7 @@ def top_k(task: RunConfig) -> RunConfig:
 
 
 def log_probabilities(task: RunConfig, batch: Any) -> np.ndarray:
-    """The online teacher's, [B, T, V]."""
+    """Logits of the online teacher, [B, T, V]."""
     assert task.distill.teacher is not None
     model = load_model(task.distill.teacher)
     logits = model(batch.tokens, batch.positions, batch.segment_ids)[..., : model.config.num_tokens]
@@ -118,7 +118,7 @@ def content(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".lock"}
 
 
-def test_entries_are_what_the_online_teacher_says_about_the_same_batch(top_k: RunConfig) -> None:
+def test_entries_equal_the_online_teachers_outputs_for_the_same_batch(top_k: RunConfig) -> None:
     step_bound = read_cache(folder_of(top_k)).grid.step
     plain = train_batches(top_k.data)
     for batch, sparse in with_targets(top_k):
@@ -220,15 +220,15 @@ def test_reading_goes_on_where_it_was(top_k: RunConfig) -> None:
             {"seq_len": 8, "batch_size": 16},
             EncodingConfig("sampled", 12),
             40,
-        ),  # rows beside which headers are much
+        ),  # rows that are small compared with their headers
         (
             {"batch_size": 16},
             EncodingConfig("full", None, weight_bits=16),
             30,
-        ),  # much beside the blocks of a file
+        ),  # rows that are large compared with the blocks of a file
     ],
 )
-def test_size_and_time_are_told_before_anything_is_written(
+def test_size_and_time_are_printed_before_anything_is_written(
     task: RunConfig,
     changes: dict[str, Any],
     encoding: EncodingConfig,
@@ -243,37 +243,39 @@ def test_size_and_time_are_told_before_anything_is_written(
         asking(task, steps=steps, cache=str(tmp_path / "planned"), encoding=encoding), data=data
     )
     write_cache(planned, estimate_only=True)
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert not Path(folder_of(planned)).exists()
-    assert f"{steps * data.batch_size} rows to go, about" in told
+    assert f"{steps * data.batch_size} rows to go, about" in message
     made = write_cache(planned)
-    assert kilobytes(told, "about ") == pytest.approx(made.size / 1000, rel=0.02)
-    # What is told of a token is without the files' own headers and padding, beside which toy rows are little.
+    assert kilobytes(message, "about ") == pytest.approx(made.size / 1000, rel=0.02)
+    # The size per token excludes the headers and padding of files, which are larger than toy rows.
     records = grain.sources.ArrayRecordDataSource(
         [f"{folder_of(planned)}/{file.file}" for file in made.files]
     )
     size = sum(len(records[row]) for row in range(made.rows))
-    estimate = float(told.split("(")[1].split(" bytes a token")[0])
+    estimate = float(message.split("(")[1].split(" bytes a token")[0])
     assert estimate == pytest.approx(size / (made.rows * data.seq_len), rel=0.02)
-    assert kilobytes(told, "a token; ") == pytest.approx((made.size - size) / 1000, abs=66 * len(made.files))
+    assert kilobytes(message, "a token; ") == pytest.approx(
+        (made.size - size) / 1000, abs=66 * len(made.files)
+    )
     written = f"{made.rows:,} rows of {data.seq_len} tokens, "
     assert kilobytes(capsys.readouterr().err, written) == pytest.approx(made.size / 1000, rel=0.005)
 
 
-def kilobytes(told: str, before: str) -> float:
+def kilobytes(text: str, before: str) -> float:
     """The size that follows `before` in a line."""
-    value, unit, *_ = told.split(before)[1].split()
+    value, unit, *_ = text.split(before)[1].split()
     return float(value) * {"KB": 1, "MB": 1000}[unit]
 
 
 def test_a_single_step_is_not_timed(
     task: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It would be with its compilation, or over no step at all."""
+    """Otherwise it would include compilation, or cover no step at all."""
     write_cache(asking(task, steps=1, cache=str(tmp_path / "one")), estimate_only=True)
-    told = capsys.readouterr().err
-    assert told.startswith(f"{tmp_path}/one: 4 rows to go, about ")
-    assert told.endswith("are headers and padding of files)\n")
+    message = capsys.readouterr().err
+    assert message.startswith(f"{tmp_path}/one: 4 rows to go, about ")
+    assert message.endswith("are headers and padding of files)\n")
 
 
 @pytest.mark.thorough
@@ -385,7 +387,7 @@ def test_broken_files_are_named(sampled: RunConfig, tmp_path: Path) -> None:
         read_cache(folder)
 
 
-def test_a_broken_record_is_told_where_it_is_read(sampled: RunConfig, tmp_path: Path) -> None:
+def test_a_broken_record_is_reported_where_it_is_read(sampled: RunConfig, tmp_path: Path) -> None:
     folder = shutil.copytree(folder_of(sampled), tmp_path / "broken")
     file = folder / read_cache(folder).files[0].file
     content = bytearray(file.read_bytes())
@@ -396,8 +398,8 @@ def test_a_broken_record_is_told_where_it_is_read(sampled: RunConfig, tmp_path: 
         list(cached_batches(sampled.data, str(folder)))
 
 
-def test_a_full_disk_is_told_and_what_was_whole_stays(sampled: RunConfig, tmp_path: Path) -> None:
-    """A limit to the size of a file stands for the end of the disk."""
+def test_a_full_disk_is_reported_and_whole_files_stay(sampled: RunConfig, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk."""
     task = asking(sampled, steps=2, cache=str(tmp_path / "full"))
     write_cache(task)
     before, limit = content(folder_of(task)), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -428,7 +430,7 @@ def test_a_cache_that_another_has_written_meanwhile_is_not_written_again(
     assert content(folder_of(task)) == content(folder_of(sampled))
 
 
-def test_the_students_layout_decides_how_rows_lie(task: RunConfig) -> None:
+def test_the_students_layout_decides_how_rows_are_split(task: RunConfig) -> None:
     mesh = MeshConfig(data=1, fsdp=4, sequence=2)
     rows = {"B": ("data", "fsdp", "sequence"), "T": ()}
     layout = replace(task.layout, activations=task.layout.activations | rows)
@@ -458,7 +460,7 @@ def test_a_cache_of_unknown_place_or_content_is_refused(task: RunConfig, lacking
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"kind": "full"}, "entries is 50; it must be null for kind full"),
         ({"entries": None}, "entries is null; it must be at least 1 for kind sampled"),
@@ -476,8 +478,8 @@ def test_a_cache_of_unknown_place_or_content_is_refused(task: RunConfig, lacking
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_wrong_settings_are_refused(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=f"distill.encoding.{told}"):
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"distill.encoding.{message}"):
         EncodingConfig(**settings)
 
 

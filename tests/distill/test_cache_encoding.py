@@ -1,4 +1,4 @@
-"""What is kept of a distribution: unbiased where it says so, with the tail where there is one.
+"""Encodings of teacher distributions: unbiased where they claim to be, with the tail where there is one.
 
 The gradient of the forward KL with respect to the student's logits is (sum of w) P_S - w for a teacher's weights
 w, and P_S - P_T for the whole of its distribution: an estimate w with the mean P_T gives that gradient on average.
@@ -32,7 +32,7 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 def cached(config: EncodingConfig, values: np.ndarray, copies: int) -> SparseTargets:
-    """What comes back of a cache for `copies` tokens that all have the same logits: [1, copies, K]."""
+    """Targets decoded from a cache of `copies` tokens with equal logits: [1, copies, K]."""
     rows = jnp.broadcast_to(jnp.asarray(values), (copies, len(values)))
     made = encode(config, rows, len(values), jnp.uint32(3), jnp.arange(copies))
     packer = Packer(config, log_grid(config, MODEL), len(values), copies)
@@ -55,12 +55,12 @@ def gradient(student: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def largest_deviation(gradients: np.ndarray, expected: np.ndarray, sigma: np.ndarray) -> float:
-    """Of the mean over estimates from what is expected, in standard errors, over the coordinates."""
+    """The largest deviation of the mean estimate from its expectation over the coordinates, in standard errors."""
     return float(np.max(np.abs(gradients.mean(0) - expected) / (sigma / math.sqrt(len(gradients)))))
 
 
-# Were the estimates unbiased, the mean of a coordinate would lie beyond z standard errors with a chance of about
-# erfc(z / sqrt 2); over V coordinates (Bonferroni) beyond 5 with a chance below 40 * 6e-7 = 2.3e-5.
+# If the estimates are unbiased, the mean of a coordinate is beyond z standard errors with a probability of about
+# erfc(z / sqrt 2); over V coordinates (Bonferroni) beyond 5 with a probability below 40 * 6e-7 = 2.3e-5.
 Z = 5.0
 
 
@@ -102,7 +102,7 @@ def test_the_gradient_above_is_that_of_the_trainers_loss(proposal_temperature: f
 
 
 def test_the_value_from_draws_is_too_large_by_what_they_lack_of_the_entropy() -> None:
-    """Of the teacher itself it is not 0, and the same is added for any other student."""
+    """The loss of the teacher itself is not 0, and every other student has the same offset."""
     teacher, student = logits(), logits(seed=1)
     p = softmax(teacher)
     sparse = cached(EncodingConfig("sampled", 12), teacher, 2000)
@@ -163,7 +163,7 @@ def test_padding_is_never_drawn_and_a_certain_token_always() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sampled", "top_k", "top_p", "full"])
-def test_a_teacher_that_gives_no_numbers_is_told(kind: str) -> None:
+def test_a_teacher_with_nan_outputs_is_reported(kind: str) -> None:
     config = {
         "sampled": EncodingConfig(entries=5),
         "top_k": EncodingConfig("top_k", 5),
@@ -192,7 +192,7 @@ def cached_loss(student: jax.Array, sparse: SparseTargets) -> jax.Array:
 
 
 def renormalised_loss(student: jax.Array, sparse: SparseTargets) -> jax.Array:
-    """What trainers do that keep no tail: both sides brought to 1 over the k ids."""
+    """The loss of trainers without a tail: both sides are renormalised over the k ids."""
     log_teacher = jax.nn.log_softmax(sparse.log_weights[0, 0])
     return jnp.sum(jnp.exp(log_teacher) * (log_teacher - jax.nn.log_softmax(student[sparse.ids[0, 0]])))
 
@@ -211,7 +211,7 @@ def test_the_tail_constrains_the_student_where_renormalising_does_not() -> None:
 
 
 def test_where_the_entries_are_all_tokens_there_is_no_tail() -> None:
-    """Of a sure teacher in a vocabulary with padding: what float32 sums leave below 1 is no probability."""
+    """A confident teacher with a padded vocabulary: rounding of float32 sums below 1 is not tail probability."""
     size, config = V + 24, EncodingConfig("top_k", V)
     padded = np.concatenate([logits(scale=8.0), np.full(24, -1e30, np.float32)])
     student = jnp.concatenate([jnp.asarray(logits(seed=1)), jnp.full(24, -1e30)])
@@ -226,7 +226,7 @@ def test_where_the_entries_are_all_tokens_there_is_no_tail() -> None:
 
 
 def test_a_small_tail_is_that_of_the_other_tokens() -> None:
-    """Far below what is left of 1 - sum(p) in float32."""
+    """Far below the rounding error of 1 - sum(p) in float32."""
     teacher = np.full(V, -20.0, np.float32)
     teacher[:8] = np.linspace(4, 8, 8)
     expected = math.log(softmax(teacher)[8:].sum())

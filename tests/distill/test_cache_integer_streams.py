@@ -1,4 +1,4 @@
-"""Integers become bytes and come back, and take about what their entropy asks for."""
+"""Integers are encoded as bytes and decoded again, in about as much space as their entropy."""
 
 import struct
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def test_the_bytes_are_the_least_that_holds_a_number(largest: int) -> None:
 
 
 def entropy(values: np.ndarray) -> float:
-    """In bytes, of numbers each for itself."""
+    """Entropy in bytes of independent numbers."""
     shares = np.unique(values, return_counts=True)[1] / len(values)
     return float(-np.sum(shares * np.log2(shares)) * len(values) / 8)
 
@@ -82,7 +82,7 @@ def test_numbers_of_draws_take_less_than_a_byte_each_compressed(once: float, mos
     assert len(record) < 0.8 * len(each)
 
 
-def test_a_record_that_is_not_whole_is_told() -> None:
+def test_an_incomplete_record_is_reported() -> None:
     values = [np.random.default_rng(row).integers(1, 5000, 50).tolist() for row in range(2)]
     first, second = written(values, StreamsWriter.scales)
     for cut in (1, 5, len(first) - 1, len(first) - 40):

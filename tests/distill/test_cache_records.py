@@ -114,7 +114,7 @@ def test_the_grid_is_off_by_half_a_step_at_most(bits: int, low: float, width: fl
 @pytest.mark.parametrize("proposal_temperature", [1.0, 1.25, 4.0])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 5.0])
 def test_the_grids_range_holds_all_that_can_be(proposal_temperature: float, temperature: float) -> None:
-    """Of logits within the soft cap, at the corners: all alike, one far above, one far below the others."""
+    """Extreme logits within the soft cap: all alike, one far above, or one far below the others."""
     size = 1000
     model = replace(MODEL, vocab_size=size)
     sampled = EncodingConfig(proposal_temperature=proposal_temperature, temperature=temperature)
@@ -142,7 +142,7 @@ def test_the_default_error_is_small() -> None:
     assert math.exp(grid.step) - 1 < 0.02
 
 
-def test_a_record_that_is_cut_is_told() -> None:
+def test_a_truncated_record_is_reported() -> None:
     tool = packer(EncodingConfig(entries=4), 1000, 2)
     record = tool.pack(Entries(np.array([[1, 1, 2, 3], [5, 5, 5, 5]], np.int32), None, None), 0).record
     for broken in (record[:-1], record[:6], record[:4], record[:-8] + b"12345678"):

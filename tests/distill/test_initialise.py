@@ -1,4 +1,4 @@
-"""Students cut out of a teacher: the right parts, all weights alike, and nothing lost that did nothing."""
+"""Students cut out of a teacher: the right parts, consistently in all weights, without loss for unused parts."""
 
 from dataclasses import replace
 from functools import partial
@@ -39,7 +39,7 @@ def one_device() -> jax.sharding.Mesh:
 
 
 def random_batch(vocab_size: int, padding: int = 0) -> Batch:
-    """Two documents a row, and so many tokens of padding behind them."""
+    """Two documents per row, followed by tokens of padding."""
     B, T = 2, 24
     tokens = jax.random.randint(jax.random.key(5), (B, T), 0, vocab_size)
     segments = jnp.broadcast_to(jnp.repeat(jnp.array([1, 2]), T // 2), (B, T))
@@ -169,7 +169,7 @@ def test_what_does_nothing_is_found_and_can_go(toy_config: ModelConfig, wider: d
 
 
 def test_norms_see_the_mean_square_that_they_saw(toy_config: ModelConfig) -> None:
-    """With an epsilon that is not small beside it."""
+    """With an epsilon that is not small compared with the mean square."""
     teacher = replace(toy_config, **WIDER, norm_eps=0.5)
     student = replace(toy_config, norm_eps=0.5)
     params, _ = widened(lively(student), student, teacher)
@@ -210,8 +210,8 @@ def test_pairs_of_layers_stay_whole(
     assert equal(chosen["final_norm"], params["final_norm"])
 
 
-def test_what_is_lost_has_no_say_in_the_channels(toy_config: ModelConfig) -> None:
-    """Channel 9 matters to a pair that goes, channel 7 a little to the one that stays."""
+def test_removed_parts_do_not_affect_the_choice_of_channels(toy_config: ModelConfig) -> None:
+    """Channel 9 matters to a pair that is removed, channel 7 a little to the pair that is kept."""
     teacher, student = toy_config, replace(toy_config, num_layers=2, d_model=1)
     channels = np.zeros((2, 32))
     channels[1, 9], channels[0, 7] = 5, 1
@@ -318,7 +318,7 @@ def test_a_student_begins_ahead(teacher: RunConfig, toy_run: RunConfig, tokenize
 
 @pytest.mark.thorough
 def test_the_mesh_does_not_matter(teacher: RunConfig, toy_run: RunConfig, tokenizer: Tokenizer) -> None:
-    """And the student lies on it as its run needs it. Its vocabulary has rows of padding, its teacher's none."""
+    """The student is sharded as its run needs. Its vocabulary has rows of padding, its teacher's has none."""
     student = replace(toy_run.model, vocab_size=416, vocab_padding=16)
     config = InitConfig(teacher.output, layers="even", width="importance", batches=2)
 
@@ -335,8 +335,8 @@ def test_the_mesh_does_not_matter(teacher: RunConfig, toy_run: RunConfig, tokeni
         f"{leaf.sharding} is not {target.sharding}"), sharded, wanted)  # fmt: skip
 
 
-def test_the_same_model_is_loaded_as_it_is(teacher: RunConfig, tokenizer: Tokenizer) -> None:
-    """With or without a word on how to choose; no batch is read."""
+def test_the_same_model_is_loaded_unchanged(teacher: RunConfig, tokenizer: Tokenizer) -> None:
+    """With or without settings for the choice; no batch is read."""
     whole = load_model(teacher.output).params()
     for config in (InitConfig(teacher.output), InitConfig(teacher.output, "even", "importance")):
         assert equal(initial_params(config, teacher.model, tokenizer, one_device(), []), whole)
@@ -388,7 +388,7 @@ def test_another_vocabulary_is_refused(teacher: RunConfig, toy_run: RunConfig, t
 
 
 def test_a_mesh_that_does_not_divide_the_source(teacher: RunConfig, tokenizer: Tokenizer) -> None:
-    """It does divide the student, which is another model."""
+    """The mesh does divide the student, which has other sizes."""
     mesh = build_mesh(MeshConfig(data=1, fsdp=5), jax.devices()[:5])
     student = replace(teacher.model, d_model=40)
     found = rf"fsdp is 5, which does not divide dimension D \(48\) of initialise.source {teacher.output} "

@@ -1,4 +1,4 @@
-"""Matching layer by layer against dense formulas: values, gradients, and what must not count."""
+"""Matching layer by layer against dense formulas: values, gradients, and positions that must not count."""
 
 from dataclasses import replace
 from functools import partial
@@ -78,7 +78,7 @@ def matched(
 
 
 def distance_of(name: str, pair: Any, numpy: Any) -> Any:
-    """By the definition, [B, T], in NumPy or in JAX."""
+    """The distance by its definition, [B, T], in NumPy or in JAX."""
     student, teacher = pair
     if name == "mse":
         return numpy.mean((student - teacher) ** 2, -1) / numpy.mean(teacher**2, -1)
@@ -87,7 +87,7 @@ def distance_of(name: str, pair: Any, numpy: Any) -> Any:
 
 
 def mean_attention(layer: Any, model: ModelConfig, index: int, batch: Batch) -> np.ndarray:
-    """[B, T, S] in float64, a query and a head at a time."""
+    """Probabilities [B, T, S] in float64, one query and one head at a time."""
     query, key = (np.asarray(layer[name], np.float64) for name in ("query", "key"))
     window = None if index % 2 else model.sliding_window
     group = model.num_heads // model.num_kv_heads

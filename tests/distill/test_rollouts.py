@@ -1,4 +1,4 @@
-"""On-policy batches: what the student writes, what of it counts, and that it is the same everywhere."""
+"""On-policy batches: sampled completions, the targets that count, and equality on every mesh."""
 
 import shutil
 from dataclasses import replace
@@ -69,7 +69,7 @@ def batch() -> Batch:
 def rollout_of(
     config: OnPolicyConfig, model: ModelConfig, stop: int, mesh: Mesh, unroll_layers: bool
 ) -> Wrapped:
-    """Kept, so that no test traces it again."""
+    """Cached, so that tests do not trace it again."""
     compute = ComputeConfig(unroll_layers=unroll_layers)
 
     def sampled(params: Params, batch: Batch, step: jax.Array) -> Batch:
@@ -193,7 +193,7 @@ def test_greedy_samples_are_the_samplers(
 def test_tokens_are_drawn_from_the_full_forwards_logits(
     student: Gemma2, batch: Batch, unroll_layers: bool
 ) -> None:
-    """Each with the noise of its step, row and position."""
+    """Each token uses the noise of its step, row and position."""
     found = sample(student, batch, 0.7, step=5, unroll_layers=unroll_layers)
     keys = row_keys(jax.random.fold_in(jax.random.key(0), 5), B)
 
@@ -292,7 +292,7 @@ def test_the_loss_is_the_divergence_on_the_students_own_tokens(
 def test_a_run_on_eight_devices_is_that_on_one(
     toy_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps, both on samples; the second's are of a student that the first has changed."""
+    """Two steps on samples; the second samples from the student that the first has updated."""
     teacher = replace(toy_run, output=str(tmp_path / "teacher"), model=replace(toy_run.model, d_model=48))
     save_config(teacher, tmp_path / "teacher" / CONFIG_FILE)
     shutil.copy(toy_run.tokenizer.path, tmp_path / "teacher" / TOKENIZER_FILE)
@@ -328,7 +328,7 @@ def test_rows_end_with_the_stop_token(rolled: Batch) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_as_many_steps_as_asked(fraction: float) -> None:
+def test_the_configured_fraction_of_steps(fraction: float) -> None:
     share = np.mean(on_policy_steps(OnPolicyConfig(fraction, 1), 0, 10_000))
     assert share == pytest.approx(fraction, abs=4 * np.sqrt(fraction * (1 - fraction) / 10_000))
 

@@ -1,4 +1,4 @@
-"""Distilling from a run folder: the student learns, alone is saved, and strangers are refused."""
+"""Distilling from a run folder: the student improves, only it is saved, and incompatible teachers are rejected."""
 
 import shutil
 from dataclasses import replace
@@ -73,7 +73,7 @@ def test_the_student_approaches_the_teacher(distilled: RunConfig, teacher: RunCo
 
 @pytest.mark.thorough
 def test_the_student_alone_is_checkpointed(distilled: RunConfig) -> None:
-    """Loading refuses arrays that the student does not have; and beside them only its optimizer's copies are saved."""
+    """Loading rejects arrays that the student does not have; besides its weights, only optimizer state is saved."""
     checkpoint = Path(distilled.output, "checkpoints", "12")
     assert {path.name for path in checkpoint.iterdir() if path.is_dir()} == {"params", "optimizer", "data"}
     student = load_model(distilled.output)
@@ -103,7 +103,7 @@ def test_the_teacher_has_its_own_dtype_and_the_students_mesh(
 def test_rows_may_differ_where_tokens_do_not(
     toy_run: RunConfig, tmp_path: Path, teachers: int, students: int
 ) -> None:
-    """A teacher with rows of padding teaches a student without, and the other way round: KL is over the tokens."""
+    """Teacher and student may have different padding of the vocabulary: the KL is over the tokens only."""
 
     def model(seed: int, padding: int, **sizes: int) -> Gemma2:
         config = replace(toy_run.model, vocab_size=400 + padding, vocab_padding=padding, **sizes)
@@ -181,7 +181,7 @@ def test_a_teacher_of_other_sizes_than_planned_is_refused(teacher: RunConfig, to
 
 
 @pytest.mark.parametrize(
-    ("layout", "told"),
+    ("layout", "message"),
     [
         (None, "layout.activations.K splits dimension K (2)"),
         (LayoutConfig(head=("fsdp",)), "distill.layout.activations.K splits dimension K (2)"),
@@ -189,16 +189,16 @@ def test_a_teacher_of_other_sizes_than_planned_is_refused(teacher: RunConfig, to
     ],
 )
 def test_a_mesh_that_does_not_divide_the_teacher(
-    layout: LayoutConfig | None, told: str, teacher: RunConfig, toy_run: RunConfig
+    layout: LayoutConfig | None, message: str, teacher: RunConfig, toy_run: RunConfig
 ) -> None:
-    """It does divide the student, which is another model."""
+    """The mesh does divide the student, which has other sizes."""
     student = replace(toy_run.model, num_kv_heads=4)
     distill = DistillConfig(teacher.output, "float32", layout=layout)
     mesh = build_mesh(MeshConfig(data=2, tensor=4))
     check_activations(mesh, dim_sizes(student))
     with pytest.raises(UserError) as error:
         load_teacher(distill, student, Tokenizer.load(toy_run.tokenizer.path), mesh)
-    assert str(error.value).startswith(f"{told} of distill.teacher {teacher.output} ")
+    assert str(error.value).startswith(f"{message} of distill.teacher {teacher.output} ")
 
 
 def test_sizes_of_a_teacher_that_cannot_be(toy_run: RunConfig) -> None:

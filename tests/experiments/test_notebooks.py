@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom, and show what they say they show."""
+"""Notebooks run from top to bottom, and their output supports their text."""
 
 import ast
 import os

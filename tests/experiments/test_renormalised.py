@@ -1,4 +1,4 @@
-"""The biased cache beside the second study: what is in the copy, and what is said without something to copy."""
+"""The biased cache for the second study: the content of the copy, and the message if there is nothing to copy."""
 
 import importlib.util
 import os

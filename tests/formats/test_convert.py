@@ -26,13 +26,13 @@ def left(folder: Path) -> list[str]:
 
 
 def test_there_and_back_is_bit_exact(exported, tmp_path):
-    told = []
-    first = convert(exported, tmp_path / "run", progress=lambda *step: told.append(step))
+    calls = []
+    first = convert(exported, tmp_path / "run", progress=lambda *step: calls.append(step))
     second = convert(tmp_path / "run", tmp_path / "again")
     assert (first.source, first.target, first.dtype) == ("Hugging Face", "run", "bfloat16")
     assert (second.source, second.target) == ("run folder", "huggingface")
-    assert {stage for stage, _, _ in told} == {"reading", "writing", "verifying"}
-    assert told[-1] == ("verifying", first.weights, first.weights)
+    assert {stage for stage, _, _ in calls} == {"reading", "writing", "verifying"}
+    assert calls[-1] == ("verifying", first.weights, first.weights)
     assert left(tmp_path / "again") == left(exported)
     for name in left(exported):
         assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes(), name
@@ -164,9 +164,9 @@ def test_a_full_disk(exported, tmp_path, target):
     if target.endswith("gguf"):
         pytest.importorskip("gguf", reason="needs the extra `gguf`: pip install -e '.[gguf]'")
     name, *options = target.split()
-    _, told = started("full", exported, tmp_path / name, *options).communicate(timeout=200)
-    assert told.splitlines()[-1].startswith(f"gemma2: {tmp_path / name} cannot be written: ")
-    assert "Traceback" not in told
+    _, message = started("full", exported, tmp_path / name, *options).communicate(timeout=200)
+    assert message.splitlines()[-1].startswith(f"gemma2: {tmp_path / name} cannot be written: ")
+    assert "Traceback" not in message
     assert left(tmp_path) == []
 
 
@@ -178,10 +178,10 @@ def test_a_signal_leaves_nothing(exported, tmp_path, number):
     assert len(left(tmp_path / "deeper")) == 2  # the lock, and what is being written
     process.send_signal(number)
     process.send_signal(number)  # as `timeout` does
-    _, told = process.communicate(timeout=100)
+    _, message = process.communicate(timeout=100)
     assert process.returncode == 128 + number
-    assert told.splitlines()[-1] == "gemma2: stopped."
-    assert "Traceback" not in told
+    assert message.splitlines()[-1] == "gemma2: stopped."
+    assert "Traceback" not in message
     assert left(tmp_path) == []
 
 
@@ -273,7 +273,7 @@ def test_what_transformers_does_not_load_is_not_written(
 ):
     config = replace(small, **changes)
     write_run(tmp_path / "run", config, vivid(config).params(), Path(tokenizer_config.path))
-    monkeypatch.setattr(RunSource, "weight", None)  # it is told before any weight is read
+    monkeypatch.setattr(RunSource, "weight", None)  # the error is raised before any weight is read
     with pytest.raises(UserError, match=sentence):
         convert(tmp_path / "run", tmp_path / "hf")
     assert left(tmp_path) == ["run"]
@@ -290,7 +290,7 @@ def test_nan_is_carried(small, params, tokenizer_config, tmp_path):
     assert np.isnan(tensor).sum() == 1
 
 
-def test_several_dtypes_are_told(hf_folder, tmp_path):
+def test_several_dtypes_are_reported(hf_folder, tmp_path):
     tensors = load_file(hf_folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
     save_file(tensors, hf_folder / "model.safetensors")

@@ -112,7 +112,7 @@ def test_several_trees(tmp_path, small, params):
         open_source(folder)
 
 
-def test_the_tokenizer_lies_beside_it(tmp_path, small, params, tokenizer, tokenizer_config):
+def test_the_tokenizer_is_next_to_the_checkpoint_folder(tmp_path, small, params, tokenizer, tokenizer_config):
     folder = save(tmp_path / "dm", theirs(params, small, False, True))
     with pytest.raises(UserError, match=r"dm has no tokenizer.model"):
         load(folder)

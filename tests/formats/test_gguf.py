@@ -169,7 +169,7 @@ def test_one_tensor_is_held_at_a_time(path, model_file):
     def stream() -> Iterator[tuple[str, np.ndarray]]:
         for name, entry in expand(GGUF, weight_specs(NO_PADDING)).items():
             array = np.ones(entry.shape, np.float32)
-            # The last one may still be in the hands of the loop that asks for this one.
+            # The consuming loop may still hold the previous array.
             assert sum(reference() is not None for reference in living) <= 1
             living.append(weakref.ref(array))
             yield name, array
@@ -180,7 +180,7 @@ def test_one_tensor_is_held_at_a_time(path, model_file):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             {"query_pre_attn_scalar": 16.0},
@@ -191,8 +191,8 @@ def test_one_tensor_is_held_at_a_time(path, model_file):
         ({"vocab_padding": 9}, "The tokenizer has 310 tokens and the model 311"),
     ],
 )
-def test_a_model_that_cannot_be_expressed_is_refused(path, model_file, change, told):
-    with pytest.raises(UserError, match=told):
+def test_a_model_that_cannot_be_expressed_is_refused(path, model_file, change, message):
+    with pytest.raises(UserError, match=message):
         write_gguf(path, replace(CONFIG, **change), arrays().items(), model_file, "f16", "toy")
     assert not path.exists()
 
@@ -229,7 +229,7 @@ def test_what_f16_cannot_hold_is_refused(path, model_file, value):
 
 
 @pytest.mark.parametrize(
-    ("encoding", "value", "told"),
+    ("encoding", "value", "message"),
     [
         ("bf16", 3.4e38, "has values beyond what bfloat16 can hold; choose float32"),
         ("q8_0", 1e7, "holds a value that is no finite number in q8_0; accepted: f32, bf16"),
@@ -237,16 +237,16 @@ def test_what_f16_cannot_hold_is_refused(path, model_file, value):
         ("q8_0", np.nan, "holds a value that is no finite number in q8_0; accepted: f32, bf16"),
     ],
 )
-def test_what_other_encodings_cannot_hold_is_refused(path, model_file, encoding, value, told):
+def test_what_other_encodings_cannot_hold_is_refused(path, model_file, encoding, value, message):
     given = arrays()
     given["blk.1.ffn_up.weight"][3, 5] = value
-    with pytest.raises(UserError, match=f"blk.1.ffn_up.weight {told}"):
+    with pytest.raises(UserError, match=f"blk.1.ffn_up.weight {message}"):
         write_gguf(path, CONFIG, given.items(), model_file, encoding, "toy")
     assert not path.exists()
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"model_type": "unigram"}, "model_type is BPE"),
         ({"normalization_rule_name": "nmt_nfkc"}, "text is not normalised"),
@@ -255,7 +255,7 @@ def test_what_other_encodings_cannot_hold_is_refused(path, model_file, encoding,
         ({"byte_fallback": False, "vocab_size": 50}, "byte_fallback is true"),
     ],
 )
-def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(path, tmp_path, settings, told):
+def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(path, tmp_path, settings, message):
     usual = dict(
         model_type="bpe",
         vocab_size=310,
@@ -274,11 +274,11 @@ def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(path, tmp_path, 
     )
     model = (tmp_path / "other.model").read_bytes()
     size = Tokenizer(model, "other").vocab_size
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         write_gguf(path, replace(NO_PADDING, vocab_size=size), {}.items(), model, "f16", "toy")
 
 
-def test_without_the_package_it_says_what_to_install(path, model_file, monkeypatch):
+def test_without_the_package_the_message_names_what_to_install(path, model_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install 'gemma2_jax\[gguf\]'"):
         write_gguf(path, CONFIG, arrays().items(), model_file, "f16", "toy")
@@ -316,7 +316,7 @@ def test_tensors_that_are_not_those_of_the_model_are_no_file(path, model_file, w
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_the_header_says_what_was_written(path, model_file, encoding):
+def test_the_header_describes_what_was_written(path, model_file, encoding):
     write_gguf(path, CONFIG, arrays().items(), model_file, encoding, "toy")
     header = read_header(path)
     assert (header.name, header.encoding, header.num_tokens) == ("toy", encoding, 310)
@@ -324,8 +324,8 @@ def test_the_header_says_what_was_written(path, model_file, encoding):
     assert {name: info.shape for name, info in header.tensors.items()} == {
         name: entry.shape for name, entry in expand(GGUF, weight_specs(NO_PADDING)).items()
     }
-    told = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(encoding, encoding)
-    assert header.tensors["blk.0.attn_q.weight"].dtype == told
+    dtype = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(encoding, encoding)
+    assert header.tensors["blk.0.attn_q.weight"].dtype == dtype
     assert header.tensors["blk.0.attn_norm.weight"].dtype == "float32"
     assert header.tensors["blk.0.attn_norm.weight"].file == path
 
@@ -366,7 +366,7 @@ def test_where_the_file_is_silent_the_header_has_what_llama_cpp_takes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"architecture": "llama"}, "holds a model of the architecture llama; accepted: gemma2"),
         ({"embedding": False}, "lacks the tensor token_embd.weight"),
@@ -374,8 +374,8 @@ def test_where_the_file_is_silent_the_header_has_what_llama_cpp_takes(tmp_path):
         ({"head_count": 0}, "num_heads is 0"),
     ],
 )
-def test_a_file_of_another_model_is_refused(tmp_path, change, told):
-    with pytest.raises(UserError, match=told):
+def test_a_file_of_another_model_is_refused(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
         read_header(minimal(tmp_path / "model.gguf", **{**SIZES, **change}))
 
 
@@ -386,7 +386,7 @@ def test_a_size_that_is_missing_is_named(tmp_path, key):
         read_header(minimal(tmp_path / "model.gguf", **sizes))
 
 
-def test_a_file_that_is_cut_short_is_told_in_one_sentence(written: Path, tmp_path: Path):
+def test_a_truncated_file_is_reported_in_one_sentence(written: Path, tmp_path: Path):
     whole = written.read_bytes()
     cut = tmp_path / "cut.gguf"
     for length in [*range(0, 400, 7), *range(400, len(whole), len(whole) // 50)]:
@@ -412,14 +412,14 @@ def test_a_damaged_header_is_never_a_traceback(written: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04" * 100, b"GGUF" + bytes(100)])
-def test_a_foreign_file_is_told_in_one_sentence(tmp_path, content):
+def test_a_foreign_file_is_reported_in_one_sentence(tmp_path, content):
     foreign = tmp_path / "foreign.gguf"
     foreign.write_bytes(content)
     with pytest.raises(UserError, match=r"foreign.gguf"):
         read_header(foreign)
 
 
-def test_a_path_without_a_file_is_told_in_one_sentence(tmp_path):
+def test_a_path_without_a_file_is_reported_in_one_sentence(tmp_path):
     for path in (tmp_path / "none.gguf", tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
             read_header(path)

@@ -85,7 +85,7 @@ def test_an_embedding_with_nan_saved_twice(hf_folder, monkeypatch):
     assert len(open_source(hf_folder).problems()) == 1
 
 
-def test_the_second_embedding_is_compared_once_and_has_no_say_in_the_dtype(hf_folder, monkeypatch):
+def test_the_second_embedding_is_compared_once_and_does_not_affect_the_dtype(hf_folder, monkeypatch):
     embedding = load_file(hf_folder / WEIGHTS)["model.embed_tokens.weight"]
     edit_weights(hf_folder, lm_head__weight=lambda _: embedding.astype(np.float32))
     source = open_source(hf_folder)

@@ -1,4 +1,4 @@
-"""What a checkpoint is told to hold."""
+"""Descriptions of checkpoints and of their problems."""
 
 import json
 from dataclasses import replace
@@ -41,7 +41,7 @@ def test_the_published_model_without_its_padded_rows(exported, small):
     assert lines["tiny"].endswith("; the same model without its 16 padded rows")
 
 
-def test_problems_are_all_told(hf_folder, small):
+def test_all_problems_are_reported(hf_folder, small):
     tensors = load_file(hf_folder / "model.safetensors")
     del tensors["model.norm.weight"]
     tensors["extra"] = np.zeros(3, np.float32)
@@ -53,10 +53,10 @@ def test_problems_are_all_told(hf_folder, small):
     parameters = dict(found.lines)["parameters"]
     assert parameters.startswith(f"{counts.total - 2 * 32:,} (")
     assert parameters.endswith(f"; the tensors that were found hold {counts.total - 32 + 3:,}")
-    told = "\n".join(found.problems)
+    message = "\n".join(found.problems)
     assert len(found.problems) == 4
     for part in ("lacks the tensor model.norm.weight", "tensor extra, which", "[400, 32], where", "398 rows"):
-        assert part in told
+        assert part in message
     assert dict(found.lines)["published"].startswith("no model of these sizes")
     assert dict(found.lines)["tokenizer"] == "does not fit"
 
@@ -74,7 +74,7 @@ def test_gguf(exported, small, tmp_path):
     from gemma2_jax.formats.convert import convert
 
     convert(exported, tmp_path / "small.gguf", dtype="q8_0")
-    (tmp_path / "small.gguf").rename(tmp_path / "small")  # what it is called tells nothing
+    (tmp_path / "small.gguf").rename(tmp_path / "small")  # the name does not matter
     convert(exported, tmp_path / "small.gguf", "huggingface")
     assert dict(inspect(tmp_path / "small.gguf", {}).lines)["kind"] == "Hugging Face"
     found = inspect(tmp_path / "small", {"tiny": small})

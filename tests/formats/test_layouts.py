@@ -69,7 +69,7 @@ def test_hugging_faces_shapes():
     assert entries["model.layers.25.mlp.down_proj.weight"].shape == (2304, 9216)
 
 
-def test_what_lies_where(toy_config):
+def test_single_numbers_map_to_the_right_places(toy_config):
     """Single numbers, followed by hand from our layout to theirs."""
     N, D, H, F = toy_config.num_heads, toy_config.d_model, toy_config.head_dim, toy_config.d_ff
     query = np.arange(D * N * H).reshape(D, N, H)

@@ -28,7 +28,7 @@ pytest.importorskip("gguf", reason="the extra gguf is not installed")
 pytestmark = pytest.mark.slow
 
 WINDOW = 16
-LENGTH = 104  # tokens of each document that the model knows by heart
+LENGTH = 104  # tokens of each document that the model has memorised
 NEW = 72  # tokens that each prompt is continued by
 CONFIG = ModelConfig(
     vocab_size=400,
@@ -75,7 +75,7 @@ def documents(texts: list[str], tokenizer_file: Path) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def model(documents: jax.Array) -> Gemma2:
-    """A model that knows the documents by heart, its matrices rounded to f16.
+    """A model that has memorised the documents, with its matrices rounded to f16.
 
     Random weights would do for the formats, but their two best tokens are often so close that rounding decides
     between them. One that is sure of every next token makes the greedy choice one of substance.

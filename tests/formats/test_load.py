@@ -175,7 +175,7 @@ def test_why_the_hub_gives_nothing(monkeypatch, tmp_path):
     busy = errors.HfHubHTTPError("busy", response=Answer())
     unlisted = errors.LocalEntryNotFoundError("unlisted")
     unlisted.__cause__ = busy
-    for error, told in {
+    for error, message in {
         busy: "the Hugging Face hub answers with HTTP status 503",
         unlisted: "the Hugging Face hub answers with HTTP status 503",
         OSError(28, "No space left on device"): "cannot be kept: No space left on device.",
@@ -187,7 +187,7 @@ def test_why_the_hub_gives_nothing(monkeypatch, tmp_path):
             raise error
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-        with pytest.raises(UserError, match=rf"^nobody/this is no folder here, and .*{told}"):
+        with pytest.raises(UserError, match=rf"^nobody/this is no folder here, and .*{message}"):
             hub.download("nobody/this")
 
 
@@ -207,7 +207,7 @@ def test_the_hub_gives_a_folder(monkeypatch, exported, small):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         (
             "config.yaml",
@@ -217,10 +217,10 @@ def test_the_hub_gives_a_folder(monkeypatch, exported, small):
         ("tokenizer.model", r"run has no tokenizer\.model"),
     ],
 )
-def test_what_is_missing_of_a_run_folder_is_named(run_folder, tmp_path, name, told):
+def test_what_is_missing_of_a_run_folder_is_named(run_folder, tmp_path, name, message):
     run = shutil.copytree(run_folder, tmp_path / "run")
     shutil.move(run / name, tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         load(run)
 
 

@@ -1,4 +1,4 @@
-"""What lies beside the weights: kept in a run folder, used by the sampler, and written again."""
+"""Metadata of a checkpoint: kept in a run folder, used by the sampler, and exported again."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def test_the_ends_of_a_text_come_back(hf_folder, tmp_path, eos):
         assert load(folder)[1].stop_ids == stops
 
 
-def test_config_json_tells_where_generation_config_json_does_not(hf_folder, tmp_path):
+def test_config_json_is_used_where_generation_config_json_has_no_value(hf_folder, tmp_path):
     edit_config(hf_folder, eos_token_id=1, pad_token_id=None, max_position_embeddings=512)
     edit(
         hf_folder, "generation_config.json", eos_token_id=[1, 9], temperature=0.5, transformers_version="4.42"
@@ -69,7 +69,7 @@ def test_config_json_tells_where_generation_config_json_does_not(hf_folder, tmp_
     assert load(hf_folder)[1].stop_ids == {1, 5}
 
 
-def test_the_sampler_stops_where_the_checkpoint_says(hf_folder):
+def test_the_sampler_stops_at_the_checkpoints_stop_tokens(hf_folder):
     model, tokenizer = load(hf_folder)
     prompt = [tokenizer.encode("the model learns", bos=True)]
     config = SamplingConfig(max_new_tokens=40, temperature=0.0)
@@ -151,7 +151,7 @@ def test_transformers_finds_them(hf_folder, tmp_path):
     assert (tokenizer.eos_token, tokenizer.eos_token_id, len(tokenizer)) == ("<end_of_turn>", 5, 400)
 
 
-def test_a_run_learns_it_from_where_it_begins(toy_run, hf_folder, tmp_path):
+def test_a_run_takes_its_metadata_from_its_initial_checkpoint(toy_run, hf_folder, tmp_path):
     """And a student from its teacher. Going on with the run, or losing its source, changes nothing."""
     source = tmp_path / "source"
     config = replace(

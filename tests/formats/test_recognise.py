@@ -63,11 +63,11 @@ def test_a_pickle_is_named_and_not_loaded(hf_folder, tmp_path, name, whole):
     (hf_folder / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     if not whole:
         (hf_folder / "config.json").unlink()
-    told = refusal(hf_folder)
-    assert told.startswith(
+    message = refusal(hf_folder)
+    assert message.startswith(
         f"holds pickles of PyTorch, which may run code and are not read ({name}); save it as"
     )
-    assert "save_pretrained" in told
+    assert "save_pretrained" in message
     assert refusal(hf_folder / name).startswith("holds pickles of PyTorch")
     (hf_folder / name).rename(hf_folder / "weights")
     assert refusal(hf_folder / "weights").startswith("holds pickles of PyTorch")
@@ -75,7 +75,7 @@ def test_a_pickle_is_named_and_not_loaded(hf_folder, tmp_path, name, whole):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("model.weights.h5", b"\x89HDF\r\n\x1a\n", "holds weights of Keras; export them"),
         ("model.keras", b"PK", "holds weights of Keras; export them"),
@@ -109,13 +109,13 @@ def test_a_pickle_is_named_and_not_loaded(hf_folder, tmp_path, name, whole):
         ("tokenizer.model", b"x", "is a tokenizer; give the folder of a model"),
     ],
 )
-def test_other_files(tmp_path, name, content, told):
+def test_other_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    assert refusal(tmp_path / name).startswith(told)
+    assert refusal(tmp_path / name).startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         (["model.weights.h5", "task.json"], "holds weights of Keras (model.weights.h5); export them"),
         (["a.gguf", "README.md"], "holds GGUF, which is written and not read (a.gguf); give the checkpoint"),
@@ -125,10 +125,10 @@ def test_other_files(tmp_path, name, content, told):
         ([], "holds no checkpoint that is known; accepted: a run folder"),
     ],
 )
-def test_other_folders(tmp_path, names, told):
+def test_other_folders(tmp_path, names, message):
     for name in names:
         (tmp_path / name).write_bytes(b"x")
-    assert refusal(tmp_path).startswith(told)
+    assert refusal(tmp_path).startswith(message)
 
 
 @pytest.mark.parametrize("main", [False, True])

@@ -60,7 +60,7 @@ def trained(texts: list[str], vocab_size: int, **settings: Any) -> bytes:
 def model(
     request: pytest.FixtureRequest, texts: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> bytes:
-    """Content of a SentencePiece model file: one of ours and one laid out as Gemma's own."""
+    """Content of a SentencePiece model file: one trained here, and one laid out like Gemma's."""
     if request.param == "with Gemma's ids":
         return trained([*texts, *RUNS], 700, user_defined_symbols=GEMMA_PIECES, **GEMMA_SETTINGS)
     path: Path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
@@ -140,7 +140,7 @@ def test_special_tokens_are_ours(theirs, ours: Tokenizer):
     assert theirs.chat_template == chat_template()
 
 
-def test_differences_are_those_that_the_docstring_tells(theirs, ours: Tokenizer):
+def test_differences_are_those_in_the_docstring(theirs, ours: Tokenizer):
     for number, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>"]):
         assert theirs(piece)["input_ids"] == [2, number]
         assert number not in ours.encode(piece, control=True)

@@ -40,7 +40,7 @@ def test_the_same_logits(exported, theirs):
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def test_the_dtype_is_what_the_folder_says(exported):
+def test_the_dtype_is_that_of_the_folder(exported):
     model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -125,7 +125,7 @@ def test_the_soft_cap_bounds_every_score():
 @settings(max_examples=10, deadline=None)
 @given(filled=st.integers(1, 6), ratio=RATIOS, seed=st.integers(0, 1000))
 def test_attention_to_a_cache_equals_the_plain_form(filled, ratio, seed):
-    """One query a row; the order of the slots does not matter, nor what lies in the empty ones."""
+    """One query per row; neither the order of the slots nor the content of empty slots matters."""
     query, key, value = heads(6, ratio[0], ratio[1], seed=seed, size=3.0)
     visible = np.zeros((1, 1, 6), bool)
     visible[..., np.random.default_rng(seed).permutation(6)[:filled]] = True

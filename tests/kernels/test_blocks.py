@@ -1,4 +1,4 @@
-"""Blocks of tokens hold all tokens once, and no more of them on a device than asked for."""
+"""Blocks of tokens hold each token once, and no more tokens on a device than configured."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, sequence=4)])
 @settings(max_examples=8, deadline=None)
 @given(rows=st.integers(1, 4), columns=st.integers(1, 40), block_tokens=st.integers(1, 100))
-def test_a_device_has_no_more_tokens_of_a_block_than_asked_for(
+def test_a_device_has_no_more_tokens_of_a_block_than_configured(
     mesh: MeshConfig, rows: int, columns: int, block_tokens: int
 ) -> None:
     built = build_mesh(mesh)

@@ -68,7 +68,7 @@ def assert_equal(found, expected) -> None:
 
 @pytest.mark.parametrize(("T", "H", "window", "softcap", "lengths"), CASES)
 def test_splash_equals_the_reference(T, H, window, softcap, lengths):
-    """Interpreted, block by block, as the kernel's program says."""
+    """The kernel in interpret mode, block by block."""
     given = inputs(2, T, 2, 2, H, lengths)
     expected = results(REFERENCE, given, window, softcap)
     assert_equal(results(SPLASH, given, window, softcap), expected)
@@ -195,6 +195,6 @@ def test_heads_that_devices_do_not_share_alike_are_refused():
     assert "lays N along tensor and K along no axis" in str(error.value)
 
 
-def test_configurations_of_before_there_was_a_choice_still_load():
+def test_configurations_without_the_key_still_load():
     old = {"dtype": "float32", "remat": "none", "unroll_layers": True}
     assert build(ComputeConfig, old, "config.yaml").attention == AttentionConfig()

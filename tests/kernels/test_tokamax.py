@@ -1,4 +1,4 @@
-"""What tokamax is told: its own XLA form against the reference; and the Hopper kernel, which only compiles here."""
+"""Arguments for tokamax: its XLA form against the reference, and the Hopper kernel, which is only compiled here."""
 
 from functools import partial
 
@@ -34,14 +34,14 @@ def inputs() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
 
 
 @pytest.mark.parametrize("window", [None, 7])
-def test_it_is_told_the_soft_cap_the_window_and_the_segments(window):
+def test_it_gets_the_soft_cap_the_window_and_the_segments(window):
     query, key, value, positions, segments = inputs()
     visible = visible_keys(positions, positions, segments, segments, window)
     weight = jax.random.normal(jax.random.key(1), query.shape)
 
     def found(query, key, value):
-        told = positions, segments, window, 5.0, "xla"
-        return jnp.sum(weight * tokamax_attention(query, key, value, *told))
+        arguments = positions, segments, window, 5.0, "xla"
+        return jnp.sum(weight * tokamax_attention(query, key, value, *arguments))
 
     def expected(query, key, value):
         return jnp.sum(weight * attention(query, key, value, visible, 5.0))

@@ -51,7 +51,7 @@ def test_a_step_with_splash_compiles(size, topology, axes, remat, toy_run, monke
     with jax.set_mesh(mesh):
         step = build_train_step(method, update, abstract, config.layout)
         program = step.lower(abstract, method.abstract_frozen(mesh), method.abstract_batch(mesh)).compile()
-    # The input of each of the two layers, of a device's tokens, lies in the host's memory, or none does.
+    # With offload, the host's memory holds the inputs of both layers for a device's tokens; otherwise nothing.
     in_layer = 16 * T // (axes.fsdp * axes.sequence) * model.d_model * 2
     found: Any = program.memory_analysis()
     assert found.host_temp_size_in_bytes == (2 * in_layer if remat == "offload" else 0)

@@ -1,4 +1,4 @@
-"""Scripts and programs of bash."""
+"""Helpers for bash scripts and fake programs."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def check_script(text: str, path: Path) -> None:
-    """Fails where shellcheck finds fault with it."""
+    """Asserts that shellcheck finds no problem in a script."""
     path.write_text(text)
     done = subprocess.run(
         [str(Path(sys.executable).parent / "shellcheck"), str(path)],

@@ -1,6 +1,6 @@
-"""What is run for each engine: command lines against what the programs say of themselves, scripts by shellcheck.
+"""Commands and scripts of each engine: command lines are checked against the programs' help, scripts by shellcheck.
 
-The golden files are from the programs: their help, and what xpk makes of the commands that are rendered here.
+The golden files hold the help texts of the programs, and the JobSets that xpk creates from the commands made here.
 """
 
 import re
@@ -45,7 +45,7 @@ def flags(command: Sequence[str]) -> dict[str, str]:
 
 
 def check_flags(command: Sequence[str], synopsis: str, elsewhere: Sequence[str] = ()) -> None:
-    """Each flag is one of the program's own, as its help told them, and has a value if it takes one."""
+    """Checks that the program's help lists each flag, and that a flag has a value if it takes one."""
     text = (GOLDEN / synopsis).read_text()
     takes_value = {name: bool(value) for name, value in re.findall(r"--([a-z-]+)([= ][A-Z[{])?", text)}
     for name, value in flags(command).items():
@@ -54,7 +54,7 @@ def check_flags(command: Sequence[str], synopsis: str, elsewhere: Sequence[str] 
 
 
 def jobset(golden: str, command: Sequence[str]) -> Any:
-    """What xpk made of exactly this command."""
+    """Returns the spec of the JobSet that xpk created from exactly this command."""
     text = (GOLDEN / golden).read_text()
     assert text.splitlines()[1] == f"# {shlex.join(command)}"
     made = yaml.safe_load(text)
@@ -63,13 +63,13 @@ def jobset(golden: str, command: Sequence[str]) -> Any:
 
 
 def test_a_folder_with_commas_is_one_value_for_gcloud() -> None:
-    for folder, told in {
+    for folder, argument in {
         "/tmp/launches": "startup-script=/tmp/launches/job.sh",
         "/tmp/a, b": "^:^startup-script=/tmp/a, b/job.sh",
         "/tmp/a:b,c": "^;^startup-script=/tmp/a:b,c/job.sh",
     }.items():
         made = tpu_vm.submission(tpu_vm.TpuVmSettings(**TPU_VM), Job("toy", Path(folder)))
-        assert flags(made.commands[1])["metadata-from-file"] == told
+        assert flags(made.commands[1])["metadata-from-file"] == argument
 
 
 def test_tpu_slices_on_gke(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_tpu_slices_on_gke(tmp_path: Path) -> None:
 
 
 def test_a_job_on_gke_begins_again_after_an_error_of_python() -> None:
-    """xpk's own list of exit codes begins at 42: a process that lost another one would fail the JobSet for good."""
+    """xpk's default exit codes to restart on start at 42: losing another process would fail the JobSet for good."""
     settings = gke.GkeSettings(**GKE, tpu_type="v5litepod-16", slices=2, max_restarts=3)
     spec = jobset("xpk_tpu.yaml", gke.submission(settings, JOB).commands[0])
     assert spec["failurePolicy"]["maxRestarts"] == 3
@@ -101,7 +101,7 @@ def test_a_job_on_gke_begins_again_after_an_error_of_python() -> None:
     assert 2 not in rule["onExitCodes"]["values"]
 
 
-def test_gpus_on_gke_are_told_their_hosts(tmp_path: Path) -> None:
+def test_gpus_on_gke_get_their_hosts_from_xpk(tmp_path: Path) -> None:
     settings = gke.GkeSettings(**GKE, device_type="h100-80gb-8", nodes=4, priority="high")
     submission = gke.submission(settings, JOB)
     (command,) = submission.commands
@@ -166,7 +166,7 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         gke.check_tools()
     with pytest.raises(
-        UserError, match="gcloud, which asks for TPU VMs, is not installed; see https://cloud"
+        UserError, match="gcloud, which requests TPU VMs, is not installed; see https://cloud"
     ):
         tpu_vm.check_tools()
     monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda _: None)
@@ -174,9 +174,9 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         slurm.check_tools(slurm.SlurmSettings("."))
 
 
-def test_a_command_that_fails_is_told() -> None:
+def test_a_failed_command_is_reported() -> None:
     with pytest.raises(UserError, match=r"^`false` failed with exit code 1; its output is above"):
-        job.Submission([["false"], ["true"]]).carry_out()
+        job.Submission([["false"], ["true"]]).execute()
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_a_command_that_fails_is_told() -> None:
         (gke.GkeSettings, GKE, "either --tpu-type or --device-type"),
         (gke.GkeSettings, {**GKE, "tpu_type": "t", "slices": 0}, "--slices is 0; it must be at least 1"),
         (gke.GkeSettings, {**GKE, "tpu_type": "t", "max_restarts": -1}, "--max-restarts is -1; it must be at least 0"),
-        (gke.GkeSettings, {**GKE, "tpu_type": "t", "nodes": 2}, "--nodes is 2, and is for GPUs"),
-        (gke.GkeSettings, {**GKE, "device_type": "g", "slices": 2}, "--slices is 2, and GPUs"),
+        (gke.GkeSettings, {**GKE, "tpu_type": "t", "nodes": 2}, "--nodes is 2, but --nodes is for GPUs"),
+        (gke.GkeSettings, {**GKE, "device_type": "g", "slices": 2}, "--slices is 2, but GPUs"),
         (gke.GkeSettings, {**GKE, "tpu_type": "t", "workdir": "w"}, "--workdir is w; it must be absolute"),
         (tpu_vm.TpuVmSettings, {**TPU_VM, "bucket": "mine"}, "--bucket is mine; accepted: gs://BUCKET"),
         (tpu_vm.TpuVmSettings, {**TPU_VM, "bucket": "gs://"}, "--bucket is gs://; accepted: gs://BUCKET"),
@@ -200,7 +200,7 @@ def test_a_command_that_fails_is_told() -> None:
         (slurm.SlurmSettings, {"workdir": ".", "restarts": -1}, "--restarts is -1; it must be at least 0"),
         (slurm.SlurmSettings, {"workdir": ".", "gpus_per_node": -1}, "--gpus-per-node is -1; it must be at least 0"),
         (slurm.SlurmSettings, {"workdir": ".", "cpus_per_task": 0}, "--cpus-per-task is 0; it must be at least 1"),
-        (slurm.SlurmSettings, {"workdir": ".", "nodes": 2, "local": True}, "--local runs on this machine alone"),
+        (slurm.SlurmSettings, {"workdir": ".", "nodes": 2, "local": True}, "--local runs on this machine only"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings: Any, values: dict[str, Any], words: str) -> None:
@@ -208,16 +208,18 @@ def test_impossible_settings_are_refused(settings: Any, values: dict[str, Any], 
         settings(**values)
 
 
-def test_what_would_fail_on_the_hosts_is_refused(toy_run: RunConfig) -> None:
+def test_configurations_that_would_fail_on_the_hosts_are_refused(toy_run: RunConfig) -> None:
     for replica, slices in ((1, 1), (2, 2), (4, 2), (-1, 2)):
         job.check_config(replace(toy_run, mesh=MeshConfig(data=1, replica=replica)), slices)
     with pytest.raises(
-        UserError, match=r"^mesh\.replica is 1 and --slices 2; mesh\.replica must be a multiple"
+        UserError, match=r"^mesh\.replica is 1 and --slices is 2; mesh\.replica must be a multiple"
     ):
         job.check_config(replace(toy_run, mesh=MeshConfig()), slices=2)
     job.check_config(replace(toy_run, hosts=HostsConfig(timeout=5)))
     for hosts in (HostsConfig(detect=False), HostsConfig(process_id=0)):
-        with pytest.raises(UserError, match=r"^hosts\.(detect is False|process_id is 0), but a launched run"):
+        with pytest.raises(
+            UserError, match=r"^hosts\.(detect is False|process_id is 0), but the processes of a launched run"
+        ):
             job.check_config(replace(toy_run, hosts=hosts))
 
 

@@ -1,4 +1,4 @@
-"""A job runs the code and the configuration of when it was launched."""
+"""A job runs the code and the configuration at the time of its launch."""
 
 import subprocess
 import tarfile
@@ -49,7 +49,7 @@ def test_what_is_committed(checkout: Path, toy_run: RunConfig, tmp_path: Path) -
     assert {path.name for path in folder.iterdir()} == {"code", "code.tar.gz", "config.yaml", "pin.json"}
 
 
-def test_changes_are_refused_or_pinned_as_they_are(
+def test_uncommitted_changes_are_refused_or_pinned(
     checkout: Path, toy_run: RunConfig, tmp_path: Path
 ) -> None:
     (checkout / "code.py").write_text("two")
@@ -62,7 +62,7 @@ def test_changes_are_refused_or_pinned_as_they_are(
     (checkout / "runs" / "weights").write_text("ignored")
     refused = refusal(checkout, tmp_path / "launches")
     assert refused is not None
-    assert "has changes that are not committed (code.py, …); commit them" in refused
+    assert "has uncommitted changes (code.py, …); commit them" in refused
     before = git(checkout, "status", "--porcelain")
     pinned = pin(toy_run, checkout, tmp_path / "launches")
     assert pinned.changed
@@ -77,10 +77,10 @@ def test_changes_are_refused_or_pinned_as_they_are(
     assert git(checkout, "status", "--porcelain") == before
 
 
-def test_files_that_lie_around_are_no_part_of_the_code(
+def test_files_outside_the_code_folders_are_not_pinned(
     checkout: Path, toy_run: RunConfig, tmp_path: Path
 ) -> None:
-    """Neither data beside the code nor pinned jobs, wherever these are kept."""
+    """Neither data next to the code nor pinned jobs, in whatever folder, are part of the code."""
     (checkout / "weights.bin").write_text("large")
     launches = checkout / "experiments" / "jobs"
     write_pinned(launches / "toy", pin(toy_run, checkout, launches), toy_run, checkout)
@@ -126,14 +126,14 @@ def test_other_code_or_configuration_has_another_name(
 
 def test_a_package_outside_a_checkout_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("gemma2_jax.__file__", str(tmp_path / "gemma2_jax" / "__init__.py"))
-    with pytest.raises(UserError, match="which is no git checkout, so its code cannot be pinned"):
+    with pytest.raises(UserError, match="which is not a git checkout, so its code cannot be pinned"):
         find_checkout()
 
 
-def test_a_checkout_that_git_does_not_trust_is_told_in_gits_own_words(
+def test_a_checkout_that_git_does_not_trust_is_reported_in_gits_words(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`git diff` would print its usage there, since it takes the folder for none of git's."""
+    """`git diff` would print its usage text there, since it does not consider the folder a repository."""
     monkeypatch.setattr("gemma2_jax.__file__", str(checkout / "gemma2_jax" / "__init__.py"))
     assert find_checkout() == checkout
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
@@ -145,7 +145,7 @@ def test_a_checkout_that_git_does_not_trust_is_told_in_gits_own_words(
     )
 
 
-def test_a_broken_checkout_is_told_in_gits_own_words(
+def test_a_broken_checkout_is_reported_in_gits_words(
     checkout: Path, toy_run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (checkout / ".git" / "HEAD").write_text("nonsense")

@@ -1,8 +1,8 @@
-"""The line of a program's output that says why it failed."""
+"""The line of a program's output that names the error."""
 
 import pytest
 
-from gemma2_jax.launching.reasons import meaningful_line
+from gemma2_jax.launching.reasons import error_line
 
 GIT = """\
 fatal: detected dubious ownership in repository at '/x'
@@ -29,7 +29,7 @@ ValueError: no such cluster
 
 
 @pytest.mark.parametrize(
-    ("said", "line"),
+    ("output", "line"),
     [
         (GIT, "fatal: detected dubious ownership in repository at '/x'"),
         (USAGE, "error: Could not access 'HEAD'"),
@@ -40,5 +40,5 @@ ValueError: no such cluster
         ("", ""),
     ],
 )
-def test_the_line_that_counts(said: str, line: str) -> None:
-    assert meaningful_line(said) == line
+def test_the_error_line(output: str, line: str) -> None:
+    assert error_line(output) == line

@@ -1,4 +1,4 @@
-"""What the scripts do on a host, with small programs in the place of gcloud, pip and a training."""
+"""Behaviour of the scripts on a host, with fake programs for gcloud, pip and training."""
 
 import os
 import signal
@@ -48,11 +48,11 @@ def test_a_slurm_job_does_not_end_at_the_signal_for_submitit(tmp_path: Path) -> 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("starting", [0.0, 1.0])  # seconds: the second is stopped while it starts
-def test_a_node_takes_its_training_along_when_it_is_stopped(starting: float, tmp_path: Path) -> None:
-    """submitit raises in the process that waits; the training would go on without it."""
+def test_a_stopped_node_stops_its_training(starting: float, tmp_path: Path) -> None:
+    """submitit raises in the waiting process; the training would otherwise continue without it."""
     script = tmp_path / "job.sh"
     script.write_text(
-        f"trap 'echo stopped > {tmp_path}/said; exit 1' TERM\necho $$ > {tmp_path}/pid\n"
+        f"trap 'echo stopped > {tmp_path}/output; exit 1' TERM\necho $$ > {tmp_path}/pid\n"
         "while true; do sleep 0.05; done\n"
     )
     waiting = (
@@ -70,12 +70,12 @@ def test_a_node_takes_its_training_along_when_it_is_stopped(starting: float, tmp
             assert node.poll() is None
         node.send_signal(signal.SIGINT)
         assert node.wait(60) != 0
-    assert (tmp_path / "said").read_text() == "stopped\n"
+    assert (tmp_path / "output").read_text() == "stopped\n"
 
 
 @pytest.fixture
 def vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a VM: `codes` has the exit codes of its trainings, one a line, `did` what was called."""
+    """The folder of a VM: `codes` has the exit codes of its trainings, one per line; `did` lists what ran."""
     monkeypatch.setattr(tpu_vm, "_LOCAL", str(tmp_path / "opt"))
     monkeypatch.setattr(tpu_vm, "_MOUNTED", str(tmp_path / "mounted"))
     write_program(tmp_path / "bin" / "gcloud", "exit 0")
@@ -88,7 +88,7 @@ def vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(vm: Path, codes: list[int], mount: str | None = None) -> tuple[int, list[str], str]:
-    """Starts the VM; the script's exit code, what was called, and what it said."""
+    """Runs the VM's script; returns its exit code, the programs called, and its output."""
     settings = TpuVmSettings("z", "v5litepod-16", "r", "gs://b", str(vm / "shared" / "work"), mount=mount)
     (script,) = tpu_vm.submission(settings, Job("toy", vm / "toy")).files.values()
     (vm / "codes").write_text("".join(f"{code}\n" for code in codes))
@@ -105,22 +105,22 @@ def start(vm: Path, codes: list[int], mount: str | None = None) -> tuple[int, li
 
 
 def test_a_vm_tries_again_until_the_run_is_done(vm: Path) -> None:
-    code, did, said = start(vm, [134, 143, 134, 137, 134, 134, 1, 0])
+    code, did, output = start(vm, [134, 143, 134, 137, 134, 134, 1, 0])
     assert code == 0
     assert did == ["train", "sleep"] * 7 + ["train"]
-    assert said.startswith("gemma2: failed with exit code 134; begins again in 30 s.\n")
+    assert output.startswith("gemma2: failed with exit code 134; starts again in 30 s.\n")
 
 
 @pytest.mark.parametrize("mistake", [1, 2])
-def test_a_vm_gives_a_mistake_up(vm: Path, mistake: int) -> None:
-    code, did, said = start(vm, [mistake] * 9)
+def test_a_vm_gives_up_after_repeated_mistakes(vm: Path, mistake: int) -> None:
+    code, did, output = start(vm, [mistake] * 9)
     assert code == mistake
     assert did.count("train") == 5
-    assert said.endswith(f"given up, since 5 tries failed; the last one with exit code {mistake}.\n")
+    assert output.endswith(f"gave up after 5 failed tries; the last one ended with exit code {mistake}.\n")
 
 
 def test_a_vm_mounts_once_and_before_it_works_there(vm: Path) -> None:
-    """On a folder that is there; again would fail."""
+    """The folder exists before the mount; a second mount would fail."""
     mount = f"test -d {vm}/shared && echo mount >> {vm}/did"
     code, did, _ = start(vm, [134, 0], mount)
     assert (code, did) == (0, ["mount", "train", "sleep", "train"])
@@ -128,7 +128,7 @@ def test_a_vm_mounts_once_and_before_it_works_there(vm: Path) -> None:
 
 @pytest.mark.parametrize("then", ["&& true", "; true"])
 def test_a_vm_does_not_train_without_its_mount(vm: Path, then: str) -> None:
-    """It tries again, since the disk may not be there yet."""
+    """The script tries again, since the disk may not be available yet."""
     mount = f"echo mount >> {vm}/did; test -e {vm}/up || {{ touch {vm}/up; false; }} {then}"
     code, did, _ = start(vm, [0], mount)
     assert (code, did) == (0, ["mount", "sleep", "mount", "train"])

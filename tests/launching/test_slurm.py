@@ -1,4 +1,4 @@
-"""SLURM: what it is sent, what it refuses, and the whole way through submitit on this machine."""
+"""SLURM: submitted jobs, rejected jobs, and a whole run through submitit on this machine."""
 
 import os
 import signal
@@ -21,18 +21,18 @@ pytest.importorskip("submitit")
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on PATH with SLURM's programs; `sbatch` is to be written by the test."""
+    """A folder on PATH with a fake srun; each test writes its own `sbatch`."""
     write_program(tmp_path / "bin" / "srun", "exit 0")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     return tmp_path
 
 
-def test_what_slurm_is_shown(tmp_path: Path) -> None:
+def test_the_script_and_sbatch_file_of_a_slurm_job(tmp_path: Path) -> None:
     settings = SlurmSettings(
         "/shared", nodes=4, gpus_per_node=8, cpus_per_task=16, minutes=90, partition="long", account="me"
     )
-    told = slurm.told(settings, Job("toy-0123abcd", Path("/launches/toy-0123abcd")))
-    script, sbatch = told.split("#!/bin/bash\n")[1:]
+    preview = slurm.preview(settings, Job("toy-0123abcd", Path("/launches/toy-0123abcd")))
+    script, sbatch = preview.split("#!/bin/bash\n")[1:]
     lines = {line.removeprefix("#SBATCH --") for line in sbatch.splitlines() if line.startswith("#SBATCH")}
     assert {
         "nodes=4", "ntasks-per-node=1", "gpus-per-node=8", "cpus-per-task=16", "time=90", "partition=long",
@@ -43,27 +43,27 @@ def test_what_slurm_is_shown(tmp_path: Path) -> None:
         assert "PYTHONPATH=/launches/toy-0123abcd/code${PYTHONPATH:+:$PYTHONPATH}\n" in text
 
 
-def test_a_job_is_submitted_as_it_was_shown(cluster: Path) -> None:
+def test_a_job_is_submitted_as_previewed(cluster: Path) -> None:
     write_program(cluster / "bin" / "sbatch", f'cp "$1" {cluster}/sent; echo Submitted batch job 17')
     settings, job = SlurmSettings(str(cluster), nodes=2), Job("toy", cluster / "toy")
     slurm.check_tools(settings)
-    assert slurm.submit(settings, job).startswith("toy is job 17; its output goes to ")
+    assert slurm.submit(settings, job).startswith("toy was submitted as job 17; its output is in ")
     lines = (cluster / "sent").read_text().splitlines()
-    shown = slurm.told(settings, job).splitlines()
+    shown = slurm.preview(settings, job).splitlines()
     assert "#SBATCH --nodes=2" in lines
     assert {line for line in lines if line.startswith("export")} <= set(shown)
 
 
-def test_a_job_that_slurm_refuses(cluster: Path) -> None:
+def test_a_job_that_slurm_rejects(cluster: Path) -> None:
     settings, job = SlurmSettings(str(cluster)), Job("toy", cluster / "toy")
     write_program(cluster / "bin" / "sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1")
-    with pytest.raises(UserError, match=r"^SLURM refuses the job: sbatch: error: invalid partition"):
+    with pytest.raises(UserError, match=r"^SLURM rejected the job: sbatch: error: invalid partition"):
         slurm.submit(settings, job)
     write_program(cluster / "bin" / "sbatch", "echo queued somehow")
-    with pytest.raises(UserError, match=r"^SLURM refuses the job: .*queued somehow"):
+    with pytest.raises(UserError, match=r"^SLURM rejected the job: .*queued somehow"):
         slurm.submit(settings, job)
     (cluster / "bin" / "sbatch").write_bytes(b"\x7fELF no program")
-    with pytest.raises(UserError, match=r"^SLURM refuses the job: .*Exec format error"):
+    with pytest.raises(UserError, match=r"^SLURM rejected the job: .*Exec format error"):
         slurm.submit(settings, job)
 
 
@@ -74,26 +74,26 @@ def test_sbatch_is_needed(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_job_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way through submitit, with a script in the place of a training."""
+    """A whole run through submitit, with a script in place of training."""
     settings, job = SlurmSettings(str(tmp_path / "work"), local=True), Job("toy", tmp_path / "toy")
     slurm.check_tools(settings)
     monkeypatch.setattr(slurm, "script", lambda *_: f"#!/bin/bash\necho trained > {tmp_path}/result\n")
-    said = slurm.submit(settings, job)
-    assert said.startswith("toy is done; its output goes to ")
+    output = slurm.submit(settings, job)
+    assert output.startswith("toy is done; its output is in ")
     assert (tmp_path / "result").read_text() == "trained\n"
     failing = "#!/bin/bash\necho 'gemma2: first' >&2\necho 'gemma2: no such disk.' >&2\nexit 1\n"
     monkeypatch.setattr(slurm, "script", lambda *_: failing)
-    with pytest.raises(UserError, match=r"^toy failed: no such disk; its output goes to "):
+    with pytest.raises(UserError, match=r"^toy failed: no such disk; its output is in "):
         slurm.submit(settings, job)
 
 
 def test_a_job_on_this_machine_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It leaves no result to submitit; which waits for one for seconds."""
+    """The job leaves no result, for which submitit would wait for seconds."""
     from submitit.core.core import Job as Submitted
 
     monkeypatch.setattr(Submitted, "_results_timeout_s", 0)
     monkeypatch.setattr(slurm, "script", lambda *_: "#!/bin/bash\nkill -9 $PPID\n")
-    with pytest.raises(UserError, match=r"^toy failed; its output goes to "):
+    with pytest.raises(UserError, match=r"^toy failed; its output is in "):
         slurm.submit(SlurmSettings(str(tmp_path), local=True), Job("toy", tmp_path / "toy"))
 
 

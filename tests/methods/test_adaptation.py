@@ -1,4 +1,4 @@
-"""An adaptation that the package does not have works with every method: here, one that trains the norms alone."""
+"""An adaptation that the package does not have works with every method: here, one that trains only the norms."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -99,7 +99,9 @@ def test_the_norms_are_trained_and_nothing_else(run: RunConfig) -> None:
     with stopped_after(4):
         train(run, method)
     (before,) = rows_at(run, 4, "train")
-    train(run, method)  # from the checkpoint of step 3, which holds the norms, beside the same frozen weights
+    train(
+        run, method
+    )  # from the checkpoint of step 3, which holds only the norms, with the same frozen weights
     assert rows_at(run, 4, "train") == [before]
     (last,) = rows_at(run, run.training.steps, "validation")
     assert np.isfinite(last["cross_entropy"])
@@ -126,7 +128,7 @@ def test_it_is_planned_with_moments_of_the_norms_alone(run: RunConfig) -> None:
 
 
 def test_students_with_it_have_the_losses_of_each_alone(toy_run: RunConfig) -> None:
-    """Of a wider teacher; one of them also matches its layers, with projections of its own."""
+    """Students of a wider teacher; one of them also matches layers, with projections."""
     sizes = replace(toy_run.model, d_model=48)
     distill = DistillConfig("given to the step", "float32", model=sizes)
     match = MatchConfig(((0, 1), (1, 0)), hidden=0.5)

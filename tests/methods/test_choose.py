@@ -1,4 +1,4 @@
-"""Which method a configuration asks for, and what of the frozen weights its step takes."""
+"""The method that a configuration selects, and the frozen weights that its step uses."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ KL = ObjectiveConfig(cross_entropy=0.0, forward_kl=1.0, temperature=1.0, block_t
 
 
 def student(run: RunConfig, **distill: Any) -> RunConfig:
-    """Of a teacher that is not there."""
+    """Configuration with a teacher whose checkpoint does not exist."""
     sizes = replace(run.model, d_model=48)
     settings = DistillConfig(**{"teacher": "nowhere", "dtype": "float32", "model": sizes, **distill})
     return replace(run, objective=KL, distill=settings)
@@ -72,7 +72,7 @@ def test_on_policy_steps_alone_collect(toy_run: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_beside_a_cache_only_validations_take_the_teacher(toy_run: RunConfig, cached: bool) -> None:
+def test_with_a_cache_only_validations_use_the_teacher(toy_run: RunConfig, cached: bool) -> None:
     run = student(toy_run, **(CACHED if cached else {}))
     method, mesh = build_method(run), build_mesh(run.mesh, jax.devices()[:1])
     frozen = method.abstract_frozen(mesh)

@@ -1,4 +1,4 @@
-"""A way of training that the package does not have: trained, validated, stopped, resumed and planned as its own are."""
+"""A method that the package does not have is trained, validated, stopped, resumed and planned like its own methods."""
 
 import shutil
 from dataclasses import replace
@@ -82,7 +82,7 @@ def rows(run: RunConfig, split: str) -> list[dict[str, float]]:
     ]
 
 
-def test_it_learns_and_is_validated(trained: RunConfig) -> None:
+def test_it_trains_and_is_validated(trained: RunConfig) -> None:
     logged, validated = rows(trained, "train"), rows(trained, "validation")
     assert logged[-1]["step"] == validated[-1]["step"] == trained.training.steps
     assert logged[-1]["loss"] < logged[0]["loss"]

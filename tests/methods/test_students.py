@@ -1,4 +1,4 @@
-"""Several students as one method: all that it gives has a branch for each of them."""
+"""Several students as one method: each of its trees has a branch per student."""
 
 from dataclasses import replace
 

@@ -15,7 +15,7 @@ from tests.model.parity import Observed
 
 FOLDER = Path(__file__).parents[1] / "golden"
 ROWS = [field.name for field in fields(Batch) if field.name != "extra"]
-# The smallest sizes that transformers takes: it wants whole query scales, and heads that divide d_model.
+# The smallest sizes that transformers accepts: it needs integer query scales, and heads that divide d_model.
 SMALLEST = {
     "2b": dict(num_heads=2, head_dim=8),
     "9b": dict(num_heads=4, head_dim=8),

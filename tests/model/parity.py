@@ -130,7 +130,7 @@ def learn(model: Gemma2, batch: Batch) -> Observed:
 
 def continued(model: Gemma2, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """NEW_TOKENS greedy tokens after each prompt, read in one batch by our sampler."""
-    # Ids in, ids out: of a tokenizer, the sampler then asks only how many ids there are.
+    # With ids as input and output, the sampler uses only the tokenizer's number of ids.
     ids_only: Any = SimpleNamespace(vocab_size=model.config.num_tokens)
     greedy = SamplingConfig(max_new_tokens=NEW_TOKENS, temperature=0.0, stop_tokens=())
     return Sampler(model, ids_only).generate_tokens(prompts, greedy)

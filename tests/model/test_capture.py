@@ -1,4 +1,4 @@
-"""What is captured of a forward pass: that of a plain loop over blocks, and of the layers asked for alone."""
+"""Captured activations equal those of a plain loop over blocks, and cover only the requested layers."""
 
 from dataclasses import replace
 from typing import Any
@@ -85,7 +85,7 @@ def stacks(function: Any, *arguments: Any) -> list[tuple[int, ...]]:
     return [shape for shape in shapes if len(shape) > 3 and shape[1:3] == (B, T) and shape[0] > B]
 
 
-def test_a_forward_pass_stacks_only_the_layers_asked_for(deep: Gemma2) -> None:
+def test_a_forward_pass_stacks_only_the_requested_layers(deep: Gemma2) -> None:
     capture = Capture((3, 6), hidden=True, attention=True)
     assert {shape[0] for shape in stacks(lambda model: read(model, capture), deep)} == {
         len(capture.layers) + 1

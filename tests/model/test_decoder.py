@@ -96,7 +96,7 @@ def test_bfloat16_is_close_to_float32(toy_model, full):
     np.testing.assert_allclose(logits, full[np.arange(3), LENGTHS - 1], atol=0.15)
 
 
-def test_the_model_is_left_as_it_is(toy_model):
+def test_the_model_is_unchanged(toy_model):
     before = jax.tree.map(np.asarray, toy_model.params())
     jax.block_until_ready(jax.jit(partial(Decoder, compute=ComputeConfig(dtype="bfloat16")))(toy_model))
     chex.assert_trees_all_equal(before, toy_model.params())

@@ -126,7 +126,7 @@ def test_which_kernel_attends_changes_nothing(toy_model, plain, kernel):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)
 
 
-def test_remat_recomputes_what_it_says(toy_model):
+def test_remat_recomputes_what_its_policy_names(toy_model):
     """`dots` recomputes fewer products than `full`, since it keeps those with weights; `none` recomputes none."""
 
     def products(remat):

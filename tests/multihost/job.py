@@ -15,7 +15,7 @@ _SECONDS = 240  # after which something hangs
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has ended; `errors` without what the library below JAX's CPU collectives says about itself."""
+    """A process that has ended. `errors` leaves out log lines of the library below JAX's CPU collectives."""
 
     code: int
     output: str
@@ -37,7 +37,7 @@ def run_job(
     folders: Sequence[Path] | None = None,
     frozen: int | None = None,
 ) -> list[Ended]:
-    """Runs `python COMMAND` for each process, told where the others are, and waits for all.
+    """Runs `python COMMAND` for each process, with the address of the others, and waits for all.
 
     Args:
         folders: that they are started in, one for each.
@@ -56,18 +56,18 @@ def run_job(
         for number, command in enumerate(commands)
     ]
     try:
-        told = {
+        outputs = {
             number: process.communicate(timeout=_SECONDS)
             for number, process in enumerate(running)
             if number != frozen
         }
         if frozen is not None:
             running[frozen].kill()
-            told[frozen] = running[frozen].communicate()
+            outputs[frozen] = running[frozen].communicate()
     finally:
         for process in running:
             process.kill()
-    return [Ended(process.returncode, *map(_own, told[number])) for number, process in enumerate(running)]
+    return [Ended(process.returncode, *map(_own, outputs[number])) for number, process in enumerate(running)]
 
 
 def hosts(port: int, count: int, number: int) -> list[str]:

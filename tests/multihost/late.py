@@ -19,7 +19,7 @@ def late(function):
 
 
 def written_and_read(*arguments):
-    """As a study does, whose next run learns from the cache."""
+    """Writes a cache and reads it back, as a study does before the next run distils from it."""
     manifest = write_cache(*arguments)
     assert read_cache(arguments[0].distill.cache) == manifest
     return manifest

@@ -1,4 +1,4 @@
-"""When one process of a job fails, all end, and process 0 says why in one sentence."""
+"""When one process of a job fails, all processes end, and process 0 prints the reason in one sentence."""
 
 import re
 import signal
@@ -32,7 +32,7 @@ def test_one_that_fails_in_the_middle(command: list[str]) -> None:
 
 @pytest.mark.thorough
 def test_one_that_is_stopped(command: list[str], tmp_path: Path) -> None:
-    """All exit as it does, so that what started them knows that they may be started again, and save the same step."""
+    """All save the same step and exit with its exit code, so that the launcher knows that it may restart them."""
     command = [*command, f"output={tmp_path}/run"]
     first, second = run_job([[*GEMMA2, *command], [*FAILING, "SIGTERM", *command]])
     assert (first.code, second.code) == (128 + signal.SIGTERM,) * 2
@@ -64,7 +64,7 @@ def test_one_that_is_killed(command: list[str]) -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_one_that_is_suspended(command: list[str], frozen: int) -> None:
-    """Its connections stay; it is noticed sooner here than usual. Process 1 tells of process 0, which cannot."""
+    """Its connections stay open; the test shortens the timeouts. Process 1 reports process 0, which cannot."""
     impatient = "from gemma2_jax.processes import ending, links; links.SILENCE = 5; ending._UNWIND = 2"
     waiting = ["-c", f"{impatient}; from gemma2_jax.cli.main import main; raise SystemExit(main())", *command]
     commands = [waiting, waiting]
@@ -89,7 +89,7 @@ def test_one_that_was_started_otherwise(command: list[str]) -> None:
     assert (second.output, second.errors) == ("", "")
 
 
-def test_what_all_refuse_is_said_once(command: list[str], tmp_path: Path) -> None:
+def test_an_error_of_all_processes_is_printed_once(command: list[str], tmp_path: Path) -> None:
     first, second = run_job([[*GEMMA2, *command, "data.batch_size=5", f"output={tmp_path}/run"]] * 2)
     assert (first.code, second.code) == (1, 1)
     assert first.errors.startswith(

@@ -160,7 +160,7 @@ def test_only_process_0_prints(two: tuple[Path, list[Ended]]) -> None:
     assert (second.output, second.errors) == ("", "")
 
 
-def test_a_run_folder_says_nothing_of_its_processes(two: tuple[Path, list[Ended]]) -> None:
+def test_a_run_folder_does_not_depend_on_its_processes(two: tuple[Path, list[Ended]]) -> None:
     assert load_config(RunConfig, two[0] / "config.yaml").hosts == HostsConfig()
 
 

@@ -113,7 +113,7 @@ DIVERGENCES: dict[str, Callable[..., jax.Array]] = {
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_temperature_keeps_the_gradients_size(name: str) -> None:
-    """Its limit is a quadratic form of the logits' difference, which tau^2 leaves as it is."""
+    """At high temperature, tau^2 times the loss tends to a quadratic form of the difference of the logits."""
 
     def size(temperature: float) -> float:
         gradient = jax.grad(lambda logits: DIVERGENCES[name](logits, TEACHER, temperature))(STUDENT)

@@ -56,24 +56,24 @@ def test_a_run_takes_the_step_that_a_plan_has_compiled(toy_run: RunConfig, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("folder", "told"),
+    ("folder", "message"),
     [
         ("gs://bucket/folder", "which needs the package gcsfs"),
         ("ftp://host/folder", "accepted: a folder, or a bucket"),
     ],
 )
-def test_buckets_that_cannot_be_written_to_are_told(
-    folder: str, told: str, monkeypatch: pytest.MonkeyPatch
+def test_buckets_that_are_not_writable_are_reported(
+    folder: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with (
-        pytest.raises(UserError, match=f"compilation_cache is {folder}.*{told}"),
+        pytest.raises(UserError, match=f"compilation_cache is {folder}.*{message}"),
         use_compilation_cache(folder),
     ):
         pass
 
 
-def test_what_cannot_be_a_folder_is_told(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_a_folder_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     with (

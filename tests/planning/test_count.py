@@ -1,4 +1,4 @@
-"""FLOPs, memory traffic and what is sent, of programs in which all of it is known by hand."""
+"""FLOPs, memory traffic and bytes sent of programs for which they can be computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,14 @@ def mesh():
     return Mesh(np.array(jax.devices()).reshape(2, 4), tuple(SHAPE), axis_types=(AxisType.Auto,) * 2)
 
 
-def test_a_product_in_a_loop_counts_as_often_as_it_runs():
+def test_a_product_in_a_loop_is_multiplied_by_the_trip_count():
     def loop(x, weights):
         return jax.lax.scan(lambda carry, weight: (jnp.tanh(carry @ weight), None), x, weights)[0]
 
     cost = costs(loop, array(64, 32), array(13, 32, 32))
     assert cost.flops == 13 * 2 * 64 * 32 * 32
     assert cost.uncounted == 0
-    # Each turn reads one weight of the thirteen, not the stack of them; a bound from both sides.
+    # Each iteration reads one of the thirteen weights, not the whole stack.
     least = 13 * 4 * (32 * 32 + 2 * 64 * 32)
     assert least <= cost.bytes <= 4 * least
 
@@ -55,7 +55,7 @@ def test_a_sum_over_one_axis_of_the_mesh(mesh):
     spec = PartitionSpec("tensor", "data")
     summed = jax.shard_map(total, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(None, "data"))
     cost = costs(summed, jax.ShapeDtypeStruct((4, 6), jnp.float32, sharding=NamedSharding(mesh, spec)))
-    # Each device has 3 numbers to sum with those of 3 others: by a ring it sends 2 * 3/4 of them.
+    # Each device sums 3 numbers with those of 3 others; in a ring it sends 2 * 3/4 of their bytes.
     assert dict(cost.sent) == {("all-reduce", ("tensor",)): 2 * 3 / 4 * 12}
 
 
@@ -119,7 +119,7 @@ ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
 """
 
 
-def test_what_a_tpu_writes():
+def test_a_program_of_the_tpu_compiler():
     cost = count(read_program(PROGRAM), SHAPE)
     # A plain product, and one whose batch of 4 is a spatial dimension with 4 valid positions of 16.
     assert cost.flops == 7 * (2 * 32 * 16 * 16 + 2 * 4 * 8 * 32 * 16)
@@ -127,7 +127,7 @@ def test_what_a_tpu_writes():
     assert dict(cost.kernels) == {"tpu_custom_call": 7}
 
 
-def test_what_is_fused_moves_its_ends_only_and_what_is_on_chip_nothing():
+def test_a_fusion_moves_only_inputs_and_outputs_and_on_chip_memory_is_free():
     text = PROGRAM.replace("constant(7)", "constant(0)")
     assert count(read_program(text), SHAPE).bytes == 2 * (8 * 16 * 2)
     inside = text.replace("ROOT %f = bf16[8,16]{1,0} fusion", "ROOT %f = bf16[8,16]{1,0:S(1)} fusion")
@@ -142,7 +142,7 @@ def test_a_counter_that_the_compiler_raises_by_two():
     assert count(read_program(begun), SHAPE).kernels == {"tpu_custom_call": 2}
 
 
-def test_attributes_of_several_lines_end_nothing():
+def test_attributes_may_span_several_lines():
     text = PROGRAM.replace(
         'custom_call_target="tpu_custom_call"', 'custom_call_target="tpu_custom_call", x={\n"y": {\n}\n}'
     )
@@ -177,7 +177,7 @@ def test_a_collective_that_goes_on_through_fusions_counts_once():
     assert dict(count(read_program(ASYNCHRONOUS), SHAPE).sent) == {("all-gather", ("tensor",)): 3 / 4 * 32}
 
 
-def test_a_loop_of_unknown_length_is_told():
+def test_a_loop_of_unknown_length_is_counted_once_and_reported():
     cost = count(read_program(PROGRAM.replace("constant(7)", "parameter(1)")), SHAPE)
     assert cost.uncounted == 1
     assert cost.kernels["tpu_custom_call"] == 1
@@ -204,7 +204,7 @@ def test_groups_of_every_form(groups, group, axes):
     assert axes_of(group, SHAPE) == axes
 
 
-def test_a_ring_sends_what_the_others_lack():
+def test_bytes_sent_in_a_ring():
     assert sent_bytes("all-gather", input_bytes=10, output_bytes=40, count=4) == 30
     assert sent_bytes("all-reduce", input_bytes=40, output_bytes=40, count=4) == 60
     assert sent_bytes("reduce-scatter", input_bytes=40, output_bytes=10, count=4) == 30

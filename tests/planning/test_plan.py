@@ -1,4 +1,4 @@
-"""A plan of toy runs on the CPU's eight devices, and of a small model on a TPU that is not there."""
+"""Plans of toy runs on eight CPU devices, and of a small model on a TPU that is not present."""
 
 import importlib.util
 import os
@@ -36,7 +36,7 @@ def cpus():
 
 @pytest.fixture(scope="module")
 def planned_run(toy_run):
-    """Distillation from a teacher that is described and not there, of data that is not there."""
+    """Distillation from a teacher of given sizes whose checkpoint does not exist, on data that does not exist."""
     return replace(
         toy_run,
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
@@ -73,12 +73,12 @@ def test_a_plan_needs_no_data_and_no_teacher(plan, planned_run):
     assert estimate["bounds_seconds"][estimate["bound_by"]] == estimate["step_seconds_at_least"]
 
 
-def test_the_programs_products_are_those_of_the_formula(plan):
-    # Beside the formula's, the program has hidden pairs of attention, and computes scores twice.
+def test_the_programs_flops_agree_with_the_formula(plan):
+    # The program also computes masked pairs of attention, and the scores twice.
     assert 1.0 < plan.cost.flops * plan.devices / plan.model_flops < 1.6
 
 
-def test_parts_are_those_of_the_shards(planned_run, cpus, plan):
+def test_memory_parts_equal_the_sizes_of_the_shards(planned_run, cpus, plan):
     whole = 4 * count_parameters(planned_run.model).total
     assert (
         whole / 4 <= plan.parts.parameters < whole / 2
@@ -90,13 +90,13 @@ def test_parts_are_those_of_the_shards(planned_run, cpus, plan):
     assert memory_parts(alone, inputs_of(alone, mesh), dict(mesh.shape)).parameters == whole
 
 
-def test_what_lies_where_is_as_large_as_its_shards(planned_run, cpus, plan):
+def test_placed_weights_are_as_large_as_the_shards(planned_run, cpus, plan):
     placement = find_placement(planned_run, cpus)
     sizes = {model.role: sum(weight.device_bytes for weight in model.weights) for model in placement.models}
     assert sizes == {"student": plan.parts.parameters, "teacher": plan.parts.teacher}
 
 
-def test_a_teacher_can_lie_otherwise(planned_run, cpus):
+def test_a_teacher_can_have_another_layout(planned_run, cpus):
     apart = LayoutConfig(weights={"D": ("fsdp",), "F": ("tensor",)}, head=("tensor",))
     student, teacher = find_placement(
         replace(planned_run, distill=replace(planned_run.distill, layout=apart)), cpus
@@ -108,7 +108,7 @@ def test_a_teacher_can_lie_otherwise(planned_run, cpus):
     assert [model.head for model in (student, teacher)] == [("tensor", "fsdp"), ("tensor",)]
 
 
-def test_remat_keeps_less(planned_run):
+def test_remat_saves_fewer_activations(planned_run):
     kept = [
         saved_activations(replace(planned_run, compute=ComputeConfig(remat=remat)), {"data": 2})
         for remat in ("none", "dots", "full", "offload")
@@ -118,8 +118,8 @@ def test_remat_keeps_less(planned_run):
 
 
 @pytest.mark.parametrize(("platform", "peak"), [("cpu", 1820), ("cuda", 1820), ("tpu", 1100)])
-def test_temporaries_need_memory_beside_the_arguments(platform, peak):
-    """As the CPU's compiler tells it: its own peak is that of the arguments."""
+def test_temporaries_need_memory_in_addition_to_the_arguments(platform, peak):
+    """With the figures of the CPU compiler, whose own peak leaves out temporaries."""
     found = SimpleNamespace(
         argument_size_in_bytes=1000,
         output_size_in_bytes=920,
@@ -142,32 +142,32 @@ def test_a_plan_for_cpus_can_fail_by_its_temporaries(planned_run, cpus, plan):
     assert searched.program.memory.peak > searched.program.memory.argument + searched.program.memory.temp - 1
 
 
-def test_what_does_not_fit_says_what_would_help(planned_run, cpus):
+def test_a_step_that_does_not_fit_lists_what_would_help(planned_run, cpus):
     small = replace(cpus, chip=replace(cpus.chip, memory=1000))
     plan = make_plan(planned_run, small)
     assert not plan.fits
-    told = " ".join(plan.help)
+    message = " ".join(plan.help)
     for words in ("compute.remat=full", "mesh.fsdp=4", "distill.dtype=bfloat16", "twice as many devices"):
-        assert words in told
-    assert told.count("estimate;") == len(plan.help)
+        assert words in message
+    assert message.count("estimate;") == len(plan.help)
     parts = replace(plan.parts, activations=10**9)
     assert "enough by itself" in memory_savings(planned_run, small, parts, plan.mesh, 10**8)[0]
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"mesh": MeshConfig(data=3)}, "needs exactly 3 devices"),
         ({"mesh": MeshConfig(data=1, tensor=8)}, "along mesh.tensor, which is 8 and does not divide it"),
         ({"mesh": MeshConfig(data=8)}, "data.batch_size / training.accumulation is 4 rows"),
     ],
 )
-def test_what_does_not_go_together_is_told(changes, told, planned_run, cpus):
-    with pytest.raises(UserError, match=told):
+def test_incompatible_settings_are_reported(changes, message, planned_run, cpus):
+    with pytest.raises(UserError, match=message):
         make_plan(replace(planned_run, **changes), cpus)
 
 
-def test_a_teacher_of_unknown_sizes_is_told(planned_run, cpus):
+def test_a_teacher_of_unknown_sizes_is_reported(planned_run, cpus):
     unknown = replace(planned_run, distill=replace(planned_run.distill, model=None))
     with pytest.raises(
         UserError,
@@ -190,12 +190,12 @@ def test_a_teacher_of_unknown_sizes_is_told(planned_run, cpus):
         ("INVALID_ARGUMENT: something else", None),
     ],
 )
-def test_the_compilers_own_figure_is_read(error, size):
+def test_the_required_memory_is_parsed_from_the_compilers_error(error, size):
     assert required_bytes(error) == size
 
 
 class Device:
-    """One of a torus of slices."""
+    """A device in a torus, in one of several slices."""
 
     def __init__(self, coords, slice_index):
         self.coords, self.slice_index = coords, slice_index
@@ -239,7 +239,7 @@ def test_candidates_divide_and_the_search_keeps_its_budget(planned_run, cpus):
     assert found.plans[0][0].config.compute.remat == "none"  # the fastest of those that fit
 
 
-def test_a_search_without_a_mesh_is_told(planned_run, cpus):
+def test_a_search_without_a_mesh_is_reported(planned_run, cpus):
     odd = replace(planned_run, data=replace(planned_run.data, batch_size=3, seq_len=31))
     with pytest.raises(UserError, match=r"no mesh of the 8 devices of cpu:8 divides both"):
         search(odd, cpus, budget=0.0)
@@ -247,7 +247,7 @@ def test_a_search_without_a_mesh_is_told(planned_run, cpus):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu")
-def test_a_tpu_that_is_not_there(planned_run):
+def test_a_plan_for_a_tpu_without_having_one(planned_run):
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     config = replace(
         planned_run,

@@ -1,4 +1,4 @@
-"""Names of machines that are not there."""
+"""Names of topologies whose devices need not be present."""
 
 import importlib.util
 
@@ -10,14 +10,14 @@ from gemma2_jax.planning.gpus import target_config
 from gemma2_jax.planning.topologies import find_topology
 
 
-def test_the_processs_own_devices():
+def test_the_devices_of_this_process():
     topology = find_topology("cpu:8")
     assert (len(topology.devices), topology.platform) == (8, "cpu")
     assert {topology.island(device) for device in topology.devices} == {0}
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("v5e", "is not of the form CHIP:SHAPE; accepted: names such as v5e:4x4"),
         ("v5e:4x", "is not of the form CHIP:SHAPE"),
@@ -29,10 +29,10 @@ def test_the_processs_own_devices():
         ("cpu:9", "--xla_force_host_platform_device_count=9"),
     ],
 )
-def test_mistakes_are_told(name, told):
+def test_mistakes_are_reported(name, message):
     with pytest.raises(UserError, match=rf"^topology={name.replace('*', '.')} ") as error:
         find_topology(name)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h100:8", "cuda12")])
@@ -56,11 +56,11 @@ def test_a_missing_compiler_names_its_extra(name, extra, monkeypatch):
         ("NVIDIA H200", "h200"),
     ],
 )
-def test_chips_are_found_by_how_jax_names_them(kind, name):
+def test_chips_are_found_by_jax_device_kind(kind, name):
     assert chip_of_kind(kind) is CHIPS[name]
 
 
-def test_a_gpu_is_described_by_its_own_figures():
+def test_a_gpu_is_described_by_its_figures():
     text = target_config("h100", CHIPS["h100"])
     assert "device_memory_size: 84929347584" in text
     assert "major: 9 minor: 0" in text

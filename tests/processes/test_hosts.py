@@ -1,4 +1,4 @@
-"""Which processes there are, as the configuration and the environment tell it, and how they meet."""
+"""The processes of a job, found from the configuration and the environment, and how they connect."""
 
 import json
 import socket
@@ -64,7 +64,7 @@ def within(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return set_variables
 
 
-def test_one_process_where_nothing_says_otherwise() -> None:
+def test_one_process_by_default() -> None:
     assert find_job_process(HostsConfig()) is None
     join(HostsConfig())  # does nothing: JAX is at work here already
 
@@ -93,7 +93,7 @@ def test_slurm(within: Callable[..., None]) -> None:
 @pytest.mark.parametrize(
     ("variables", "devices"),
     [
-        (SLURM, (1,)),  # nothing says how many there are
+        (SLURM, (1,)),  # the number of processes is unknown
         (SLURM | {"CUDA_VISIBLE_DEVICES": "4,6"}, (1,)),
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, (4, 5, 6, 7)),
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, None),  # its own, as SLURM shows it to each
@@ -153,7 +153,7 @@ def test_tpu_pods_of_gke(within: Callable[..., None], monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("endpoints", ["t-0,t-1", "x:0:t-0,x:1:t-1"])
 def test_tpu_vms(within: Callable[..., None], monkeypatch: pytest.MonkeyPatch, endpoints: str) -> None:
-    """Two slices of two hosts each, as queued resources make them; the VM's metadata tells of its slice."""
+    """Two slices of two hosts each, as queued resources make them; a VM's metadata describes its slice only."""
     metadata = {"agent-worker-number": "1", "worker-network-endpoints": endpoints, "tpu-env": ""}
     monkeypatch.setattr(cluster, "running_in_cloud_tpu_vm", True)
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
@@ -211,10 +211,10 @@ def closed(links: Links) -> list[int]:
 
 
 def meeting(*places: tuple[int, int], timeout: float = 5.0) -> list[str | None]:
-    """What each of the processes (number of processes, own number) was told when they met."""
+    """Connects processes (number of processes, own number); returns each one's error message, or None."""
     coordinator = f"127.0.0.1:{free_port()}"
 
-    def told(place: tuple[int, int]) -> str | None:
+    def result(place: tuple[int, int]) -> str | None:
         try:
             closed(meet(coordinator, *place, timeout))
         except UserError as error:
@@ -222,14 +222,14 @@ def meeting(*places: tuple[int, int], timeout: float = 5.0) -> list[str | None]:
         return None
 
     with ThreadPoolExecutor(len(places)) as pool:
-        return list(pool.map(told, places))
+        return list(pool.map(result, places))
 
 
 def test_all_meet() -> None:
     assert meeting((3, 2), (3, 0), (3, 1)) == [None, None, None]
 
 
-def test_who_is_missing_is_told_to_all() -> None:
+def test_all_processes_report_the_missing_ones() -> None:
     first, second = meeting((4, 0), (4, 2), timeout=0.5)
     assert first is not None
     assert first == second
@@ -237,7 +237,7 @@ def test_who_is_missing_is_told_to_all() -> None:
     assert first.endswith("(hosts.timeout): process 1, 3; to run a single process, set hosts=single.")
 
 
-def test_for_whom_process_0_waits_is_said_once(
+def test_process_0_prints_once_which_processes_it_waits_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rendezvous, "_QUIET_SECONDS", 0.1)
@@ -247,8 +247,8 @@ def test_for_whom_process_0_waits_is_said_once(
 
 
 def test_two_of_one_number() -> None:
-    told = meeting((4, 0), (4, 1), (4, 1), timeout=2.0)
-    assert set(told) == {"hosts.process_id is 1 in two processes; each needs a number of its own."}
+    messages = meeting((4, 0), (4, 1), (4, 1), timeout=2.0)
+    assert set(messages) == {"hosts.process_id is 1 in two processes; each needs a number of its own."}
 
 
 def test_one_that_died_and_was_started_again_while_others_were_missing() -> None:
@@ -271,13 +271,13 @@ def test_another_number_of_processes() -> None:
     assert first.startswith("hosts.num_processes is 3 in process 0 and 2 in process 1;")
 
 
-def test_nobody_there() -> None:
-    (told,) = meeting((2, 1), timeout=0.3)
-    assert told is not None
-    assert told.startswith(
+def test_no_process_answers() -> None:
+    (message,) = meeting((2, 1), timeout=0.3)
+    assert message is not None
+    assert message.startswith(
         "process 1 of 2 (set by hosts.num_processes) cannot reach the coordinator, process 0 at 127.0.0.1:"
     )
-    assert told.endswith("; to run a single process, set hosts=single.")
+    assert message.endswith("; to run a single process, set hosts=single.")
 
 
 def knocked(port: int) -> socket.socket:

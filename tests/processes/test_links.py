@@ -26,7 +26,7 @@ def pairs() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
             end.close()
 
 
-def test_one_that_is_silent_beside_one_that_is_not(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
+def test_a_silent_link_next_to_a_live_one(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
     found = LiveLinks({number: near for number, (near, _) in enumerate(pairs, 1)}).lost()
     lively = [LiveLinks({0: pairs[place][1]}) for place in (0, 2)]
     assert next(found) == Lost([2], gone=False)
@@ -43,7 +43,7 @@ def test_one_whose_connection_ends(pairs: list[tuple[socket.socket, socket.socke
     assert list(found) == [Lost([1], gone=True)]
 
 
-def test_those_that_go_together_are_told_together(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
+def test_related_losses_are_reported_together(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
     found = LiveLinks({number: near for number, (near, _) in enumerate(pairs, 1)}).lost()
     lively = LiveLinks({0: pairs[0][1]})
     for _, far in pairs[1:]:
@@ -53,7 +53,7 @@ def test_those_that_go_together_are_told_together(pairs: list[tuple[socket.socke
     assert list(found) == []
 
 
-def test_what_is_said_of_them() -> None:
+def test_messages_about_lost_processes() -> None:
     assert str(Lost([1], gone=True)) == "process 1 is gone: killed, or the host is down."
     assert str(Lost([1, 2], gone=True)) == "processes 1, 2 are gone: killed, or the host is down."
     assert str(Lost([0, 3], gone=False)).startswith("processes 0, 3 have not answered for 1 s: suspended")

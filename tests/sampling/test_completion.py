@@ -49,7 +49,7 @@ def test_it_grows_to_what_is_generated_at_once(sampler):
     assert [row.stop_reason for row in rows] == ["length", "length"]
 
 
-def test_a_sample_is_that_of_its_seed_whatever_is_beside_it(sampler):
+def test_a_sample_depends_on_its_seed_and_not_on_the_batch(sampler):
     def drawn(prompts, config, draws=None):
         *_, rows = sampler.complete(prompts, config, draws)
         return [row.tokens for row in rows]

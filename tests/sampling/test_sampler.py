@@ -99,7 +99,7 @@ def test_a_row_ends_at_its_stop_token_and_others_go_on(sampler, greedy):
 
 
 def test_rows_end_at_texts(sampler, tokenizer, greedy, monkeypatch):
-    """Each at its own place; when all have ended, no more tokens are asked for."""
+    """Each row ends at its own position; when all have ended, no more tokens are sampled."""
     monkeypatch.setattr(tokenizer, "encode", lambda prompt, **_: PROMPTS[int(prompt)])
     whole = sampler.generate(["0", "1", "2"], GREEDY)
     stop = whole[0][3:5]
@@ -129,12 +129,12 @@ def test_it_stops_when_all_rows_have(sampler, greedy, monkeypatch):
 
 
 @pytest.mark.parametrize("new", [1, 30])
-def test_as_many_tokens_as_asked(sampler, greedy, new):
+def test_the_requested_number_of_tokens(sampler, greedy, new):
     found = sampler.generate_tokens(PROMPTS, replace(GREEDY, max_new_tokens=new))
     assert found == [row[:new] for row in greedy]
 
 
-def test_text_streams_as_it_is_generated(sampler, tokenizer):
+def test_text_is_streamed_during_generation(sampler, tokenizer):
     config = replace(GREEDY, temperature=1.0, stop_tokens=None)
     prompts = ["the model", "é"]
     texts = sampler.generate(prompts, config)
@@ -148,7 +148,7 @@ def test_text_streams_as_it_is_generated(sampler, tokenizer):
 
 @pytest.mark.parametrize("name", ["eos_id", "end_of_turn_id"])
 def test_by_default_text_ends_where_document_or_turn_do(model, tokenizer, sampler, greedy, name, monkeypatch):
-    """The stop token, here one that the model says anyway, is no part of the text."""
+    """The stop token, here one that the model generates anyway, is not part of the text."""
     stop = next(token for token in greedy[0] if token not in greedy[1] + greedy[2])
     monkeypatch.setattr(type(tokenizer), name, stop)
     monkeypatch.setattr(tokenizer, "encode", lambda prompt, **_: PROMPTS[int(prompt)])
@@ -186,7 +186,7 @@ def test_prompts_that_cannot_be_read(sampler, prompts, sentence):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_model_whose_logits_are_nan_is_told(model, tokenizer, temperature):
+def test_a_model_whose_logits_are_nan_is_reported(model, tokenizer, temperature):
     params = jax.tree.map(lambda weight: weight * np.float32("nan"), model.params())
     broken = Sampler(Gemma2(model.config, params), tokenizer)
     with pytest.raises(UserError, match=r"^The model's logits are NaN"):

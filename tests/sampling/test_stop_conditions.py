@@ -10,7 +10,7 @@ from gemma2_jax.sampling.stop_conditions import with_stops
 
 def test_texts_ids_and_names(tokenizer):
     found = with_stops(SamplingConfig(top_k=3), tokenizer, ["\n\n", "17", "<bos>", "the", "<end_of_turn>"])
-    # The last has a text of its own; the name of a control token has not.
+    # The last one stands for a text; the name of a control token does not.
     assert found == SamplingConfig(
         top_k=3, stop_tokens=(1, 2, 5, 17), stop_texts=("\n\n", "the", "<end_of_turn>")
     )

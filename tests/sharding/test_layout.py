@@ -1,4 +1,4 @@
-"""How weights lie on a mesh, and that the model does not care."""
+"""How weights are sharded on a mesh, and that the model's outputs do not depend on it."""
 
 from dataclasses import replace
 

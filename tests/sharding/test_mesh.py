@@ -65,7 +65,7 @@ def test_a_mesh_that_does_not_fit_the_machine(config):
 
 @dataclass(frozen=True)
 class Chip:
-    """A device of one of several slices, as far as a mesh asks."""
+    """A device of one of several slices, with the attributes that building a mesh uses."""
 
     id: int
     slice_index: int
@@ -74,7 +74,7 @@ class Chip:
     device_kind: str = "chip"
 
 
-def test_only_replicas_lie_across_slices():
+def test_only_replicas_span_slices():
     chips = [Chip(i, slice_index=i // 4) for i in range(8)]
     devices: Any = build_mesh(MeshConfig(replica=2, data=1, fsdp=2, tensor=2), chips).devices
     assert devices.shape == (2, 1, 2, 1, 2)
@@ -104,7 +104,7 @@ PRESETS = {
 
 
 @pytest.mark.parametrize(("name", "devices"), PRESETS.items())
-def test_presets_are_of_the_sizes_that_their_names_say(name, devices):
+def test_presets_have_the_sizes_in_their_names(name, devices):
     config = compose([f"mesh={name}"]).mesh
     assert math.prod(getattr(config, axis) for axis in AXES) == devices
 

@@ -18,7 +18,7 @@ from gemma2_jax.training.start import DATA_FILE
 
 
 class Stage:
-    """Stands in for preparing, training, evaluating and sampling; notes what was asked of it.
+    """Replaces preparing, training, evaluating and sampling, and records their calls.
 
     A run's loss is its learning rate, so that a test can say which is best.
     """
@@ -81,7 +81,7 @@ def stage(monkeypatch, tmp_path) -> Stage:
 
 @pytest.fixture
 def toy():
-    """Composes a small run; its output folder lies in the current one."""
+    """Composes a small run whose output folder is in the current folder."""
 
     def make(name: str, *overrides: str) -> RunConfig:
         small = ["model=toy", "training.steps=40", "optimizer.warmup_steps=1", "training.eval_every=10"]

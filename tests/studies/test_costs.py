@@ -1,4 +1,4 @@
-"""What the report says of speed and of caches."""
+"""Speed and cache sizes in the report of a study."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def runs(toy, tmp_path, monkeypatch):
     cached = ["objective=distillation", "distill=cached", "distill.teacher=out/teacher"]
     runs = {
         name: toy(name, *([*cached, f"distill.cache=caches/{name}"] if name.startswith("taught") else []))
-        for name in STUDY.trained()
+        for name in STUDY.trained_runs()
     }
     for name, config in runs.items():
         write_metrics(config.output, *((10, 3000, 5000) if name.endswith("-5") else (1000, 2000)))
@@ -65,7 +65,7 @@ def test_speeds_and_caches_over_the_seeds(runs):
     costs = costs_by_run(STUDY, runs, {"cache taught-0": 3.0, "cache taught-5": 5.0, "train plain-0": 9.0})
     assert costs == {"teacher": RunCost(1500), "plain": RunCost(2000), "taught": RunCost(2000, 4.0, 6.0)}
     table = costs_table(costs)
-    assert table.columns == ["run", "tokens/s in training", "writing the cache", "bytes a token"]
+    assert table.columns == ["run", "tokens/s in training", "writing the cache", "bytes per token"]
     assert table.rows == [
         ("teacher", "1,500", "–", "–"),
         ("plain", "2,000", "–", "–"),
@@ -73,6 +73,6 @@ def test_speeds_and_caches_over_the_seeds(runs):
     ]
 
 
-def test_what_no_run_has_is_no_column():
+def test_empty_columns_are_left_out():
     table = costs_table({"plain": RunCost(1500)})
     assert (table.columns, table.rows) == (["run", "tokens/s in training"], [("plain", "1,500")])

@@ -1,4 +1,4 @@
-"""A study: order, what is skipped, what is refused, and its report."""
+"""Studies: the order of stages, skipped stages, rejected changes, and the report."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def test_stages_run_in_order_and_once(stage, runs, console):
     assert console.export_text().count("already done, skipped") == 6
 
 
-def test_goes_on_where_it_was_stopped(stage, runs, console):
+def test_a_stopped_study_resumes(stage, runs, console):
     stage.fails["scratch"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         run_study(STUDY, runs, "out", console)
@@ -77,13 +77,14 @@ def test_a_changed_configuration_is_refused_before_anything_runs(stage, runs, co
     assert stage.calls == []
 
 
-def test_a_student_of_another_teacher_is_not_taken_for_this_ones(stage, runs, console):
+def test_a_student_of_another_teacher_is_refused(stage, runs, console):
     run_study(STUDY, runs, "out", console)
     shutil.rmtree("out/teacher")
     stage.calls.clear()
     runs["teacher"] = dataclasses.replace(runs["teacher"], seed=5)
     with pytest.raises(
-        UserError, match=r"out/distilled was distilled from a teacher with seed=0 .*, and 5 is asked for"
+        UserError,
+        match=r"out/distilled was distilled from a teacher with seed=0 .*, but .* is configured with seed=5",
     ):
         run_study(STUDY, runs, "out", console)
     assert stage.calls == []
@@ -98,7 +99,7 @@ def test_a_student_of_another_teacher_is_not_taken_for_this_ones(stage, runs, co
     ],
     ids=["another process of the job", "workers", "programs"],
 )
-def test_what_changes_no_result_may_change(stage, runs, console, change):
+def test_keys_that_do_not_affect_results_may_change(stage, runs, console, change):
     run_study(STUDY, runs, "out", console)
     stage.calls.clear()
     changed = {name: dataclasses.replace(config, **change(config)) for name, config in runs.items()}
@@ -184,19 +185,19 @@ def test_the_report(stage, runs, console):
             {"runs": {"a": {"experiment": "x", "teacher": "a"}}},
             "runs.a.teacher is a; it must be an earlier run",
         ),
-        ({"runs": {"model": {"experiment": "x"}}}, "runs.model cannot name a run"),
-        ({"runs": {"a.b": {"experiment": "x"}}}, "runs.a.b cannot name a run"),
+        ({"runs": {"model": {"experiment": "x"}}}, "runs.model is not a valid name of a run"),
+        ({"runs": {"a.b": {"experiment": "x"}}}, "runs.a.b is not a valid name of a run"),
         ({"runs": {"a": {"experimen": "x"}}}, "no key runs.a.experimen, did you mean experiment"),
         ({"runs": {"a": {"experiment": "x"}}, "sample_tokens": 0}, "sample_tokens is 0"),
     ],
 )
-def test_a_study_that_makes_no_sense_is_refused(data, sentence):
+def test_an_invalid_study_is_refused(data, sentence):
     with pytest.raises(UserError) as caught:
         build(StudyConfig, {"title": "?", **data}, "study.yaml")
     assert sentence in str(caught.value)
 
 
-def test_a_run_that_is_done_was_trained_on_the_data_that_is_there(stage, toy, data, console):
+def test_a_finished_run_must_match_the_current_data(stage, toy, data, console):
     config = toy("done")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=data.folder))
     stages.train_run(config, console)

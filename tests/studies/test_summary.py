@@ -1,4 +1,4 @@
-"""Several seeds of a study: what is trained, and what the report makes of it."""
+"""Studies with several seeds: the runs that are trained, and their report."""
 
 import dataclasses
 import json
@@ -24,18 +24,18 @@ STUDY = StudyConfig(
 
 
 def test_every_seed_of_every_run_but_the_teacher():
-    assert STUDY.trained() == {
+    assert STUDY.trained_runs() == {
         "teacher": ("teacher", None),
         "plain-0": ("plain", 0),
         "plain-5": ("plain", 5),
         "taught-0": ("taught", 0),
         "taught-5": ("taught", 5),
     }
-    assert list(dataclasses.replace(STUDY, seeds=()).trained()) == ["teacher", "plain", "taught"]
+    assert list(dataclasses.replace(STUDY, seeds=()).trained_runs()) == ["teacher", "plain", "taught"]
 
 
 def test_a_cache_needs_a_teacher():
-    with pytest.raises(UserError, match=r"runs.plain.cache is true and its teacher is null"):
+    with pytest.raises(UserError, match=r"runs.plain.cache is true, but runs.plain.teacher is null"):
         dataclasses.replace(STUDY, runs={**STUDY.runs, "plain": StudyRun("b", cache=True)})
 
 
@@ -81,14 +81,14 @@ def test_a_study_of_two_seeds(stage, toy):
     distill = ["objective=distillation", "distill=online", "distill.teacher=out/teacher"]
     runs = {
         name: toy(name, f"optimizer.learning_rate={rate}", *(distill if name.startswith("taught") else []))
-        for name, rate in zip(STUDY.trained(), (0.1, 0.3, 0.4, 0.2, 0.25), strict=True)
+        for name, rate in zip(STUDY.trained_runs(), (0.1, 0.3, 0.4, 0.2, 0.25), strict=True)
     }
     console = Console(width=200, record=True)
     run_study(STUDY, runs, "out", console)
-    assert [name for kind, name in stage.calls if kind == "train"] == list(STUDY.trained())
+    assert [name for kind, name in stage.calls if kind == "train"] == list(STUDY.trained_runs())
     report = Path("out/report.md").read_text()
     assert "| plain | 12,345 | 2 | 0.3500 ± 0.0707 |" in report
     assert "summary.png" in report
     assert Path("out/summary.png").exists()
-    assert set(json.loads(Path("out/results.json").read_text())["runs"]) == set(STUDY.trained())
+    assert set(json.loads(Path("out/results.json").read_text())["runs"]) == set(STUDY.trained_runs())
     assert "Means and standard deviations over the seeds" in console.export_text()

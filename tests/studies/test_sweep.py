@@ -1,4 +1,4 @@
-"""A sweep: one run after another, whatever becomes of one of them."""
+"""Sweeps: one run after another, even if one of them fails."""
 
 import json
 import signal
@@ -44,7 +44,7 @@ def test_the_table_is_sorted_by_loss(stage, combinations):
 
 
 @pytest.mark.parametrize("error", [UserError("too hot."), RuntimeError("out of memory")])
-def test_the_rest_goes_on_after_a_failure(stage, combinations, error):
+def test_the_sweep_continues_after_a_failure(stage, combinations, error):
     stage.fails["rate=0.1"] = error
     assert not run_sweep(combinations, "out", Console())
     assert rows()[2:] == ["| 0.2 | 0.2000 | 2.00 |", "| 0.3 | 0.3000 | 2.00 |", "| 0.1 | failed | – |"]
@@ -89,7 +89,7 @@ def test_runs_with_a_teacher_are_compared_with_it(stage, toy):
     assert [call for call in stage.calls if call[0] == "evaluate"] == []
 
 
-def test_a_run_is_compared_anew_where_another_teacher_taught_it(stage, toy):
+def test_a_run_with_another_teacher_is_evaluated_again(stage, toy):
     taught = ["objective=distillation", "distill=online", "distill.teacher=teacher"]
     run = toy("taught", *taught)
     run_sweep([Combination({}, run)], "out", Console())
@@ -117,7 +117,7 @@ def test_seeds_are_averaged(stage, toy):
         assert Path("out", picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_plot_goes_over_the_key_with_the_most_numbers(stage, toy, monkeypatch):
+def test_the_plot_uses_the_key_with_the_most_numbers(stage, toy, monkeypatch):
     drawn: dict[str, Any] = {}
     monkeypatch.setattr(
         sweep_report, "plot_summary", lambda groups, target, axis: drawn.update(groups=groups, axis=axis)
@@ -164,7 +164,7 @@ def test_an_interrupt_stops_the_sweep(stage, combinations):
 
 
 def test_a_signal_that_looks_like_a_failure_stops_the_sweep(stage, combinations, monkeypatch):
-    """C++ code may make another exception of ours."""
+    """C++ code may turn our exception into another type."""
     train = stage.train
 
     def interrupted(config):

@@ -1,4 +1,4 @@
-"""A run that is stopped in the middle, as by Ctrl-C."""
+"""Stops a run in the middle, as Ctrl-C does."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from gemma2_jax.training.run_folder import Rows, RunFolder
 
 @contextmanager
 def stopped_after(step: int) -> Iterator[None]:
-    """Whatever is trained inside is interrupted when it has logged `step`; fails if nothing was."""
+    """Interrupts training inside the block after it logs `step`; fails if nothing was interrupted."""
     log = RunFolder.log
 
     def log_and_die(self: RunFolder, logged: int, rows: Rows, seconds: float) -> None:

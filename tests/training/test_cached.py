@@ -1,4 +1,4 @@
-"""A student that learns from a cache as it would from the teacher itself."""
+"""Distillation from a cache gives the same student as from the online teacher."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ FULL = EncodingConfig("full", None, weight_bits=16)
 
 @pytest.fixture(scope="module")
 def online(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A student that asks its teacher in each step."""
+    """A student distilled from the online teacher."""
     folder = tmp_path_factory.mktemp("cached")
     teacher = write_teacher(toy_run, vivid(replace(toy_run.model, d_model=48)), folder / "teacher")
     return replace(
@@ -43,7 +43,7 @@ def online(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunC
 
 
 def cached(online: RunConfig, encoding: EncodingConfig, name: str) -> RunConfig:
-    """The same student with a cache in the teacher's place, which is written."""
+    """The same student with a written cache in place of the teacher."""
     folder = Path(online.output).parent
     distill = replace(online.distill, cache=str(folder / f"cache-{name}"), encoding=encoding)
     config = replace(online, distill=distill, output=str(folder / name))
@@ -73,8 +73,8 @@ def test_the_whole_distribution_trains_as_the_teacher_itself(online: RunConfig, 
 
 
 @pytest.mark.thorough
-def test_validations_ask_the_teacher_itself(online: RunConfig, full: RunConfig) -> None:
-    """As online, since it is loaded for them; a cache holds nothing of these documents."""
+def test_validations_use_the_teacher_itself(online: RunConfig, full: RunConfig) -> None:
+    """Validations load the teacher, since a cache does not cover their documents."""
     train(online)  # if no test before has
     by_cache, by_teacher = (
         next(row for row in read_metrics(run.output) if row["split"] == "validation")
@@ -97,7 +97,7 @@ def test_a_run_from_a_cache_goes_on_where_it_was(full: RunConfig, tmp_path: Path
 
 @pytest.fixture
 def begun(full: RunConfig, tmp_path: Path) -> RunConfig:
-    """A run that was stopped, from a cache of its own, which it takes as it is."""
+    """A stopped run with a cache of its own, which it uses unchanged."""
     cache = shutil.copytree(str(full.distill.cache), tmp_path / "cache")
     distill = replace(full.distill, cache=str(cache), encoding=None)
     config = replace(full, output=str(tmp_path / "run"), distill=distill)
@@ -127,7 +127,7 @@ def test_a_cache_that_was_made_anew_is_not_the_runs(
         match=r"was distilled from a cache with distill\.encoding\.weight_bits=16 .*, but .* has 12",
     ):
         train(begun)
-    # What was written before it told of the cache: the teacher is the same, and the cache has to be in its place.
+    # Older records do not name the cache: the teacher is the same, so the cache must be in its old folder.
     kept.write_text(json.dumps({"identity": json.loads(kept.read_text())["identity"]}))
     with pytest.raises(UserError, match=r"holds a run with distill\.cache="):
         train(replace(begun, distill=replace(begun.distill, cache=other)))
@@ -187,8 +187,8 @@ def test_several_students_of_one_cache(full: RunConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_a_baseline_beside_a_student_of_a_cache(full: RunConfig, tmp_path: Path) -> None:
-    """Together up to a stop; then each goes on alone, the one without the cache and the other with it."""
+def test_a_baseline_trained_with_a_student_of_a_cache(full: RunConfig, tmp_path: Path) -> None:
+    """They train together until a stop; then each resumes alone, one without the cache and one with it."""
     objective = ObjectiveConfig(1.0, 0.0, temperature=1.0, block_tokens=48)
     text = replace(full, name="text", objective=objective, distill=DistillConfig(None, "float32"))
     warm = replace(

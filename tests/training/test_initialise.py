@@ -1,4 +1,4 @@
-"""A run that begins with the weights of a checkpoint of another kind."""
+"""Runs initialised from the weights of another kind of checkpoint."""
 
 from dataclasses import replace
 
@@ -59,7 +59,7 @@ def test_the_first_loss_is_that_of_the_weights(sharded, released, tmp_path, kind
 
 @pytest.mark.thorough
 def test_a_teacher_of_another_kind(sharded, released, tmp_path):
-    """A student that begins as its teacher has nothing to learn."""
+    """A student initialised as its teacher starts with a loss of zero."""
     config = replace(
         sharded,
         output=str(tmp_path / "student"),
@@ -96,7 +96,7 @@ def test_another_model_or_tokenizer_is_refused(sharded, released, texts, tmp_pat
 
 @pytest.mark.thorough
 def test_a_student_cut_by_importance(sharded, released, tmp_path):
-    """Begins better than a random one, and knows what it was made of when it goes on."""
+    """It starts better than a random student, and a resumed run records what it was initialised from."""
     narrow = replace(sharded.model, d_ff=48, num_heads=2)
     short = replace(sharded.training, steps=2, eval_every=2)
     config = replace(sharded, model=narrow, training=short, output=str(tmp_path / "random"))

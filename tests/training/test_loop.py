@@ -1,4 +1,4 @@
-"""Whole toy runs: what they leave behind, and that a run cut off goes on as if it never had been."""
+"""Whole toy runs: the files they write, and that an interrupted run resumes with identical results."""
 
 import json
 import shutil
@@ -101,9 +101,9 @@ def test_a_run_goes_on_from_the_one_before_a_broken_checkpoint(
             file.unlink()
     config = replace(finished, output=str(run))
     train(config)
-    said = " ".join(capsys.readouterr().err.split())
-    assert "resumes from its checkpoint at step 6" in said
-    assert "checkpoints/8 is not whole" in said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "resumes from its checkpoint at step 6" in printed
+    assert "checkpoints/8 is not whole" in printed
     assert without_times(run) == without_times(Path(finished.output))
     chex.assert_trees_all_equal(load_model(run).params(), load_model(finished.output).params())
 
@@ -151,7 +151,7 @@ def scheduled(finished: RunConfig, output: Path) -> RunConfig:
 
 
 @pytest.mark.thorough
-def test_a_scheduled_run_says_its_values_and_goes_on_with_them(finished: RunConfig, tmp_path: Path) -> None:
+def test_a_scheduled_run_logs_its_values_and_resumes_with_them(finished: RunConfig, tmp_path: Path) -> None:
     whole = scheduled(finished, tmp_path / "whole")
     train(whole)
     rows = read_metrics(whole.output)
@@ -174,14 +174,14 @@ def test_a_scheduled_run_says_its_values_and_goes_on_with_them(finished: RunConf
 
 
 def on_policy(finished: RunConfig, output: Path, fraction: float) -> RunConfig:
-    """Distilled from `finished` by the reverse KL, on samples of its own at some steps."""
+    """Distilled from `finished` by the reverse KL, on its own samples at some steps."""
     distill = DistillConfig(finished.output, "float32", on_policy=OnPolicyConfig(fraction, prompt_tokens=6))
     objective = ObjectiveConfig(0.0, 0.0, 1.0, block_tokens=48, reverse_kl=1.0)
     return replace(finished, objective=objective, distill=distill, seed=1, output=str(output))
 
 
 @pytest.mark.thorough
-def test_an_on_policy_run_says_its_steps_and_goes_on_with_them(finished: RunConfig, tmp_path: Path) -> None:
+def test_an_on_policy_run_logs_its_steps_and_resumes_with_them(finished: RunConfig, tmp_path: Path) -> None:
     whole = on_policy(finished, tmp_path / "whole", fraction=0.5)
     train(whole)
     rows = [row for row in read_metrics(whole.output) if row["split"] == "train"]
@@ -352,7 +352,7 @@ def test_two_processes_in_one_folder(finished: RunConfig, tmp_path: Path) -> Non
 
 
 def test_a_refused_run_leaves_no_configuration(finished: RunConfig, tmp_path: Path) -> None:
-    """So that the corrected command is not refused for another reason."""
+    """Otherwise the corrected command would be rejected for another reason."""
     distilled = replace(
         finished,
         output=str(tmp_path / "run"),
@@ -374,7 +374,7 @@ def test_a_refused_run_leaves_a_folder_that_was_there(finished: RunConfig, tmp_p
 
 
 @pytest.mark.thorough
-def test_a_student_goes_on_with_the_same_teacher_wherever_it_lies(
+def test_a_student_resumes_with_the_same_teacher_in_another_folder(
     finished: RunConfig, tmp_path: Path
 ) -> None:
     moved = shutil.copytree(finished.output, tmp_path / "moved")
@@ -397,7 +397,7 @@ def test_a_student_goes_on_with_the_same_teacher_wherever_it_lies(
 def test_weights_that_broke_are_not_saved(
     finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A finite loss with a gradient that is not: the weights are broken after the step, the loss only later."""
+    """A finite loss with an infinite gradient breaks the weights after the step, and the loss only later."""
     log = RunFolder.log
 
     def with_infinite_gradient(self: RunFolder, step: int, rows: Rows, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Matching in the step and in whole runs: what is trained, saved, gone on with and left out of exports."""
+"""Matching in the step and in whole runs: training, saving, resuming, and exports without projections."""
 
 import shutil
 from dataclasses import replace
@@ -41,7 +41,7 @@ METRICS = ("match_hidden", "match_attention")
 
 @pytest.fixture(scope="module")
 def run(toy_run: RunConfig) -> RunConfig:
-    """Matching beside forward KL, with a teacher that is given to the step."""
+    """Matching in addition to forward KL, with a teacher passed to the step."""
     return replace(
         toy_run,
         data=replace(toy_run.data, batch_size=16),
@@ -52,7 +52,7 @@ def run(toy_run: RunConfig) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def batches(run: RunConfig) -> list[Batch]:
-    """With very different numbers of targets in their rows."""
+    """Batches whose rows have very different numbers of targets."""
     thinned = np.arange(32) % (np.arange(16)[:, None] + 1) == 0
     iterator = train_batches(run.data)
     found = [next(iterator) for _ in range(2)]
@@ -147,7 +147,7 @@ def test_a_teacher_as_wide_as_the_student_needs_none(run: RunConfig, batches: li
 
 @pytest.mark.thorough
 def test_training_lowers_both_distances(run: RunConfig, batches: list[Batch]) -> None:
-    """Also without a divergence, when nothing of the teacher's distribution is computed."""
+    """Also without a divergence, when the teacher's logits are not computed."""
     objective = replace(run.objective, cross_entropy=1.0, forward_kl=0.0)
     _, rows = steps(replace(run, objective=objective), ONE_DEVICE, batches[:1] * 20)
     assert "kl" not in rows[0]
@@ -157,7 +157,7 @@ def test_training_lowers_both_distances(run: RunConfig, batches: list[Batch]) ->
 
 @pytest.fixture(scope="module")
 def finished(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run that matched a teacher of another width to its end."""
+    """A finished run that matched a teacher of another width."""
     folder = tmp_path_factory.mktemp("runs")
     model = replace(toy_run.model, d_model=48, num_layers=4)
     training = replace(toy_run.training, steps=2, eval_every=2)
@@ -207,7 +207,7 @@ def test_a_resumed_run_is_bit_identical(finished: RunConfig, tmp_path: Path, one
 def test_projections_that_an_older_version_saved_are_refused(
     finished: RunConfig, tmp_path: Path, one_device: None
 ) -> None:
-    """The item held them, and their optimizer's state, under other names."""
+    """Older items hold them, and their optimizer state, under other names."""
     run = Path(shutil.copytree(finished.output, tmp_path / "run"))
     shutil.rmtree(run / "checkpoints")
     trees = saved(finished)

@@ -84,7 +84,7 @@ def test_wandb_is_logged_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_wandb_is_logged_to_by_several_runs_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in that ends the run before, as wandb does unless it is asked for a new one beside it."""
+    """Uses a fake wandb that ends the previous run, as wandb does unless `reinit` requests a concurrent one."""
     runs: list[Any] = []
 
     def init(*, name: str, reinit: str = "finish_previous", **_: Any) -> Any:

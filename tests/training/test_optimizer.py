@@ -1,4 +1,4 @@
-"""Schedules at the steps that matter, and settings that are refused."""
+"""Schedules at the steps that matter, and rejected settings."""
 
 from dataclasses import replace
 from typing import Any
@@ -52,7 +52,7 @@ def test_the_last_step_has_the_final_rate_exactly(toy_run: RunConfig, schedule: 
 
 
 def test_the_optimizer_follows_the_schedule(toy_run: RunConfig) -> None:
-    """Its updates, not the schedule alone: of AdamW without momentum, each is as large as the rate."""
+    """Checks the updates, not only the schedule: with AdamW without momentum, each is as large as the rate."""
     config = replace(
         toy_run.optimizer,
         beta1=0.0,

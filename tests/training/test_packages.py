@@ -1,4 +1,4 @@
-"""A package that is not installed is missed before anything is prepared or compiled."""
+"""A missing package is reported before anything is prepared or compiled."""
 
 import importlib.util
 from dataclasses import replace
@@ -35,7 +35,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def without(monkeypatch):
-    """None of the packages that only some runs need."""
+    """Hides all packages that only some runs need."""
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name in MISSING else find(name, *more)

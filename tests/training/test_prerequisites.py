@@ -1,4 +1,4 @@
-"""What a run reads is missed, and where it cannot write is found, before its data is prepared."""
+"""Missing inputs and unwritable folders are reported before a run's data is prepared."""
 
 from dataclasses import replace
 from pathlib import Path

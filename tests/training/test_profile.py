@@ -1,4 +1,4 @@
-"""The trace of some steps that `profile=true` leaves."""
+"""The trace of some steps that `profile=true` writes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from gemma2_jax.training.loop import train
 
 @pytest.fixture
 def profiled(toy_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """Traced at its second and third step, on one device."""
+    """A run traced at its second and third step, on one device."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)
     training = replace(toy_run.training, steps=4, eval_every=4, profile_steps=(2, 3))
@@ -44,7 +44,7 @@ def test_the_chosen_steps_are_traced(profiled: RunConfig, capsys: pytest.Capture
     assert f"the trace from step 2 on is in {folder}" in capsys.readouterr().err
 
 
-def test_a_run_without_steps_left_says_that_there_is_no_trace(
+def test_a_run_without_steps_left_reports_that_there_is_no_trace(
     profiled: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(replace(profiled, profile=False))  # its last checkpoint but one is at step 3

@@ -1,4 +1,4 @@
-"""What a run shows: the live line of a terminal in any width, plain lines in a log, nothing but for process 0."""
+"""The output of a run: a live line in a terminal of any width, plain lines in a log, and only from process 0."""
 
 import re
 from dataclasses import replace
@@ -40,9 +40,9 @@ def test_a_log_has_plain_lines_with_all_terms_and_the_time_left(clock, capsys):
         with progress.doing("validating", brief=True):
             clock[0] += 20
         progress.report("run", 10, "validation", VALIDATION)
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.splitlines() == [
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
         "run: compiling the training step …",
         "run: compiling the training step: done in 1 min 05 s",
         "run  step 10/40  loss 4.5000  kl 4.2500  cross_entropy 5.0000  match_hidden 0.2500  1,234 tokens/s  "
@@ -50,7 +50,7 @@ def test_a_log_has_plain_lines_with_all_terms_and_the_time_left(clock, capsys):
         "run  step 10/40  validation cross-entropy 4.0000  perplexity 54.60  kl 0.5000  "
         "agreement with the teacher 60.0%  2 min 00 s left",
     ]
-    assert "\x1b" not in told.err
+    assert "\x1b" not in captured.err
 
 
 def test_a_run_that_is_only_evaluated_again_has_no_time_left(clock, capsys):
@@ -59,7 +59,7 @@ def test_a_run_that_is_only_evaluated_again_has_no_time_left(clock, capsys):
     assert capsys.readouterr().err.endswith("  0 s left\n")
 
 
-def test_a_loss_of_one_term_is_told_once(clock, capsys):
+def test_a_loss_of_one_term_is_printed_once(clock, capsys):
     with TrainingProgress("run", 2, show=True) as progress:
         progress.advance(1)
         progress.report("run", 1, "train", {"loss": 4.5, "cross_entropy": 4.5, "tokens_per_second": 10.0})
@@ -100,7 +100,7 @@ def test_the_live_line_has_a_bar_where_there_is_room(halfway):
     assert "####################...................." in halfway._line(200, plain=True).plain
 
 
-def test_the_live_line_tells_what_is_done_and_for_how_long(clock, halfway):
+def test_the_live_line_shows_the_current_work_and_its_duration(clock, halfway):
     with halfway.doing("validating"):
         clock[0] += 75
         assert "validating 1 min 15 s" in halfway._line(80, plain=True).plain
@@ -115,9 +115,7 @@ def test_durations(seconds, words):
     assert duration(seconds) == words
 
 
-def test_a_run_tells_what_it_is_made_of_and_what_it_does_before_its_first_step(
-    toy_run, tmp_path, capsys, monkeypatch
-):
+def test_a_run_prints_its_parts_and_its_work_before_the_first_step(toy_run, tmp_path, capsys, monkeypatch):
     first_device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first_device)
     output = str(tmp_path / "run")

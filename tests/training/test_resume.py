@@ -92,7 +92,7 @@ def test_a_run_of_an_older_version_keeps_to_its_teachers_path(done: RunConfig, t
         train(distilled_from(run, teacher(done, tmp_path / "other", seed=2)))
 
 
-def test_one_that_is_done_beside_one_that_is_not(done: RunConfig, tmp_path: Path) -> None:
+def test_a_finished_run_next_to_an_unfinished_one(done: RunConfig, tmp_path: Path) -> None:
     other = teacher(done, tmp_path / "other", seed=2)
     new = replace(distilled_from(done, other), name="new", output=str(tmp_path / "new"))
     with pytest.raises(UserError, match=r"was distilled from other weights"):
@@ -119,7 +119,7 @@ def test_parts_of_a_layout_may_change(done: RunConfig, tmp_path: Path) -> None:
         check_same_run(replace(begun, distill=replace(begun.distill, dtype="bfloat16")))
 
 
-def test_a_run_that_an_older_schedule_began_is_told(toy_run: RunConfig, tmp_path: Path) -> None:
+def test_a_run_begun_with_an_older_schedule_is_reported(toy_run: RunConfig, tmp_path: Path) -> None:
     config = replace(toy_run, output=str(tmp_path))
     assert older_schedule_note(config, 4) is None  # there is nothing to compare with
     rate = learning_rate_schedule(config.optimizer, config.training.steps)
@@ -129,8 +129,8 @@ def test_a_run_that_an_older_schedule_began_is_told(toy_run: RunConfig, tmp_path
             for step in range(1, 9)
         ]
         (tmp_path / JSON_LINES).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        told = older_schedule_note(config, 4)
-        assert told is None if line is None else line in (told or "")
+        message = older_schedule_note(config, 4)
+        assert message is None if line is None else line in (message or "")
 
 
 def test_a_fraction_of_the_run_is_the_number_of_steps_that_it_comes_to(
@@ -144,7 +144,7 @@ def test_a_fraction_of_the_run_is_the_number_of_steps_that_it_comes_to(
 
 
 def pretend(folder: Path, *steps: int) -> None:
-    """Whole checkpoints that nothing is in."""
+    """Valid but empty checkpoints."""
     for step in steps:
         checkpoint = folder / "checkpoints" / str(step)
         write_text(checkpoint / "params" / "_METADATA", "{}")
@@ -158,7 +158,7 @@ COSINE = ScheduleConfig("cosine", peak=2.0, end=1.0)
 
 
 def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    """With these keys of these sections."""
+    """Returns the configuration with these values in these sections."""
     return replace(
         config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
     )
@@ -200,7 +200,7 @@ def test_what_leaves_the_done_steps_as_they_are_is_allowed(
 
 
 @pytest.mark.parametrize(
-    ("done", "begun", "asked", "told"),
+    ("done", "begun", "asked", "message"),
     [
         ((8,), {}, {"training": {"steps": 12}}, r"with training\.steps=8, but .* 12, .*optimizer\.schedule=cosine gives"
          r" another learning rate from step 3 on, .* write training\.steps=8, or choose another output"),
@@ -226,12 +226,12 @@ def test_what_changes_the_done_steps_is_refused(
     done: tuple[int, ...],
     begun: dict[str, Any],
     asked: dict[str, Any],
-    told: str,
+    message: str,
 ) -> None:
     config = begun_with(toy_run, tmp_path, done, **begun)
     if not done:  # with a first step that has a learning rate
         config = begun_with(toy_run, tmp_path, done, optimizer={"warmup_steps": 0})
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         check_same_run(changed(config, **asked))
 
 

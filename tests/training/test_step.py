@@ -1,4 +1,4 @@
-"""The step: the same numbers on every mesh, and only what should move moves."""
+"""The training step: the same numbers on every mesh, and only trained arrays change."""
 
 import math
 import re
@@ -47,7 +47,7 @@ def batches(run: RunConfig) -> list[Batch]:
 
 
 def with_teacher(run: RunConfig, objective: ObjectiveConfig) -> RunConfig:
-    """With a teacher that is wider and deeper than the student, and given to the step."""
+    """The run with a teacher that is wider and deeper than the student and passed to the step."""
     sizes = replace(run.model, d_model=48, num_layers=4)
     distill = replace(run.distill, teacher="given to the step", model=sizes)
     return replace(run, objective=objective, distill=distill)
@@ -75,7 +75,7 @@ Alone = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def alone(batches: list[Batch]) -> Alone:
-    """What `steps` tells of the batches on one device, each run computed once."""
+    """The metrics that `steps` returns for the batches on one device; each run is computed once."""
     known: dict[tuple[str, bool], list[dict[str, float]]] = {}
 
     def rows(run: RunConfig, teacher: bool = False) -> list[dict[str, float]]:
@@ -241,7 +241,7 @@ def test_parameters_stay_float32_when_computing_in_bfloat16(
 
 
 def test_distillation_lowers_the_divergence(run: RunConfig, batches: list[Batch]) -> None:
-    """Pure forward KL on one batch, again and again."""
+    """Pure forward KL on one repeated batch."""
     run = with_teacher(run, ObjectiveConfig(0.0, 1.0, 1.0, 48))
     _, rows = steps(run, ONE_DEVICE, batches[:1] * 30, teacher=True)
     assert rows[-1]["kl"] < 0.5 * rows[0]["kl"]
@@ -283,7 +283,7 @@ def test_microbatches_share_what_is_scheduled(run: RunConfig, alone: Alone) -> N
 def test_targets_of_a_batch_train_as_their_teacher(
     run: RunConfig, batches: list[Batch], alone: Alone, accumulation: int
 ) -> None:
-    """All of its distribution, as a cache holds it, in place of its forward pass within the step."""
+    """The teacher's whole distribution, as in a cache, replaces its forward pass within the step."""
     run = with_teacher(run, DISTILLATION)
     run = replace(run, training=replace(run.training, accumulation=accumulation))
     temperature = DISTILLATION.temperature
@@ -321,7 +321,7 @@ def test_a_schedule_compiles_nothing_again(run: RunConfig, batches: list[Batch])
 def test_a_step_that_is_not_finite_leaves_the_state(
     run: RunConfig, batches: list[Batch], break_in: str, accumulation: int
 ) -> None:
-    """Bit for bit, the optimizer's state among it; and its norm of gradients is NaN, by which a run stops."""
+    """The state, including the optimizer's, is equal bit for bit; the gradient norm is NaN, at which a run stops."""
     run = replace(run, training=replace(run.training, accumulation=accumulation))
     mesh, mask = mesh_of(ONE_DEVICE), np.array(batches[1].loss_mask)
     # Huge weights that cancel: the loss is finite, and the gradients' squares are not.
@@ -353,7 +353,7 @@ def test_no_step_holds_logits_of_all_tokens(run: RunConfig, batches: list[Batch]
 
 
 def test_the_stages_of_a_step_have_names(run: RunConfig, batches: list[Batch]) -> None:
-    """By which a profile tells them."""
+    """A profile shows these names."""
     run = with_teacher(run, DISTILLATION)
     step, state, frozen = prepared(run, mesh_of(ONE_DEVICE), a_teacher(run))
     program = step.lower(state, frozen, batches[0]).as_text(debug_info=True)

@@ -1,4 +1,4 @@
-"""A run that a signal stops: the step it is at is saved, and it goes on as if it never had been stopped."""
+"""A run stopped by a signal saves its current step and resumes with identical results."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ TIMES = ("tokens_per_second", "mfu")
 
 @pytest.fixture(scope="module")
 def whole(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run that is never stopped, with rows of several steps and checkpoints seldom."""
+    """A run that is never stopped, with metrics over several steps and rare checkpoints."""
     config = replace(
         toy_run,
         output=str(tmp_path_factory.mktemp("stopped") / "whole"),
@@ -50,7 +50,7 @@ def whole(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunCo
 
 @contextmanager
 def signal_at(step: int, owner: Any = Trainer, name: str = "_take_step") -> Iterator[None]:
-    """SIGTERM comes while a run is at `step` and begins with something; what is done inside ends by it."""
+    """Sends SIGTERM when a run at `step` starts some work; the block ends by the signal."""
     function = getattr(owner, name)
 
     def interrupted(self: Any, *arguments: Any) -> Any:
@@ -84,7 +84,7 @@ def assert_same(config: RunConfig, whole: RunConfig) -> None:
 
 @pytest.mark.parametrize("step", [4, pytest.param(0, marks=pytest.mark.slow)])
 def test_it_saves_its_step_and_goes_on(whole: RunConfig, tmp_path: Path, step: int) -> None:
-    """The rows that were not reported yet are part of the checkpoint, so that averages are those of the whole run."""
+    """The checkpoint holds metrics that are not reported yet, so averages equal those of an uninterrupted run."""
     config = replace(whole, output=str(tmp_path / "run"))
     with signal_at(step):
         train(config)
@@ -97,7 +97,7 @@ def test_it_saves_its_step_and_goes_on(whole: RunConfig, tmp_path: Path, step: i
 
 @pytest.mark.slow
 def test_stopped_at_every_step(whole: RunConfig, tmp_path: Path) -> None:
-    """The extra checkpoints count as others do; and the speed of a row is that of all of its steps."""
+    """Extra checkpoints count like others, and the speed in a row covers all of its steps."""
     config = replace(whole, output=str(tmp_path / "run"))
     for step in range(whole.training.steps):
         with signal_at(step):
@@ -137,7 +137,7 @@ def interrupt(*_: Any) -> None:
 
 @pytest.mark.thorough
 def test_the_last_evaluation_is_not_cut_short(whole: RunConfig, tmp_path: Path) -> None:
-    """No run goes on behind it."""
+    """No run continues after it."""
     config = replace(whole, output=str(tmp_path / "run"))
     with signal_at(9, Trainer, "_evaluate_if_due"):
         train(config)
@@ -185,7 +185,7 @@ def test_broken_weights_are_not_saved(
 
 @pytest.mark.thorough
 def test_runs_that_are_trained_together(whole: RunConfig, tmp_path: Path) -> None:
-    """One of them was ahead."""
+    """One of the runs was ahead."""
     teacher = write_teacher(whole, Gemma2.init(whole.model, jax.random.key(1)), tmp_path / "teacher")
     objective = ObjectiveConfig(0.0, 1.0, temperature=1.0, block_tokens=48)
     student = replace(whole, distill=DistillConfig(teacher, "float32"), objective=objective)

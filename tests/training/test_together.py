@@ -1,4 +1,4 @@
-"""Several students of one teacher at once, and a baseline beside them: each as it would be alone."""
+"""Several students of one teacher and a baseline trained together: each equals the same run alone."""
 
 import shutil
 from dataclasses import replace
@@ -40,7 +40,7 @@ SPEEDS = ("tokens_per_second", "mfu")
 
 @pytest.fixture(scope="module")
 def students(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[RunConfig]:
-    """Four that differ in everything that students may differ in, and one of them has no teacher."""
+    """Four students that differ in everything that may differ; one of them has no teacher."""
     folder = tmp_path_factory.mktemp("together")
     teacher = write_teacher(
         toy_run, vivid(replace(toy_run.model, d_model=48, num_layers=4)), folder / "teacher"
@@ -126,7 +126,7 @@ def test_each_is_as_it_would_be_alone(together: list[RunConfig], tmp_path: Path)
 def test_the_teacher_is_in_the_step_once(
     students: list[RunConfig], monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
-    """For all students, whatever each takes of its layers and its distributions."""
+    """The teacher runs once for all students, whichever of its layers and logits each one uses."""
     traced = []
     encode = Embedder.encode
 
@@ -219,7 +219,7 @@ def test_one_that_is_done_is_left_alone(together: list[RunConfig], tmp_path: Pat
 def test_a_baseline_alone_is_left(
     together: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The teacher is not loaded for it."""
+    """The baseline trains without loading the teacher."""
 
     def loaded(*_: object) -> None:
         raise AssertionError
@@ -284,7 +284,7 @@ def test_one_that_samples_for_itself_is_refused(students: list[RunConfig], tmp_p
 
 
 def test_one_that_is_refused_leaves_nothing_of_the_others(students: list[RunConfig], tmp_path: Path) -> None:
-    """Found when the second is built, after the first stands."""
+    """The error occurs when the second student is built, after the first."""
     good, bad = (
         replace(student, output=str(tmp_path / "family" / student.name))
         for student in (students[0], students[2])
@@ -296,7 +296,7 @@ def test_one_that_is_refused_leaves_nothing_of_the_others(students: list[RunConf
 
 
 def test_what_any_of_them_is_to_match_has_to_be_there(students: list[RunConfig], tmp_path: Path) -> None:
-    """It is the last that asks for too much; the first loads the teacher."""
+    """The last student has the impossible setting; the first one loads the teacher."""
 
     def refused(match: MatchConfig, **sizes: int) -> str:
         first, other = (
