@@ -395,7 +395,7 @@ def test_broken_files_are_named(sampled: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{file} has changed"):
         verify_cache(folder)
     file.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=f"{file} is missing or not whole"):
+    with pytest.raises(UserError, match=f"{file} is missing or incomplete"):
         read_cache(folder)
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="is not the manifest of a teacher's cache"):
