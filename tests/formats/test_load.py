@@ -211,7 +211,7 @@ def test_the_hub_gives_a_folder(monkeypatch, exported, small):
     [
         (
             "config.yaml",
-            r"run/config\.yaml is missing, which describes the model in .*run/checkpoints; copy it there",
+            r"run/config\.yaml, which describes the model in .*run/checkpoints, is missing; copy it",
         ),
         ("checkpoints", r"run holds no checkpoint; .*run/checkpoints is missing"),
         ("tokenizer.model", r"run has no tokenizer\.model"),
