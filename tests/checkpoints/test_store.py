@@ -139,7 +139,7 @@ def test_a_model_in_another_dtype(saved: tuple[Path, TrainState]) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"d_ff": 80}, r"pairs/global_block/mlp/down of shape \(1, 64, 32\), where .* \(1, 80, 32\)"),
+        ({"d_ff": 80}, r"pairs/global_block/mlp/down of shape \(1, 64, 32\), but .* \(1, 80, 32\)"),
         ({"num_layers": 4}, r"of shape \(1, .* but this configuration has \(2, "),
     ],
 )
