@@ -1,4 +1,4 @@
-"""Turns what Orbax raises and logs where it cannot read or write a checkpoint into one error."""
+"""Turns whatever Orbax raises and logs when it cannot read or write a checkpoint into a single error."""
 
 import gc
 import inspect
@@ -17,28 +17,28 @@ import jax
 
 from gemma2_jax.config import UserError
 
-_PATIENCE = 30  # seconds
-_QUIET = 0.2  # seconds without a complaint, after which no more is expected
+_LONGEST_WAIT = 30  # seconds
+_QUIET = 0.2  # seconds without a late error, after which no more are expected
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
-_THEIRS = ("/orbax/checkpoint/", "/tensorstore/", "/etils/")  # in paths of source files
+_ORBAX_PATHS = ("/orbax/checkpoint/", "/tensorstore/", "/etils/")  # in paths of source files
 
 
 def reading_checkpoint(path: Path) -> AbstractContextManager[None]:
-    """Turns a failure of Orbax to read `path` into a UserError of one sentence."""
+    """Turns Orbax's failure to read `path` into a UserError of one sentence."""
     return _orbax(lambda reason: UserError(f"{path} cannot be read as a checkpoint of a run: {reason}."))
 
 
 def writing_checkpoint(folder: Path) -> AbstractContextManager[None]:
-    """Raises an OSError where Orbax cannot write into `folder`, once nothing in it changes any more."""
+    """Turns Orbax's failure to write into `folder` into an OSError, raised once nothing in the folder changes."""
     return _orbax(partial(_not_written, folder))
 
 
 @contextmanager
 def _orbax(translate: Callable[[str], Exception]) -> Iterator[None]:
-    """Raises what `translate` makes of the reason where Orbax or the file system fails.
+    """Raises `translate(reason)` if Orbax or the file system fails.
 
-    Of what Orbax logs and raises itself, nothing is shown. Other errors (too little memory, a mistake in the code
-    inside) stay what they are.
+    Orbax's own logs and tracebacks are hidden. Other errors (out of memory, a bug in the code inside) are raised
+    unchanged.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
@@ -52,11 +52,11 @@ def _orbax(translate: Callable[[str], Exception]) -> Iterator[None]:
         yield
     except Exception as error:
         origin = _origin(error)
-        if not _is_theirs(origin):
+        if not _is_from_orbax(origin):
             raise origin from None
         reason = _one_line(origin)
         del origin
-        _let_go(error)
+        _release_frames(error)
         leftovers.wait()
     finally:
         sys.unraisablehook = hook
@@ -67,8 +67,8 @@ def _orbax(translate: Callable[[str], Exception]) -> Iterator[None]:
 
 
 class _Leftovers:
-    """A `sys.unraisablehook` that keeps silent about what Orbax leaves behind after a failure: reads that find their
-    event loop closed, and coroutines that never ran."""
+    """A `sys.unraisablehook` that hides the late errors of a failed Orbax call: reads whose event loop is closed, and
+    coroutines that never ran."""
 
     def __init__(self, hook: Callable[[Any], None]) -> None:
         self._hook = hook
@@ -81,9 +81,9 @@ class _Leftovers:
             self._hook(unraisable)
 
     def wait(self) -> None:
-        """Returns when what is left behind has gone, as far as can be seen."""
+        """Returns once no late error has come for `_QUIET` seconds."""
         begun = time.monotonic()
-        while time.monotonic() < min(max(begun, self._last) + _QUIET, begun + _PATIENCE):
+        while time.monotonic() < min(max(begun, self._last) + _QUIET, begun + _LONGEST_WAIT):
             time.sleep(_QUIET / 4)
 
 
@@ -91,34 +91,34 @@ def _is_left_over(unraisable: Any) -> bool:
     codes = [frame.f_code for frame, _ in traceback.walk_tb(unraisable.exc_traceback)]
     if inspect.iscoroutine(unraisable.object):
         codes.append(unraisable.object.cr_code)
-    in_orbax = any(_THEIRS[0] in code.co_filename for code in codes)
+    in_orbax = any(_ORBAX_PATHS[0] in code.co_filename for code in codes)
     return in_orbax or str(unraisable.exc_value) == "Event loop is closed"
 
 
 def _origin(error: BaseException) -> BaseException:
-    """What an error began with, where Orbax has wrapped it."""
-    while error.__cause__ is not None and _is_theirs(error):
+    """Returns the original error inside Orbax's wrappers."""
+    while error.__cause__ is not None and _is_from_orbax(error):
         error = error.__cause__
     return error
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Lets go of the reads that an error's frames hold, so that they complain now and not at any later time."""
+def _release_frames(error: BaseException | None) -> None:
+    """Releases the reads that an error's frames hold, so that their late errors come now and not at any later time."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
     gc.collect()
 
 
-def _is_theirs(error: BaseException) -> bool:
-    """Whether an error comes of the file system or of Orbax: its own kinds, and any that was raised in its code."""
+def _is_from_orbax(error: BaseException) -> bool:
+    """Whether an error comes from the file system or Orbax: one of its exception types, or raised in its code."""
     if isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError):
         return False
     if isinstance(error, OSError) or type(error).__module__.startswith("orbax."):
         return True
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     own = [file for file in files if not _in_standard_library(file)]
-    return bool(own) and any(name in own[-1] for name in _THEIRS)
+    return bool(own) and any(name in own[-1] for name in _ORBAX_PATHS)
 
 
 def _in_standard_library(file: str) -> bool:
@@ -126,13 +126,13 @@ def _in_standard_library(file: str) -> bool:
 
 
 def _not_written(folder: Path, reason: str) -> OSError:
-    """The error of a folder that could not be written whole, once nothing in it changes any more.
+    """Waits until nothing in a folder that Orbax failed to write changes, and returns the error to raise.
 
-    Orbax fails with the first write that does, and cannot be asked to wait for the others: they would make files, and
-    folders for them, in the place of those that the caller then removes.
+    Orbax fails at the first failed write and cannot wait for the others, which would recreate files and folders after
+    the caller has removed them.
     """
     before: set[tuple[str, int]] | None = None
-    for _ in range(_PATIENCE):
+    for _ in range(_LONGEST_WAIT):
         found = set()
         for path in folder.rglob("*"):
             with suppress(FileNotFoundError):

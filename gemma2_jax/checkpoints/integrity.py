@@ -1,13 +1,13 @@
-"""Whether a checkpoint is whole: its manifest, with the size and the checksum of each of its files.
+"""Checks that a checkpoint is intact, by a manifest with the size and checksum of each of its files.
 
     RUN/checkpoints/<step>/manifest.json   {"format": 1, "files": {"params/d/0a": {"size": 4096, "crc32": "89abcdef"}}}
 
-The manifest is written before Orbax renames a finished checkpoint to its place, so that both appear at once. A
-checkpoint is whole if each file of its manifest is there with its size, which costs no reading. Checksums are compared
-when a checkpoint is read. They find what disks and copies do by accident (zlib.crc32, some 4 GB/s a core), and are no
-protection against intent.
+The manifest is written before Orbax gives a finished checkpoint its final name, so that both appear at once. A
+checkpoint counts as whole if every file in its manifest exists with its size, which can be checked without reading the
+files. Checksums (zlib.crc32, some 4 GB/s per core) are compared when a checkpoint is read. They detect accidental
+damage by disks and copies, not deliberate changes.
 
-Older checkpoints have no manifest. They count as whole if the files that Orbax begins with are there and none is empty.
+Older checkpoints have no manifest. They count as whole if the files that Orbax reads first exist and no file is empty.
 """
 
 import json
@@ -21,17 +21,17 @@ from gemma2_jax.files import write_text
 from gemma2_jax.machine import cores
 
 MANIFEST = "manifest.json"
-ANNOUNCED = {"manifest": MANIFEST}  # in a checkpoint's metadata: it was written with a manifest
+ANNOUNCED = {"manifest": MANIFEST}  # in the metadata of a checkpoint that was written with a manifest
 _METADATA = (
     "_CHECKPOINT_METADATA"  # Orbax's, of the whole checkpoint; rewritten when the checkpoint is renamed
 )
 _FORMAT = 1
 _CHUNK = 1 << 22  # bytes read at a time
-_FIRST_READ = ("_METADATA", "manifest.ocdbt")  # what Orbax opens of a tree of arrays
+_FIRST_READ = ("_METADATA", "manifest.ocdbt")  # the files that Orbax reads first in a tree of arrays
 
 
 def write_checkpoint_manifest(checkpoint: Path) -> None:
-    """Writes the manifest of a checkpoint whose trees are finished: of all files in its folders."""
+    """Writes the manifest of all files in the folders of a checkpoint whose trees are finished."""
     names = [
         path.relative_to(checkpoint).as_posix()
         for folder in sorted(checkpoint.iterdir())
@@ -49,9 +49,9 @@ def write_checkpoint_manifest(checkpoint: Path) -> None:
 
 
 def missing(checkpoint: Path, tree: str | None = None) -> str | None:
-    """What a checkpoint, or one tree of it, lacks ("params/d/0a1b is missing"); None if it is whole.
+    """Returns what a checkpoint or one of its trees lacks ("params/d/0a1b is missing"); None if it is whole.
 
-    Reads the manifest, and of the other files only the sizes.
+    Reads the manifest, but only the sizes of the other files.
     """
     files = _manifest(checkpoint, tree)
     if isinstance(files, str):
@@ -66,9 +66,9 @@ def missing(checkpoint: Path, tree: str | None = None) -> str | None:
 
 
 def changed(checkpoint: Path, tree: str | None = None, share: int = 0, shares: int = 1) -> str | None:
-    """Which file of a checkpoint, or of one tree of it, has another content than was written; None if none has.
+    """Returns which file of a checkpoint or of one of its trees has changed since it was written; None if none has.
 
-    Reads every `shares`-th file, from number `share` on. Without a manifest there is nothing to compare with.
+    Reads every `shares`-th file, starting with number `share`. Returns None for a checkpoint without a manifest.
     """
     files = _manifest(checkpoint, tree)
     if files is None or isinstance(files, str):
@@ -84,11 +84,11 @@ def changed(checkpoint: Path, tree: str | None = None, share: int = 0, shares: i
 
 
 def _manifest(checkpoint: Path, tree: str | None) -> dict[str, Any] | str | None:
-    """The files of the manifest that belong to a tree; or what is wrong with it; None in older checkpoints."""
+    """Returns a tree's files in the manifest, or what is wrong with the manifest; None for older checkpoints."""
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
     except FileNotFoundError:
-        return f"{MANIFEST} is missing" if _announced(checkpoint) else None
+        return f"{MANIFEST} is missing" if _had_manifest(checkpoint) else None
     except (OSError, UnicodeDecodeError):
         return f"{MANIFEST} cannot be read"
     if not text.strip():
@@ -101,19 +101,20 @@ def _manifest(checkpoint: Path, tree: str | None) -> dict[str, Any] | str | None
             if tree is None or name.startswith(f"{tree}/")
         }
     except (ValueError, LookupError, TypeError, AttributeError):
-        return f"{MANIFEST} is cut or broken"
+        return f"{MANIFEST} is truncated or damaged"
     if manifest.get("format") != _FORMAT:
-        return f"{MANIFEST} has format {manifest.get('format')}, and this version reads format {_FORMAT}"
-    return files or f"{MANIFEST} names no file{'' if tree is None else f' of {tree}'}"
+        return f"{MANIFEST} has format {manifest.get('format')}, but this version reads format {_FORMAT}"
+    return files or f"{MANIFEST} lists no file{'' if tree is None else f' of {tree}'}"
 
 
-def _announced(checkpoint: Path) -> bool:
+def _had_manifest(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written with a manifest, according to its metadata."""
     found = _orbax_metadata(checkpoint).get("custom_metadata")
     return isinstance(found, dict) and found.get("manifest") == MANIFEST
 
 
 def _orbax_metadata(checkpoint: Path) -> dict[str, Any]:
-    """What Orbax says of the whole checkpoint; empty where its file is missing or broken."""
+    """Returns Orbax's metadata of the whole checkpoint; empty if its file is missing or damaged."""
     try:
         found = json.loads((checkpoint / _METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -122,13 +123,13 @@ def _orbax_metadata(checkpoint: Path) -> dict[str, Any]:
 
 
 def _missing_without_manifest(checkpoint: Path, tree: str | None) -> str | None:
-    """As `missing`, of a checkpoint that was written without a manifest, or of a tree that was copied alone."""
+    """Like `missing`, for a checkpoint that was written without a manifest or a tree that was copied alone."""
     trees = [tree] if tree is not None else list(_orbax_metadata(checkpoint).get("item_handlers") or ())
     if not trees:
-        return f"{_METADATA} is missing, cut or empty"
+        return f"{_METADATA} is missing, truncated or empty"
     for name in trees:
         folder = checkpoint / name
-        # An iterator's state has a file for each process, and nothing else in common.
+        # The iterator's state has one file per process and none of these files.
         needed = _FIRST_READ if (folder / _FIRST_READ[0]).exists() or not list(_files(folder)) else ()
         for file in (*(folder / each for each in needed), *_files(folder)):
             wrong = _wrong_size(file, None)
@@ -142,7 +143,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _wrong_size(file: Path, size: int | None) -> str | None:
-    """What is wrong with a file that should have `size` bytes, or any at all."""
+    """Returns what is wrong with a file that should have `size` bytes, or any with None; None if nothing is."""
     try:
         found = file.stat().st_size
     except OSError:
@@ -162,7 +163,7 @@ def _try_checksum(file: Path) -> str:
 
 
 def _checksum(file: Path) -> str:
-    """CRC-32 in hexadecimal, of a file of any size."""
+    """Returns the CRC-32 of a file in hexadecimal, reading it in chunks."""
     value, buffer = 0, bytearray(_CHUNK)
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):

@@ -1,16 +1,16 @@
-"""Checkpoints of a run: train state, data iterator and config as one, written by Orbax in the background.
+"""Checkpoints of a run: train state, data iterator and config as a unit, written by Orbax in the background.
 
-    RUN/checkpoints/<step>/params      nested dict of arrays, laid out like model/weights.py
+    RUN/checkpoints/<step>/params      nested dict of arrays, structured like model/weights.py
                           /optimizer   the optimizer's state
-                          /matching    whatever else a method trains, by its name, and its optimizer's state, if any
-                          /data        where the data iterator stands, from each process
-                          /_CHECKPOINT_METADATA   the resolved config, the step, and what of it is not reported yet
+                          /matching    other trees that a method trains, by name, and their optimizer's state, if any
+                          /data        the data iterator's state, one file per process
+                          /_CHECKPOINT_METADATA   the resolved config, the step, and metrics not yet reported
                           /manifest.json   sizes and checksums of all files, see `integrity.py`
 
-Orbax writes into a temporary folder and renames it, so a checkpoint is whole or not there. What happens to its files
-later, a copy that is cut off or a disk that fails, is found by its manifest: such a checkpoint does not count, and the
-one before it is used. Everything restores into an abstract target, which fixes shapes, dtypes and shardings: a
-checkpoint moves between meshes.
+Orbax writes into a temporary folder and then renames it, so a checkpoint is either whole or absent. The manifest shows
+damage that happens later, such as an interrupted copy or a failing disk: a damaged checkpoint is ignored, and the one
+before it is used. Everything is restored into an abstract target, which fixes shapes, dtypes and shardings, so a
+checkpoint can be restored on another mesh.
 """
 
 import itertools
@@ -42,7 +42,7 @@ from gemma2_jax.processes.hosts import first_finding, is_first, wait_for_all
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 FOLDER = "checkpoints"
-CONFIG_FILE = "config.yaml"  # the whole configuration of the run
+CONFIG_FILE = "config.yaml"  # the run's complete configuration
 TOKENIZER_FILE = "tokenizer.model"  # a copy of its tokenizer
 PARAMS = "params"  # the tree that a model is read from
 _ITERATOR = "data"
@@ -53,13 +53,13 @@ _stores = itertools.count()
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and how much to keep. The last step of a run is always saved.
+    """When to save, and how many checkpoints to keep. The last step of a run is always saved.
 
     Attributes:
-        every: steps between checkpoints.
-        keep: the newest so many checkpoints stay; older ones are deleted.
-        grace_seconds: a run that is stopped by a signal (Ctrl-C, SIGTERM) has so many seconds to end its step and save
-            it; 0 stops it at once. Keep it below what a cluster grants between SIGTERM and SIGKILL, mostly 30 s.
+        every: number of steps between checkpoints.
+        keep: number of newest checkpoints to keep; older ones are deleted.
+        grace_seconds: seconds that a run stopped by a signal (Ctrl-C, SIGTERM) has to finish and save its step; 0
+            stops it at once. Keep it below the time that a cluster allows between SIGTERM and SIGKILL, usually 30 s.
     """
 
     every: int
@@ -81,9 +81,9 @@ class FoundCheckpoint:
     """A checkpoint that can be read.
 
     Attributes:
-        step: of the run.
-        path: its folder.
-        passed_over: what is wrong with the newer ones, a clause each.
+        step: step of the run.
+        path: folder of the checkpoint.
+        passed_over: what is wrong with each newer checkpoint, one clause each.
     """
 
     step: int
@@ -93,12 +93,12 @@ class FoundCheckpoint:
 
 @dataclass(frozen=True)
 class Unreported:
-    """What a run that was stopped between two rows of metrics has still to report.
+    """Metrics that a run stopped between two rows of its metrics file has not reported yet.
 
     Attributes:
-        rows: the metrics of each step since the last row, of which the next row is the average.
-        seconds: that these steps took.
-        evaluated: False if the evaluation that was due at the step of the checkpoint was cut short.
+        rows: metrics of each step since the last row; the next row is their average.
+        seconds: time that these steps took.
+        evaluated: False if the evaluation due at the checkpoint's step was interrupted.
     """
 
     rows: Sequence[Mapping[str, float]] = ()
@@ -107,10 +107,11 @@ class Unreported:
 
 
 class CheckpointStore:
-    """The checkpoints in one run folder. A context manager: leaving it waits for what is being written.
+    """The checkpoints in one run folder. A context manager, which waits on exit until pending saves are written.
 
     Attributes:
-        latest_step: of the checkpoint that was saved or restored last; before, of the newest whole one. None without.
+        latest_step: step of the checkpoint that was saved or restored last, at first of the newest whole one; None if
+            there is none.
     """
 
     def __init__(self, run_folder: str | Path, keep: int):
@@ -123,7 +124,7 @@ class CheckpointStore:
         self._checkpointer = _checkpointer(
             folder, lambda: self._saving, preservation_policy=policy, cleanup_tmp_directories=True
         )
-        self._broken: list[Path] = []  # newer than the one that was restored
+        self._broken: list[Path] = []  # checkpoints newer than the restored one
         self._pending: Any = None  # Orbax's response for the save in progress
 
     def __enter__(self) -> "CheckpointStore":
@@ -143,7 +144,7 @@ class CheckpointStore:
         config: Mapping[str, Any],
         unreported: Unreported = Unreported(),
     ) -> None:
-        """Start saving and return; arrays may be donated and the iterator moved on as soon as this returns."""
+        """Starts saving; as soon as this returns, arrays may be donated and the iterator advanced."""
         if self._broken:
             self._set_aside()
         self.wait()  # for the previous save, whose step is in `_saving`
@@ -164,10 +165,10 @@ class CheckpointStore:
         self._checkpointer.wait()
 
     def unreported(self, step: int) -> Unreported:
-        """What `save` was given beside the step; nothing in older checkpoints.
+        """Returns the `unreported` metrics that were saved with the step; empty for older checkpoints.
 
         Raises:
-            UserError: its file cannot be read.
+            UserError: the checkpoint's metadata cannot be read.
         """
         path = Path(self._checkpointer.directory) / str(step) / _METADATA
         try:
@@ -175,13 +176,13 @@ class CheckpointStore:
             return Unreported(**custom.get(_UNREPORTED, {}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
-                f"{path} cannot be read; delete {path.parent} to go on from the previous checkpoint."
+                f"{path} cannot be read; delete {path.parent} to resume from the previous checkpoint."
             ) from None
 
     def restore(self, step: int, abstract_trees: Mapping[str, Any], iterator: Any) -> dict[str, Any]:
-        """The trees saved at `step`, laid out as their abstract versions; `iterator` is moved to where it stood.
+        """Returns the trees saved at `step`, with the abstract trees' dtypes and shardings; restores `iterator`.
 
-        The checkpoint is one that `find` gave. Newer ones, which are not whole, stay until the first `save`.
+        The checkpoint must be one that `find` returned. Newer ones, which are not whole, stay until the first `save`.
 
         Raises:
             UserError: a tree or an array is missing, superfluous or of another shape, or a file is damaged.
@@ -197,7 +198,7 @@ class CheckpointStore:
         return {name: restored[name] for name in abstract_trees}
 
     def _set_aside(self) -> None:
-        """Renames the newer ones that are not whole: Orbax would count them as the newest, and keep them instead."""
+        """Renames newer checkpoints that are not whole: Orbax would count them as the newest and keep only them."""
         if is_first():
             for path in self._broken:
                 aside = path.with_name(f"{path.name}.broken")
@@ -209,25 +210,25 @@ class CheckpointStore:
 
 
 def checkpoint_steps(run_folder: str | Path) -> list[int]:
-    """The steps that have a checkpoint in a run folder, whole or not, the newest first."""
+    """Returns the steps that have a checkpoint in a run folder, whole or not, newest first."""
     return _steps(Path(run_folder) / FOLDER)
 
 
 def latest_step(run_folder: str | Path, tree: str | None = None) -> int | None:
-    """The step of the newest checkpoint in a run folder that is whole, or of which one tree is; or None."""
+    """Returns the step of the newest checkpoint in a run folder that is whole, or whose `tree` is; None without one."""
     folder = Path(run_folder) / FOLDER
     return next((step for step in _steps(folder) if missing(folder / str(step), tree) is None), None)
 
 
 def find(run_folder: str | Path, tree: str | None = None, contents: bool = True) -> FoundCheckpoint | None:
-    """The newest checkpoint in a run folder that is whole, or of which one tree is; None if there is none of any kind.
+    """Returns the newest checkpoint in a run folder that is whole, or whose `tree` is; None if there are none at all.
 
     Args:
-        contents: compare the files with their checksums too, each process of a job reading some of them: all processes
-            call this together. Else only what is there, and of what size.
+        contents: whether to compare checksums too, each process reading a share of the files; all processes must then
+            call this together. Otherwise only the existence and sizes of the files are checked.
 
     Raises:
-        UserError: there are checkpoints, and none is whole.
+        UserError: there are checkpoints, but none is whole.
     """
     check_path(run_folder)
     folder = Path(run_folder).absolute() / FOLDER
@@ -250,10 +251,10 @@ def find(run_folder: str | Path, tree: str | None = None, contents: bool = True)
 
 
 def find_params(run_folder: str | Path) -> FoundCheckpoint:
-    """As `find`, for the parameters alone, and says on standard error which checkpoints it passes over.
+    """Like `find`, for the parameters alone; prints on standard error which damaged checkpoints it skips.
 
     Raises:
-        UserError: there is no checkpoint, or of none the parameters are whole.
+        UserError: there is no checkpoint, or none with whole parameters.
     """
     found = find(run_folder, PARAMS)
     if found is None:
@@ -264,17 +265,17 @@ def find_params(run_folder: str | Path) -> FoundCheckpoint:
 
 
 def restore_params(run_folder: str | Path, target: Params) -> Params:
-    """The newest parameters of a run, as `target` has them: shapes, dtype and shardings.
+    """Returns the newest parameters of a run with the shapes, dtype and shardings of `target`.
 
     Raises:
-        UserError: there is no checkpoint, it holds other shapes or values beyond what the target's dtype can hold, or a
-            file is damaged.
+        UserError: there is no checkpoint, its shapes differ, a value exceeds the range of the target's dtype, or a file
+            is damaged.
     """
     return read_params(find_params(run_folder), target)
 
 
 def read_params(found: FoundCheckpoint, target: Params) -> Params:
-    """The parameters of a checkpoint that `find_params` gave, as `target` has them. Raises as `restore_params`."""
+    """Returns the parameters of a checkpoint that `find_params` found; `target` and errors as in `restore_params`."""
     check_trees(found.path, {PARAMS: target})
 
     def read(target: Params) -> Params:
@@ -288,10 +289,10 @@ def read_params(found: FoundCheckpoint, target: Params) -> Params:
 
 
 def describe_params(run_folder: str | Path) -> tuple[FoundCheckpoint, dict[str, jax.ShapeDtypeStruct]]:
-    """The newest parameters of a run, and their shapes and dtypes as they are saved, by path, without reading them.
+    """Returns a run's newest checkpoint and the saved shape and dtype of each parameter, by path, without reading them.
 
     Raises:
-        UserError: there is no checkpoint, or none of a run.
+        UserError: there is no checkpoint, or it is not a run's.
     """
     found = find(run_folder, PARAMS, contents=False)
     if found is None:
@@ -301,10 +302,10 @@ def describe_params(run_folder: str | Path) -> tuple[FoundCheckpoint, dict[str, 
 
 
 def save_params(run_folder: str | Path, params: Params, config: Mapping[str, Any]) -> None:
-    """Write parameters alone, as step 0 of a run folder that has no checkpoint yet; returns when they are written.
+    """Writes parameters alone, as step 0 of a run folder without a checkpoint; returns when they are written.
 
     Raises:
-        OSError: the disk does not take them.
+        OSError: they cannot be written.
     """
     check_path(run_folder)
     folder = Path(run_folder).absolute() / FOLDER
@@ -314,12 +315,12 @@ def save_params(run_folder: str | Path, params: Params, config: Mapping[str, Any
 
 
 def load_model_config(run_folder: str | Path) -> ModelConfig:
-    """The model section of a run's config.yaml."""
+    """Returns the model config in a run's config.yaml. Raises UserError if the file or its section is missing."""
     path = Path(run_folder) / CONFIG_FILE
     if not path.exists() and checkpoint_steps(run_folder):
         raise UserError(
-            f"{path} is missing, which describes the model in {path.with_name(FOLDER)}; copy it there from where the "
-            "run was trained."
+            f"{path}, which describes the model in {path.with_name(FOLDER)}, is missing; copy it from the original "
+            "run folder."
         )
     if not path.exists():
         raise UserError(f"{run_folder} is not a run folder: it has no {CONFIG_FILE}.")
@@ -330,11 +331,11 @@ def load_model_config(run_folder: str | Path) -> ModelConfig:
 
 
 def load_model(run_folder: str | Path, dtype: Any = "float32", mesh: Mesh | None = None) -> Gemma2:
-    """A run's newest model.
+    """Returns the newest model of a run.
 
     Args:
-        dtype: that the weights are converted to; they are saved as float32.
-        mesh: that it is laid out on; by default the first device of this process alone.
+        dtype: dtype that the weights are converted to; they are saved as float32.
+        mesh: mesh to place the model on; by default only the first device of this process.
     """
     config = load_model_config(run_folder)
     if mesh is None:
@@ -343,14 +344,17 @@ def load_model(run_folder: str | Path, dtype: Any = "float32", mesh: Mesh | None
 
 
 def _checkpointer(folder: Path, saving: Callable[[], int], **options: Any) -> ocp.training.Checkpointer:
-    """Orbax's, which ends each checkpoint with its manifest; `saving` gives the step of the save in progress.
+    """Returns an Orbax checkpointer that adds the manifest to each checkpoint.
 
-    Processes that wait for one another in one store are kept apart from those in another that is open beside it: stores
-    are made in the same order in all processes, and numbered.
+    Stores are numbered, and created in the same order in all processes, so that barriers of stores that are open at
+    the same time do not mix.
+
+    Args:
+        saving: returns the step of the save in progress.
     """
 
     def finish() -> None:
-        # Called when the files of all processes are written, before their folder gets its name.
+        # Called when the files of all processes are written, before their folder gets its final name.
         step = saving()
         write_checkpoint_manifest(next(folder.glob(f"{step}.orbax-checkpoint-tmp*"), folder / str(step)))
 
@@ -367,18 +371,18 @@ def _no_checkpoint(run_folder: str | Path) -> UserError:
 
 
 def _about(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of itself in _CHECKPOINT_METADATA."""
+    """Returns the custom metadata that is stored in _CHECKPOINT_METADATA."""
     return {"config": dict(config), **ANNOUNCED}
 
 
 def _steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint in a folder of them, whole or not, the newest first."""
+    """Returns the steps that have a checkpoint in a `checkpoints` folder, whole or not, newest first."""
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted((int(path.name) for path in found if re.fullmatch("[0-9]+", path.name)), reverse=True)
 
 
 def _iterator_state(folder: Path) -> Any:
-    """The states of all processes put together; Orbax asks for that of the same process among as many."""
+    """Returns the merged iterator states of all processes. (Orbax would require the same number of processes.)"""
     try:
         states = [
             json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("process_*.json"))
@@ -392,5 +396,5 @@ def _iterator_state(folder: Path) -> Any:
 
 def _merged(state: Any, other: Any) -> Any:
     if not (isinstance(state, dict) and isinstance(other, dict)):
-        return state  # what several processes have is the same
+        return state  # values that several processes have are equal
     return {**other, **{key: _merged(value, other.get(key)) for key, value in state.items()}}

@@ -1,4 +1,4 @@
-"""What a checkpoint says about the arrays of its trees, before any of them is read."""
+"""Reads and checks the metadata of the arrays in a checkpoint's trees, before any array is read."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,10 +12,10 @@ from gemma2_jax.config import UserError
 
 
 def array_metadata(path: Path, tree: str) -> Any:
-    """What a checkpoint says about the arrays of one of its trees."""
+    """Returns the metadata (shape, dtype) of each array in one of a checkpoint's trees."""
     with reading_checkpoint(path / tree):
         found = ocp.metadata(path, tree).metadata
-    if found is None:  # Orbax's word for a tree whose files it cannot read
+    if found is None:  # what Orbax returns for a tree whose files it cannot read
         raise UserError(
             f"{path / tree} cannot be read as a checkpoint of a run: files are damaged or missing."
         )
@@ -23,28 +23,28 @@ def array_metadata(path: Path, tree: str) -> Any:
 
 
 def check_all_trees(path: Path, targets: Mapping[str, Any], beside: set[str], run_folder: Path) -> None:
-    """Compare all that a checkpoint of a run holds with what the run needs to go on, before any of it is read.
+    """Raises UserError if a checkpoint's trees are not those that a run needs to resume; reads no arrays.
 
     Args:
-        beside: names of what is no tree.
+        beside: names of folders in the checkpoint that are not trees.
     """
     remedy = f"choose another output, or delete {run_folder} to train again."
     found = {item.name for item in path.iterdir() if item.is_dir()} - beside
     if found != set(targets):
         raise UserError(
-            f"{path} was trained by another method: it holds {_listed(found)}, and this run needs {_listed(targets)}; "
+            f"{path} was trained by another method: it holds {_listed(found)}, but this run needs {_listed(targets)}; "
             f"{remedy}"
         )
     try:
         check_trees(path, targets)
     except UserError as error:
         raise UserError(
-            f"{str(error).removesuffix('.')}, as if another version had saved it; {remedy}"
+            f"{str(error).removesuffix('.')}; another version may have saved it; {remedy}"
         ) from None
 
 
 def check_trees(path: Path, targets: Mapping[str, Any]) -> None:
-    """Compare what a checkpoint holds with what is wanted, before any of it is read."""
+    """Raises UserError if arrays of a checkpoint are missing, superfluous or of another shape; reads no arrays."""
     for tree, target in targets.items():
         found = _shapes(array_metadata(path, tree))
         wanted = _shapes(target)
@@ -55,7 +55,7 @@ def check_trees(path: Path, targets: Mapping[str, Any]) -> None:
                 raise UserError(f"{path}/{tree} holds {name}, which this configuration does not have.")
             if found[name] != wanted[name]:
                 raise UserError(
-                    f"{path}/{tree} holds {name} of shape {found[name]}, where this configuration has {wanted[name]}."
+                    f"{path}/{tree} holds {name} of shape {found[name]}, but this configuration has {wanted[name]}."
                 )
 
 
@@ -70,4 +70,5 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def name_of(path: Any) -> str:
+    """Returns the path of a leaf, as `jax.tree_util` gives it, as text: "pairs/local_block/mlp/up"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,1 +1,1 @@
-"""Text to batches: sources, tokenizer, shards, packing, pipeline."""
+"""From text to batches: sources, tokenizer, shards, packing, pipeline."""

@@ -1,4 +1,4 @@
-"""The one thing that flows from data to training."""
+"""`Batch`, the only data type that passes from the data pipeline to training."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.sharding.layout import batch_sharding
 
-Rows = Any  # NumPy arrays on the host, jax.Arrays on devices, jax.ShapeDtypeStructs before anything runs
+Rows = Any  # NumPy arrays on the host, jax.Arrays on devices, jax.ShapeDtypeStructs for abstract batches
 
 
 @jax.tree_util.register_dataclass
@@ -18,17 +18,16 @@ Rows = Any  # NumPy arrays on the host, jax.Arrays on devices, jax.ShapeDtypeStr
 class Batch:
     """Rows of packed documents; a pytree.
 
-    A row holds one document after another, each a segment; a document longer than what is left of a row goes
-    on in a later one as a new segment. What a model predicts at a place is `targets` there, within the same
-    document.
+    A row is a sequence of documents, each a segment. A document that does not fit into the rest of a row continues in
+    a later row as a new segment. At each position the model predicts `targets`, which belong to the same document.
 
     Attributes:
         tokens: int32 [B, T].
         targets: int32 [B, T], the token that follows each of `tokens` in its document.
         positions: int32 [B, T], counted from 0 in every segment.
-        segment_ids: int32 [B, T], from 1 in every row; 0 is padding.
+        segment_ids: int32 [B, T], counted from 1 in every row; 0 is padding.
         loss_mask: float32 [B, T], the weight of each target in the loss; 0 on padding.
-        extra: what else a method needs of each token, by name: a pytree of arrays [B, T, ...].
+        extra: further per-token data that a method needs, by name: a pytree of arrays [B, T, ...].
     """
 
     tokens: Rows
@@ -40,12 +39,12 @@ class Batch:
 
 
 def abstract_batch(data: DataConfig, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of a batch."""
+    """Returns the shapes, dtypes and shardings of a batch."""
     ids = abstract_rows(data, mesh, jnp.int32)
     return Batch(ids, ids, ids, ids, abstract_rows(data, mesh, jnp.float32))
 
 
 def abstract_rows(data: DataConfig, mesh: Mesh, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
-    """An array [B, T, ...] of a batch."""
+    """Returns one abstract array [B, T, ...] of a batch; `more` are the sizes of the axes after T."""
     shape = (data.batch_size, data.seq_len, *more)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))

@@ -5,8 +5,8 @@
     <start_of_turn>model
     Hi!<end_of_turn>
 
-As published with the instruction-tuned models: turns alternate and begin with the user's, text is trimmed,
-and there is no system role. The published Jinja template lies beside this file, for the programs that read one.
+As published with the instruction-tuned models: turns alternate, the first is the user's, text is trimmed, and there is
+no system role. The published Jinja template is beside this file, for programs that need it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,25 +19,25 @@ _ROLES = {"user": "user", "assistant": "model", "model": "model"}
 
 
 def chat_template() -> str:
-    """Returns the Jinja template that is published with google/gemma-2-2b-it, 9b-it and 27b-it."""
+    """Returns the Jinja template published with google/gemma-2-2b-it, 9b-it and 27b-it."""
     return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
 
 def render(messages: Sequence[Mapping[str, object]], generation_prompt: bool = False) -> str:
     """Returns the text of a chat, for `Tokenizer.encode(text, bos=True, control=True)`.
 
-    What the published template gives, with two differences. That begins with `<bos>`, which is left to the
-    tokenizer here: added twice, it makes a model worse without a word. And it lets pass some chats that are
-    refused here: turn tokens in a content, a role that the model does not know (a system message, too) in a place
-    of the model's, and a content that is missing or no string.
+    The text equals the published template's, with two differences. The template begins with `<bos>`, which the
+    tokenizer adds here: adding it twice would silently make a model worse. And the template accepts some chats that
+    raise an error here: turn tokens in the content, an unknown role (even system) in place of the model's, and
+    content that is missing or not a string.
 
     Args:
-        messages: each with a "role" (user, or assistant, also called model) and a "content".
-        generation_prompt: end with the beginning of a turn of the model's, which it is to fill.
+        messages: messages with a "role" (user, or assistant, also called model) and a "content".
+        generation_prompt: whether to end with the beginning of a model's turn, for the model to complete.
 
     Raises:
-        UserError: no message; a message without role or content; a content that is no string; a system message or
-            another role; turns that do not alternate; a content that holds a turn token, which would become one.
+        UserError: there is no message; a message lacks role or content; its content is not a string or contains a
+            turn token; its role is system or unknown; or turns do not alternate.
     """
     if not messages:
         raise UserError("A chat needs at least one message.")
@@ -52,14 +52,12 @@ def _turn(index: int, message: Mapping[str, object]) -> str:
         raise UserError(f"Message {index} has the keys {', '.join(message)}; it must have role and content.")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or role not in _ROLES:
-        hint = ", so put its text into the first user message" if role == "system" else ""
-        raise UserError(
-            f"Message {index} has the role {role!r}; Gemma 2 knows user and assistant only{hint}."
-        )
+        hint = "; put its text into the first user message" if role == "system" else ""
+        raise UserError(f"Message {index} has the role {role!r}; accepted: user and assistant{hint}.")
     expected = "model" if index % 2 else "user"
     if _ROLES[role] != expected:
         raise UserError(
-            f"Message {index} is from {role}; turns must alternate user/assistant and begin with the user's."
+            f"Message {index} has the role {role!r}; turns must alternate user/assistant and begin with user."
         )
     if not isinstance(content, str):
         raise UserError(
@@ -67,6 +65,6 @@ def _turn(index: int, message: Mapping[str, object]) -> str:
         )
     if START_OF_TURN in content or END_OF_TURN in content:
         raise UserError(
-            f"Message {index} holds {START_OF_TURN} or {END_OF_TURN}, which only the chat format may."
+            f"Message {index} contains {START_OF_TURN} or {END_OF_TURN}, which only the chat format may add."
         )
     return f"{START_OF_TURN}{expected}\n{content.strip()}{END_OF_TURN}\n"

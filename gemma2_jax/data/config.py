@@ -1,11 +1,11 @@
-"""What text is trained on (`DataConfig`) and the tokenizer that reads it (`TokenizerConfig`)."""
+"""Configuration of the training text (`DataConfig`) and of its tokenizer (`TokenizerConfig`)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gemma2_jax.config import refuse
 
-SMALLEST_VOCABULARY = 282  # of a tokenizer to train: 256 bytes, 25 pieces of its own, and one character
+SMALLEST_VOCABULARY = 282  # of a tokenizer to train: 256 bytes, 25 fixed pieces, and one character
 
 
 @dataclass(frozen=True)
@@ -14,26 +14,26 @@ class DataConfig:
 
     Attributes:
         source: "python-docs" (the documentation in Python's own standard library), or one or several globs
-            of .txt, .md, .rst, .jsonl or .parquet files, each optionally .gz or .zst. A line of JSONL and a row
-            of Parquet are a document; a text file is cut at blank lines into documents of 4,000 characters or
-            a little more, and is one if it is shorter.
-        folder: where the tokenised shards and their manifest are kept; runs may share it.
-        validation_fraction: share of the documents held out, in [0, 1); the content of a document decides. Above 0, at
-            least one document is held out and one is left, if a lone document has to be cut for it.
+            of .txt, .md, .rst, .jsonl or .parquet files, each optionally .gz or .zst. Each line of JSONL and each
+            row of Parquet is a document. Text files are cut at blank lines into documents of 4,000 characters or a
+            little more; a shorter file is one document.
+        folder: folder of the tokenised shards and their manifest; several runs may share it.
+        validation_fraction: share of the documents to hold out, in [0, 1); a hash of its content assigns each document
+            to a split. Above 0, both splits get at least one document; a single document is cut into pieces for this.
         seq_len: T, tokens in a row of a batch.
-        batch_size: B, rows of an optimizer step over all processes.
-        seed: order of the documents and of the rows.
+        batch_size: B, rows in an optimizer step over all processes.
+        seed: seed of the order of the documents and of the rows.
         text_field: the field of JSONL objects, or the column of Parquet files, that holds the text.
-        workers: processes that tokenise; None is one for each CPU.
-        shard_characters: a shard is closed after this many characters of text.
-        streams: that the documents are divided among, each giving its share of every batch's rows; of them a process
-            reads those of its rows only. With 1, each process reads everything.
-        shuffle_buffer: rows that are held in memory and given in random order before the next as many are read, so
-            that the rows of a long document are spread over many batches; at most the rows of one epoch. 0 gives the
-            rows of a document one after another.
-        skip_invalid: how many records of the source that cannot be read are left out, as a number of them, or below
-            1 as a share of all; more are refused. A record is a line of JSONL, a row of Parquet, a document of a text
-            file, or a file that holds none.
+        workers: number of processes that tokenise; None means one per CPU.
+        shard_characters: number of characters of text after which a shard is closed.
+        streams: number of streams that the documents are divided among. Each stream fills its share of the rows of
+            every batch, and a process reads only the streams of its own rows. With 1, each process reads everything.
+        shuffle_buffer: number of rows to hold in memory and return in random order before reading the next as many,
+            so that the rows of a long document are spread over many batches; at most the rows of one epoch. 0 keeps
+            the rows of a document together, in order.
+        skip_invalid: largest number of unreadable records of the source to leave out or, below 1, their largest share
+            of all records; more raise an error. A record is a line of JSONL, a row of Parquet, a document of a text
+            file, or a file that cannot be divided into records.
     """
 
     source: str | tuple[str, ...]
@@ -56,7 +56,7 @@ class DataConfig:
         if not self.sources or not all(self.sources):
             yield f"data.source is {self.source!r}; accepted: python-docs, or one or several globs of files."
         if not self.folder:
-            yield "data.folder is empty; it must name the folder that the prepared data goes to."
+            yield "data.folder is empty; it must name the folder for the prepared data."
         if not 0 <= self.validation_fraction < 1:
             yield f"data.validation_fraction is {self.validation_fraction}; accepted: at least 0, below 1."
         if self.seq_len < 2:
@@ -69,23 +69,23 @@ class DataConfig:
                 yield f"data.{name} is {value}; it must be at least 1."
         if self.shuffle_buffer < 0:
             yield (
-                f"data.shuffle_buffer is {self.shuffle_buffer}; it must be a number of rows, or 0 to leave rows in the "
-                "order of their documents."
+                f"data.shuffle_buffer is {self.shuffle_buffer}; it must be a number of rows, or 0 to keep the rows in "
+                "the order of their documents."
             )
         if not (self.skip_invalid >= 0 and (self.skip_invalid <= 1 or self.skip_invalid % 1 == 0)):
             yield (
-                f"data.skip_invalid is {self.skip_invalid}; it must be a whole number of records, or a fraction of "
-                "them below 1."
+                f"data.skip_invalid is {self.skip_invalid}; it must be a whole number of records, or a fraction below "
+                "1 of all records."
             )
         if self.streams > 0 and self.batch_size % self.streams:
             yield (
-                f"data.streams is {self.streams}, which does not divide data.batch_size ({self.batch_size}), as each "
-                "stream gives as many rows."
+                f"data.streams is {self.streams}; it must divide data.batch_size ({self.batch_size}), since every "
+                "stream fills the same number of rows."
             )
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """`source` as a tuple, whichever way it was written."""
+        """`source` as a tuple, also if it is a single string."""
         return (self.source,) if isinstance(self.source, str) else self.source
 
 
@@ -95,8 +95,8 @@ class TokenizerConfig:
 
     Attributes:
         path: a SentencePiece model file, such as Gemma's own tokenizer.model.
-        vocab_size: if there is no file at `path` yet, one of this size is trained on the training documents, or of
-            the largest size that they support; None only loads.
+        vocab_size: number of tokens. If `path` does not exist yet, a tokenizer of this size, or of the largest size
+            that the text supports, is trained on the training documents. With None, `path` must exist.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""The files that the globs of `data.source` match, and what else they match."""
+"""Finds the files that the globs of `data.source` match, and the other matches, which cannot be read."""
 
 import errno
 import fnmatch
@@ -27,33 +27,32 @@ class NothingMatchesError(UserError):
 
 
 def kind_of(path: Path) -> str:
-    """The file's format, a suffix with its point, whether compressed or not."""
+    """Returns the file's format as a suffix such as ".txt", without that of a compression."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
 
 
 def printable(path: Path) -> str:
-    """A path as text that UTF-8 can express, which a file's name need not be."""
+    """Returns a path as text that UTF-8 can encode; a file name may contain other bytes."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def match_files(patterns: Iterable[str]) -> tuple[list[Path], list[Invalid]]:
-    """Returns the files that patterns match, in the order of their paths, and the matches that cannot be read.
+    """Returns the files that match any pattern, sorted by path, and the matches that cannot be read.
 
-    `*`, `?`, `[…]` and `**` mean what they do in Python's glob. A name that is there as written is taken as
-    written, so that `notes [old]/*.txt` finds its files. Folders among the matches are passed over, unless they
-    are named like files.
+    `*`, `?`, `[…]` and `**` mean the same as in Python's glob. A name that exists literally is taken literally, so
+    that `notes [old]/*.txt` finds its files. Folders are ignored, unless they are named like data files.
 
     Raises:
-        NothingMatchesError: a pattern matches nothing, or folders only.
-        UserError: a folder or file on the way cannot be looked at, there is no file of a known kind, or what reads
-            one of them is not installed.
+        NothingMatchesError: a pattern matches nothing, or only folders.
+        UserError: a folder or file on the way cannot be read, no match is a file of a known type, or the package
+            that reads a matched file is not installed.
     """
     found: set[Path] = set()
     for pattern in patterns:
         matches = [Path(name) for name in _expand(pattern)]
         if all(_is_plain_folder(path) for path in matches):
-            hint = f" (a folder: its files are {pattern.rstrip('/')}/**/*.txt)" if matches else ""
+            hint = f" (it is a folder; write {pattern.rstrip('/')}/**/*.txt for its files)" if matches else ""
             raise NothingMatchesError(
                 f"data.source {pattern!r} matches no file{hint}; accepted: python-docs, or globs of "
                 f"{', '.join(FORMATS)} files, each optionally .gz or .zst."
@@ -75,25 +74,25 @@ def match_files(patterns: Iterable[str]) -> tuple[list[Path], list[Invalid]]:
 
 
 def without_pyarrow(path: Path) -> UserError:
-    """What to say of a file that only pyarrow reads."""
+    """Returns the error for a file that needs pyarrow where it is not installed."""
     return UserError(f"{path} needs pyarrow: pip install 'gemma2_jax[parquet]'.")
 
 
 def _problem(path: Path) -> Invalid | None:
-    """Why a match is no file to read; None if it is one."""
+    """Returns why a match cannot be read as a data file; None if it can."""
     mode = _mode(path)
     if mode is None:
         detail = f"it links to {os.readlink(path)}" if path.is_symlink() else ""
-        problem, hint = "a link to a file that is not there", "fetch that file, or remove the link"
+        problem, hint = "a broken link", "fetch or restore that file, or remove the link"
         return Invalid(printable(path), problem, hint, detail)
     if stat.S_ISDIR(mode):
         return Invalid(
-            printable(path), "a folder named like a file", f"its files are {path}/*{kind_of(path)}"
+            printable(path), "a folder named like a file", f"write {path}/*{kind_of(path)} for its files"
         )
     if not stat.S_ISREG(mode):
         return Invalid(printable(path), "neither a file nor a folder", "remove it from data.source")
     if kind_of(path) not in FORMATS:
-        return Invalid(printable(path), "a file of no known kind", f"accepted: {ACCEPTED}")
+        return Invalid(printable(path), "a file of unknown type", f"accepted: {ACCEPTED}")
     return None
 
 
@@ -103,7 +102,7 @@ def _is_plain_folder(path: Path) -> bool:
 
 
 def _mode(path: Path) -> int | None:
-    """What `path` is, links followed; None if there is nothing at their end."""
+    """Returns the mode bits of `path`, links followed; None if it does not exist or is a broken link."""
     try:
         return path.stat().st_mode
     except OSError as error:
@@ -113,7 +112,7 @@ def _mode(path: Path) -> int | None:
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """The paths that a pattern matches, links that lead nowhere among them; some may come twice."""
+    """Yields the paths that a pattern matches, including broken links; some may come twice."""
     path = Path(os.path.expanduser(pattern))
     names = path.parts[1:] if path.anchor else path.parts
     found = iter([path.anchor])
@@ -123,11 +122,11 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _matches_in(folders: Iterable[str], name: str, folders_only: bool) -> Iterator[str]:
-    # (Python's own glob passes over folders that cannot be read, and walks in circles where a link leads up.)
+    # Python's own glob silently skips folders that cannot be read, and loops where a link points upwards.
     for folder in folders:
         if name == "**":
             yield from _below(folder, folders_only)
-        elif _is_there(os.path.join(folder, name)):
+        elif _exists(os.path.join(folder, name)):
             yield os.path.join(folder, name)
         elif _WILD.search(name):
             for entry in _entries(folder, hidden=name.startswith(".")):
@@ -135,8 +134,8 @@ def _matches_in(folders: Iterable[str], name: str, folders_only: bool) -> Iterat
                     yield os.path.join(folder, entry.name)
 
 
-def _is_there(path: str) -> bool:
-    """Whether there is something of this name, be it a link that leads nowhere."""
+def _exists(path: str) -> bool:
+    """Whether anything has this name, even a broken link."""
     try:
         os.lstat(path)
     except OSError as error:
@@ -147,7 +146,7 @@ def _is_there(path: str) -> bool:
 
 
 def _below(folder: str, folders_only: bool, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """`folder` itself and what is in it at any depth; a link to a folder that it lies in is not followed."""
+    """Yields `folder` itself and everything in it at any depth; does not follow links to a folder above."""
     real = os.path.realpath(folder or ".")
     if real in above:
         return
@@ -166,7 +165,7 @@ def _below(folder: str, folders_only: bool, above: tuple[str, ...] = ()) -> Iter
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle
+    except OSError:  # a link that points to itself
         return False
 
 

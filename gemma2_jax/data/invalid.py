@@ -1,7 +1,7 @@
-"""Records that cannot be read: each is refused, or counted up to `data.skip_invalid`.
+"""Records that cannot be read: up to `data.skip_invalid` of them are counted and skipped, more raise an error.
 
-A record is a line of JSONL, a row of Parquet, a document of a text file, or a whole file that is none of these: one
-of an unknown kind, a link that leads nowhere, the rest of a damaged file.
+A record is a line of JSONL, a row of Parquet, a document of a text file, or something that cannot be divided into
+these: a file of unknown type, a broken link, the rest of a damaged file.
 """
 
 from collections import Counter
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from gemma2_jax.config import UserError
 
-_SHOWN = 5  # places that are named
+_SHOWN = 5  # skipped records whose places a message lists
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Invalid:
 
     Attributes:
         place: its file, with the line or row.
-        problem: what is wrong, in the same words for all records of one kind.
+        problem: what is wrong, worded the same for all records with the same problem.
         hint: what is accepted, or what to do.
-        detail: more about this record alone.
+        detail: details of this record only.
     """
 
     place: str
@@ -38,9 +38,9 @@ class Skipped:
     """The invalid records that were left out of a source.
 
     Attributes:
-        records: how many; of: records that the source has, these included.
-        problems: how many for each problem.
-        places: of the first few.
+        records: number of skipped records; of: number of all records of the source, skipped ones included.
+        problems: number of skipped records by problem.
+        places: places of the first few.
     """
 
     records: int = 0
@@ -58,7 +58,7 @@ class Skipping:
     """Counts the invalid records of one pass over a source.
 
     Args:
-        limit: `data.skip_invalid`: a number of records, or below 1 a fraction of them all.
+        limit: `data.skip_invalid`: a number of records or, below 1, a fraction of all records.
     """
 
     def __init__(self, limit: float) -> None:
@@ -67,7 +67,7 @@ class Skipping:
         self._first: list[Invalid] = []
 
     def add(self, invalid: Invalid) -> None:
-        """Counts a record. Raises UserError if it is one too many, naming it."""
+        """Counts a record. Raises UserError, with its place, if it exceeds the limit."""
         self._problems[invalid.problem] += 1
         if len(self._first) < _SHOWN:
             self._first.append(invalid)
@@ -75,12 +75,12 @@ class Skipping:
             raise UserError(f"{invalid}; data.skip_invalid=N leaves out up to N such records.")
         if self._limit >= 1 and self._problems.total() > self._limit:
             raise UserError(
-                f"data.skip_invalid is {self._limit:g}, but data.source has more invalid records, the next of them "
-                f"{invalid}; fix them, or raise data.skip_invalid."
+                f"data.skip_invalid is {self._limit:g}, but data.source has more invalid records (next: {invalid}); "
+                "fix them, or raise data.skip_invalid."
             )
 
     def finish(self, records: int) -> Skipped:
-        """What was skipped of a source with so many records. Raises UserError if that is more than the fraction."""
+        """Returns what was skipped, given the source's number of records. Raises UserError if it exceeds the limit."""
         skipped = Skipped(
             self._problems.total(), records, dict(self._problems), tuple(each.place for each in self._first)
         )
@@ -92,7 +92,7 @@ def check_skipped(skipped: Skipped, limit: float, where: str) -> None:
     """Raises UserError if more records were skipped than `limit` (`data.skip_invalid`) allows.
 
     Args:
-        where: a clause, with {} in the place of the records.
+        where: a clause with a placeholder {} for the skipped records.
     """
     allowed = limit if limit >= 1 or limit == 0 else limit * skipped.of
     if skipped.records > allowed:

@@ -1,8 +1,8 @@
-"""Documents to rows of fixed length, as a Grain transformation whose state survives JSON.
+"""Packs documents into rows of fixed length, as a Grain transformation whose state survives JSON.
 
-Grain has a transformation of the same kind (ConcatThenSplitIterDataset), but in 0.2.18 its state does not
-survive the JSON that checkpoints are written in: tuples come back as lists, and where a row happened to end
-with a document, the next document is lost on resumption.
+Grain has such a transformation (ConcatThenSplitIterDataset), but in 0.2.18 its state does not survive the JSON that
+checkpoints are written in: tuples come back as lists, and if a row ends exactly where a document ends, the next
+document is lost on resumption.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ Row = dict[str, np.ndarray]  # tokens, targets, positions, segment_ids: int32 [T
 
 
 class PackedRows(grain.IterDataset):
-    """Rows of `seq_len` tokens made of the documents of `parent`, one after another.
+    """Rows of `seq_len` tokens, filled with the documents of `parent` one after another.
 
-    Tokens and targets are made of each document before it is packed (all but its last token, all but its
-    first), so that no target belongs to another document and none is lost where a document is cut: what did
-    not fit into a row goes on in the next, as a new segment with positions from 0. Only the last row of a
-    finite parent is padded, with zeros.
+    Tokens (all but the last of a document) and targets (all but the first) are taken from each document before it is
+    packed. So no target belongs to another document, and none is lost where a document is cut: the remainder
+    continues in the next row, as a new segment with positions from 0. Only the last row of a finite parent is padded,
+    with zeros.
 
     Args:
-        parent: yields arrays of at least two token ids.
+        parent: dataset of documents, arrays of at least two token ids.
         seq_len: T.
     """
 
@@ -36,7 +36,7 @@ class PackedRows(grain.IterDataset):
 
 
 class _PackedRowsIterator(grain.DatasetIterator):
-    """State: the parent's state before the document in hand, and how much of that document is used up."""
+    """Its state is the parent's state before the current document, and the tokens of that document already used."""
 
     def __init__(self, parent: grain.DatasetIterator, seq_len: int) -> None:
         super().__init__(parent)
@@ -73,7 +73,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
             self._used = state["used"]
 
     def _pieces(self) -> Iterator[tuple[int, np.ndarray]]:
-        """What fills one row: where each piece starts, and its tokens with the one more that is a target only."""
+        """Yields the pieces that fill one row: where each starts, and its tokens plus the one that is only a target."""
         filled = 0
         while filled < self._seq_len:
             if self._document is None and not self._take_document():

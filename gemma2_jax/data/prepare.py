@@ -1,9 +1,9 @@
-"""Source to shards: train the tokenizer if there is none, tokenise in parallel, write what is missing.
+"""Turns a source into shards: trains the tokenizer if there is none, tokenises in parallel, writes what is missing.
 
     manifest = prepare(config.data, config.tokenizer)
 
-The source is read as a stream. It is cut into parts, each of which becomes one shard for each split. The
-manifest is rewritten after every part, so that a preparation that was stopped goes on with the part it was in.
+The source is read as a stream and cut into parts, each of which becomes one shard per split. The manifest is
+rewritten after every part, so that a stopped preparation resumes with the part that it was writing.
 """
 
 import hashlib
@@ -44,14 +44,14 @@ from gemma2_jax.data.shards import (
     write_data_manifest,
 )
 from gemma2_jax.data.source_content import (
-    content_now,
     content_of,
+    current_content,
     difference,
-    free_beside,
-    read_seen,
+    read_hashes,
     refuse_other_content,
     unchanged,
-    write_seen,
+    unused_sibling,
+    write_hashes,
 )
 from gemma2_jax.data.sources import Documents, open_documents
 from gemma2_jax.data.split import divide
@@ -60,26 +60,27 @@ from gemma2_jax.data.tokenizer import Tokenizer, VocabularyTooLargeError, train_
 from gemma2_jax.files import locked, undone_after
 from gemma2_jax.machine import cores
 
-TRAINING_BYTES = 100_000_000  # of source that a tokenizer is trained on; of a larger one, a sample by content
-_TASK_CHARACTERS = 100_000  # sent to a worker at once: some tens of milliseconds of its time
+TRAINING_BYTES = 100_000_000  # of source that a tokenizer is trained on; of more, a sample chosen by content
+_TASK_CHARACTERS = 100_000  # sent to a worker at once: some tens of milliseconds of work
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> DataManifest:
-    """Makes `data.folder` hold the tokenised source, and returns its manifest; at once if it does already.
+    """Tokenises the source into `data.folder`, unless that is already done, and returns the folder's manifest.
 
-    Shows a progress bar if standard error is a terminal, else a line for each stage, and one line of summary.
-    Processes that start at the same time wait for one another. In a script, call this under
-    `if __name__ == "__main__":`, since workers import the script anew; or set `data.workers` to 1.
+    Prints one line per stage, or shows a progress bar if standard error is a terminal, and a summary line. Processes
+    that prepare the same folder wait for one another. In a script, call this under `if __name__ == "__main__":`,
+    since workers import the script again; or set `data.workers` to 1.
 
-    The tokenizer may have fewer tokens than `tokenizer.vocab_size`, if the text supports no more: see the manifest's
-    `vocab_size`. After a UserError nothing is left of what was made, unless a whole shard of it can be gone on from.
+    If the text supports no more, the tokenizer has fewer tokens than `tokenizer.vocab_size`: see the manifest's
+    `vocab_size`. After a UserError everything that was written is removed, unless it includes a complete shard from
+    which the preparation can resume.
 
     Raises:
-        UserError: the folder was prepared from other content, with another tokenizer or validation fraction; the
+        UserError: the folder was prepared from other content, or with another tokenizer or validation fraction; the
             tokenizer or the source cannot be read, or changed meanwhile; there is no text.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        sys.exit(1)  # a worker importing an unguarded script: its parent says so, and must not be waited for
+        sys.exit(1)  # a worker that imports an unguarded script; the parent prints the error
     folder = Path(data.folder)
     check_place("data.folder", folder)
     check_place("tokenizer.path", tokenizer.path, is_file=True)
@@ -87,7 +88,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> DataManifest:
     if manifest is not None and manifest.complete and Path(tokenizer.path).exists():
         _refuse_other(manifest, data, _load(tokenizer, manifest))
         with _progress() as progress:
-            refuse_other_content(manifest, data, content_now(manifest, data, progress))
+            refuse_other_content(manifest, data, current_content(manifest, data, progress))
         _refuse_other_skips(manifest, data)
         return manifest
 
@@ -96,7 +97,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> DataManifest:
         return manifest is not None and len(manifest.parts) > 0
 
     with ExitStack() as stack:
-        stack.enter_context(stops.resuming(partial(_goes_on, folder)))
+        stack.enter_context(stops.resuming(partial(_resume_message, folder)))
         with usable("data.folder", folder):
             stack.enter_context(locked(folder, wait=True))
         stack.enter_context(undone_after(UserError, folder, Path(tokenizer.path), unless=has_parts))
@@ -104,7 +105,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> DataManifest:
 
 
 def verify_source(folder: str | os.PathLike[str]) -> bool:
-    """Reads the files that a folder was prepared from anew; returns whether they are still there.
+    """Reads again the files that a folder was prepared from; returns False if they no longer exist, else True.
 
     Raises:
         UserError: their content has changed; or as `read_data_manifest`.
@@ -117,10 +118,10 @@ def verify_source(folder: str | os.PathLike[str]) -> bool:
     with _progress() as progress:
         content = content_of(source, (), progress)
     if content.identity != manifest.identity:
-        changed = difference(manifest.identity, read_seen(Path(folder)), content)
+        changed = difference(manifest.identity, read_hashes(Path(folder)), content)
         raise UserError(
             f"data.source {list(manifest.source)} has changed since data.folder {folder} was prepared ({changed}); "
-            "delete that folder to prepare it anew, or restore the files."
+            "delete that folder to prepare it again, or restore the files."
         )
     return True
 
@@ -128,14 +129,14 @@ def verify_source(folder: str | os.PathLike[str]) -> bool:
 def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progress: Progress) -> DataManifest:
     begun = time.monotonic()
     opened = open_documents(data.sources, data.text_field, data.skip_invalid)
-    # Before anything is made of it: what changes later is noticed in the end.
-    content = content_of(opened, read_seen(folder), progress)
+    # Taken before the source is used, so that the comparison at the end finds any change in between.
+    content = content_of(opened, read_hashes(folder), progress)
     manifest = find_data_manifest(folder)
     if manifest is not None and (manifest.complete or manifest.tokenizer_trained):
         refuse_other_content(manifest, data, content)
-    source, held_out_below = divide(opened, data.sources, data.validation_fraction)
+    source, threshold = divide(opened, data.sources, data.validation_fraction)
     trains = not Path(tokenizer.path).exists()
-    loaded = _train(held_out_below, tokenizer, source, progress) if trains else _load(tokenizer, manifest)
+    loaded = _train(threshold, tokenizer, source, progress) if trains else _load(tokenizer, manifest)
     if manifest is None or not manifest.parts:
         manifest = DataManifest(
             format=FORMAT,
@@ -149,17 +150,17 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
             vocab_size=loaded.vocab_size,
             skipped=Skipped(),
             parts=(),
-            # A smaller one than asked for has just been trained, as large as could be, or is known to be.
+            # The tokenizer is smaller than requested: the largest possible one was trained, now or by an earlier call.
             vocabulary_full=loaded.vocab_size < (tokenizer.vocab_size or 0) or _known_full(loaded, manifest),
         )
-        # Before the first part is done, so that a preparation that is stopped in it finds its tokenizer again.
+        # Before the first part, so that a preparation that is stopped during it recognises its tokenizer.
         write_data_manifest(folder, manifest)
     _refuse_other(manifest, data, loaded)
     _refuse_other_skips(manifest, data)
     if manifest.complete:
         return manifest
 
-    # Parts that are there are compared by their text; behind them the source may have been mended.
+    # Only the text of existing parts is compared; the source after them may have been corrected.
     manifest = replace(manifest, source=data.sources, identity=content.identity)
     stream = iter(source)
     for part in manifest.parts:
@@ -168,7 +169,7 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
     task = progress.add_task("tokenising", total=source.size)
     tasks = _tasks(stream, min(_TASK_CHARACTERS, data.shard_characters))
     for part in _parts(
-        _tokenised(tasks, data.workers, held_out_below, tokenizer.path, progress, task),
+        _tokenised(tasks, data.workers, threshold, tokenizer.path, progress, task),
         data,
         folder,
         len(manifest.parts),
@@ -176,12 +177,12 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
         manifest = replace(manifest, parts=(*manifest.parts, part))
         write_data_manifest(folder, manifest)
         if len(manifest.parts) == 1:
-            write_seen(folder, content)  # not to be read again after a stop
+            write_hashes(folder, content)  # so that a resumed preparation need not read the files again
 
     content = unchanged(opened, content, folder, progress)
     manifest = replace(manifest, complete=True, skipped=opened.skipped)
     write_data_manifest(folder, manifest)
-    write_seen(folder, content)
+    write_hashes(folder, content)
     train, validation = manifest.train, manifest.validation
     if manifest.skipped.records:
         progress.console.print(
@@ -197,54 +198,52 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
     return manifest
 
 
-def _goes_on(folder: Path) -> str:
-    """What the same command does after a stop."""
+def _resume_message(folder: Path) -> str:
+    """Returns what is already prepared, and what the same command will do after a stop."""
     manifest = find_data_manifest(folder)
     if manifest is None or not manifest.parts:
-        return f"nothing of {folder} is prepared yet, and the same command begins anew"
+        return f"nothing of {folder} is prepared yet, and the same command starts from the beginning"
     documents = manifest.train.documents + manifest.validation.documents
-    return f"{documents:,} documents of {folder} are prepared, and the same command goes on behind them"
+    return f"{documents:,} documents of {folder} are prepared, and the same command continues after them"
 
 
 def _was_trained(loaded: Tokenizer, manifest: DataManifest | None) -> bool:
-    """Whether the folder's manifest says that this tokenizer was trained on its source."""
+    """Whether this tokenizer was trained on the folder's source, according to its manifest."""
     return manifest is not None and manifest.tokenizer_trained and manifest.tokenizer == loaded.fingerprint
 
 
 def _known_full(loaded: Tokenizer, manifest: DataManifest | None) -> bool:
-    """Whether the folder's manifest says that the text supports no larger vocabulary than this tokenizer's."""
+    """Whether the text supports no larger vocabulary than this tokenizer's, according to the folder's manifest."""
     return manifest is not None and manifest.vocabulary_full and manifest.tokenizer == loaded.fingerprint
 
 
 def _load(tokenizer: TokenizerConfig, manifest: DataManifest | None) -> Tokenizer:
     loaded = Tokenizer.load(tokenizer.path)
-    asked = tokenizer.vocab_size
-    if asked is None or asked == loaded.vocab_size:
+    requested = tokenizer.vocab_size
+    if requested is None or requested == loaded.vocab_size:
         return loaded
-    if asked < loaded.vocab_size or not _known_full(loaded, manifest):
+    if requested < loaded.vocab_size or not _known_full(loaded, manifest):
         raise UserError(
-            f"tokenizer.vocab_size is {asked}, but {tokenizer.path} has {loaded.vocab_size} tokens; set it to that "
+            f"tokenizer.vocab_size is {requested}, but {tokenizer.path} has {loaded.vocab_size} tokens; set it to that "
             "number, or set tokenizer.path to a new file to train another."
         )
     return loaded
 
 
-def _train(
-    held_out_below: float, tokenizer: TokenizerConfig, source: Documents, progress: Progress
-) -> Tokenizer:
+def _train(threshold: float, tokenizer: TokenizerConfig, source: Documents, progress: Progress) -> Tokenizer:
     if tokenizer.vocab_size is None:
         raise UserError(
-            f"There is no tokenizer file {tokenizer.path}; set tokenizer.path to one, or tokenizer.vocab_size to "
-            "the number of tokens to train one with."
+            f"There is no tokenizer file {tokenizer.path}; set tokenizer.path to an existing file, or "
+            "tokenizer.vocab_size to the number of tokens of a new one to train."
         )
     _announce(progress, f"{tokenizer.path}: training a tokenizer of {tokenizer.vocab_size:,} tokens")
     progress.add_task("training the tokenizer", total=None)
     share = TRAINING_BYTES / max(source.size, 1)
 
     def documents() -> Iterator[str]:
-        """Of the training split alone: what is held out must not have shaped the tokenizer either."""
+        """Yields from the training split alone: held-out documents must not influence the tokenizer either."""
         for text, _ in source:
-            if not is_validation(text, held_out_below) and chance(text, "tokenizer") < share:
+            if not is_validation(text, threshold) and chance(text, "tokenizer") < share:
                 yield text
 
     def train(vocab_size: int) -> Tokenizer:
@@ -255,12 +254,12 @@ def _train(
         trained = train(tokenizer.vocab_size)
     except VocabularyTooLargeError as error:
         progress.console.print(
-            f"tokenizer.vocab_size is {tokenizer.vocab_size}, but this text supports at most {error.most}; lowered to "
-            f"{error.most}.",
+            f"tokenizer.vocab_size is {tokenizer.vocab_size}, but this text supports at most {error.largest}; lowered "
+            f"to {error.largest}.",
             soft_wrap=True,
             highlight=False,
         )
-        trained = train(error.most)
+        trained = train(error.largest)
     for task in progress.task_ids:
         progress.remove_task(task)
     return trained
@@ -270,9 +269,9 @@ def _refuse_other(manifest: DataManifest, data: DataConfig, tokenizer: Tokenizer
     values = (
         ("data.text_field", manifest.text_field, data.text_field),
         ("data.validation_fraction", manifest.validation_fraction, data.validation_fraction),
-        ("the tokenizer", manifest.tokenizer[:12], tokenizer.fingerprint[:12]),
+        ("tokenizer", manifest.tokenizer[:12], tokenizer.fingerprint[:12]),
     )
-    others = [f"another value of {key} ({was}, now {is_now})" for key, was, is_now in values if was != is_now]
+    others = [f"a different {key} ({was}, now {is_now})" for key, was, is_now in values if was != is_now]
     if others:
         typed = [as_override(key, was) for key, was, is_now in values[:2] if was != is_now]
         remedy = (
@@ -282,17 +281,17 @@ def _refuse_other(manifest: DataManifest, data: DataConfig, tokenizer: Tokenizer
         )
         raise UserError(
             f"data.folder {data.folder} was prepared with {', '.join(others)}; {remedy}set another folder, as in "
-            f"data.folder={free_beside(Path(data.folder))}, or delete this one."
+            f"data.folder={unused_sibling(Path(data.folder))}, or delete this one."
         )
 
 
 def _refuse_other_skips(manifest: DataManifest, data: DataConfig) -> None:
-    """Raises UserError if more was left out than may be. Goes after the content is found to be the same."""
+    """Raises UserError if more records were skipped than allowed. Call it after the content was compared."""
     check_skipped(manifest.skipped, data.skip_invalid, f"data.folder {data.folder} was prepared without {{}}")
 
 
 def _skip(stream: Iterator[tuple[str, int]], part: Part, folder: Path) -> None:
-    """Reads past the documents of a part that is done, making sure that they are still the same."""
+    """Reads past the documents of a finished part. Raises UserError if they have changed."""
     digest = hashlib.sha256()
     for _ in range(part.documents):
         text, _ = next(stream, ("", 0))
@@ -321,13 +320,13 @@ def _tasks(stream: Iterator[tuple[str, int]], characters: int) -> Iterator[Task]
 def _tokenised(
     tasks: Iterable[Task],
     workers: int | None,
-    held_out_below: float,
+    threshold: float,
     tokenizer_path: str,
     progress: Progress,
     task: TaskID,
 ) -> Iterator[tuple[str, Tokenised]]:
-    """Yields documents with what they became, in their order."""
-    for (texts, position), done in tokenise_all(tasks, tokenizer_path, held_out_below, workers or cores()):
+    """Yields the text of each document with its tokenised form, in order."""
+    for (texts, position), done in tokenise_all(tasks, tokenizer_path, threshold, workers or cores()):
         yield from zip(texts, done, strict=True)
         progress.update(task, completed=position)
 
@@ -335,7 +334,7 @@ def _tokenised(
 def _parts(
     documents: Iterator[tuple[str, Tokenised]], data: DataConfig, folder: Path, first: int
 ) -> Iterator[Part]:
-    """Writes documents to shards; yields each part when its shards are in their places."""
+    """Writes documents to shards; yields each part once its shards have their final names."""
     number, more = first, True
     while more:
         digest, taken, characters = hashlib.sha256(), 0, 0
@@ -370,7 +369,7 @@ def _add_text(digest: "hashlib._Hash", text: str) -> None:
 
 
 def _announce(progress: Progress, what: str) -> None:
-    """A line in a log, where there is no bar to tell what takes so long."""
+    """Prints a line about the next stage if there is no progress bar."""
     if progress.disable:
         progress.console.print(f"{what} …", soft_wrap=True, highlight=False, markup=False)
 

@@ -1,8 +1,8 @@
-"""The documentation inside Python's own standard library: real text that is on every machine.
+"""The documentation inside Python's own standard library: real text that every machine has.
 
-Documents are the language reference's topics (those of `help("LAMBDA")`), and the docstrings of every module,
-of every class with its methods, and of every function. Source files are parsed, never imported: importing
-some modules of the standard library has effects.
+The documents are the topics of the language reference (as shown by `help("LAMBDA")`), and the docstrings of every
+module, of every class with its methods, and of every function. Source files are parsed, never imported, since
+importing some modules of the standard library has side effects.
 """
 
 import ast
@@ -19,18 +19,18 @@ from gemma2_jax.data.invalid import Skipped
 from gemma2_jax.data.reading import reading
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
-# Tests are code about code; site-packages is whatever somebody installed.
+# Tests hold little prose, and site-packages differs between machines.
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 class PythonDocs:
-    """The corpus of the Python that runs; another Python version is another corpus.
+    """The corpus of the running Python; each Python version has its own.
 
     Attributes:
-        name: the Python, in words.
+        name: implementation and version of Python.
         files: source files, in a fixed order.
         size: bytes of all source files, the measure of progress.
-        skipped: nothing; a file that is no Python is a template that merely ends in .py, and has no documents.
+        skipped: always empty: a file that does not parse is a template with the ending .py and has no documents.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class PythonDocs:
         self.size = sum(path.stat().st_size for path in self.files)
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        """Yields each document with the bytes of source files read so far, in a fixed order, no text twice."""
+        """Yields each distinct document with the bytes of source files read so far, in a fixed order."""
         seen: set[str] = set()
         done = 0
         for path, texts in self._documents.items():
@@ -61,14 +61,14 @@ class PythonDocs:
         return ""
 
     def digest(self, path: Path, advance: Callable[[int], None]) -> str:
-        """Sha256 of a file's documents: where its Python is installed, which some files hold, makes no difference."""
+        """Returns the sha256 of a file's documents, not of the file: some files contain their installation path."""
         texts = self._documents[path]
         advance(path.stat().st_size)
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
     @cached_property
     def _documents(self) -> dict[Path, list[str]]:
-        # Kept, for once: it is a few megabytes, and parsing takes longer than everything done with the result.
+        # Kept in memory: it is a few megabytes, and parsing takes longer than all later steps.
         return {path: list(_documents_of(path, self._module_name(path))) for path in self.files}
 
     def _module_name(self, path: Path) -> str:
@@ -84,7 +84,7 @@ def _documents_of(path: Path, module: str) -> Iterator[str]:
             warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings
             tree = ast.parse(content)
     except (SyntaxError, ValueError):
-        return  # a template that merely ends in .py
+        return  # a template with the ending .py
     if module == "pydoc_data.topics":
         yield from _topics(tree)
         return
@@ -101,7 +101,7 @@ def _topics(tree: ast.Module) -> Iterator[str]:
 
 
 def _definitions(node: ast.AST, owner: str) -> Iterator[str]:
-    """Classes and functions at any depth outside classes (under `if` and `try` too), a document each."""
+    """Yields one document per class or function at any depth outside classes (under `if` and `try` too)."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef):
             sections = list(_class_sections(child, f"{owner}.{child.name}"))
@@ -115,7 +115,7 @@ def _definitions(node: ast.AST, owner: str) -> Iterator[str]:
 
 
 def _class_sections(node: ast.ClassDef, name: str) -> Iterator[str]:
-    """The class's own docstring, then those of its methods and inner classes, each under a heading."""
+    """Yields the class's docstring, then those of its methods and inner classes, each under a heading."""
     methods = []
     for child in node.body:
         if isinstance(child, _Function) and (docstring := ast.get_docstring(child)):

@@ -1,6 +1,6 @@
-"""One file to its records: text, JSONL or Parquet, compressed or not.
+"""Reads the records of one file: text, JSONL or Parquet, compressed or not.
 
-A record is the text of a document, or says why it cannot be read.
+A record is the text of a document, or an `Invalid` that explains why it cannot be read.
 """
 
 import codecs
@@ -26,15 +26,17 @@ from gemma2_jax.data.globs import kind_of, printable, without_pyarrow
 from gemma2_jax.data.invalid import Invalid
 from gemma2_jax.files import reason
 
-# Characters of a text file that make a document, about a thousand tokens: enough for context to matter, and
-# few enough that one book is documents to shuffle, and to hold some out of.
+# Characters of a text file per document, about a thousand tokens: enough for context to matter, and few enough that
+# a single book gives many documents to shuffle and to hold out.
 TEXT_DOCUMENT = 4_000
 LONGEST_DOCUMENT = 1_000_000  # characters: text without blank lines is cut here, so that memory stays bounded
 
 _LARGEST_WINDOW = 1 << 31  # bytes that a Zstandard frame may refer back
-_DEEPEST_JSON = 500  # Python's own limit depends on its version and on who calls
+_DEEPEST_JSON = (
+    500  # fixed here, since Python's own limit depends on its version and on the depth of the call stack
+)
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-# How a file begins whose content lies elsewhere; both are written by git, in place of the content.
+# First bytes of the pointers that git leaves in place of a file whose content is stored elsewhere.
 _POINTERS = {
     b"version https://git-lfs.github.com/spec/": ("a Git LFS pointer", "fetch its content: git lfs pull"),
     b"/annex/objects/": ("a git-annex pointer", "fetch its content: git annex get"),
@@ -53,7 +55,7 @@ class _DamagedError(Exception):
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raises UserError where the machine cannot read a file, which is no fault of a record's."""
+    """Turns an OSError, which is no fault of a record, into a UserError."""
     try:
         yield
     except OSError as error:
@@ -61,11 +63,11 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def records_of(path: Path, raw: IO[bytes], text_field: str) -> Iterator[Record]:
-    """Yields the records of a file that is open at its beginning; of a damaged one, an invalid record comes last.
+    """Yields the records of a file that is open at its beginning; if it is damaged, the last record is invalid.
 
     Raises:
-        OSError: the machine cannot read it.
-        UserError: what reads files of this kind is not installed.
+        OSError: the file cannot be read.
+        UserError: the package that reads this file type is not installed.
     """
     start = raw.read(max(map(len, _POINTERS)))
     for begins, (problem, hint) in _POINTERS.items():
@@ -96,11 +98,11 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
 def _text(path: Path, stream: IO[bytes]) -> Iterator[Record]:
     lines: list[str] = []
     length = 0
-    invalid: Invalid | None = None  # of these lines, the first that cannot be read
+    invalid: Invalid | None = None  # the first of these lines that cannot be read
     after_blank = False
     for line in _lines(path, stream, LONGEST_DOCUMENT):
         blank = line.text.isspace()
-        between_paragraphs = after_blank and not blank  # blank lines, however many, stay with what they end
+        between_paragraphs = after_blank and not blank  # blank lines belong to the paragraph before them
         if (between_paragraphs and length >= TEXT_DOCUMENT) or length + len(line.text) > LONGEST_DOCUMENT:
             yield invalid or "".join(lines)
             lines, length, invalid = [], 0, None
@@ -133,7 +135,7 @@ def _of_json(line: str, place: str, text_field: str) -> Record:
 
 
 def _json_depth(line: str) -> int:
-    """Levels of a line's nesting; an upper bound where it is certainly allowed."""
+    """Returns the nesting depth of a line, or an upper bound if that is already within the limit."""
     brackets = line.count("[") + line.count("{")
     if brackets <= _DEEPEST_JSON:
         return brackets
@@ -145,7 +147,7 @@ def _parquet(path: Path, stream: IO[bytes], text_field: str) -> Iterator[Record]
     try:
         import pyarrow
         from pyarrow import parquet
-    except ImportError:  # it is there, and broken
+    except ImportError:  # installed, but broken
         raise without_pyarrow(path) from None
     name = printable(path)
     with tempfile.TemporaryFile() as seekable:  # Parquet is read from its end
@@ -166,11 +168,11 @@ def _parquet(path: Path, stream: IO[bytes], text_field: str) -> Iterator[Record]
         except (pyarrow.ArrowException, UnicodeDecodeError, *_CORRUPT) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            raise _DamagedError(name, "not a whole Parquet file", error) from None
+            raise _DamagedError(name, "a damaged or incomplete Parquet file", error) from None
 
 
 def _values(column: Any) -> list[Any]:
-    """The values of an Arrow array; an error in the place of what is no UTF-8."""
+    """Returns the values of an Arrow array, with a UnicodeDecodeError in place of each that is not UTF-8."""
     try:
         values: list[Any] = column.to_pylist()
         return values
@@ -186,7 +188,7 @@ def _value(scalar: Any) -> Any:
 
 
 def _checked(value: Any, names: Iterable[str], place: str, text_field: str) -> Record:
-    """The value of the text field, if it is text that UTF-8 can express."""
+    """Returns the value of the text field if it is text that UTF-8 can encode, else an invalid record."""
     if value is None:
         return _missing(names, place, text_field)
     if isinstance(value, UnicodeDecodeError):
@@ -197,13 +199,13 @@ def _checked(value: Any, names: Iterable[str], place: str, text_field: str) -> R
     try:
         value.encode()
     except UnicodeEncodeError:
-        return Invalid(place, "the text holds a lone surrogate", "UTF-8 cannot express it")
+        return Invalid(place, "the text contains a lone surrogate", "UTF-8 cannot encode it")
     return value
 
 
 def _missing(names: Iterable[str], place: str, text_field: str) -> Invalid:
     listed = ", ".join(names) or "none"
-    hint = f"data.text_field names the field that is read (fields there: {listed})"
+    hint = f"set data.text_field to the field that holds the text (fields there: {listed})"
     return Invalid(place, f"no text in the field {text_field!r}", hint)
 
 
@@ -213,7 +215,7 @@ def _not_utf8(place: str, error: UnicodeDecodeError, position: int) -> Invalid:
 
 @dataclass(frozen=True)
 class _Line:
-    """A line with its end, or a piece of a long one; U+FFFD stands for what is no UTF-8, and `invalid` says so."""
+    """A line with its newline, or a piece of a long one; if it is not valid UTF-8, `invalid` is set."""
 
     number: int
     text: str
@@ -221,13 +223,13 @@ class _Line:
 
 
 def _lines(path: Path, stream: IO[bytes], longest: int = -1) -> Iterator[_Line]:
-    """Lines, numbered from 1; a byte order mark is left out.
+    """Yields lines, numbered from 1, without a byte order mark.
 
-    A line of more than `longest` bytes comes in several pieces under one number; -1 keeps every line whole.
+    A line of more than `longest` bytes is yielded as several pieces with the same number; -1 keeps every line whole.
     """
     name = printable(path)
     decoder = codecs.getincrementaldecoder("utf-8")()  # a piece may end within a character
-    number = length = 0  # lines read to their ends, and bytes read of the line after them
+    number = length = 0  # complete lines read, and bytes read of the current line
 
     def decoded(piece: bytes, final: bool) -> _Line:
         try:
@@ -253,20 +255,20 @@ def _lines(path: Path, stream: IO[bytes], longest: int = -1) -> Iterator[_Line]:
     except _CORRUPT as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise _DamagedError(f"{name}, after line {number}", "cannot be read on", error) from None
+        raise _DamagedError(f"{name}, after line {number}", "the rest cannot be read", error) from None
 
 
 _CORRUPT = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
 class _Zstandard(io.RawIOBase):
-    """Decompresses frames one after another. (zstandard's own reader takes a file that was cut off for whole.)"""
+    """Decompresses frames one after another. (zstandard's own reader does not notice a truncated file.)"""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
         self._frame = self._new_frame()
         self._begun = False
-        self._ready = memoryview(b"")  # a view, since what is left of much must not be copied at every read
+        self._ready = memoryview(b"")  # a view, so that reading part of a large block does not copy the rest
 
     def readable(self) -> bool:
         return True
@@ -292,7 +294,7 @@ class _Zstandard(io.RawIOBase):
 
     @staticmethod
     def _new_frame() -> Any:
-        # The most that `zstd --long=31` asks for; it is allocated only where a frame asks for it.
+        # The largest window of `zstd --long=31`; it is allocated only if a frame needs it.
         return zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
 
     def _decompress(self, compressed: bytes) -> bytes:
@@ -303,5 +305,5 @@ class _Zstandard(io.RawIOBase):
             if "too much memory" not in str(error):
                 raise
             raise zstandard.ZstdError(
-                "its window is above 2 GiB; compress it again by zstd --long=31 or less"
+                "its window is larger than 2 GiB; compress it again with zstd --long=31 or less"
             ) from None

@@ -1,7 +1,7 @@
 """Shards: ArrayRecord files of tokenised documents, and the manifest that describes a folder of them.
 
-A record is the token ids of one document (bos, text, eos), little-endian, in the narrowest unsigned type
-that holds the vocabulary.
+A record holds the token ids of one document (bos, text, eos), little-endian, in the narrowest unsigned type that can
+hold the vocabulary.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.invalid import Skipped
 from gemma2_jax.files import reason, write_text
 
-FORMAT = 2  # of the folder; raised when a reader of the old one would misread the new one
+FORMAT = 2  # of the folder; raised whenever older versions would misread a new folder
 MANIFEST = "manifest.json"
 _BLOCK, _BLOCK_HEADER, _RECORD_OVERHEAD = 64 * 1024, 24, 50  # bytes, of an ArrayRecord file
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How much text. `tokens` include bos and eos; `bytes` are of the text in UTF-8."""
+    """Amounts of text. `tokens` include bos and eos; `bytes` counts the text in UTF-8."""
 
     documents: int = 0
     tokens: int = 0
@@ -53,19 +53,19 @@ class File:
 
 @dataclass(frozen=True)
 class Shard(File):
-    """A file of documents, and how much text it holds."""
+    """A file of documents and the amount of text in it."""
 
     counts: Counts
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of the source that was tokenised as a whole.
+    """A part of the source: consecutive documents that were tokenised and written together.
 
     Attributes:
-        documents: how many documents of the source it took, and
-        sha256: of their texts in order: what an interrupted preparation recognises its source by.
-        train, validation: where they went; None if none of them went there.
+        documents: number of its documents.
+        sha256: hash of their texts in order, by which a resumed preparation recognises the source.
+        train, validation: the shard of each split; None if no document belongs to that split.
     """
 
     documents: int
@@ -76,19 +76,19 @@ class Part:
 
 @dataclass(frozen=True)
 class DataManifest:
-    """What a folder of shards holds; its manifest.json.
+    """The content of a folder of shards, stored as its manifest.json.
 
     Attributes:
         format: version of the folder's layout.
         complete: whether the whole source was tokenised.
         source, text_field, validation_fraction: as configured.
-        identity: of the source's content, see `source_content.Content`.
-        tokenizer: fingerprint of its model file.
-        tokenizer_trained: whether it was trained on this source, by this preparation.
-        vocab_size: V of that tokenizer.
+        identity: identity of the source's content, see `source_content.Content`.
+        tokenizer: fingerprint of the tokenizer's model file.
+        tokenizer_trained: whether this preparation trained the tokenizer on this source.
+        vocab_size: V of the tokenizer.
         skipped: records of the source that were left out.
-        vocabulary_full: whether it was trained on these documents, which support no larger one.
-        parts: stretches of the source, in order.
+        parts: parts of the source, in order.
+        vocabulary_full: whether the tokenizer was trained on these documents and they support no larger vocabulary.
     """
 
     format: int
@@ -106,7 +106,7 @@ class DataManifest:
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of a token id in a record."""
+        """Dtype of the token ids in a record."""
         return token_dtype(self.vocab_size)
 
     @property
@@ -121,18 +121,18 @@ class DataManifest:
 
     @property
     def train(self) -> Counts:
-        """How much text there is to train on."""
+        """Amount of text in the training split."""
         return sum((shard.counts for shard in self.train_shards), Counts())
 
     @property
     def validation(self) -> Counts:
-        """How much text is held out."""
+        """Amount of text in the validation split."""
         return sum((shard.counts for shard in self.validation_shards), Counts())
 
 
 @dataclass(frozen=True)
 class _Formatted:
-    """What manifests of every format have."""
+    """The part that manifests of every format have in common."""
 
     format: int
 
@@ -144,27 +144,27 @@ Described = TypeVar("Described")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the narrowest little-endian type that holds the ids 0 to vocab_size - 1."""
+    """Returns the narrowest little-endian dtype for the ids 0 to vocab_size - 1."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def write_data_manifest(folder: Path, manifest: DataManifest) -> None:
-    """Puts `manifest` in the place of the folder's manifest."""
+    """Writes `manifest` to the folder, replacing an older one."""
     write_text(folder / MANIFEST, _ADAPTER.dump_json(manifest, indent=1).decode() + "\n")
 
 
 def find_data_manifest(folder: str | os.PathLike[str]) -> DataManifest | None:
-    """Returns the folder's manifest, complete or not, None if it has none.
+    """Returns the folder's manifest, complete or not; None if it has none.
 
     Raises:
-        UserError: it cannot be read, is of another format, or files that it names are gone or cut.
+        UserError: the manifest cannot be read or has another format, or files that it lists are missing or truncated.
     """
     manifest = read_described(
         "data.folder",
         folder,
         _ADAPTER,
         FORMAT,
-        f"a manifest of prepared data; delete {folder} to prepare it anew",
+        f"a manifest of prepared data; delete {folder} to prepare it again",
         "prepare",
     )
     if manifest is not None:
@@ -181,15 +181,15 @@ def read_described(
     expected: str,
     verb: str,
 ) -> Described | None:
-    """Returns what the manifest in a folder says, None if there is none.
+    """Returns the manifest in a folder; None if there is none.
 
     Args:
-        key: that is set to the folder.
-        adapter: of the manifest's type; format: the one that this version reads.
-        expected: what the file should have been, and what to do; verb: as in `check_content`.
+        key: config key that names the folder, for messages.
+        adapter: adapter of the manifest's type; format: the format that this version reads.
+        expected: what the file should be, and what to do otherwise; verb: as in `check_content`.
 
     Raises:
-        UserError: it cannot be read, or is of another format.
+        UserError: the manifest cannot be read or has another format.
     """
     path = Path(folder) / MANIFEST
     try:
@@ -201,13 +201,13 @@ def read_described(
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     if not content.strip():
-        raise UserError(f"{path} is empty; delete {folder} to {verb} it anew.")
+        raise UserError(f"{path} is empty; delete {folder} to {verb} it again.")
     try:
         found = _FORMATTED.validate_json(content).format  # first, since another format may have other fields
         if found != format:
             raise UserError(
                 f"{path} has format {found}, but this version reads format {format}; "
-                f"delete {folder} to {verb} it anew."
+                f"delete {folder} to {verb} it again."
             )
         return adapter.validate_json(content)
     except ValidationError:
@@ -215,17 +215,17 @@ def read_described(
 
 
 def check_size(folder: Path, shard: File, verb: str) -> None:
-    """Raises UserError if a file is gone or cut; `verb` as in `check_content`."""
+    """Raises UserError if a file is missing or truncated; `verb` as in `check_content`."""
     path = folder / shard.file
     if not path.is_file() or path.stat().st_size != shard.size:
-        raise UserError(f"{path} is missing or not whole; delete {folder} to {verb} it anew.")
+        raise UserError(f"{path} is missing or incomplete; delete {folder} to {verb} it again.")
 
 
 def read_data_manifest(folder: str | os.PathLike[str]) -> DataManifest:
-    """Returns the manifest of a folder that was prepared completely.
+    """Returns the manifest of a completely prepared folder.
 
     Raises:
-        UserError: the folder was not prepared, or only in part; or as `find_data_manifest`.
+        UserError: the folder is not prepared, or only in part; or as `find_data_manifest`.
     """
     manifest = find_data_manifest(folder)
     if manifest is None or not manifest.complete:
@@ -237,10 +237,10 @@ def read_data_manifest(folder: str | os.PathLike[str]) -> DataManifest:
 
 
 def verify(folder: str | os.PathLike[str]) -> int:
-    """Reads every shard of a prepared folder, and returns how many there are.
+    """Reads every shard of a prepared folder and returns the number of shards.
 
     Raises:
-        UserError: a shard, which is named, is not as it was written; or as `read_data_manifest`.
+        UserError: a shard has changed since it was written; or as `read_data_manifest`.
     """
     manifest = read_data_manifest(folder)
     shards = (*manifest.train_shards, *manifest.validation_shards)
@@ -250,33 +250,37 @@ def verify(folder: str | os.PathLike[str]) -> int:
 
 
 def check_content(folder: Path, shard: File, verb: str) -> None:
-    """Raises UserError if a file is not as it was written; `verb` says what to do once its folder is deleted."""
+    """Raises UserError if a file has changed since it was written.
+
+    Args:
+        verb: the verb in the message's "delete FOLDER to ... it again".
+    """
     path = folder / shard.file
     if _sha256(path) != shard.sha256:
-        raise UserError(f"{path} has changed since it was written; delete {folder} to {verb} it anew.")
+        raise UserError(f"{path} has changed since it was written; delete {folder} to {verb} it again.")
 
 
 class RecordWriter:
-    """Writes one file of records, which appears under its name only when it is whole."""
+    """Writes one file of records, which appears under its name only when it is complete."""
 
     def __init__(self, path: Path, options: str = "") -> None:
         self._path = path
         self._temporary = path.with_name(f".{path.name}.tmp")
-        # 1: made for random access.
+        # Groups of one record allow random access.
         self._writer = ArrayRecordWriter(str(self._temporary), f"group_size:1{options}")
 
     def write(self, record: bytes) -> None:
         self._writer.write(record)
 
     def finish(self) -> File:
-        """Closes the file and moves it to its place.
+        """Closes the file and gives it its final name.
 
         Raises:
             UserError: not all of it could be written.
         """
         try:
             self._writer.close()
-        except RuntimeError as error:  # what was written to a full disk is told here only
+        except RuntimeError as error:  # only here does ArrayRecord report earlier writes to a full disk
             raise UserError(f"{self._path} could not be written: {str(error).partition(';')[0]}.") from None
         with self._temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -292,11 +296,15 @@ class RecordWriter:
 
 
 def record_file_size(records: int, content: int) -> int:
-    """Bytes of a file that `RecordWriter` makes of so many records without compression, `content` bytes together.
+    """Returns the bytes of a file that `RecordWriter` writes without compression.
 
-    ArrayRecord pads what it writes to whole blocks, the file's own header too. Beside its content, a record takes a
-    header and an entry of the index, both with its length as a varint; and each block has a header. Found by
-    measurement of files from 1 to 130,000 records of 10 bytes to 1 MB: it is right to a block.
+    ArrayRecord pads everything to whole blocks, including the file's header. Besides its content, each record has a
+    header and an index entry, both with its length as a varint, and each block has a header. Derived from measured
+    files of 1 to 130,000 records of 10 bytes to 1 MB; exact to within one block.
+
+    Args:
+        records: number of records.
+        content: total bytes of the records.
     """
     varint = -(-max(1, content // max(1, records)).bit_length() // 7)
     filled = content + records * (_RECORD_OVERHEAD + 2 * varint)
@@ -304,7 +312,7 @@ def record_file_size(records: int, content: int) -> int:
 
 
 class ShardWriter:
-    """Writes one shard of documents, and counts what it holds."""
+    """Writes one shard of documents and counts its text."""
 
     def __init__(self, path: Path) -> None:
         self._records = RecordWriter(path)
@@ -316,7 +324,7 @@ class ShardWriter:
         self._counts += counts
 
     def finish(self) -> Shard:
-        """Closes the file and moves it to its place."""
+        """Closes the file and gives it its final name."""
         written = self._records.finish()
         return Shard(written.file, written.size, written.sha256, self._counts)
 

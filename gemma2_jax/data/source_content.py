@@ -1,8 +1,8 @@
-"""Whether a source still is what it was: by the content of its files, which are read only where they may have changed.
+"""Finds out whether the content of a source has changed, reading only the files that may have changed.
 
 A file with the same size, inode and times as when it was hashed has the same content: every write sets the time of the
-inode's last change (ctime), and no program can set it back, as `touch -r` does with the time of modification. Sizes,
-times and hashes are kept beside the prepared data for the next start; without them, all files are read again.
+inode's last change (ctime), and no program can set it back, as `touch -r` does with the modification time. Sizes,
+times and hashes are stored beside the prepared data for the next start; without them, all files are read again.
 """
 
 import hashlib
@@ -24,20 +24,20 @@ from gemma2_jax.data.shards import DataManifest
 from gemma2_jax.data.sources import DocumentSource, open_documents
 from gemma2_jax.files import write_text
 
-SEEN_FILE = ".source.json"  # in a prepared folder: what was seen of the source's files
-# Nanoseconds that a file must have been left alone for when it is hashed. Another write within one tick of a file
-# system's clock would leave its times as they are; the coarsest ticks are two seconds long.
+HASHES_FILE = ".source.json"  # in a prepared folder: the `HashedFile`s of its source
+# Nanoseconds without a change after which a file's times can be trusted. A second write within one tick of the file
+# system's clock leaves the times as they are; the coarsest clocks tick every two seconds.
 _SETTLED = 2_000_000_000
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A file, as it was when its content was hashed.
+class HashedFile:
+    """A file as it was when its content was hashed.
 
     Attributes:
-        path, size, inode: of the file; modified, changed: its mtime and ctime in nanoseconds.
-        settled: whether another write would have given it other times than these.
-        digest: of its content, `DocumentSource.digest`.
+        path, size, inode: the file's; modified, changed: its mtime and ctime in nanoseconds.
+        settled: whether any later write must change these times.
+        digest: `DocumentSource.digest` of its content.
     """
 
     path: str
@@ -51,29 +51,29 @@ class Seen:
 
 @dataclass(frozen=True)
 class Content:
-    """What a source holds.
+    """The content of a source.
 
     Attributes:
-        identity: tells it from every other content, whatever the names and places of its files.
-        files: in order.
+        identity: a string that is unique to this content, wherever its files are and whatever they are called.
+        files: the source's files, in order.
     """
 
     identity: str
-    files: tuple[Seen, ...]
+    files: tuple[HashedFile, ...]
 
 
-_ADAPTER = TypeAdapter(tuple[Seen, ...])
+_ADAPTER = TypeAdapter(tuple[HashedFile, ...])
 
 
-def content_of(source: DocumentSource, seen: Sequence[Seen], progress: Progress) -> Content:
-    """Returns what the source holds now; files that are as they were `seen` are not read again.
+def content_of(source: DocumentSource, hashed: Sequence[HashedFile], progress: Progress) -> Content:
+    """Returns the source's current content; does not read `hashed` files again if they have not changed.
 
     Raises:
         UserError: a file cannot be read.
     """
-    known = {each.path: each for each in seen}
+    known = {each.path: each for each in hashed}
     task = progress.add_task("reading data.source", total=source.size, visible=False)
-    files = tuple(_look(source, path, known, progress, task) for path in source.files)
+    files = tuple(_hash_file(source, path, known, progress, task) for path in source.files)
     progress.remove_task(task)
     digest = hashlib.sha256()
     for path, file in zip(source.files, files, strict=True):
@@ -81,9 +81,9 @@ def content_of(source: DocumentSource, seen: Sequence[Seen], progress: Progress)
     return Content(f"{digest.hexdigest()[:16]} ({source.name})", files)
 
 
-def _look(
-    source: DocumentSource, path: Path, known: dict[str, Seen], progress: Progress, task: TaskID
-) -> Seen:
+def _hash_file(
+    source: DocumentSource, path: Path, known: dict[str, HashedFile], progress: Progress, task: TaskID
+) -> HashedFile:
     begun = time.time_ns()
     name = printable(path.absolute())
     with reading(path):
@@ -98,95 +98,93 @@ def _look(
         progress.update(task, advance=size, visible=True)
 
     settled = found.st_ctime_ns + _SETTLED < begun
-    return Seen(name, *now, settled, source.digest(path, advance))
+    return HashedFile(name, *now, settled, source.digest(path, advance))
 
 
-def read_seen(folder: Path) -> tuple[Seen, ...]:
-    """What was seen of the source of a prepared folder; nothing if it cannot be read."""
+def read_hashes(folder: Path) -> tuple[HashedFile, ...]:
+    """Returns the hashed files of a prepared folder's source; an empty tuple if they cannot be read."""
     try:
-        return _ADAPTER.validate_json((folder / SEEN_FILE).read_bytes())
+        return _ADAPTER.validate_json((folder / HASHES_FILE).read_bytes())
     except (OSError, ValidationError):
         return ()
 
 
-def write_seen(folder: Path, content: Content) -> None:
-    """Keeps what was seen, where the folder can be written to."""
+def write_hashes(folder: Path, content: Content) -> None:
+    """Writes the hashed files into the folder, if it is writable."""
     with suppress(OSError):
-        write_text(folder / SEEN_FILE, _ADAPTER.dump_json(content.files, indent=1).decode() + "\n")
+        write_text(folder / HASHES_FILE, _ADAPTER.dump_json(content.files, indent=1).decode() + "\n")
 
 
-def difference(identity: str, seen: Sequence[Seen], now: Content) -> str:
-    """Returns what is not as it was seen, as a clause in parentheses; both identities where nothing was seen.
+def difference(identity: str, hashed: Sequence[HashedFile], now: Content) -> str:
+    """Returns what has changed since the files were hashed, for a message; both identities if `hashed` is empty.
 
-    That is the first file with new content, else the first that is gone, else how the names have changed: they give
-    the files their order, and their endings say how they are read.
+    That is the first file with new content, else the first that is gone, else how the names have changed: names
+    determine the order of the files, and their endings how the files are read.
     """
-    if not seen:
+    if not hashed:
         return f"{identity}, now {now.identity}"
-    before, after = ([file.digest for file in files] for files in (seen, now.files))
+    before, after = ([file.digest for file in files] for files in (hashed, now.files))
     if added := [file.path for file in now.files if file.digest not in before]:
         return added[0]
-    if gone := [file.path for file in seen if file.digest not in after]:
+    if gone := [file.path for file in hashed if file.digest not in after]:
         return f"{gone[0]} is gone"
     if sorted(before) != sorted(after):
         return f"{len(before)} files, now {len(after)}: other copies of the same content"
     same = "no file's content has changed, only "
     moved = next((number for number, digest in enumerate(before) if digest != after[number]), None)
     if moved is None:
-        renamed = next(pair for pair in zip(seen, now.files, strict=True) if pair[0].path != pair[1].path)
-        return (
-            f"{same}the names, whose endings say how to read a file: {renamed[1].path} was {renamed[0].path}"
-        )
+        renamed = next(pair for pair in zip(hashed, now.files, strict=True) if pair[0].path != pair[1].path)
+        return f"{same}the names, whose endings determine how a file is read: {renamed[1].path} was {renamed[0].path}"
     return (
-        f"{same}the order of the files, which their paths give: {now.files[moved].path} now comes where "
-        f"{seen[moved].path} was; rename the files to restore it"
+        f"{same}the order of the files, which follows their paths: {now.files[moved].path} is now in the place of "
+        f"{hashed[moved].path}; rename the files to restore it"
     )
 
 
-def content_now(manifest: DataManifest, data: DataConfig, progress: Progress) -> Content | None:
-    """What the source holds at present; None if it is gone, which a prepared folder may outlive."""
+def current_content(manifest: DataManifest, data: DataConfig, progress: Progress) -> Content | None:
+    """Returns the source's current content; None if the source was deleted, which leaves prepared data usable."""
     try:
         source = open_documents(data.sources, data.text_field, data.skip_invalid)
     except NothingMatchesError:
         if data.sources == manifest.source:
             return None
         raise
-    return content_of(source, read_seen(Path(data.folder)), progress)
+    return content_of(source, read_hashes(Path(data.folder)), progress)
 
 
-def free_beside(folder: Path) -> Path:
-    """The first name of a folder beside `folder` that is free."""
+def unused_sibling(folder: Path) -> Path:
+    """Returns the first of FOLDER-2, FOLDER-3, ... that does not exist."""
     names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
     return next(name for name in names if not name.exists())
 
 
 def refuse_other_content(manifest: DataManifest, data: DataConfig, content: Content | None) -> None:
-    """Raises UserError if data.source holds other text than was prepared, whatever its files are called."""
+    """Raises UserError if the text of data.source is not the text that was prepared; file names do not matter."""
     folder = Path(data.folder)
-    seen = read_seen(folder)
+    hashed = read_hashes(folder)
     if content is None:
         return
     if content.identity == manifest.identity:
-        if content.files != seen:
-            write_seen(folder, content)
+        if content.files != hashed:
+            write_hashes(folder, content)
         return
     trained = " and the file of tokenizer.path, trained on that text" if manifest.tokenizer_trained else ""
-    remedy = f"set another folder, as in data.folder={free_beside(folder)}, or delete this one{trained}"
+    remedy = f"set another folder, as in data.folder={unused_sibling(folder)}, or delete this one{trained}"
     if data.sources != manifest.source:
         raise UserError(
-            f"data.folder {folder} was prepared from data.source {list(manifest.source)}, and {list(data.sources)} "
-            f"holds other text; {remedy}."
+            f"data.folder {folder} was prepared from data.source {list(manifest.source)}, but {list(data.sources)} "
+            f"contains different text; {remedy}."
         )
-    changed = difference(manifest.identity, seen, content)
+    changed = difference(manifest.identity, hashed, content)
     raise UserError(f"data.source has changed since data.folder {folder} was prepared ({changed}); {remedy}.")
 
 
 def unchanged(source: DocumentSource, content: Content, folder: Path, progress: Progress) -> Content:
-    """The content of a source that was read to its end. Raises UserError if it is no longer what it was before."""
+    """Returns the content again, after a source was read. Raises UserError if it changed meanwhile."""
     now = content_of(source, content.files, progress)
     if now.identity != content.identity:
         changed = difference(content.identity, content.files, now)
         raise UserError(
-            f"data.source changed while it was prepared ({changed}); delete {folder} and run the same command again."
+            f"data.source changed during preparation ({changed}); delete {folder} and run the same command again."
         )
     return now

@@ -1,4 +1,4 @@
-"""Where documents come from: the built-in corpus, or files of the user's own, read as a stream."""
+"""Sources of documents: the built-in corpus, or the user's files, read as a stream."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -14,23 +14,23 @@ PYTHON_DOCS = "python-docs"
 
 
 class Documents(Protocol):
-    """Documents, in the same order every time."""
+    """An iterable of documents, in the same order every time."""
 
     @property
     def size(self) -> int:
-        """Bytes that are to be read, the measure of progress."""
+        """Bytes to be read, the measure of progress."""
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        """Yields each document that is not blank, with the bytes read so far."""
+        """Yields each non-blank document with the bytes read so far."""
 
 
 class DocumentSource(Documents, Protocol):
     """The documents of some files.
 
     Attributes:
-        name: the source in a few words.
-        files: that are read, in order.
-        skipped: the records that were left out, once the source was read to its end.
+        name: a short description of the source.
+        files: files to read, in order.
+        skipped: records that were left out; set once the source has been read to its end.
     """
 
     name: str
@@ -38,17 +38,17 @@ class DocumentSource(Documents, Protocol):
     skipped: Skipped
 
     def role(self, path: Path) -> str:
-        """What, beside its content, decides the documents of a file."""
+        """Returns what determines the documents of a file besides its content."""
 
     def digest(self, path: Path, advance: Callable[[int], None]) -> str:
-        """Sha256 of a file's content, in hexadecimal; `advance` is called with the bytes of each piece read."""
+        """Returns the sha256 of a file's content in hexadecimal; calls `advance` with the size of each block read."""
 
 
 def open_documents(sources: tuple[str, ...], text_field: str, skip_invalid: float = 0) -> DocumentSource:
     """Returns the documents that `data.source`, `data.text_field` and `data.skip_invalid` name.
 
     Raises:
-        UserError: a pattern matches no file, or more of what is no readable file than may be skipped.
+        UserError: a pattern matches no file, or more unreadable matches than `data.skip_invalid` allows.
     """
     return PythonDocs() if sources == (PYTHON_DOCS,) else Files(sources, text_field, skip_invalid)
 
@@ -56,10 +56,10 @@ def open_documents(sources: tuple[str, ...], text_field: str, skip_invalid: floa
 class Files:
     """Text, JSONL and Parquet files, in the order of their paths.
 
-    A line of a JSONL file is one document, a row of a Parquet file is one. A text file is cut at blank lines:
-    paragraphs make a document once they have 4,000 characters together, and a shorter file is one. What goes
-    on for a million characters without a blank line is cut between lines, or within a line that is longer.
-    Reading raises UserError, naming file and line, at the first record that cannot be read and may not be skipped.
+    Each line of a JSONL file and each row of a Parquet file is one document. Text files are cut at blank lines: a
+    document ends with the paragraph that brings it to 4,000 characters, and a shorter file is one document. A million
+    characters without a blank line are cut between lines, or within a longer line. Iterating raises UserError, with
+    file and line, at the first invalid record beyond what `data.skip_invalid` allows.
     """
 
     def __init__(self, patterns: Iterable[str], text_field: str, skip_invalid: float) -> None:
@@ -69,7 +69,7 @@ class Files:
         self.size = sum(self._sizes)
         self.name = f"{len(self.files):,} files of {self.size:,} bytes"
         self.skipped = Skipped()
-        self._begin()  # refuses here already what matches but is no file to read
+        self._begin()  # raises at once if too many matches cannot be read
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         skipping, records, done = self._begin(), len(self._others), 0

@@ -1,4 +1,4 @@
-"""Which documents are held out: decided by their content, and never all of them or none."""
+"""Splits documents into training and validation by a hash of their content, so that neither split is empty."""
 
 import math
 from collections.abc import Iterator
@@ -7,18 +7,18 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.sources import Documents
 from gemma2_jax.data.tokenise import chance
 
-_PIECES = 10  # that a lone document is cut into
+_PIECES = 10  # at most, of a single document
 
 
 def divide(source: Documents, names: tuple[str, ...], fraction: float) -> tuple[Documents, float]:
-    """The documents of `source`, and the number that the chance of those held out lies below.
+    """Returns the documents of `source` and a threshold: documents whose `chance` is below it are held out.
 
-    That is `fraction`, unless it would leave a split empty: then the one document with the lowest chance is held out,
-    or the one with the highest is kept to train on. A source of one document is cut into pieces first. Reads only as
-    far as is needed to see that both splits have documents.
+    The threshold is `fraction`, unless that would leave a split empty: then the document with the lowest chance is
+    held out, or the one with the highest is kept for training. A source of one document is cut into pieces first.
+    Reads the source only until both splits have a document.
 
     Args:
-        names: of the source, for a message.
+        names: values of `data.source`, for error messages.
 
     Raises:
         UserError: there is no text, or too little for two documents.
@@ -30,13 +30,13 @@ def divide(source: Documents, names: tuple[str, ...], fraction: float) -> tuple[
         if threshold > 0 or fraction == 0:
             return documents, threshold
     raise UserError(
-        f"data.source {list(names)} holds a single character, where one document to train on and another to hold "
-        "out are needed; give it more text, or set data.validation_fraction=0."
+        f"data.source {list(names)} holds a single character, too little for a training and a validation document; "
+        "add more text, or set data.validation_fraction=0."
     )
 
 
 def _threshold(source: Documents, fraction: float) -> float | None:
-    """As `divide` returns it; 0 if all documents are equal, None if there are none."""
+    """Returns the threshold of `divide`; 0 if all documents are equal, None if there are none."""
     lowest, highest = 1.0, -1.0
     for text, _ in source:
         drawn = chance(text, "validation")
@@ -51,14 +51,14 @@ def _threshold(source: Documents, fraction: float) -> float | None:
 
 
 class Pieces:
-    """The documents of a source, each cut between words, or within the only one, into ten or fewer."""
+    """The documents of a source, each cut into at most ten pieces between words, or within a single word."""
 
     def __init__(self, source: Documents) -> None:
         self._source = source
 
     @property
     def size(self) -> int:
-        """As of the source."""
+        """Size of the source in bytes."""
         return self._source.size
 
     def __iter__(self) -> Iterator[tuple[str, int]]:

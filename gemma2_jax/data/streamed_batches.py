@@ -1,4 +1,4 @@
-"""Batches put together from several streams of documents, of which a process reads those that its rows come from."""
+"""Batches assembled from several streams of documents; each process reads only the streams of its own rows."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,27 +11,31 @@ from gemma2_jax.data.packing import Row
 
 
 class StreamedBatches(grain.DatasetIterator):
-    """A process's rows of every batch: `count` blocks of as many rows, block i always of stream i.
+    """Iterates over one process's rows of every batch. A batch is `count` equal blocks of rows; stream i fills block i.
 
-    Which rows make a batch so depends on the number of streams, and not on that of the processes. The state holds that
-    of each stream that is read here; it can be set to the states of all streams together.
+    The rows of a batch thus depend on the number of streams, not on the number of processes. The state maps each
+    stream that this process reads to its state; `set_state` also accepts the states of all streams.
 
     Args:
-        open_stream: gives the iterator of one stream, each item a block (`Row`s, stacked).
-        count: of streams.
+        open_stream: returns the iterator of one stream, whose items are blocks (stacked `Row`s).
+        count: number of streams.
         batch_size: B, a multiple of `count`.
-        mine: the rows of this process.
+        own_rows: rows of this process in a batch.
     """
 
     def __init__(
-        self, open_stream: Callable[[int], grain.DatasetIterator], count: int, batch_size: int, mine: slice
+        self,
+        open_stream: Callable[[int], grain.DatasetIterator],
+        count: int,
+        batch_size: int,
+        own_rows: slice,
     ) -> None:
         size = batch_size // count
         self._streams = {
-            number: open_stream(number) for number in range(mine.start // size, -(-mine.stop // size))
+            number: open_stream(number) for number in range(own_rows.start // size, -(-own_rows.stop // size))
         }
         first = min(self._streams) * size
-        self._within = slice(mine.start - first, mine.stop - first)
+        self._within = slice(own_rows.start - first, own_rows.stop - first)
         super().__init__(tuple(self._streams.values()))
 
     def __next__(self) -> Batch:
@@ -47,7 +51,7 @@ class StreamedBatches(grain.DatasetIterator):
             stream.set_state(state[str(number)])
 
 
-def to_batch(rows: Row, mine: slice) -> Batch:
-    """Those of stacked rows [B, T] that are a process's own."""
-    own: dict[str, Any] = {name: values[mine] for name, values in rows.items()}
+def to_batch(rows: Row, own_rows: slice) -> Batch:
+    """Returns a process's own part of stacked rows [B, T] as a `Batch`."""
+    own: dict[str, Any] = {name: values[own_rows] for name, values in rows.items()}
     return Batch(**own, loss_mask=(own["segment_ids"] > 0).astype(np.float32))

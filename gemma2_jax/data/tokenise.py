@@ -1,7 +1,6 @@
-"""Documents to token ids, in several processes.
+"""Converts documents to token ids, in several processes.
 
-Nothing here imports JAX, nor does what it imports: a worker is to start in no time, and to leave the
-accelerator alone.
+Neither this file nor its imports may import JAX: a worker must start fast and not touch the accelerator.
 """
 
 import hashlib
@@ -26,7 +25,7 @@ Task = tuple[list[str], int]  # documents, and the bytes of source read up to th
 
 @dataclass(frozen=True)
 class Tokenised:
-    """One document, ready to be written: its record, the split that it belongs to, and its sizes."""
+    """One document ready to be written: its record, its split, and its counts."""
 
     record: bytes
     validation: bool
@@ -34,9 +33,9 @@ class Tokenised:
 
 
 def chance(text: str, purpose: str) -> float:
-    """Returns a number in [0, 1) drawn by the content alone: the same in any order, run and machine."""
+    """Returns a hash of the content in [0, 1), the same in any order, run and machine; `purpose` salts it."""
     digest = hashlib.sha256(f"{purpose}\0{text}".encode()).digest()
-    return int.from_bytes(digest[:6]) / 2**48  # 48 bits: a float holds them exactly, so never 1.0
+    return int.from_bytes(digest[:6]) / 2**48  # a float holds 48 bits exactly, so the result is never 1.0
 
 
 def is_validation(text: str, validation_fraction: float) -> bool:
@@ -45,7 +44,7 @@ def is_validation(text: str, validation_fraction: float) -> bool:
 
 
 def tokenise(tokenizer: Tokenizer, text: str, validation_fraction: float) -> Tokenised:
-    """Returns the record of a document: bos, its tokens, eos."""
+    """Returns a document with its record (bos, its tokens, eos), its split and its counts."""
     ids = tokenizer.encode(text, bos=True, eos=True)
     return Tokenised(
         record=np.array(ids, token_dtype(tokenizer.vocab_size)).tobytes(),
@@ -59,7 +58,7 @@ def tokenise_all(
 ) -> Iterator[tuple[Task, list[Tokenised]]]:
     """Yields each task with its tokenised documents, in order, reading only a few tasks ahead.
 
-    One worker is this process itself; more are processes of their own.
+    With one worker, this process tokenises; more workers are separate processes.
     """
     if workers > 1:
         yield from _in_workers(tasks, tokenizer_path, validation_fraction, workers)
@@ -73,27 +72,27 @@ def _in_workers(
     tasks: Iterable[Task], tokenizer_path: str, validation_fraction: float, workers: int
 ) -> Iterator[tuple[Task, list[Tokenised]]]:
     pending: deque[tuple[Task, Future[list[Tokenised]]]] = deque()
-    # spawn: a process that has loaded JAX has threads, and a fork of it may hang.
+    # spawn: a process that has loaded JAX has threads, so a fork of it may hang.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer_path, validation_fraction)
     )
     try:
         for task in tasks:
-            # A worker that it starts inherits the mask: Ctrl-C is the parent's to handle, from the first moment on.
+            # `submit` may start a worker, which inherits the mask: from its start on, only the parent handles Ctrl-C.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 pending.append((task, pool.submit(_work, task[0])))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            if len(pending) == 2 * workers:  # enough to keep them busy; the source must not pile up here
+            if len(pending) == 2 * workers:  # enough to keep them busy without filling memory
                 task, future = pending.popleft()
                 yield task, future.result()
         for task, future in pending:
             yield task, future.result()
     except BrokenProcessPool:
         raise UserError(
-            "A process that tokenises has died; if this is a script, call prepare under "
-            '`if __name__ == "__main__":`, else set data.workers to 1.'
+            "A tokenising process died; in a script, call prepare under "
+            '`if __name__ == "__main__":`, otherwise set data.workers=1.'
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -109,7 +108,7 @@ def _start_worker(tokenizer_path: str, validation_fraction: float) -> None:
 
 
 def _end_with_parent() -> None:
-    """Without this, a worker whose parent was killed would wait for its next task for ever."""
+    """Ends a worker whose parent was killed; otherwise it would wait for its next task for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

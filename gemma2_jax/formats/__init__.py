@@ -1,1 +1,1 @@
-"""Checkpoints of other tools: read, written, converted and looked at."""
+"""Reads, writes, converts and inspects checkpoints of other tools."""

@@ -1,4 +1,4 @@
-"""Tokens by the names that a folder of Hugging Face's gives them beside tokenizer.model."""
+"""Token names in the files that a Hugging Face folder has besides tokenizer.model."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,9 @@ from gemma2_jax.formats.json_file import read_object
 
 
 def named_tokens(folder: Path) -> dict[int, str]:
-    """Names by id out of all files that have some; what is no such file, or damaged, names none.
+    """Returns token names by id from all files that list some; missing and damaged files are ignored.
 
-    tokenizer.json holds the whole vocabulary and what was added to it, the others the latter alone.
+    tokenizer.json lists the whole vocabulary and the added tokens, the other files only the added tokens.
     """
     whole = _read(folder / "tokenizer.json")
     pieces = whole.get("model")
@@ -31,13 +31,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _by_name(data: Any) -> dict[int, str]:
-    """Of `{"<name>": 400}`."""
+    """Returns the names in `{"<name>": 400}`."""
     items = data.items() if isinstance(data, dict) else ()
     return {number: name for name, number in items if type(number) is int}
 
 
 def _by_number(data: Any) -> dict[int, str]:
-    """Of `{"400": {"content": "<name>"}}`."""
+    """Returns the names in `{"400": {"content": "<name>"}}`."""
     items = data.items() if isinstance(data, dict) else ()
     return {
         int(number): str(value["content"])
@@ -47,7 +47,7 @@ def _by_number(data: Any) -> dict[int, str]:
 
 
 def _in_list(data: Any) -> dict[int, str]:
-    """Of `[{"id": 400, "content": "<name>"}]`."""
+    """Returns the names in `[{"id": 400, "content": "<name>"}]`."""
     items = data if isinstance(data, list) else ()
     return {
         value["id"]: str(value.get("content"))

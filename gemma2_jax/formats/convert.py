@@ -1,4 +1,4 @@
-"""From one kind of checkpoint to another: written beside the target, read back and compared, then put in place."""
+"""Converts between kinds of checkpoints: writes beside the target, reads back and compares, then renames."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,17 +27,17 @@ from gemma2_jax.model.weights import weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 KINDS = ("run", "huggingface", "gguf")
-QUANTISED = ("q8_0", "q4_0")  # encodings that GGUF has beside DTYPES
-SHARD_BYTES = 2 * 10**9  # of safetensors: a shard is in memory while it is written
+QUANTISED = ("q8_0", "q4_0")  # encodings that GGUF has besides DTYPES
+SHARD_BYTES = 2 * 10**9  # bytes of a safetensors shard, which is in memory while it is written
 
-_ENCODINGS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # what GGUF calls them
+_ENCODINGS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # GGUF's names
 
-Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+Progress = Callable[[str, int, int], None]  # called with the stage, the number of items done, and their total
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What came of a conversion: the kinds, what numbers the weights are and were, and how many were compared."""
+    """The result of a conversion: kinds of source and target, dtypes, and the number of weights compared."""
 
     source: str
     target: str
@@ -54,19 +54,19 @@ def convert(
     tokenizer_path: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Conversion:
-    """Write the checkpoint at `source_path` as another kind at `target_path`, and verify what was written.
+    """Writes the checkpoint at `source_path` as another kind at `target_path`, and verifies the result.
 
     Args:
-        source_path: of any kind that `open_source` knows.
-        target_path: must not exist; it appears when all is written and compared, or not at all.
-        kind: one of KINDS. By default a target that ends in `.gguf` is GGUF, one of our runs becomes a Hugging
-            Face folder, and anything else a run folder.
-        dtype: one of DTYPES, or of QUANTISED for GGUF; the source's by default.
-        tokenizer_path: a SentencePiece model file, for a source without one.
+        source_path: checkpoint of any kind that `open_source` accepts.
+        target_path: path that must not exist yet; it appears only once everything is written and compared.
+        kind: one of KINDS. By default a target that ends in `.gguf` becomes GGUF, one of our runs becomes a Hugging
+            Face folder, and anything else becomes a run folder.
+        dtype: one of DTYPES, or of QUANTISED for GGUF; by default the source's dtype.
+        tokenizer_path: SentencePiece model file, for a source without one.
 
     Raises:
-        UserError: an argument is wrong, which is told before anything is fetched; the source is not whole; the target
-            exists or cannot be written; or what was written reads back differently.
+        UserError: an argument is invalid (raised before anything is downloaded); the source is incomplete; the target
+            exists or cannot be written; or the written weights read back differently.
     """
     target = Path(target_path)
     kind = kind or ("gguf" if target.suffix == ".gguf" else None)
@@ -75,7 +75,7 @@ def convert(
         with sole_writer(target), replacing(target) as temporary:
             if target.exists() or target.is_symlink():
                 raise UserError(f"{target} exists already; choose another target, or delete it.")
-            temporary.touch()  # what cannot be written is told before gigabytes are read
+            temporary.touch()  # fails before gigabytes are read if the target cannot be written
             temporary.unlink()
             source = open_source(source_path, tokenizer_path)
             source.check()
@@ -93,7 +93,7 @@ def convert(
                 _write_gguf(source, temporary, dtype, file, target.stem, progress)
     except BlockingIOError:
         raise UserError(f"{target} is being written by another process; choose another target.") from None
-    except BrokenPipeError:  # of who listens to the progress
+    except BrokenPipeError:  # from printing progress, not from writing the target
         raise
     except OSError as error:
         raise UserError(f"{target} cannot be written: {reason(error, target)}.") from None
@@ -131,7 +131,7 @@ def _write_huggingface(
     entries = expand(HUGGINGFACE, weight_specs(config))
     tokens, metadata = config.num_tokens, source.metadata
     ids = huggingface.token_ids(tokenizer)
-    # Where a text of the model ends is what its makers say, if they say it.
+    # The source's own token ids take precedence over the tokenizer's.
     named = {**ids, **metadata.token_ids(tokens)}
     for name, content in (
         (CONFIG_FILE, {**config_json(config, dtype), **metadata.model, **named}),
@@ -171,7 +171,7 @@ def _tensors(
     progress: Progress,
     stage: str = "writing",
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of another layout, put together from the source's weights one at a time."""
+    """Yields the tensors of another layout, made of the source's weights, one at a time."""
     for done, (name, entry) in enumerate(entries.items(), 1):
         parts = [_weight(source, place, config) for place in entry.places]
         yield name, entry.join(parts)
@@ -190,7 +190,7 @@ def _cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 def _compare(source: WeightSource, written: WeightSource, dtype: str, progress: Progress) -> None:
-    """Raises UserError unless every weight that was written reads back as the source's, bit for bit."""
+    """Raises UserError unless every written weight reads back bit for bit as the source's."""
     written.check()
     places = list(all_places(weight_specs(source.config)))
     for done, place in enumerate(places, 1):
@@ -204,5 +204,5 @@ def _compare(source: WeightSource, written: WeightSource, dtype: str, progress: 
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    # As whole numbers: a NaN is equal to itself, and 0.0 is not -0.0.
+    # As integers, so that a NaN equals itself and 0.0 differs from -0.0.
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")

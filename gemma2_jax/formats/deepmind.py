@@ -1,4 +1,4 @@
-"""DeepMind's form of Gemma 2: an Orbax checkpoint of one array a weight, without a configuration."""
+"""DeepMind's form of Gemma 2: an Orbax checkpoint with one array per weight and no configuration."""
 
 import json
 import re
@@ -14,19 +14,22 @@ from gemma2_jax.formats.layouts import deepmind
 from gemma2_jax.formats.source import TOKENIZER_FILE, ForeignSource, TensorInfo
 from gemma2_jax.model.config import ModelConfig
 
-_ARRAYS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}  # a file that each array has, and TensorStore's driver
+_ARRAYS = {
+    "/.zarray": "zarr",
+    "/zarr.json": "zarr3",
+}  # the metadata file of each array, and TensorStore's driver
 _METADATA = "_METADATA"
 _EMBEDDING = "embedder/input_embedding"
-_ROWS, _PADDING = 256_128, 128  # rows of the released embeddings, and how many of them belong to no token
+_ROWS, _PADDING = 256_128, 128  # rows of the released embeddings, and the number of them that are padding
 
 
 class DeepMindSource(ForeignSource):
     """An Orbax checkpoint in DeepMind's layout, nested or in the flat form of the released files.
 
-    The tree may lie in another one, such as `params` of a training state, whose other branches are passed over.
+    The tree may be a branch of another one, such as `params` in a training state; the other branches are ignored.
 
-    What its shapes do not tell is taken as in the released models: window 4096, soft caps 50 and 30, queries
-    scaled by head_dim^-1/2, except for the 27B's (d_model / heads)^-1/2.
+    Settings that do not follow from the shapes are those of the released models: window 4096, soft caps 50 and 30, and
+    queries scaled by head_dim^-1/2, or by (d_model / heads)^-1/2 for the 27B.
 
     Raises:
         UserError: the folder holds no such checkpoint.
@@ -38,8 +41,8 @@ class DeepMindSource(ForeignSource):
         self.path = Path(folder)
         self._store = _key_value_store(_arrays_folder(self.path))
         self.tensors, self._stored_names = self._list()
-        self.config, transposed = _read_config(self.path, self.tensors, self._announced())
-        # In the released archives the tokenizer lies beside the checkpoint's folder.
+        self.config, transposed = _read_config(self.path, self.tensors, self._expected())
+        # In the released archives the tokenizer is beside the checkpoint's folder.
         beside = [self.path / TOKENIZER_FILE, self.path.parent / TOKENIZER_FILE]
         self.tokenizer = next((path for path in beside if path.exists()), None)
         super().__init__(deepmind(transposed))
@@ -51,7 +54,7 @@ class DeepMindSource(ForeignSource):
             raise UserError(f"{self.path}: {name} cannot be read: {_one_line(error)}") from None
 
     def _list(self) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, str]]]:
-        """What is there by the layout's names, and the name and driver that each is stored with."""
+        """Returns the tensors by the layout's names, and for each the stored name and TensorStore's driver."""
         found = {}
         try:
             keys = [key.decode() for key in ts.KvStore.open(self._store).result().list().result()]
@@ -71,12 +74,12 @@ class DeepMindSource(ForeignSource):
         except ValueError as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{self.path} is no whole Orbax checkpoint: {_one_line(error)}") from None
+            raise UserError(f"{self.path} is not a complete Orbax checkpoint: {_one_line(error)}") from None
         self._branch = branch
         return tensors, stored_names
 
-    def _announced(self) -> list[str]:
-        """The arrays that the checkpoint itself says it has; none if it says nothing, as the oldest do."""
+    def _expected(self) -> list[str]:
+        """Returns the arrays that the checkpoint's metadata lists; none if it has no metadata, like the oldest ones."""
         path = _arrays_folder(self.path) / _METADATA
         if not path.exists():
             return []
@@ -86,7 +89,7 @@ class DeepMindSource(ForeignSource):
             return [_name(path, self._branch) for path in paths if path.startswith(self._branch)]
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(
-                f"{path} is cut off or does not list the arrays of an Orbax checkpoint."
+                f"{path} is truncated or does not list the arrays of an Orbax checkpoint."
             ) from None
 
     def _open(self, stored: str, driver: str) -> Any:
@@ -100,37 +103,37 @@ class DeepMindSource(ForeignSource):
 
 
 def is_orbax(folder: Path) -> bool:
-    """Whether a folder is an Orbax checkpoint's."""
+    """Whether a folder is an Orbax checkpoint."""
     return any((_arrays_folder(folder) / name).exists() for name in (_METADATA, "manifest.ocdbt"))
 
 
 def _arrays_folder(folder: Path) -> Path:
-    """Newer versions of Orbax put the arrays into a folder of their own."""
+    """Returns the folder of the arrays; newer versions of Orbax put them into a subfolder."""
     inner = folder / "default"
     return inner if inner.is_dir() else folder
 
 
 def _key_value_store(folder: Path) -> dict[str, Any]:
-    # No URL: characters such as % and # would have to be escaped in one.
+    # Not a URL, in which characters such as % and # would have to be escaped.
     files = {"driver": "file", "path": f"{folder.absolute()}/"}
     return {"driver": "ocdbt", "base": files} if (folder / "manifest.ocdbt").exists() else files
 
 
 def _path(path: str) -> str:
-    """An array's path in the tree, the same in either spelling of the layout."""
+    """Returns an array's path in the tree, the same for both spellings of the layout."""
     return path.removesuffix("/w")
 
 
 def _name(path: str, branch: str) -> str:
-    """The layout's name for an array."""
+    """Returns the layout's name of an array."""
     return path.removeprefix(branch).removeprefix("transformer/")
 
 
 def _branch(folder: Path, paths: Sequence[str]) -> str:
-    """Where the model lies in the checkpoint's tree: empty, or as in `params/`.
+    """Returns the path of the model in the checkpoint's tree: empty, or a prefix such as `params/`.
 
     Raises:
-        UserError: there is none, or there are several.
+        UserError: there is no model, or there are several.
     """
     ending = f"transformer/{_EMBEDDING}"
     found = {
@@ -141,7 +144,7 @@ def _branch(folder: Path, paths: Sequence[str]) -> str:
     if not found:
         named = ", ".join(sorted(paths)[:3])
         raise UserError(
-            f"{folder} is no Gemma 2 in DeepMind's layout: it lacks the tensor {_EMBEDDING} and holds "
+            f"{folder} is not a Gemma 2 in DeepMind's layout: it lacks the tensor {_EMBEDDING} and holds "
             f"{named or 'no arrays'}{', …' if len(paths) > 3 else ''}."
         )
     for usual in ("", "params/"):
@@ -149,19 +152,19 @@ def _branch(folder: Path, paths: Sequence[str]) -> str:
             return usual
     if len(found) > 1:
         raise UserError(
-            f"{folder} holds several models, {', '.join(sorted(found))}; accepted: one, or params."
+            f"{folder} holds several models, {', '.join(sorted(found))}; accepted: a single one, or one at params/."
         )
     return found.pop()
 
 
 def _read_config(
-    folder: Path, tensors: dict[str, TensorInfo], announced: Iterable[str]
+    folder: Path, tensors: dict[str, TensorInfo], expected: Iterable[str]
 ) -> tuple[ModelConfig, bool]:
-    """The model that the shapes tell of, and whether gate and up are transposed.
+    """Returns the model config that follows from the shapes, and whether gate and up are transposed.
 
     Args:
-        announced: names of arrays that should be there; without them a checkpoint that has lost its last layers
-            would pass for a smaller model.
+        expected: names of arrays that should exist; without them, a checkpoint that has lost its last layers would be
+            read as a smaller model.
     """
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
@@ -181,13 +184,13 @@ def _read_config(
     _, K, _, _ = shape("layer_0/attn/kv_einsum", 4)
     F, _ = shape("layer_0/mlp/linear", 2)
     gating = shape("layer_0/mlp/gating_einsum", 3)
-    shape("layer_0/post_attention_norm/scale", 1)  # what the first Gemma does not have
+    shape("layer_0/post_attention_norm/scale", 1)  # Gemma 1 lacks it
     if F == D:
         raise UserError(
-            f"{folder} has d_ff {F} equal to d_model, so that its shapes do not tell whether layer_0/mlp/"
-            "gating_einsum is transposed; such a checkpoint cannot be read."
+            f"{folder} has d_ff equal to d_model ({F}), so its shapes do not show whether layer_0/mlp/gating_einsum is "
+            "transposed; such a checkpoint cannot be read."
         )
-    layers = {int(found[1]) for name in (*tensors, *announced) if (found := re.match(r"layer_(\d+)/", name))}
+    layers = {int(found[1]) for name in (*tensors, *expected) if (found := re.match(r"layer_(\d+)/", name))}
     num_layers = max(layers) + 1
     try:
         config = ModelConfig(
@@ -203,15 +206,15 @@ def _read_config(
             query_pre_attn_scalar=D / N if num_layers == 46 else float(H),
         )
     except UserError as error:
-        raise UserError(f"{folder} is no Gemma 2: {error}") from None
+        raise UserError(f"{folder} is not a Gemma 2: {error}") from None
     return config, gating[1:] == (F, D)
 
 
 def _other_gemma(tensors: dict[str, TensorInfo]) -> str:
-    """What a checkpoint is that lacks a tensor of Gemma 2's first layer."""
+    """Describes a checkpoint that lacks a tensor of Gemma 2's first layer."""
     if "layer_0/pre_ffw_norm/scale" in tensors and "layer_0/post_ffw_norm/scale" not in tensors:
-        return "a Gemma 1 and no Gemma 2"
-    return "no Gemma 2"
+        return "a Gemma 1, not a Gemma 2,"
+    return "not a Gemma 2"
 
 
 def _one_line(error: Exception) -> str:

@@ -1,8 +1,8 @@
-"""GGUF, the one-file form of a model that llama.cpp reads: written whole, and compared.
+"""Writes and verifies GGUF, the single-file format of a model for llama.cpp.
 
-Matrices are stored in the encoding asked for, with three exceptions, the first two as llama.cpp's own tools have
-them: norms stay float32; a matrix whose rows the encoding's blocks of 32 do not divide is stored as f16; and a
-`q4_0` file holds the embedding as q8_0, since it is the LM head too, where 4 bits cost the most.
+Matrices are stored in the requested encoding, with three exceptions, the first two as in llama.cpp's own tools: norms
+stay float32; a matrix whose rows are not a multiple of the encoding's blocks of 32 is stored as f16; and a `q4_0` file
+holds the embedding as q8_0, since it is also the LM head, where 4 bits cost the most.
 """
 
 import math
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 ENCODINGS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
-_ROWS = 4096  # encoded at a time: quantising works in float32, and some of it in copies of that
-# Pieces that are no text though the model file has them as user-defined: what llama.cpp takes for control tokens.
+_ROWS = 4096  # encoded at a time, to save memory: quantisation makes several float32 copies
+# User-defined pieces of the model file that llama.cpp treats as control tokens, not as text.
 _CONTROL_PIECE = re.compile(r"<(?:start|end)_of_turn>|<unused\d+>|<mask>|<2mass>|\[@BOS@\]")
-_MOST_LAYERS = 512  # that llama.cpp has room for
-_NEVER_MERGED = -1000.0  # score of pieces that are matched as wholes, never put together from smaller ones
+_MOST_LAYERS = 512  # llama.cpp's limit
+_NEVER_MERGED = -1000.0  # score of pieces that are only matched as a whole, never merged from smaller ones
 
 
 def write_gguf(
@@ -53,18 +53,18 @@ def write_gguf(
     name: str,
     metadata: Metadata = Metadata(),
 ) -> None:
-    """Writes a model to one file, holding one tensor at a time; a reader never sees half of it.
+    """Writes a model to one file, holding one tensor at a time; readers never see a partial file.
 
     Args:
-        tensors: all that `layouts.GGUF` names and in its order, float32, float16 or bfloat16, the embedding
+        tensors: all tensors of `layouts.GGUF` by name, in its order; float32, float16 or bfloat16, the embedding
             without padding.
         tokenizer_model: content of the SentencePiece model file.
         encoding: one of `ENCODINGS`.
-        name: of the model, as programs show it.
-        metadata: what its origin holds beside.
+        name: name of the model, which programs display.
+        metadata: metadata of the original checkpoint.
 
     Raises:
-        UserError: the extra `gguf` is missing; the model or its tokenizer cannot be expressed; a value is too
+        UserError: the extra `gguf` is missing; GGUF cannot express the model or its tokenizer; or a value is too
             large for the encoding.
     """
     gguf = package()
@@ -87,7 +87,7 @@ def write_gguf(
             writer.write_ti_data_to_file()
             for (tensor, shape), (given, array) in zip(shapes.items(), tensors, strict=True):
                 if (given, array.shape) != (tensor, shape):
-                    raise ValueError(f"{given} {array.shape} came where {tensor} {shape} was due")
+                    raise ValueError(f"expected tensor {tensor} {shape}, got {given} {array.shape}")
                 writer.write_tensor_data(_encode(gguf, tensor, array, kinds[tensor]))
         finally:
             writer.close()
@@ -96,7 +96,7 @@ def write_gguf(
 def compare_gguf(
     path: str | Path, config: ModelConfig, tensors: Iterable[tuple[str, np.ndarray]], encoding: str
 ) -> None:
-    """Raises UserError unless the file holds what `write_gguf` is to make of these tensors, byte for byte."""
+    """Raises UserError unless the file holds these tensors byte for byte as `write_gguf` encodes them."""
     gguf = package()
     _, kinds = _plan(config, encoding)
     found = {tensor.name: tensor for tensor in open_reader(path).tensors}
@@ -111,7 +111,7 @@ def compare_gguf(
 def _plan(
     config: ModelConfig, encoding: str
 ) -> tuple[dict[str, tuple[int, ...]], "dict[str, GGMLQuantizationType]"]:
-    """The shape and the encoding of each tensor of a file."""
+    """Returns the shape and the encoding of each tensor of a file."""
     shapes = {
         tensor: entry.shape for tensor, entry in expand(GGUF, weight_specs(without_padding(config))).items()
     }
@@ -119,9 +119,9 @@ def _plan(
 
 
 def check_expressible(config: ModelConfig) -> None:
-    """Raises UserError if llama.cpp would take a GGUF file of this model for a different one.
+    """Raises UserError if llama.cpp would load a GGUF file of this model as a different one, or not at all.
 
-    It takes the scale of queries not from the file but from the sizes: (d_model / num_heads)^-1/2 in a model of
+    It derives the scale of queries not from the file but from the sizes: (d_model / num_heads)^-1/2 in a model of
     46 layers, the 27B, and head_dim^-1/2 in every other.
     """
     scalar = query_pre_attn_scalar(config.num_layers, config.d_model, config.num_heads, config.head_dim)
@@ -129,20 +129,20 @@ def check_expressible(config: ModelConfig) -> None:
         rule = "d_model / num_heads" if scalar != config.head_dim else "head_dim"
         raise UserError(
             f"model.query_pre_attn_scalar is {config.query_pre_attn_scalar:g}, which GGUF cannot express; llama.cpp "
-            f"takes {rule}, here {scalar}."
+            f"always uses {rule}, here {scalar}."
         )
     if config.num_layers > _MOST_LAYERS:
         raise UserError(
-            f"model.num_layers is {config.num_layers}, which llama.cpp does not load; it takes {_MOST_LAYERS} at most."
+            f"model.num_layers is {config.num_layers}; llama.cpp loads models of at most {_MOST_LAYERS} layers."
         )
     if config.sliding_window is None:
         raise UserError(
-            "model.sliding_window is null, which GGUF cannot express; llama.cpp takes a number of tokens."
+            "model.sliding_window is null, which GGUF cannot express; llama.cpp needs a number of tokens."
         )
 
 
 def _kind(gguf: Any, tensor: str, shape: tuple[int, ...], encoding: str) -> "GGMLQuantizationType":
-    """The encoding of one tensor; see the top of this file."""
+    """Returns the encoding of one tensor; see the top of this file."""
     kinds = gguf.GGMLQuantizationType
     if len(shape) == 1:
         return kinds.F32
@@ -154,29 +154,30 @@ def _kind(gguf: Any, tensor: str, shape: tuple[int, ...], encoding: str) -> "GGM
 
 
 def _encode(gguf: Any, tensor: str, array: np.ndarray, kind: "GGMLQuantizationType") -> np.ndarray:
-    """The tensor as it lies in the file: float32, float16, or bytes."""
+    """Returns the tensor as it is stored in the file: float32, float16, or bytes."""
     kinds = gguf.GGMLQuantizationType
     if kind == kinds.BF16:
         check_range(array, "bfloat16", tensor)
     dtype = {kinds.F32: np.float32, kinds.F16: np.float16}.get(kind)
     shape = array.shape if dtype else gguf.quant_shape_to_byte_shape(array.shape, kind)
     encoded = np.empty(shape, dtype or np.uint8)
-    with np.errstate(over="ignore", invalid="ignore"):  # told below
+    with np.errstate(over="ignore", invalid="ignore"):  # checked below
         for start in range(0, len(array), _ROWS):
             rows = slice(start, start + _ROWS)
             encoded[rows] = gguf.quants.quantize(array[rows].astype(np.float32), kind)
     if not _is_finite(gguf, encoded, kind):
-        largest = ", whose largest is 65504" if kind == kinds.F16 else ""
+        largest = ", whose largest number is 65504" if kind == kinds.F16 else ""
         raise UserError(
-            f"{tensor} holds a value that is no finite number in {kind.name.lower()}{largest}; accepted: f32, bf16."
+            f"{tensor} holds a value that is not finite in {kind.name.lower()}{largest}; accepted: f32, bf16."
         )
     return encoded
 
 
 def _is_finite(gguf: Any, encoded: np.ndarray, kind: "GGMLQuantizationType") -> bool:
-    """Whether all numbers of a tensor are; those of a block of 8 or 4 bits are if the block's scale is.
+    """Whether all numbers of an encoded tensor are finite.
 
-    True of wider encodings, which hold what is not finite as it was.
+    A block of 8-bit or 4-bit numbers is finite if its scale is. Always True for f32 and bf16, which keep non-finite
+    numbers unchanged.
     """
     kinds = gguf.GGMLQuantizationType
     if kind in (kinds.F32, kinds.BF16):
@@ -218,7 +219,7 @@ def _add_tokenizer(
     tokenizer = Tokenizer(model, "The tokenizer", metadata.stop_ids)
     check_tokens(config, tokenizer.vocab_size, "The tokenizer")
     tokens, scores, types = _vocabulary(gguf.TokenType, model)
-    writer.add_tokenizer_model("llama")  # what llama.cpp calls SentencePiece's BPE
+    writer.add_tokenizer_model("llama")  # llama.cpp's name for SentencePiece's BPE
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
@@ -240,13 +241,13 @@ def _add_tokenizer(
 
 
 def _ends(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a text, that of the tokenizer's own end of text and that of a turn first.
+    """Returns the stop ids, starting with the tokenizer's end of text and end of turn.
 
-    llama.cpp has keys for three: the ends of a text, of a turn and of a message. It stops at all of them, and at
-    `<end_of_turn>` by its name in any case.
+    llama.cpp has keys for three: the ends of a text, of a turn and of a message. It stops at all of them, and always
+    at `<end_of_turn>`, which it recognises by name.
 
     Raises:
-        UserError: there are more.
+        UserError: there are more than three.
     """
     usual = [tokenizer.eos_id, tokenizer.end_of_turn_id]
     stop = [number for number in tokenizer.stop_ids if number < tokenizer.vocab_size] or usual[:1]
@@ -255,17 +256,17 @@ def _ends(tokenizer: Tokenizer) -> list[int]:
         ends.insert(1, tokenizer.end_of_turn_id)
     if len(ends) > 3:
         raise UserError(
-            f"A text ends at the ids {', '.join(map(str, ends))}, and GGUF has room for 3 of them; leave some out of "
-            "eos_token_id in the source's generation_config.json (metadata.json in a run folder)."
+            f"The stop ids are {', '.join(map(str, ends))}, but GGUF can store only 3; remove some from eos_token_id "
+            "in the source's generation_config.json (metadata.json in a run folder)."
         )
     return ends
 
 
 def _vocabulary(kinds: Any, model: bytes) -> tuple[list[str], list[float], list[int]]:
-    """The text, score and type of every piece, as llama.cpp's own converter gives them.
+    """Returns the text, score and type of every piece, like llama.cpp's own converter.
 
     Raises:
-        UserError: the tokenizer has a setting that llama.cpp does not know, so that it would encode differently.
+        UserError: the tokenizer has a setting that llama.cpp does not support, so that it would encode differently.
     """
     proto = parse_model(model, "llama.cpp")
     tokens, scores, types = [], [], []
@@ -274,7 +275,7 @@ def _vocabulary(kinds: Any, model: bytes) -> tuple[list[str], list[float], list[
         if kind == kinds.USER_DEFINED and _CONTROL_PIECE.fullmatch(text):
             kind = kinds.CONTROL
         if kind == kinds.USER_DEFINED:
-            text = text.replace("▁", " ")  # is looked for before spaces are replaced
+            text = text.replace("▁", " ")  # llama.cpp matches these pieces before it replaces spaces
         if kind in (kinds.USER_DEFINED, kinds.CONTROL, kinds.UNKNOWN):
             score = _NEVER_MERGED
         tokens.append(text)

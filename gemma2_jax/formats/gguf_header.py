@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model, read without its weights or the pieces of its tokenizer."""
+"""Reads the header of a GGUF file, without its weights or the pieces of its tokenizer."""
 
 import os
 import re
@@ -28,14 +28,14 @@ _NUMPY_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file of a Gemma 2 says before its weights are read.
+    """The header of a Gemma 2's GGUF file.
 
     Attributes:
-        name: of the model, empty if it has none.
-        encoding: of most of its matrices; "unknown" if it does not say.
-        config: as llama.cpp takes it from the file.
-        num_tokens: of its tokenizer.
-        tensors: by name, shaped as numpy has them, (out, in).
+        name: name of the model, empty if it has none.
+        encoding: encoding of most matrices; "unknown" if the file does not give it.
+        config: model config as llama.cpp reads it from the file.
+        num_tokens: number of tokens of its tokenizer.
+        tensors: tensors by name, with shapes in NumPy's order, (out, in).
     """
 
     name: str
@@ -46,7 +46,7 @@ class Header:
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a file at `path` begins as GGUF does, whatever it is called. Raises UserError if it cannot be read."""
+    """Whether `path` is a file that begins like GGUF, whatever its name. Raises UserError if it cannot be read."""
     if not os.path.isfile(path):
         return False
     try:
@@ -57,20 +57,20 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def read_header(path: str | Path) -> Header:
-    """Returns what a GGUF file says about its model.
+    """Returns the header of a GGUF file.
 
     Raises:
-        UserError: the extra `gguf` is missing; there is no such file, it is cut short or none of GGUF, or holds
-            another model than a Gemma 2.
+        UserError: the extra `gguf` is missing; the file is missing, truncated or not GGUF; or its model is not a
+            Gemma 2.
     """
     return _header(package(), Path(path), open_reader(path))
 
 
 def open_reader(path: str | Path) -> "GGUFReader":
-    """The package's reader of a file, which maps the weights; lists in the metadata are passed over.
+    """Returns the package's reader of a file, which maps the weights and gives only the length of metadata lists.
 
     Raises:
-        UserError: as `read_header`.
+        UserError: the extra `gguf` is missing, or the file is missing, truncated or not GGUF.
     """
     try:
         reader: GGUFReader = header_reader(package())(path)
@@ -78,11 +78,12 @@ def open_reader(path: str | Path) -> "GGUFReader":
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
     except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError, struct.error):
-        # What the package raises wherever the bytes make no sense to it.
-        raise UserError(f"{path} is no GGUF file, or is cut short or damaged.") from None
+        # The errors that the package raises for invalid bytes.
+        raise UserError(f"{path} is not a GGUF file, or is truncated or damaged.") from None
 
 
 def package() -> Any:
+    """Imports and returns the package `gguf`. Raises UserError if it is not installed."""
     try:
         import gguf
     except ImportError:
@@ -91,7 +92,7 @@ def package() -> Any:
 
 
 def query_pre_attn_scalar(num_layers: int, d_model: int, num_heads: int, head_dim: int) -> int:
-    """What llama.cpp scales queries by the -1/2 power of."""
+    """Returns the number whose power of -1/2 llama.cpp scales queries by."""
     return d_model // num_heads if num_layers == 46 else head_dim
 
 
@@ -99,7 +100,7 @@ def _header(gguf: Any, path: Path, reader: "GGUFReader") -> Header:
     values = {key: _value(field) for key, field in reader.fields.items()}
     architecture = values.get("general.architecture")
     if architecture != ARCHITECTURE:
-        raise UserError(f"{path} holds a model of the architecture {architecture}; accepted: {ARCHITECTURE}.")
+        raise UserError(f"{path} holds a model with architecture {architecture}; accepted: {ARCHITECTURE}.")
     tensors = {
         tensor.name: TensorInfo(
             tuple(int(size) for size in reversed(tensor.shape)),
@@ -121,13 +122,13 @@ def _header(gguf: Any, path: Path, reader: "GGUFReader") -> Header:
 
 
 def _value(field: "ReaderField") -> Any:
-    """A text or number, or a list's length; of a float32 the shortest number that it is nearest to, like 1e-06."""
+    """Returns a text, a number, or a list's length; a float32 as the shortest decimal that rounds to it, like 1e-06."""
     value = field.contents()
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _read_config(path: str, values: Mapping[str, Any], rows: int) -> ModelConfig:
-    """The model's sizes and constants; where the file is silent, what llama.cpp takes."""
+    """Returns the model config, with llama.cpp's defaults for missing keys."""
 
     def get(key: str, default: Any = None) -> Any:
         value = values.get(f"{ARCHITECTURE}.{key}", default)

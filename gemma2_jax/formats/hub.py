@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub."""
+"""Downloads models by their name on the Hugging Face hub."""
 
 import os
 import re
@@ -27,29 +27,29 @@ _FILES = [
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether `text` could be the name of a model on the hub: OWNER/NAME, and no GGUF file."""
+    """Whether `text` could be the name of a model on the hub: OWNER/NAME, and not a GGUF file."""
     return _NAME.fullmatch(text) is not None and not text.endswith(".gguf")
 
 
-def is_elsewhere(path: str) -> bool:
-    """Whether `path` is nothing on this machine and could be the name of a model on the hub."""
+def is_remote(path: str) -> bool:
+    """Whether `path` does not exist on this machine and could be the name of a model on the hub."""
     return is_hub_name(path) and not os.path.exists(path) and in_the_way(path) is None
 
 
 def check_hub_installed(path: str) -> None:
-    """Raises UserError if `path` is to be fetched from the hub, whose package is not installed."""
-    if is_elsewhere(path) and not is_installed("huggingface_hub"):
+    """Raises UserError if `path` must be downloaded from the hub, but the hub's package is not installed."""
+    if is_remote(path) and not is_installed("huggingface_hub"):
         raise UserError(
-            f"{path} is no folder here; to fetch it from the Hugging Face hub, install the extra `hub` "
+            f"{path} is not a local folder; to download it from the Hugging Face hub, install the extra `hub` "
             "(pip install 'gemma2_jax[hub]')."
         )
 
 
 def download(name: str) -> Path:
-    """The folder of a model's files, fetched from the hub unless they are in its cache already.
+    """Returns the folder of a model's files, downloaded from the hub unless they are in its cache.
 
     Raises:
-        UserError: the extra `hub` is missing, the hub cannot be reached, or it does not give the model out.
+        UserError: the extra `hub` is missing, the hub cannot be reached, or it refuses access to the model.
     """
     check_hub_installed(name)
     import huggingface_hub
@@ -59,23 +59,23 @@ def download(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
     except errors.GatedRepoError:
         raise UserError(
-            f"{name} is gated; accept its terms on its page of the Hugging Face hub, and log in with "
+            f"{name} is gated; accept its terms on its page on the Hugging Face hub, and log in with "
             "`hf auth login`."
         ) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise UserError(f"{name} is neither a folder here nor a model on the Hugging Face hub.") from None
-    except (OSError, errors.HTTPError) as error:  # what the network raises is no OSError
-        raise UserError(f"{name} is no folder here, and {_reason(error, errors)}") from None
+        raise UserError(f"{name} is neither a local folder nor a model on the Hugging Face hub.") from None
+    except (OSError, errors.HTTPError) as error:  # network errors are not OSErrors
+        raise UserError(f"{name} is not a local folder, and {_reason(error, errors)}") from None
 
 
 def _reason(error: Exception, errors: Any) -> str:
-    """Why the hub gave nothing: it refused, the disk did not take it, or it was not there."""
+    """Returns why a download failed: the hub refused, the disk could not store it, or the hub was unreachable."""
     answer = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
     if isinstance(answer, errors.HfHubHTTPError):
         return (
-            f"the Hugging Face hub answers with HTTP status {answer.response.status_code}; try again later, or give "
+            f"the Hugging Face hub responded with HTTP status {answer.response.status_code}; try again later, or give "
             "the path of a downloaded folder."
         )
     if isinstance(answer, OSError) and answer.errno is not None and not isinstance(answer, ConnectionError):
-        return f"what the Hugging Face hub gives cannot be kept: {answer.strerror}."
+        return f"the download from the Hugging Face hub cannot be stored: {answer.strerror}."
     return "the Hugging Face hub cannot be reached; give the path of a downloaded folder."

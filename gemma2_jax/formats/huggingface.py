@@ -1,4 +1,4 @@
-"""Hugging Face's form of Gemma 2: config.json, safetensors in one file or several, tokenizer.model."""
+"""Hugging Face's form of Gemma 2: config.json, one or several safetensors files, tokenizer.model."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  # teaches numpy the name bfloat16, which safetensors asks it for
+import ml_dtypes  # noqa: F401  # registers the dtype bfloat16 with NumPy, which safetensors needs
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -28,18 +28,18 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_PREFIX = "model."  # of all names but the head's; a Gemma2Model that was saved by itself has none
-# Buffers that older versions of transformers saved, computed from config.json when a model is loaded.
+_PREFIX = "model."  # of all names except the head's; a Gemma2Model saved without its head lacks it
+# Buffers that older versions of transformers saved; they follow from config.json.
 _BUFFER = re.compile(r"(.+\.)?(rotary_emb\.(original_)?inv_freq|embed_scale)")
-_ADAPTER = "adapter_model.safetensors"  # of a LoRA, which peft puts beside the model
-_ROWS = 8192  # of two embeddings that are compared at a time
+_ADAPTER = "adapter_model.safetensors"  # a LoRA adapter, which PEFT may put beside the model
+_ROWS = 8192  # rows of embedding and head to compare at a time
 
 
 class HuggingFaceSource(ForeignSource):
-    """A folder as `save_pretrained` writes it and the hub holds it.
+    """A folder as `save_pretrained` writes it, like those on the hub.
 
     Raises:
-        UserError: a file is missing, is not what it should be, or tells of another model than Gemma 2.
+        UserError: a file is missing or damaged, or describes a model other than Gemma 2.
     """
 
     kind = "Hugging Face"
@@ -51,14 +51,14 @@ class HuggingFaceSource(ForeignSource):
         self.tokenizer = tokenizer if tokenizer.exists() else None
         self.metadata = read_metadata(self.path)
         saved = {name: info for name, info in self._saved().items() if not _BUFFER.fullmatch(name)}
-        self._head = saved.pop(_LM_HEAD, None)  # some tools save the tied embedding a second time
+        self._head = saved.pop(_LM_HEAD, None)  # some tools save the tied embedding twice
         missing = _PREFIX if _EMBEDDING.removeprefix(_PREFIX) in saved else ""
         self.tensors = {missing + name: info for name, info in saved.items()}
         self._saved_names = {missing + name: name for name in saved}
         super().__init__(HUGGINGFACE)
 
     def read(self, name: str) -> np.ndarray:
-        # Opened anew for each tensor: what was mapped of the file counts as this process's memory until then.
+        # The file is reopened for each tensor, since mapped pages count as this process's memory until it is closed.
         saved = self._saved_names[name]
         return np.asarray(_opened(self.tensors[name].file, lambda file: file.get_tensor(saved)))
 
@@ -74,9 +74,9 @@ class HuggingFaceSource(ForeignSource):
         head, embedding = self._head, self.tensors.get(_EMBEDDING)
         shape = self.entries[_EMBEDDING].shape
         if head is None and not ties_embeddings(self.path / CONFIG_FILE):
-            return [f"{self.path / CONFIG_FILE} has tie_word_embeddings false, and {_LM_HEAD} is not there."]
+            return [f"{self.path / CONFIG_FILE} has tie_word_embeddings false, but {_LM_HEAD} is missing."]
         if head is None or embedding is None or embedding.shape != shape or embedding.dtype not in DTYPES:
-            return []  # what is wrong with the embedding itself is told already
+            return []  # problems of the embedding itself are reported elsewhere
         if head.dtype not in DTYPES:
             return wrong_dtypes({_LM_HEAD: head})
         blocks = [slice(start, min(start + _ROWS, shape[0])) for start in range(0, shape[0], _ROWS)]
@@ -87,10 +87,12 @@ class HuggingFaceSource(ForeignSource):
             for rows in blocks
         ):
             return []
-        return [f"{head.file} holds another {_LM_HEAD} than the embedding; Gemma 2 has one matrix for both."]
+        return [
+            f"{head.file} holds an {_LM_HEAD} that differs from the embedding; Gemma 2 has one matrix for both."
+        ]
 
     def _saved(self) -> dict[str, TensorInfo]:
-        """What the folder holds by the names in its files; of several files, those that transformers would take."""
+        """Returns the tensors by their names in the files; of several sets of files, the one that transformers uses."""
         if (self.path / WEIGHTS_FILE).exists():
             return _header(self.path / WEIGHTS_FILE)
         index = self.path / INDEX_FILE
@@ -98,7 +100,7 @@ class HuggingFaceSource(ForeignSource):
             return self._indexed(index)
         files = sorted(file for file in self.path.glob("*.safetensors") if file.name != _ADAPTER)
         if not files:
-            found = describe_weights(self.path) or "holds no *.safetensors of a whole model"
+            found = describe_weights(self.path) or "holds no *.safetensors of a complete model"
             raise UserError(f"{self.path} {found}.")
         _check_all_there(self.path, missing_shards(file.name for file in files))
         return {name: info for file in files for name, info in _header(file).items()}
@@ -110,7 +112,7 @@ class HuggingFaceSource(ForeignSource):
             or not names
             or not all(isinstance(file, str) for file in names.values())
         ):
-            raise UserError(f"{index} has no weight_map, from names of tensors to names of files.")
+            raise UserError(f"{index} has no weight_map from tensor names to file names.")
         files = sorted(set(names.values()))
         _check_all_there(self.path, [file for file in files if not (self.path / file).exists()])
         headers = {file: _header(self.path / file) for file in files}
@@ -121,7 +123,7 @@ class HuggingFaceSource(ForeignSource):
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The ids of config.json and generation_config.json, for a model whose origin names none."""
+    """Returns the token ids of config.json and generation_config.json for a model whose source lists none."""
     stop = sorted(number for number in tokenizer.stop_ids if number < tokenizer.vocab_size)
     return {
         "bos_token_id": tokenizer.bos_id,
@@ -133,14 +135,14 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 def write_shards(
     folder: Path, tensors: Iterable[tuple[str, np.ndarray]], sizes: Mapping[str, int], shard_bytes: int
 ) -> None:
-    """Write tensors as they come into safetensors of at most `shard_bytes`, more only for a single tensor.
+    """Writes tensors into safetensors files of at most `shard_bytes` each; only a single tensor may be larger.
 
     Args:
-        tensors: name and array, in the order of `sizes`; one shard of them is in memory at a time.
+        tensors: names and arrays in the order of `sizes`; one shard is in memory at a time.
         sizes: bytes of each tensor.
 
     Raises:
-        OSError: the disk does not take them.
+        OSError: the files cannot be written.
     """
     shards: list[list[str]] = []
     filled = 0
@@ -166,16 +168,16 @@ def write_shards(
 
 
 def _check_all_there(folder: Path, missing: Sequence[str]) -> None:
-    """Raises UserError if the weights are in several files, of which these are missing."""
+    """Raises UserError if any weight files are missing."""
     if missing:
-        more = f", nor do {len(missing) - 1} other files of its weights" if missing[1:] else ""
+        more = f", nor do {len(missing) - 1} other weight files" if missing[1:] else ""
         raise UserError(
-            f"{folder / missing[0]} does not exist{more}; download or copy what is missing again."
+            f"{folder / missing[0]} does not exist{more}; download or copy the missing files again."
         )
 
 
 def _block(info: TensorInfo, name: str, rows: slice) -> np.ndarray:
-    """The bits of some rows, in float32: the same for the same number in any dtype, and a NaN equal to itself."""
+    """Returns some rows as the bits of float32, so that equal numbers of any dtypes, also NaNs, compare equal."""
     block = np.asarray(_opened(info.file, lambda file: file.get_slice(name)[rows]))
     with np.errstate(invalid="ignore"):
         return block.astype(np.float32).view(np.uint32)
@@ -183,7 +185,7 @@ def _block(info: TensorInfo, name: str, rows: slice) -> np.ndarray:
 
 def _header(file: Path) -> dict[str, TensorInfo]:
     def read(opened: Any) -> dict[str, TensorInfo]:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
         return {
             name: TensorInfo(tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()), file)
             for name, part in slices.items()
@@ -202,6 +204,6 @@ def _opened(file: Path, use: Any) -> Any:
     except (SafetensorError, OSError) as error:
         if is_lfs_pointer(file):
             raise UserError(
-                f"{file} is a pointer of Git LFS; fetch the file itself with `git lfs pull`."
+                f"{file} is a Git LFS pointer; fetch the file itself with `git lfs pull`."
             ) from None
-        raise UserError(f"{file} is cut off or no safetensors file: {error}.") from None
+        raise UserError(f"{file} is truncated or not a safetensors file: {error}.") from None

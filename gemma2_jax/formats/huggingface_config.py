@@ -1,8 +1,8 @@
 """config.json of a Gemma 2: read as transformers 5 reads it, and written so that transformers loads it.
 
-Keys that transformers does not use are not looked at. Where several keys give the same setting, the one that
-transformers uses counts: `hidden_activation` and not `hidden_act`; of RoPE, a `rope_scaling` that is not empty takes
-the place of `rope_parameters`, and a `rope_theta` in either the place of the one beside them.
+Keys that transformers ignores are ignored here too. Where several keys give the same setting, the one that
+transformers uses applies: `hidden_activation`, not `hidden_act`; for RoPE, a non-empty `rope_scaling` overrides
+`rope_parameters`, and a `rope_theta` inside either overrides the one at the top level.
 """
 
 import sys
@@ -17,7 +17,7 @@ from gemma2_jax.model.config import ModelConfig
 
 CONFIG_FILE = "config.json"
 
-# Ours, theirs, and what transformers takes where config.json has no such key: the sizes of the 2B.
+# Our key: transformers' key, and its default if config.json lacks the key, which is the 2B's value.
 _SIZES = {
     "vocab_size": ("vocab_size", 256_000),
     "num_layers": ("num_hidden_layers", 26),
@@ -34,17 +34,17 @@ _CONSTANTS = {
     "norm_eps": ("rms_norm_eps", 1e-6),
 }
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
-_RENAMED = {"attention": _GLOBAL}  # names of before, which transformers still takes
+_RENAMED = {"attention": _GLOBAL}  # old names that transformers still accepts
 # All of them are the tanh approximation of GELU, computed in another order.
 _ACTIVATION = "gelu_pytorch_tanh"
 _ACTIVATIONS = (_ACTIVATION, "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh")
-# Keys that make another model of it, or other files, where they are set.
+# Keys that, if set, mean another model or other files: what Gemma 2 has instead.
 _ABSENT = {
     "attention_bias": "no bias in its attention",
     "use_bidirectional_attention": "causal attention",
     "per_layer_config": "one configuration for all layers",
-    "quantization_config": "weights that are not quantised; take the checkpoint that these were quantised from",
-    "quantization": "weights that are not quantised; take the checkpoint that these were quantised from",  # MLX
+    "quantization_config": "unquantised weights; use the checkpoint from which these were quantised",
+    "quantization": "unquantised weights; use the checkpoint from which these were quantised",  # MLX
 }
 _FAMILY = {
     "gemma": "Gemma 1",
@@ -59,7 +59,7 @@ _FAMILY = {
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The model that a config.json describes. Raises UserError if it is no Gemma 2."""
+    """Returns the model config in a config.json. Raises UserError if it is not a Gemma 2's."""
     data = read_object(path)
     _check_model_type(path, data)
     _check_same_formula(path, data)
@@ -73,19 +73,19 @@ def read_config(path: Path) -> ModelConfig:
     try:
         return ModelConfig(**values)
     except UserError as error:
-        raise UserError(f"{path} is no Gemma 2: {error}") from None
+        raise UserError(f"{path} is not a Gemma 2: {error}") from None
 
 
 def ties_embeddings(path: Path) -> bool:
-    """Whether a config.json says that the head is the embedding, as in Gemma 2."""
+    """Whether the LM head is the embedding, as in Gemma 2, according to a config.json."""
     return bool(read_object(path).get("tie_word_embeddings", True))
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The content of config.json but for token ids; `read_config` gives the same model back.
+    """Returns the content of config.json without token ids; `read_config` returns the same model from it.
 
     Raises:
-        UserError: transformers would refuse to load the model.
+        UserError: transformers would not load the model.
     """
     if config.d_model % config.num_heads:
         raise UserError(
@@ -94,9 +94,9 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         )
     if not float(config.query_pre_attn_scalar).is_integer():
         raise UserError(
-            f"model.query_pre_attn_scalar is {config.query_pre_attn_scalar}, and transformers takes whole numbers only."
+            f"model.query_pre_attn_scalar is {config.query_pre_attn_scalar}; transformers accepts only whole numbers."
         )
-    # transformers 5 refuses a whole number where it has floats, and the other way round.
+    # transformers 5 rejects an int where it expects a float, and vice versa.
     values: dict[str, Any] = {theirs: int(getattr(config, ours)) for ours, (theirs, _) in _SIZES.items()}
     values |= {theirs: float(getattr(config, ours)) for ours, (theirs, _) in _CONSTANTS.items()}
     values["query_pre_attn_scalar"] = int(config.query_pre_attn_scalar)
@@ -122,15 +122,15 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 def _check_model_type(path: Path, data: Mapping[str, Any]) -> None:
     if "model_type" not in data and "registered_name" in data:
-        raise UserError(f"{path} is of a Keras preset; accepted: a folder as transformers saves it.")
+        raise UserError(f"{path} belongs to a Keras preset; accepted: a folder saved by transformers.")
     kind = data.get("model_type")
     if kind != "gemma2":
-        name = f"is of a {_FAMILY[kind]}" if isinstance(kind, str) and kind in _FAMILY else "is no Gemma 2"
-        raise UserError(f'{path} {name}: it has model_type {shown(kind)}; accepted: "gemma2".')
+        name = _FAMILY[kind] if isinstance(kind, str) and kind in _FAMILY else "model other than Gemma 2"
+        raise UserError(f'{path} describes a {name}: it has model_type {shown(kind)}; accepted: "gemma2".')
 
 
 def _check_same_formula(path: Path, data: Mapping[str, Any]) -> None:
-    """Raises UserError if transformers would compute something else with the same sizes and constants."""
+    """Raises UserError if the model differs from Gemma 2 in something other than its sizes and constants."""
     if data.get("hidden_activation") not in (None, *_ACTIVATIONS):
         raise UserError(
             f'{path} has hidden_activation {shown(data["hidden_activation"])}; Gemma 2 has "{_ACTIVATION}".'
@@ -152,7 +152,7 @@ def _rope_base(path: Path, data: Mapping[str, Any]) -> float:
     rope: dict[str, Any] = data.get(key) or {}
     for name in (_LOCAL, _GLOBAL):
         if name in rope:
-            raise UserError(f"{path} has {key} for {name}; accepted: the same for all layers.")
+            raise UserError(f"{path} has {key} for {name}; accepted: the same values for all layers.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" and not (kind == "linear" and rope.get("factor") == 1):
         raise UserError(f'{path} has RoPE of type {shown(kind)}; Gemma 2 has "default".')
@@ -170,8 +170,8 @@ def _window(path: Path, data: Mapping[str, Any], layers: int) -> int | None:
         return None
     if kinds not in (None, [_LOCAL, _GLOBAL] * (layers // 2)):
         raise UserError(
-            f"{path} has layer_types {shown(kinds)}; accepted for {layers} layers: {_LOCAL} and {_GLOBAL} in turns, or "
-            f"{_GLOBAL} alone."
+            f"{path} has layer_types {shown(kinds)}; accepted for {layers} layers: {_LOCAL} and {_GLOBAL} alternating, "
+            f"or {_GLOBAL} alone."
         )
     return _whole_number(path, "sliding_window", data.get("sliding_window", 4096))
 

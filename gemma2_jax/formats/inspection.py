@@ -1,4 +1,4 @@
-"""What a checkpoint holds, told without reading its weights."""
+"""Describes the content of a checkpoint without reading its weights."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ from gemma2_jax.formats.gguf_header import Header, is_gguf, read_header
 from gemma2_jax.formats.layouts import GGUF, expand
 from gemma2_jax.formats.load import load_tokenizer, open_source
 from gemma2_jax.formats.native import RunSource
-from gemma2_jax.formats.source import TensorInfo, WeightSource, misfits
+from gemma2_jax.formats.source import TensorInfo, WeightSource, mismatches
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.model.vocabulary import without_padding
@@ -22,20 +22,25 @@ from gemma2_jax.model.weights import weight_specs
 
 @dataclass(frozen=True)
 class Inspection:
-    """Lines of a name and a text each, and what is wrong, a sentence each."""
+    """The description of a checkpoint.
+
+    Attributes:
+        lines: pairs of a name and a text.
+        problems: what is wrong with the checkpoint, one sentence each.
+    """
 
     lines: list[tuple[str, str]]
     problems: list[str]
 
 
 def inspect(path: str | Path, published: Mapping[str, ModelConfig]) -> Inspection:
-    """Look at a checkpoint of any kind, GGUF included.
+    """Describes a checkpoint of any kind, including GGUF.
 
     Args:
-        published: the models to compare sizes with, by name.
+        published: models to compare sizes with, by name.
 
     Raises:
-        UserError: there is no checkpoint at `path`, or what it says of itself is no Gemma 2.
+        UserError: there is no checkpoint at `path`, or its configuration is not a Gemma 2's.
     """
     if is_gguf(path):
         return _inspect_gguf(Path(path), read_header(path), published)
@@ -59,7 +64,7 @@ def inspect(path: str | Path, published: Mapping[str, ModelConfig]) -> Inspectio
             *_renamed(source, tokenizer),
         ]
     except UserError as error:
-        lines.append(("tokenizer", "none" if source.tokenizer is None else "does not fit"))
+        lines.append(("tokenizer", "none" if source.tokenizer is None else "does not match"))
         problems.append(str(error))
     return Inspection(lines, problems)
 
@@ -75,10 +80,10 @@ def _inspect_gguf(path: Path, header: Header, published: Mapping[str, ModelConfi
         ("tokenizer", f"in the file, {header.num_tokens:,} tokens"),
     ]
     shapes = {name: entry.shape for name, entry in expand(GGUF, weight_specs(header.config)).items()}
-    problems = misfits(path, shapes, header.tensors)
+    problems = mismatches(path, shapes, header.tensors)
     if header.num_tokens != header.config.num_tokens:
         problems.append(
-            f"{path} has a tokenizer of {header.num_tokens} tokens, and the model {header.config.num_tokens}."
+            f"{path} has a tokenizer of {header.num_tokens} tokens, but the model has {header.config.num_tokens}."
         )
     return Inspection(lines, problems)
 
@@ -88,7 +93,7 @@ def _model(
 ) -> list[tuple[str, str]]:
     counts = count_parameters(config)
     found = sum(math.prod(info.shape) for info in tensors.values())
-    missing = "" if found == counts.total else f"; the tensors that were found hold {found:,}"
+    missing = "" if found == counts.total else f"; the tensors found hold {found:,}"
     dtypes = Counter(info.dtype for info in tensors.values())
     lines = [
         ("dtype", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.most_common())),
@@ -151,14 +156,14 @@ def _template(source: WeightSource, tokenizer: Tokenizer) -> str:
 
 
 def _renamed(source: WeightSource, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Tokens whose text other files have changed, which tools that read tokenizer.model alone do not see."""
+    """Returns a line on tokens that other tokenizer files rename; tools that read only tokenizer.model miss these."""
     size = tokenizer.vocab_size
     names = {number: name for number, name in source.added_tokens(0).items() if number < size}
     others = {number: name for number, name in names.items() if name != tokenizer.piece(number)}
     if not others:
         return []
     shown = ", ".join(f"{number} {tokenizer.piece(number)} (there {name})" for number, name in others.items())
-    return [("renamed", f"tokenizer.model is used, where tokenizer files beside it differ: {shown:.200}")]
+    return [("renamed", f"tokenizer.model is used, but tokenizer files beside it differ: {shown:.200}")]
 
 
 def _describe(tokenizer: Tokenizer) -> str:

@@ -1,4 +1,4 @@
-"""JSON files that other tools write beside their weights."""
+"""Reads JSON files that other tools write beside their weights."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from gemma2_jax.config import UserError, read_json
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file. Raises UserError if there is no such file or it holds something else."""
+    """Returns the object in a JSON file. Raises UserError if the file is missing or holds something else."""
     data = read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path} holds no JSON object.")
@@ -16,6 +16,6 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value as its file has it, cut after 60 characters."""
+    """Returns a value as JSON text, truncated to 60 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:60]}…"

@@ -1,7 +1,7 @@
-"""What other tools call Gemma 2's weights, and how they lay them out: one table a format.
+"""The names and layouts of Gemma 2's weights in other tools' formats: one table per format.
 
-Everything else about a format's tensors is derived from its table and from `model/weights.py`: names,
-shapes, and how to cut one of theirs into ours or put ours together into theirs.
+Everything else about a format's tensors follows from its table and `model/weights.py`: names, shapes, and how to split
+a foreign tensor into our weights or join our weights into a foreign tensor.
 """
 
 import re
@@ -15,14 +15,14 @@ from gemma2_jax.model.weights import Specs, specs_by_path
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a foreign format, or of each of its layers if the name has `{layer}`.
+    """One tensor of a foreign format; one in each layer if the name contains `{layer}`.
 
     Attributes:
-        name: as in the format's files.
-        weights: which of ours it holds, by path; within a block for those of a layer. Several are stacked
+        name: name in the format's files.
+        weights: paths of our weights that it holds, relative to the block for those of a layer. Several are stacked
             along a leading axis.
-        dims: its axes by letter, those of a merged axis in brackets: `(NH)D` has shape [N * H, D].
-        offset: what is stored is our value plus this.
+        dims: its axes by letter, with merged axes in brackets: `(NH)D` has shape [N * H, D].
+        offset: difference between the stored value and ours.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Tensor:
 
 
 EMBEDDING = "embedder/embedding"
-CONTEXT = 8192  # tokens that Gemma 2 was trained on (report, table 1), which other tools want told
+CONTEXT = 8192  # Gemma 2's context length in tokens (report, table 1), which other formats store
 
 HUGGINGFACE = (
     Tensor("model.embed_tokens.weight", (EMBEDDING,), "VD"),
@@ -52,7 +52,7 @@ HUGGINGFACE = (
 
 
 def deepmind(transposed_gating: bool) -> tuple[Tensor, ...]:
-    """DeepMind's layout, its two spellings (`transformer/…/w` and without) reduced to the shorter one.
+    """Returns DeepMind's layout in the shorter of its two spellings (without `transformer/` and `/w`).
 
     The released 9B and 27B hold gate and up as [F, D], the 2B as [D, F].
     """
@@ -73,7 +73,7 @@ def deepmind(transposed_gating: bool) -> tuple[Tensor, ...]:
     )
 
 
-# llama.cpp multiplies by a norm's scale as it is stored; ours is applied as (1 + w).
+# llama.cpp multiplies by a norm's stored scale; ours is applied as (1 + w).
 GGUF = (
     Tensor("token_embd.weight", (EMBEDDING,), "VD"),
     Tensor("blk.{layer}.attn_norm.weight", ("pre_attention_norm/scale",), "D", offset=1.0),
@@ -93,7 +93,7 @@ GGUF = (
 
 @dataclass(frozen=True)
 class WeightPlace:
-    """Where a weight lies in our parameters: its path, and its index along P if it is one of a layer."""
+    """A weight's location in our parameters: its path, and its index along P if it belongs to a layer."""
 
     path: str
     pair: int | None
@@ -101,21 +101,22 @@ class WeightPlace:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint, and the weights of ours that it holds.
+    """One tensor of a foreign checkpoint and the places of our weights that it holds.
 
     Attributes:
-        shape: of the foreign tensor.
-        places: of our weights in it, in the order in which they are stacked.
+        tensor: its row in the format's table.
+        shape: shape of the foreign tensor.
+        places: places of our weights in it, in the order in which they are stacked.
     """
 
     tensor: Tensor
     shape: tuple[int, ...]
     places: tuple[WeightPlace, ...]
-    _dims: str  # of each of ours, P left out
-    _sizes: tuple[int, ...]  # of the letters of the foreign dims, brackets left out
+    _dims: str  # letters of each of our weights, without P
+    _sizes: tuple[int, ...]  # sizes of the letters of the foreign dims, without brackets
 
     def split(self, array: np.ndarray) -> list[np.ndarray]:
-        """The foreign tensor as views in our layout, one a place."""
+        """Returns the foreign tensor as arrays in our layout, one per place; views if it has no offset."""
         letters = re.sub(r"[()]", "", self.tensor.dims)
         parts = list(array) if len(self.places) > 1 else [array]
         axes = [letters.index(d) for d in self._dims]
@@ -123,7 +124,7 @@ class Entry:
         return [self._shifted(part, -self.tensor.offset) for part in split]
 
     def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """The foreign tensor of our weights, given in the order of `places`; a new, contiguous array."""
+        """Returns the foreign tensor made of our weights, in the order of `places`, as a new, contiguous array."""
         letters = re.sub(r"[()]", "", self.tensor.dims)
         axes = [self._dims.index(d) for d in letters]
         moved = [self._shifted(part.transpose(axes), self.tensor.offset) for part in parts]
@@ -137,7 +138,7 @@ class Entry:
 
 
 def expand(layout: Sequence[Tensor], specs: Specs) -> dict[str, Entry]:
-    """Every tensor that a checkpoint of these weights has, by name, in an order from the embedding upwards."""
+    """Returns every tensor of a checkpoint with these weights, by name, starting with the embedding."""
     weights = specs_by_path(specs)
     sizes = {letter: size for spec in weights.values() for letter, size in spec.sizes.items()}
     found = {}

@@ -1,4 +1,4 @@
-"""From a checkpoint of any kind to a model on devices, one weight of one layer at a time."""
+"""Loads a checkpoint of any kind into a model on devices, one weight of one layer at a time."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -20,7 +20,7 @@ from gemma2_jax.formats.deepmind import DeepMindSource, is_orbax
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE
 from gemma2_jax.formats.native import RunSource
-from gemma2_jax.formats.recognise import ADAPTER_CONFIG, describe, run_around
+from gemma2_jax.formats.recognise import ADAPTER_CONFIG, describe, enclosing_run
 from gemma2_jax.formats.source import DTYPES, WeightSource, all_places
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.narrowing import check_range
@@ -29,26 +29,26 @@ from gemma2_jax.model.vocabulary import check_tokens, resize_rows, without_paddi
 from gemma2_jax.model.weights import Params, abstract_params, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
-_DEEPEST = 4  # folders between a file and the folder of its checkpoint, itself included
-_PADDING = 1024  # rows, or a quarter of the tokens: more of them are those of another tokenizer
+_DEEPEST = 4  # folders above a file to search for its checkpoint
+_PADDING = 1024  # rows; more than this and than a quarter of the tokens means another tokenizer, not padding
 
 
 def open_source(path: str | Path, tokenizer: str | Path | None = None) -> WeightSource:
-    """The checkpoint at `path`, or of that name on the Hugging Face hub, whatever kind it is of.
+    """Opens a checkpoint of any kind, at `path` or with that name on the Hugging Face hub.
 
     Args:
-        tokenizer: a SentencePiece model file, in the place of the checkpoint's own.
+        tokenizer: SentencePiece model file to use in place of the checkpoint's own.
 
     Raises:
-        UserError: there is none, or none of a known kind.
+        UserError: there is no checkpoint, or none of a known kind.
     """
     folder = Path(path)
-    if hub.is_elsewhere(str(path)):
+    if hub.is_remote(str(path)):
         folder = hub.download(str(path))
     try:
         reader = _reader_of(folder)
         if reader is None:
-            raise UserError(f"{path} {_what_is(folder)}.")
+            raise UserError(f"{path} {_describe(folder)}.")
         source = reader(folder)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
@@ -64,43 +64,44 @@ def _reader_of(folder: Path) -> Callable[[Path], WeightSource] | None:
         return RunSource
     if (folder / CONFIG_FILE).exists():
         return HuggingFaceSource
-    if is_orbax(folder) and run_around(folder) is None:
+    if is_orbax(folder) and enclosing_run(folder) is None:
         return DeepMindSource
-    # Of a run folder that is not whole, it tells what is missing.
+    # For an incomplete run folder, RunSource reports what is missing.
     return RunSource if is_run or store.checkpoint_steps(folder) else None
 
 
-def _what_is(path: Path) -> str:
+def _describe(path: Path) -> str:
+    """Returns what a path without a readable checkpoint holds, and what is accepted."""
     if path.is_dir() and not (path / ADAPTER_CONFIG).exists():
         inside = next(
             (inner for inner in sorted(path.iterdir()) if inner.is_dir() and _reader_of(inner)), None
         )
         if inside is not None:
-            return f"holds no checkpoint that is known, but {inside} does"
+            return f"is not a checkpoint, but {inside} in it is"
     found = describe(path)
-    if found is None and path.is_file():  # of no known name, but perhaps in a known place
+    if found is None and path.is_file():  # an unknown name, but perhaps inside a checkpoint
         around = next((folder for folder in path.absolute().parents[:_DEEPEST] if _reader_of(folder)), None)
         if around is not None:
             return f"is one file of a checkpoint; give its folder, {around}"
     if found is not None and ";" in found:
         return found
-    unknown = "is a file of no known kind" if path.is_file() else "holds no checkpoint that is known"
+    unknown = "is a file of unknown type" if path.is_file() else "holds no checkpoint of a known kind"
     return (
         f"{found or unknown}; accepted: a run folder, a Hugging Face folder with config.json "
-        "and *.safetensors or its name on the hub, and DeepMind's Orbax checkpoint (`gemma2 inspect` takes GGUF too)"
+        "and *.safetensors or its name on the hub, and DeepMind's Orbax checkpoint (`gemma2 inspect` also accepts GGUF)"
     )
 
 
 def _find_padding(source: WeightSource) -> None:
-    """Takes rows of the embedding behind those of the tokenizer's tokens for padding, if nothing names them.
+    """Treats embedding rows beyond the tokenizer's tokens as padding, unless a file names tokens for them.
 
-    Embeddings are filled up to a round number of rows, and a config.json does not tell how many of them are used.
+    Embeddings are padded to a round number of rows, and config.json does not say how many rows are padding.
     """
-    if source.tokenizer is None or isinstance(source, RunSource):  # whose configuration tells
+    if source.tokenizer is None or isinstance(source, RunSource):  # a run's config gives the padding
         return
     try:
         tokens = Tokenizer.load(source.tokenizer).vocab_size
-    except UserError:  # is told where a tokenizer is needed
+    except UserError:  # raised again where a tokenizer is needed
         return
     padding = source.config.vocab_size - tokens
     if 0 <= padding <= max(_PADDING, tokens // 4) and not (padding and source.added_tokens(tokens)):
@@ -113,16 +114,16 @@ def load(
     mesh: Mesh | None = None,
     tokenizer: str | Path | None = None,
 ) -> tuple[Gemma2, Tokenizer]:
-    """The model and the tokenizer of a checkpoint of any kind.
+    """Loads the model and the tokenizer of a checkpoint of any kind.
 
     Args:
-        path: its folder, or its name on the Hugging Face hub.
-        dtype: that the weights are converted to, one of `DTYPES`.
-        mesh: that they are laid out on; by default the first device of this process alone.
-        tokenizer: a SentencePiece model file, for a checkpoint without one.
+        path: folder of the checkpoint, or its name on the Hugging Face hub.
+        dtype: dtype that the weights are converted to, one of `DTYPES`.
+        mesh: mesh to place the weights on; by default only the first device of this process.
+        tokenizer: SentencePiece model file, for a checkpoint without one.
 
     Raises:
-        UserError: the checkpoint is not whole, is no Gemma 2, or has no fitting tokenizer.
+        UserError: the checkpoint is incomplete, is not a Gemma 2, or has no matching tokenizer.
     """
     if not _is_accepted(dtype):
         raise UserError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}.")
@@ -139,58 +140,62 @@ def _is_accepted(dtype: Any) -> bool:
 
 
 def load_tokenizer(source: WeightSource) -> Tokenizer:
-    """The checkpoint's tokenizer, which knows where its texts end. Raises UserError if it has none that fits."""
+    """Returns the checkpoint's tokenizer, with its stop ids. Raises UserError if there is none that matches."""
     path = source.tokenizer
     if path is None:
-        other = source.path / "tokenizer.json"  # all that transformers 5 saves
-        seen = "; its tokenizer.json is not enough" if other.exists() else ""
+        other = source.path / "tokenizer.json"  # the only tokenizer file that transformers 5 saves
+        hint = "; its tokenizer.json is not enough" if other.exists() else ""
         raise UserError(
-            f"{source.path} has no tokenizer.model, the SentencePiece file of Gemma's tokenizer{seen}; put it there, "
-            "or name it as --tokenizer FILE to `gemma2 convert` or `gemma2 generate`."
+            f"{source.path} has no tokenizer.model, the SentencePiece file of Gemma's tokenizer{hint}; put it there, "
+            "or give it to `gemma2 convert` or `gemma2 generate` as --tokenizer FILE."
         )
     tokenizer = Tokenizer.load(path, source.metadata.stop_ids)
     if isinstance(source, RunSource):
         check_tokens(source.config, tokenizer.vocab_size, str(path))
     elif tokenizer.vocab_size != source.config.num_tokens:
-        raise UserError(_misfit(source, path, tokenizer.vocab_size))
+        raise UserError(_mismatch(source, path, tokenizer.vocab_size))
     return tokenizer
 
 
-def _misfit(source: WeightSource, path: Path, tokens: int) -> str:
-    """How a tokenizer does not fit the embedding of a checkpoint of another tool's."""
+def _mismatch(source: WeightSource, path: Path, tokens: int) -> str:
+    """Returns why a tokenizer does not match the embedding of another tool's checkpoint."""
     rows = source.config.vocab_size
     added = source.added_tokens(tokens)
     if not added:
-        return f"{path} has {tokens} tokens and the embedding in {source.path} {rows} rows; it is another model's."
+        return (
+            f"{path} has {tokens} tokens, but the embedding in {source.path} has {rows} rows; it belongs to another "
+            "model."
+        )
     named = ", ".join(f"{name!r} ({number})" for number, name in list(added.items())[:3])
     more = f" and {len(added) - 3} more" if len(added) > 3 else ""
     return (
-        f"{source.path} adds tokens to the {tokens} of {path}: {named}{more}; name a tokenizer.model that has them to "
-        f"convert as --tokenizer FILE, or take them out of it (in transformers, resize_token_embeddings({tokens}))."
+        f"{source.path} adds tokens to the {tokens} of {path}: {named}{more}; give `gemma2 convert` a tokenizer.model "
+        "that has them as --tokenizer FILE, or remove them from the model (in transformers, "
+        f"resize_token_embeddings({tokens}))."
     )
 
 
 def open_for(tokenizer: Tokenizer, path: str | Path, key: str) -> WeightSource:
-    """The checkpoint at `path`, which the setting `key` names, for a run with this tokenizer.
+    """Opens the checkpoint at `path`, the value of config key `key`, for a run with this tokenizer.
 
     Raises:
         UserError: as `open_source`, or the checkpoint has another tokenizer.
     """
     source = open_source(path)
-    theirs = load_tokenizer(source)
-    if theirs.fingerprint != tokenizer.fingerprint:
+    found = load_tokenizer(source)
+    if found.fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"{key} {path} has the tokenizer {theirs.fingerprint[:12]} of {theirs.vocab_size} tokens, and "
-            f"tokenizer.path is {tokenizer.fingerprint[:12]} of {tokenizer.vocab_size}; both must be the same."
+            f"{key} {path} has the tokenizer {found.fingerprint[:12]} of {found.vocab_size} tokens, but "
+            f"tokenizer.path is {tokenizer.fingerprint[:12]} of {tokenizer.vocab_size} tokens; they must be the same."
         )
     return source
 
 
 def check_readable(key: str, path: str | Path, tokenizer: str | Path) -> None:
-    """Raises UserError if the checkpoint at `path`, which the setting `key` names, cannot be read by a run.
+    """Raises UserError if a run cannot read the checkpoint at `path`, the value of config key `key`.
 
-    It is missing, of no known kind or not whole; or has another tokenizer, where the file `tokenizer` is there: else
-    that is trained with the data.
+    It may be missing, of unknown kind or incomplete, or have another tokenizer. The last is checked only if the file
+    `tokenizer` exists; otherwise the tokenizer is yet to be trained.
     """
     try:
         open_source(path).check()
@@ -207,17 +212,18 @@ def load_params(
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Params:
-    """The parameters of a checkpoint, laid out like `weight_specs(config)`, for a model of this configuration.
+    """Returns the parameters of a checkpoint, structured like `weight_specs(config)`.
 
-    A host holds what its own devices get and one tensor of the file at a time.
+    A host holds the parameters of its own devices, and one tensor of the file at a time.
 
     Args:
-        config: the source's own, but for padding of the vocabulary, which is cut or filled with zeros.
+        config: the model's config; it may differ from the source's only in vocabulary padding, which is truncated or
+            filled with zeros.
         dtype, mesh: as in `load`.
-        progress: told how many weights are read, and of how many.
+        progress: called with the number of weights read and the total number.
 
     Raises:
-        UserError: the checkpoint is not whole, of another model, or has weights beyond what the dtype can hold.
+        UserError: the checkpoint is incomplete, belongs to another model, or has weights beyond the dtype's range.
     """
     source.check()
     _check_same_model(source, config)
@@ -253,19 +259,19 @@ def _load_weights(source: WeightSource, target: Any, progress: Callable[[int, in
 def _check_same_model(source: WeightSource, config: ModelConfig) -> None:
     ours, theirs = without_padding(config), without_padding(source.config)
     for field in fields(ModelConfig):
-        wanted, found = getattr(ours, field.name), getattr(theirs, field.name)
-        if wanted != found:
+        expected, found = getattr(ours, field.name), getattr(theirs, field.name)
+        if expected != found:
             if field.name == "vocab_size":
                 raise UserError(
-                    f"{source.path} holds a model of {found} tokens, and the configuration's has {wanted}."
+                    f"{source.path} holds a model with {found} tokens, but the configuration has {expected}."
                 )
             raise UserError(
-                f"{source.path} holds a model of {field.name} {found}, and the configuration's has {wanted}."
+                f"{source.path} holds a model with {field.name} {found}, but the configuration has {expected}."
             )
 
 
 def _find(target: Any, params: Params, path: str) -> tuple[Any, Params, str]:
-    """The leaf of `target` at `path`, and where to put it in `params`, made if it is not there yet."""
+    """Returns the leaf of `target` at `path`, and its parent dict (created if missing) and key in `params`."""
     *above, name = path.split("/")
     for key in above:
         target, params = target[key], params.setdefault(key, {})
@@ -273,7 +279,7 @@ def _find(target: Any, params: Params, path: str) -> tuple[Any, Params, str]:
 
 
 def _put(part: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host's array on devices; each process gives its own devices their parts."""
+    """Puts a host array on devices; each process provides the parts of its own devices."""
     return jax.make_array_from_callback(part.shape, sharding, lambda index: np.ascontiguousarray(part[index]))
 
 
@@ -288,7 +294,7 @@ def _converter(dtype: Any, sharding: NamedSharding) -> Any:
 
 @cache
 def _setter(sharding: NamedSharding) -> Any:
-    """Writes one pair's weight into a stack, in place."""
+    """Returns a function that writes one pair's weight into a stack, in place."""
 
     def write(stack: jax.Array, part: jax.Array, pair: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(stack, part.astype(stack.dtype), pair, 0)

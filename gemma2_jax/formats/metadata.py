@@ -1,7 +1,7 @@
-"""What a checkpoint holds beside weights, sizes and tokenizer.model, for generation and for other tools.
+"""A checkpoint's metadata for generation and other tools: all besides weights, sizes and tokenizer.model.
 
-Hugging Face's files hold it: the ids that end a text, the chat template, the names of special tokens. A run folder
-keeps it in `metadata.json`, so that it is still there when the run is used and exported.
+It comes from Hugging Face's files: stop ids, the chat template, names of special tokens. A run folder stores it in
+`metadata.json`, so that it is available when the run is used or exported.
 """
 
 import json
@@ -21,12 +21,12 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 _MODEL_FILE = "config.json"
 _SPECIAL_FILE = "special_tokens_map.json"
 _TEMPLATE_FILE = "chat_template.jinja"
-_TEMPLATE_FOLDER = "additional_chat_templates"  # of further templates, each called as its file
+_TEMPLATE_FOLDER = "additional_chat_templates"  # further templates, each named after its file
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Of config.json, what no ModelConfig holds and other tools use.
+# Keys of config.json that ModelConfig lacks and other tools use.
 _MODEL_KEYS = (*_IDS, "max_position_embeddings", "attention_dropout", "initializer_range")
-# Of tokenizer_config.json, what does not follow from tokenizer.model.
+# Keys of tokenizer_config.json that do not follow from tokenizer.model.
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _TOKENIZER_KEYS = (
     *_NAMES, "add_bos_token", "add_eos_token", "additional_special_tokens", "extra_special_tokens",
@@ -36,13 +36,13 @@ _TOKENIZER_KEYS = (
 
 @dataclass(frozen=True)
 class Metadata:
-    """Each empty or None where the checkpoint lacks it.
+    """A checkpoint's metadata; each attribute is empty or None if the checkpoint lacks it.
 
     Attributes:
-        model: of config.json, token ids and limits.
-        generation: generation_config.json.
-        tokenizer: of tokenizer_config.json, the names of special tokens and how a text is padded and cut.
-        chat_template: in Jinja; several of them by name.
+        model: token ids and limits from config.json.
+        generation: content of generation_config.json.
+        tokenizer: names of special tokens, and settings for padding and truncation, from tokenizer_config.json.
+        chat_template: Jinja template, or several by name.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -59,11 +59,11 @@ class Metadata:
         return None
 
     def token_ids(self, tokens: int) -> dict[str, Any]:
-        """The bos, eos and pad ids of config.json among the first `tokens`; others would have no embedding."""
+        """Returns the bos, eos and pad ids of config.json that are below `tokens`; others would have no embedding."""
         return _within(self.model, tokens)
 
     def generation_json(self, tokens: int) -> dict[str, Any]:
-        """The content of generation_config.json for `tokens` tokens; that of config.json's ids if there is none."""
+        """Returns generation_config.json's content without ids >= `tokens`, or config.json's ids if it is missing."""
         if not self.generation:
             return self.token_ids(tokens)
         others = {key: value for key, value in self.generation.items() if key not in _IDS}
@@ -77,14 +77,14 @@ class Metadata:
 
 
 def templates_json(template: str | Mapping[str, str]) -> str | list[dict[str, str]]:
-    """A chat template as tokenizer_config.json and GGUF have it."""
+    """Returns a chat template in the form of tokenizer_config.json and GGUF."""
     if isinstance(template, str):
         return template
     return [{"name": name, "template": text} for name, text in template.items()]
 
 
 def load_metadata(run_folder: Path) -> Metadata:
-    """What a run folder keeps. Raises UserError if its file is damaged."""
+    """Returns the metadata of a run folder. Raises UserError if its file is damaged."""
     path = run_folder / METADATA_FILE
     if not path.exists():
         return Metadata()
@@ -102,7 +102,7 @@ def load_metadata(run_folder: Path) -> Metadata:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a folder of Hugging Face's holds. Raises UserError if one of its files is no JSON object."""
+    """Returns the metadata of a Hugging Face folder. Raises UserError if one of its files is not a JSON object."""
     model = _read(folder / _MODEL_FILE)
     generation = _read(folder / GENERATION_FILE)
     generation.pop("transformers_version", None)
@@ -146,14 +146,14 @@ def _within(values: Mapping[str, Any], tokens: int) -> dict[str, Any]:
 def _tokenizer_values(names: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: _text(names[key]) for key in _TOKENIZER_KEYS if names.get(key) is not None}
     extra = found.get("extra_special_tokens")
-    if isinstance(extra, list):  # what transformers 5 calls the additional ones
+    if isinstance(extra, list):  # transformers 5's key for additional_special_tokens
         del found["extra_special_tokens"]
         found["additional_special_tokens"] = extra
     return found
 
 
 def _text(value: Any) -> Any:
-    """A token's text, where a file has it with how it is looked for in a text."""
+    """Returns a token's text; some files store it as `content` of an object with matching rules."""
     if isinstance(value, dict) and "content" in value:
         return value["content"]
     if isinstance(value, list):
@@ -175,7 +175,7 @@ def _template_files(folder: Path) -> str | dict[str, str] | None:
 
 
 def _template(path: Path, value: Any) -> str | dict[str, str] | None:
-    """A template as a JSON file has it: a text, or several by name, as an object or a list."""
+    """Returns a template from its JSON value: a text, or several by name, as an object or a list."""
     if value is None or isinstance(value, str):
         return value
     named = value
@@ -183,4 +183,4 @@ def _template(path: Path, value: Any) -> str | dict[str, str] | None:
         named = {item.get("name"): item.get("template") for item in value}
     if isinstance(named, dict) and all(isinstance(text, str) for pair in named.items() for text in pair):
         return named
-    raise UserError(f"{path} has chat_template {shown(value)}; it must be a text, or texts by name.")
+    raise UserError(f"{path} has chat_template {shown(value)}; it must be a string, or strings by name.")

@@ -1,4 +1,4 @@
-"""Our own run folders, read and written like other formats: the newest parameters, not the optimizer's state."""
+"""Reads and writes our own run folders like other formats: the newest parameters, without the optimizer's state."""
 
 import shutil
 from functools import cached_property, reduce
@@ -13,17 +13,18 @@ from gemma2_jax.config import to_dict, to_yaml
 from gemma2_jax.files import write_text
 from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.metadata import Metadata, load_metadata
-from gemma2_jax.formats.source import TensorInfo, WeightSource, files_below, misfits, wrong_dtypes
+from gemma2_jax.formats.source import TensorInfo, WeightSource, files_below, mismatches, wrong_dtypes
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.weights import Params, abstract_params, specs_by_path, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 
 class RunSource(WeightSource):
-    """The newest checkpoint of a run whose parameters are whole; all of them are read with the first weight.
+    """A run's newest checkpoint with whole parameters; reading the first weight reads all of them.
 
     Attributes:
-        step: of the checkpoint; passed_over: what is wrong with newer ones, a clause each.
+        step: step of the checkpoint.
+        passed_over: what is wrong with each newer checkpoint, one clause each.
 
     Raises:
         UserError: the folder holds no checkpoint of a run.
@@ -51,7 +52,7 @@ class RunSource(WeightSource):
 
     def problems(self) -> list[str]:
         shapes = {path: spec.shape for path, spec in specs_by_path(weight_specs(self.config)).items()}
-        return misfits(self.path, shapes, self.tensors) + wrong_dtypes(self.tensors)
+        return mismatches(self.path, shapes, self.tensors) + wrong_dtypes(self.tensors)
 
     def weight(self, place: WeightPlace) -> np.ndarray:
         leaf: Any = reduce(lambda tree, key: tree[key], place.path.split("/"), self._params)
@@ -67,7 +68,7 @@ class RunSource(WeightSource):
 def write_run(
     folder: Path, config: ModelConfig, params: Params, tokenizer: Path, metadata: Metadata | None = None
 ) -> None:
-    """Write a run folder that holds a model and no training: what `load_model` and a training's start take."""
+    """Writes a run folder with a model but no training state; `load_model` reads it, and training can start from it."""
     store.save_params(folder, params, {"model": to_dict(config)})
     shutil.copyfile(tokenizer, folder / store.TOKENIZER_FILE)
     if metadata is not None:

@@ -1,6 +1,6 @@
-"""What lies at a path that is no checkpoint of a kind that is read, and what to do with it.
+"""Describes a path that is not a readable checkpoint, and what to do about it.
 
-Files are told apart by their names and first bytes. None of them is loaded: some of these kinds may run code.
+Files are recognised by their names and first bytes. None of them is loaded, since some of these types may run code.
 """
 
 import re
@@ -18,15 +18,15 @@ ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 
 _SAVE = "save it as safetensors, in transformers with AutoModelForCausalLM.from_pretrained(…).save_pretrained(NEW)"
 _PICKLES = (
-    "pickles of PyTorch, which may run code and are not read",
+    "PyTorch pickles, which may run code and cannot be read",
     _SAVE,
 )
 _KERAS = (
-    "weights of Keras",
+    "Keras weights",
     "export them to transformers (export_to_transformers in keras_hub) and give that folder",
 )
-_OTHER = "give the checkpoint that it was made from"
-# Endings of files of weights: what they are, and what to do.
+_OTHER = "give the checkpoint from which it was made"
+# Endings of weight files: what they are, and what to do.
 _ENDINGS = {
     ".bin": _PICKLES,
     ".pt": _PICKLES,
@@ -34,24 +34,24 @@ _ENDINGS = {
     ".ckpt": _PICKLES,
     ".h5": _KERAS,
     ".keras": _KERAS,
-    ".gguf": ("GGUF, which is written and not read", _OTHER),
-    ".npz": ("arrays of NumPy or MLX", _SAVE),
-    ".msgpack": ("weights of Flax", _SAVE),
+    ".gguf": ("GGUF, which can only be written, not read", _OTHER),
+    ".npz": ("NumPy or MLX arrays", _SAVE),
+    ".msgpack": ("Flax weights", _SAVE),
     ".onnx": ("an ONNX model", _OTHER),
     ".tflite": ("a LiteRT model", _OTHER),
     ".task": ("a LiteRT model", _OTHER),
     ".litertlm": ("a LiteRT model", _OTHER),
-    ".sbs": ("weights of gemma.cpp", _OTHER),
+    ".sbs": ("gemma.cpp weights", _OTHER),
 }
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".zst", ".xz")
 _LFS = b"version https://git-lfs.github.com/spec/"
-# First bytes of files, whatever they are called.
+# First bytes of files, independent of their names.
 _BEGINNINGS = {
     **{bytes((0x80, protocol)): ".pt" for protocol in range(2, 6)},  # a pickle
     b"\x89HDF\r\n\x1a\n": ".h5",
 }
 _TOKENIZER_FILES = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
-# Files of checkpoints, by which their folder is known.
+# Files by which a checkpoint's folder is recognised.
 _PARTS = {
     "config.json",
     "generation_config.json",
@@ -66,17 +66,17 @@ _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
 def describe(path: Path) -> str | None:
-    """What is at `path` and what to do, to go behind its name in a sentence; None if nothing is known of it."""
+    """Returns what is at `path` and what to do, as the rest of a sentence that begins with `path`; None if unknown."""
     if path.is_file():
         return _describe_file(path)
     if not path.is_dir():
         above = in_the_way(path)
-        return "does not exist" if above is None else f"cannot be there: {above} is no folder"
+        return "does not exist" if above is None else f"does not exist: {above} is not a folder"
     return _describe_folder(path)
 
 
 def describe_weights(folder: Path) -> str | None:
-    """Which files of weights a folder without whole safetensors holds, and what to do; None if it has none."""
+    """Returns which weights a folder without complete safetensors holds, and what to do; None if it has none."""
     if any((folder / name).exists() for name in _ADAPTER_FILES):
         return _describe_adapter(folder)
     for file in sorted(folder.iterdir()):
@@ -87,7 +87,7 @@ def describe_weights(folder: Path) -> str | None:
 
 
 def missing_shards(names: Iterable[str]) -> list[str]:
-    """The files that numbered ones, `NAME-00001-of-00003.safetensors`, lack among them."""
+    """Returns the missing files of a numbered series such as `NAME-00001-of-00003.safetensors`."""
     names = set(names)
     found = [match for match in map(_SHARD.fullmatch, sorted(names)) if match]
     whole = {
@@ -99,22 +99,22 @@ def missing_shards(names: Iterable[str]) -> list[str]:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is what Git LFS leaves in the place of one that it has not fetched."""
+    """Whether a file is the pointer that Git LFS leaves in place of a file that it has not fetched."""
     with path.open("rb") as file:
         return file.read(len(_LFS)) == _LFS
 
 
 def _describe_file(path: Path) -> str | None:
     if is_gguf(path):
-        return "is a GGUF file, which is written and not read"
+        return "is a GGUF file, a format that can only be written, not read"
     with path.open("rb") as file:
         begin = file.read(64)
     if begin.startswith(_LFS):
-        return "is a pointer of Git LFS; fetch the file itself with `git lfs pull`"
+        return "is a Git LFS pointer; fetch the file itself with `git lfs pull`"
     if path.name in _ADAPTER_FILES:
-        return f"belongs to {_adapter(path.parent)}, which is no whole model; {_MERGE}"
-    if (run := run_around(path)) is not None:
-        return f"lies in a run folder; give the run folder, {run}"
+        return f"belongs to {_adapter(path.parent)}, which is not a complete model; {_MERGE}"
+    if (run := enclosing_run(path)) is not None:
+        return f"is inside a run folder; give the run folder, {run}"
     if path.suffix == ".safetensors" or path.name in _PARTS:
         return f"is one file of a checkpoint; give its folder, {path.absolute().parent}"
     if path.name == MANIFEST and (kind := _prepared(path.parent)) is not None:
@@ -131,8 +131,8 @@ def _describe_file(path: Path) -> str | None:
 
 
 def _describe_folder(folder: Path) -> str | None:
-    if (run := run_around(folder)) is not None:
-        return f"lies in a run folder; give the run folder, {run}"
+    if (run := enclosing_run(folder)) is not None:
+        return f"is inside a run folder; give the run folder, {run}"
     if (folder / "snapshots").is_dir():
         return _describe_cache(folder)
     weights = describe_weights(folder)
@@ -140,7 +140,7 @@ def _describe_folder(folder: Path) -> str | None:
         return weights
     names = {path.name for path in folder.iterdir()}
     if any(name.endswith(".safetensors") for name in names):
-        return "holds safetensors without their config.json; copy it from where the model is from"
+        return "holds safetensors without their config.json; copy it from the model's original folder"
     if (kind := _prepared(folder)) is not None:
         return f"holds {kind}; give the folder of a model"
     if names & _TOKENIZER_FILES:
@@ -148,8 +148,8 @@ def _describe_folder(folder: Path) -> str | None:
     return None
 
 
-def run_around(path: Path) -> Path | None:
-    """The run folder whose checkpoints a folder holds, or a part of them, or a file in it."""
+def enclosing_run(path: Path) -> Path | None:
+    """Returns the run folder whose checkpoints folder is, or contains, `path`; None if there is none."""
     whole = path.absolute()
     for run in whole.parents:
         if whole.is_relative_to(run / store.FOLDER) and (run / store.CONFIG_FILE).exists():
@@ -158,7 +158,7 @@ def run_around(path: Path) -> Path | None:
 
 
 def _describe_cache(folder: Path) -> str:
-    """A folder of the hub's cache, `models--OWNER--NAME`."""
+    """Describes a folder of the hub's cache, `models--OWNER--NAME`."""
     snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
     main = folder / "refs" / "main"
     if main.is_file():
@@ -170,24 +170,24 @@ def _describe_cache(folder: Path) -> str:
 
 
 def _prepared(folder: Path) -> str | None:
-    """What the manifest of a folder of ours says that it holds."""
+    """Returns what a folder with a manifest of ours holds; None if it has no such manifest."""
     try:
         manifest = read_object(folder / MANIFEST)
     except UserError:
         return None
-    kinds = {"encoding": "the cache of a teacher (distill.cache)", "parts": "prepared data (data.folder)"}
+    kinds = {"encoding": "a teacher cache (distill.cache)", "parts": "prepared data (data.folder)"}
     return next((kind for name, kind in kinds.items() if name in manifest), None)
 
 
 def _describe_adapter(folder: Path) -> str:
-    return f"holds {_adapter(folder)} and no whole model; {_MERGE}"
+    return f"holds {_adapter(folder)} and no complete model; {_MERGE}"
 
 
-_MERGE = "merge the two with PEFT first: model.merge_and_unload().save_pretrained(NEW)"
+_MERGE = "merge it into its base model with PEFT first: model.merge_and_unload().save_pretrained(NEW)"
 
 
 def _adapter(folder: Path) -> str:
-    """Which adapter a folder holds, and of which model."""
+    """Returns the type of adapter that a folder holds, and its base model."""
     try:
         config = read_object(folder / ADAPTER_CONFIG)
     except UserError:
@@ -195,4 +195,4 @@ def _adapter(folder: Path) -> str:
     base = config.get("base_model_name_or_path")
     of = f" of {base}" if isinstance(base, str) and base else ""
     kind = config.get("peft_type", "LORA")
-    return f"a LoRA adapter{of}" if kind == "LORA" else f"an adapter of PEFT ({kind}){of}"
+    return f"a LoRA adapter{of}" if kind == "LORA" else f"a PEFT adapter ({kind}){of}"

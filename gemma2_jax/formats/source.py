@@ -1,4 +1,4 @@
-"""A checkpoint of any kind, as something that gives our weights one at a time."""
+"""The common interface of all kinds of checkpoints, which returns our weights one at a time."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,17 +13,18 @@ from gemma2_jax.formats.metadata import Metadata
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.weights import Specs, specs_by_path, weight_specs
 
-TOKENIZER_FILE = "tokenizer.model"  # how other tools call a SentencePiece model file
-DTYPES = ("float32", "bfloat16", "float16")  # that the weights of a checkpoint may have
+TOKENIZER_FILE = "tokenizer.model"  # other tools' name for a SentencePiece model file
+DTYPES = ("float32", "bfloat16", "float16")  # accepted for the weights of a checkpoint
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says about a tensor before it is read.
+    """A tensor's description in a file, available before the tensor is read.
 
     Attributes:
-        dtype: its name as numpy has it, or as the file has it if numpy does not know it.
-        file: where it lies.
+        shape: shape in the file.
+        dtype: NumPy's name of the dtype, or the file's if NumPy has none.
+        file: file that holds the tensor.
     """
 
     shape: tuple[int, ...]
@@ -35,12 +36,12 @@ class WeightSource(ABC):
     """A checkpoint that can be read.
 
     Attributes:
-        kind: what this kind of checkpoint is called.
-        path: its folder.
-        config: of the model in it.
+        kind: name of this kind of checkpoint.
+        path: folder of the checkpoint.
+        config: config of its model.
         tokenizer: its SentencePiece model file, or None if it has none.
-        metadata: what it holds beside.
-        tensors: what its files hold, by the names used there.
+        metadata: its metadata for generation and other tools.
+        tensors: tensors in its files, by their names there.
     """
 
     kind: str
@@ -52,37 +53,37 @@ class WeightSource(ABC):
 
     @property
     def files(self) -> list[Path]:
-        """All that the weights are read from, sorted."""
+        """All files that the weights are read from, sorted."""
         return files_below({info.file for info in self.tensors.values()})
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """What the tensors have, in the order of the alphabet."""
+        """Dtypes of the tensors, in alphabetical order."""
         return tuple(sorted({info.dtype for info in self.tensors.values()}))
 
     @property
     def dtype(self) -> str:
-        """What holds every weight as it is: the tensors' dtype, or float32 if they have several."""
+        """A dtype that holds every weight exactly: the tensors' dtype, or float32 if they have several."""
         return self.dtypes[0] if len(self.dtypes) == 1 else "float32"
 
     @abstractmethod
     def problems(self) -> list[str]:
-        """What is wrong with the tensors, a sentence each; found without reading the model's weights."""
+        """Returns what is wrong with the tensors, one sentence each, without reading the weights."""
 
     @abstractmethod
     def weight(self, place: WeightPlace) -> np.ndarray:
-        """One weight of one layer, or of the whole model, in our layout and the checkpoint's dtype.
+        """Returns one weight, of a layer or of the whole model, in our layout and the checkpoint's dtype.
 
         Raises:
-            UserError: the file does not give it up.
+            UserError: the weight cannot be read from its file.
         """
 
     def added_tokens(self, first: int) -> dict[int, str]:
-        """Tokens from the id `first` on that have a row of the embedding and a name in files beside tokenizer.model."""
+        """Returns the tokens with id >= `first` that have an embedding row and a name outside tokenizer.model."""
         return {}
 
     def check(self) -> None:
-        """Raises UserError with the first of the `problems`, and how many more there are."""
+        """Raises UserError with the first of `problems()` and the number of others, if there are any."""
         problems = self.problems()
         if problems:
             more = f" ({len(problems) - 1} more: see `gemma2 inspect {self.path}`)" if problems[1:] else ""
@@ -90,10 +91,10 @@ class WeightSource(ABC):
 
 
 class ForeignSource(WeightSource):
-    """A checkpoint whose tensors a table in `layouts.py` describes.
+    """A checkpoint whose tensors are described by a table in `layouts.py`.
 
     Args:
-        layout: the names and axes of its tensors.
+        layout: names and axes of its tensors.
     """
 
     def __init__(self, layout: Sequence[Tensor]) -> None:
@@ -106,7 +107,7 @@ class ForeignSource(WeightSource):
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
-        """A tensor of the checkpoint as it is there."""
+        """Returns a tensor of the checkpoint in the checkpoint's own layout."""
 
     def weight(self, place: WeightPlace) -> np.ndarray:
         name, position = self._entry_of[place]
@@ -114,26 +115,30 @@ class ForeignSource(WeightSource):
 
     def problems(self) -> list[str]:
         shapes = {name: entry.shape for name, entry in self.entries.items()}
-        return misfits(self.path, shapes, self.tensors) + wrong_dtypes(self.tensors)
+        return mismatches(self.path, shapes, self.tensors) + wrong_dtypes(self.tensors)
 
 
 def files_below(paths: Iterable[Path]) -> list[Path]:
-    """The files among `paths` and those in its folders, sorted."""
+    """Returns the files among `paths` and all files below its folders, sorted."""
     inside = (path.rglob("*") if path.is_dir() else [path] for path in paths)
     return sorted(path for found in inside for path in found if path.is_file())
 
 
-def misfits(
+def mismatches(
     path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]
 ) -> list[str]:
-    """Tensors that are missing, misshaped or superfluous at `path`, where these are expected; a sentence each."""
+    """Compares the tensors at `path` with the expected shapes.
+
+    Returns:
+        One sentence for each tensor that is missing, superfluous or of another shape.
+    """
     found = []
     for name, shape in shapes.items():
         if name not in tensors:
             found.append(f"{path} lacks the tensor {name} of shape {list(shape)}.")
         elif tensors[name].shape != shape:
             found.append(
-                f"{tensors[name].file} holds {name} of shape {list(tensors[name].shape)}, where the model has "
+                f"{tensors[name].file} holds {name} of shape {list(tensors[name].shape)}, but the model has "
                 f"{list(shape)}."
             )
     for name, info in tensors.items():
@@ -143,7 +148,7 @@ def misfits(
 
 
 def wrong_dtypes(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Tensors whose numbers are of no kind that is read, a sentence each."""
+    """Returns one sentence for each tensor whose dtype is not accepted."""
     return [
         f"{info.file} holds {name} as {info.dtype}; accepted: {', '.join(DTYPES)}."
         for name, info in tensors.items()
@@ -152,7 +157,7 @@ def wrong_dtypes(tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def all_places(specs: Specs) -> Iterator[WeightPlace]:
-    """Every weight of a model, the embedding first and then layer by layer."""
+    """Yields the place of every weight of a model: first those outside the layers, then layer by layer."""
     weights = specs_by_path(specs)
     stacked = [path for path, spec in weights.items() if spec.dims.startswith("P")]
     for path in weights:

@@ -153,8 +153,8 @@ def test_a_model_in_another_dtype(saved: tuple[Path, TrainState]) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"d_ff": 80}, r"pairs/global_block/mlp/down of shape \(1, 64, 32\), where .* \(1, 80, 32\)"),
-        ({"num_layers": 4}, r"of shape \(1, .* where this configuration has \(2, "),
+        ({"d_ff": 80}, r"pairs/global_block/mlp/down of shape \(1, 64, 32\), but .* \(1, 80, 32\)"),
+        ({"num_layers": 4}, r"of shape \(1, .* but this configuration has \(2, "),
     ],
 )
 def test_another_shape(

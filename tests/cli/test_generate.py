@@ -243,7 +243,7 @@ def test_options_that_do_not_go_together(asked, capsys, options, sentence):
 
 def test_a_folder_without_a_checkpoint_is_reported(capsys, tmp_path):
     assert main(["generate", "--checkpoint", str(tmp_path), "--prompt", "x"]) == 1
-    assert "holds no checkpoint that is known" in capsys.readouterr().err
+    assert "holds no checkpoint of a known kind" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

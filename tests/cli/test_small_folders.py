@@ -70,7 +70,9 @@ def test_other_notes_in_the_same_folder_get_another_folder_suggested(
     assert main(["data", "prepare", *SETTINGS, "data.source=notes/*.md"]) == 0
     assert main(["data", "prepare", *SETTINGS, "data.source=notes/1.md"]) == 1
     message = capsys.readouterr().err
-    assert "was prepared from data.source ['notes/*.md'], and ['notes/1.md'] holds other text" in message
+    assert (
+        "was prepared from data.source ['notes/*.md'], but ['notes/1.md'] contains different text" in message
+    )
     assert "set another folder, as in data.folder=runs/data/files_4096-2, or delete this one" in message
     assert (
         main(["data", "prepare", *SETTINGS, "data.source=notes/1.md", "data.folder=runs/data/files_4096-2"])

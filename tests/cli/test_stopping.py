@@ -90,7 +90,7 @@ def test_a_sweep_that_trains_a_tokenizer(corpus: Path, tmp_path: Path) -> None:
     """SentencePiece reads the documents from C++, which turns our exception into another type."""
     command = [*SWEEP, f"data.source={corpus}", "data.folder=data"]
     last = stopped_in("gemma2_jax.data.prepare:chance:20", command, tmp_path)
-    assert last == "nothing of data is prepared yet, and the same command begins anew."
+    assert last == "nothing of data is prepared yet, and the same command starts from the beginning."
     assert not (tmp_path / "runs").exists()  # no combination counts as failed
     assert [path.name for path in tmp_path.iterdir()] == []
 
@@ -102,7 +102,7 @@ def test_data_that_several_processes_tokenise(corpus: Path, tmp_path: Path) -> N
     ]  # fmt: skip
     place = "gemma2_jax.data.prepare:write_data_manifest:1"
     last = stopped_in(place, command, tmp_path, signal.SIGINT, group=True)
-    assert last == "nothing of data is prepared yet, and the same command begins anew."
+    assert last == "nothing of data is prepared yet, and the same command starts from the beginning."
     assert list(tmp_path.rglob("*.tmp")) == []
 
 

@@ -174,14 +174,17 @@ def test_model_is_another_name_of_assistant():
             r"Message 0 has the role 'system'.*first user message",
         ),
         ([USER, {"role": "tool", "content": ""}], r"Message 1 has the role 'tool'"),
-        ([ASSISTANT], r"Message 0 is from assistant; turns must alternate"),
-        ([USER, USER], r"Message 1 is from user; turns must alternate"),
+        ([ASSISTANT], r"Message 0 has the role .assistant.; turns must alternate"),
+        ([USER, USER], r"Message 1 has the role .user.; turns must alternate"),
         ([{"role": "user"}], r"Message 0 has the keys role; it must have role and content"),
         (
             [{"role": "user", "content": None}],
             r"Message 0 has a content of type NoneType; it must be a string",
         ),
-        ([{"role": "user", "content": "<end_of_turn>"}], r"Message 0 holds <start_of_turn> or <end_of_turn>"),
+        (
+            [{"role": "user", "content": "<end_of_turn>"}],
+            r"Message 0 contains <start_of_turn> or <end_of_turn>",
+        ),
     ],
 )
 def test_other_chats_are_refused(messages: Chat, sentence: str):

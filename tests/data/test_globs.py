@@ -49,11 +49,11 @@ def test_links_that_lead_nowhere_are_matches(tree: Path):
     files, others = match_files(["*.txt"])
     assert files == [Path("a.txt"), Path("found.txt")]
     assert [other.place for other in others] == ["circle.txt", "lost.txt"]
-    assert {other.problem for other in others} == {"a link to a file that is not there"}
+    assert {other.problem for other in others} == {"a broken link"}
     assert str(others[1]).endswith(
-        "(it links to .git/annex/objects/key); fetch that file, or remove the link"
+        "(it links to .git/annex/objects/key); fetch or restore that file, or remove the link"
     )
-    with pytest.raises(UserError, match=r"^lost\.txt: a link to a file that is not there"):
+    with pytest.raises(UserError, match=r"^lost\.txt: a broken link"):
         match_files(["lost.txt"])
 
 
@@ -68,7 +68,7 @@ def test_folders_and_pipes_named_like_files_are_matches(tree: Path):
     files, others = match_files(["*"])
     assert files == [Path("a.txt"), Path("b.md")]
     assert [str(other) for other in others] == [
-        "out.parquet: a folder named like a file; its files are out.parquet/*.parquet",
+        "out.parquet: a folder named like a file; write out.parquet/*.parquet for its files",
         "pipe.txt: neither a file nor a folder; remove it from data.source",
     ]
 

@@ -23,7 +23,7 @@ BAD_LINES = {
     "not valid JSON": b"{\n",
     "not a JSON object": b"[]\n",
     "the field 'text' holds int": b'{"text": 1}\n',
-    "the text holds a lone surrogate": b'{"text": "\\ud800"}\n',
+    "the text contains a lone surrogate": b'{"text": "\\ud800"}\n',
 }
 
 
@@ -77,7 +77,7 @@ def test_skipped_records_are_reported_once_and_recorded(
     prepare(replace(own, skip_invalid=20), tokenizer)
     output = capsys.readouterr().err
     assert (
-        output.count("8 invalid records of 128 (a file of no known kind: 1, no text in the field 'text': 1,")
+        output.count("8 invalid records of 128 (a file of unknown type: 1, no text in the field 'text': 1,")
         == 1
     )
     assert len([line for line in output.splitlines() if not line.endswith("…")]) == 2
@@ -88,9 +88,7 @@ def test_skipped_records_are_reported_once_and_recorded(
 
 def test_more_than_allowed_are_refused(own: DataConfig, tokenizer: TokenizerConfig, texts: list[str]):
     write(own, "a.jsonl", jsonl(texts) + b"{\n" * 3)
-    with pytest.raises(
-        UserError, match=r"skip_invalid is 2, but .* more .*the next of them .*line 123: not valid"
-    ):
+    with pytest.raises(UserError, match=r"skip_invalid is 2, but .* more .*\(next: .*line 123: not valid"):
         prepare(replace(own, skip_invalid=2), tokenizer)
     with pytest.raises(
         UserError, match=r"is 0\.02, but data\.source has 3 invalid records of 123 .*at least 3\.$"
@@ -168,7 +166,7 @@ def test_files_that_hold_no_record_are_one_each(tmp_path: Path, name: str, make:
 
 def test_a_source_of_nothing_else_is_refused(tmp_path: Path):
     (tmp_path / "a.py").write_text("print()")
-    with pytest.raises(UserError, match=r"a\.py: a file of no known kind"):
+    with pytest.raises(UserError, match=r"a\.py: a file of unknown type"):
         read(tmp_path / "*", 99)
 
 

@@ -275,14 +275,14 @@ def test_a_limit_that_all_documents_fit_into_changes_nothing(data: DataConfig):
 
 def test_impossible_shares_are_refused(data: DataConfig):
     with pytest.raises(
-        UserError, match=r"data\.batch_size is 4; it must be a multiple of the 3 parts that processes feed"
+        UserError, match=r"data\.batch_size is 4; it must be a multiple of 3, the number of process shares"
     ):
         train_batches(data, 0, 3)
-    with pytest.raises(UserError, match=r"There is no part 2 of a batch's 2"):
+    with pytest.raises(UserError, match=r"share is 2; it must be at least 0 and below shares"):
         validation_batches(data, 2, 2)
     with pytest.raises(UserError, match=r"\d+ documents to train on, fewer than data\.streams \(400\)"):
         train_batches(replace(data, batch_size=400, streams=400))
-    with pytest.raises(UserError, match=r"data\.streams is 3, which does not divide data\.batch_size \(4\)"):
+    with pytest.raises(UserError, match=r"data\.streams is 3; it must divide data\.batch_size \(4\)"):
         replace(data, streams=3)
     with pytest.raises(UserError, match=r"data\.shuffle_buffer is -1; it must be a number of rows, or 0"):
         replace(data, shuffle_buffer=-1)

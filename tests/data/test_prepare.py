@@ -26,13 +26,13 @@ from gemma2_jax.data.shards import (
     token_dtype,
     verify,
 )
-from gemma2_jax.data.source_content import SEEN_FILE
+from gemma2_jax.data.source_content import HASHES_FILE
 from gemma2_jax.data.tokenizer import Tokenizer
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
     """The prepared data, without the time of reading the source and the preparation that trained the tokenizer."""
-    files = (path for path in Path(folder).iterdir() if path.is_file() and path.name != SEEN_FILE)
+    files = (path for path in Path(folder).iterdir() if path.is_file() and path.name != HASHES_FILE)
     trained = b'"tokenizer_trained": true'
     return {
         path.name: path.read_bytes().replace(trained, trained.replace(b"true", b"false")) for path in files
@@ -240,7 +240,7 @@ def test_source_that_changed_between_is_refused(
     [
         (
             {"source": "python-docs"},
-            r"data\.source \['.*corpus\.jsonl'\], and \['python-docs'\] holds other text;",
+            r"data\.source \['.*corpus\.jsonl'\], but \['python-docs'\] contains different text;",
         ),
         (
             {"text_field": "body"},
@@ -264,7 +264,7 @@ def test_another_configuration_is_refused(
 
 def test_another_tokenizer_is_refused(data: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path):
     other = TokenizerConfig(path=str(tmp_path / "other.model"), vocab_size=380)
-    with pytest.raises(UserError, match=r"another value of the tokenizer"):
+    with pytest.raises(UserError, match=r"a different tokenizer \("):
         prepare(data, other)
     with pytest.raises(UserError, match=r"tokenizer.vocab_size is 380, but .* has 400 tokens"):
         prepare(data, replace(tokenizer_config, vocab_size=380))
@@ -299,7 +299,7 @@ def test_damage_is_found(data: DataConfig, tokenizer_config: TokenizerConfig, tm
     with pytest.raises(UserError, match=r"train-00001\.arrayrecord has changed since it was written"):
         verify(tmp_path)
     shard.write_bytes(content[:-1])
-    with pytest.raises(UserError, match=r"train-00001\.arrayrecord is missing or not whole"):
+    with pytest.raises(UserError, match=r"train-00001\.arrayrecord is missing or incomplete"):
         read_data_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text(
         json.dumps({**json.loads((tmp_path / MANIFEST).read_text()), "format": 0})
@@ -307,7 +307,7 @@ def test_damage_is_found(data: DataConfig, tokenizer_config: TokenizerConfig, tm
     with pytest.raises(UserError, match=r"has format 0, but this version reads format 2"):
         read_data_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text("")
-    with pytest.raises(UserError, match=rf"{MANIFEST} is empty; delete {tmp_path} to prepare it anew\.$"):
+    with pytest.raises(UserError, match=rf"{MANIFEST} is empty; delete {tmp_path} to prepare it again\.$"):
         read_data_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(UserError, match=r"is not a manifest of prepared data"):

@@ -16,7 +16,7 @@ from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.prepare import prepare, verify_source
 from gemma2_jax.data.python_docs import PythonDocs
 from gemma2_jax.data.shards import MANIFEST, ShardWriter, find_data_manifest, read_data_manifest
-from gemma2_jax.data.source_content import SEEN_FILE, content_of
+from gemma2_jax.data.source_content import HASHES_FILE, content_of
 from gemma2_jax.data.sources import Files, open_documents
 from tests.data.files import write_jsonl
 
@@ -179,12 +179,12 @@ def with_a_copy(source: Path) -> None:
     [
         (
             reordered,
-            r"no file's content has changed, only the order of the files, which their paths give: \S+/b\.jsonl now "
-            r"comes where \S+/a\.jsonl was; rename the files to restore it",
+            r"no file's content has changed, only the order of the files, which .*: \S+/b\.jsonl is now "
+            r"in the place of \S+/a\.jsonl; rename the files to restore it",
         ),
         (
             as_text,
-            r"no file's content has changed, only the names, whose endings say how to read a file: \S+/a\.txt was "
+            r"no file's content has changed, only the names, whose endings .*: \S+/a\.txt was "
             r"\S+/a\.jsonl",
         ),
         (without_one, r"\S+/b\.jsonl is gone"),
@@ -224,7 +224,7 @@ def test_a_source_that_changes_meanwhile_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", masking)
         with pytest.raises(
-            UserError, match=r"data\.source changed while it was prepared \(.*b\.jsonl\); delete"
+            UserError, match=r"data\.source changed during preparation \(.*b\.jsonl\); delete"
         ):
             prepare(own, tokenizer_config)
     with pytest.raises(UserError, match="prepared only in part"):
@@ -281,14 +281,14 @@ def test_a_folder_of_an_older_version_is_refused_with_a_remedy(
     for added in ("skipped", "tokenizer_trained"):
         del manifest[added]
     path.write_text(json.dumps(manifest | {"format": 1, "identity": "2 files of 9 bytes (0123456789ab)"}))
-    with pytest.raises(UserError, match=r"has format 1, but .* format 2; delete .* to prepare it anew\.$"):
+    with pytest.raises(UserError, match=r"has format 1, but .* format 2; delete .* to prepare it again\.$"):
         prepare(own, tokenizer_config)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '[{"path": 1}]'])
 def test_what_was_seen_may_be_lost(own: DataConfig, tokenizer_config: TokenizerConfig, content: str):
     manifest = prepare(own, tokenizer_config)
-    (Path(own.folder) / SEEN_FILE).write_text(content)
+    (Path(own.folder) / HASHES_FILE).write_text(content)
     assert prepare(own, tokenizer_config) == manifest
 
 

@@ -156,26 +156,30 @@ def truncated(content: bytes) -> bytes:
             r"a\.jsonl, line 1: no text in the field 'text'.*\(.*body, id\)",
         ),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: the field 'text' holds int"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: the text holds a lone surrogate"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: the text contains a lone surrogate"),
         ("a.txt", b"fine\nbad \xff\n", r"a\.txt, line 2: not valid UTF-8 \(byte 0xff at 4\)"),
         ("a.txt", b"fine\ncut off \xc3", r"a\.txt, line 2: not valid UTF-8 \(byte 0xc3 at 8\)"),
         ("a.txt", b"x\n" + b"y" * 1_500_000 + b"\xff", r"line 2: not valid UTF-8 \(byte 0xff at 1500000\)"),
         ("a.txt", b"y" * 999_999 + b"\xc3", r"line 1: not valid UTF-8 \(byte 0xc3 at 999999\)"),
         ("a.jsonl", b'{"text": "x"}\n\xc3', r"a\.jsonl, line 2: not valid UTF-8 \(byte 0xc3 at 0\)"),
-        ("a.txt.gz", b"not gzip", r"a\.txt\.gz, after line 0: cannot be read on"),
+        ("a.txt.gz", b"not gzip", r"a\.txt\.gz, after line 0: the rest cannot be read"),
         (
             "a.jsonl.gz",
             truncated(gzip.compress(jsonl(TEXTS * 99), mtime=0)),  # the same whenever tests are collected
-            r"a\.jsonl\.gz, after line \d+: cannot be read on",
+            r"a\.jsonl\.gz, after line \d+: the rest cannot be read",
         ),
-        ("a.txt.zst", b"not zstandard", r"a\.txt\.zst, after line 0: cannot be read on"),
+        ("a.txt.zst", b"not zstandard", r"a\.txt\.zst, after line 0: the rest cannot be read"),
         (
             "a.jsonl.zst",
             truncated(zstandard.compress(jsonl(TEXTS * 99))),
-            r"a\.jsonl\.zst, after line \d+: cannot",
+            r"a\.jsonl\.zst, after line \d+: the rest cannot",
         ),
-        ("a.parquet", b"not parquet", r"a\.parquet: not a whole Parquet file"),
-        ("a.parquet.gz", b"not gzip", r"a\.parquet\.gz: not a whole Parquet file \(Not a gzipped file"),
+        ("a.parquet", b"not parquet", r"a\.parquet: a damaged or incomplete Parquet file"),
+        (
+            "a.parquet.gz",
+            b"not gzip",
+            r"a\.parquet\.gz: a damaged or incomplete Parquet file \(Not a gzipped file",
+        ),
         (
             "a.parquet",
             parquet_of_bytes([b"fine", b"caf\xe9"]),
@@ -186,7 +190,11 @@ def truncated(content: bytes) -> bytes:
             b'{"text": ' + b"[" * 1200 + b"]" * 1200 + b"}",
             r"line 1: JSON nested too deeply \(1,201",
         ),
-        ("a.txt.zst", zstandard_frame(b"x", 32), r"its window is above 2 GiB; compress it again by zstd"),
+        (
+            "a.txt.zst",
+            zstandard_frame(b"x", 32),
+            r"its window is larger than 2 GiB; compress it again with zstd",
+        ),
         (
             "a.txt",
             b"version https://git-lfs.github.com/spec/v1\noid",
@@ -195,7 +203,7 @@ def truncated(content: bytes) -> bytes:
         ("a.jsonl.gz", b"/annex/objects/MD5E-s3--x\n", r"a\.jsonl\.gz: a git-annex pointer"),
         ("a.parquet", parquet_bytes(["x", None]), r"a\.parquet, row 2: no text in the field 'text'"),
         ("a.parquet", parquet_bytes([1, 2]), r"a\.parquet, row 1: the field 'text' holds int"),
-        ("a.csv", b"a,b", r"a\.csv: a file of no known kind; accepted: \.txt"),
+        ("a.csv", b"a,b", r"a\.csv: a file of unknown type; accepted: \.txt"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, sentence: str):
@@ -262,7 +270,7 @@ def test_missing_columns_files_and_folders_are_named(tmp_path: Path):
         documents(tmp_path / "a.parquet", "body")
     with pytest.raises(UserError, match=r"'.*none\.txt' matches no file; accepted: python-docs, or globs"):
         documents(tmp_path / "none.txt")
-    with pytest.raises(UserError, match=r"matches no file \(a folder: its files are .*/\*\*/\*\.txt\)"):
+    with pytest.raises(UserError, match=r"matches no file \(it is a folder; write .*/\*\*/\*\.txt for"):
         documents(tmp_path)
 
 

@@ -92,9 +92,11 @@ def test_training_uses_long_documents(tmp_path: Path):
     assert len(trained.encode("quokka")) <= 2
 
 
-@pytest.mark.parametrize(("size", "bound"), [(280, "need at least"), (200_000, "allow at most")])
+@pytest.mark.parametrize(
+    ("size", "bound"), [(280, "; this text needs at least"), (200_000, ", but this text supports at most")]
+)
 def test_impossible_sizes_are_refused_with_the_bound(texts: list[str], tmp_path: Path, size: int, bound: str):
-    with pytest.raises(UserError, match=rf"vocab_size is {size}; these documents {bound} \d+\.$"):
+    with pytest.raises(UserError, match=rf"vocab_size is {size}{bound} \d+\.$"):
         train_tokenizer(texts, tmp_path / "model", size)
     assert not (tmp_path / "model").exists()
 
@@ -165,6 +167,6 @@ def test_a_character_cut_in_half_is_a_replacement(tokenizer: Tokenizer):
 
 def test_text_of_nothing_but_nul_is_reported_without_source_lines(tmp_path):
     with pytest.raises(
-        UserError, match=r"^No tokenizer can be trained on these documents: they hold no characters"
+        UserError, match=r"^No tokenizer can be trained on this text: it contains no characters"
     ):
         train_tokenizer(["\0" * 5000], tmp_path / "x.model", 300)

@@ -373,7 +373,7 @@ def test_broken_files_are_named(sampled: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{file} has changed"):
         verify_cache(folder)
     file.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=f"{file} is missing or not whole"):
+    with pytest.raises(UserError, match=f"{file} is missing or incomplete"):
         read_cache(folder)
     manifest = folder / "manifest.json"
     # An older version's, which knew its teacher by another digest.

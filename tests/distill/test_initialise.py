@@ -383,7 +383,7 @@ def test_refused_before_the_weights_are_read(
 
 def test_another_vocabulary_is_refused(teacher: RunConfig, toy_run: RunConfig, tokenizer: Tokenizer) -> None:
     student = replace(toy_run.model, vocab_size=500)
-    with pytest.raises(UserError, match="holds a model of 400 tokens, and the configuration's has 500"):
+    with pytest.raises(UserError, match="holds a model with 400 tokens, but the configuration has 500"):
         initial_params(InitConfig(teacher.output, "even", "first"), student, tokenizer, one_device(), [])
 
 

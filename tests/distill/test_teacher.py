@@ -134,7 +134,7 @@ def test_rows_may_differ_where_tokens_do_not(
 
 def test_another_vocabulary_is_refused(distilled: RunConfig, toy_run: RunConfig) -> None:
     student = replace(toy_run.model, vocab_size=600, vocab_padding=100)
-    with pytest.raises(UserError, match=r"holds a model of 400 tokens, and the configuration's has 500"):
+    with pytest.raises(UserError, match=r"holds a model with 400 tokens, but the configuration has 500"):
         load_teacher(
             distilled.distill, student, Tokenizer.load(toy_run.tokenizer.path), build_mesh(MeshConfig())
         )
@@ -150,7 +150,7 @@ def test_another_tokenizer_is_refused(
 
 def test_no_teacher_there(toy_run: RunConfig, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(toy_run.tokenizer.path)
-    with pytest.raises(UserError, match="holds no checkpoint that is known"):
+    with pytest.raises(UserError, match="holds no checkpoint of a known kind"):
         load_teacher(
             DistillConfig(str(tmp_path), "float32"), toy_run.model, tokenizer, build_mesh(MeshConfig())
         )

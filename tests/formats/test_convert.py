@@ -80,7 +80,7 @@ def test_a_source_without_tokenizer(hf_folder, tokenizer_config, tmp_path):
             {"kind": "gguf", "dtype": "q4_k"},
             "dtype is 'q4_k'; accepted for a gguf target: float32, bfloat16, float16, q8_0, q4_0.",
         ),
-        ({"source_path": "taken"}, "taken holds no checkpoint that is known; accepted: "),
+        ({"source_path": "taken"}, "taken holds no checkpoint of a known kind; accepted: "),
         ({"target_path": "dangling"}, "dangling exists already; choose another target, or delete it."),
         (
             {"target_path": "file/a/b"},
@@ -264,7 +264,7 @@ def test_too_large_for_bfloat16(small, params, tokenizer_config, tmp_path):
         ),
         (
             {"query_pre_attn_scalar": 8.5},
-            "query_pre_attn_scalar is 8.5, and transformers takes whole numbers",
+            "query_pre_attn_scalar is 8.5; transformers accepts only whole numbers",
         ),
     ],
 )
@@ -303,6 +303,6 @@ def test_a_broken_run_is_refused(run_folder, tmp_path):
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("d_ff: 64", "d_ff: 66"))
     with pytest.raises(
-        UserError, match=r"mlp/down of shape \[2, 64, 32\], where the model has \[2, 66, 32\] \(5 more"
+        UserError, match=r"mlp/down of shape \[2, 64, 32\], but the model has \[2, 66, 32\] \(5 more"
     ):
         convert(folder, tmp_path / "hf")

@@ -108,7 +108,9 @@ def test_a_tree_within_another(tmp_path, small, params, ocdbt, flat):
 def test_several_trees(tmp_path, small, params):
     tree = theirs(params, small, False, False)
     folder = save(tmp_path / "dm", {"ema": tree, "raw": tree})
-    with pytest.raises(UserError, match=r"dm holds several models, ema/, raw/; accepted: one, or params\."):
+    with pytest.raises(
+        UserError, match=r"dm holds several models, ema/, raw/; accepted: a single one, or one at params/\."
+    ):
         open_source(folder)
 
 
@@ -132,7 +134,7 @@ def test_missing_extra_and_misshaped_tensors(tmp_path, small, params):
     problems = open_source(folder).problems()
     assert problems == [
         f"{folder} lacks the tensor layer_2/mlp/linear of shape [64, 32].",
-        f"{folder} holds final_norm/scale of shape [5], where the model has [32].",
+        f"{folder} holds final_norm/scale of shape [5], but the model has [32].",
         f"{folder} holds the tensor layer_1/mlp/bias, which this model does not have.",
         f"{folder} holds layer_3/attn/q_einsum as int32; accepted: float32, bfloat16, float16.",
     ]
@@ -144,7 +146,7 @@ def test_what_is_no_gemma_2(tmp_path, small, params):
     tree = theirs(params, small, False, False)
     first = {**tree, "layer_0": {name: w for name, w in tree["layer_0"].items() if "post" not in name}}
     with pytest.raises(
-        UserError, match="is a Gemma 1 and no Gemma 2 in DeepMind's layout: it lacks the tensor layer_0/post"
+        UserError, match="is a Gemma 1, not a Gemma 2, in DeepMind's layout: it lacks the tensor layer_0/post"
     ):
         open_source(save(tmp_path / "gemma1", first))
     with pytest.raises(UserError, match=r"lacks the tensor embedder/input_embedding and holds weights\."):
@@ -194,5 +196,5 @@ def test_lost_layers_do_not_make_a_smaller_model(tmp_path, small, params, flat):
 def test_a_damaged_list_of_arrays(tmp_path, small, params, content):
     folder = save(tmp_path / "dm", theirs(params, small, False, False))
     (folder / "_METADATA").write_text(content)
-    with pytest.raises(UserError, match=r"dm/_METADATA is cut off or does not list the arrays"):
+    with pytest.raises(UserError, match=r"dm/_METADATA is truncated or does not list the arrays"):
         open_source(folder)

@@ -43,7 +43,7 @@ NORM, QUERY = "model__norm__weight", "model__layers__2__self_attn__q_proj__weigh
         ),
         (
             {QUERY: lambda w: w.reshape(16, -1)},
-            "{folder}/model.safetensors holds model.layers.2.self_attn.q_proj.weight of shape [16, 64], where the "
+            "{folder}/model.safetensors holds model.layers.2.self_attn.q_proj.weight of shape [16, 64], but the "
             "model has [32, 32].",
         ),
         (
@@ -52,7 +52,7 @@ NORM, QUERY = "model__norm__weight", "model__layers__2__self_attn__q_proj__weigh
         ),
         (
             {"lm_head__weight": lambda _: np.zeros((400, 32), np.float32)},
-            "{folder}/model.safetensors holds another lm_head.weight than the embedding; "
+            "{folder}/model.safetensors holds an lm_head.weight that differs from the embedding; "
             "Gemma 2 has one matrix for both.",
         ),
     ],
@@ -117,7 +117,7 @@ def test_a_second_embedding_without_the_first(hf_folder):
 def test_an_index_without_its_map(hf_folder, content):
     (hf_folder / WEIGHTS).rename(hf_folder / "model-00001-of-00001.safetensors")
     (hf_folder / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(UserError, match=r"index.json has no weight_map, from names of tensors"):
+    with pytest.raises(UserError, match=r"index.json has no weight_map from tensor names"):
         open_source(hf_folder)
 
 
@@ -130,10 +130,10 @@ def test_other_files_in_the_folder(hf_folder):
     (hf_folder / "model.safetensors.index.json").unlink()
     assert open_source(hf_folder).problems() == []
     (hf_folder / "weights.safetensors").unlink()
-    with pytest.raises(UserError, match=r"hf holds a LoRA adapter and no whole model"):
+    with pytest.raises(UserError, match=r"hf holds a LoRA adapter and no complete model"):
         open_source(hf_folder)
     (hf_folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"hf holds no \*.safetensors of a whole model\.$"):
+    with pytest.raises(UserError, match=r"hf holds no \*.safetensors of a complete model\.$"):
         open_source(hf_folder)
 
 
@@ -147,10 +147,10 @@ def test_files_that_are_cut_or_missing(hf_folder):
     whole = weights.read_bytes()
     for content in (whole[:-100], whole[:50], b"", b"PK\3\4 no safetensors at all"):
         weights.write_bytes(content)
-        with pytest.raises(UserError, match=rf"{weights} is cut off or no safetensors file: .*\.$"):
+        with pytest.raises(UserError, match=rf"{weights} is truncated or not a safetensors file: .*\.$"):
             open_source(hf_folder)
     weights.rename(hf_folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"hf holds pickles of PyTorch, which may run code and are not read"):
+    with pytest.raises(UserError, match=r"hf holds PyTorch pickles, which may run code and cannot be read"):
         open_source(hf_folder)
 
 
@@ -174,7 +174,7 @@ def test_shards(exported, hf_folder, small, params):
         open_source(hf_folder)
     first = hf_folder / files[0]
     first.rename(hf_folder / "away")
-    with pytest.raises(UserError, match=rf"{first} does not exist, nor do 1 other files of its weights;"):
+    with pytest.raises(UserError, match=rf"{first} does not exist, nor do 1 other weight files;"):
         open_source(hf_folder)
     (hf_folder / "model.safetensors.index.json").rename(hf_folder / "index")
     with pytest.raises(UserError, match=rf"{first} does not exist, nor do 1 other"):
@@ -185,7 +185,7 @@ def test_shards(exported, hf_folder, small, params):
     with pytest.raises(UserError, match=rf"{last} lacks the tensor model.*, which .*index.json lists"):
         open_source(hf_folder)
     last.write_bytes(kept[:-10])
-    with pytest.raises(UserError, match="cut off"):
+    with pytest.raises(UserError, match="truncated"):
         open_source(hf_folder)
 
 
@@ -209,7 +209,7 @@ def test_a_head_of_its_own_that_is_the_embedding(hf_folder):
     config = json.loads((hf_folder / "config.json").read_text())
     (hf_folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     assert open_source(hf_folder).problems() == [
-        f"{hf_folder}/config.json has tie_word_embeddings false, and lm_head.weight is not there."
+        f"{hf_folder}/config.json has tie_word_embeddings false, but lm_head.weight is missing."
     ]
     embedding = load_file(hf_folder / WEIGHTS)["model.embed_tokens.weight"]
     edit_weights(hf_folder, lm_head__weight=lambda _: embedding)
@@ -222,5 +222,5 @@ def test_a_pointer_of_git_lfs(hf_folder):
     (hf_folder / WEIGHTS).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5000000\n"
     )
-    with pytest.raises(UserError, match=r"model.safetensors is a pointer of Git LFS; .*`git lfs pull`"):
+    with pytest.raises(UserError, match=r"model.safetensors is a Git LFS pointer; .*`git lfs pull`"):
         open_source(hf_folder)

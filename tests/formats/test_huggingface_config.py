@@ -36,7 +36,7 @@ def test_there_and_back(tmp_path, small, window):
     [
         (
             {"query_pre_attn_scalar": 8.5},
-            "query_pre_attn_scalar is 8.5, and transformers takes whole numbers",
+            "query_pre_attn_scalar is 8.5; transformers accepts only whole numbers",
         ),
         ({"d_model": 40, "num_heads": 6}, "model.d_model is 40 and model.num_heads 6; transformers loads"),
     ],
@@ -139,16 +139,22 @@ def test_transformers_computes_the_same_of_them(hf_folder, keys):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"model_type": "gemma"}, 'is of a Gemma 1: it has model_type "gemma"; accepted: "gemma2".'),
+        ({"model_type": "gemma"}, 'describes a Gemma 1: it has model_type "gemma"; accepted: "gemma2".'),
         (
             {"model_type": "gemma3_text"},
-            'is of a Gemma 3: it has model_type "gemma3_text"; accepted: "gemma2".',
+            'describes a Gemma 3: it has model_type "gemma3_text"; accepted: "gemma2".',
         ),
-        ({"model_type": "llama"}, 'is no Gemma 2: it has model_type "llama"; accepted: "gemma2".'),
-        ({"model_type": ["gemma2"]}, 'is no Gemma 2: it has model_type ["gemma2"]; accepted: "gemma2".'),
+        (
+            {"model_type": "llama"},
+            'describes a model other than Gemma 2: it has model_type "llama"; accepted: "gemma2".',
+        ),
+        (
+            {"model_type": ["gemma2"]},
+            'describes a model other than Gemma 2: it has model_type ["gemma2"]; accepted: "gemma2".',
+        ),
         (
             {"model_type": ..., "registered_name": "x"},
-            "is of a Keras preset; accepted: a folder as transformers",
+            "belongs to a Keras preset; accepted: a folder saved by",
         ),
         ({"attention_bias": True}, "has attention_bias true; Gemma 2 has no bias in its attention."),
         ({"hidden_activation": "gelu"}, 'has hidden_activation "gelu"; Gemma 2 has "gelu_pytorch_tanh".'),
@@ -158,7 +164,7 @@ def test_transformers_computes_the_same_of_them(hf_folder, keys):
         ({"attn_logit_softcapping": None}, "has attn_logit_softcapping null; it must be a number."),
         (
             {"num_hidden_layers": 3, "layer_types": ...},
-            "is no Gemma 2: model.num_layers is 3; it must be even",
+            "is not a Gemma 2: model.num_layers is 3; it must be even",
         ),
         ({"rope_scaling": {"rope_type": "yarn"}}, 'has RoPE of type "yarn"; Gemma 2 has "default".'),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'has RoPE of type "linear"; Gemma 2 has'),
@@ -168,7 +174,7 @@ def test_transformers_computes_the_same_of_them(hf_folder, keys):
         ({"rope_parameters": {"rope_theta": "abc"}}, 'has rope_theta "abc"; it must be a number.'),
         (
             {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
-            "has rope_parameters for full_attention; accepted: the same for all layers.",
+            "has rope_parameters for full_attention; accepted: the same values for all layers.",
         ),
         ({"partial_rotary_factor": 0.5}, "has partial_rotary_factor 0.5; Gemma 2 has 1.0."),
         ({"rope_scaling": {**ROPE, "partial_rotary_factor": 0.5}}, "has partial_rotary_factor 0.5; Gemma 2"),
@@ -182,9 +188,9 @@ def test_transformers_computes_the_same_of_them(hf_folder, keys):
         ({"per_layer_config": {"1": {}}}, 'has per_layer_config {"1": {}}; Gemma 2 has one configuration'),
         (
             {"quantization_config": {"bits": 4}},
-            'has quantization_config {"bits": 4}; Gemma 2 has weights that',
+            'has quantization_config {"bits": 4}; Gemma 2 has unquantised',
         ),
-        ({"quantization": {"bits": 4}}, 'has quantization {"bits": 4}; Gemma 2 has weights that are not'),
+        ({"quantization": {"bits": 4}}, 'has quantization {"bits": 4}; Gemma 2 has unquantised weights'),
         (
             {"layer_types": 5},
             "has layer_types 5; accepted for 4 layers: sliding_attention and full_attention",
@@ -195,7 +201,7 @@ def test_transformers_computes_the_same_of_them(hf_folder, keys):
         ),
         (
             {"layer_types": ["full_attention", "sliding_attention"] * 2},
-            "accepted for 4 layers: sliding_attention and full_attention in turns",
+            "accepted for 4 layers: sliding_attention and full_attention alternating",
         ),
     ],
 )

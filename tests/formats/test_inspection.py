@@ -52,13 +52,13 @@ def test_all_problems_are_reported(hf_folder, small):
     counts = count_parameters(small)
     parameters = dict(found.lines)["parameters"]
     assert parameters.startswith(f"{counts.total - 2 * 32:,} (")
-    assert parameters.endswith(f"; the tensors that were found hold {counts.total - 32 + 3:,}")
+    assert parameters.endswith(f"; the tensors found hold {counts.total - 32 + 3:,}")
     message = "\n".join(found.problems)
     assert len(found.problems) == 4
-    for part in ("lacks the tensor model.norm.weight", "tensor extra, which", "[400, 32], where", "398 rows"):
+    for part in ("lacks the tensor model.norm.weight", "tensor extra, which", "[400, 32], but", "398 rows"):
         assert part in message
     assert dict(found.lines)["published"].startswith("no model of these sizes")
-    assert dict(found.lines)["tokenizer"] == "does not fit"
+    assert dict(found.lines)["tokenizer"] == "does not match"
 
 
 def test_a_source_without_tokenizer(hf_folder):

@@ -54,15 +54,15 @@ def test_rows_are_padded_and_cut(exported, small, params, tmp_path):
 
 
 def test_another_model_is_refused(exported, small):
-    with pytest.raises(UserError, match=r"exported holds a model of d_ff 64, and the configuration's has 66"):
+    with pytest.raises(UserError, match=r"exported holds a model with d_ff 64, but the configuration has 66"):
         load_params(open_source(exported), replace(small, d_ff=66), "float32")
-    with pytest.raises(UserError, match=r"holds a model of 400 tokens, and the configuration's has 398"):
+    with pytest.raises(UserError, match=r"holds a model with 400 tokens, but the configuration has 398"):
         load_params(open_source(exported), replace(small, vocab_padding=2), "float32")
 
 
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(
-        UserError, match=r"holds no checkpoint that is known; accepted: a run folder, a Hugging"
+        UserError, match=r"holds no checkpoint of a known kind; accepted: a run folder, a Hugging"
     ):
         open_source(tmp_path)
     with pytest.raises(UserError, match=r"/nowhere does not exist; accepted"):
@@ -72,18 +72,18 @@ def test_what_is_no_checkpoint(tmp_path):
 def test_a_folder_above_names_the_one_below(run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "weights" / "run")
     (tmp_path / "weights" / "other").mkdir()
-    with pytest.raises(
-        UserError, match=r"weights holds no checkpoint that is known, but .*weights/run does\.$"
-    ):
+    with pytest.raises(UserError, match=r"weights is not a checkpoint, but .*weights/run in it is\.$"):
         open_source(tmp_path / "weights")
 
 
 def test_files_are_known_by_what_is_in_them(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"GGUF and more")
-    with pytest.raises(UserError, match=r"model.bin is a GGUF file, which is written and not read; accepted"):
+    with pytest.raises(
+        UserError, match=r"model.bin is a GGUF file, a format that can only be written, not read; accepted"
+    ):
         open_source(tmp_path / "model.bin")
     (tmp_path / "model.gguf").write_bytes(b"not so")
-    with pytest.raises(UserError, match=r"model.gguf is a file of no known kind; .*GGUF too"):
+    with pytest.raises(UserError, match=r"model.gguf is a file of unknown type; .*accepts GGUF"):
         open_source(tmp_path / "model.gguf")
 
 
@@ -151,7 +151,7 @@ def test_the_hub_cannot_be_reached(monkeypatch, tmp_path):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # its own switch: nothing is faked
-    with pytest.raises(UserError, match=r"^nobody/has-this is no folder here, and .* cannot be reached"):
+    with pytest.raises(UserError, match=r"^nobody/has-this is not a local folder, and .* cannot be reached"):
         open_source("nobody/has-this")
 
 
@@ -159,7 +159,9 @@ def test_the_hub_cannot_be_reached(monkeypatch, tmp_path):
 def test_what_can_be_no_name_on_the_hub(monkeypatch, tmp_path, name):
     pytest.importorskip("huggingface_hub", reason="needs the extra `hub`: pip install -e '.[hub]'")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"^{name} is neither a folder here nor a model on the Hugging Face"):
+    with pytest.raises(
+        UserError, match=rf"^{name} is neither a local folder nor a model on the Hugging Face"
+    ):
         open_source(name)
 
 
@@ -176,9 +178,9 @@ def test_why_the_hub_gives_nothing(monkeypatch, tmp_path):
     unlisted = errors.LocalEntryNotFoundError("unlisted")
     unlisted.__cause__ = busy
     for error, message in {
-        busy: "the Hugging Face hub answers with HTTP status 503",
-        unlisted: "the Hugging Face hub answers with HTTP status 503",
-        OSError(28, "No space left on device"): "cannot be kept: No space left on device.",
+        busy: "the Hugging Face hub responded with HTTP status 503",
+        unlisted: "the Hugging Face hub responded with HTTP status 503",
+        OSError(28, "No space left on device"): "cannot be stored: No space left on device.",
         errors.HTTPError("proxy"): "the Hugging Face hub cannot be reached",
         ConnectionRefusedError(111, "refused"): "the Hugging Face hub cannot be reached",
     }.items():
@@ -187,14 +189,14 @@ def test_why_the_hub_gives_nothing(monkeypatch, tmp_path):
             raise error
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-        with pytest.raises(UserError, match=rf"^nobody/this is no folder here, and .*{message}"):
+        with pytest.raises(UserError, match=rf"^nobody/this is not a local folder, and .*{message}"):
             hub.download("nobody/this")
 
 
 def test_without_the_extra(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"is no folder here; to fetch it .* install the extra `hub`"):
+    with pytest.raises(UserError, match=r"is not a local folder; to download it .* install the extra `hub`"):
         open_source("google/gemma-2-2b")
 
 
@@ -211,7 +213,7 @@ def test_the_hub_gives_a_folder(monkeypatch, exported, small):
     [
         (
             "config.yaml",
-            r"run/config\.yaml is missing, which describes the model in .*run/checkpoints; copy it there",
+            r"run/config\.yaml, which describes the model in .*run/checkpoints, is missing; copy it",
         ),
         ("checkpoints", r"run holds no checkpoint; .*run/checkpoints is missing"),
         ("tokenizer.model", r"run has no tokenizer\.model"),

@@ -198,7 +198,7 @@ def test_ids_that_are_none(hf_folder, run_folder, tmp_path, eos):
     [
         ("[]", "holds no JSON object"),
         ('{"model": []}', "has model []; it must be an object"),
-        ('{"chat_template": [1]}', "has chat_template [1]; it must be a text, or texts by name"),
+        ('{"chat_template": [1]}', "has chat_template [1]; it must be a string, or strings by name"),
     ],
 )
 def test_a_damaged_file_of_a_run(tmp_path, content, sentence):
@@ -222,9 +222,7 @@ def test_gguf(hf_folder, tmp_path):
     assert fields["tokenizer.chat_template"] == TEMPLATE
     assert fields["gemma2.context_length"] == 512
     edit(hf_folder, "generation_config.json", eos_token_id=[1, 5, 7, 8])
-    with pytest.raises(
-        UserError, match=r"A text ends at the ids 1, 5, 7, 8, and GGUF has room for 3 of them"
-    ):
+    with pytest.raises(UserError, match=r"The stop ids are 1, 5, 7, 8, but GGUF can store only 3"):
         convert(hf_folder, tmp_path / "more.gguf")
 
 

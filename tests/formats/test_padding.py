@@ -77,9 +77,7 @@ def test_added_tokens_are_named(hf_folder, tmp_path, name, content):
     resize(hf_folder, 448)
     path = hf_folder / name
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | content))
-    sentence = (
-        r"hf adds tokens to the 400 of .*tokenizer.model: '\[PAD\]' \(400\); name a tokenizer.model that has"
-    )
+    sentence = r"hf adds tokens to the 400 of .*tokenizer.model: '\[PAD\]' \(400\); give `gemma2 convert` a tokenizer"
     for use in (load, lambda folder: convert(folder, tmp_path / "run")):
         with pytest.raises(UserError, match=sentence):
             use(hf_folder)
@@ -91,7 +89,7 @@ def test_many_added_tokens(hf_folder):
     resize(hf_folder, 448)
     (hf_folder / "added_tokens.json").write_text(json.dumps({f"<{n}>": n for n in range(400, 430)}))
     with pytest.raises(
-        UserError, match=r"'<400>' \(400\), '<401>' \(401\), '<402>' \(402\) and 27 more; name"
+        UserError, match=r"'<400>' \(400\), '<401>' \(401\), '<402>' \(402\) and 27 more; give"
     ):
         load(hf_folder)
 
@@ -105,7 +103,7 @@ def test_names_without_a_row_are_no_tokens_of_the_model(hf_folder):
 def test_a_tokenizer_of_another_model(hf_folder, rows):
     resize(hf_folder, rows)
     with pytest.raises(
-        UserError, match=rf"tokenizer.model has 400 tokens and the embedding in .* {rows} rows"
+        UserError, match=rf"tokenizer.model has 400 tokens, but the embedding in .* has {rows} rows"
     ):
         load(hf_folder)
     (hf_folder / "tokenizer.model").unlink()

@@ -38,11 +38,11 @@ def test_an_adapter(hf_folder, whole):
     if not whole:
         (hf_folder / "config.json").unlink()
     assert refusal(hf_folder) == (
-        "holds a LoRA adapter of google/gemma-2-2b and no whole model; merge the two with PEFT first: "
-        "model.merge_and_unload().save_pretrained(NEW)."
+        "holds a LoRA adapter of google/gemma-2-2b and no complete model; merge it into its base model with PEFT "
+        "first: model.merge_and_unload().save_pretrained(NEW)."
     )
     (hf_folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    assert refusal(hf_folder).startswith("holds an adapter of PEFT (IA3) and no whole model; merge")
+    assert refusal(hf_folder).startswith("holds a PEFT adapter (IA3) and no complete model; merge")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -51,8 +51,8 @@ def test_a_file_of_an_adapter(tmp_path, name):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
     assert refusal(tmp_path / name) == (
-        "belongs to a LoRA adapter of google/gemma-2-2b, which is no whole model; merge the two with PEFT first: "
-        "model.merge_and_unload().save_pretrained(NEW)."
+        "belongs to a LoRA adapter of google/gemma-2-2b, which is not a complete model; merge it into its base model "
+        "with PEFT first: model.merge_and_unload().save_pretrained(NEW)."
     )
 
 
@@ -65,30 +65,30 @@ def test_a_pickle_is_named_and_not_loaded(hf_folder, tmp_path, name, whole):
         (hf_folder / "config.json").unlink()
     message = refusal(hf_folder)
     assert message.startswith(
-        f"holds pickles of PyTorch, which may run code and are not read ({name}); save it as"
+        f"holds PyTorch pickles, which may run code and cannot be read ({name}); save it as"
     )
     assert "save_pretrained" in message
-    assert refusal(hf_folder / name).startswith("holds pickles of PyTorch")
+    assert refusal(hf_folder / name).startswith("holds PyTorch pickles")
     (hf_folder / name).rename(hf_folder / "weights")
-    assert refusal(hf_folder / "weights").startswith("holds pickles of PyTorch")
+    assert refusal(hf_folder / "weights").startswith("holds PyTorch pickles")
     assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("model.weights.h5", b"\x89HDF\r\n\x1a\n", "holds weights of Keras; export them"),
-        ("model.keras", b"PK", "holds weights of Keras; export them"),
-        ("weights.npz", b"PK", "holds arrays of NumPy or MLX; save it"),
-        ("flax_model.msgpack", b"x", "holds weights of Flax; save it"),
+        ("model.weights.h5", b"\x89HDF\r\n\x1a\n", "holds Keras weights; export them"),
+        ("model.keras", b"PK", "holds Keras weights; export them"),
+        ("weights.npz", b"PK", "holds NumPy or MLX arrays; save it"),
+        ("flax_model.msgpack", b"x", "holds Flax weights; save it"),
         ("model.onnx", b"x", "holds an ONNX model; give the checkpoint"),
         ("model.litertlm", b"x", "holds a LiteRT model; give the checkpoint"),
-        ("2b.sbs", b"x", "holds weights of gemma.cpp; give the checkpoint"),
+        ("2b.sbs", b"x", "holds gemma.cpp weights; give the checkpoint"),
         ("gemma.tar.gz", b"x", "is an archive; unpack it"),
         (
             "model.safetensors",
             b"version https://git-lfs.github.com/spec/v1",
-            "is a pointer of Git LFS; fetch",
+            "is a Git LFS pointer; fetch",
         ),
         ("model.safetensors", b"x", "is one file of a checkpoint; give its folder,"),
         ("config.json", b"{}", "is one file of a checkpoint; give its folder,"),
@@ -104,7 +104,7 @@ def test_a_pickle_is_named_and_not_loaded(hf_folder, tmp_path, name, whole):
         (
             "manifest.json",
             b'{"encoding": {}}',
-            "is the manifest of the cache of a teacher (distill.cache); give",
+            "is the manifest of a teacher cache (distill.cache); give",
         ),
         ("tokenizer.model", b"x", "is a tokenizer; give the folder of a model"),
     ],
@@ -117,12 +117,15 @@ def test_other_files(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["model.weights.h5", "task.json"], "holds weights of Keras (model.weights.h5); export them"),
-        (["a.gguf", "README.md"], "holds GGUF, which is written and not read (a.gguf); give the checkpoint"),
+        (["model.weights.h5", "task.json"], "holds Keras weights (model.weights.h5); export them"),
+        (
+            ["a.gguf", "README.md"],
+            "holds GGUF, which can only be written, not read (a.gguf); give the checkpoint",
+        ),
         (["model.safetensors"], "holds safetensors without their config.json; copy it"),
         (["tokenizer.model", "README.md"], "holds a tokenizer and no weights; give the folder of a model."),
-        (["README.md"], "holds no checkpoint that is known; accepted: a run folder"),
-        ([], "holds no checkpoint that is known; accepted: a run folder"),
+        (["README.md"], "holds no checkpoint of a known kind; accepted: a run folder"),
+        ([], "holds no checkpoint of a known kind; accepted: a run folder"),
     ],
 )
 def test_other_folders(tmp_path, names, message):
@@ -147,9 +150,9 @@ def test_a_folder_of_the_hubs_cache(exported, tmp_path, main):
 def test_parts_of_a_run(run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
     for part in ("checkpoints", "checkpoints/0", "checkpoints/0/params"):
-        assert refusal(run / part) == f"lies in a run folder; give the run folder, {run}."
+        assert refusal(run / part) == f"is inside a run folder; give the run folder, {run}."
     for file in (path for path in (run / "checkpoints").rglob("*") if path.is_file()):
-        assert refusal(file) == f"lies in a run folder; give the run folder, {run}."
+        assert refusal(file) == f"is inside a run folder; give the run folder, {run}."
     for name in ("config.yaml", "metadata.json"):
         (run / name).touch()
         assert refusal(run / name) == f"is one file of a checkpoint; give its folder, {run}."
@@ -164,10 +167,10 @@ def test_a_folder_of_prepared_data(data):
 def test_quantised_weights_of_mlx(hf_folder):
     config = json.loads((hf_folder / "config.json").read_text())
     (hf_folder / "config.json").write_text(json.dumps(config | {"quantization": {"bits": 4}}))
-    assert refusal(hf_folder).endswith("take the checkpoint that these were quantised from.")
+    assert refusal(hf_folder).endswith("use the checkpoint from which these were quantised.")
 
 
 def test_arrays_in_a_numpy_file_are_not_loaded(tmp_path):
     np.savez(tmp_path / "weights.npz", a=np.array([Trap(tmp_path / "sprung")], object))
-    assert refusal(tmp_path).startswith("holds arrays of NumPy or MLX (weights.npz); save it")
+    assert refusal(tmp_path).startswith("holds NumPy or MLX arrays (weights.npz); save it")
     assert not (tmp_path / "sprung").exists()

@@ -121,7 +121,7 @@ def test_a_checkpoint_of_another_method_is_refused(trained: RunConfig, tmp_path:
     with pytest.raises(UserError) as error:
         train(own)
     assert str(error.value) == (
-        f"{own.output}/checkpoints/6 was trained by another method: it holds after_next, optimizer and params, and "
+        f"{own.output}/checkpoints/6 was trained by another method: it holds after_next, optimizer and params, but "
         f"this run needs optimizer and params; choose another output, or delete {own.output} to train again."
     )
     assert latest_step(own.output) == 6

@@ -227,7 +227,7 @@ def test_projections_that_an_older_version_saved_are_refused(
         train(replace(finished, output=str(run)))
     assert str(error.value).startswith(f"{run}/checkpoints/6/matching ")
     assert str(error.value).endswith(
-        f", as if another version had saved it; choose another output, or delete {run} to train again."
+        f"; another version may have saved it; choose another output, or delete {run} to train again."
     )
     assert latest_step(run) == 6
 

@@ -23,10 +23,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "wandb": {"metrics": MetricsConfig(tensorboard=False, wandb_project="study")},
     "gcsfs": {"compilation_cache": "gs://bucket/programs"},
     "tokamax": {"compute": ComputeConfig(attention=AttentionConfig(kernel="tokamax"))},
-    "is no folder here; to fetch it from the Hugging Face hub": {
+    "is not a local folder; to download it from the Hugging Face hub": {
         "initialise": InitConfig("google/gemma-2-2b")
     },
-    "google/gemma-2-9b is no folder here": {
+    "google/gemma-2-9b is not a local folder": {
         "objective": ObjectiveConfig(cross_entropy=0.0, forward_kl=1.0, temperature=1.0, block_tokens=48),
         "distill": DistillConfig(teacher="google/gemma-2-9b", dtype="float32"),
     },

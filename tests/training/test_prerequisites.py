@@ -54,7 +54,7 @@ def test_a_teacher_of_another_vocabulary_is_named(
     write_teacher(toy_run, Gemma2.init(toy_run.model, jax.random.key(0)), tmp_path / "teacher")
     train_tokenizer(texts[:60], tmp_path / "teacher" / TOKENIZER_FILE, 400)
     with pytest.raises(
-        UserError, match=r"^distill\.teacher .* has the tokenizer .*; both must be the same\.$"
+        UserError, match=r"^distill\.teacher .* has the tokenizer .*; they must be the same\.$"
     ):
         check_sources([fresh])
 
