@@ -1,14 +1,9 @@
 """`gemma2 train-together`: several students of one teacher in one run."""
 
 import argparse
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
-
-if TYPE_CHECKING:
-    from gemma2_jax.run import RunConfig
+from gemma2_jax.cli.students import add_students, compose_students
 
 DESCRIPTION = """\
 Trains several runs at once on the same batches, all of them in one compiled step. The teacher's forward pass is
@@ -44,14 +39,7 @@ def add_parser(verbs: Verbs) -> None:
         resumes=True,
     )
     add_overrides(parser)
-    parser.add_argument(
-        "--student",
-        action="append",
-        nargs="+",
-        default=[],
-        metavar=("NAME", "key=value"),
-        help="one run: its name, and what it does not share with the others",
-    )
+    add_students(parser, "one run: its name, and what it does not share with the others")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -75,62 +63,3 @@ def run(arguments: argparse.Namespace) -> None:
     for config in configs:
         if is_first():
             print(f"{config.output} is trained to step {config.training.steps}.")
-
-
-def compose_students(
-    shared: Sequence[str], students: Sequence[Sequence[str]], config_dir: str | None
-) -> list["RunConfig"]:
-    """The configuration of each student, given as its name and its own overrides.
-
-    Raises:
-        UserError: a name that is none or is given twice, a key that is not a student's or not theirs together, or
-            what `compose` refuses.
-    """
-    from gemma2_jax.cli.compose import compose
-    from gemma2_jax.config import UserError
-
-    folder = _folder_of_all(shared)
-    names = [name for name, *_ in students]
-    configs = []
-    for name, *own in students:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or names.count(name) > 1:
-            raise UserError(
-                f"--student {name} cannot name a run; accepted: letters, digits, _ and -, each name once."
-            )
-        values = {"name": name, "output": f"{folder}/{name}"}
-        try:
-            _check_own(own)
-            configs.append(compose([*shared, *own], config_dir, values))
-        except UserError as error:
-            raise UserError(f"--student {name}: {error}") from None
-    return configs
-
-
-def _folder_of_all(shared: Sequence[str]) -> str:
-    """The folder that the runs' folders are in."""
-    from gemma2_jax.cli.compose import pairs
-    from gemma2_jax.config import UserError
-
-    folder = "runs"
-    for key, value in pairs(shared):
-        if key == "name":
-            raise UserError(f"name={value} has no effect, since each --student names its run; leave it out.")
-        if key == "output":
-            folder = value
-    if folder in ("null", ""):
-        raise UserError(
-            f"output is {folder or 'empty'}; it must be a folder for those of all runs, as in output=runs/family."
-        )
-    return str(folder)
-
-
-def _check_own(own: Sequence[str]) -> None:
-    """Raises UserError if a student is given a key that cannot be its own."""
-    from gemma2_jax.cli.compose import pairs
-    from gemma2_jax.config import UserError
-
-    for key, _ in pairs(own):
-        if key in ("name", "output"):
-            raise UserError(f"{key} follows from the student's name; give output=FOLDER before the students.")
-        if key.split(".")[0] == "hosts":
-            raise UserError(f"{key} belongs to the job and not to a student; give it before the students.")

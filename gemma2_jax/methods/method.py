@@ -27,6 +27,10 @@ class Method(Protocol):
     """A way of training."""
 
     @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of a training step for each token, of which the utilisation is computed."""
+
+    @property
     def specs(self) -> Mapping[str, Any]:
         """Of the trees that are trained, by name; `params` is the model's."""
 
@@ -91,10 +95,6 @@ class ModelMethod(Method, Protocol):
     @property
     def adaptation(self) -> Adaptation:
         """Which of the model's weights are trained."""
-
-    @property
-    def flops_per_token(self) -> float:
-        """Model FLOPs of a training step for each token, of which the utilisation is computed."""
 
 
 def frozen_in_step(method: Method, frozen: Frozen) -> dict[str, Any]:

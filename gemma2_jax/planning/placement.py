@@ -1,6 +1,6 @@
 """What lies where on a mesh: each weight's split and a device's part of it, and how activations are laid out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class PlacedModel:
     """A model on a mesh.
 
     Attributes:
-        role: student (what is trained) or teacher.
+        role: student (what is trained), with its name where there are several, or teacher.
         activations: the mesh axes that split a letter of its activations.
         head: those that split the vocabulary in the LM head; tokens lie along what is left of theirs.
     """
@@ -62,20 +62,23 @@ class Placement:
         return asdict(self)
 
 
-def find_placement(config: RunConfig, topology: Topology) -> Placement:
-    """What lies where when `config` runs on `topology`.
+def find_placement(runs: Sequence[RunConfig], topology: Topology) -> Placement:
+    """What lies where when one program trains `runs` on `topology`; of several, one with a teacher comes first.
 
     Raises:
         UserError: mesh, batch, model and teacher do not fit each other.
     """
-    mesh = mesh_of(config, topology)
+    config, mesh = runs[0], mesh_of(runs, topology)
     with laid_out(config.layout):
-        models = [_place("student", config.model, "float32", mesh)]
+        models = [
+            _place("student" if len(runs) == 1 else f"student {run.name}", run.model, "float32", mesh)
+            for run in runs
+        ]
         teacher = online_teacher(config.distill, config.model)
         if teacher is not None:
             with as_teacher(config.distill):
                 models.append(_place("teacher", teacher, config.distill.dtype, mesh))
-    return Placement(config.name, topology.name, dict(mesh.shape), models)
+    return Placement(" + ".join(run.name for run in runs), topology.name, dict(mesh.shape), models)
 
 
 def _place(role: str, model: ModelConfig, dtype: str, mesh: Mesh) -> PlacedModel:

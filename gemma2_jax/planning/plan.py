@@ -1,11 +1,12 @@
-"""What a step of a configuration takes on a topology: compiled, counted, bounded, and put into one record."""
+"""What a step of one run, or of several that share it, takes on a topology: compiled, counted, and in one record."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma2_jax.distill.teacher import online_teacher
-from gemma2_jax.methods.choose import build_method
-from gemma2_jax.methods.method import ModelMethod
+from gemma2_jax.methods.method import Method
+from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.planning.count import Cost, count
 from gemma2_jax.planning.hlo import read_program
 from gemma2_jax.planning.memory import Parts, memory_parts, what_helps
@@ -13,6 +14,7 @@ from gemma2_jax.planning.program import Program, check_sizes, compile_step, devi
 from gemma2_jax.planning.roofline import Bounds, bounds, kernel_flops, share_of_peak
 from gemma2_jax.planning.topologies import Topology, find_topology
 from gemma2_jax.run import RunConfig
+from gemma2_jax.training.together import method_of
 
 FLOPS_SOURCE = (
     "6 a weight and token, attention by visible pairs, a teacher's forward pass; without recomputation "
@@ -25,10 +27,12 @@ class Plan:
     """What is known of a step before it runs. Bytes, FLOPs and costs are those of one device, but for `model_flops`.
 
     Attributes:
+        name: of the run; the names of several, joined by +.
         fits: whether the compiler placed it into the device's memory.
         mesh: devices along each axis.
         samples: whether the run also samples from the student, by another program, which is not planned.
         validating: bytes of frozen weights that validations take and the step does not: of a teacher beside a cache.
+        parameters: of each run's model, by the run's name.
         parts: where the memory goes; activations and logits are estimates.
         help: what would save memory; empty where it fits.
         model_flops: of a whole step on all devices, by formula.
@@ -44,6 +48,7 @@ class Plan:
     program: Program
     validating: int
     samples: bool
+    parameters: dict[str, int]
     parts: Parts
     help: list[str]
     tokens: int
@@ -72,6 +77,7 @@ class Plan:
             "fits": self.fits,
             "devices": self.devices,
             "mesh": self.mesh,
+            "parameters": self.parameters,
             "memory_per_device": {
                 "argument_bytes": memory.argument,
                 "temp_bytes": memory.temp,
@@ -117,7 +123,7 @@ class Plan:
         }
 
 
-def plan(config: RunConfig, topology: str = "cpu:1", method: ModelMethod | None = None) -> Plan:
+def plan(config: RunConfig, topology: str = "cpu:1", method: Method | None = None) -> Plan:
     """What a step of a run takes on devices that need not be there: memory, communication, and the least time.
 
     Args:
@@ -127,22 +133,25 @@ def plan(config: RunConfig, topology: str = "cpu:1", method: ModelMethod | None 
     Raises:
         UserError: the topology is not known, a package for it is missing, or what `compile_step` refuses.
     """
-    return make_plan(config, find_topology(topology), method)
+    return make_plan([config], find_topology(topology), method)
 
 
-def make_plan(config: RunConfig, topology: Topology, method: ModelMethod | None = None) -> Plan:
-    """Compiles a step of `config` for `topology`, and counts it.
+def make_plan(runs: Sequence[RunConfig], topology: Topology, method: Method | None = None) -> Plan:
+    """Compiles a step for `topology`, and counts it.
 
     Args:
-        method: what the run learns; by default what the configuration asks for.
+        runs: one, or all that one program trains, with a run first that has a teacher (`programs_of`).
+        method: what the runs learn; by default what the configurations ask for.
 
     Raises:
         UserError: what `compile_step` refuses.
     """
+    config = runs[0]
     if method is None:
-        check_sizes(config)
-        method = build_method(config)
-    program = compile_step(config, topology, method)
+        for run in runs:
+            check_sizes(run)
+        method = method_of(runs)
+    program = compile_step(runs, topology, method)
     shape = dict(program.mesh.shape)
     capacity = topology.capacity
     # The TPU's compiler itself refuses what does not fit; the others compile it.
@@ -151,24 +160,25 @@ def make_plan(config: RunConfig, topology: Topology, method: ModelMethod | None 
     fits = program.text is not None and (
         (topology.platform == "tpu" and not validating) or needed <= capacity
     )
-    parts = memory_parts(config, program.inputs, shape)
+    parts = memory_parts(runs, program.inputs, shape)
     tokens = config.data.batch_size * config.data.seq_len
     teacher = online_teacher(config.distill, config.model)
     cost, in_kernels, least = None, 0.0, None
     if program.text is not None:
         cost = count(read_program(program.text), shape)
-        in_kernels = kernel_flops(config, teacher, cost, len(topology.devices))
+        in_kernels = kernel_flops(runs, teacher, cost, len(topology.devices))
         least = bounds(cost, in_kernels, program.mesh, topology)
     return Plan(
-        name=config.name,
+        name=" + ".join(run.name for run in runs),
         topology=topology,
         fits=fits,
         mesh=shape,
         program=program,
         validating=validating,
         samples=config.distill.on_policy is not None,
+        parameters={run.name: count_parameters(run.model).total for run in runs},
         parts=parts,
-        help=[] if fits else what_helps(config, topology, parts, shape, needed - capacity),
+        help=[] if fits else what_helps(runs, topology, parts, shape, needed - capacity),
         tokens=tokens,
         model_flops=method.flops_per_token * tokens,
         cost=cost,

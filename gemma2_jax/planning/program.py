@@ -1,10 +1,13 @@
-"""The training step of a configuration, compiled for devices that need not be there, and the memory it takes."""
+"""The training step of one run, or of several that share it, compiled for devices that need not be there.
+
+Beside it the memory that it takes.
+"""
 
 import os
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +18,15 @@ from jax.sharding import Mesh
 from gemma2_jax.compilation import programs_kept_in
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
-from gemma2_jax.methods.choose import build_method
 from gemma2_jax.methods.method import Method, frozen_in_step
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.start import check_batch
-from gemma2_jax.training.state import TrainState, Update
+from gemma2_jax.training.state import UpdateRule
 from gemma2_jax.training.step import build_train_step
+from gemma2_jax.training.together import method_of, update_of
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -50,10 +53,11 @@ class Inputs:
     """What a step takes, without memory: shapes, dtypes and shardings.
 
     Attributes:
+        state: a `TrainState`, or one for each of several runs by its name.
         frozen: what a method's loss takes beside the state; validating: what only its validations take.
     """
 
-    state: TrainState
+    state: Any
     frozen: Any
     batch: Batch
     validating: Any
@@ -85,19 +89,21 @@ def check_sizes(config: RunConfig) -> None:
         )
 
 
-def mesh_of(config: RunConfig, topology: Topology) -> Mesh:
-    """The configuration's mesh of these devices.
+def mesh_of(runs: Sequence[RunConfig], topology: Topology) -> Mesh:
+    """The mesh of these devices that the runs of one program share.
 
     Raises:
         UserError: it does not fit them, or does not divide the batch; or the teacher's sizes are not known.
     """
-    check_sizes(config)
-    mesh = build_mesh(config.mesh, topology.devices)
-    check_batch(config, mesh)
+    for run in runs:
+        check_sizes(run)
+    mesh = build_mesh(runs[0].mesh, topology.devices)
+    for run in runs:
+        check_batch(run, mesh)
     return mesh
 
 
-def abstract_inputs(method: Method, update: Update, config: RunConfig, mesh: Mesh) -> Inputs:
+def abstract_inputs(method: Method, update: UpdateRule, config: RunConfig, mesh: Mesh) -> Inputs:
     """What a step takes on a mesh.
 
     Raises:
@@ -110,19 +116,20 @@ def abstract_inputs(method: Method, update: Update, config: RunConfig, mesh: Mes
         return Inputs(update.abstract_state(mesh), in_step, method.abstract_batch(mesh), validating)
 
 
-def compile_step(config: RunConfig, topology: Topology, method: Method | None = None) -> Program:
-    """Compiles one step. With `compilation_cache`, a run on these devices finds it there.
+def compile_step(runs: Sequence[RunConfig], topology: Topology, method: Method | None = None) -> Program:
+    """Compiles one step. With `compilation_cache`, a training on these devices finds it there.
 
     Args:
-        method: what the run learns; by default what the configuration asks for.
+        runs: of one program (`programs_of`), which share all that is asked of the first one here.
+        method: what the runs learn; by default what the configurations ask for.
 
     Raises:
         UserError: mesh, batch, teacher or model do not fit each other, or the compiler refuses the program for
             another reason than memory.
     """
-    mesh = mesh_of(config, topology)
-    chosen: Method = build_method(config) if method is None else method
-    update = Update(config, chosen.specs)
+    config, mesh = runs[0], mesh_of(runs, topology)
+    chosen: Method = method_of(runs) if method is None else method
+    update = update_of(runs, chosen)
     inputs = abstract_inputs(chosen, update, config, mesh)
     argument = device_bytes((inputs.state, inputs.frozen, inputs.batch))
     begun = time.perf_counter()

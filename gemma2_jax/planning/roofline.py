@@ -5,6 +5,7 @@ time (Williams et al., Communications of the ACM 52, 2009; for networks arXiv 22
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,7 +85,7 @@ def bandwidth_along(axes: tuple[str, ...], mesh: Mesh, topology: Topology) -> fl
     return chip.link_bandwidth * 2 * max(1, spanned)  # two devices of one chip share what it has
 
 
-def kernel_flops(config: RunConfig, teacher: ModelConfig | None, cost: Cost, devices: int) -> float:
+def kernel_flops(runs: Sequence[RunConfig], teacher: ModelConfig | None, cost: Cost, devices: int) -> float:
     """FLOPs of attention that a device does where the program does not tell them: by formula.
 
     They are in kernels of their own, or in loops over blocks of keys, as many as a block of queries sees.
@@ -95,8 +96,9 @@ def kernel_flops(config: RunConfig, teacher: ModelConfig | None, cost: Cost, dev
     """
     if not cost.kernels and not cost.uncounted:
         return 0.0
+    config = runs[0]
     passes = 3.5 + (config.compute.remat != "none")
-    flops = passes * attention_flops_per_token(config.model, config.data.seq_len)
+    flops = passes * sum(attention_flops_per_token(run.model, config.data.seq_len) for run in runs)
     if teacher is not None:
         flops += attention_flops_per_token(teacher, config.data.seq_len)
     return flops * config.data.batch_size * config.data.seq_len / devices

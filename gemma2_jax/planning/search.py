@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.teacher import online_teacher, teacher_config
 from gemma2_jax.model.config import Remat
-from gemma2_jax.model.counts import count_parameters, training_flops_per_token
+from gemma2_jax.model.counts import count_parameters, forward_flops_per_token, training_flops_per_token
 from gemma2_jax.planning.memory import head_blocks, saved_activations, shares
 from gemma2_jax.planning.plan import Plan, make_plan
 from gemma2_jax.planning.program import check_sizes
@@ -26,14 +26,15 @@ _RECOMPUTED: dict[Remat, float] = {"none": 0.0, "dots": 0.15, "full": 1.0, "offl
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to lay the run out.
+    """One way to lay a program out.
 
     Attributes:
+        runs: that the program trains.
         overrides: what has to be typed for it.
         seconds, memory: of a step, and of a device; estimates by formula from before anything was compiled.
     """
 
-    config: RunConfig
+    runs: list[RunConfig]
     overrides: str
     seconds: float
     memory: float
@@ -53,15 +54,23 @@ class Found:
 
 
 def search(
-    config: RunConfig, topology: Topology, budget: float, tell: Callable[[str], None] = lambda line: None
+    runs: Sequence[RunConfig],
+    topology: Topology,
+    budget: float,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Found:
     """Compiles candidates, the most promising first, until `budget` seconds are spent; the first one always.
+
+    Args:
+        runs: that one program trains, of several one with a teacher first.
 
     Raises:
         UserError: no mesh of these devices divides model and batch, or none of those tried can be compiled.
     """
-    check_sizes(config)
-    waiting = candidates(config, topology)
+    config = runs[0]
+    for run in runs:
+        check_sizes(run)
+    waiting = candidates(runs, topology)
     if not waiting:
         raise UserError(
             f"no mesh of the {len(topology.devices)} devices of {topology.name} divides the heads of the model and its "
@@ -74,7 +83,7 @@ def search(
     while waiting and (not (plans or refused) or time.perf_counter() - begun < budget):
         candidate = waiting.pop(0)
         try:
-            plan = make_plan(candidate.config, topology)
+            plan = make_plan(candidate.runs, topology)
         except UserError as error:  # what only the compiler knows to be impossible
             tell(f"{candidate.overrides}: {error}")
             refused = error
@@ -86,10 +95,10 @@ def search(
     return Found(sorted(plans, key=lambda pair: _rank(pair[1])), len(waiting))
 
 
-def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
+def candidates(runs: Sequence[RunConfig], topology: Topology) -> list[Candidate]:
     """All that divides evenly: first what should fit, the fastest by formula first; then the rest by its memory."""
-    found = []
-    for mesh in _meshes(config, topology):
+    config, found = runs[0], []
+    for mesh in _meshes(runs, topology):
         shape = {axis: getattr(mesh, axis) for axis in AXES}
         rows, parts = shares(config, shape)
         if config.data.seq_len % parts:
@@ -98,12 +107,15 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
             if config.data.batch_size // accumulation % rows:
                 continue
             for remat in _RECOMPUTED:
-                changed = replace(
-                    config,
-                    mesh=mesh,
-                    compute=replace(config.compute, remat=remat),
-                    training=replace(config.training, accumulation=accumulation),
-                )
+                changed = [
+                    replace(
+                        run,
+                        mesh=mesh,
+                        compute=replace(run.compute, remat=remat),
+                        training=replace(run.training, accumulation=accumulation),
+                    )
+                    for run in runs
+                ]
                 settings = {f"mesh.{axis}": size for axis, size in shape.items()}
                 settings |= {"compute.remat": remat, "training.accumulation": accumulation}
                 found.append(
@@ -127,49 +139,55 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
     return sorted(found, key=promise)
 
 
-def estimated_memory(config: RunConfig, shape: dict[str, int]) -> float:
+def estimated_memory(runs: Sequence[RunConfig], shape: dict[str, int]) -> float:
     """Bytes of a device by formula: the state, its gradients and the teacher, and what `memory` estimates."""
+    config = runs[0]
     split = shape["fsdp"] * shape["tensor"]
     teacher = online_teacher(config.distill, config.model)
-    state = 4 * 4 * count_parameters(config.model).total
+    parameters = sum(count_parameters(run.model).total for run in runs)
+    state = 4 * 4 * parameters
     if config.training.accumulation > 1:
-        state += 4 * count_parameters(config.model).total
+        state += 4 * parameters
     if teacher is not None:
         state += (2 if config.distill.dtype == "bfloat16" else 4) * count_parameters(teacher).total
-    return state / split + saved_activations(config, shape) + head_blocks(config, shape)
+    return state / split + sum(saved_activations(run, shape) for run in runs) + head_blocks(runs, shape)
 
 
-def estimated_seconds(config: RunConfig, topology: Topology, shape: dict[str, int]) -> float:
+def estimated_seconds(runs: Sequence[RunConfig], topology: Topology, shape: dict[str, int]) -> float:
     """Of a step by formula: its products, and after them what is sent, which is pessimistic, but orders well.
 
     Weights are gathered over fsdp for the forward and the backward pass of each microbatch, and gradients summed there;
     four times a layer activations are summed over tensor; keys and values are gathered over sequence.
     """
-    chip, model, teacher = topology.chip, config.model, online_teacher(config.distill, config.model)
+    chip, config = topology.chip, runs[0]
+    teacher = online_teacher(config.distill, config.model)
     devices, width = len(topology.devices), 2 if config.compute.dtype == "bfloat16" else 4
     tokens = config.data.batch_size * config.data.seq_len
-    flops = training_flops_per_token(model, config.data.seq_len, teacher) * tokens
-    flops *= 1 + _RECOMPUTED[config.compute.remat] / 4
-    weights = count_parameters(model).total / shape["tensor"]
+    flops = 0.0 if teacher is None else forward_flops_per_token(teacher, config.data.seq_len)
+    flops += sum(training_flops_per_token(run.model, config.data.seq_len) for run in runs)
+    flops *= tokens * (1 + _RECOMPUTED[config.compute.remat] / 4)
+    weights = sum(count_parameters(run.model).total for run in runs) / shape["tensor"]
     gathered = 3 * weights + (0 if teacher is None else count_parameters(teacher).total / shape["tensor"])
     mine = tokens / devices * shape["tensor"]
     sent = gathered * width * config.training.accumulation * _others(shape["fsdp"])
     sent += 2 * 4 * weights / shape["fsdp"] * _others(shape["data"])
-    sent += 4 * model.num_layers * mine * model.d_model * width * 2 * _others(shape["tensor"])
-    pairs = 2 * model.num_kv_heads * model.head_dim / shape["tensor"] * width * mine * shape["sequence"]
-    sent += 3 * model.num_layers * pairs * _others(shape["sequence"])
+    for model in (run.model for run in runs):
+        sent += 4 * model.num_layers * mine * model.d_model * width * 2 * _others(shape["tensor"])
+        pairs = 2 * model.num_kv_heads * model.head_dim / shape["tensor"] * width * mine * shape["sequence"]
+        sent += 3 * model.num_layers * pairs * _others(shape["sequence"])
     return flops / devices / chip.peak_flops + sent / (chip.link_bandwidth * (2 if chip.dimensions else 1))
 
 
-def _meshes(config: RunConfig, topology: Topology) -> Iterator[MeshConfig]:
-    """Every mesh of the devices that divides model and teacher.
+def _meshes(runs: Sequence[RunConfig], topology: Topology) -> Iterator[MeshConfig]:
+    """Every mesh of the devices that divides all models and the teacher.
 
     Copies across slices stay as configured, or are one a slice.
     """
+    config = runs[0]
     replica, devices = max(1, config.mesh.replica), len(topology.devices)
     if topology.platform == "tpu" and replica % topology.slices:
         replica = topology.slices
-    models, teacher = [config.model], teacher_config(config.distill, config.model)
+    models, teacher = [run.model for run in runs], teacher_config(config.distill, config.model)
     if teacher is not None and config.distill.layout is None:  # it lies as the student does
         models.append(teacher)
     for tensor in _divisors(math.gcd(*(model.num_kv_heads for model in models))):

@@ -35,6 +35,9 @@ class TrainState:
 class UpdateRule(Protocol):
     """How a step changes the state of what it trains, one run or several."""
 
+    def abstract_state(self, mesh: Mesh) -> Any:
+        """Shapes, dtypes and shardings of a state, without memory."""
+
     def trainable(self, state: Any) -> Any:
         """What the gradients are taken of."""
 

@@ -14,6 +14,8 @@ from gemma2_jax.config import UserError, differences, to_dict
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.reader import CachedBatches
 from gemma2_jax.methods.choose import build_method
+from gemma2_jax.methods.language_modelling import LanguageModelling
+from gemma2_jax.methods.method import Method
 from gemma2_jax.methods.students import Students
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.loop import (
@@ -28,7 +30,7 @@ from gemma2_jax.training.packages import check_packages
 from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.run_folder import Rows, RunFolder
 from gemma2_jax.training.start import check_same_inputs
-from gemma2_jax.training.state import TrainState, Update
+from gemma2_jax.training.state import TrainState, Update, UpdateRule
 
 
 def train_together(configs: Sequence[RunConfig]) -> None:
@@ -61,26 +63,43 @@ def train_together(configs: Sequence[RunConfig]) -> None:
 
 def _train_in_step(configs: Sequence[RunConfig], until: int) -> None:
     """Trains runs that are at the same step, up to another one."""
-    methods = {config.name: build_method(config) for config in configs}
-    if not any(config.distill.teaches for config in configs) or len(configs) == 1:
-        # Without a teacher, nothing is shared but the batches.
-        for config in configs:
-            train_method(
-                methods[config.name], [config], partial(RunFolder, config, methods[config.name]), until
-            )
-        return
+    for runs in programs_of(configs):
+        method = method_of(runs)
+        if isinstance(method, Students):
+            train_method(method, runs, partial(_open_folders, runs, method), until)
+        else:
+            train_method(method, runs, partial(RunFolder, runs[0], method), until)
 
-    def open_folders(mesh: Mesh, progress: TrainingProgress, stack: ExitStack) -> "RunFolders":
-        return RunFolders(
-            {
-                config.name: RunFolder(config, methods[config.name], mesh, progress, stack)
-                for config in configs
-            }
-        )
 
-    # The one with a teacher first: what all share is asked of it.
-    ordered = sorted(configs, key=lambda config: not config.distill.teaches)
-    train_method(Students(methods), ordered, open_folders, until)
+def programs_of(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """The runs of each program that trains them: all runs in one, or each in its own where there is no teacher.
+
+    A run with a teacher comes first: what all share is taken from it.
+    """
+    if len(configs) == 1 or not any(config.distill.teaches for config in configs):
+        return [[config] for config in configs]  # they would share nothing but the batches
+    return [sorted(configs, key=lambda config: not config.distill.teaches)]
+
+
+def method_of(runs: Sequence[RunConfig]) -> LanguageModelling | Students:
+    """The method of one program's runs, see `programs_of`."""
+    methods = {run.name: build_method(run) for run in runs}
+    return methods[runs[0].name] if len(runs) == 1 else Students(methods)
+
+
+def update_of(runs: Sequence[RunConfig], method: Method) -> UpdateRule:
+    """The update rule of one program's runs."""
+    if len(runs) == 1:
+        return Update(runs[0], method.specs)
+    return Updates({run.name: Update(run, method.specs[run.name]) for run in runs})
+
+
+def _open_folders(
+    runs: Sequence[RunConfig], method: Students, mesh: Mesh, progress: TrainingProgress, stack: ExitStack
+) -> "RunFolders":
+    return RunFolders(
+        {run.name: RunFolder(run, method.members[run.name], mesh, progress, stack) for run in runs}
+    )
 
 
 def _step_of(config: RunConfig) -> int:
@@ -210,10 +229,17 @@ class RunFolders:
 
 
 def check_together(configs: Sequence[RunConfig]) -> None:
-    """Raises UserError if runs cannot be trained at once: in the same steps, on the same batches, and those with a
-    teacher from the same one; or if a package is missing that one of them needs."""
+    """Raises UserError if runs cannot be trained at once (`check_alike`), or a package is missing that one of them
+    needs."""
     for config in configs:
         check_packages(config)
+    check_alike(configs)
+
+
+def check_alike(configs: Sequence[RunConfig]) -> None:
+    """Raises UserError if runs cannot be trained at once: in the same steps, on the same batches, and those with a
+    teacher from the same one."""
+    for config in configs:
         if config.distill.on_policy is not None:
             raise UserError(
                 f"{config.name} has distill.on_policy, and students that sample for themselves share no pass of the "
