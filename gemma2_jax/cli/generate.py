@@ -90,7 +90,7 @@ _SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gemma2_jax.formats.load import load
+    from gemma2_jax.formats.load import load_model, load_tokenizer, open_source
     from gemma2_jax.model.config import ComputeConfig
     from gemma2_jax.sampling.config import SamplingConfig
     from gemma2_jax.sampling.sampler import Sampler
@@ -104,15 +104,16 @@ def run(arguments: argparse.Namespace) -> None:
     prompts: list[str] = []
     if not arguments.interactive:  # refuse bad prompts before the checkpoint is read
         prompts = [as_utf8(text) for text in arguments.prompt or read_prompts(arguments.prompts)]
-    own = {} if arguments.tokenizer is None else {"tokenizer": arguments.tokenizer}
     with activity(f"loading {arguments.checkpoint}"):
-        model, tokenizer = load(arguments.checkpoint, arguments.dtype, **own)
+        source = open_source(arguments.checkpoint, arguments.tokenizer)
+        tokenizer = load_tokenizer(source)  # what it refuses is told before the weights are read
         if arguments.interactive:
             check_turns(tokenizer)
         if arguments.stop or arguments.chat or arguments.interactive:
             turns = arguments.chat or arguments.interactive
             with _named_as_options():
                 config = with_stops(config, tokenizer, arguments.stop, turns)
+        model = load_model(source, arguments.dtype)
         sampler = Sampler(model, tokenizer, ComputeConfig(dtype=arguments.dtype, unroll_layers=True))
     del model  # the sampler has its weights
     if arguments.interactive:

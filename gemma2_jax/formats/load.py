@@ -40,8 +40,10 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
         tokenizer: a SentencePiece model file, in the place of the checkpoint's own.
 
     Raises:
-        UserError: there is none, or none of a known kind.
+        UserError: there is none, or none of a known kind; or `tokenizer` is no such file.
     """
+    if tokenizer is not None:
+        Tokenizer.load(tokenizer)  # refuses a bad one before gigabytes are fetched
     folder = Path(path)
     if hub.is_elsewhere(str(path)):
         folder = hub.download(str(path))
@@ -128,7 +130,12 @@ def load(
         raise UserError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}.")
     source = open_source(path, tokenizer)
     found = load_tokenizer(source)
-    return Gemma2(source.config, load_params(source, source.config, dtype, mesh)), found
+    return load_model(source, dtype, mesh), found
+
+
+def load_model(source: Source, dtype: Any, mesh: Mesh | None = None) -> Gemma2:
+    """The model of a checkpoint that is open; arguments and errors as in `load_params`."""
+    return Gemma2(source.config, load_params(source, source.config, dtype, mesh))
 
 
 def _is_accepted(dtype: Any) -> bool:

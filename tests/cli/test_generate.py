@@ -36,12 +36,17 @@ def asked(monkeypatch):
                     row.stop_reason = "stop" if shown >= len(text) else None
                 yield rows
 
-    def load(folder, dtype, tokenizer=None):
+    def open_source(folder, tokenizer):
         calls.extend([] if tokenizer is None else [([tokenizer], SamplingConfig())])
-        return f"{dtype} model of {folder}", Turns()
+        return folder
+
+    def load_model(source, dtype):
+        return f"{dtype} model of {source}"
 
     monkeypatch.setattr("gemma2_jax.sampling.sampler.Sampler", Sampler)
-    monkeypatch.setattr("gemma2_jax.formats.load.load", load)
+    monkeypatch.setattr("gemma2_jax.formats.load.open_source", open_source)
+    monkeypatch.setattr("gemma2_jax.formats.load.load_tokenizer", lambda source: Turns())
+    monkeypatch.setattr("gemma2_jax.formats.load.load_model", load_model)
     return calls
 
 
@@ -224,6 +229,40 @@ def test_a_model_without_turn_tokens_is_no_partner(asked, monkeypatch, capsys):
     monkeypatch.setenv("LACKS_TURNS", "1")
     assert main([*COMMAND, "--interactive"]) == 1
     assert "has no <start_of_turn> token; a chat needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--interactive"], "has no <start_of_turn> token; a chat needs"),
+        (["--prompt", "a", "--stop", "9"], "--stop is 9; accepted: a text, or a token id from 0 to 8."),
+    ],
+)
+def test_what_the_tokenizer_refuses_is_told_before_weights_are_read(
+    asked, monkeypatch, capsys, options, sentence
+):
+    monkeypatch.setattr("gemma2_jax.formats.load.load_model", None)
+    monkeypatch.setenv("LACKS_TURNS", "1")
+    assert main([*COMMAND, *options]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "something else"])
+@pytest.mark.parametrize(
+    "command",
+    [["generate", "--prompt", "x", "--checkpoint", "some/model"], ["convert", "some/model", "new/target"]],
+)
+def test_a_tokenizer_that_is_none_is_told_before_a_checkpoint_is_fetched(
+    content, command, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gemma2_jax.formats.hub.download", None)
+    if content is not None:
+        (tmp_path / "my.model").write_text(content)
+    assert main([*command, "--tokenizer", "my.model"]) == 1
+    assert "my.model" in (told := capsys.readouterr().err)
+    assert told.startswith("gemma2: ")
+    assert [path.name for path in tmp_path.iterdir()] == ([] if content is None else ["my.model"])
 
 
 @pytest.mark.parametrize(
