@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -87,6 +86,16 @@ def add_parser(verbs: Verbs) -> None:
 
 _INTERACTIVE = "chat on the terminal: /reset, /quit or Ctrl-D; Ctrl-C stops a reply"
 _SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+# What each field of `SamplingConfig` is given by.
+OPTIONS = {
+    "max_new_tokens": "--max-new-tokens",
+    "temperature": "--temperature",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "seed": "--seed",
+    "stop_tokens": "--stop",
+    "stop_texts": "--stop",
+}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -130,22 +139,18 @@ def _named_as_options() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        # stop_texts and stop_tokens are both given by --stop.
-        message = re.sub(r"\bsampling\.(stop(?=_)|\w+)(?:_\w+)?", lambda found: _option(found[1]), str(error))
-        raise UserError(message.replace("or null for", "or left out for")) from None
-
-
-def _option(name: str) -> str:
-    """Returns the option that sets a field."""
-    return f"--{name.replace('_', '-')}"
+        message = str(error).replace("or null for", "or left out for")
+        for name, option in OPTIONS.items():
+            message = message.replace(f"sampling.{name}", option)
+        raise UserError(message) from None
 
 
 def _check(arguments: argparse.Namespace) -> None:
     from gemma2_jax.config import UserError
 
-    for name in ("num_samples", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"{_option(name)} is {getattr(arguments, name)}; it must be at least 1.")
+    for option, number in (("--num-samples", arguments.num_samples), ("--batch-size", arguments.batch_size)):
+        if number < 1:
+            raise UserError(f"{option} is {number}; it must be at least 1.")
     if arguments.interactive and (arguments.json or arguments.num_samples > 1):
         raise UserError(
             "--interactive gives one reply to each message, as text; leave out --json and --num-samples."

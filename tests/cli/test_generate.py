@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -307,3 +308,11 @@ def test_what_is_refused_is_named_as_it_was_typed(asked, capsys, options, senten
     assert f"{sentence}\n" in (told := capsys.readouterr().err)
     assert "sampling." not in told
     assert "null" not in told
+
+
+def test_each_setting_has_its_option(capsys):
+    assert set(generate.OPTIONS) == {field.name for field in fields(SamplingConfig)}
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    told = capsys.readouterr().out
+    assert all(f"  {option} " in told for option in generate.OPTIONS.values())
