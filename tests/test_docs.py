@@ -21,11 +21,11 @@ import yaml
 
 import gemma2_jax as g2
 from gemma2_jax.chips import CHIPS
-from gemma2_jax.cli import train_together
 from gemma2_jax.cli.compose import compose, compose_file
 from gemma2_jax.cli.main import parse_arguments
 from gemma2_jax.cli.roots import find_study
 from gemma2_jax.cli.run import compose_study
+from gemma2_jax.cli.student_options import compose_students
 from gemma2_jax.cli.sweep import compose_sweep
 from gemma2_jax.config import load_config, save_config
 from gemma2_jax.launching.job import check_config
@@ -35,7 +35,7 @@ from gemma2_jax.model.weights import abstract_params, init_params, weight_specs
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.studies.config import StudyConfig
-from gemma2_jax.training.together import check_together
+from gemma2_jax.training.together import check_alike, check_together
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -180,16 +180,18 @@ def check_study(arguments: argparse.Namespace) -> None:
 
 
 def check_students(arguments: argparse.Namespace) -> None:
-    check_together(
-        train_together.compose_students(arguments.overrides, arguments.student, arguments.config_dir)
-    )
+    check_together(compose_students(arguments.overrides, arguments.student, arguments.config_dir))
 
 
 def check_plan(arguments: argparse.Namespace) -> None:
     (topology,) = [text for text in arguments.overrides if text.startswith("topology=")]
     chip = topology.removeprefix("topology=").split(":")[0]
     assert chip == "cpu" or chip in CHIPS
-    compose([text for text in arguments.overrides if text != topology], arguments.config_dir)
+    rest = [text for text in arguments.overrides if text != topology]
+    if arguments.student:
+        check_alike(compose_students(rest, arguments.student, arguments.config_dir))
+    else:
+        compose(rest, arguments.config_dir)
 
 
 def check_ids(arguments: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -86,10 +85,20 @@ def add_parser(verbs: Verbs) -> None:
 
 _INTERACTIVE = "chat on the terminal: /reset, /quit or Ctrl-D; Ctrl-C stops a reply"
 _SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+# The option that sets each field of `SamplingConfig`.
+OPTIONS = {
+    "max_new_tokens": "--max-new-tokens",
+    "temperature": "--temperature",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "seed": "--seed",
+    "stop_tokens": "--stop",
+    "stop_texts": "--stop",
+}
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gemma2_jax.formats.load import load
+    from gemma2_jax.formats.load import load_tokenizer, model_of, open_source
     from gemma2_jax.model.config import ComputeConfig
     from gemma2_jax.sampling.config import SamplingConfig
     from gemma2_jax.sampling.sampler import Sampler
@@ -103,15 +112,16 @@ def run(arguments: argparse.Namespace) -> None:
     prompts: list[str] = []
     if not arguments.interactive:  # refuse bad prompts before loading the checkpoint
         prompts = [as_utf8(text) for text in arguments.prompt or read_prompts(arguments.prompts)]
-    own = {} if arguments.tokenizer is None else {"tokenizer": arguments.tokenizer}
     with activity(f"loading {arguments.checkpoint}"):
-        model, tokenizer = load(arguments.checkpoint, arguments.dtype, **own)
+        source = open_source(arguments.checkpoint, arguments.tokenizer)
+        tokenizer = load_tokenizer(source)  # refuse a bad tokenizer or --stop before reading the weights
         if arguments.interactive:
             check_turns(tokenizer)
         if arguments.stop or arguments.chat or arguments.interactive:
             turns = arguments.chat or arguments.interactive
             with _named_as_options():
                 config = with_stops(config, tokenizer, arguments.stop, turns)
+        model = model_of(source, arguments.dtype)
         sampler = Sampler(model, tokenizer, ComputeConfig(dtype=arguments.dtype, unroll_layers=True))
     del model  # the sampler keeps the weights
     if arguments.interactive:
@@ -128,22 +138,18 @@ def _named_as_options() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        # --stop sets both stop_texts and stop_tokens.
-        message = re.sub(r"\bsampling\.(stop(?=_)|\w+)(?:_\w+)?", lambda found: _option(found[1]), str(error))
-        raise UserError(message.replace("or null for", "or left out for")) from None
-
-
-def _option(name: str) -> str:
-    """Returns the command-line option that sets a field."""
-    return f"--{name.replace('_', '-')}"
+        message = str(error).replace("or null for", "or left out for")
+        for name, option in OPTIONS.items():
+            message = message.replace(f"sampling.{name}", option)
+        raise UserError(message) from None
 
 
 def _check(arguments: argparse.Namespace) -> None:
     from gemma2_jax.config import UserError
 
-    for name in ("num_samples", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"{_option(name)} is {getattr(arguments, name)}; it must be at least 1.")
+    for option, number in (("--num-samples", arguments.num_samples), ("--batch-size", arguments.batch_size)):
+        if number < 1:
+            raise UserError(f"{option} is {number}; it must be at least 1.")
     if arguments.interactive and (arguments.json or arguments.num_samples > 1):
         raise UserError(
             "--interactive prints one reply per message, as text; leave out --json and --num-samples."

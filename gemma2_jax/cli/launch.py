@@ -153,10 +153,10 @@ def _launch_slurm(arguments: argparse.Namespace) -> None:
     values = _settings(arguments, SlurmSettings)
     settings = SlurmSettings(**{**values, "workdir": str(Path(values["workdir"] or ".").absolute())})
     if arguments.dry_run:
-        print(slurm.preview(settings, _job(arguments)))
+        print(slurm.preview(settings, _job(arguments, workdir=settings.workdir)))
         return
     slurm.check_tools(settings)
-    print(slurm.submit(settings, _job(arguments)))
+    print(slurm.submit(settings, _job(arguments, workdir=settings.workdir)))
 
 
 def _launch_tpu_vm(arguments: argparse.Namespace) -> None:
@@ -195,16 +195,23 @@ def _settings(arguments: argparse.Namespace, settings_class: Any) -> dict[str, A
     return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(settings_class)}
 
 
-def _job(arguments: argparse.Namespace, slices: int = 1, hosts_timeout: int | None = None) -> "Job":
+def _job(
+    arguments: argparse.Namespace,
+    slices: int = 1,
+    hosts_timeout: int | None = None,
+    workdir: str | None = None,
+) -> "Job":
     """Returns the pinned job, written to disk except with --dry-run.
 
     Args:
         hosts_timeout: replacement for the default hosts.timeout, in seconds.
+        workdir: the run's working directory, if this machine shares that folder.
     """
     from gemma2_jax.cli.compose import compose
-    from gemma2_jax.config import UserError
+    from gemma2_jax.config import UserError, check_place
     from gemma2_jax.launching.job import Job, check_config, check_launch_folder
     from gemma2_jax.launching.pin import find_checkout, job_name, pin, refusal, write_pinned
+    from gemma2_jax.training.prerequisites import check_places_below
 
     config: RunConfig = compose(arguments.overrides, arguments.config_dir)
     check_config(config, slices)
@@ -212,6 +219,9 @@ def _job(arguments: argparse.Namespace, slices: int = 1, hosts_timeout: int | No
         config = dataclasses.replace(config, hosts=dataclasses.replace(config.hosts, timeout=hosts_timeout))
     launches = Path(arguments.folder).absolute()
     check_launch_folder(launches)
+    if workdir is not None:
+        check_place("--workdir", workdir)
+        check_places_below(workdir, config)
     checkout = find_checkout()
     refused = None if arguments.allow_changes else refusal(checkout, launches)
     if refused is not None:

@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from gemma2_jax.cli.parsers import KEYS, Verbs, add_overrides, add_verb
+from gemma2_jax.cli.student_options import add_students, compose_students
 
 if TYPE_CHECKING:
     from gemma2_jax.planning.topologies import Topology
@@ -23,6 +25,11 @@ bound on its time. Needs no data, no tokenizer and no teacher weights (distill.m
   gemma2 plan experiment=pretrain_2b topology=v5e:4x4 --search --budget 600     tries meshes, remat and microbatches
   gemma2 plan experiment=distill_2b_from_9b topology=v5e:4x4 --placement        how arrays are split; compiles nothing
 
+With --student, as in train-together, the step is the one that all students share.
+
+  gemma2 plan objective=distillation distill=online distill.teacher=runs/teacher topology=cpu:1 \\
+      --student wide model=small_6m --student deep model=small_1m model.num_layers=8
+
 topology=CHIP:SHAPE   v5e:4x4 v6e:16x16 v4:8x16x32 v5p:8x24x32 tpu7x:4x4x4   a TPU slice, by chips (extra tpu)
                       v5e:16x16*2                                            two slices
                       a100:8 h100:8 h100:16 h200:8 b200:8                    GPUs, in nodes of 8 (extra cuda12)
@@ -35,6 +42,7 @@ Exits with 0 if the step fits, 3 if it does not, 1 for an invalid request, 2 for
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "plan", run, "print what a run needs on a topology", DESCRIPTION, KEYS)
     add_overrides(parser)
+    add_students(parser, "one of several students that are trained together, as in gemma2 train-together")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, and nothing else")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
@@ -63,26 +71,75 @@ def run(arguments: argparse.Namespace) -> int:
     if not names:
         raise UserError(f"topology is missing; set it, as in topology=v5e:4x4; {ACCEPTED}.")
     rest = [text for text, key, _ in overrides if key != "topology"]
-    config = compose(rest, arguments.config_dir)
+    if arguments.student:
+        from gemma2_jax.training.together import check_alike, programs_of
+
+        students = compose_students(rest, arguments.student, arguments.config_dir)
+        check_alike(students)
+        programs = programs_of(students)
+    else:
+        programs = [[compose(rest, arguments.config_dir)]]
     topology = find_topology(names[-1], _gpu_memory_fraction())
-    if arguments.search:
-        return _search(config, topology, arguments)
-    if arguments.placement:
-        return _placement(config, topology, arguments)
+    plan = _search if arguments.search else _placement if arguments.placement else _plan
+    planned = [plan(runs, topology, arguments) for runs in programs]
+    if arguments.json:
+        found = [values for _, values in planned]
+        print(json.dumps({"programs": found} if arguments.student else found[0], indent=2))
+    return FITS if all(fits for fits, _ in planned) else DOES_NOT_FIT
+
+
+# Each of the following functions plans the program of `runs`, prints its result unless --json is given, and returns
+# whether the program fits, and the result as plain values for JSON.
+
+
+def _plan(
+    runs: Sequence["RunConfig"], topology: "Topology", arguments: argparse.Namespace
+) -> tuple[bool, dict[str, Any]]:
+    from rich.console import Console
+
     from gemma2_jax.planning.plan import make_plan
+    from gemma2_jax.planning.printing import print_plan
     from gemma2_jax.screen import activity
 
-    with activity(f"compiling a step of {config.name} for {topology.name}"):
-        plan = make_plan(config, topology)
-    if arguments.json:
-        print(json.dumps(plan.to_dict(), indent=2))
-    else:
-        from rich.console import Console
-
-        from gemma2_jax.planning.printing import print_plan
-
+    with activity(f"compiling a step of {' + '.join(run.name for run in runs)} for {topology.name}"):
+        plan = make_plan(runs, topology)
+    if not arguments.json:
         print_plan(plan, Console())
-    return FITS if plan.fits else DOES_NOT_FIT
+    return plan.fits, plan.to_dict()
+
+
+def _search(
+    runs: Sequence["RunConfig"], topology: "Topology", arguments: argparse.Namespace
+) -> tuple[bool, dict[str, Any]]:
+    from rich.console import Console
+
+    from gemma2_jax.planning.printing import print_search
+    from gemma2_jax.planning.search import search
+
+    progress = Console(stderr=True)
+    found = search(
+        runs, topology, arguments.budget, lambda line: progress.print(line, style="dim", markup=False)
+    )
+    if not arguments.json:
+        print_search(found, topology, Console())
+    tried = [{"overrides": candidate.overrides} | plan.to_dict() for candidate, plan in found.plans]
+    return found.plans[0][1].fits, {"tried": tried, "left": found.left}
+
+
+def _placement(
+    runs: Sequence["RunConfig"], topology: "Topology", arguments: argparse.Namespace
+) -> tuple[bool, dict[str, Any]]:
+    from rich.console import Console
+
+    from gemma2_jax.planning.placement import find_placement
+    from gemma2_jax.planning.printing import print_placement
+
+    found = find_placement(runs, topology)
+    if not arguments.json:
+        console = Console()
+        console.width = max(console.width, 120)  # a narrower table would lose a column
+        print_placement(found, console)
+    return True, found.to_dict()
 
 
 def _gpu_memory_fraction() -> float:
@@ -111,37 +168,3 @@ def _set_environment() -> None:
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-
-
-def _search(config: "RunConfig", topology: "Topology", arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from gemma2_jax.planning.printing import print_search
-    from gemma2_jax.planning.search import search
-
-    progress = Console(stderr=True)
-    found = search(
-        config, topology, arguments.budget, lambda line: progress.print(line, style="dim", markup=False)
-    )
-    if arguments.json:
-        tried = [{"overrides": candidate.overrides} | plan.to_dict() for candidate, plan in found.plans]
-        print(json.dumps({"tried": tried, "left": found.left}, indent=2))
-    else:
-        print_search(found, topology, Console())
-    return FITS if found.plans[0][1].fits else DOES_NOT_FIT
-
-
-def _placement(config: "RunConfig", topology: "Topology", arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from gemma2_jax.planning.placement import find_placement
-    from gemma2_jax.planning.printing import print_placement
-
-    found = find_placement(config, topology)
-    if arguments.json:
-        print(json.dumps(found.to_dict(), indent=2))
-    else:
-        console = Console()
-        console.width = max(console.width, 120)  # a narrower table would lose a column
-        print_placement(found, console)
-    return FITS

@@ -40,8 +40,10 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Weight
         tokenizer: SentencePiece model file to use in place of the checkpoint's own.
 
     Raises:
-        UserError: there is no checkpoint, or none of a known kind.
+        UserError: there is no checkpoint, or none of a known kind; or `tokenizer` is not a SentencePiece model.
     """
+    if tokenizer is not None:
+        Tokenizer.load(tokenizer)  # refuses a bad file before gigabytes are downloaded
     folder = Path(path)
     if hub.is_remote(str(path)):
         folder = hub.download(str(path))
@@ -129,7 +131,12 @@ def load(
         raise UserError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}.")
     source = open_source(path, tokenizer)
     found = load_tokenizer(source)
-    return Gemma2(source.config, load_params(source, source.config, dtype, mesh)), found
+    return model_of(source, dtype, mesh), found
+
+
+def model_of(source: WeightSource, dtype: Any, mesh: Mesh | None = None) -> Gemma2:
+    """Loads the model of an open checkpoint; arguments and errors as in `load_params`."""
+    return Gemma2(source.config, load_params(source, source.config, dtype, mesh))
 
 
 def _is_accepted(dtype: Any) -> bool:

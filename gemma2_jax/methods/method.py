@@ -27,6 +27,10 @@ class Method(Protocol):
     """A training method."""
 
     @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs per token of a training step, for the model FLOPs utilisation (MFU)."""
+
+    @property
     def specs(self) -> Mapping[str, Any]:
         """Specs of the trained trees, by name; `params` is the model's."""
 
@@ -96,10 +100,6 @@ class ModelMethod(Method, Protocol):
     @property
     def adaptation(self) -> Adaptation:
         """Defines which of the model's weights are trained."""
-
-    @property
-    def flops_per_token(self) -> float:
-        """Model FLOPs per token of a training step, for the model FLOPs utilisation (MFU)."""
 
 
 def frozen_in_step(method: Method, frozen: Frozen) -> dict[str, Any]:

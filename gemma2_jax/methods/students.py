@@ -20,6 +20,7 @@ from gemma2_jax.kernels.lm_head import lm_head_sums
 from gemma2_jax.methods.distillation import TEACHER, Distillation
 from gemma2_jax.methods.language_modelling import MODEL, LanguageModelling
 from gemma2_jax.methods.method import BASE, Frozen, Trainable
+from gemma2_jax.model.counts import training_flops_per_token
 
 
 class Students:
@@ -37,6 +38,12 @@ class Students:
         self.validation_only: Sequence[str] = self._first.validation_only
         self._capture = join_captures(member.teacher_capture for member in self._distilled)
         self._block_tokens = min(member.config.objective.block_tokens for member in members.values())
+        # One student's FLOPs include the teacher's forward pass, which all students share.
+        self.flops_per_token = self._first.flops_per_token + sum(
+            training_flops_per_token(member.config.model, member.config.data.seq_len)
+            for member in members.values()
+            if member is not self._first
+        )
 
     def abstract_frozen(self, mesh: Mesh) -> dict[str, Any]:
         each = {name: member.abstract_frozen(mesh) for name, member in self.members.items()}

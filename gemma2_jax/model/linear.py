@@ -27,6 +27,11 @@ def linear(spec: str, x: jax.Array, weight: Any, dims: str) -> jax.Array:
     return checkpoint_name(_product(spec, x, for_use(weight, dims, x.dtype)), WEIGHT_PRODUCT)
 
 
+def linear_in_float32(spec: str, x: jax.Array, weight: Any, dims: str) -> jax.Array:
+    """As `linear`, in float32 and not saved by remat policies: for losses, where rounding would show."""
+    return jnp.einsum(spec, x, for_use(weight, dims, x.dtype), preferred_element_type=jnp.float32)
+
+
 def lookup(tokens: jax.Array, table: Any, dtype: Any) -> jax.Array:
     """Rows of a table [V, D] for tokens [B, T]: [B, T, D], in `dtype`."""
     table = constrain_in_lookup(table, "VD")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from gemma2_jax.kernels.blocks import join_tokens, split_tokens
 from gemma2_jax.kernels.reference_attention import attention_weights, visible_keys
 from gemma2_jax.model.capture import CapturedLayer
+from gemma2_jax.model.linear import linear_in_float32
 from gemma2_jax.sharding.layout import constrain
 
 DistanceName = Literal["mse", "cosine"]
@@ -62,8 +63,7 @@ def hidden_distance(
     assert teacher.hidden is not None
     states = student.hidden
     if projection is not None:
-        weight = constrain(projection.astype(states.dtype), "DE")
-        states = jnp.einsum("BTD,DE->BTE", states, weight, preferred_element_type=jnp.float32)
+        states = linear_in_float32("BTD,DE->BTE", states, projection, "DE")
     target = jax.lax.stop_gradient(teacher.hidden.astype(jnp.float32))
     return DISTANCES[distance](constrain(states.astype(jnp.float32), "BTE"), target)
 

@@ -1,6 +1,7 @@
 """What a step's memory holds, and which settings would reduce it: exact shard sizes where known, else formulas."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gemma2_jax.model.config import ComputeConfig, ModelConfig, Remat
@@ -18,11 +19,13 @@ class Parts:
 
     Attributes:
         parameters, moments, teacher: exact sizes of the shards.
+        parameters_by_run: the share of `parameters` of each run, by the run's name.
         gradients: same as `parameters`, since gradients are sharded like the parameters.
         activations, logits: estimates by formula, see `saved_activations` and `head_blocks`.
     """
 
     parameters: int
+    parameters_by_run: dict[str, int]
     moments: int
     gradients: int
     teacher: int
@@ -30,16 +33,19 @@ class Parts:
     logits: int
 
 
-def memory_parts(config: RunConfig, inputs: Inputs, mesh_shape: dict[str, int]) -> Parts:
-    """Returns the memory of one device by content."""
-    parameters = device_bytes(inputs.state.trainable)
+def memory_parts(runs: Sequence[RunConfig], inputs: Inputs, mesh_shape: dict[str, int]) -> Parts:
+    """Returns the memory of one device by content, for a step that trains all `runs`."""
+    states = {runs[0].name: inputs.state} if len(runs) == 1 else inputs.state
+    by_run = {run.name: device_bytes(states[run.name].trainable) for run in runs}
+    parameters = sum(by_run.values())
     return Parts(
         parameters=parameters,
-        moments=device_bytes(inputs.state.optimizer),
+        parameters_by_run=by_run,
+        moments=sum(device_bytes(state.optimizer) for state in states.values()),
         gradients=parameters,
         teacher=device_bytes(inputs.frozen),
-        activations=saved_activations(config, mesh_shape),
-        logits=head_blocks(config, mesh_shape),
+        activations=sum(saved_activations(run, mesh_shape) for run in runs),
+        logits=head_blocks(runs, mesh_shape),
     )
 
 
@@ -57,27 +63,34 @@ def saved_activations(config: RunConfig, mesh_shape: dict[str, int]) -> int:
     )
 
 
-def head_blocks(config: RunConfig, mesh_shape: dict[str, int]) -> int:
+def head_blocks(runs: Sequence[RunConfig], mesh_shape: dict[str, int]) -> int:
     """Estimates the bytes of the LM head's logits of one block of tokens, their gradient and the embedding's gradient.
 
-    A block holds the tokens of all devices that share the rows of the vocabulary.
+    Each run has its own; the teacher's logits are shared by all runs. A block holds the tokens of all devices that
+    share the rows of the vocabulary.
     """
-    split = math.prod(mesh_shape.get(axis, 1) for axis in config.layout.head)
+    first = runs[0]
+    split = math.prod(mesh_shape.get(axis, 1) for axis in first.layout.head)
     sharing = split // mesh_shape.get("tensor", 1)
-    logits = config.objective.block_tokens * sharing * config.model.vocab_size // split
-    teacher = _FLOAT32 if config.objective.needs_teacher else 0
-    gradient = _FLOAT32 * config.model.vocab_size * config.model.d_model // split
-    return logits * (_FLOAT32 + _width(config) + teacher) + gradient
+    tokens = min(run.objective.block_tokens for run in runs) * sharing
+    teacher = _FLOAT32 if any(run.objective.needs_teacher for run in runs) else 0
+    blocks = tokens * first.model.vocab_size // split * teacher
+    for run in runs:
+        blocks += tokens * run.model.vocab_size // split * (_FLOAT32 + _width(run))
+        blocks += _FLOAT32 * run.model.vocab_size * run.model.d_model // split
+    return blocks
 
 
 def memory_savings(
-    config: RunConfig, topology: Topology, parts: Parts, mesh_shape: dict[str, int], excess: int
+    runs: Sequence[RunConfig], topology: Topology, parts: Parts, mesh_shape: dict[str, int], excess: int
 ) -> list[str]:
     """Lists settings that would save memory, largest saving first, each with its estimated saving.
 
     Args:
+        runs: the runs that the step trains.
         excess: bytes by which the step exceeds the memory of a device.
     """
+    config = runs[0]
     savings: list[tuple[int, str]] = []
 
     def offer(saved: int, change: str) -> None:
@@ -89,8 +102,9 @@ def memory_savings(
 
     policies: tuple[Remat, ...] = ("full", "offload")
     for remat in policies:
-        less = replace(config, compute=replace(config.compute, remat=remat))
-        offer(parts.activations - saved_activations(less, mesh_shape), f"compute.remat={remat}")
+        less = [replace(run, compute=replace(run.compute, remat=remat)) for run in runs]
+        left = sum(saved_activations(run, mesh_shape) for run in less)
+        offer(parts.activations - left, f"compute.remat={remat}")
     rows = _device_rows(config, mesh_shape)
     if rows > 1:
         # Accumulation adds a second copy of the gradients, unless the run accumulates already.
@@ -102,18 +116,23 @@ def memory_savings(
     whole = parts.parameters + parts.moments + parts.gradients + parts.teacher
     copies = mesh_shape.get("data", 1)
     fsdp = mesh_shape.get("fsdp", 1) * copies
-    if copies > 1 and config.model.d_model % fsdp == 0:
+    if copies > 1 and all(run.model.d_model % fsdp == 0 for run in runs):
         offer(
             whole - whole // copies,
             f"mesh.fsdp={fsdp} mesh.data=1 (splits every weight over all devices)",
         )
-    if config.objective.block_tokens > 128:
-        smaller = replace(config, objective=replace(config.objective, block_tokens=128))
+    if all(run.objective.block_tokens > 128 for run in runs):
+        smaller = [replace(run, objective=replace(run.objective, block_tokens=128)) for run in runs]
         offer(parts.logits - head_blocks(smaller, mesh_shape), "objective.block_tokens=128")
     if teacher_is_float32(config):
         offer(parts.teacher // 2, "distill.dtype=bfloat16")
     if config.compute.dtype == "float32":
         offer(parts.activations // 2, "compute.dtype=bfloat16")
+    if len(runs) > 1:
+        largest = max(runs, key=lambda run: parts.parameters_by_run[run.name])
+        # Each parameter also has a gradient and two moments.
+        trained = 4 * parts.parameters_by_run[largest.name]
+        offer(trained + saved_activations(largest, mesh_shape), f"without --student {largest.name}")
     if rows > 1:
         more = "along mesh.fsdp, for the same batch", parts.activations // 2
     else:

@@ -1,6 +1,6 @@
 """How a run's arrays are sharded on a mesh: the axes that split each weight and the activations, and shard sizes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class PlacedModel:
     """Sharding of a model on a mesh.
 
     Attributes:
-        role: student (the trained model) or teacher.
+        role: student (the trained model) or teacher. One of several students has its name: student NAME.
         activations: mesh axes that split each dimension of the activations, by its letter.
         head: mesh axes that split the vocabulary in the LM head. Tokens are split along the rest of their own axes.
     """
@@ -64,20 +64,26 @@ class Placement:
         return asdict(self)
 
 
-def find_placement(config: RunConfig, topology: Topology) -> Placement:
-    """Returns how the arrays of a run are sharded on a topology.
+def find_placement(runs: Sequence[RunConfig], topology: Topology) -> Placement:
+    """Returns how the arrays of a program are sharded on a topology.
+
+    Args:
+        runs: the runs that the program trains; a run with a teacher comes first (see `programs_of`).
 
     Raises:
         UserError: mesh, batch, model and teacher are incompatible.
     """
-    mesh = mesh_of(config, topology)
+    config, mesh = runs[0], mesh_of(runs, topology)
     with laid_out(config.layout):
-        models = [_place("student", config.model, "float32", mesh)]
+        models = [
+            _place("student" if len(runs) == 1 else f"student {run.name}", run.model, "float32", mesh)
+            for run in runs
+        ]
         teacher = online_teacher(config.distill, config.model)
         if teacher is not None:
             with as_teacher(config.distill):
                 models.append(_place("teacher", teacher, config.distill.dtype, mesh))
-    return Placement(config.name, topology.name, dict(mesh.shape), models)
+    return Placement(" + ".join(run.name for run in runs), topology.name, dict(mesh.shape), models)
 
 
 def _place(role: str, model: ModelConfig, dtype: str, mesh: Mesh) -> PlacedModel:

@@ -1,11 +1,15 @@
-"""The plan of a training step on a topology: its memory, counted cost, and lower bounds on its time."""
+"""The plan of a training step on a topology: its memory, counted cost, and lower bounds on its time.
 
+The step trains one run, or several runs that share it.
+"""
+
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma2_jax.distill.teacher import online_teacher
-from gemma2_jax.methods.choose import build_method
-from gemma2_jax.methods.method import ModelMethod
+from gemma2_jax.methods.method import Method
+from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.planning.count import ProgramCost, count
 from gemma2_jax.planning.hlo import read_program
 from gemma2_jax.planning.memory import Parts, memory_parts, memory_savings
@@ -13,6 +17,7 @@ from gemma2_jax.planning.program import Program, check_sizes, compile_step, devi
 from gemma2_jax.planning.roofline import Bounds, bounds, kernel_flops, share_of_peak
 from gemma2_jax.planning.topologies import Topology, find_topology
 from gemma2_jax.run import RunConfig
+from gemma2_jax.training.together import method_of
 
 FLOPS_SOURCE = (
     "6 a weight and token, attention by visible pairs, a teacher's forward pass; without recomputation "
@@ -25,12 +30,13 @@ class Plan:
     """The plan of a training step. Bytes, FLOPs and costs are per device, except `model_flops`.
 
     Attributes:
-        name: name of the run.
+        name: name of the run; the names of several runs are joined by +.
         fits: whether the step fits into the memory of a device.
         mesh: number of devices along each axis.
         program: the compiled step and its memory.
         validating: bytes of frozen weights that only validations use: a teacher whose outputs a cache holds.
         samples: whether the run also samples from the student, in another program that is not planned.
+        parameters: number of parameters of each run's model, by the run's name.
         parts: memory by content; activations and logits are estimates.
         help: settings that would save memory; empty if the step fits.
         tokens: tokens per step.
@@ -47,6 +53,7 @@ class Plan:
     program: Program
     validating: int
     samples: bool
+    parameters: dict[str, int]
     parts: Parts
     help: list[str]
     tokens: int
@@ -75,6 +82,7 @@ class Plan:
             "fits": self.fits,
             "devices": self.devices,
             "mesh": self.mesh,
+            "parameters": self.parameters,
             "memory_per_device": {
                 "argument_bytes": memory.argument,
                 "temp_bytes": memory.temp,
@@ -120,7 +128,7 @@ class Plan:
         }
 
 
-def plan(config: RunConfig, topology: str = "cpu:1", method: ModelMethod | None = None) -> Plan:
+def plan(config: RunConfig, topology: str = "cpu:1", method: Method | None = None) -> Plan:
     """Plans a training step on devices that need not be present: its memory, communication and least time.
 
     Args:
@@ -130,22 +138,25 @@ def plan(config: RunConfig, topology: str = "cpu:1", method: ModelMethod | None 
     Raises:
         UserError: the topology is unknown, a package for it is missing, or `compile_step` raises.
     """
-    return make_plan(config, find_topology(topology), method)
+    return make_plan([config], find_topology(topology), method)
 
 
-def make_plan(config: RunConfig, topology: Topology, method: ModelMethod | None = None) -> Plan:
-    """Compiles a step of `config` for `topology`, and counts its cost.
+def make_plan(runs: Sequence[RunConfig], topology: Topology, method: Method | None = None) -> Plan:
+    """Compiles the training step of `runs` for `topology`, and counts its cost.
 
     Args:
-        method: training method; by default the one that the configuration selects.
+        runs: the runs that one program trains; a run with a teacher comes first (see `programs_of`).
+        method: training method; by default the one that the configurations select.
 
     Raises:
         UserError: `compile_step` raises.
     """
+    config = runs[0]
     if method is None:
-        check_sizes(config)
-        method = build_method(config)
-    program = compile_step(config, topology, method)
+        for run in runs:
+            check_sizes(run)
+        method = method_of(runs)
+    program = compile_step(runs, topology, method)
     shape = dict(program.mesh.shape)
     capacity = topology.capacity
     # The TPU compiler rejects a program that does not fit; the other compilers accept it.
@@ -154,24 +165,25 @@ def make_plan(config: RunConfig, topology: Topology, method: ModelMethod | None 
     fits = program.text is not None and (
         (topology.platform == "tpu" and not validating) or needed <= capacity
     )
-    parts = memory_parts(config, program.inputs, shape)
+    parts = memory_parts(runs, program.inputs, shape)
     tokens = config.data.batch_size * config.data.seq_len
     teacher = online_teacher(config.distill, config.model)
     cost, in_kernels, least = None, 0.0, None
     if program.text is not None:
         cost = count(read_program(program.text), shape)
-        in_kernels = kernel_flops(config, teacher, cost, len(topology.devices))
+        in_kernels = kernel_flops(runs, teacher, cost, len(topology.devices))
         least = bounds(cost, in_kernels, program.mesh, topology)
     return Plan(
-        name=config.name,
+        name=" + ".join(run.name for run in runs),
         topology=topology,
         fits=fits,
         mesh=shape,
         program=program,
         validating=validating,
         samples=config.distill.on_policy is not None,
+        parameters={run.name: count_parameters(run.model).total for run in runs},
         parts=parts,
-        help=[] if fits else memory_savings(config, topology, parts, shape, needed - capacity),
+        help=[] if fits else memory_savings(runs, topology, parts, shape, needed - capacity),
         tokens=tokens,
         model_flops=method.flops_per_token * tokens,
         cost=cost,

@@ -40,6 +40,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("  arguments, temporaries", f"{in_units(memory.argument)}, {temp}"),
         ("  parameters", in_units(plan.parts.parameters)),
+        *_by_run(plan),
         ("  moments", in_units(plan.parts.moments)),
         ("  gradients", in_units(plan.parts.gradients)),
         ("  teacher", in_units(plan.parts.teacher)),
@@ -51,6 +52,16 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("model FLOPs per step", f"{plan.model_flops:.3e} (formula: PaLM, arXiv 2204.02311, appendix B)"),
     ]
     return rows + _counted(plan) + _estimated(plan)
+
+
+def _by_run(plan: Plan) -> list[tuple[str, str]]:
+    """Rows about the parameters of each run; none for a single run."""
+    if len(plan.parameters) == 1:
+        return []
+    return [
+        (f"    {name}", f"{in_units(plan.parts.parameters_by_run[name])} ({count:,} parameters)")
+        for name, count in plan.parameters.items()
+    ]
 
 
 def _not_in_step(plan: Plan) -> list[tuple[str, str]]:
@@ -149,7 +160,7 @@ def print_placement(placement: Placement, console: Console) -> None:
     _print_line(console, f"{placement.name} on {placement.topology}, mesh {mesh}", "bold")
     for model in placement.models:
         console.print(_weights_table(model, shape))
-        if model.role == "student":
+        if model.role != "teacher":
             _print_line(
                 console,
                 "Gradients and the optimizer's two moments are split like these weights, and each is as large.",

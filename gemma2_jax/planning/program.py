@@ -1,10 +1,13 @@
-"""Compiles a configuration's training step for devices that need not be present, and reports its memory."""
+"""Compiles a training step for devices that need not be present, and reports its memory.
+
+The step trains one run, or several runs that share it.
+"""
 
 import os
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +18,15 @@ from jax.sharding import Mesh
 from gemma2_jax.compilation import use_compilation_cache
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
-from gemma2_jax.methods.choose import build_method
 from gemma2_jax.methods.method import Method, frozen_in_step
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.start import check_batch
-from gemma2_jax.training.state import TrainState, Update
+from gemma2_jax.training.state import UpdateRule
 from gemma2_jax.training.step import build_train_step
+from gemma2_jax.training.together import method_of, update_of
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -50,11 +53,12 @@ class Inputs:
     """Abstract inputs of a step: shapes, dtypes and shardings without data.
 
     Attributes:
+        state: a `TrainState`; for several runs, one of each run by its name.
         frozen: frozen arrays that the method's loss uses.
         validating: frozen arrays that only validations use.
     """
 
-    state: TrainState
+    state: Any
     frozen: Any
     batch: Batch
     validating: Any
@@ -86,19 +90,21 @@ def check_sizes(config: RunConfig) -> None:
         )
 
 
-def mesh_of(config: RunConfig, topology: Topology) -> Mesh:
-    """Builds the configuration's mesh from the devices of a topology.
+def mesh_of(runs: Sequence[RunConfig], topology: Topology) -> Mesh:
+    """Builds the mesh that the runs of a program share from the devices of a topology.
 
     Raises:
         UserError: the mesh does not match the devices or does not divide the batch, or the teacher's sizes are unknown.
     """
-    check_sizes(config)
-    mesh = build_mesh(config.mesh, topology.devices)
-    check_batch(config, mesh)
+    for run in runs:
+        check_sizes(run)
+    mesh = build_mesh(runs[0].mesh, topology.devices)
+    for run in runs:
+        check_batch(run, mesh)
     return mesh
 
 
-def abstract_inputs(method: Method, update: Update, config: RunConfig, mesh: Mesh) -> Inputs:
+def abstract_inputs(method: Method, update: UpdateRule, config: RunConfig, mesh: Mesh) -> Inputs:
     """Returns the abstract inputs of a step on a mesh.
 
     Raises:
@@ -111,19 +117,20 @@ def abstract_inputs(method: Method, update: Update, config: RunConfig, mesh: Mes
         return Inputs(update.abstract_state(mesh), in_step, method.abstract_batch(mesh), validating)
 
 
-def compile_step(config: RunConfig, topology: Topology, method: Method | None = None) -> Program:
-    """Compiles one step. With `compilation_cache`, a later run on such devices loads it from there.
+def compile_step(runs: Sequence[RunConfig], topology: Topology, method: Method | None = None) -> Program:
+    """Compiles one step. With `compilation_cache`, a later training on such devices loads it from there.
 
     Args:
-        method: training method; by default the one that the configuration selects.
+        runs: the runs that the program trains (see `programs_of`); settings that they share are taken from the first.
+        method: training method; by default the one that the configurations select.
 
     Raises:
         UserError: mesh, batch, teacher and model are incompatible, or compilation fails for a reason other than
             memory.
     """
-    mesh = mesh_of(config, topology)
-    chosen: Method = build_method(config) if method is None else method
-    update = Update(config, chosen.specs)
+    config, mesh = runs[0], mesh_of(runs, topology)
+    chosen: Method = method_of(runs) if method is None else method
+    update = update_of(runs, chosen)
     inputs = abstract_inputs(chosen, update, config, mesh)
     argument = device_bytes((inputs.state, inputs.frozen, inputs.batch))
     started = time.perf_counter()

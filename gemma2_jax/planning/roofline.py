@@ -5,6 +5,7 @@ Communications of the ACM 52, 2009; for networks arXiv 2211.05102, section 3.1).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,7 +90,9 @@ def bandwidth_along(axes: tuple[str, ...], mesh: Mesh, topology: Topology) -> fl
     return chip.link_bandwidth * 2 * max(1, spanned)  # two devices of one chip share its links
 
 
-def kernel_flops(config: RunConfig, teacher: ModelConfig | None, cost: ProgramCost, devices: int) -> float:
+def kernel_flops(
+    runs: Sequence[RunConfig], teacher: ModelConfig | None, cost: ProgramCost, devices: int
+) -> float:
     """Returns by formula the FLOPs of attention on one device that the program does not contain.
 
     They are in custom kernels, or in loops over blocks of keys whose trip count depends on the block of queries.
@@ -100,8 +103,9 @@ def kernel_flops(config: RunConfig, teacher: ModelConfig | None, cost: ProgramCo
     """
     if not cost.kernels and not cost.uncounted:
         return 0.0
+    config = runs[0]
     passes = 3.5 + (config.compute.remat != "none")
-    flops = passes * attention_flops_per_token(config.model, config.data.seq_len)
+    flops = passes * sum(attention_flops_per_token(run.model, config.data.seq_len) for run in runs)
     if teacher is not None:
         flops += attention_flops_per_token(teacher, config.data.seq_len)
     return flops * config.data.batch_size * config.data.seq_len / devices

@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.teacher import online_teacher, teacher_config
 from gemma2_jax.model.config import Remat
-from gemma2_jax.model.counts import count_parameters, training_flops_per_token
+from gemma2_jax.model.counts import count_parameters, forward_flops_per_token, training_flops_per_token
 from gemma2_jax.planning.memory import head_blocks, saved_activations, shares
 from gemma2_jax.planning.plan import Plan, make_plan
 from gemma2_jax.planning.program import check_sizes
@@ -28,13 +28,13 @@ class Candidate:
     """A setting of mesh, remat policy and microbatch size.
 
     Attributes:
-        config: the run's configuration with this setting.
+        runs: configurations of the program's runs with this setting.
         overrides: the setting as `key=value` overrides.
         seconds: seconds per step, estimated by formula.
         memory: bytes per device, estimated by formula.
     """
 
-    config: RunConfig
+    runs: list[RunConfig]
     overrides: str
     seconds: float
     memory: float
@@ -54,19 +54,28 @@ class SearchResult:
 
 
 def search(
-    config: RunConfig, topology: Topology, budget: float, report: Callable[[str], None] = lambda line: None
+    runs: Sequence[RunConfig],
+    topology: Topology,
+    budget: float,
+    report: Callable[[str], None] = lambda line: None,
 ) -> SearchResult:
     """Compiles candidates, most promising first, until the budget is spent; at least one is compiled.
 
     Args:
+        runs: the runs that one program trains; a run with a teacher comes first (see `programs_of`).
         budget: seconds; no compilation starts after them.
         report: called with a line of text about each candidate tried.
+
+    Args:
+        runs: that one program trains, of several one with a teacher first.
 
     Raises:
         UserError: no mesh of these devices divides model and batch, or none of the candidates tried can be compiled.
     """
-    check_sizes(config)
-    waiting = candidates(config, topology)
+    config = runs[0]
+    for run in runs:
+        check_sizes(run)
+    waiting = candidates(runs, topology)
     if not waiting:
         raise UserError(
             f"no mesh of the {len(topology.devices)} devices of {topology.name} divides both the heads of the model "
@@ -79,7 +88,7 @@ def search(
     while waiting and (not (plans or failure) or time.perf_counter() - started < budget):
         candidate = waiting.pop(0)
         try:
-            plan = make_plan(candidate.config, topology)
+            plan = make_plan(candidate.runs, topology)
         except UserError as error:  # some limits show only when compiling
             report(f"{candidate.overrides}: {error}")
             failure = error
@@ -91,13 +100,13 @@ def search(
     return SearchResult(sorted(plans, key=lambda pair: _rank(pair[1])), len(waiting))
 
 
-def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
+def candidates(runs: Sequence[RunConfig], topology: Topology) -> list[Candidate]:
     """Lists all candidates whose sizes divide evenly.
 
     Those that should fit come first, the fastest by formula first; the rest follow in order of their memory.
     """
-    found = []
-    for mesh in _meshes(config, topology):
+    config, found = runs[0], []
+    for mesh in _meshes(runs, topology):
         shape = {axis: getattr(mesh, axis) for axis in AXES}
         rows, parts = shares(config, shape)
         if config.data.seq_len % parts:
@@ -106,12 +115,15 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
             if config.data.batch_size // accumulation % rows:
                 continue
             for remat in _RECOMPUTED:
-                changed = replace(
-                    config,
-                    mesh=mesh,
-                    compute=replace(config.compute, remat=remat),
-                    training=replace(config.training, accumulation=accumulation),
-                )
+                changed = [
+                    replace(
+                        run,
+                        mesh=mesh,
+                        compute=replace(run.compute, remat=remat),
+                        training=replace(run.training, accumulation=accumulation),
+                    )
+                    for run in runs
+                ]
                 settings = {f"mesh.{axis}": size for axis, size in shape.items()}
                 settings |= {"compute.remat": remat, "training.accumulation": accumulation}
                 found.append(
@@ -135,53 +147,67 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
     return sorted(found, key=order)
 
 
-def estimated_memory(config: RunConfig, shape: dict[str, int]) -> float:
+def estimated_memory(runs: Sequence[RunConfig], shape: dict[str, int]) -> float:
     """Estimates the bytes per device by formula: state, gradients, teacher, saved activations and logits."""
+    config = runs[0]
     split = shape["fsdp"] * shape["tensor"]
     teacher = online_teacher(config.distill, config.model)
-    state = 4 * 4 * count_parameters(config.model).total
+    parameters = sum(count_parameters(run.model).total for run in runs)
+    state = 4 * 4 * parameters
     if config.training.accumulation > 1:
-        state += 4 * count_parameters(config.model).total
+        state += 4 * parameters
     if teacher is not None:
         state += (2 if config.distill.dtype == "bfloat16" else 4) * count_parameters(teacher).total
-    return state / split + saved_activations(config, shape) + head_blocks(config, shape)
+    return state / split + sum(saved_activations(run, shape) for run in runs) + head_blocks(runs, shape)
 
 
-def estimated_seconds(config: RunConfig, topology: Topology, shape: dict[str, int]) -> float:
+def estimated_seconds(runs: Sequence[RunConfig], topology: Topology, shape: dict[str, int]) -> float:
     """Estimates the seconds per step by formula: time of the products plus time of the communication.
 
     Adding them without overlap is pessimistic, but ranks candidates well. Weights are gathered over fsdp for the
     forward and the backward pass of each microbatch, and gradients are summed there; activations are summed over
     tensor four times per layer; keys and values are gathered over sequence.
     """
-    chip, model, teacher = topology.chip, config.model, online_teacher(config.distill, config.model)
+    chip, config = topology.chip, runs[0]
+    teacher = online_teacher(config.distill, config.model)
     devices, width = len(topology.devices), 2 if config.compute.dtype == "bfloat16" else 4
     tokens = config.data.batch_size * config.data.seq_len
-    flops = training_flops_per_token(model, config.data.seq_len, teacher) * tokens
-    flops *= 1 + _RECOMPUTED[config.compute.remat] / 4
-    weights = count_parameters(model).total / shape["tensor"]
+    flops = 0.0 if teacher is None else forward_flops_per_token(teacher, config.data.seq_len)
+    flops += sum(training_flops_per_token(run.model, config.data.seq_len) for run in runs)
+    flops *= tokens * (1 + _RECOMPUTED[config.compute.remat] / 4)
+    weights = sum(count_parameters(run.model).total for run in runs) / shape["tensor"]
     gathered = 3 * weights + (0 if teacher is None else count_parameters(teacher).total / shape["tensor"])
     device_tokens = tokens / devices * shape["tensor"]
     sent = gathered * width * config.training.accumulation * _ring_share(shape["fsdp"])
     sent += 2 * 4 * weights / shape["fsdp"] * _ring_share(shape["data"])
-    sent += 4 * model.num_layers * device_tokens * model.d_model * width * 2 * _ring_share(shape["tensor"])
-    keys_and_values = (
-        2 * model.num_kv_heads * model.head_dim / shape["tensor"] * width * device_tokens * shape["sequence"]
-    )
-    sent += 3 * model.num_layers * keys_and_values * _ring_share(shape["sequence"])
+    for model in (run.model for run in runs):
+        sent += (
+            4 * model.num_layers * device_tokens * model.d_model * width * 2 * _ring_share(shape["tensor"])
+        )
+        keys_and_values = (
+            2
+            * model.num_kv_heads
+            * model.head_dim
+            / shape["tensor"]
+            * width
+            * device_tokens
+            * shape["sequence"]
+        )
+        sent += 3 * model.num_layers * keys_and_values * _ring_share(shape["sequence"])
     return flops / devices / chip.peak_flops + sent / (chip.link_bandwidth * (2 if chip.dimensions else 1))
 
 
-def _meshes(config: RunConfig, topology: Topology) -> Iterator[MeshConfig]:
-    """Yields every mesh of the devices that divides model and teacher.
+def _meshes(runs: Sequence[RunConfig], topology: Topology) -> Iterator[MeshConfig]:
+    """Yields every mesh of the devices that divides all models and the teacher.
 
     mesh.replica stays as configured, unless it does not divide over the slices of a TPU; then it is one per slice.
     """
+    config = runs[0]
     replica, devices = max(1, config.mesh.replica), len(topology.devices)
     if topology.platform == "tpu" and replica % topology.slices:
         replica = topology.slices
-    models, teacher = [config.model], teacher_config(config.distill, config.model)
-    if teacher is not None and config.distill.layout is None:  # it is sharded like the student
+    models, teacher = [run.model for run in runs], teacher_config(config.distill, config.model)
+    if teacher is not None and config.distill.layout is None:  # it is sharded like the students
         models.append(teacher)
     for tensor in _divisors(math.gcd(*(model.num_kv_heads for model in models))):
         if any(model.d_ff % tensor or model.vocab_size % tensor for model in models):

@@ -1,6 +1,7 @@
 """Checks of a run's input and output paths, made before the slow steps: data preparation and compilation."""
 
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 
 from gemma2_jax.checkpoints.store import latest_step
 from gemma2_jax.config import check_place
@@ -11,13 +12,29 @@ from gemma2_jax.run import RunConfig
 
 def check_places(config: RunConfig) -> None:
     """Raises UserError if a path that a run writes to cannot be created, for example because a parent is a file."""
-    check_place("output", config.output)
-    check_place("data.folder", config.data.folder)
-    check_place("tokenizer.path", config.tokenizer.path, is_file=True)
+    for key, path in _outputs(config):
+        check_place(key, path, is_file=key == "tokenizer.path")
+
+
+def check_places_below(folder: str, config: RunConfig) -> None:
+    """As `check_places`, for a run whose working directory will be `folder`: checks only the relative paths.
+
+    An absolute path may be on a disk that only the run's machines have.
+    """
+    for key, path in _outputs(config):
+        if not Path(path).is_absolute():
+            check_place(key, Path(folder, path), is_file=key == "tokenizer.path")
+
+
+def _outputs(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The keys of the paths that the run writes to, and the paths."""
+    yield "output", config.output
+    yield "data.folder", config.data.folder
+    yield "tokenizer.path", config.tokenizer.path
     if config.distill.cache is not None:
-        check_place("distill.cache", config.distill.cache)
+        yield "distill.cache", config.distill.cache
     if config.compilation_cache is not None and "://" not in config.compilation_cache:
-        check_place("compilation_cache", config.compilation_cache)
+        yield "compilation_cache", config.compilation_cache
 
 
 def check_sources(configs: Iterable[RunConfig], made: Collection[str] = ()) -> None:

@@ -35,6 +35,9 @@ class TrainState:
 class UpdateRule(Protocol):
     """Applies the gradients of a step to the state of one run or of several."""
 
+    def abstract_state(self, mesh: Mesh) -> Any:
+        """Shapes, dtypes and shardings of a state, without allocating it."""
+
     def trainable(self, state: Any) -> Any:
         """The part of the state that gradients are computed for."""
 

@@ -14,6 +14,8 @@ from gemma2_jax.config import UserError, differences, to_dict
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.reader import CachedBatches
 from gemma2_jax.methods.choose import build_method
+from gemma2_jax.methods.language_modelling import LanguageModelling
+from gemma2_jax.methods.method import Method
 from gemma2_jax.methods.students import Students
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.loop import (
@@ -28,7 +30,7 @@ from gemma2_jax.training.packages import check_packages
 from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.run_folder import Rows, RunFolder
 from gemma2_jax.training.start import check_same_inputs
-from gemma2_jax.training.state import TrainState, Update
+from gemma2_jax.training.state import TrainState, Update, UpdateRule
 
 
 def train_together(configs: Sequence[RunConfig]) -> None:
@@ -61,26 +63,43 @@ def train_together(configs: Sequence[RunConfig]) -> None:
 
 def _train_group(configs: Sequence[RunConfig], until: int) -> None:
     """Trains runs that are at the same step, up to step `until`."""
-    methods = {config.name: build_method(config) for config in configs}
-    if not any(config.distill.has_teacher for config in configs) or len(configs) == 1:
-        # Without a teacher, the runs would share only the batches.
-        for config in configs:
-            train_method(
-                methods[config.name], [config], partial(RunFolder, config, methods[config.name]), until
-            )
-        return
+    for runs in programs_of(configs):
+        method = method_of(runs)
+        if isinstance(method, Students):
+            train_method(method, runs, partial(_open_folders, runs, method), until)
+        else:
+            train_method(method, runs, partial(RunFolder, runs[0], method), until)
 
-    def open_folders(mesh: Mesh, progress: TrainingProgress, stack: ExitStack) -> "RunFolders":
-        return RunFolders(
-            {
-                config.name: RunFolder(config, methods[config.name], mesh, progress, stack)
-                for config in configs
-            }
-        )
 
-    # A run with a teacher comes first, since `train_method` takes the shared settings from the first run.
-    ordered = sorted(configs, key=lambda config: not config.distill.has_teacher)
-    train_method(Students(methods), ordered, open_folders, until)
+def programs_of(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """Groups runs by the program that trains them: all in one program, or each in its own if none has a teacher.
+
+    A run with a teacher comes first, since the settings that all runs share are taken from the first run.
+    """
+    if len(configs) == 1 or not any(config.distill.has_teacher for config in configs):
+        return [[config] for config in configs]  # without a teacher, the runs would share only the batches
+    return [sorted(configs, key=lambda config: not config.distill.has_teacher)]
+
+
+def method_of(runs: Sequence[RunConfig]) -> LanguageModelling | Students:
+    """Builds the training method of one program's runs (see `programs_of`)."""
+    methods = {run.name: build_method(run) for run in runs}
+    return methods[runs[0].name] if len(runs) == 1 else Students(methods)
+
+
+def update_of(runs: Sequence[RunConfig], method: Method) -> UpdateRule:
+    """Builds the update rule of one program's runs (see `programs_of`)."""
+    if len(runs) == 1:
+        return Update(runs[0], method.specs)
+    return Updates({run.name: Update(run, method.specs[run.name]) for run in runs})
+
+
+def _open_folders(
+    runs: Sequence[RunConfig], method: Students, mesh: Mesh, progress: TrainingProgress, stack: ExitStack
+) -> "RunFolders":
+    return RunFolders(
+        {run.name: RunFolder(run, method.members[run.name], mesh, progress, stack) for run in runs}
+    )
 
 
 def _step_of(config: RunConfig) -> int:
@@ -212,12 +231,18 @@ class RunFolders:
 
 
 def check_together(configs: Sequence[RunConfig]) -> None:
-    """Raises UserError if the runs cannot be trained together, or if one of them needs a missing package.
+    """Raises UserError if the runs cannot be trained together (see `check_alike`) or one needs a missing package."""
+    for config in configs:
+        check_packages(config)
+    check_alike(configs)
+
+
+def check_alike(configs: Sequence[RunConfig]) -> None:
+    """Raises UserError if the runs cannot be trained together.
 
     All runs need the same steps and batches, and all runs with a teacher need the same teacher.
     """
     for config in configs:
-        check_packages(config)
         if config.distill.on_policy is not None:
             raise UserError(
                 f"{config.name} sets distill.on_policy, so it samples its own batches and cannot share the teacher's "

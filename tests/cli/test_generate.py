@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -36,12 +37,17 @@ def asked(monkeypatch):
                     row.stop_reason = "stop" if shown >= len(text) else None
                 yield rows
 
-    def load(folder, dtype, tokenizer=None):
+    def open_source(folder, tokenizer):
         calls.extend([] if tokenizer is None else [([tokenizer], SamplingConfig())])
-        return f"{dtype} model of {folder}", Turns()
+        return folder
+
+    def model_of(source, dtype):
+        return f"{dtype} model of {source}"
 
     monkeypatch.setattr("gemma2_jax.sampling.sampler.Sampler", Sampler)
-    monkeypatch.setattr("gemma2_jax.formats.load.load", load)
+    monkeypatch.setattr("gemma2_jax.formats.load.open_source", open_source)
+    monkeypatch.setattr("gemma2_jax.formats.load.load_tokenizer", lambda source: Turns())
+    monkeypatch.setattr("gemma2_jax.formats.load.model_of", model_of)
     return calls
 
 
@@ -200,7 +206,7 @@ def test_a_conversation_keeps_its_history_until_it_is_reset(asked, monkeypatch, 
     captured = capsys.readouterr()
     assert captured.out.splitlines()[0] == f" {reply}"
     assert "there is no command /foo; accepted: /reset, /quit." in captured.err
-    assert "holds <start_of_turn> or <end_of_turn>" in captured.err
+    assert "contains <start_of_turn> or <end_of_turn>" in captured.err
 
 
 def test_control_c_stops_a_reply_and_the_conversation_goes_on(asked, monkeypatch, capsys):
@@ -224,6 +230,38 @@ def test_a_model_without_turn_tokens_is_no_partner(asked, monkeypatch, capsys):
     monkeypatch.setenv("LACKS_TURNS", "1")
     assert main([*COMMAND, "--interactive"]) == 1
     assert "has no <start_of_turn> token; a chat needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--interactive"], "has no <start_of_turn> token; a chat needs"),
+        (["--prompt", "a", "--stop", "9"], "--stop is 9; accepted: a text, or a token id from 0 to 8."),
+    ],
+)
+def test_a_tokenizer_error_is_reported_before_weights_are_read(asked, monkeypatch, capsys, options, sentence):
+    monkeypatch.setattr("gemma2_jax.formats.load.model_of", None)
+    monkeypatch.setenv("LACKS_TURNS", "1")
+    assert main([*COMMAND, *options]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "something else"])
+@pytest.mark.parametrize(
+    "command",
+    [["generate", "--prompt", "x", "--checkpoint", "some/model"], ["convert", "some/model", "new/target"]],
+)
+def test_a_bad_tokenizer_file_is_reported_before_a_checkpoint_is_downloaded(
+    content, command, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gemma2_jax.formats.hub.download", None)
+    if content is not None:
+        (tmp_path / "my.model").write_text(content)
+    assert main([*command, "--tokenizer", "my.model"]) == 1
+    assert "my.model" in (message := capsys.readouterr().err)
+    assert message.startswith("gemma2: ")
+    assert [path.name for path in tmp_path.iterdir()] == ([] if content is None else ["my.model"])
 
 
 @pytest.mark.parametrize(
@@ -268,3 +306,11 @@ def test_what_is_refused_is_named_as_it_was_typed(asked, capsys, options, senten
     assert f"{sentence}\n" in (message := capsys.readouterr().err)
     assert "sampling." not in message
     assert "null" not in message
+
+
+def test_each_setting_has_its_option(capsys):
+    assert set(generate.OPTIONS) == {field.name for field in fields(SamplingConfig)}
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    output = capsys.readouterr().out
+    assert all(f"  {option} " in output for option in generate.OPTIONS.values())

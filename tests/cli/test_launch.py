@@ -48,7 +48,7 @@ def test_dry_run_reports_what_a_launch_would_refuse(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--slices", "2"], "mesh.replica is 1 and --slices 2"),
+        (["--slices", "2"], "mesh.replica is 1 and --slices is 2"),
         (["hosts=single"], "hosts.detect is False"),
         (["--folder", "file"], "file is a file; name a folder"),
     ],
@@ -67,6 +67,33 @@ def test_what_fails_later_is_refused_at_once(
     assert output.startswith("gemma2: ")
     assert words in output
     assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workdir", "file"], "--workdir is {}/file, which cannot be used: {}/file is a file"),
+        (["output=file/mine"], "output is {}/file/mine, which cannot be used: {}/file is a file"),
+        (["data.folder=file/data"], "data.folder is {}/file/data, which cannot be used: {}/file is a file"),
+        (["tokenizer.path=file/my.model"], "tokenizer.path is {}/file/my.model, which cannot be used"),
+    ],
+)
+def test_unwritable_slurm_paths_are_refused_before_the_code_is_pinned(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gemma2_jax.launching.pin.find_checkout", None)
+    monkeypatch.setattr("gemma2_jax.launching.slurm.check_tools", lambda settings: None)
+    (tmp_path / "file").touch()
+    assert main(["launch", "slurm", "model=toy", "--local", *arguments]) == 1
+    output = capsys.readouterr().err
+    assert output.startswith(f"gemma2: {words.format(tmp_path, tmp_path)}")
+    assert output.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_pod_of_vms_waits_long_for_its_hosts(

@@ -8,6 +8,8 @@ import pytest
 
 from gemma2_jax.cli.main import main
 from gemma2_jax.planning import topologies
+from tests.distill.test_cache import write_teacher
+from tests.model.models import vivid
 
 TOY = ["plan", "model=toy", "tokenizer.vocab_size=512", "data.batch_size=8", "data.seq_len=32", "mesh.data=8"]
 
@@ -67,10 +69,59 @@ def test_a_search_prints_what_to_type(capsys):
     assert "Best: mesh.replica=1 mesh.data=" in output
 
 
+STUDENTS = [*TOY, "topology=cpu:8", "--student", "one", "--student", "two", "seed=1"]
+
+
+def test_students_without_a_teacher_have_a_plan_each(capsys):
+    """Without a teacher, each student has its own program."""
+    assert main([*STUDENTS, "--json"]) == 0
+    one, two = json.loads(capsys.readouterr().out)["programs"]
+    assert (one["name"], two["name"]) == ("one", "two")
+
+
+def test_students_share_a_program(capsys, toy_run, tmp_path):
+    teacher = write_teacher(toy_run, vivid(replace(toy_run.model, vocab_size=512)), tmp_path / "teacher")
+    asked = [*TOY, "topology=cpu:8", "objective=distillation", "distill=online", f"distill.teacher={teacher}"]
+    asked += ["--student", "one", "--student", "two", "model.num_layers=6"]
+    assert main(asked) == 0
+    output = capsys.readouterr().out
+    assert "one + two on cpu:8 fits." in output
+    assert re.search(r"parameters +[\d.]+ \wiB +\n +one +[\d.]+ \wiB \([\d,]+ parameters\) *\n +two ", output)
+    assert main([*asked, "--json"]) == 0
+    (program,) = json.loads(capsys.readouterr().out)["programs"]
+    assert list(program["parameters"]) == ["one", "two"]
+    assert main([*asked, "--placement", "--json"]) == 0
+    (placed,) = json.loads(capsys.readouterr().out)["programs"]
+    assert [model["role"] for model in placed["models"]] == ["student one", "student two", "teacher"]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "data.batch_size=16",
+        "training.accumulation=2",
+        "output=x",
+        "hosts=single",
+        "objective=jsd distill=on_policy distill.teacher=runs/teacher",
+    ],
+)
+def test_plan_refuses_students_that_train_together_refuses(own, capsys):
+    students = [*TOY, "--student", "one", "--student", "two", *own.split()]
+    assert main(["train-together", *students[1:]]) == 1
+    expected = capsys.readouterr().err
+    assert expected.startswith("gemma2: ")
+    assert main(["plan", "topology=cpu:8", *students[1:]]) == 1
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (TOY, "topology is missing"),
+        (
+            [*TOY, "topology=cpu:8", "--student", "one", "topology=cpu:4"],
+            "--student one: topology belongs to the plan, not to a student; put it before the first --student.",
+        ),
         ([*TOY, "topology=abacus:8"], "topology=abacus:8 names the unknown chip abacus"),
         ([*TOY[:-1], "topology=cpu:8", "mesh.data=3"], "needs exactly 3 devices, but there are 8 devices"),
         (

@@ -9,7 +9,7 @@ import pytest
 from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.cli.main import main
-from gemma2_jax.cli.train_together import compose_students
+from gemma2_jax.cli.student_options import compose_students
 from gemma2_jax.config import UserError
 from gemma2_jax.training.together import check_together
 

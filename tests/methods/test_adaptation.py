@@ -123,8 +123,8 @@ def rows_at(run: RunConfig, step: int, split: str) -> list[dict[str, float]]:
 
 def test_it_is_planned_with_moments_of_the_norms_alone(run: RunConfig) -> None:
     topology = find_topology("cpu:1")
-    adapted = make_plan(run, topology, build_method(run, NormsOnly())).program.memory.argument
-    assert adapted < 0.6 * make_plan(run, topology).program.memory.argument
+    adapted = make_plan([run], topology, build_method(run, NormsOnly())).program.memory.argument
+    assert adapted < 0.6 * make_plan([run], topology).program.memory.argument
 
 
 def test_students_with_it_have_the_losses_of_each_alone(toy_run: RunConfig) -> None:

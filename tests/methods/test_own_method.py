@@ -129,7 +129,7 @@ def test_a_checkpoint_of_another_method_is_refused(trained: RunConfig, tmp_path:
 
 def test_it_is_planned(run: RunConfig) -> None:
     topology = find_topology("cpu:1")
-    own, plain = make_plan(run, topology, TokenAfterNext(run)), make_plan(run, topology)
+    own, plain = make_plan([run], topology, TokenAfterNext(run)), make_plan([run], topology)
     D = run.model.d_model
     # The matrix and its two moments, and two numbers more that count the optimizer's steps.
     more = own.program.memory.argument - plain.program.memory.argument

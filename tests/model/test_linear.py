@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from gemma2_jax.model import linear as linear_file
+from gemma2_jax.model.capture import CapturedLayer
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.decoder import Decoder
 from gemma2_jax.model.linear import linear
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Params, map_specs, weight_specs
+from gemma2_jax.objectives.distances import hidden_distance, relative_squared_error
 
 TOKENS = jax.random.randint(jax.random.key(5), (2, 12), 0, 97)
 
@@ -115,6 +117,20 @@ def test_weights_of_two_arrays_pass_through_a_model(
     np.testing.assert_allclose(gate.change, 0.5 * wanted, rtol=1e-3, atol=1e-6)
     kept = Gemma2(toy_config, half).params()["pairs"]["global_block"]["attention"]["output"]
     assert isinstance(kept, Sum)
+
+
+@pytest.mark.usefixtures("sums_are_weights")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_projection_can_be_a_weight_of_two_arrays(dtype: str) -> None:
+    """The product is in float32, whatever the dtype of the states."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    states, target = jax.random.normal(keys[0], (2, 6, 8), dtype), jax.random.normal(keys[1], (2, 6, 12))
+    weight = jax.random.normal(keys[2], (8, 12))
+    student, teacher = CapturedLayer(None, 50.0, hidden=states), CapturedLayer(None, 50.0, hidden=target)
+    found = hidden_distance(student, teacher, cast(Any, Sum(weight, weight, 0.5)), "mse")
+    product = states.astype(jnp.float32) @ (1.5 * weight).astype(dtype).astype(jnp.float32)
+    expected = relative_squared_error(product, target)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("sums_are_weights")

@@ -11,11 +11,16 @@ import pytest
 
 from gemma2_jax.compilation import use_compilation_cache
 from gemma2_jax.config import UserError
+from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.planning.program import compile_step
 from gemma2_jax.planning.topologies import find_topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.loop import train
+from gemma2_jax.training.together import programs_of, train_together
+from tests.distill.test_cache import write_teacher
+from tests.model.models import vivid
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +48,7 @@ def test_a_run_takes_the_step_that_a_plan_has_compiled(toy_run: RunConfig, tmp_p
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
         compilation_cache=str(folder),
     )
-    compile_step(config, find_topology("cpu:8"))
+    compile_step([config], find_topology("cpu:8"))
     planned = steps_in(folder)
     assert len(planned) == 1
     hits: list[str] = []
@@ -53,6 +58,54 @@ def test_a_run_takes_the_step_that_a_plan_has_compiled(toy_run: RunConfig, tmp_p
     assert "/jax/compilation_cache/cache_hits" in hits
     assert len(list(folder.iterdir())) > 1  # of the run's other programs
     assert cache_folder() == mine
+
+
+def test_students_load_the_step_that_a_plan_compiled(
+    toy_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planned program is the trained program, and needs the same memory."""
+    folder = tmp_path / "compiled"
+    found: list[Any] = []
+    small = replace(
+        toy_run,
+        name="small",
+        output=str(tmp_path / "small"),
+        data=replace(toy_run.data, batch_size=8),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        objective=ObjectiveConfig(0.0, 1.0, temperature=1.0, block_tokens=48),
+        distill=DistillConfig(
+            write_teacher(toy_run, vivid(replace(toy_run.model, d_model=48)), tmp_path / "teacher"), "float32"
+        ),
+        training=replace(toy_run.training, steps=2, eval_every=2),
+        compilation_cache=str(folder),
+    )
+    text = replace(
+        small,
+        name="text",
+        output=str(tmp_path / "text"),
+        model=replace(small.model, num_layers=4),
+        objective=toy_run.objective,
+        distill=toy_run.distill,
+    )
+    (runs,) = programs_of([text, small])
+    planned = compile_step(runs, find_topology("cpu:8")).memory
+    kept = steps_in(folder)
+    assert len(kept) == 1
+    compile_lowered = jax.stages.Lowered.compile
+
+    def watched(self: jax.stages.Lowered, *arguments: Any) -> jax.stages.Compiled:
+        compiled = compile_lowered(self, *arguments)
+        found.append(compiled.memory_analysis())
+        return compiled
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", watched)
+    train_together([text, small])
+    assert steps_in(folder) == kept
+    (step,) = found
+    assert (planned.argument, planned.temp) == (step.argument_size_in_bytes, step.temp_size_in_bytes)
+    assert planned.peak == planned.argument + step.temp_size_in_bytes + (
+        step.output_size_in_bytes - step.alias_size_in_bytes
+    )
 
 
 @pytest.mark.parametrize(

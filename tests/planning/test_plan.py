@@ -27,6 +27,7 @@ from gemma2_jax.planning.topologies import Topology, find_topology
 from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.state import Update
+from gemma2_jax.training.together import programs_of
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def inputs_of(config, mesh) -> Inputs:
 
 @pytest.fixture(scope="module")
 def plan(planned_run, cpus):
-    return make_plan(planned_run, cpus)
+    return make_plan([planned_run], cpus)
 
 
 def test_a_plan_needs_no_data_and_no_teacher(plan, planned_run):
@@ -86,12 +87,63 @@ def test_memory_parts_equal_the_sizes_of_the_shards(planned_run, cpus, plan):
     assert plan.parts.moments == pytest.approx(2 * plan.parts.parameters, abs=64)
     assert plan.parts.teacher > plan.parts.parameters
     alone = replace(planned_run, mesh=MeshConfig(data=8), data=replace(planned_run.data, batch_size=8))
-    mesh = mesh_of(alone, cpus)
-    assert memory_parts(alone, inputs_of(alone, mesh), dict(mesh.shape)).parameters == whole
+    mesh = mesh_of([alone], cpus)
+    assert memory_parts([alone], inputs_of(alone, mesh), dict(mesh.shape)).parameters == whole
+
+
+@pytest.fixture(scope="module")
+def students(planned_run):
+    """A student like the planned run, a deeper one, and one without a teacher."""
+    deep = replace(planned_run, name="deep", model=replace(planned_run.model, num_layers=4))
+    text = replace(
+        planned_run,
+        name="text",
+        objective=ObjectiveConfig(1.0, 0.0, temperature=1.0, block_tokens=48),
+        distill=replace(planned_run.distill, teacher=None, model=None),
+    )
+    (runs,) = programs_of([text, deep, planned_run])
+    return runs
+
+
+def test_students_have_one_plan(students, planned_run, cpus, plan):
+    """The plan counts all their parameters, and the teacher once."""
+    together = make_plan(students, cpus)
+    assert together.name == "deep + toy + text"
+    text = students[-1]
+    alone = [
+        make_plan([replace(run, objective=text.objective, distill=text.distill)], cpus) for run in students
+    ]
+    assert (
+        together.parameters
+        == {run.name: count_parameters(run.model).total for run in students}
+        == {one.name: one.parameters[one.name] for one in alone}
+    )
+    assert together.parts.parameters_by_run == {one.name: one.parts.parameters for one in alone}
+    assert together.parts.parameters == sum(together.parts.parameters_by_run.values())
+    assert together.parts.moments == sum(one.parts.moments for one in alone)
+    assert together.parts.teacher == plan.parts.teacher
+    teacher_flops = plan.model_flops - alone[1].model_flops
+    assert teacher_flops > 0
+    assert together.model_flops == pytest.approx(sum(one.model_flops for one in alone) + teacher_flops)
+    costs = [one.cost for one in (together, *alone) if one.cost is not None]
+    assert costs[0].flops > sum(cost.flops for cost in costs[1:])
+    assert len(costs) == 4
+    small = replace(cpus, chip=replace(cpus.chip, memory=1000))
+    message = " ".join(memory_savings(students, small, together.parts, together.mesh, 10**8))
+    assert "without --student deep" in message
+
+
+def test_students_are_searched_and_placed_together(students, cpus):
+    roles = [model.role for model in find_placement(students, cpus).models]
+    assert roles == ["student deep", "student toy", "student text", "teacher"]
+    odd = replace(students[1], model=replace(students[1].model, d_ff=63))
+    assert any(candidate.runs[0].mesh.tensor > 1 for candidate in candidates(students, cpus))
+    for candidate in candidates([students[0], odd], cpus):
+        assert {run.mesh.tensor for run in candidate.runs} == {1}  # more would not divide 63
 
 
 def test_placed_weights_are_as_large_as_the_shards(planned_run, cpus, plan):
-    placement = find_placement(planned_run, cpus)
+    placement = find_placement([planned_run], cpus)
     sizes = {model.role: sum(weight.device_bytes for weight in model.weights) for model in placement.models}
     assert sizes == {"student": plan.parts.parameters, "teacher": plan.parts.teacher}
 
@@ -99,7 +151,7 @@ def test_placed_weights_are_as_large_as_the_shards(planned_run, cpus, plan):
 def test_a_teacher_can_have_another_layout(planned_run, cpus):
     apart = LayoutConfig(weights={"D": ("fsdp",), "F": ("tensor",)}, head=("tensor",))
     student, teacher = find_placement(
-        replace(planned_run, distill=replace(planned_run.distill, layout=apart)), cpus
+        [replace(planned_run, distill=replace(planned_run.distill, layout=apart))], cpus
     ).models
     assert [model.weights[0].axes for model in (student, teacher)] == [
         {"V": ("tensor",), "D": ("fsdp",)},
@@ -135,23 +187,23 @@ def test_a_plan_for_cpus_can_fail_by_its_temporaries(planned_run, cpus, plan):
     memory = plan.program.memory
     assert memory.temp
     between = replace(cpus, chip=replace(cpus.chip, memory=memory.argument + memory.temp // 2))
-    refused = make_plan(planned_run, between)
+    refused = make_plan([planned_run], between)
     assert not refused.fits
-    (_, searched), *_ = search(planned_run, replace(cpus, chip=replace(cpus.chip, memory=1000)), 0.0).plans
+    (_, searched), *_ = search([planned_run], replace(cpus, chip=replace(cpus.chip, memory=1000)), 0.0).plans
     assert searched.program.memory.temp
     assert searched.program.memory.peak > searched.program.memory.argument + searched.program.memory.temp - 1
 
 
 def test_a_step_that_does_not_fit_lists_what_would_help(planned_run, cpus):
     small = replace(cpus, chip=replace(cpus.chip, memory=1000))
-    plan = make_plan(planned_run, small)
+    plan = make_plan([planned_run], small)
     assert not plan.fits
     message = " ".join(plan.help)
     for words in ("compute.remat=full", "mesh.fsdp=4", "distill.dtype=bfloat16", "twice as many devices"):
         assert words in message
     assert message.count("estimate;") == len(plan.help)
     parts = replace(plan.parts, activations=10**9)
-    assert "enough by itself" in memory_savings(planned_run, small, parts, plan.mesh, 10**8)[0]
+    assert "enough by itself" in memory_savings([planned_run], small, parts, plan.mesh, 10**8)[0]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +216,7 @@ def test_a_step_that_does_not_fit_lists_what_would_help(planned_run, cpus):
 )
 def test_incompatible_settings_are_reported(changes, message, planned_run, cpus):
     with pytest.raises(UserError, match=message):
-        make_plan(replace(planned_run, **changes), cpus)
+        make_plan([replace(planned_run, **changes)], cpus)
 
 
 def test_a_teacher_of_unknown_sizes_is_reported(planned_run, cpus):
@@ -173,7 +225,7 @@ def test_a_teacher_of_unknown_sizes_is_reported(planned_run, cpus):
         UserError,
         match=r"distill\.teacher is nowhere, which does not exist on this machine; .* distill\.model",
     ):
-        make_plan(unknown, cpus)
+        make_plan([unknown], cpus)
 
 
 @pytest.mark.parametrize(
@@ -229,20 +281,20 @@ def test_each_network_has_its_own_bandwidth():
 
 @pytest.mark.thorough
 def test_candidates_divide_and_the_search_keeps_its_budget(planned_run, cpus):
-    waiting = candidates(planned_run, cpus)
+    waiting = candidates([planned_run], cpus)
     assert len({candidate.overrides for candidate in waiting}) == len(waiting) > 10
     for candidate in waiting:
-        mesh = mesh_of(candidate.config, cpus)
-        inputs_of(candidate.config, mesh)  # refuses what does not divide
-    found = search(planned_run, cpus, budget=0.0)
+        mesh = mesh_of(candidate.runs, cpus)
+        inputs_of(candidate.runs[0], mesh)  # refuses what does not divide
+    found = search([planned_run], cpus, budget=0.0)
     assert (len(found.plans), found.left) == (1, len(waiting) - 1)
-    assert found.plans[0][0].config.compute.remat == "none"  # the fastest of those that fit
+    assert found.plans[0][0].runs[0].compute.remat == "none"  # the fastest of those that fit
 
 
 def test_a_search_without_a_mesh_is_reported(planned_run, cpus):
     odd = replace(planned_run, data=replace(planned_run.data, batch_size=3, seq_len=31))
     with pytest.raises(UserError, match=r"no mesh of the 8 devices of cpu:8 divides both"):
-        search(odd, cpus, budget=0.0)
+        search([odd], cpus, budget=0.0)
 
 
 @pytest.mark.slow
@@ -255,7 +307,7 @@ def test_a_plan_for_a_tpu_without_having_one(planned_run):
         data=replace(planned_run.data, batch_size=16, seq_len=256),
         compute=ComputeConfig(dtype="bfloat16", remat="full"),
     )
-    plan = make_plan(config, find_topology("v5e:4x4"))
+    plan = make_plan([config], find_topology("v5e:4x4"))
     assert plan.fits
     assert plan.cost is not None
     assert plan.cost.uncounted == 0
