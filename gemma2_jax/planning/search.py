@@ -217,8 +217,10 @@ def _meshes(runs: Sequence[RunConfig], topology: Topology) -> Iterator[MeshConfi
             if uneven:
                 continue
             for fsdp in _divisors(rest):
-                if all(model.d_model % fsdp == 0 for model in models):
-                    yield MeshConfig(rest // fsdp, fsdp, tensor, sequence, replica)
+                mesh = MeshConfig(rest // fsdp, fsdp, tensor, sequence, replica)
+                head = math.prod(getattr(mesh, axis) for axis in config.layout.head)
+                if all(model.d_model % fsdp == 0 and model.vocab_size % head == 0 for model in models):
+                    yield mesh
 
 
 def _rank(plan: Plan) -> tuple[bool, float, int]:

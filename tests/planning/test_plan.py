@@ -142,6 +142,22 @@ def test_students_are_searched_and_placed_together(students, cpus):
         assert {run.mesh.tensor for run in candidate.runs} == {1}  # more would not divide 63
 
 
+def test_candidates_divide_the_vocabulary_in_the_head(planned_run, cpus):
+    model, teacher = (
+        replace(each, vocab_size=303) for each in (planned_run.model, planned_run.distill.model)
+    )
+    odd = replace(
+        planned_run,
+        model=model,
+        distill=replace(planned_run.distill, model=teacher),
+        data=replace(planned_run.data, batch_size=8),
+    )
+    found = [candidate.runs[0] for candidate in candidates([odd], cpus)]
+    for run in found:
+        mesh_of([run], cpus)  # refuses what does not divide
+    assert {run.mesh.data for run in found} == {8}  # 303 is odd, so no axis can split the vocabulary
+
+
 def test_placed_weights_are_as_large_as_the_shards(planned_run, cpus, plan):
     placement = find_placement([planned_run], cpus)
     sizes = {model.role: sum(weight.device_bytes for weight in model.weights) for model in placement.models}
