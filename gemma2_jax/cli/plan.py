@@ -65,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma2_jax.cli.compose import compose, pairs
     from gemma2_jax.config import UserError
     from gemma2_jax.planning.topologies import ACCEPTED, find_topology
+    from gemma2_jax.training.start import with_prepared_vocabulary
+    from gemma2_jax.training.together import check_alike, programs_of
 
     overrides = [(text, key, value) for text in arguments.overrides for key, value in pairs([text])]
     names = [str(value) for _, key, value in overrides if key == "topology"]
@@ -72,13 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"topology is missing; set it, as in topology=v5e:4x4; {ACCEPTED}.")
     rest = [text for text, key, _ in overrides if key != "topology"]
     if arguments.student:
-        from gemma2_jax.training.together import check_alike, programs_of
-
-        students = compose_students(rest, arguments.student, arguments.config_dir)
-        check_alike(students)
-        programs = programs_of(students)
+        configs = compose_students(rest, arguments.student, arguments.config_dir)
+        check_alike(configs)
     else:
-        programs = [[compose(rest, arguments.config_dir)]]
+        configs = [compose(rest, arguments.config_dir)]
+    programs = programs_of([with_prepared_vocabulary(config) for config in configs])
     topology = find_topology(names[-1], _gpu_memory_fraction())
     plan = _search if arguments.search else _placement if arguments.placement else _plan
     planned = [plan(runs, topology, arguments) for runs in programs]

@@ -17,6 +17,7 @@ from gemma2_jax.planning.program import Program, check_sizes, compile_step, devi
 from gemma2_jax.planning.roofline import Bounds, bounds, kernel_flops, share_of_peak
 from gemma2_jax.planning.topologies import Topology, find_topology
 from gemma2_jax.run import RunConfig
+from gemma2_jax.training.start import with_prepared_vocabulary
 from gemma2_jax.training.together import method_of
 
 FLOPS_SOURCE = (
@@ -131,6 +132,8 @@ class Plan:
 def plan(config: RunConfig, topology: str = "cpu:1", method: Method | None = None) -> Plan:
     """Plans a training step on devices that need not be present: its memory, communication and least time.
 
+    Needs no data. If `data.folder` is prepared with a lowered vocabulary, the plan has that one, as training does.
+
     Args:
         topology: a name such as `v5e:4x4`, `h100:8` or `cpu:8`, as in `gemma2 plan`.
         method: training method; by default the one that the configuration selects.
@@ -138,7 +141,7 @@ def plan(config: RunConfig, topology: str = "cpu:1", method: Method | None = Non
     Raises:
         UserError: the topology is unknown, a package for it is missing, or `compile_step` raises.
     """
-    return make_plan([config], find_topology(topology), method)
+    return make_plan([with_prepared_vocabulary(config)], find_topology(topology), method)
 
 
 def make_plan(runs: Sequence[RunConfig], topology: Topology, method: Method | None = None) -> Plan:

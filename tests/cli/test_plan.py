@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from gemma2_jax.cli.compose import compose
 from gemma2_jax.cli.main import main
+from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.planning import topologies
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
@@ -93,6 +95,33 @@ def test_students_share_a_program(capsys, toy_run, tmp_path):
     assert main([*asked, "--placement", "--json"]) == 0
     (placed,) = json.loads(capsys.readouterr().out)["programs"]
     assert [model["role"] for model in placed["models"]] == ["student one", "student two", "teacher"]
+
+
+@pytest.mark.parametrize("students", [[], ["--student", "one", "--student", "two", "seed=1"]])
+@pytest.mark.parametrize("action", [[], ["--search", "--budget", "0"], ["--placement"]])
+def test_every_plan_has_the_vocabulary_of_prepared_data(students, action, capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("".join(f"note {number} of few words\n" for number in range(400)))
+    run = [
+        "model=toy",
+        f"data.source={tmp_path}/notes.txt",
+        f"data.folder={tmp_path}/data",
+        f"tokenizer.path={tmp_path}/data/tokenizer.model",
+    ]
+    assert main(["data", "prepare", *run]) == 0
+    tokens = int(re.search(r"lowered to (\d+)", capsys.readouterr().err)[1])
+    sizes = ["data.batch_size=8", "data.seq_len=32", "mesh.data=8", "topology=cpu:8"]
+    assert main(["plan", *run, *sizes, "--json", *action, *students]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (first, *others) = found["programs"] if students else [found]
+    assert len(others) == bool(students)
+    D = compose(["model=toy"]).model.d_model
+    for plan in (first, *others):
+        if action == ["--placement"]:
+            assert plan["models"][0]["weights"][0]["sizes"] == {"V": tokens, "D": D}
+        else:
+            (tried,) = plan["tried"] if action else [plan]
+            config = replace(compose(["model=toy"]).model, vocab_size=tokens)
+            assert set(tried["parameters"].values()) == {count_parameters(config).total}
 
 
 @pytest.mark.parametrize(

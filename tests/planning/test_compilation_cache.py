@@ -11,8 +11,12 @@ import pytest
 
 from gemma2_jax.compilation import use_compilation_cache
 from gemma2_jax.config import UserError
+from gemma2_jax.data.config import TokenizerConfig
+from gemma2_jax.data.prepare import prepare
 from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.planning.plan import plan
 from gemma2_jax.planning.program import compile_step
 from gemma2_jax.planning.topologies import find_topology
 from gemma2_jax.run import RunConfig
@@ -58,6 +62,35 @@ def test_a_run_takes_the_step_that_a_plan_has_compiled(toy_run: RunConfig, tmp_p
     assert "/jax/compilation_cache/cache_hits" in hits
     assert len(list(folder.iterdir())) > 1  # of the run's other programs
     assert cache_folder() == mine
+
+
+def test_a_plan_has_the_vocabulary_of_prepared_data(toy_run: RunConfig, tmp_path: Path) -> None:
+    """The text supports fewer tokens than requested; the planned program is then the trained program."""
+    source = tmp_path / "notes.jsonl"
+    source.write_text("".join(f'{{"text": "note {number} of few words"}}\n' for number in range(400)))
+    data = replace(toy_run.data, source=str(source), folder=str(tmp_path / "data"), batch_size=8)
+    config = replace(
+        toy_run,
+        output=str(tmp_path / "run"),
+        model=replace(toy_run.model, vocab_size=4096),
+        tokenizer=TokenizerConfig(str(tmp_path / "data" / "tokenizer.model"), 4096),
+        data=data,
+        mesh=MeshConfig(data=8),
+        training=replace(toy_run.training, steps=2, eval_every=2),
+        compilation_cache=str(tmp_path / "compiled"),
+    )
+    unprepared = plan(config, "cpu:8")
+    assert unprepared.parameters == {"toy": count_parameters(config.model).total}
+    assert not Path(data.folder).exists()
+
+    size = prepare(data, config.tokenizer).vocab_size
+    assert size < 4096
+    prepared = plan(config, "cpu:8")
+    assert prepared.parameters == {"toy": count_parameters(replace(config.model, vocab_size=size)).total}
+    planned = steps_in(tmp_path / "compiled")
+    assert len(planned) == 2
+    train(config)
+    assert steps_in(tmp_path / "compiled") == planned
 
 
 def test_students_load_the_step_that_a_plan_compiled(
