@@ -68,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma2_jax.training.start import with_prepared_vocabulary
     from gemma2_jax.training.together import check_alike, programs_of
 
+    if not arguments.budget >= 0:  # also refuses nan
+        raise UserError(f"--budget is {arguments.budget:g}; it must be a number of seconds, at least 0.")
     overrides = [(text, key, value) for text in arguments.overrides for key, value in pairs([text])]
     names = [str(value) for _, key, value in overrides if key == "topology"]
     if not names:

@@ -124,6 +124,15 @@ def test_every_plan_has_the_vocabulary_of_prepared_data(students, action, capsys
             assert set(tried["parameters"].values()) == {count_parameters(config).total}
 
 
+@pytest.mark.parametrize("budget", ["-5", "nan"])
+def test_a_budget_that_is_no_time_is_refused(budget, capsys):
+    assert main([*TOY, "topology=cpu:8", "--search", "--budget", budget]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"gemma2: --budget is {budget}; it must be a number of seconds, at least 0.\n"
+    )
+
+
 @pytest.mark.parametrize(
     "own",
     [
