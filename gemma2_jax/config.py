@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from gemma2_jax.files import in_the_way, nearest_folder, obstacle_clause, reason, write_text
+from gemma2_jax.files import folders_to_extend, in_the_way, obstacle_clause, reason, write_text
 
 Config = TypeVar("Config")
 
@@ -57,11 +57,12 @@ def check_place(key: str, path: str | os.PathLike[str], is_file: bool = False) -
         is_file: whether the key is set to a file; then the file's folder is checked.
     """
     folder = Path(path).parent if is_file else Path(path)
-    file, nearest = in_the_way(folder), nearest_folder(folder)
+    file = in_the_way(folder)
     if file is not None:
         raise _unusable(key, path, obstacle_clause(file))
-    if not folder.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
-        raise _unusable(key, path, f"nothing can be made in {nearest} (Permission denied)")
+    for above in folders_to_extend(folder):
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise _unusable(key, path, f"nothing can be made in {above} (Permission denied)")
 
 
 def _unusable(key: str, path: str | os.PathLike[str], why: str) -> UserError:

@@ -103,19 +103,36 @@ def locked(folder: str | os.PathLike[str], wait: bool) -> Iterator[None]:
 
 
 def in_the_way(path: str | os.PathLike[str]) -> Path | None:
-    """Returns the file (or other non-folder) at `path` or above it that rules out a folder there, or None."""
-    for place in (Path(path), *Path(path).parents):
-        if place.is_dir():
-            return None
-        if os.path.lexists(place):
-            return place
-    return None
+    """Returns the file (or other non-folder) on the way to `path` that rules out a folder there, or None."""
+    return _walk(path)[1]
 
 
-def nearest_folder(path: str | os.PathLike[str]) -> Path:
-    """Returns `path` itself if it is a folder, else the nearest folder above it."""
-    whole = Path(path).absolute()
-    return next(folder for folder in (whole, *whole.parents) if folder.is_dir())
+def folders_to_extend(path: str | os.PathLike[str]) -> list[Path]:
+    """Returns the existing folders in which another one has to be made before `path` is a folder; none if it is one."""
+    return [folder.absolute() for folder in _walk(path)[0]]
+
+
+def _walk(path: str | os.PathLike[str]) -> tuple[list[Path], Path | None]:
+    """Follows `path` from its first folder, as if missing folders were made on the way.
+
+    So `missing/../file` leads to `file`, which a look at the whole path does not find.
+
+    Returns:
+        The existing folders in which one has to be made, up to the first obstacle, and the obstacle or None.
+    """
+    extended: list[Path] = []
+    folder, missing = Path(), 0  # the last existing folder, and the number of missing ones below it
+    for part in Path(path).parts:
+        if missing:
+            missing += -1 if part == ".." else 1
+        elif os.path.isdir(folder / part):
+            folder = folder / part
+        elif os.path.lexists(folder / part):
+            return extended, folder / part
+        else:
+            extended.append(folder)
+            missing = 1
+    return extended, None
 
 
 def reason(error: OSError, path: str | os.PathLike[str] | None = None) -> str:

@@ -1,6 +1,8 @@
 """Building configuration from plain data: accepted values, and one-sentence errors for others."""
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -208,3 +210,41 @@ def test_suggestion_names_the_nearest_first():
 
 def test_the_root_is_a_place() -> None:
     check_place("output", "/")
+
+
+@pytest.mark.parametrize(
+    "path", ["file/x", "new/../file/x", "new/deep/../../file", "here/../file/x", "file/../x"]
+)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_file_on_the_way_to_a_folder_is_named(path, absolute, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "here").mkdir()
+    whole = tmp_path / path if absolute else Path(path)
+    with pytest.raises(
+        UserError, match=r"^output is .*, which cannot be used: \S*file is a file, where a folder"
+    ):
+        check_place("output", whole)
+    with pytest.raises(OSError, match=r"File exists|Not a directory"):  # what the run would meet
+        whole.mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize("path", ["new/x", "new/../x", "link/../beside/x", "here/../new/../here/x", "new/.."])
+def test_folders_that_can_be_made_are_accepted(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "beside").touch()  # link/.. is the folder above the target
+    (tmp_path / "far" / "target").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/target")
+    (tmp_path / "here").mkdir()
+    check_place("output", path)
+    Path(path).mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize("path", ["locked/x", "new/../locked/x", "locked/new/../../x"])
+def test_a_folder_in_which_nothing_can_be_made_is_named(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path / "locked")
+    check_place("output", "locked")
+    with pytest.raises(UserError, match=f"^output is {path}, .*: nothing can be made in {tmp_path}/locked "):
+        check_place("output", path)

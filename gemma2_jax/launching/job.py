@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from gemma2_jax.config import UserError
+from gemma2_jax.config import UserError, check_place
 from gemma2_jax.files import write_text
 from gemma2_jax.run import RunConfig
 
@@ -132,11 +132,9 @@ def check_config(config: RunConfig, slices: int = 1) -> None:
 
 def check_launch_folder(folder: Path) -> None:
     """Raises UserError if `folder`, which need not exist yet, cannot be written to."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"--folder is {folder}, but {there} is a file; name a folder.")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"--folder is {folder}, but {there} is not writable; name another folder.")
+    check_place("--folder", folder)
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--folder is {folder}, which is not writable; name another folder.")
 
 
 def require_tool(tool: str, purpose: str, install: str) -> None:

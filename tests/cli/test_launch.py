@@ -50,7 +50,7 @@ def test_dry_run_reports_what_a_launch_would_refuse(
     [
         (["--slices", "2"], "mesh.replica is 1 and --slices is 2"),
         (["hosts=single"], "hosts.detect is False"),
-        (["--folder", "file"], "file is a file; name a folder"),
+        (["--folder", "file"], "file is a file, where a folder is needed"),
     ],
 )
 def test_what_fails_later_is_refused_at_once(
@@ -74,6 +74,10 @@ def test_what_fails_later_is_refused_at_once(
     [
         (["--workdir", "file"], "--workdir is {}/file, which cannot be used: {}/file is a file"),
         (["output=file/mine"], "output is {}/file/mine, which cannot be used: {}/file is a file"),
+        (
+            ["output=new/../file/mine"],
+            "output is {}/new/../file/mine, which cannot be used: {}/file is a file",
+        ),
         (["data.folder=file/data"], "data.folder is {}/file/data, which cannot be used: {}/file is a file"),
         (["tokenizer.path=file/my.model"], "tokenizer.path is {}/file/my.model, which cannot be used"),
     ],

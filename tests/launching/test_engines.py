@@ -226,6 +226,12 @@ def test_configurations_that_would_fail_on_the_hosts_are_refused(toy_run: RunCon
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     job.check_launch_folder(tmp_path / "new" / "folder")
-    for path in (tmp_path / "file", tmp_path / "file" / "within"):
-        with pytest.raises(UserError, match=r"^--folder is .*, and .*/file is a file; name a folder"):
+    for path in (
+        tmp_path / "file",
+        tmp_path / "file" / "within",
+        tmp_path / "new" / ".." / "file" / "within",
+    ):
+        with pytest.raises(
+            UserError, match=r"^--folder is .*, which cannot be used: .*/file is a file, where"
+        ):
             job.check_launch_folder(path)
