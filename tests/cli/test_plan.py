@@ -108,7 +108,7 @@ def test_every_plan_has_the_vocabulary_of_prepared_data(students, action, capsys
         f"tokenizer.path={tmp_path}/data/tokenizer.model",
     ]
     assert main(["data", "prepare", *run]) == 0
-    tokens = int(re.search(r"lowered to (\d+)", capsys.readouterr().err)[1])
+    (tokens,) = map(int, re.findall(r"lowered to (\d+)", capsys.readouterr().err))
     sizes = ["data.batch_size=8", "data.seq_len=32", "mesh.data=8", "topology=cpu:8"]
     assert main(["plan", *run, *sizes, "--json", *action, *students]) == 0
     found = json.loads(capsys.readouterr().out)
