@@ -13,6 +13,10 @@ __version__ = "0.1.0"
 from importlib import import_module
 from typing import Any
 
+from gemma2_jax.virtual_devices import enlarge_thread_pool
+
+enlarge_thread_pool()  # here, because JAX must not have used its devices before
+
 # The public API, each name loaded when it is first used: `import gemma2_jax` itself is fast.
 _PLACES = {
     "compose": "cli.compose",  # key=value to the configuration of a run
