@@ -13,6 +13,10 @@ __version__ = "0.1.0"
 from importlib import import_module
 from typing import Any
 
+from gemma2_jax.virtual_devices import enlarge_thread_pool
+
+enlarge_thread_pool()  # here, because JAX must not have used its devices before
+
 # The public API. Each name is imported when it is first used, so that `import gemma2_jax` stays fast.
 _MODULES = {
     "compose": "cli.compose",  # from key=value overrides to the configuration of a run

@@ -12,7 +12,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gemma2_jax"
 
-BOTTOM = {"chips", "compilation", "config", "files", "machine", "schedule", "screen", "stops"}
+BOTTOM = {
+    "chips",
+    "compilation",
+    "config",
+    "files",
+    "machine",
+    "schedule",
+    "screen",
+    "stops",
+    "virtual_devices",
+}
 # What each package may import besides itself and the bottom. A package that is not listed fails the test.
 ALLOWED = {
     "chips": set(),
@@ -21,6 +31,7 @@ ALLOWED = {
     "machine": set(),
     "screen": set(),
     "stops": set(),
+    "virtual_devices": set(),
     "config": {"files"},
     "schedule": {"config"},
     "model": {"kernels", "sharding"},

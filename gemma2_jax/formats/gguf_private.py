@@ -31,7 +31,7 @@ def header_reader(gguf: Any) -> Any:
             else:
                 end += length * np.dtype(self.gguf_scalar_to_np[kinds(item)]).itemsize
             if end > len(self.data):
-                raise ValueError("a list goes on behind the end of the file")
+                raise ValueError("a list extends beyond the end of the file")
             return end - orig_offs, [np.array([length])], [0], [kinds.UINT64]
 
     return HeaderReader

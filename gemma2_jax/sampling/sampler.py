@@ -30,7 +30,7 @@ _advance = jax.jit(advance, static_argnames=("max_steps", "choice"), donate_argn
 class Sampler:
     """Completes prompts with a model's samples.
 
-    The weights are laid out anew for decoding (see `Decoder`), so the model itself can be deleted.
+    The weights are copied into the layout of decoding (see `Decoder`), so the model itself can be deleted.
 
     Args:
         compute: its dtype is that of the weights and the cache; `unroll_layers` is twice as fast on CPU.
