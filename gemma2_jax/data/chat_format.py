@@ -47,6 +47,15 @@ def render(messages: Sequence[Mapping[str, object]], generation_prompt: bool = F
     return "".join(turns)
 
 
+def turn_parts(role: str, content: str) -> tuple[str, str, str, str]:
+    """Returns the parts of a turn's text: header, content, terminator, and the newline after it.
+
+    Args:
+        role: user or model.
+    """
+    return f"{START_OF_TURN}{role}\n", content.strip(), END_OF_TURN, "\n"
+
+
 def _turn(index: int, message: Mapping[str, object]) -> str:
     if not {"role", "content"} <= message.keys():
         raise UserError(f"Message {index} has the keys {', '.join(message)}; it must have role and content.")
@@ -67,4 +76,4 @@ def _turn(index: int, message: Mapping[str, object]) -> str:
         raise UserError(
             f"Message {index} contains {START_OF_TURN} or {END_OF_TURN}, which only the chat format may add."
         )
-    return f"{START_OF_TURN}{expected}\n{content.strip()}{END_OF_TURN}\n"
+    return "".join(turn_parts(expected, content))

@@ -1,11 +1,30 @@
-"""Configuration of the training text (`DataConfig`) and of its tokenizer (`TokenizerConfig`)."""
+"""Configuration of the training data (`DataConfig`, `ConversationsConfig`) and its tokenizer (`TokenizerConfig`)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from gemma2_jax.config import refuse
 
+PYTHON_DOCS = "python-docs"
 SMALLEST_VOCABULARY = 282  # of a tokenizer to train: 256 bytes, 25 fixed pieces, and one character
+
+
+@dataclass(frozen=True)
+class ConversationsConfig:
+    """How a conversation becomes tokens and a loss mask. Stored with the prepared data, which depends on it.
+
+    Attributes:
+        system: what to do with a system turn, which Gemma 2's chat format lacks: "refuse" treats its conversation as
+            unreadable, "fold" puts its text and a blank line before the first user turn.
+        loss_on: which of the model's turns carry loss: "all" or only the "last".
+        newline: whether the newline after a turn's <end_of_turn> carries loss too. TRL trains on it, DeepMind's gemma
+            does not; the model never has to generate it, since a turn is complete without it.
+    """
+
+    system: Literal["refuse", "fold"] = "refuse"
+    loss_on: Literal["all", "last"] = "all"
+    newline: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,10 @@ class DataConfig:
     streams: int = 1
     shuffle_buffer: int = 0  # Older runs lack this key.
     skip_invalid: int | float = 0  # Older runs lack this key.
+    # Older runs lack these keys.
+    conversations: ConversationsConfig | None = None
+    too_long: Literal["truncate", "drop"] = "truncate"
+    packing_window: int = 4096
 
     def __post_init__(self) -> None:
         refuse(self._complaints())
@@ -63,7 +86,12 @@ class DataConfig:
             yield f"data.seq_len is {self.seq_len}; it must be at least 2."
         if not 0 <= self.seed < 2**32:
             yield f"data.seed is {self.seed}; it must be at least 0 and below 2**32."
-        for name in ("batch_size", "workers", "shard_characters", "streams"):
+        if self.conversations is not None and self.sources == (PYTHON_DOCS,):
+            yield (
+                f"data.source is {PYTHON_DOCS}, which holds no conversations; set it to globs of .jsonl or .parquet "
+                "files, or write data=python_docs for the text."
+            )
+        for name in ("batch_size", "workers", "shard_characters", "streams", "packing_window"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"data.{name} is {value}; it must be at least 1."

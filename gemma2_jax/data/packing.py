@@ -11,7 +11,32 @@ from typing import Any
 import grain
 import numpy as np
 
-Row = dict[str, np.ndarray]  # tokens, targets, positions, segment_ids: int32 [T]
+Row = dict[str, np.ndarray]  # tokens, targets, positions, segment_ids: int32 [T]; loss_mask: float32 [T]
+
+
+def empty_row(seq_len: int) -> Row:
+    """Returns a row of T padding tokens."""
+    row: Row = {
+        name: np.zeros(seq_len, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")
+    }
+    return row | {"loss_mask": np.zeros(seq_len, np.float32)}
+
+
+def place_segment(row: Row, segment: int, start: int, ids: np.ndarray, loss: np.ndarray | float) -> None:
+    """Writes a segment into a row.
+
+    Args:
+        segment: number of the segment, from 1.
+        start: index of its first token.
+        ids: [n + 1], the tokens of the segment and one that is only a target.
+        loss: [n], the weight of each target in the loss, or one weight for all.
+    """
+    place = slice(start, start + len(ids) - 1)
+    row["tokens"][place] = ids[:-1]
+    row["targets"][place] = ids[1:]
+    row["positions"][place] = np.arange(len(ids) - 1)
+    row["segment_ids"][place] = segment
+    row["loss_mask"][place] = loss
 
 
 class PackedRows(grain.IterDataset):
@@ -20,7 +45,7 @@ class PackedRows(grain.IterDataset):
     Tokens (all but the last of a document) and targets (all but the first) are taken from each document before it is
     packed. So no target belongs to another document, and none is lost where a document is cut: the remainder
     continues in the next row, as a new segment with positions from 0. Only the last row of a finite parent is padded,
-    with zeros.
+    with zeros. Every target carries loss.
 
     Args:
         parent: dataset of documents, arrays of at least two token ids.
@@ -46,16 +71,9 @@ class _PackedRowsIterator(grain.DatasetIterator):
         self._used = 0
 
     def __next__(self) -> Row:
-        row = {
-            name: np.zeros(self._seq_len, np.int32)
-            for name in ("tokens", "targets", "positions", "segment_ids")
-        }
+        row = empty_row(self._seq_len)
         for segment, (start, piece) in enumerate(self._pieces(), 1):
-            place = slice(start, start + len(piece) - 1)
-            row["tokens"][place] = piece[:-1]
-            row["targets"][place] = piece[1:]
-            row["positions"][place] = np.arange(len(piece) - 1)
-            row["segment_ids"][place] = segment
+            place_segment(row, segment, start, piece, loss=1.0)
         if not row["segment_ids"][0]:
             raise StopIteration
         return row

@@ -10,8 +10,11 @@ import numpy as np
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.data.fitting import FittedRows
+from gemma2_jax.data.masks import from_record
 from gemma2_jax.data.packing import PackedRows
-from gemma2_jax.data.shards import Counts, DataManifest, Shard, read_data_manifest
+from gemma2_jax.data.settings import refuse_other_conversations, refuse_unusable_conversations
+from gemma2_jax.data.shards import DataManifest, Shard, read_data_manifest
 from gemma2_jax.data.streamed_batches import StreamedBatches, to_batch
 from gemma2_jax.data.tokenizer import Tokenizer
 
@@ -35,16 +38,17 @@ def train_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.Da
 
     Every epoch (of each stream, if there are several) contains every document once, in an order drawn from
     `data.seed` and the epoch. The rows packed from the documents are then shuffled, `data.shuffle_buffer` at a time.
+    Conversations are packed whole, `data.packing_window` at a time, and too long ones handled as `data.too_long` says.
     A process gets part `share` of the rows of each global batch, which does not depend on `shares`. `get_state()` is
     small and survives JSON; after `set_state` with the merged states of all processes, the batches continue exactly
     where they stopped, on any number of processes.
 
     Raises:
-        UserError: the data is not prepared; `batch_size` is not a multiple of `shares`; or there are fewer
-            documents than streams.
+        UserError: the data is not prepared, or with other settings of conversations; `batch_size` is not a multiple
+            of `shares`; there are fewer documents than streams; or no conversation teaches a model to end its turns.
     """
     own_rows = _rows_of_share(data, share, shares)
-    manifest = read_data_manifest(data.folder)
+    manifest = _manifest(data)
     if manifest.train.documents < data.streams:
         raise UserError(
             f"data.folder {data.folder} has {manifest.train.documents} documents to train on, "
@@ -52,12 +56,12 @@ def train_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.Da
         )
     documents = _documents(data, manifest, manifest.train_shards)
     if data.streams == 1:
-        rows = _packed(data, documents, manifest.train)
+        rows = _shuffled_rows(data, manifest, documents)
         return iter(rows.batch(data.batch_size).map(partial(to_batch, own_rows=own_rows)))
 
     def open_stream(number: int) -> grain.DatasetIterator:
         own = documents[number :: data.streams]  # divided before it is shuffled: the same in every epoch
-        return iter(_packed(data, own, manifest.train).batch(data.batch_size // data.streams))
+        return iter(_shuffled_rows(data, manifest, own).batch(data.batch_size // data.streams))
 
     return StreamedBatches(open_stream, data.streams, data.batch_size, own_rows)
 
@@ -78,7 +82,7 @@ def validation_batches(
         UserError: as `train_batches`, or no document was held out.
     """
     own_rows = _rows_of_share(data, share, shares)
-    manifest = read_data_manifest(data.folder)
+    manifest = _manifest(data)
     if not manifest.validation_shards:
         raise UserError(
             f"data.folder {data.folder} has no validation documents; prepare another folder with "
@@ -87,22 +91,48 @@ def validation_batches(
     documents = _documents(data, manifest, manifest.validation_shards)
     held_out = manifest.validation
     rows = -(-(held_out.tokens - held_out.documents) // data.seq_len)
+    if manifest.conversations is not None:
+        rows = held_out.documents  # at most; how many depends on how they fit
     bounded = limit is not None and rows > limit * data.batch_size
     if bounded:
         documents = documents.shuffle(seed=0)
-    packed = PackedRows(documents.to_iter_dataset(_READING), data.seq_len)
+    packed = _rows(data, manifest, documents, len(documents))
     fill = partial(grain.experimental.batch_and_pad, batch_size=data.batch_size)
     batches = packed.batch(data.batch_size, batch_fn=fill).map(partial(to_batch, own_rows=own_rows))
     return grain.experimental.LimitIterDataset(batches, limit) if bounded else batches
 
 
-def _packed(data: DataConfig, documents: grain.MapDataset, counts: Counts) -> grain.IterDataset:
-    """Returns the endless rows of one stream of documents; `counts` covers all streams together."""
+def _manifest(data: DataConfig) -> DataManifest:
+    manifest = read_data_manifest(data.folder)
+    refuse_other_conversations(manifest, data)
+    refuse_unusable_conversations(manifest, data)
+    return manifest
+
+
+def _rows(
+    data: DataConfig, manifest: DataManifest, documents: grain.MapDataset, epoch: int
+) -> grain.IterDataset:
+    """Returns the rows of documents, of which `epoch` are one epoch."""
+    examples = documents.to_iter_dataset(_READING)
+    if manifest.conversations is None:
+        return PackedRows(examples, data.seq_len)
+    return FittedRows(examples, data.seq_len, data.packing_window, epoch, drop=data.too_long == "drop")
+
+
+def _shuffled_rows(
+    data: DataConfig, manifest: DataManifest, documents: grain.MapDataset
+) -> grain.IterDataset:
+    """Returns the endless rows of one stream of the training documents."""
     shuffled = documents.shuffle(seed=data.seed).repeat()  # every epoch has its own order
-    rows = PackedRows(shuffled.to_iter_dataset(_READING), data.seq_len)
+    rows = _rows(data, manifest, shuffled, len(documents))
     # The streams share the buffer, so that it spans the same number of batches for any number of streams. A window
     # longer than an epoch would repeat some documents before others have appeared.
-    epoch = (counts.tokens - counts.documents) // data.seq_len
+    counts = manifest.train
+    epoch = (
+        (counts.tokens - counts.documents) // data.seq_len
+        if manifest.conversations is None
+        else manifest.train_lengths.rows(data.seq_len)
+    )
     window = min(-(-data.shuffle_buffer // data.streams), epoch // data.streams)
     if window <= 1:
         return rows
@@ -122,8 +152,10 @@ def _rows_of_share(data: DataConfig, share: int, shares: int) -> slice:
 
 
 def _documents(data: DataConfig, manifest: DataManifest, shards: tuple[Shard, ...]) -> grain.MapDataset:
+    """Returns documents: token ids or, of conversations, `MaskedTokens`."""
     source = _Records(Path(data.folder), shards)
-    return grain.MapDataset.source(source).map(partial(np.frombuffer, dtype=manifest.dtype))
+    decode = np.frombuffer if manifest.conversations is None else from_record
+    return grain.MapDataset.source(source).map(partial(decode, dtype=manifest.dtype))
 
 
 class _Records:

@@ -30,11 +30,19 @@ from rich.progress import (
 )
 
 from gemma2_jax import stops
-from gemma2_jax.config import UserError, as_override, check_place, usable
+from gemma2_jax.config import UserError, check_place, usable
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.data.conversations import text_of
 from gemma2_jax.data.globs import NothingMatchesError
 from gemma2_jax.data.invalid import Skipped, check_skipped
+from gemma2_jax.data.settings import (
+    cut_note,
+    refuse_other_conversations,
+    refuse_other_settings,
+    refuse_unusable_conversations,
+)
 from gemma2_jax.data.shards import (
+    CONVERSATIONS_FORMAT,
     FORMAT,
     DataManifest,
     Part,
@@ -50,7 +58,6 @@ from gemma2_jax.data.source_content import (
     read_hashes,
     refuse_other_content,
     unchanged,
-    unused_sibling,
     write_hashes,
 )
 from gemma2_jax.data.sources import Documents, open_documents
@@ -76,8 +83,9 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> DataManifest:
     which the preparation can resume.
 
     Raises:
-        UserError: the folder was prepared from other content, or with another tokenizer or validation fraction; the
-            tokenizer or the source cannot be read, or changed meanwhile; there is no text.
+        UserError: the folder was prepared from other content, or with another tokenizer or other settings; the
+            tokenizer or the source cannot be read, or changed meanwhile; there is no text; or no conversation teaches
+            a model to end its turns.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(1)  # a worker that imports an unguarded script; the parent prints the error
@@ -86,10 +94,11 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> DataManifest:
     check_place("tokenizer.path", tokenizer.path, is_file=True)
     manifest = find_data_manifest(folder)
     if manifest is not None and manifest.complete and Path(tokenizer.path).exists():
-        _refuse_other(manifest, data, _load(tokenizer, manifest))
+        refuse_other_settings(manifest, data, _load(tokenizer, manifest))
         with _progress() as progress:
             refuse_other_content(manifest, data, current_content(manifest, data, progress))
         _refuse_other_skips(manifest, data)
+        refuse_unusable_conversations(manifest, data)
         return manifest
 
     def has_parts() -> bool:
@@ -101,7 +110,9 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> DataManifest:
         with usable("data.folder", folder):
             stack.enter_context(locked(folder, wait=True))
         stack.enter_context(undone_after(UserError, folder, Path(tokenizer.path), unless=has_parts))
-        return _prepare(data, tokenizer, folder, stack.enter_context(_progress()))
+        manifest = _prepare(data, tokenizer, folder, stack.enter_context(_progress()))
+        refuse_unusable_conversations(manifest, data)
+        return manifest
 
 
 def verify_source(folder: str | os.PathLike[str]) -> bool:
@@ -112,7 +123,9 @@ def verify_source(folder: str | os.PathLike[str]) -> bool:
     """
     manifest = read_data_manifest(folder)
     try:
-        source = open_documents(manifest.source, manifest.text_field, skip_invalid=math.inf)
+        source = open_documents(
+            manifest.source, manifest.text_field, skip_invalid=math.inf, conversations=manifest.conversations
+        )
     except NothingMatchesError:
         return False
     with _progress() as progress:
@@ -128,18 +141,23 @@ def verify_source(folder: str | os.PathLike[str]) -> bool:
 
 def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progress: Progress) -> DataManifest:
     begun = time.monotonic()
-    opened = open_documents(data.sources, data.text_field, data.skip_invalid)
+    manifest = find_data_manifest(folder)
+    if manifest is not None:
+        refuse_other_conversations(manifest, data)
+    opened = open_documents(data.sources, data.text_field, data.skip_invalid, data.conversations)
     # Taken before the source is used, so that the comparison at the end finds any change in between.
     content = content_of(opened, read_hashes(folder), progress)
-    manifest = find_data_manifest(folder)
     if manifest is not None and (manifest.complete or manifest.tokenizer_trained):
         refuse_other_content(manifest, data, content)
-    source, threshold = divide(opened, data.sources, data.validation_fraction)
+    has_turns = data.conversations is not None
+    source, threshold = divide(opened, data.sources, data.validation_fraction, has_turns)
     trains = not Path(tokenizer.path).exists()
-    loaded = _train(threshold, tokenizer, source, progress) if trains else _load(tokenizer, manifest)
+    loaded = (
+        _train(threshold, tokenizer, source, has_turns, progress) if trains else _load(tokenizer, manifest)
+    )
     if manifest is None or not manifest.parts:
         manifest = DataManifest(
-            format=FORMAT,
+            format=CONVERSATIONS_FORMAT if has_turns else FORMAT,
             complete=False,
             source=data.sources,
             text_field=data.text_field,
@@ -152,10 +170,11 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
             parts=(),
             # The tokenizer is smaller than requested: the largest possible one was trained, now or by an earlier call.
             vocabulary_full=loaded.vocab_size < (tokenizer.vocab_size or 0) or _known_full(loaded, manifest),
+            conversations=data.conversations,
         )
         # Before the first part, so that a preparation that is stopped during it recognises its tokenizer.
         write_data_manifest(folder, manifest)
-    _refuse_other(manifest, data, loaded)
+    refuse_other_settings(manifest, data, loaded)
     _refuse_other_skips(manifest, data)
     if manifest.complete:
         return manifest
@@ -169,7 +188,7 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
     task = progress.add_task("tokenising", total=source.size)
     tasks = _tasks(stream, min(_TASK_CHARACTERS, data.shard_characters))
     for part in _parts(
-        _tokenised(tasks, data.workers, threshold, tokenizer.path, progress, task),
+        _tokenised(tasks, data, threshold, tokenizer.path, progress, task),
         data,
         folder,
         len(manifest.parts),
@@ -188,8 +207,11 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
         progress.console.print(
             f"{folder}: left out {manifest.skipped}", soft_wrap=True, highlight=False, markup=False
         )
+    if has_turns and (note := cut_note(manifest, data)):
+        progress.console.print(f"{folder}: {note}", soft_wrap=True, highlight=False, markup=False)
+    kind = "conversations" if has_turns else "documents"
     progress.console.print(
-        f"{folder}: {train.documents:,} documents of {train.tokens:,} tokens to train on, {validation.documents:,} of "
+        f"{folder}: {train.documents:,} {kind} of {train.tokens:,} tokens to train on, {validation.documents:,} of "
         f"{validation.tokens:,} held out, prepared in {time.monotonic() - begun:.1f} s",
         soft_wrap=True,
         highlight=False,
@@ -230,7 +252,9 @@ def _load(tokenizer: TokenizerConfig, manifest: DataManifest | None) -> Tokenize
     return loaded
 
 
-def _train(threshold: float, tokenizer: TokenizerConfig, source: Documents, progress: Progress) -> Tokenizer:
+def _train(
+    threshold: float, tokenizer: TokenizerConfig, source: Documents, has_turns: bool, progress: Progress
+) -> Tokenizer:
     if tokenizer.vocab_size is None:
         raise UserError(
             f"There is no tokenizer file {tokenizer.path}; set tokenizer.path to an existing file, or "
@@ -244,7 +268,7 @@ def _train(threshold: float, tokenizer: TokenizerConfig, source: Documents, prog
         """Yields from the training split alone: held-out documents must not influence the tokenizer either."""
         for text, _ in source:
             if not is_validation(text, threshold) and chance(text, "tokenizer") < share:
-                yield text
+                yield text_of(text) if has_turns else text
 
     def train(vocab_size: int) -> Tokenizer:
         with usable("tokenizer.path", tokenizer.path):
@@ -263,26 +287,6 @@ def _train(threshold: float, tokenizer: TokenizerConfig, source: Documents, prog
     for task in progress.task_ids:
         progress.remove_task(task)
     return trained
-
-
-def _refuse_other(manifest: DataManifest, data: DataConfig, tokenizer: Tokenizer) -> None:
-    values = (
-        ("data.text_field", manifest.text_field, data.text_field),
-        ("data.validation_fraction", manifest.validation_fraction, data.validation_fraction),
-        ("tokenizer", manifest.tokenizer[:12], tokenizer.fingerprint[:12]),
-    )
-    others = [f"a different {key} ({was}, now {is_now})" for key, was, is_now in values if was != is_now]
-    if others:
-        typed = [as_override(key, was) for key, was, is_now in values[:2] if was != is_now]
-        remedy = (
-            f"write {' '.join(filter(None, typed))} to use it, "
-            if any(typed) and len(typed) == len(others)
-            else ""
-        )
-        raise UserError(
-            f"data.folder {data.folder} was prepared with {', '.join(others)}; {remedy}set another folder, as in "
-            f"data.folder={unused_sibling(Path(data.folder))}, or delete this one."
-        )
 
 
 def _refuse_other_skips(manifest: DataManifest, data: DataConfig) -> None:
@@ -319,14 +323,17 @@ def _tasks(stream: Iterator[tuple[str, int]], characters: int) -> Iterator[Task]
 
 def _tokenised(
     tasks: Iterable[Task],
-    workers: int | None,
+    data: DataConfig,
     threshold: float,
     tokenizer_path: str,
     progress: Progress,
     task: TaskID,
 ) -> Iterator[tuple[str, Tokenised]]:
-    """Yields the text of each document with its tokenised form, in order."""
-    for (texts, position), done in tokenise_all(tasks, tokenizer_path, threshold, workers or cores()):
+    """Yields each document with its tokenised form, in order."""
+    workers = data.workers or cores()
+    for (texts, position), done in tokenise_all(
+        tasks, tokenizer_path, threshold, workers, data.conversations
+    ):
         yield from zip(texts, done, strict=True)
         progress.update(task, completed=position)
 
@@ -348,7 +355,7 @@ def _parts(
                 if done.validation not in writers:
                     split = "validation" if done.validation else "train"
                     writers[done.validation] = ShardWriter(folder / f"{split}-{number:05d}.arrayrecord")
-                writers[done.validation].write(done.record, done.counts)
+                writers[done.validation].write(done.record, done.counts, done.lengths)
                 _add_text(digest, text)
                 taken += 1
                 characters += len(text)

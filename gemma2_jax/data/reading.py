@@ -1,7 +1,4 @@
-"""Reads the records of one file: text, JSONL or Parquet, compressed or not.
-
-A record is the text of a document, or an `Invalid` that explains why it cannot be read.
-"""
+"""Reads the records of one file: text, JSONL or Parquet, compressed or not."""
 
 import codecs
 import gzip
@@ -11,7 +8,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +19,7 @@ from typing import IO, Any
 import zstandard
 
 from gemma2_jax.config import UserError
+from gemma2_jax.data.fields import Fields, Record
 from gemma2_jax.data.globs import kind_of, printable, without_pyarrow
 from gemma2_jax.data.invalid import Invalid
 from gemma2_jax.files import reason
@@ -42,8 +40,6 @@ _POINTERS = {
     b"/annex/objects/": ("a git-annex pointer", "fetch its content: git annex get"),
 }
 
-Record = str | Invalid
-
 
 class _DamagedError(Exception):
     """A file cannot be read to its end."""
@@ -62,8 +58,11 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
 
 
-def records_of(path: Path, raw: IO[bytes], text_field: str) -> Iterator[Record]:
+def records_of(path: Path, raw: IO[bytes], fields: Fields) -> Iterator[Record]:
     """Yields the records of a file that is open at its beginning; if it is damaged, the last record is invalid.
+
+    Args:
+        fields: makes the records of JSONL and Parquet files.
 
     Raises:
         OSError: the file cannot be read.
@@ -78,11 +77,15 @@ def records_of(path: Path, raw: IO[bytes], text_field: str) -> Iterator[Record]:
     stream = _decompressed(path, raw)
     try:
         if kind_of(path) == ".parquet":
-            yield from _parquet(path, stream, text_field)
+            yield from _parquet(path, stream, fields)
         elif kind_of(path) == ".jsonl":
-            yield from _jsonl(path, stream, text_field)
-        else:
+            yield from _jsonl(path, stream, fields)
+        elif fields.reads_text_files:
             yield from _text(path, stream)
+        else:
+            yield Invalid(
+                printable(path), "a text file", "accepted: .jsonl, .parquet, each optionally .gz or .zst"
+            )
     except _DamagedError as damaged:
         yield damaged.invalid
 
@@ -113,25 +116,25 @@ def _text(path: Path, stream: IO[bytes]) -> Iterator[Record]:
     yield invalid or "".join(lines)
 
 
-def _jsonl(path: Path, stream: IO[bytes], text_field: str) -> Iterator[Record]:
+def _jsonl(path: Path, stream: IO[bytes], fields: Fields) -> Iterator[Record]:
     name = printable(path)
     for line in _lines(path, stream):
         if not line.text.isspace():
-            yield line.invalid or _of_json(line.text, f"{name}, line {line.number}", text_field)
+            yield line.invalid or _of_json(line.text, f"{name}, line {line.number}", fields)
 
 
-def _of_json(line: str, place: str, text_field: str) -> Record:
+def _of_json(line: str, place: str, fields: Fields) -> Record:
     if (depth := _json_depth(line)) > _DEEPEST_JSON:
         return Invalid(
             place, "JSON nested too deeply", f"accepted: {_DEEPEST_JSON} levels", f"{depth:,} levels"
         )
     try:
-        record = json.loads(line)
+        found = json.loads(line)
     except ValueError:
         return Invalid(place, "not valid JSON", "each line must be one JSON object")
-    if not isinstance(record, dict):
+    if not isinstance(found, dict):
         return Invalid(place, "not a JSON object", "each line must be one")
-    return _checked(record.get(text_field), record.keys(), place, text_field)
+    return fields.record(found, found.keys(), place)
 
 
 def _json_depth(line: str) -> int:
@@ -143,7 +146,7 @@ def _json_depth(line: str) -> int:
     return max(accumulate((each in "[{") - (each in "]}") for each in outside), default=0)
 
 
-def _parquet(path: Path, stream: IO[bytes], text_field: str) -> Iterator[Record]:
+def _parquet(path: Path, stream: IO[bytes], fields: Fields) -> Iterator[Record]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -157,14 +160,20 @@ def _parquet(path: Path, stream: IO[bytes], text_field: str) -> Iterator[Record]
                 stream = seekable
             file = parquet.ParquetFile(stream)
             names = file.schema_arrow.names
-            if text_field not in names:
-                yield _missing(names, name, text_field)
+            if missing := fields.missing(names, name):
+                yield missing
                 return
+            columns = names if fields.column is None else [fields.column]
             row = 0
-            for group in file.iter_batches(batch_size=1024, columns=[text_field]):
-                for value in _values(group.column(0)):
+            for group in file.iter_batches(batch_size=1024, columns=columns):
+                for values in zip(*map(_values, group.columns), strict=True):
                     row += 1
-                    yield _checked(value, names, f"{name}, row {row}", text_field)
+                    yield _of_row(
+                        dict(zip(group.schema.names, values, strict=True)),
+                        names,
+                        f"{name}, row {row}",
+                        fields,
+                    )
         except (pyarrow.ArrowException, UnicodeDecodeError, *_CORRUPT) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
@@ -187,26 +196,11 @@ def _value(scalar: Any) -> Any:
         return error
 
 
-def _checked(value: Any, names: Iterable[str], place: str, text_field: str) -> Record:
-    """Returns the value of the text field if it is text that UTF-8 can encode, else an invalid record."""
-    if value is None:
-        return _missing(names, place, text_field)
-    if isinstance(value, UnicodeDecodeError):
-        return _not_utf8(place, value, value.start)
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        return Invalid(place, f"the field {text_field!r} holds {kind}", "it must hold text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return Invalid(place, "the text contains a lone surrogate", "UTF-8 cannot encode it")
-    return value
-
-
-def _missing(names: Iterable[str], place: str, text_field: str) -> Invalid:
-    listed = ", ".join(names) or "none"
-    hint = f"set data.text_field to the field that holds the text (fields there: {listed})"
-    return Invalid(place, f"no text in the field {text_field!r}", hint)
+def _of_row(row: dict[str, Any], names: list[str], place: str, fields: Fields) -> Record:
+    for value in row.values():
+        if isinstance(value, UnicodeDecodeError):
+            return _not_utf8(place, value, value.start)
+    return fields.record(row, names, place)
 
 
 def _not_utf8(place: str, error: UnicodeDecodeError, position: int) -> Invalid:

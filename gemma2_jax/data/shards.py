@@ -1,7 +1,7 @@
 """Shards: ArrayRecord files of tokenised documents, and the manifest that describes a folder of them.
 
 A record holds the token ids of one document (bos, text, eos), little-endian, in the narrowest unsigned type that can
-hold the vocabulary.
+hold the vocabulary. The record of a conversation also holds its loss mask (see masks.py).
 """
 
 import hashlib
@@ -16,10 +16,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from pydantic import TypeAdapter, ValidationError
 
 from gemma2_jax.config import UserError
+from gemma2_jax.data.config import ConversationsConfig
 from gemma2_jax.data.invalid import Skipped
+from gemma2_jax.data.lengths import Lengths, LengthTally
 from gemma2_jax.files import reason, write_text
 
-FORMAT = 2  # of the folder; raised whenever older versions would misread a new folder
+# Formats of the folder, which differ so that older versions do not read the records of conversations as text.
+FORMAT, CONVERSATIONS_FORMAT = 2, 3
 MANIFEST = "manifest.json"
 _BLOCK, _BLOCK_HEADER, _RECORD_OVERHEAD = 64 * 1024, 24, 50  # bytes, of an ArrayRecord file
 
@@ -53,9 +56,14 @@ class File:
 
 @dataclass(frozen=True)
 class Shard(File):
-    """A file of documents and the amount of text in it."""
+    """A file of documents and the amount of text in it.
+
+    Attributes:
+        lengths: lengths of its conversations; None for text.
+    """
 
     counts: Counts
+    lengths: Lengths | None = None  # Older folders lack this key.
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class DataManifest:
         skipped: records of the source that were left out.
         parts: parts of the source, in order.
         vocabulary_full: whether the tokenizer was trained on these documents and they support no larger vocabulary.
+        conversations: settings that the conversations were encoded with; None for text.
     """
 
     format: int
@@ -103,6 +112,7 @@ class DataManifest:
     skipped: Skipped
     parts: tuple[Part, ...]
     vocabulary_full: bool = False  # Older folders lack this key.
+    conversations: ConversationsConfig | None = None  # Older folders lack this key.
 
     @property
     def dtype(self) -> np.dtype:
@@ -128,6 +138,23 @@ class DataManifest:
     def validation(self) -> Counts:
         """Amount of text in the validation split."""
         return sum((shard.counts for shard in self.validation_shards), Counts())
+
+    @property
+    def train_lengths(self) -> Lengths:
+        """Lengths of the conversations in the training split."""
+        return _lengths(self.train_shards)
+
+    @property
+    def validation_lengths(self) -> Lengths:
+        """Lengths of the conversations in the validation split."""
+        return _lengths(self.validation_shards)
+
+
+def _lengths(shards: tuple[Shard, ...]) -> Lengths:
+    tally = LengthTally()
+    for shard in shards:
+        tally.add(shard.lengths or Lengths())
+    return tally.finish()
 
 
 @dataclass(frozen=True)
@@ -163,7 +190,7 @@ def find_data_manifest(folder: str | os.PathLike[str]) -> DataManifest | None:
         "data.folder",
         folder,
         _ADAPTER,
-        FORMAT,
+        (FORMAT, CONVERSATIONS_FORMAT),
         f"a manifest of prepared data; delete {folder} to prepare it again",
         "prepare",
     )
@@ -177,7 +204,7 @@ def read_described(
     key: str,
     folder: str | os.PathLike[str],
     adapter: TypeAdapter[Described],
-    format: int,
+    formats: tuple[int, ...],
     expected: str,
     verb: str,
 ) -> Described | None:
@@ -185,7 +212,7 @@ def read_described(
 
     Args:
         key: config key that names the folder, for messages.
-        adapter: adapter of the manifest's type; format: the format that this version reads.
+        adapter: adapter of the manifest's type; formats: the formats that this version reads.
         expected: what the file should be, and what to do otherwise; verb: as in `check_content`.
 
     Raises:
@@ -204,9 +231,9 @@ def read_described(
         raise UserError(f"{path} is empty; delete {folder} to {verb} it again.")
     try:
         found = _FORMATTED.validate_json(content).format  # first, since another format may have other fields
-        if found != format:
+        if found not in formats:
             raise UserError(
-                f"{path} has format {found}, but this version reads format {format}; "
+                f"{path} has format {found}, but this version reads format {' or '.join(map(str, formats))}; "
                 f"delete {folder} to {verb} it again."
             )
         return adapter.validate_json(content)
@@ -317,16 +344,21 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self._records = RecordWriter(path)
         self._counts = Counts()
+        self._lengths: LengthTally | None = None
 
-    def write(self, record: bytes, counts: Counts) -> None:
-        """Appends the record of one document."""
+    def write(self, record: bytes, counts: Counts, lengths: Lengths | None = None) -> None:
+        """Appends the record of one document; `lengths` are those of a conversation."""
         self._records.write(record)
         self._counts += counts
+        if lengths is not None:
+            self._lengths = self._lengths or LengthTally()
+            self._lengths.add(lengths)
 
     def finish(self) -> Shard:
         """Closes the file and gives it its final name."""
         written = self._records.finish()
-        return Shard(written.file, written.size, written.sha256, self._counts)
+        lengths = None if self._lengths is None else self._lengths.finish()
+        return Shard(written.file, written.size, written.sha256, self._counts, lengths)
 
     def abandon(self) -> None:
         """Closes the file and removes it."""

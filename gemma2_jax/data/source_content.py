@@ -144,7 +144,7 @@ def difference(identity: str, hashed: Sequence[HashedFile], now: Content) -> str
 def current_content(manifest: DataManifest, data: DataConfig, progress: Progress) -> Content | None:
     """Returns the source's current content; None if the source was deleted, which leaves prepared data usable."""
     try:
-        source = open_documents(data.sources, data.text_field, data.skip_invalid)
+        source = open_documents(data.sources, data.text_field, data.skip_invalid, data.conversations)
     except NothingMatchesError:
         if data.sources == manifest.source:
             return None

@@ -5,16 +5,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from gemma2_jax.data.config import PYTHON_DOCS, ConversationsConfig
+from gemma2_jax.data.conversations import ConversationFields
+from gemma2_jax.data.fields import Fields, TextField
 from gemma2_jax.data.globs import kind_of, match_files
 from gemma2_jax.data.invalid import Invalid, Skipped, Skipping
 from gemma2_jax.data.python_docs import PythonDocs
 from gemma2_jax.data.reading import reading, records_of
 
-PYTHON_DOCS = "python-docs"
-
 
 class Documents(Protocol):
-    """An iterable of documents, in the same order every time."""
+    """An iterable of documents, in the same order every time.
+
+    A document is a text; with `data.conversations`, it is the JSON of a conversation (see conversations.py).
+    """
 
     @property
     def size(self) -> int:
@@ -44,13 +48,21 @@ class DocumentSource(Documents, Protocol):
         """Returns the sha256 of a file's content in hexadecimal; calls `advance` with the size of each block read."""
 
 
-def open_documents(sources: tuple[str, ...], text_field: str, skip_invalid: float = 0) -> DocumentSource:
-    """Returns the documents that `data.source`, `data.text_field` and `data.skip_invalid` name.
+def open_documents(
+    sources: tuple[str, ...],
+    text_field: str,
+    skip_invalid: float = 0,
+    conversations: ConversationsConfig | None = None,
+) -> DocumentSource:
+    """Returns the documents of `data.source`; the arguments are the keys of `data` with the same names.
 
     Raises:
         UserError: a pattern matches no file, or more unreadable matches than `data.skip_invalid` allows.
     """
-    return PythonDocs() if sources == (PYTHON_DOCS,) else Files(sources, text_field, skip_invalid)
+    if sources == (PYTHON_DOCS,):
+        return PythonDocs()
+    fields = TextField(text_field) if conversations is None else ConversationFields(conversations)
+    return Files(sources, fields, skip_invalid)
 
 
 class Files:
@@ -62,9 +74,9 @@ class Files:
     file and line, at the first invalid record beyond what `data.skip_invalid` allows.
     """
 
-    def __init__(self, patterns: Iterable[str], text_field: str, skip_invalid: float) -> None:
+    def __init__(self, patterns: Iterable[str], fields: Fields, skip_invalid: float) -> None:
         self.files, self._others = match_files(patterns)
-        self._text_field, self._skip_invalid = text_field, skip_invalid
+        self._fields, self._skip_invalid = fields, skip_invalid
         self._sizes = [_size(path) for path in self.files]
         self.size = sum(self._sizes)
         self.name = f"{len(self.files):,} files of {self.size:,} bytes"
@@ -75,7 +87,7 @@ class Files:
         skipping, records, done = self._begin(), len(self._others), 0
         for path, size in zip(self.files, self._sizes, strict=True):
             with reading(path), path.open("rb") as raw:
-                for record in records_of(path, raw, self._text_field):
+                for record in records_of(path, raw, self._fields):
                     records += 1
                     if isinstance(record, Invalid):
                         skipping.add(record)
@@ -93,7 +105,7 @@ class Files:
     def role(self, path: Path) -> str:
         kind = kind_of(path)
         compression = path.suffix.lower()
-        return f"{kind} {compression} {self._text_field if kind in ('.jsonl', '.parquet') else ''}"
+        return f"{kind} {compression} {self._fields.identity if kind in ('.jsonl', '.parquet') else ''}"
 
     def digest(self, path: Path, advance: Callable[[int], None]) -> str:
         digest = hashlib.sha256()

@@ -10,25 +10,35 @@ from gemma2_jax.data.tokenise import chance
 _PIECES = 10  # at most, of a single document
 
 
-def divide(source: Documents, names: tuple[str, ...], fraction: float) -> tuple[Documents, float]:
+def divide(
+    source: Documents, names: tuple[str, ...], fraction: float, conversations: bool = False
+) -> tuple[Documents, float]:
     """Returns the documents of `source` and a threshold: documents whose `chance` is below it are held out.
 
     The threshold is `fraction`, unless that would leave a split empty: then the document with the lowest chance is
-    held out, or the one with the highest is kept for training. A source of one document is cut into pieces first.
+    held out, or the one with the highest is kept for training. A source of one text is cut into pieces first.
     Reads the source only until both splits have a document.
 
     Args:
         names: values of `data.source`, for error messages.
+        conversations: whether the documents are conversations, which are not cut.
 
     Raises:
         UserError: there is no text, or too little for two documents.
     """
-    for documents in (source, Pieces(source)):
+    for documents in (source,) if conversations else (source, Pieces(source)):
         threshold = _threshold(documents, fraction)
         if threshold is None:
-            raise UserError(f"data.source {list(names)} holds no text.")
+            raise UserError(
+                f"data.source {list(names)} holds no {'conversation' if conversations else 'text'}."
+            )
         if threshold > 0 or fraction == 0:
             return documents, threshold
+    if conversations:
+        raise UserError(
+            f"data.source {list(names)} holds one conversation, or several equal ones, too little for training and "
+            "validation; add others, or set data.validation_fraction=0."
+        )
     raise UserError(
         f"data.source {list(names)} holds a single character, too little for a training and a validation document; "
         "add more text, or set data.validation_fraction=0."

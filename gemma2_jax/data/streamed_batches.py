@@ -54,4 +54,4 @@ class StreamedBatches(grain.DatasetIterator):
 def to_batch(rows: Row, own_rows: slice) -> Batch:
     """Returns a process's own part of stacked rows [B, T] as a `Batch`."""
     own: dict[str, Any] = {name: values[own_rows] for name, values in rows.items()}
-    return Batch(**own, loss_mask=(own["segment_ids"] > 0).astype(np.float32))
+    return Batch(**own)

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -17,6 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma2_jax.config import UserError
+from gemma2_jax.data.config import ConversationsConfig
+from gemma2_jax.data.conversations import from_document, text_of
+from gemma2_jax.data.lengths import Lengths, lengths_of
+from gemma2_jax.data.masks import encode_conversation, to_record
 from gemma2_jax.data.shards import Counts, token_dtype
 from gemma2_jax.data.tokenizer import Tokenizer
 
@@ -25,11 +29,12 @@ Task = tuple[list[str], int]  # documents, and the bytes of source read up to th
 
 @dataclass(frozen=True)
 class Tokenised:
-    """One document ready to be written: its record, its split, and its counts."""
+    """One document ready to be written: its record, its split, its counts, and the lengths of a conversation."""
 
     record: bytes
     validation: bool
     counts: Counts
+    lengths: Lengths | None = None
 
 
 def chance(text: str, purpose: str) -> float:
@@ -53,28 +58,65 @@ def tokenise(tokenizer: Tokenizer, text: str, validation_fraction: float) -> Tok
     )
 
 
+def tokenise_conversation(
+    tokenizer: Tokenizer, document: str, validation_fraction: float, config: ConversationsConfig
+) -> Tokenised:
+    """Returns a conversation with its record (tokens and loss mask), its split, its counts and its lengths."""
+    tokens, text = encode_conversation(tokenizer, from_document(document), config), text_of(document)
+    return Tokenised(
+        record=to_record(tokens, token_dtype(tokenizer.vocab_size)),
+        validation=is_validation(document, validation_fraction),
+        counts=Counts(documents=1, tokens=len(tokens.ids), characters=len(text), bytes=len(text.encode())),
+        lengths=lengths_of(tokens, tokenizer.end_of_turn_id),
+    )
+
+
 def tokenise_all(
-    tasks: Iterable[Task], tokenizer_path: str, validation_fraction: float, workers: int
+    tasks: Iterable[Task],
+    tokenizer_path: str,
+    validation_fraction: float,
+    workers: int,
+    conversations: ConversationsConfig | None = None,
 ) -> Iterator[tuple[Task, list[Tokenised]]]:
     """Yields each task with its tokenised documents, in order, reading only a few tasks ahead.
 
     With one worker, this process tokenises; more workers are separate processes.
+
+    Args:
+        conversations: settings of documents that are conversations; None for text.
     """
     if workers > 1:
-        yield from _in_workers(tasks, tokenizer_path, validation_fraction, workers)
+        yield from _in_workers(tasks, tokenizer_path, validation_fraction, workers, conversations)
         return
-    tokenizer = Tokenizer.load(tokenizer_path)
+    work = _tokeniser(tokenizer_path, validation_fraction, conversations)
     for task in tasks:
-        yield task, [tokenise(tokenizer, text, validation_fraction) for text in task[0]]
+        yield task, [work(document) for document in task[0]]
+
+
+def _tokeniser(
+    tokenizer_path: str, validation_fraction: float, conversations: ConversationsConfig | None
+) -> Callable[[str], Tokenised]:
+    """Returns the function that tokenises one document."""
+    tokenizer = Tokenizer.load(tokenizer_path)
+    if conversations is None:
+        return lambda text: tokenise(tokenizer, text, validation_fraction)
+    return lambda document: tokenise_conversation(tokenizer, document, validation_fraction, conversations)
 
 
 def _in_workers(
-    tasks: Iterable[Task], tokenizer_path: str, validation_fraction: float, workers: int
+    tasks: Iterable[Task],
+    tokenizer_path: str,
+    validation_fraction: float,
+    workers: int,
+    conversations: ConversationsConfig | None,
 ) -> Iterator[tuple[Task, list[Tokenised]]]:
     pending: deque[tuple[Task, Future[list[Tokenised]]]] = deque()
     # spawn: a process that has loaded JAX has threads, so a fork of it may hang.
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer_path, validation_fraction)
+        workers,
+        multiprocessing.get_context("spawn"),
+        _start_worker,
+        (tokenizer_path, validation_fraction, conversations),
     )
     try:
         for task in tasks:
@@ -98,12 +140,14 @@ def _in_workers(
         pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Tokenizer, float] | None = None
+_tokenise_one: Callable[[str], Tokenised] | None = None
 
 
-def _start_worker(tokenizer_path: str, validation_fraction: float) -> None:
-    global _worker
-    _worker = (Tokenizer.load(tokenizer_path), validation_fraction)
+def _start_worker(
+    tokenizer_path: str, validation_fraction: float, conversations: ConversationsConfig | None
+) -> None:
+    global _tokenise_one
+    _tokenise_one = _tokeniser(tokenizer_path, validation_fraction, conversations)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -115,7 +159,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(texts: list[str]) -> list[Tokenised]:
-    assert _worker is not None
-    tokenizer, validation_fraction = _worker
-    return [tokenise(tokenizer, text, validation_fraction) for text in texts]
+def _work(documents: list[str]) -> list[Tokenised]:
+    assert _tokenise_one is not None
+    return [_tokenise_one(document) for document in documents]

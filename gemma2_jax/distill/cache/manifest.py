@@ -136,7 +136,7 @@ def find_cache(folder: str | Path) -> CacheManifest | None:
         UserError: it cannot be read or has another format, or files that it lists are missing or truncated.
     """
     expected = "the manifest of a teacher's cache; choose another distill.cache"
-    manifest = read_described("distill.cache", folder, _ADAPTER, FORMAT, expected, "make")
+    manifest = read_described("distill.cache", folder, _ADAPTER, (FORMAT,), expected, "make")
     if manifest is not None:
         for file in manifest.files:
             check_size(Path(folder), file, "make")
