@@ -31,7 +31,7 @@ import jax
 import pytest
 
 from gemma2_jax.checkpoints.store import CheckpointConfig
-from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.data.config import ConversationsConfig, DataConfig, TokenizerConfig
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.teacher import DistillConfig
@@ -105,6 +105,42 @@ def data(corpus: pathlib.Path, tokenizer_config: TokenizerConfig) -> DataConfig:
         seed=0,
         workers=1,
         shard_characters=10_000,
+    )
+    prepare(config, tokenizer_config)
+    return config
+
+
+@pytest.fixture(scope="session")
+def chats() -> list[list[tuple[str, str]]]:
+    """Conversations of two to eight turns, roles and contents, all different."""
+    draw = random.Random(1)
+    return [
+        [
+            (
+                "assistant" if turn % 2 else "user",
+                f"{number} " + " ".join(draw.choices(WORDS, k=draw.choice([1, 4, 9]))),
+            )
+            for turn in range(draw.randint(2, 8))
+        ]
+        for number in range(150)
+    ]
+
+
+@pytest.fixture(scope="session")
+def conversations(
+    chats: list[list[tuple[str, str]]], data: DataConfig, tokenizer_config: TokenizerConfig
+) -> DataConfig:
+    """The conversations as `messages`, prepared in several shards with the corpus's tokenizer."""
+    folder = pathlib.Path(data.folder).parent / "chats"
+    folder.mkdir()
+    records = [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in chats]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = replace(
+        data,
+        source=str(folder / "chats.jsonl"),
+        folder=str(folder / "prepared"),
+        seq_len=128,
+        conversations=ConversationsConfig(),
     )
     prepare(config, tokenizer_config)
     return config

@@ -68,23 +68,25 @@ def refuse_unusable_conversations(manifest: DataManifest, data: DataConfig) -> N
     """
     if manifest.conversations is None:
         return
-    for split, documents, lengths in (
-        ("to train on", manifest.train.documents, manifest.train_lengths),
-        ("held out", manifest.validation.documents, manifest.validation_lengths),
-    ):
-        if not documents:
-            continue
-        if data.too_long == "drop" and lengths.longer(data.seq_len) == documents:
+    train, held_out = manifest.train_lengths, manifest.validation_lengths
+    for split, lengths in (("to train on", train), ("held out", held_out)):
+        count = lengths.conversations
+        if data.too_long == "drop" and count and lengths.longer(data.seq_len) == count:
             raise UserError(
-                f"data.too_long is drop, and all {documents:,} conversations {split} are longer than data.seq_len "
+                f"data.too_long is drop, and all {count:,} conversations {split} are longer than data.seq_len "
                 f"({data.seq_len}); the shortest needs data.seq_len={min(lengths.all)}."
             )
-        if not lengths.with_end(data.seq_len):
-            needed = f"; data.seq_len={min(lengths.to_end)} is enough for one" if lengths.to_end else ""
-            raise UserError(
-                f"In the conversations {split} of data.folder {data.folder}, no <end_of_turn> within data.seq_len "
-                f"({data.seq_len}) tokens carries loss, so a model would not learn to end its turns{needed}."
-            )
+    if train.conversations and not train.with_end(data.seq_len):
+        needed = f"; data.seq_len={min(train.to_end)} is enough for one" if train.to_end else ""
+        raise UserError(
+            f"In the conversations of data.folder {data.folder}, no <end_of_turn> within data.seq_len "
+            f"({data.seq_len}) tokens carries loss, so a model would not learn to end its turns{needed}."
+        )
+    if held_out.conversations and not held_out.with_loss(data.seq_len):
+        raise UserError(
+            f"In the held-out conversations of data.folder {data.folder}, nothing within data.seq_len "
+            f"({data.seq_len}) tokens carries loss; data.seq_len={min(held_out.to_loss)} is enough for one."
+        )
 
 
 def cut_note(manifest: DataManifest, data: DataConfig) -> str | None:
