@@ -1,4 +1,4 @@
-"""`gemma2 data`: prepares the text of a configuration, shows the result, and checks it."""
+"""`gemma2 data`: prepares the text or conversations of a configuration, shows the result, and checks it."""
 
 import argparse
 
@@ -14,6 +14,7 @@ Manages the data of a configuration: the text (data.source) is tokenised once in
 KEYS = """\
 common keys:
   data=files data.source='my/*.txt'   your own text: globs of .txt .md .rst .jsonl .parquet, also .gz .zst
+  data=conversations data.source='chats/*.jsonl'   your own conversations: globs of .jsonl .parquet, also .gz .zst
   data.folder=data/mine               the folder of the shards; use one folder per source
   data.validation_fraction=0.02       fraction of the documents held out
   data.skip_invalid=10                skip up to 10 unreadable records (0.01: up to 1 % of all)
@@ -28,10 +29,12 @@ exist. Resumes after an interruption, and does nothing if the folder is complete
   gemma2 data prepare data=files data.source='notes/**/*.md' data.folder=data/notes tokenizer.path=data/notes.model
 """
 SHOW = """\
-Prints how many documents, tokens and characters each split holds, and how the first training batch is packed.
+Prints how many documents, tokens and characters each split holds, and how the first training batch is packed. Of
+conversations, the tokens that carry loss are coloured in a terminal, and between « and » elsewhere.
 
   gemma2 data show
   gemma2 data show --rows 16 data=files data.source='notes/**/*.md' data.folder=data/notes
+  gemma2 data show data=conversations data.source='chats/*.jsonl' data.folder=data/chats
 """
 VERIFY = """\
 Reads every shard of data.folder and compares it with the checksum from the time of writing; use it after a copy, or if
@@ -72,8 +75,10 @@ def show(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from gemma2_jax.cli.compose import compose
+    from gemma2_jax.cli.loss_marks import show_loss
     from gemma2_jax.config import UserError
     from gemma2_jax.data.pipeline import train_batches
+    from gemma2_jax.data.settings import cut_note
     from gemma2_jax.data.shards import read_data_manifest
     from gemma2_jax.data.tokenizer import Tokenizer
     from gemma2_jax.studies.tables import Table
@@ -89,10 +94,19 @@ def show(arguments: argparse.Namespace) -> None:
     Table(["split", "documents", "tokens", "characters"], splits).print(Console(), config.data.folder)
     if manifest.skipped.records:
         print(f"skipped: {manifest.skipped}")
+    if note := cut_note(manifest, config.data):
+        print(note)
     tokenizer = Tokenizer.load(config.tokenizer.path)
     batch = next(train_batches(config.data))
     rows = min(arguments.rows, len(batch.tokens))
     more = "" if rows == len(batch.tokens) else f"; --rows {len(batch.tokens)} shows all"
+    if manifest.conversations is not None:
+        print(
+            f"\n{rows} of the first training batch's {len(batch.tokens)} rows{more}: conversations, loss in ",
+            end="",
+        )
+        show_loss(Console(highlight=False), batch, rows, tokenizer)
+        return
     print(
         f"\n{rows} of the first training batch's {len(batch.tokens)} rows{more}: number of documents, and first tokens"
     )

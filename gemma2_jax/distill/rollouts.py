@@ -4,8 +4,9 @@ Each step is on-policy with probability lambda: the student samples a completion
 data and is trained on it. The other steps train on the data. Teacher, divergence and step are the same for both. No
 gradient flows through the sampling.
 
-A row rarely starts with the beginning of a document, mostly with the rest of one that the previous row cut off. So most
-prompts are from the middle of a document, without its beginning-of-text token.
+A row of text rarely starts with the beginning of a document, mostly with the rest of one that the previous row cut off.
+So most prompts are from the middle of a document, without its beginning-of-text token. A row of conversations starts
+with a whole conversation, whose prompt ends where its first turn with loss begins: the student writes that turn.
 """
 
 import random
@@ -35,7 +36,8 @@ class OnPolicyConfig:
     Attributes:
         fraction: lambda, the probability that a step is on-policy, from 0 to 1; a number or a schedule.
         prompt_tokens: maximum length of a prompt, which is taken from the start of a row and from one document only,
-            rarely from the document's beginning; see the top of this file.
+            rarely from the document's beginning; see the top of this file. A conversation with a longer prompt carries
+            no loss in on-policy steps.
         temperature: divides the logits before a token is drawn; 1 draws from the student's own distribution.
     """
 
@@ -79,12 +81,13 @@ def rollout(
     batch: Batch,
     seed: int,
     step: jax.Array,
-    end_of_text: int,
+    stop: int,
+    until_loss: bool = False,
 ) -> Batch:
     """Samples the student's completions of prompts from a batch, and returns them as a batch.
 
     A row's prompt is the start of its first segment, which is a document or the rest of one; no row may be empty. The
-    completion ends with `end_of_text`, or when prompt and completion have T + 1 tokens, the last of which is only a
+    completion ends with `stop`, or when prompt and completion have T + 1 tokens, the last of which is only a
     target, as in a row of data. The samples depend on `seed`, `step` and the row's index in the whole batch, not on the
     mesh.
 
@@ -94,14 +97,20 @@ def rollout(
     Args:
         model, compute, params: configuration, compute settings and parameters of the student.
         batch: batch of data, which the prompts are taken from.
-        end_of_text: id of the token that ends a completion.
+        stop: id of the token that ends a completion.
+        until_loss: whether a prompt ends before the first target with loss. Rows whose prompt would be longer than
+            `prompt_tokens` then carry no loss.
     """
     T = batch.tokens.shape[1]
     compute, choice = replace(compute, remat="none"), TokenChoice(config.temperature)
-    stops = jnp.array([end_of_text], jnp.int32)
+    stops = jnp.array([stop], jnp.int32)
     decoder = Decoder(Gemma2(model, _gathered(model, params, compute)), compute)
     prompts = batch.tokens[:, : config.prompt_tokens]
     lengths = jnp.sum(batch.segment_ids[:, : config.prompt_tokens] == 1, axis=1)
+    if until_loss:
+        full = jnp.argmax(batch.loss_mask > 0, axis=1) + 1
+        fits = full <= config.prompt_tokens
+        lengths = jnp.where(fits, full, lengths)
     keys = row_keys(jax.random.fold_in(jax.random.key(seed), step), len(prompts))
     # Rows with long prompts are full before the others; what they sample after that is dropped, so the KV cache does
     # not need room for it.
@@ -109,7 +118,8 @@ def rollout(
     left = T - jnp.min(lengths)
     _, sampled = advance(decoder, progress, keys, stops, left, T - 1, choice)
     new = jnp.concatenate([progress.tokens[:, None], sampled], axis=1)
-    return lay_out(prompts, lengths, new, end_of_text)
+    rows = lay_out(prompts, lengths, new, stop)
+    return replace(rows, loss_mask=rows.loss_mask * fits[:, None]) if until_loss else rows
 
 
 def lay_out(prompts: jax.Array, lengths: jax.Array, new: jax.Array, stop: int) -> Batch:

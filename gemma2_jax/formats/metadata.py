@@ -6,11 +6,12 @@ It comes from Hugging Face's files: stop ids, the chat template, names of specia
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gemma2_jax.config import UserError
+from gemma2_jax.data.chat_format import chat_template
 from gemma2_jax.files import reason, write_text
 from gemma2_jax.formats.json_file import read_object, shown
 
@@ -57,6 +58,18 @@ class Metadata:
             if values.get("eos_token_id") is not None:
                 return frozenset(_listed(values["eos_token_id"]))
         return None
+
+    def of_chats(self, end_of_turn: int) -> "Metadata":
+        """Returns the metadata after training on conversations: `end_of_turn` is a stop id, the template Gemma 2's.
+
+        The weights may come from a base model, whose own stop ids lack `end_of_turn` and would let it go on after its
+        turn.
+        """
+        if self.stop_ids is None:  # then the tokenizer's turn token is one
+            return replace(self, chat_template=chat_template())
+        ids = self.generation or {key: self.model[key] for key in _IDS if key in self.model}
+        generation = {**ids, "eos_token_id": sorted({*self.stop_ids, end_of_turn})}
+        return replace(self, generation=generation, chat_template=chat_template())
 
     def token_ids(self, tokens: int) -> dict[str, Any]:
         """Returns the bos, eos and pad ids of config.json that are below `tokens`; others would have no embedding."""

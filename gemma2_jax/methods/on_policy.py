@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 
+from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
+from gemma2_jax.data.shards import read_data_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rollouts import on_policy_steps, rollout
 from gemma2_jax.methods.distillation import Distillation
@@ -24,21 +26,56 @@ class OnPolicyDistillation(Distillation):
         assert config.distill.on_policy is not None
         self._settings = config.distill.on_policy
         self._sampled = on_policy_steps(self._settings, config.seed, config.training.steps)
-        self._end_of_text: int | None = None
+        self._from_conversations = config.data.conversations is not None
+        self._stop: int | None = None
 
     def load_frozen(self, tokenizer: Tokenizer, mesh: Any) -> dict[str, Any]:
-        self._end_of_text = tokenizer.eos_id
+        self._stop = tokenizer.end_of_turn_id if self._from_conversations else tokenizer.eos_id
+        self._prompt_note()  # raises before the teacher is loaded
         return super().load_frozen(tokenizer, mesh)
+
+    def describe(self, frozen: Frozen) -> list[str]:
+        note = self._prompt_note()
+        return [*super().describe(frozen), *([note] if note else [])]
+
+    def _prompt_note(self) -> str | None:
+        """Returns how many conversations have too long a prompt. Raises UserError if all have."""
+        if not self._from_conversations:
+            return None
+        lengths, limit = (
+            read_data_manifest(self.config.data.folder).train_lengths,
+            self._settings.prompt_tokens,
+        )
+        without = lengths.conversations - lengths.with_loss(limit)
+        if without == lengths.conversations:
+            raise UserError(
+                f"distill.on_policy.prompt_tokens is {limit}, and the prompts of all {without:,} conversations to "
+                f"train on are longer; the shortest needs {min(lengths.to_loss)}."
+            )
+        if not without:
+            return None
+        return (
+            f"prompts: {without:,} of {lengths.conversations:,} conversations have more than "
+            f"distill.on_policy.prompt_tokens ({limit}) and carry no loss in on-policy steps"
+        )
 
     def collects(self, step: int) -> bool:
         return bool(self._sampled[step])
 
     def collect(self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array) -> Batch:
-        assert self._end_of_text is not None
+        assert self._stop is not None
         params = self.adaptation.join(trainable[PARAMS], frozen.get(BASE, {}))
         config = self.config
         return rollout(
-            self._settings, config.model, config.compute, params, batch, config.seed, step, self._end_of_text
+            self._settings,
+            config.model,
+            config.compute,
+            params,
+            batch,
+            config.seed,
+            step,
+            self._stop,
+            until_loss=self._from_conversations,
         )
 
     def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:

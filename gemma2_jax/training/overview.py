@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
+from gemma2_jax.data.settings import cut_note
 from gemma2_jax.data.shards import read_data_manifest
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.run import RunConfig
@@ -21,6 +22,13 @@ def describe_runs(configs: Sequence[RunConfig], mesh: Mesh) -> list[str]:
     lines.append(
         f"data: {manifest.train.tokens:,} tokens to train on, {manifest.validation.tokens:,} held out, in {data.folder}"
     )
+    if manifest.conversations is not None:
+        lengths = manifest.train_lengths
+        lines.append(
+            f"conversations: {lengths.conversations:,} to train on, with loss on {lengths.loss_tokens:,} tokens"
+        )
+        if note := cut_note(manifest, data):
+            lines.append(f"conversations: {note}")
     devices = mesh.devices.flat
     split = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     processes = len({device.process_index for device in devices})

@@ -194,4 +194,7 @@ def write_inputs(config: RunConfig, record: TeacherRecord | None) -> None:
     # The end-of-text token and the chat format are those of the initial model, or else of the teacher.
     origin = config.initialise.source or config.distill.teacher
     if origin is not None and latest_step(folder) is None:
-        open_source(origin).metadata.save(folder)
+        metadata = open_source(origin).metadata
+        if config.data.conversations is not None:
+            metadata = metadata.of_chats(Tokenizer.load(config.tokenizer.path).end_of_turn_id)
+        metadata.save(folder)

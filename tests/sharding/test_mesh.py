@@ -120,7 +120,7 @@ def test_the_reports_set_ups():
 
 @pytest.mark.parametrize(
     "name",
-    ["pretrain_2b", "pretrain_9b", "pretrain_27b", "distill_2b_from_9b", "distill_9b_from_27b",
+    ["pretrain_2b", "pretrain_9b", "pretrain_27b", "distill_2b_from_9b", "distill_9b_from_27b", "sft_2b",
      "report_2b", "report_9b", "report_27b"],
 )  # fmt: skip
 def test_the_mesh_of_every_experiment_divides_its_models(name):

@@ -42,6 +42,9 @@ class DataOrder:
     process_count: int
     streams: int = 1  # Older caches lack this key.
     shuffle_buffer: int = 0  # Older caches lack this key.
+    # Of conversations; None for text. Older caches lack these keys.
+    too_long: str | None = None
+    packing_window: int | None = None
 
     @classmethod
     def of(cls, data: DataConfig, process_count: int) -> "DataOrder":
@@ -56,6 +59,8 @@ class DataOrder:
             process_count=process_count,
             streams=data.streams,
             shuffle_buffer=data.shuffle_buffer,
+            too_long=None if data.conversations is None else data.too_long,
+            packing_window=None if data.conversations is None else data.packing_window,
         )
 
 
