@@ -4,6 +4,7 @@ import argparse
 import ast
 import inspect
 import io
+import json
 import re
 import shutil
 
@@ -52,6 +53,56 @@ def test_few_rows_are_shown_by_default(overrides, capsys, given, rows):
     assert len(re.findall(r"^ +\d+  ['\"]", shown, re.MULTILINE)) == rows
     assert f"{rows} of the first training batch's 16 rows" in shown
     assert ("--rows 16 shows all" in shown) == (rows < 16)
+
+
+@pytest.fixture(scope="module")
+def chat_overrides(tmp_path_factory):
+    """Prepared conversations, as the arguments that name them."""
+    folder = tmp_path_factory.mktemp("chats")
+    chats = [
+        {"prompt": f"Who is {name}?", "completion": f"This is {name}. <end_of_turn>"}
+        for name in "abcdefghijkl"
+    ]
+    long = {"prompt": "What is long?", "completion": "This. " * 100}
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in [*chats, long]))
+    arguments = [
+        "data=conversations",
+        f"data.source={folder}/*.jsonl",
+        f"data.folder={folder}/prepared",
+        "data.validation_fraction=0.2",
+        "data.seq_len=256",
+        "data.batch_size=1",
+        "data.workers=1",
+    ]
+    assert main(["data", "prepare", *arguments]) == 0
+    return arguments
+
+
+def test_what_carries_loss_is_marked(chat_overrides, capsys, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert main(["data", "show", *chat_overrides]) == 0
+    shown = capsys.readouterr().out
+    assert "conversations, loss in « »" in shown
+    marked = re.findall(
+        r"<start_of_turn>user\nWho is (.)\?<end_of_turn>\n<start_of_turn>model\n«This is (.)\. <end_of_turn><end_of_turn>»\n",
+        shown,
+    )
+    assert len(marked) == 3  # of one row
+    assert all(question == answer for question, answer in marked)
+    assert re.search(r"row 1: \d+ conversations of \d+ tokens, \d+ with loss, \d+ of padding", shown)
+    assert re.search(r"… and \d+ conversations more", shown)
+    assert "1 of 11 conversations to train on are longer than data.seq_len (256) and truncated" in shown
+
+
+def test_in_a_terminal_what_carries_loss_is_coloured(chat_overrides, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert main(["data", "show", *chat_overrides]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"\x1b\[1;32mThis is (.)\. <end_of_turn><end_of_turn>\x1b\[0m", shown)
+    assert re.search(r"\x1b\[2mWho is .\?<end_of_turn>\x1b\[0m", shown)
+    assert "«" not in shown
 
 
 def test_shards_are_verified(overrides, tmp_path, capsys):

@@ -233,3 +233,23 @@ def test_the_published_template_where_there_is_none(hf_folder, tmp_path):
     (hf_folder / "tokenizer_config.json").write_text(json.dumps(config))
     found = read(through_a_run(hf_folder, tmp_path), "tokenizer_config.json")
     assert found["chat_template"] == chat_template()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "stop_ids"),
+    [
+        (Metadata(model={"eos_token_id": 1, "bos_token_id": 2, "initializer_range": 0.02}), {1, 107}),
+        (Metadata(generation={"eos_token_id": [1], "pad_token_id": 0, "temperature": 0.7}), {1, 107}),
+        (Metadata(generation={"eos_token_id": [1, 107]}, chat_template="of another model"), {1, 107}),
+        (Metadata(), None),  # the tokenizer's
+    ],
+)
+def test_after_training_on_conversations_the_turn_token_is_a_stop_id(
+    metadata: Metadata, stop_ids: set[int] | None
+) -> None:
+    found = metadata.of_chats(107)
+    assert found.stop_ids == stop_ids
+    assert found.chat_template == chat_template()
+    assert (found.model, found.tokenizer) == (metadata.model, metadata.tokenizer)
+    for key, value in (metadata.generation or metadata.token_ids(256_000)).items():
+        assert key == "eos_token_id" or found.generation[key] == value
