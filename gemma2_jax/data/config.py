@@ -28,6 +28,21 @@ class ConversationsConfig:
 
 
 @dataclass(frozen=True)
+class MixtureSource:
+    """One source of a mixture.
+
+    Attributes:
+        source: as `data.source`.
+        weight: its share of the rows, relative to the other sources' weights.
+        kind: whether it holds "text" or "conversations".
+    """
+
+    source: str | tuple[str, ...]
+    weight: float
+    kind: Literal["text", "conversations"] = "text"
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where text comes from, how it is stored, and how it becomes batches.
 
@@ -71,12 +86,14 @@ class DataConfig:
     conversations: ConversationsConfig | None = None
     too_long: Literal["truncate", "drop"] = "truncate"
     packing_window: int = 4096
+    mixture: tuple[MixtureSource, ...] = ()
 
     def __post_init__(self) -> None:
         refuse(self._complaints())
 
     def _complaints(self) -> Iterator[str]:
-        if not self.sources or not all(self.sources):
+        yield from self._about_mixture()
+        if not self.mixture and not (self.sources and all(self.sources)):
             yield f"data.source is {self.source!r}; accepted: python-docs, or one or several globs of files."
         if not self.folder:
             yield "data.folder is empty; it must name the folder for the prepared data."
@@ -110,6 +127,17 @@ class DataConfig:
                 f"data.streams is {self.streams}; it must divide data.batch_size ({self.batch_size}), since every "
                 "stream fills the same number of rows."
             )
+
+    def _about_mixture(self) -> Iterator[str]:
+        if self.mixture and self.source:
+            yield f"data.source is {self.source!r} and data.mixture is set; data.source=[] leaves the mixture alone."
+        for number, part in enumerate(self.mixture):
+            if not part.source:
+                yield f"data.mixture[{number}].source is {part.source!r}; it must be one or several globs of files."
+            if not 0 < part.weight < float("inf"):
+                yield f"data.mixture[{number}].weight is {part.weight}; it must be a number above 0."
+            if part.kind == "conversations" and self.conversations is None:
+                yield f"data.mixture[{number}].kind is conversations, but data.conversations is null; set its keys."
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -12,17 +12,19 @@ Record = str | Invalid
 
 
 class Fields(Protocol):
-    """Defines which fields of a source make a record.
+    """Defines which fields of a source make a record."""
 
-    Attributes:
-        identity: a string that determines the records that it makes of the same fields.
-        column: the only column of Parquet files that is read; None reads all columns.
-        reads_text_files: whether text files, which have no fields, are read too.
-    """
+    @property
+    def identity(self) -> str:
+        """A string that determines the records that it makes of the same fields."""
 
-    identity: str
-    column: str | None
-    reads_text_files: bool
+    @property
+    def column(self) -> str | None:
+        """The only column of Parquet files that is read; None reads all columns."""
+
+    @property
+    def reads_text_files(self) -> bool:
+        """Whether text files, which have no fields, are read too."""
 
     def missing(self, names: Collection[str], place: str) -> Invalid | None:
         """Returns why fields with these names make no record; None if they may make one."""

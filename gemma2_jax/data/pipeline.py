@@ -1,6 +1,7 @@
 """Reads batches from shards with Grain: deterministic, one share per process, resumable at any batch."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,11 @@ import grain
 import numpy as np
 
 from gemma2_jax.config import UserError
+from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.fitting import FittedRows
 from gemma2_jax.data.masks import from_record
+from gemma2_jax.data.mixture import components
 from gemma2_jax.data.packing import PackedRows
 from gemma2_jax.data.settings import refuse_other_conversations, refuse_unusable_conversations
 from gemma2_jax.data.shards import DataManifest, Shard, read_data_manifest
@@ -48,6 +51,23 @@ def train_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.Da
             of `shares`; there are fewer documents than streams; or no conversation teaches a model to end its turns.
     """
     own_rows = _rows_of_share(data, share, shares)
+    streams = [_streams(part) for part, _ in components(data)]
+    weights = [weight for _, weight in components(data)]
+
+    def open_stream(number: int) -> grain.IterDataset:
+        rows = [stream(number) for stream in streams]
+        return rows[0] if len(rows) == 1 else grain.IterDataset.mix(rows, weights)
+
+    if data.streams == 1:
+        return iter(open_stream(0).batch(data.batch_size).map(partial(to_batch, own_rows=own_rows)))
+    size = data.batch_size // data.streams
+    return StreamedBatches(
+        lambda number: iter(open_stream(number).batch(size)), data.streams, data.batch_size, own_rows
+    )
+
+
+def _streams(data: DataConfig) -> Callable[[int], grain.IterDataset]:
+    """Returns the function from a stream's number to its endless rows; `data` is no mixture."""
     manifest = _manifest(data)
     if manifest.train.documents < data.streams:
         raise UserError(
@@ -56,20 +76,17 @@ def train_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.Da
         )
     documents = _documents(data, manifest, manifest.train_shards)
     if data.streams == 1:
-        rows = _shuffled_rows(data, manifest, documents)
-        return iter(rows.batch(data.batch_size).map(partial(to_batch, own_rows=own_rows)))
-
-    def open_stream(number: int) -> grain.DatasetIterator:
-        own = documents[number :: data.streams]  # divided before it is shuffled: the same in every epoch
-        return iter(_shuffled_rows(data, manifest, own).batch(data.batch_size // data.streams))
-
-    return StreamedBatches(open_stream, data.streams, data.batch_size, own_rows)
+        return lambda number: _shuffled_rows(data, manifest, documents)
+    # Divided before it is shuffled: the same in every epoch.
+    return lambda number: _shuffled_rows(data, manifest, documents[number :: data.streams])
 
 
 def validation_batches(
     data: DataConfig, share: int = 0, shares: int = 1, limit: int | None = None
-) -> grain.IterDataset:
+) -> Iterable[Batch]:
     """Returns the batches of the validation split: every document once, in a fixed order, iterable repeatedly.
+
+    Those of a mixture follow one another, and `limit` is divided among its sources by weight.
 
     Every process gets its rows of the same global batches, so that all have the same number of batches; the last
     batch is padded.
@@ -81,6 +98,8 @@ def validation_batches(
     Raises:
         UserError: as `train_batches`, or no document was held out.
     """
+    if data.mixture:
+        return _Chained(list(_mixed_validation(data, share, shares, limit)))
     own_rows = _rows_of_share(data, share, shares)
     manifest = _manifest(data)
     if not manifest.validation_shards:
@@ -100,6 +119,26 @@ def validation_batches(
     fill = partial(grain.experimental.batch_and_pad, batch_size=data.batch_size)
     batches = packed.batch(data.batch_size, batch_fn=fill).map(partial(to_batch, own_rows=own_rows))
     return grain.experimental.LimitIterDataset(batches, limit) if bounded else batches
+
+
+class _Chained:
+    """The batches of several iterables, one after another, iterable repeatedly."""
+
+    def __init__(self, parts: Sequence[Iterable[Batch]]) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.chain.from_iterable(self._parts)
+
+
+def _mixed_validation(
+    data: DataConfig, share: int, shares: int, limit: int | None
+) -> Iterator[Iterable[Batch]]:
+    parts = components(data)
+    total = sum(weight for _, weight in parts)
+    for part, weight in parts:
+        own = None if limit is None else max(1, round(limit * weight / total))
+        yield validation_batches(part, share, shares, own)
 
 
 def _manifest(data: DataConfig) -> DataManifest:

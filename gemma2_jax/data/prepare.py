@@ -34,16 +34,19 @@ from gemma2_jax.config import UserError, check_place, usable
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.conversations import text_of
 from gemma2_jax.data.globs import NothingMatchesError
-from gemma2_jax.data.invalid import Skipped, check_skipped
+from gemma2_jax.data.invalid import Skipped
+from gemma2_jax.data.mixture import prepare_mixture
 from gemma2_jax.data.settings import (
     cut_note,
     refuse_other_conversations,
     refuse_other_settings,
+    refuse_other_skips,
     refuse_unusable_conversations,
 )
 from gemma2_jax.data.shards import (
     CONVERSATIONS_FORMAT,
     FORMAT,
+    MIXTURE_FORMAT,
     DataManifest,
     Part,
     ShardWriter,
@@ -92,12 +95,14 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> DataManifest:
     folder = Path(data.folder)
     check_place("data.folder", folder)
     check_place("tokenizer.path", tokenizer.path, is_file=True)
+    if data.mixture:
+        return prepare_mixture(data, tokenizer, prepare)
     manifest = find_data_manifest(folder)
     if manifest is not None and manifest.complete and Path(tokenizer.path).exists():
         refuse_other_settings(manifest, data, _load(tokenizer, manifest))
         with _progress() as progress:
             refuse_other_content(manifest, data, current_content(manifest, data, progress))
-        _refuse_other_skips(manifest, data)
+        refuse_other_skips(manifest, data)
         refuse_unusable_conversations(manifest, data)
         return manifest
 
@@ -122,6 +127,10 @@ def verify_source(folder: str | os.PathLike[str]) -> bool:
         UserError: their content has changed; or as `read_data_manifest`.
     """
     manifest = read_data_manifest(folder)
+    if manifest.format == MIXTURE_FORMAT:
+        names = dict.fromkeys(shard.file.partition("/")[0] for shard in manifest.train_shards)
+        found = [verify_source(Path(folder) / name) for name in names]
+        return all(found)
     try:
         source = open_documents(
             manifest.source, manifest.text_field, skip_invalid=math.inf, conversations=manifest.conversations
@@ -175,7 +184,7 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
         # Before the first part, so that a preparation that is stopped during it recognises its tokenizer.
         write_data_manifest(folder, manifest)
     refuse_other_settings(manifest, data, loaded)
-    _refuse_other_skips(manifest, data)
+    refuse_other_skips(manifest, data)
     if manifest.complete:
         return manifest
 
@@ -207,7 +216,7 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: Path, progres
         progress.console.print(
             f"{folder}: left out {manifest.skipped}", soft_wrap=True, highlight=False, markup=False
         )
-    if has_turns and (note := cut_note(manifest, data)):
+    if note := cut_note(manifest, data):
         progress.console.print(f"{folder}: {note}", soft_wrap=True, highlight=False, markup=False)
     kind = "conversations" if has_turns else "documents"
     progress.console.print(
@@ -287,11 +296,6 @@ def _train(
     for task in progress.task_ids:
         progress.remove_task(task)
     return trained
-
-
-def _refuse_other_skips(manifest: DataManifest, data: DataConfig) -> None:
-    """Raises UserError if more records were skipped than allowed. Call it after the content was compared."""
-    check_skipped(manifest.skipped, data.skip_invalid, f"data.folder {data.folder} was prepared without {{}}")
 
 
 def _skip(stream: Iterator[tuple[str, int]], part: Part, folder: Path) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 from gemma2_jax.config import UserError, as_override
 from gemma2_jax.data.config import ConversationsConfig, DataConfig
-from gemma2_jax.data.shards import DataManifest
+from gemma2_jax.data.invalid import check_skipped
+from gemma2_jax.data.shards import MIXTURE_FORMAT, DataManifest
 from gemma2_jax.data.source_content import unused_sibling
 from gemma2_jax.data.tokenizer import Tokenizer
 
@@ -31,6 +32,9 @@ def refuse_other_settings(manifest: DataManifest, data: DataConfig, tokenizer: T
 
 def refuse_other_conversations(manifest: DataManifest, data: DataConfig) -> None:
     """Raises UserError if a folder holds text instead of conversations, the reverse, or other settings made it."""
+    if (manifest.format == MIXTURE_FORMAT) != bool(data.mixture):
+        source, other = ("data.source", "data.mixture")[:: 1 if data.mixture else -1]
+        raise _other(data, f"from {source}, but the configuration has {other}", "")
     was, is_now = _settings(manifest.conversations), _settings(data.conversations)
     if bool(was) != bool(is_now):
         kinds = ("conversations", "text") if was else ("text", "conversations")
@@ -58,6 +62,11 @@ def _other(data: DataConfig, how: str, remedy: str) -> UserError:
         f"data.folder {data.folder} was prepared {how}; {remedy}set another folder, as in "
         f"data.folder={unused_sibling(Path(data.folder))}, or delete this one."
     )
+
+
+def refuse_other_skips(manifest: DataManifest, data: DataConfig) -> None:
+    """Raises UserError if more records were skipped than allowed. Call it after the content was compared."""
+    check_skipped(manifest.skipped, data.skip_invalid, f"data.folder {data.folder} was prepared without {{}}")
 
 
 def refuse_unusable_conversations(manifest: DataManifest, data: DataConfig) -> None:

@@ -21,8 +21,9 @@ from gemma2_jax.data.invalid import Skipped
 from gemma2_jax.data.lengths import Lengths, LengthTally
 from gemma2_jax.files import reason, write_text
 
-# Formats of the folder, which differ so that older versions do not read the records of conversations as text.
-FORMAT, CONVERSATIONS_FORMAT = 2, 3
+# Formats of the folder: text, conversations, and a mixture, whose parts are those of the folders below. They differ so
+# that older versions do not read the records of conversations as text.
+FORMAT, CONVERSATIONS_FORMAT, MIXTURE_FORMAT = 2, 3, 4
 MANIFEST = "manifest.json"
 _BLOCK, _BLOCK_HEADER, _RECORD_OVERHEAD = 64 * 1024, 24, 50  # bytes, of an ArrayRecord file
 
@@ -190,7 +191,7 @@ def find_data_manifest(folder: str | os.PathLike[str]) -> DataManifest | None:
         "data.folder",
         folder,
         _ADAPTER,
-        (FORMAT, CONVERSATIONS_FORMAT),
+        (FORMAT, CONVERSATIONS_FORMAT, MIXTURE_FORMAT),
         f"a manifest of prepared data; delete {folder} to prepare it again",
         "prepare",
     )
@@ -233,12 +234,17 @@ def read_described(
         found = _FORMATTED.validate_json(content).format  # first, since another format may have other fields
         if found not in formats:
             raise UserError(
-                f"{path} has format {found}, but this version reads format {' or '.join(map(str, formats))}; "
+                f"{path} has format {found}, but this version reads format {_alternatives(formats)}; "
                 f"delete {folder} to {verb} it again."
             )
         return adapter.validate_json(content)
     except ValidationError:
         raise UserError(f"{path} is not {expected}.") from None
+
+
+def _alternatives(formats: tuple[int, ...]) -> str:
+    *others, last = map(str, formats)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def check_size(folder: Path, shard: File, verb: str) -> None:

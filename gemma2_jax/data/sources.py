@@ -61,7 +61,7 @@ def open_documents(
     """
     if sources == (PYTHON_DOCS,):
         return PythonDocs()
-    fields = TextField(text_field) if conversations is None else ConversationFields(conversations)
+    fields: Fields = TextField(text_field) if conversations is None else ConversationFields(conversations)
     return Files(sources, fields, skip_invalid)
 
 

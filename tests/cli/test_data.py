@@ -84,7 +84,8 @@ def test_what_carries_loss_is_marked(chat_overrides, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "conversations, loss in « »" in shown
     marked = re.findall(
-        r"<start_of_turn>user\nWho is (.)\?<end_of_turn>\n<start_of_turn>model\n«This is (.)\. <end_of_turn><end_of_turn>»\n",
+        r"<start_of_turn>user\nWho is (.)\?<end_of_turn>\n"
+        r"<start_of_turn>model\n«This is (.)\. <end_of_turn><end_of_turn>»\n",
         shown,
     )
     assert len(marked) == 3  # of one row

@@ -4,7 +4,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,7 +252,8 @@ def test_other_settings_are_refused(
     tmp_path: Path,
 ) -> None:
     other = replace(conversations, **changes)
-    for call in (lambda: prepare(other, tokenizer_config), lambda: train_batches(other)):
+    calls: list[Callable[[], Any]] = [lambda: prepare(other, tokenizer_config), lambda: train_batches(other)]
+    for call in calls:
         with pytest.raises(UserError, match=sentence):
             call()
     # Also if the preparation was stopped.

@@ -282,7 +282,7 @@ def test_a_folder_of_an_older_version_is_refused_with_a_remedy(
         del manifest[added]
     path.write_text(json.dumps(manifest | {"format": 1, "identity": "2 files of 9 bytes (0123456789ab)"}))
     with pytest.raises(
-        UserError, match=r"has format 1, but .* format 2 or 3; delete .* to prepare it again\.$"
+        UserError, match=r"has format 1, but .* format 2, 3 or 4; delete .* to prepare it again\.$"
     ):
         prepare(own, tokenizer_config)
 

@@ -45,6 +45,7 @@ class DataOrder:
     # Of conversations; None for text. Older caches lack these keys.
     too_long: str | None = None
     packing_window: int | None = None
+    mixture: tuple[float, ...] = ()  # weights of its sources. Older caches lack this key.
 
     @classmethod
     def of(cls, data: DataConfig, process_count: int) -> "DataOrder":
@@ -61,6 +62,7 @@ class DataOrder:
             shuffle_buffer=data.shuffle_buffer,
             too_long=None if data.conversations is None else data.too_long,
             packing_window=None if data.conversations is None else data.packing_window,
+            mixture=tuple(part.weight for part in data.mixture),
         )
 
 
