@@ -63,15 +63,15 @@ def chat_overrides(tmp_path_factory):
         {"prompt": f"Who is {name}?", "completion": f"This is {name}. <end_of_turn>"}
         for name in "abcdefghijkl"
     ]
-    long = {"prompt": "What is long?", "completion": "This. " * 100}
+    long = {"prompt": "What is long?", "completion": " ".join(map(str, range(400)))}
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in [*chats, long]))
     arguments = [
         "data=conversations",
         f"data.source={folder}/*.jsonl",
         f"data.folder={folder}/prepared",
         "data.validation_fraction=0.2",
-        "data.seq_len=256",
-        "data.batch_size=1",
+        "data.seq_len=512",
+        "data.batch_size=2",
         "data.workers=1",
     ]
     assert main(["data", "prepare", *arguments]) == 0
@@ -88,11 +88,13 @@ def test_what_carries_loss_is_marked(chat_overrides, capsys, monkeypatch):
         r"<start_of_turn>model\n«This is (.)\. <end_of_turn><end_of_turn>»\n",
         shown,
     )
-    assert len(marked) == 3  # of one row
+    assert len(marked) >= 3
     assert all(question == answer for question, answer in marked)
-    assert re.search(r"row 1: \d+ conversations of \d+ tokens, \d+ with loss, \d+ of padding", shown)
+    assert re.search(r"row 2: \d+ conversations of \d+ tokens, \d+ with loss, \d+ of padding", shown)
     assert re.search(r"… and \d+ conversations more", shown)
-    assert "1 of 11 conversations to train on are longer than data.seq_len (256) and truncated" in shown
+    assert re.search(
+        r"1 of \d+ conversations to train on are longer than data.seq_len \(512\) and truncated", shown
+    )
 
 
 def test_in_a_terminal_what_carries_loss_is_coloured(chat_overrides, capsys, monkeypatch):

@@ -17,6 +17,7 @@ import pytest
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, load_model, save_params
 from gemma2_jax.config import UserError, save_config, to_dict
 from gemma2_jax.data.batch import Batch
+from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.tokenizer import train_tokenizer
@@ -490,3 +491,13 @@ def test_vocabularies_that_do_not_fit_are_refused(toy_config: ModelConfig) -> No
     check_encoding(EncodingConfig("full", None), replace(large, vocab_padding=1))
     with pytest.raises(UserError, match="entries is 98; it must be at most 97, the number"):
         check_encoding(EncodingConfig("top_k", 98), toy_config)
+
+
+def test_the_packing_of_conversations_is_part_of_the_order(
+    data: DataConfig, conversations: DataConfig
+) -> None:
+    order = manifest.DataOrder.of
+    changes: list[dict[str, Any]] = [{"too_long": "drop"}, {"packing_window": 5}]
+    for change in changes:
+        assert order(replace(conversations, **change), 1) != order(conversations, 1)
+        assert order(replace(data, **change), 1) == order(data, 1)  # has no effect on text
