@@ -68,6 +68,14 @@ class DataConfig:
         skip_invalid: largest number of unreadable records of the source to leave out or, below 1, their largest share
             of all records; more raise an error. A record is a line of JSONL, a row of Parquet, a document of a text
             file, or a file that cannot be divided into records.
+        conversations: settings of conversations, which the lines of JSONL and the rows of Parquet then hold; None for
+            text.
+        too_long: what to do with a conversation of more than seq_len + 1 tokens: "truncate" or "drop". Text has no
+            such limit, since a document continues in the next row.
+        packing_window: number of conversations that are packed into rows together; at most those of one epoch. A
+            larger window leaves less padding.
+        mixture: several sources in place of `source`, which must then be empty. Their rows alternate by weight, and
+            each has epochs of its own.
     """
 
     source: str | tuple[str, ...]

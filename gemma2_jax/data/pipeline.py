@@ -48,7 +48,7 @@ def train_batches(data: DataConfig, share: int = 0, shares: int = 1) -> grain.Da
 
     Raises:
         UserError: the data is not prepared, or with other settings of conversations; `batch_size` is not a multiple
-            of `shares`; there are fewer documents than streams; or no conversation teaches a model to end its turns.
+            of `shares`; there are fewer documents than streams; or no terminator of a conversation carries loss.
     """
     own_rows = _rows_of_share(data, share, shares)
     streams = [_streams(part) for part, _ in components(data)]

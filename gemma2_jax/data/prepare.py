@@ -87,8 +87,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> DataManifest:
 
     Raises:
         UserError: the folder was prepared from other content, or with another tokenizer or other settings; the
-            tokenizer or the source cannot be read, or changed meanwhile; there is no text; or no conversation teaches
-            a model to end its turns.
+            tokenizer or the source cannot be read, or changed meanwhile; there is no text; or no terminator of a
+            conversation carries loss.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(1)  # a worker that imports an unguarded script; the parent prints the error

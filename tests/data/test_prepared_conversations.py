@@ -117,7 +117,9 @@ def test_settings_decide_the_mask(
     assert epoch(data) == encoded(chats, tokenizer, **settings)
 
 
-def test_manifest_counts_what_was_said(conversations: DataConfig, tokenizer: Tokenizer, chats: Chats) -> None:
+def test_manifest_counts_contents_and_tokens(
+    conversations: DataConfig, tokenizer: Tokenizer, chats: Chats
+) -> None:
     manifest = read_data_manifest(conversations.folder)
     assert len(manifest.train_shards) > 1
     assert manifest.conversations == ConversationsConfig()
@@ -200,7 +202,7 @@ def test_too_long_conversations_are_counted(
     assert all(len(ids) <= 49 for ids, _ in kept)
 
 
-def test_a_data_set_that_teaches_no_end_is_refused(
+def test_a_data_set_without_a_terminator_with_loss_is_refused(
     conversations: DataConfig, tokenizer_config: TokenizerConfig, chats: Chats, tmp_path: Path
 ) -> None:
     long = [[("user", "a " * 30 + str(number)), ("assistant", "b " * 30)] for number in range(5)]
@@ -314,7 +316,7 @@ def test_a_source_without_conversations_is_refused(
         prepared(conversations, tokenizer_config, tmp_path, [])
 
 
-def test_a_tokenizer_is_trained_on_what_the_turns_hold(
+def test_a_tokenizer_is_trained_on_the_contents_of_the_turns(
     conversations: DataConfig, chats: Chats, tmp_path: Path
 ) -> None:
     config = TokenizerConfig(str(tmp_path / "own.model"), 360)

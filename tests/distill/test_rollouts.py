@@ -157,6 +157,7 @@ def test_a_row_is_what_packing_makes_of_the_same_document(length: int) -> None:
     document[-1] = 1  # the end of text
     source = grain.MapDataset.source([document]).to_iter_dataset(grain.ReadOptions(num_threads=0))
     (row,) = PackedRows(source, T)
+    row["loss_mask"][: PROMPT - 1] = 0  # the prompt's own tokens, of which the student sampled none
     new = np.full((1, T), 9)
     new[0, : length - PROMPT] = document[PROMPT:]
     found = lay_out(jnp.array(document[None, :PROMPT]), jnp.array([PROMPT]), jnp.array(new), stop=1)
