@@ -348,6 +348,11 @@ def _resolve(cls: type, data: Any, location: list[str]) -> tuple[list[str], Any,
     kind: Any = cls
     for part in location:
         inner = section_of(kind)
+        items = section_of(get_args(kind)[0]) if get_origin(kind) is tuple else None
+        if items is not None and isinstance(data, list) and part.isdigit():
+            keys[-1] += f"[{part}]"
+            kind, data = items, data[int(part)]
+            continue
         if get_origin(kind) is dict and isinstance(data, Mapping) and part in data:
             kind = get_args(kind)[1]
         elif inner is not None and isinstance(data, Mapping) and part in data and part in _hints(inner):

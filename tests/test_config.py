@@ -52,6 +52,7 @@ class Outer:
     inner: Inner
     other: Inner | None = None
     named: dict[str, Inner] = field(default_factory=dict)
+    listed: tuple[Speed, ...] = ()
 
 
 def test_nested_data_becomes_nested_dataclasses():
@@ -108,7 +109,7 @@ def test_nested_data_becomes_nested_dataclasses():
         ),
         (
             {"iner": {"width": 2}},
-            "here: there is no key iner, did you mean inner (accepted: inner, named, other).",
+            "here: there is no key iner, did you mean inner (accepted: inner, listed, named, other).",
         ),
         ({"inner": {"width": 2}, "other": {"xyz": 2}}, "here: there is no key other.xyz, accepted: files,"),
         (
@@ -116,6 +117,16 @@ def test_nested_data_becomes_nested_dataclasses():
             'named.a.width is "x"; accepted: a whole number.',
         ),
         ({"inner": {"width": 2}, "named": {"a": 5}}, "here: named.a is 5; accepted: keys width"),
+        (
+            {"inner": {"width": 2}, "listed": [{"kind": "slow"}, {"knd": "slow"}]},
+            "here: there is no key listed[1].knd, did you mean kind (accepted: kind, most).",
+        ),
+        (
+            {"inner": {"width": 2}, "listed": [{"kind": "x"}]},
+            'here: listed[0].kind is "x"; accepted: slow or fast.',
+        ),
+        ({"inner": {"width": 2}, "listed": [5]}, "here: listed[0] is 5; accepted: keys kind, most."),
+        ({"inner": {"width": 2}, "listed": 5}, "here: listed is 5; accepted: a list of keys kind, most."),
         ({"inner": {"width": 3}}, "here: inner.width is 3; it must be even."),
         ({"inner": {"width": object()}}, "here holds a value that is not plain data"),
     ],
