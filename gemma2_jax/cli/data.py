@@ -78,7 +78,7 @@ def show(arguments: argparse.Namespace) -> None:
     from gemma2_jax.cli.loss_marks import show_loss
     from gemma2_jax.config import UserError
     from gemma2_jax.data.pipeline import train_batches
-    from gemma2_jax.data.settings import cut_note
+    from gemma2_jax.data.prepared_settings import cut_note
     from gemma2_jax.data.shards import read_data_manifest
     from gemma2_jax.data.tokenizer import Tokenizer
     from gemma2_jax.studies.tables import Table

@@ -16,7 +16,7 @@ from gemma2_jax.data.fitting import FittedRows
 from gemma2_jax.data.masks import from_record
 from gemma2_jax.data.mixture import components
 from gemma2_jax.data.packing import PackedRows
-from gemma2_jax.data.settings import refuse_other_conversations, refuse_unusable_conversations
+from gemma2_jax.data.prepared_settings import refuse_other_conversations, refuse_unusable_conversations
 from gemma2_jax.data.shards import DataManifest, Shard, read_data_manifest
 from gemma2_jax.data.streamed_batches import StreamedBatches, to_batch
 from gemma2_jax.data.tokenizer import Tokenizer

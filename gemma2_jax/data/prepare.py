@@ -36,7 +36,7 @@ from gemma2_jax.data.conversations import text_of
 from gemma2_jax.data.globs import NothingMatchesError
 from gemma2_jax.data.invalid import Skipped
 from gemma2_jax.data.mixture import prepare_mixture
-from gemma2_jax.data.settings import (
+from gemma2_jax.data.prepared_settings import (
     cut_note,
     refuse_other_conversations,
     refuse_other_settings,

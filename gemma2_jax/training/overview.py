@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from gemma2_jax.data.settings import cut_note
+from gemma2_jax.data.prepared_settings import cut_note
 from gemma2_jax.data.shards import read_data_manifest
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.run import RunConfig

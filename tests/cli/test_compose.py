@@ -29,7 +29,11 @@ def test_every_choice_of_every_group_composes(group):
         "data": ["data.source=x.txt"],
         "tokenizer": ["model.vocab_size=4096"],
     }
-    more = {"cached": ["distill.cache=runs/x-cache"], "match": ["distill.match.layers=[[1,3]]"]}
+    more = {
+        "cached": ["distill.cache=runs/x-cache"],
+        "match": ["distill.match.layers=[[1,3]]"],
+        "mixture": ["data.source=[]", "data.mixture=[{source: x.txt, weight: 1}]"],
+    }
     for name in choices(group):
         without = name in ("none", "cross_entropy", "random") or group not in needs
         given = [] if without else [*needs[group], *more.get(name, [])]

@@ -80,6 +80,7 @@ def chat_overrides(tmp_path_factory):
 
 def test_what_carries_loss_is_marked(chat_overrides, capsys, monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setattr("gemma2_jax.cli.loss_marks._SHOWN", 1)
     assert main(["data", "show", *chat_overrides]) == 0
     shown = capsys.readouterr().out
     assert "conversations, loss in « »" in shown
@@ -88,7 +89,7 @@ def test_what_carries_loss_is_marked(chat_overrides, capsys, monkeypatch):
         r"<start_of_turn>model\n«This is (.)\. <end_of_turn><end_of_turn>»\n",
         shown,
     )
-    assert len(marked) >= 3
+    assert marked
     assert all(question == answer for question, answer in marked)
     assert re.search(r"row 2: \d+ conversations of \d+ tokens, \d+ with loss, \d+ of padding", shown)
     assert re.search(r"… and \d+ conversations more", shown)

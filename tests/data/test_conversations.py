@@ -73,7 +73,7 @@ def test_every_kind_of_file(kind: str, compressed: str, tmp_path: Path) -> None:
         content = buffer.getvalue().to_pybytes()
     else:
         content = "".join(json.dumps(record) + "\n" for record in records).encode()
-    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[compressed]
+    compress: Any = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[compressed]
     path.write_bytes(compress(content))
     assert read(path) == [TURNS, [("user", "a"), ("model", "b"), ("user", "c"), ("model", "d")]]
 

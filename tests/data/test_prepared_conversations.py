@@ -220,11 +220,11 @@ def test_a_data_set_without_a_terminator_with_loss_is_refused(
     for call in (prepare, train_batches):
         arguments: tuple[Any, ...] = (tokenizer_config,) if call is prepare else ()
         with pytest.raises(UserError, match=r"no <end_of_turn> within data\.seq_len"):
-            call(replace(data, seq_len=enough - 1), *arguments)  # type: ignore[operator]
+            call(replace(data, seq_len=enough - 1), *arguments)
         with pytest.raises(
             UserError, match=r"data\.too_long is drop, and all 5 .* are longer than data\.seq_len"
         ):
-            call(replace(data, seq_len=enough - 1, too_long="drop"), *arguments)  # type: ignore[operator]
+            call(replace(data, seq_len=enough - 1, too_long="drop"), *arguments)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_the_run_folder_of_a_base_model_gets_the_turn_token(
         training=replace(tuned.training, steps=2, eval_every=2),
     )
     train(config)
-    assert load_metadata(Path(config.output)).stop_ids == {1, tokenizer.end_of_turn_id}
+    assert load_metadata(Path(config.output)).stop_ids == frozenset((1, tokenizer.end_of_turn_id))
     _, loaded = load(config.output)
     assert loaded.stop_ids == {1, tokenizer.end_of_turn_id}
 
