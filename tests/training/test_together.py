@@ -165,7 +165,9 @@ def test_one_whose_loss_breaks_lets_the_others_save(
     first, text = (replace(students[place], output=str(tmp_path / str(place))) for place in (0, 3))
     with pytest.raises(UserError) as error:
         train_together([first, text])
-    assert "stopped before step 2 because loss is nan; try a lower optimizer.learning_rate" in str(error.value)
+    assert "stopped before step 2 because loss is nan; try a lower optimizer.learning_rate" in str(
+        error.value
+    )
     assert str(error.value).endswith("; the same command without --student first resumes the other runs.")
     assert [latest_step(config.output) for config in (first, text)] == [None, 2]
 
