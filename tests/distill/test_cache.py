@@ -379,7 +379,7 @@ def test_broken_files_are_named(sampled: RunConfig, tmp_path: Path) -> None:
     # An older version's, which knew its teacher by another digest.
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
     with pytest.raises(
-        UserError, match=r"has format 2, but .* format 3; delete .*/broken to make it anew\.$"
+        UserError, match=r"has format 2, but .* format 3; delete .*/broken to make it again\.$"
     ):
         read_cache(folder)
     manifest.write_text("{}")

@@ -144,7 +144,10 @@ def test_another_tokenizer_is_refused(
     teacher: RunConfig, toy_run: RunConfig, texts: list[str], tmp_path: Path
 ) -> None:
     other = train_tokenizer(texts[::2], tmp_path / "other.model", 400)
-    with pytest.raises(UserError, match=f"and tokenizer.path is {other.fingerprint[:12]} of 400; both"):
+    with pytest.raises(
+        UserError,
+        match=f"but tokenizer.path is {other.fingerprint[:12]} of 400 tokens; they must be the same",
+    ):
         load_teacher(DistillConfig(teacher.output, "float32"), toy_run.model, other, build_mesh(MeshConfig()))
 
 

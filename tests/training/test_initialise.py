@@ -89,7 +89,7 @@ def test_another_model_or_tokenizer_is_refused(sharded, released, texts, tmp_pat
     convert(released / "run", folder, "run")
     train_tokenizer(texts[:60], folder / "tokenizer.model", 400)
     with pytest.raises(
-        UserError, match=r"^initialise.source .* of 400 tokens, and tokenizer.path is .* same"
+        UserError, match=r"^initialise.source .* of 400 tokens, but tokenizer.path is .* same"
     ):
         train(replace(sharded, output=str(tmp_path / "b"), initialise=InitConfig(str(folder))))
 
