@@ -30,6 +30,7 @@ def overrides(toy_run: RunConfig, tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.thorough
 def test_a_cache_is_estimated_written_and_verified(
     overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -151,6 +151,7 @@ def test_transformers_finds_them(hf_folder, tmp_path):
     assert (tokenizer.eos_token, tokenizer.eos_token_id, len(tokenizer)) == ("<end_of_turn>", 5, 400)
 
 
+@pytest.mark.thorough
 def test_a_run_takes_its_metadata_from_its_initial_checkpoint(toy_run, hf_folder, tmp_path):
     """And a student from its teacher. Going on with the run, or losing its source, changes nothing."""
     source = tmp_path / "source"

@@ -75,7 +75,14 @@ def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run
     return run
 
 
-@pytest.fixture(scope="module", params=["text", "online", "matched", "cached", "on-policy"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "text",
+        "online",
+        *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("matched", "cached", "on-policy")),
+    ],
+)
 def run(request: Any, toy_run: RunConfig, teacher: RunConfig, tmp_path_factory: Any) -> RunConfig:
     folder = tmp_path_factory.mktemp("adapted")
     run = replace(toy_run, name=request.param, output=str(folder / "run"))
@@ -127,6 +134,7 @@ def test_it_is_planned_with_moments_of_the_norms_alone(run: RunConfig) -> None:
     assert adapted < 0.6 * make_plan([run], topology).program.memory.argument
 
 
+@pytest.mark.thorough
 def test_students_with_it_have_the_losses_of_each_alone(toy_run: RunConfig) -> None:
     """Students of a wider teacher; one of them also matches layers, with projections."""
     sizes = replace(toy_run.model, d_model=48)

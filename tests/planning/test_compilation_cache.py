@@ -43,6 +43,7 @@ def steps_in(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith("jit_step_as_laid_out-")]
 
 
+@pytest.mark.thorough
 def test_a_run_takes_the_step_that_a_plan_has_compiled(toy_run: RunConfig, tmp_path: Path) -> None:
     folder = tmp_path / "compiled"
     mine = cache_folder()

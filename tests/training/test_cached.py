@@ -115,6 +115,7 @@ def test_a_run_goes_on_where_its_cache_was_moved_to(
     assert losses(begun) == losses(full)
 
 
+@pytest.mark.thorough
 def test_a_cache_that_was_made_anew_is_not_the_runs(
     begun: RunConfig, full: RunConfig, online: RunConfig
 ) -> None:

@@ -39,7 +39,7 @@ def released(sharded, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["run", "hf"])
+@pytest.mark.parametrize("kind", ["run", pytest.param("hf", marks=pytest.mark.thorough)])
 def test_the_first_loss_is_that_of_the_weights(sharded, released, tmp_path, kind):
     mesh = build_mesh(sharded.mesh)
     with jax.set_mesh(mesh):

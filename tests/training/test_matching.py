@@ -139,6 +139,7 @@ def test_projections_begin_as_weights_do_and_are_trained(run: RunConfig, on_one_
     assert np.abs(after - before).max(axis=(1, 2)).min() > 1e-3  # each pair's own
 
 
+@pytest.mark.thorough
 def test_a_teacher_as_wide_as_the_student_needs_none(run: RunConfig, batches: list[Batch]) -> None:
     state, rows = steps(run, ONE_DEVICE, batches[:1], width=32)
     assert set(state.trainable) == {"params"}
@@ -204,6 +205,7 @@ def test_a_resumed_run_is_bit_identical(finished: RunConfig, tmp_path: Path, one
     chex.assert_trees_all_equal(found, saved(finished))
 
 
+@pytest.mark.thorough
 def test_projections_that_an_older_version_saved_are_refused(
     finished: RunConfig, tmp_path: Path, one_device: None
 ) -> None:
@@ -232,6 +234,7 @@ def test_projections_that_an_older_version_saved_are_refused(
     assert latest_step(run) == 6
 
 
+@pytest.mark.thorough
 def test_nothing_of_it_is_exported(finished: RunConfig, tmp_path: Path) -> None:
     checkpoint = Path(finished.output, "checkpoints", "8")
     assert {path.name for path in checkpoint.iterdir() if path.is_dir()} == {

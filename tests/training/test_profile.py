@@ -36,6 +36,7 @@ def steps_in(trace: Path) -> set[int]:
     }
 
 
+@pytest.mark.thorough
 def test_the_chosen_steps_are_traced(profiled: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     train(profiled)
     folder = Path(profiled.output, "profile")

@@ -75,6 +75,7 @@ def test_one_that_is_done_was_distilled_from_the_same(
     train(done)
 
 
+@pytest.mark.thorough
 def test_a_run_of_an_older_version_keeps_to_its_teachers_path(done: RunConfig, tmp_path: Path) -> None:
     """Its record has another digest of the same weights, and is replaced when the run goes on."""
     run = replace(done, output=str(tmp_path / "run"))

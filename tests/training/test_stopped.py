@@ -214,6 +214,7 @@ def test_runs_that_are_trained_together(whole: RunConfig, tmp_path: Path) -> Non
         assert found == pytest.approx(expected, rel=2e-5, abs=1e-7)
 
 
+@pytest.mark.thorough
 def test_runs_without_a_teacher_go_one_after_the_other(whole: RunConfig, tmp_path: Path) -> None:
     configs = [
         replace(whole, name=name, seed=seed, output=str(tmp_path / name))
