@@ -97,8 +97,13 @@ def test_students_share_a_program(capsys, toy_run, tmp_path):
     assert [model["role"] for model in placed["models"]] == ["student one", "student two", "teacher"]
 
 
-@pytest.mark.parametrize("students", [[], ["--student", "one", "--student", "two", "seed=1"]])
-@pytest.mark.parametrize("action", [[], ["--search", "--budget", "0"], ["--placement"]])
+@pytest.mark.parametrize(
+    "students",
+    [[], pytest.param(["--student", "one", "--student", "two", "seed=1"], marks=pytest.mark.thorough)],
+)
+@pytest.mark.parametrize(
+    "action", [pytest.param([], marks=pytest.mark.thorough), ["--search", "--budget", "0"], ["--placement"]]
+)
 def test_every_plan_has_the_vocabulary_of_prepared_data(students, action, capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("".join(f"note {number} of few words\n" for number in range(400)))
     run = [

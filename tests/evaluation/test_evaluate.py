@@ -56,6 +56,7 @@ def test_equals_the_mean_over_every_target(finished: RunConfig) -> None:
     assert logged["targets"] == count
 
 
+@pytest.mark.thorough
 def test_evaluations_in_training_are_bounded_and_the_final_one_is_not(
     finished: RunConfig, tmp_path: Path
 ) -> None:
