@@ -39,7 +39,7 @@ def test_what_each_makes_of_the_teacher_is_its_own(tmp_path: Path, monkeypatch: 
     taught, matching, text = compose_students(SHARED, [["wide", "model=small_1m"], inside, scratch], None)
     assert matching.distill.teacher == "runs/teacher"
     assert matching.distill.match is not None
-    matching.distill.match.check_teacher(matching.model, compose(["experiment=quickstart/teacher"]).model)
+    matching.distill.match.check_teacher(matching.model, compose(["model=small_6m"]).model)
     assert not text.distill.has_teacher
     check_together([taught, matching, text])
     of_a_cache = [*SHARED, "distill=cached", "distill.cache=runs/cache"]
