@@ -81,6 +81,7 @@ def test_students_without_a_teacher_have_a_plan_each(capsys):
     assert (one["name"], two["name"]) == ("one", "two")
 
 
+@pytest.mark.thorough
 def test_students_share_a_program(capsys, toy_run, tmp_path):
     teacher = write_teacher(toy_run, vivid(replace(toy_run.model, vocab_size=512)), tmp_path / "teacher")
     asked = [*TOY, "topology=cpu:8", "objective=distillation", "distill=online", f"distill.teacher={teacher}"]

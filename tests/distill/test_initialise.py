@@ -373,6 +373,7 @@ def test_no_part_of_the_teacher_is_refused(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.thorough
 def test_refused_before_the_weights_are_read(
     teacher: RunConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,16 +79,18 @@ def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run
     scope="module",
     params=[
         "text",
-        "online",
-        *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("matched", "cached", "on-policy")),
+        *(
+            pytest.param(kind, marks=pytest.mark.thorough)
+            for kind in ("online", "matched", "cached", "on-policy")
+        ),
     ],
 )
-def run(request: Any, toy_run: RunConfig, teacher: RunConfig, tmp_path_factory: Any) -> RunConfig:
+def run(request: Any, toy_run: RunConfig, tmp_path_factory: Any) -> RunConfig:
     folder = tmp_path_factory.mktemp("adapted")
     run = replace(toy_run, name=request.param, output=str(folder / "run"))
     if request.param == "text":
         return run
-    distill = DistillConfig(teacher.output, "float32")
+    distill = DistillConfig(request.getfixturevalue("teacher").output, "float32")
     if request.param == "matched":
         distill = replace(distill, match=MatchConfig(((0, 0), (1, 1)), hidden=1.0))
     if request.param == "on-policy":

@@ -62,6 +62,7 @@ def full(online: RunConfig) -> RunConfig:
     return config
 
 
+@pytest.mark.thorough
 def test_the_whole_distribution_trains_as_the_teacher_itself(online: RunConfig, full: RunConfig) -> None:
     train(online)
     # Logarithms are kept in steps of (2 * 30 + log 400) / 65535 = 1e-3; a KL of size 1 is off by as much at most.

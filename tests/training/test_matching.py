@@ -248,6 +248,7 @@ def test_nothing_of_it_is_exported(finished: RunConfig, tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensors["model.norm.weight"], student.params()["final_norm"]["scale"])
 
 
+@pytest.mark.thorough
 def test_a_layer_that_the_teacher_lacks_is_refused(
     finished: RunConfig, tmp_path: Path, one_device: None
 ) -> None:

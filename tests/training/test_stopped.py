@@ -229,6 +229,7 @@ def test_runs_without_a_teacher_go_one_after_the_other(whole: RunConfig, tmp_pat
     assert latest_step(configs[1].output) == 9
 
 
+@pytest.mark.thorough
 def test_a_cache_keeps_the_step_it_is_at(
     whole: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
