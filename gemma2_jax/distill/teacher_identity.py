@@ -43,7 +43,7 @@ def source_identity(source: WeightSource) -> str:
     """The identity of a checkpoint. Reads all weights once, one at a time: some seconds for every billion.
 
     Raises:
-        UserError: the checkpoint is not whole.
+        UserError: the checkpoint is not intact.
     """
     source.check()
     places = all_places(weight_specs(source.config))

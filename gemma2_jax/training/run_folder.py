@@ -120,9 +120,9 @@ class RunFolder:
         return self._restore(examples), base
 
     def _announce(self, found: FoundCheckpoint) -> None:
-        passed_over = "".join(f"; {clause}" for clause in found.passed_over)
+        skipped = "".join(f"; {clause}" for clause in found.skipped)
         self._progress.print_line(
-            f"{self.config.name} resumes from its checkpoint at step {self.step}{passed_over}"
+            f"{self.config.name} resumes from its checkpoint at step {self.step}{skipped}"
         )
         if (line := older_schedule_note(self.config, self.step)) is not None:
             self._progress.print_line(line)
