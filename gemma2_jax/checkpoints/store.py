@@ -215,13 +215,13 @@ def checkpoint_steps(run_folder: str | Path) -> list[int]:
 
 
 def latest_step(run_folder: str | Path, tree: str | None = None) -> int | None:
-    """Returns the step of a run's newest intact checkpoint, or of the newest whose `tree` is intact; None without one."""
+    """Returns the step of a run's newest intact checkpoint, or newest with an intact `tree`; None if there is none."""
     folder = Path(run_folder) / FOLDER
     return next((step for step in _steps(folder) if missing(folder / str(step), tree) is None), None)
 
 
 def find(run_folder: str | Path, tree: str | None = None, contents: bool = True) -> FoundCheckpoint | None:
-    """Returns a run's newest intact checkpoint, or the newest whose `tree` is intact; None if there is none at all.
+    """Returns a run's newest intact checkpoint, or its newest with an intact `tree`; None without checkpoints.
 
     Args:
         contents: whether to compare checksums too, each process reading a share of the files; all processes must then

@@ -95,7 +95,7 @@ def write_cache(config: RunConfig, estimate_only: bool = False) -> CacheManifest
     """Writes the teacher targets for all steps of a run into distill.cache; returns at once if they are complete.
 
     First prints an estimate of size and time, from a few steps, to standard error. A cache that was interrupted, or
-    written for fewer steps, continues after its last file and ends with the same rows as without the interruption.
+    written for fewer steps, is resumed after its last file and ends with the same rows as without the interruption.
     Every process of a job writes the files of its own rows into the shared folder.
 
     Args:
@@ -155,7 +155,7 @@ def _lock(config: RunConfig, manifest: CacheManifest, stack: ExitStack) -> None:
     if found is not None and found != manifest:
         raise UserError(
             f"distill.cache {_folder(config)} was changed by another process in the meantime; run the same command "
-            "again to continue it."
+            "again to resume it."
         )
 
 
@@ -164,7 +164,7 @@ def _resume_message(config: RunConfig) -> str:
     found = find_cache(_folder(config))
     if found is None:
         return f"nothing of {_folder(config)} is written yet; the same command starts from the beginning"
-    return f"{found.rows:,} rows of {_folder(config)} are written; the same command continues after them"
+    return f"{found.rows:,} rows of {_folder(config)} are written; the same command resumes after them"
 
 
 def is_complete(config: RunConfig, manifest: CacheManifest) -> bool:
