@@ -306,7 +306,7 @@ def test_another_data_order_is_refused(sampled: RunConfig) -> None:
             cached_batches(data, folder_of(sampled))
         with pytest.raises(UserError, match=rf"data.{key} \({was}, now {value}\)"):
             write_cache(replace(sampled, data=data))
-    with pytest.raises(UserError, match=r"the number of processes \(1, now 2\)"):
+    with pytest.raises(UserError, match=r"a different number of processes \(1, now 2\)"):
         cached_batches(sampled.data, folder_of(sampled), 0, 2)
 
 
