@@ -158,7 +158,7 @@ class CheckpointStore:
         self.latest_step = step
 
     def wait(self) -> None:
-        """Returns when all that `save` has begun is written."""
+        """Waits until every save that has begun is written."""
         pending, self._pending = self._pending, None  # a failure is raised once
         if pending is not None:
             pending.result()  # which alone ends the response's thread

@@ -15,9 +15,9 @@ def header_reader(gguf: Any) -> Any:
     kinds = gguf.GGUFValueType
 
     class HeaderReader(gguf.GGUFReader):
-        # The public reader creates an array for each piece of a tokenizer, which takes many seconds, and has no option to
-        # skip them. If the package stopped calling this method, or called it with other arguments, `gemma2 inspect` and
-        # the check of `gemma2 convert` would refuse every GGUF file, since they expect lengths instead of lists.
+        # The public reader creates an array for each piece of a tokenizer, which takes many seconds, and has no option
+        # to skip them. If the package stopped calling this method, or called it with other arguments, `gemma2 inspect`
+        # and the check of `gemma2 convert` would refuse every GGUF file, since they expect lengths instead of lists.
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if raw_type != kinds.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)

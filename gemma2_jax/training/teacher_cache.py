@@ -273,7 +273,7 @@ class _CacheWriter:
             write_cache_manifest(folder, self._manifest)
 
     def _estimated(self, steps: Iterator[list[Packed]]) -> Iterator[list[Packed]]:
-        """Passes the steps on, after printing the size and time of all of them, estimated from the first few."""
+        """Yields the steps unchanged, after printing the size and time of all of them, estimated from the first few."""
         tokens = self._config.data.batch_size * self._config.data.seq_len
         head = list(itertools.islice(steps, 1))
         begun = time.perf_counter()
