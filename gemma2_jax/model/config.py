@@ -24,8 +24,8 @@ class ModelConfig:
         num_kv_heads: K, key/value heads of a layer, a divisor of the number of query heads.
         head_dim: H, the width of a head.
         d_ff: F, the width of a feed-forward layer.
-        sliding_window: a query of a local layer sees itself and the `sliding_window - 1` tokens before it; null makes
-            every layer global.
+        sliding_window: number of tokens that a query of a local layer attends to: its own and those directly before it;
+            null makes every layer global.
         query_pre_attn_scalar: queries are multiplied by its -1/2 power (head_dim for 2B and 9B, 144 for 27B).
         attn_logit_softcap: c in c * tanh(x / c), which bounds attention scores.
         final_logit_softcap: the same for logits.
