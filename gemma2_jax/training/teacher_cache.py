@@ -49,6 +49,7 @@ from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import batch_sharding, laid_out, on_mesh
 from gemma2_jax.sharding.mesh import build_mesh
+from gemma2_jax.training.progress import duration
 
 CHUNK_ROWS = 4096  # rows per chunk over all processes; each process writes one file per chunk
 # Size and time are estimated from at least this many steps and tokens; fewer tokens would not give the average size of
@@ -290,7 +291,7 @@ class _CacheWriter:
         )
         timed = len(head) - 1  # without the first step, whose time includes compilation
         each = seconds / max(1, timed)
-        time_left = f" and {_duration(each * left)} ({tokens / each:,.0f} tokens/s)" if timed else ""
+        time_left = f" and {duration(each * left)} ({tokens / each:,.0f} tokens/s)" if timed else ""
         self._print_line(sized + time_left)
         yield from head
         yield from steps
@@ -358,9 +359,3 @@ def _bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
