@@ -24,7 +24,7 @@ def test_a_table_and_its_figures_as_json(capsys):
         "memory per device",
         "compiled in",
         "model FLOPs per step",
-        "least time of a step",
+        "minimum time of a step",
         "(estimate)",
     ):
         assert words in table

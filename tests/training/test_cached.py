@@ -170,7 +170,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
     ):
         train(replace(full, training=longer, output=str(tmp_path / "longer")))
     half = replace(full.distill, dtype="bfloat16")
-    with pytest.raises(UserError, match=r"another value of distill\.dtype \(float32, now bfloat16\)"):
+    with pytest.raises(UserError, match=r"a different distill\.dtype \(float32, now bfloat16\)"):
         train(replace(full, distill=half, output=str(tmp_path / "half")))
     assert not (tmp_path / "warm" / "config.yaml").exists()
 

@@ -137,7 +137,7 @@ def interrupt(*_: Any) -> None:
 
 @pytest.mark.thorough
 def test_the_last_evaluation_is_not_cut_short(whole: RunConfig, tmp_path: Path) -> None:
-    """No run continues after it."""
+    """No run is resumed after it."""
     config = replace(whole, output=str(tmp_path / "run"))
     with signal_at(9, Trainer, "_evaluate_if_due"):
         train(config)
@@ -255,7 +255,7 @@ def test_a_cache_keeps_the_step_it_is_at(
             write_cache(task)
     assert read_cache(cache).rows == 4 * 6
     assert stops.message(caught.value).strip() == (
-        f"gemma2: stopped; 24 rows of {cache} are written; the same command continues after them."
+        f"gemma2: stopped; 24 rows of {cache} are written; the same command resumes after them."
     )
     write_cache(task)
     assert read_cache(cache).rows == 4 * 9
