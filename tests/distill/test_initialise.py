@@ -249,6 +249,7 @@ def test_query_heads_stay_with_their_group(
         assert np.array_equal(ours["output"], theirs["output"][:, np.array(kept_heads)])
 
 
+@pytest.mark.thorough
 def test_activations_are_those_of_the_model(toy_config: ModelConfig) -> None:
     """Each number on its own, from the model's modules; padding does not count."""
     teacher = Gemma2(toy_config, lively(toy_config))

@@ -37,7 +37,11 @@ def through_a_run(folder, tmp_path):
     return tmp_path / "back"
 
 
-@pytest.mark.parametrize("eos", [[1, 242], [1, 5, 9], 242, 1, [9]], ids=str)
+@pytest.mark.parametrize(
+    "eos",
+    [[1, 242], *(pytest.param(eos, marks=pytest.mark.thorough) for eos in ([1, 5, 9], 242, 1, [9]))],
+    ids=str,
+)
 def test_the_ends_of_a_text_come_back(hf_folder, tmp_path, eos):
     edit(hf_folder, "generation_config.json", eos_token_id=eos)
     back = through_a_run(hf_folder, tmp_path)

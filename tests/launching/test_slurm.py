@@ -88,6 +88,7 @@ def test_a_job_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         slurm.submit(settings, job)
 
 
+@pytest.mark.thorough
 def test_a_job_on_this_machine_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job leaves no result, for which submitit would wait for seconds."""
     from submitit.core.core import Job as Submitted

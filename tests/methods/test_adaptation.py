@@ -130,6 +130,7 @@ def rows_at(run: RunConfig, step: int, split: str) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.thorough
 def test_it_is_planned_with_moments_of_the_norms_alone(run: RunConfig) -> None:
     topology = find_topology("cpu:1")
     adapted = make_plan([run], topology, build_method(run, NormsOnly())).program.memory.argument

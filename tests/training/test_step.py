@@ -100,7 +100,13 @@ def alone(batches: list[Batch]) -> Alone:
         ),
     ],
 )
-@pytest.mark.parametrize("distilled", [False, True], ids=["pretraining", "distillation"])
+@pytest.mark.parametrize(
+    "distilled",
+    [
+        pytest.param(False, id="pretraining", marks=pytest.mark.thorough),
+        pytest.param(True, id="distillation"),
+    ],
+)
 def test_same_losses_on_one_device_and_on_eight(
     run: RunConfig, batches: list[Batch], alone: Alone, mesh: MeshConfig, distilled: bool
 ) -> None:
