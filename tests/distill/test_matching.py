@@ -174,7 +174,7 @@ def dense_attention(layer: Any, config: ModelConfig, index: int, batch: Batch) -
 
 
 @pytest.mark.parametrize("distance", [pytest.param("mse", marks=pytest.mark.thorough), "cosine"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["hidden", pytest.param("attention", marks=pytest.mark.thorough)])
 def test_gradients_are_those_of_the_dense_form(
     case: Case, apart: tuple[Any, Any], kind: str, distance: str
 ) -> None:

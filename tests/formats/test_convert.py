@@ -160,7 +160,12 @@ def is_half_way(process: subprocess.Popen[str]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "target", ["run", "hf --to huggingface", pytest.param("new.gguf", marks=pytest.mark.thorough)]
+    "target",
+    [
+        pytest.param("run", marks=pytest.mark.thorough),
+        "hf --to huggingface",
+        pytest.param("new.gguf", marks=pytest.mark.thorough),
+    ],
 )
 def test_a_full_disk(exported, tmp_path, target):
     if target.endswith("gguf"):

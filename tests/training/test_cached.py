@@ -153,6 +153,7 @@ def test_without_the_teacher_any_cache_will_do(full: RunConfig, tmp_path: Path) 
     assert "kl" not in next(row for row in rows if row["split"] == "validation")
 
 
+@pytest.mark.thorough
 def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
     full: RunConfig, tmp_path: Path
 ) -> None:

@@ -39,7 +39,8 @@ def released(sharded, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["run", pytest.param("hf", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["run", "hf"])
 def test_the_first_loss_is_that_of_the_weights(sharded, released, tmp_path, kind):
     mesh = build_mesh(sharded.mesh)
     with jax.set_mesh(mesh):

@@ -92,6 +92,7 @@ def on_one_device(run: RunConfig, batches: list[Batch]) -> tuple[TrainState, lis
     return steps(run, ONE_DEVICE, batches)
 
 
+@pytest.mark.thorough
 def test_the_loss_is_the_weighted_sum(on_one_device: Any) -> None:
     for row in on_one_device[1]:
         objective = 0.25 * row["cross_entropy"] + 0.75 * row["kl"]
@@ -130,6 +131,7 @@ def test_projections_and_their_moments_are_sharded(run: RunConfig) -> None:
         assert array.addressable_shards[0].data.shape == (2, 8, 48)
 
 
+@pytest.mark.thorough
 def test_projections_begin_as_weights_do_and_are_trained(run: RunConfig, on_one_device: Any) -> None:
     mesh = build_mesh(ONE_DEVICE, jax.devices()[:1])
     other = begun(replace(run, seed=1), mesh)
