@@ -128,5 +128,5 @@ def test_from_the_command_line(corpus: Path, tmp_path: Path, capsys):
     assert not np.array_equal(one["embedder"]["embedding"], two["embedder"]["embedding"])
     unprepared = [*command, f"data.folder={tmp_path}/other"]
     assert main([*unprepared, "--student", "one", "--student", "three", "data.seed=5"]) == 1
-    assert "one has data.seed=0, and three has 5" in capsys.readouterr().err
+    assert "one has data.seed=0, but three has data.seed=5" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()  # refused before

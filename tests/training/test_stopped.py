@@ -178,7 +178,7 @@ def test_broken_weights_are_not_saved(
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "_take_step", broken)
-    with stops.handled(), pytest.raises(UserError, match=r"stopped before step 7: loss is nan"):
+    with stops.handled(), pytest.raises(UserError, match=r"stopped before step 7 because loss is nan"):
         train(config)
     assert latest_step(config.output) == 6
 
