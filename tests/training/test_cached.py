@@ -197,7 +197,9 @@ def test_a_baseline_trained_with_a_student_of_a_cache(full: RunConfig, tmp_path:
     warm = replace(
         full, objective=replace(full.objective, temperature=2.0), distill=replace(full.distill, encoding=None)
     )
-    with pytest.raises(UserError, match=r"toy has objective.temperature=1.0, but warm has objective.temperature=2.0"):
+    with pytest.raises(
+        UserError, match=r"toy has objective.temperature=1.0, but warm has objective.temperature=2.0"
+    ):
         train_together([text, replace(full, distill=warm.distill), replace(warm, name="warm")])
     whole = replace(text, output=str(tmp_path / "whole"))
     train(whole)
