@@ -235,7 +235,7 @@ def _resume_message(folder: Path) -> str:
     if manifest is None or not manifest.parts:
         return f"nothing of {folder} is prepared yet, and the same command starts from the beginning"
     documents = manifest.train.documents + manifest.validation.documents
-    return f"{documents:,} documents of {folder} are prepared, and the same command continues after them"
+    return f"{documents:,} documents of {folder} are prepared, and the same command resumes after them"
 
 
 def _was_trained(loaded: Tokenizer, manifest: DataManifest | None) -> bool:

@@ -19,9 +19,9 @@ def refuse_other_settings(manifest: DataManifest, data: DataConfig, tokenizer: T
         ("data.validation_fraction", manifest.validation_fraction, data.validation_fraction),
         ("tokenizer", manifest.tokenizer[:12], tokenizer.fingerprint[:12]),
     )
-    others = [f"a different {key} ({was}, now {is_now})" for key, was, is_now in values if was != is_now]
+    others = [f"a different {key} ({was}, now {now})" for key, was, now in values if was != now]
     if others:
-        typed = [as_override(key, was) for key, was, is_now in values[:2] if was != is_now]
+        typed = [as_override(key, was) for key, was, now in values[:2] if was != now]
         remedy = (
             f"write {' '.join(filter(None, typed))} to use it, "
             if any(typed) and len(typed) == len(others)
@@ -35,8 +35,8 @@ def refuse_other_conversations(manifest: DataManifest, data: DataConfig) -> None
     if (manifest.format == MIXTURE_FORMAT) != bool(data.mixture):
         source, other = ("data.source", "data.mixture")[:: 1 if data.mixture else -1]
         raise _other(data, f"from {source}, but the configuration has {other}", "")
-    was, is_now = _settings(manifest.conversations), _settings(data.conversations)
-    if bool(was) != bool(is_now):
+    was, now = _settings(manifest.conversations), _settings(data.conversations)
+    if bool(was) != bool(now):
         kinds = ("conversations", "text") if was else ("text", "conversations")
         group = "conversations" if was else "files"
         raise _other(
@@ -44,9 +44,9 @@ def refuse_other_conversations(manifest: DataManifest, data: DataConfig) -> None
             f"from {kinds[0]}, but the configuration is of {kinds[1]}",
             f"write data={group} to use it, ",
         )
-    others = {key: value for key, value in was.items() if value != is_now[key]}
+    others = {key: value for key, value in was.items() if value != now[key]}
     if others:
-        listed = ", ".join(f"a different {key} ({value}, now {is_now[key]})" for key, value in others.items())
+        listed = ", ".join(f"a different {key} ({value}, now {now[key]})" for key, value in others.items())
         typed = " ".join(str(as_override(key, value)) for key, value in others.items())
         raise _other(data, f"with {listed}", f"write {typed} to use it, ")
 
