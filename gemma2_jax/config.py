@@ -20,6 +20,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gemma2_jax.files import folders_to_extend, in_the_way, obstacle_clause, reason, write_text
+from gemma2_jax.yaml_dialect import Dumper, Loader
 
 Config = TypeVar("Config")
 
@@ -131,7 +132,7 @@ def save_config(config: Any, path: str | os.PathLike[str]) -> None:
 
 def to_yaml(config: Any) -> str:
     """Returns the dataclass as the YAML that `save_config` writes."""
-    text: str = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -149,7 +150,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file in UTF-8.") from None
     try:
-        data = yaml.load(text, _Loader)
+        data = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     except RecursionError:
@@ -228,35 +229,6 @@ def suggest(name: str, accepted: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     listed = ", ".join(names) if names else "none"
     return f"did you mean {near[0]} (accepted: {listed})" if near else f"accepted: {listed}"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and text: 1e-3 is a number (PyYAML requires 1.0e-3), and 2024-01-01 is text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes YAML that `_Loader` reads back: the text 1e-3 is quoted."""
-
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        # In single quotes PyYAML folds line breaks that only YAML 1.1 recognises; double quotes escape them.
-        style = '"' if any(break_ in data for break_ in "\x85\u2028\u2029") else None
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
-
-
-_Dumper.add_representer(str, _Dumper.represent_str)
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
 
 
 @cache

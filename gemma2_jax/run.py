@@ -151,11 +151,6 @@ class RunConfig:
                 f"objective.cross_entropy is {self.objective.cross_entropy}; it must be 0 with distill.on_policy, "
                 "since a student learns nothing from the cross-entropy with its own samples."
             )
-        if self.data.conversations and any(part.kind == "text" for part in self.data.mixture):
-            yield (
-                "distill.on_policy is set, and data.mixture has sources of both kinds; on-policy distillation takes "
-                "its prompts from text alone or from conversations alone."
-            )
         if on_policy.prompt_tokens >= self.data.seq_len:
             yield (
                 f"distill.on_policy.prompt_tokens is {on_policy.prompt_tokens}; it must be below data.seq_len "

@@ -29,6 +29,8 @@ def show_loss(console: Console, batch: Batch, rows: int, tokenizer: Tokenizer) -
             console.print(
                 _marked(tokens, [False, *(mask[at] > 0).tolist()], coloured, tokenizer), soft_wrap=True
             )
+        if (more := int(ids.max()) - _SHOWN) > 0:
+            console.print(f"… and {more} more")
 
 
 def _marked(tokens: list[int], loss: list[bool], coloured: bool, tokenizer: Tokenizer) -> Text:

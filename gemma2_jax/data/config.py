@@ -149,6 +149,22 @@ class DataConfig:
                 yield f"data.mixture[{number}].kind is conversations, but data.conversations is null; set its keys."
 
     @property
+    def with_conversations(self) -> bool:
+        """Whether the source, or at least one of the mixture's, holds conversations."""
+        return "conversations" in self._kinds
+
+    @property
+    def with_text(self) -> bool:
+        """Whether the source, or at least one of the mixture's, holds text."""
+        return "text" in self._kinds
+
+    @property
+    def _kinds(self) -> list[str]:
+        if self.mixture:
+            return [part.kind for part in self.mixture]
+        return ["text" if self.conversations is None else "conversations"]
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """`source` as a tuple, also if it is a single string."""
         return (self.source,) if isinstance(self.source, str) else self.source

@@ -88,7 +88,7 @@ def _combined(data: DataConfig, manifests: list[DataManifest]) -> DataManifest:
         parts=tuple(
             _below(str(number), part) for number, manifest in enumerate(manifests) for part in manifest.parts
         ),
-        conversations=data.conversations,
+        conversations=data.conversations if data.with_conversations else None,
     )
 
 

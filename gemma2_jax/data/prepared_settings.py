@@ -35,7 +35,8 @@ def refuse_other_conversations(manifest: DataManifest, data: DataConfig) -> None
     if (manifest.format == MIXTURE_FORMAT) != bool(data.mixture):
         source, other = ("data.source", "data.mixture")[:: 1 if data.mixture else -1]
         raise _other(data, f"from {source}, but the configuration has {other}", "")
-    was, now = _settings(manifest.conversations), _settings(data.conversations)
+    was = _settings(manifest.conversations)
+    now = _settings(data.conversations if data.with_conversations else None)
     if bool(was) != bool(now):
         kinds = ("conversations", "text") if was else ("text", "conversations")
         group = "conversations" if was else "files"

@@ -81,15 +81,15 @@ def rollout(
     batch: Batch,
     seed: int,
     step: jax.Array,
-    stop: int,
-    until_loss: bool = False,
+    stops: tuple[int, ...],
 ) -> Batch:
     """Samples the student's completions of prompts from a batch, and returns them as a batch.
 
-    A row's prompt is the start of its first segment, which is a document or the rest of one; no row may be empty. The
-    completion ends with `stop`, or when prompt and completion have T + 1 tokens, the last of which is only a
-    target, as in a row of data. The samples depend on `seed`, `step` and the row's index in the whole batch, not on the
-    mesh.
+    A row of text, whose first target carries loss, has as its prompt the start of its first segment: a document or the
+    rest of one. A row of conversations has what comes before the first target with loss; if that is longer than
+    `config.prompt_tokens`, the row carries no loss. No row may be empty. The completion ends with one of `stops`, or
+    when prompt and completion have T + 1 tokens, the last of which is only a target, as in a row of data. The samples
+    depend on `seed`, `step` and the row's index in the whole batch, not on the mesh.
 
     While sampling, every device holds the student's weights in compute's dtype, sharded over the tensor axis only:
     gathering them over the fsdp axis for each token would take far longer than the matrix products.
@@ -97,43 +97,41 @@ def rollout(
     Args:
         model, compute, params: configuration, compute settings and parameters of the student.
         batch: batch of data, which the prompts are taken from.
-        stop: id of the token that ends a completion.
-        until_loss: whether a prompt ends before the first target with loss. Rows whose prompt would be longer than
-            `prompt_tokens` then carry no loss.
+        stops: ids of the tokens that end a completion.
     """
     T = batch.tokens.shape[1]
     compute, choice = replace(compute, remat="none"), TokenChoice(config.temperature)
-    stops = jnp.array([stop], jnp.int32)
+    stop_ids = jnp.array(stops, jnp.int32)
     decoder = Decoder(Gemma2(model, _gathered(model, params, compute)), compute)
     prompts = batch.tokens[:, : config.prompt_tokens]
-    lengths = jnp.sum(batch.segment_ids[:, : config.prompt_tokens] == 1, axis=1)
-    if until_loss:
-        full = jnp.argmax(batch.loss_mask > 0, axis=1) + 1
-        fits = full <= config.prompt_tokens
-        lengths = jnp.where(fits, full, lengths)
+    of_segment = jnp.sum(batch.segment_ids[:, : config.prompt_tokens] == 1, axis=1)
+    before_loss = jnp.argmax(batch.loss_mask > 0, axis=1)
+    is_text, fits = before_loss == 0, before_loss < config.prompt_tokens
+    # The last token before the loss belongs to the prompt: the first target with loss is predicted from it.
+    lengths = jnp.where(is_text | ~fits, of_segment, before_loss + 1)
     keys = row_keys(jax.random.fold_in(jax.random.key(seed), step), len(prompts))
     # Rows with long prompts are full before the others; what they sample after that is dropped, so the KV cache does
     # not need room for it.
-    progress = begin(decoder, prompts, lengths, keys, stops, T, choice)
+    progress = begin(decoder, prompts, lengths, keys, stop_ids, T, choice)
     left = T - jnp.min(lengths)
-    _, sampled = advance(decoder, progress, keys, stops, left, T - 1, choice)
+    _, sampled = advance(decoder, progress, keys, stop_ids, left, T - 1, choice)
     new = jnp.concatenate([progress.tokens[:, None], sampled], axis=1)
-    rows = lay_out(prompts, lengths, new, stop)
-    return replace(rows, loss_mask=rows.loss_mask * fits[:, None]) if until_loss else rows
+    rows = lay_out(prompts, lengths, new, stop_ids)
+    return replace(rows, loss_mask=rows.loss_mask * fits[:, None])
 
 
-def lay_out(prompts: jax.Array, lengths: jax.Array, new: jax.Array, stop: int) -> Batch:
+def lay_out(prompts: jax.Array, lengths: jax.Array, new: jax.Array, stop_ids: jax.Array) -> Batch:
     """Combines prompts and completions into rows of one document each, in which only new tokens count in the loss.
 
     Args:
         prompts: int32 [B, S], right-padded.
         lengths: int32 [B], lengths of the prompts, from 1 to S.
-        new: int32 [B, T], tokens after each prompt. Tokens after the first `stop`, or beyond a total of T + 1 tokens
-            with the prompt, are dropped.
-        stop: id of the token that ends a completion.
+        new: int32 [B, T], tokens after each prompt. Tokens after the first of `stop_ids`, or beyond a total of T + 1
+            tokens with the prompt, are dropped.
+        stop_ids: int32 [n], ids of the tokens that end a completion.
 
     Returns:
-        Rows of T tokens, with zeros after their end. The loss mask selects the new targets, including `stop`.
+        Rows of T tokens, with zeros after their end. The loss mask selects the new targets, including a final stop.
     """
     T = new.shape[1]
     index = jnp.arange(T + 1)
@@ -141,7 +139,7 @@ def lay_out(prompts: jax.Array, lengths: jax.Array, new: jax.Array, stop: int) -
     prompts = jnp.pad(prompts, ((0, 0), (0, T + 1 - prompts.shape[1])))
     after = jnp.take_along_axis(new, jnp.clip(index - start, 0, T - 1), axis=1)
     document = jnp.where(index < start, prompts, after)
-    is_stop = new == stop
+    is_stop = jnp.any(new[..., None] == stop_ids, axis=-1)
     count = jnp.where(jnp.any(is_stop, axis=1), jnp.argmax(is_stop, axis=1) + 1, T)
     end = jnp.minimum(lengths + count, T + 1)[:, None]
 

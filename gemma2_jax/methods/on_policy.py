@@ -26,11 +26,12 @@ class OnPolicyDistillation(Distillation):
         assert config.distill.on_policy is not None
         self._settings = config.distill.on_policy
         self._sampled = on_policy_steps(self._settings, config.seed, config.training.steps)
-        self._from_conversations = config.data.conversations is not None
-        self._stop: int | None = None
+        self._stops: tuple[int, ...] | None = None
 
     def load_frozen(self, tokenizer: Tokenizer, mesh: Any) -> dict[str, Any]:
-        self._stop = tokenizer.end_of_turn_id if self._from_conversations else tokenizer.eos_id
+        data = self.config.data
+        kinds = ((data.with_text, tokenizer.eos_id), (data.with_conversations, tokenizer.end_of_turn_id))
+        self._stops = tuple(stop for present, stop in kinds if present)
         self._prompt_note()  # raises before the teacher is loaded
         return super().load_frozen(tokenizer, mesh)
 
@@ -40,7 +41,7 @@ class OnPolicyDistillation(Distillation):
 
     def _prompt_note(self) -> str | None:
         """Returns how many conversations have too long a prompt. Raises UserError if all have."""
-        if not self._from_conversations:
+        if not self.config.data.with_conversations:
             return None
         lengths, limit = (
             read_data_manifest(self.config.data.folder).train_lengths,
@@ -63,19 +64,11 @@ class OnPolicyDistillation(Distillation):
         return bool(self._sampled[step])
 
     def collect(self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array) -> Batch:
-        assert self._stop is not None
+        assert self._stops is not None
         params = self.adaptation.join(trainable[PARAMS], frozen.get(BASE, {}))
         config = self.config
         return rollout(
-            self._settings,
-            config.model,
-            config.compute,
-            params,
-            batch,
-            config.seed,
-            step,
-            self._stop,
-            until_loss=self._from_conversations,
+            self._settings, config.model, config.compute, params, batch, config.seed, step, self._stops
         )
 
     def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -195,6 +195,6 @@ def write_inputs(config: RunConfig, record: TeacherRecord | None) -> None:
     origin = config.initialise.source or config.distill.teacher
     if origin is not None and latest_step(folder) is None:
         metadata = open_source(origin).metadata
-        if config.data.conversations is not None:
+        if config.data.with_conversations:
             metadata = metadata.of_chats(Tokenizer.load(config.tokenizer.path).end_of_turn_id)
         metadata.save(folder)

@@ -80,22 +80,31 @@ def chat_overrides(tmp_path_factory):
 
 def test_what_carries_loss_is_marked(chat_overrides, capsys, monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.setattr("gemma2_jax.cli.loss_marks._SHOWN", 1)
     assert main(["data", "show", *chat_overrides]) == 0
-    shown = capsys.readouterr().out
-    assert "conversations, loss in « »" in shown
-    marked = re.findall(
-        r"<start_of_turn>user\nWho is (.)\?<end_of_turn>\n"
-        r"<start_of_turn>model\n«This is (.)\. <end_of_turn><end_of_turn>»\n",
-        shown,
-    )
-    assert marked
-    assert all(question == answer for question, answer in marked)
-    assert re.search(r"row 2: \d+ conversations of \d+ tokens, \d+ with loss, \d+ of padding", shown)
-    assert re.search(r"… and \d+ conversations more", shown)
+    head, *rows = re.split(r"^row \d: ", capsys.readouterr().out, flags=re.MULTILINE)
+    assert "2 of the first training batch's 2 rows: conversations, loss in « »" in head
     assert re.search(
-        r"1 of \d+ conversations to train on are longer than data.seq_len \(512\) and truncated", shown
+        r"1 of \d+ conversations to train on are longer than data.seq_len \(512\) and truncated", head
     )
+    assert len(rows) == 2
+    exchange = (
+        r"<start_of_turn>user\nWho is (.)\?<end_of_turn>\n"
+        r"<start_of_turn>model\n«This is (.)\. <end_of_turn><end_of_turn>»\n\n"
+    )
+    cut = r"<start_of_turn>user\nWhat is long\?<end_of_turn>\n<start_of_turn>model\n«0 1 2 [\d ]+»\n"
+    announced = r"(\d+) conversations of (\d+) tokens, (\d+) with loss, (\d+) of padding\n"
+    for row in rows:
+        shown = re.fullmatch(rf"{announced}((?:{exchange}|{cut})+)(?:… and (\d+) more\n)?", row)
+        assert shown, row
+        conversations, tokens, loss, padding = (int(shown[n]) for n in range(1, 5))
+        assert tokens + padding == 512
+        assert 0 < loss < tokens
+        assert shown[5].count("«") == min(conversations, 3)
+        assert int(shown[8] or 0) == max(conversations - 3, 0)
+        found = re.findall(exchange, shown[5])
+        assert all(question == answer for question, answer in found)
+    assert any("Who is" in row for row in rows)
+    assert any("long" in row for row in rows)
 
 
 def test_in_a_terminal_what_carries_loss_is_coloured(chat_overrides, capsys, monkeypatch):

@@ -177,3 +177,16 @@ def test_mixtures_that_make_no_sense_are_refused(
     with pytest.raises(UserError, match=sentence):
         replace(mixture, **changes)
     assert mixture.conversations == ConversationsConfig()
+
+
+def test_a_mixture_of_text_alone_holds_no_conversations(
+    mixture: DataConfig, data: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
+) -> None:
+    text = MixtureSource(data.source, 1.0)
+    config = replace(mixture, folder=str(tmp_path / "data"), mixture=(text,))
+    assert config.conversations is not None  # as configs/data/mixture.yaml sets it
+    assert mixture.with_conversations
+    assert not config.with_conversations
+    assert prepare(config, tokenizer_config).conversations is None
+    batch = next(train_batches(config))
+    np.testing.assert_array_equal(batch.loss_mask, batch.segment_ids > 0)

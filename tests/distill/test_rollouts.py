@@ -73,7 +73,7 @@ def rollout_of(
     compute = ComputeConfig(unroll_layers=unroll_layers)
 
     def sampled(params: Params, batch: Batch, step: jax.Array) -> Batch:
-        return rollout(config, model, compute, params, batch, 0, step, stop)
+        return rollout(config, model, compute, params, batch, 0, step, (stop,))
 
     return jax.jit(sampled, out_shardings=batch_sharding(mesh))
 
@@ -126,7 +126,7 @@ def test_the_layout_of_hand_made_rows() -> None:
     new = jnp.array(
         [[11, 12, 13, 14, 15], [1, 9, 9, 9, 9], [11, 12, 1, 9, 1], [11, 12, 1, 9, 9], [11, 12, 13, 1, 9]]
     )
-    found = lay_out(prompts, jnp.array([1, 3, 2, 3, 3]), new, stop=1)
+    found = lay_out(prompts, jnp.array([1, 3, 2, 3, 3]), new, jnp.array([1]))
     expected = Batch(
         tokens=[
             [5, 11, 12, 13, 14],
@@ -160,9 +160,30 @@ def test_a_row_is_what_packing_makes_of_the_same_document(length: int) -> None:
     row["loss_mask"][: PROMPT - 1] = 0  # the prompt's own tokens, of which the student sampled none
     new = np.full((1, T), 9)
     new[0, : length - PROMPT] = document[PROMPT:]
-    found = lay_out(jnp.array(document[None, :PROMPT]), jnp.array([PROMPT]), jnp.array(new), stop=1)
+    found = lay_out(jnp.array(document[None, :PROMPT]), jnp.array([PROMPT]), jnp.array(new), jnp.array([1]))
     for name, expected in row.items():
         np.testing.assert_array_equal(getattr(found, name)[0], expected, name)
+
+
+def test_any_of_several_stops_ends_a_completion() -> None:
+    new = jnp.array([[11, 2, 9, 1, 9], [11, 12, 1, 2, 9]])
+    found = lay_out(jnp.array([[5], [5]]), jnp.array([1, 1]), new, jnp.array([1, 2]))
+    assert new_tokens(found) == [[11, 2], [11, 12, 1]]
+
+
+def test_prompts_of_conversations_end_before_the_first_target_with_loss(
+    student: Gemma2, batch: Batch, greedy: Batch
+) -> None:
+    mask = batch.loss_mask.copy()
+    mask[1, :4], mask[2, : PROMPT - 1], mask[4, :PROMPT] = 0, 0, 0
+    found = jax.tree.map(np.asarray, sample(student, replace(batch, loss_mask=mask), GREEDY))
+    lengths = {1: 5, 2: PROMPT}
+    for row, length in lengths.items():
+        np.testing.assert_array_equal(found.tokens[row, :length], batch.tokens[row, :length])
+        assert found.loss_mask[row].tolist() == [0.0] * (length - 1) + [1.0] * (T + 1 - length)
+    assert not found.loss_mask[4].any()  # its prompt is longer than PROMPT
+    for row in set(range(B)) - {1, 4}:
+        np.testing.assert_array_equal(found.targets[row], greedy.targets[row])
 
 
 def test_prompts_are_the_beginnings_of_the_first_documents(batch: Batch, greedy: Batch) -> None:

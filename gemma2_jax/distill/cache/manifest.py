@@ -59,8 +59,8 @@ class DataOrder:
             process_count=process_count,
             streams=data.streams,
             shuffle_buffer=data.shuffle_buffer,
-            too_long=None if data.conversations is None else data.too_long,
-            packing_window=None if data.conversations is None else data.packing_window,
+            too_long=data.too_long if data.with_conversations else None,
+            packing_window=data.packing_window if data.with_conversations else None,
             mixture=tuple(part.weight for part in data.mixture),
         )
 
