@@ -15,7 +15,7 @@ _SHOWN = 3  # conversations of a row
 
 def show_loss(console: Console, batch: Batch, rows: int, tokenizer: Tokenizer) -> None:
     """Prints the conversations of the first rows: what carries loss in colour, or between « and » without colours."""
-    coloured = console.color_system is not None
+    coloured = console.color_system is not None and not console.no_color
     console.print(Text("this colour", _LOSS) if coloured else "« »")
     for row in range(rows):
         ids, mask = batch.segment_ids[row], batch.loss_mask[row]

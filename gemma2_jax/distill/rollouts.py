@@ -18,6 +18,8 @@ import numpy as np
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
+from gemma2_jax.data.config import DataConfig
+from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.decoder import Decoder
 from gemma2_jax.model.linear import for_use
@@ -71,6 +73,12 @@ def on_policy_steps(config: OnPolicyConfig, seed: int, steps: int) -> np.ndarray
     # Python's generator gives the same numbers in every version.
     draw = random.Random(f"on-policy steps of seed {seed}")
     return np.array([draw.random() for _ in range(steps)]) < np.asarray(fraction)
+
+
+def completion_stops(data: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the ids that end a completion: the end of text if there is text, the end of turn if conversations."""
+    kinds = ((data.with_text, tokenizer.eos_id), (data.with_conversations, tokenizer.end_of_turn_id))
+    return tuple(stop for present, stop in kinds if present)
 
 
 def rollout(

@@ -11,7 +11,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.shards import read_data_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.rollouts import on_policy_steps, rollout
+from gemma2_jax.distill.rollouts import completion_stops, on_policy_steps, rollout
 from gemma2_jax.methods.distillation import Distillation
 from gemma2_jax.methods.method import BASE, PARAMS, Frozen, Trainable
 from gemma2_jax.model.adaptation import FULL, Adaptation
@@ -29,9 +29,7 @@ class OnPolicyDistillation(Distillation):
         self._stops: tuple[int, ...] | None = None
 
     def load_frozen(self, tokenizer: Tokenizer, mesh: Any) -> dict[str, Any]:
-        data = self.config.data
-        kinds = ((data.with_text, tokenizer.eos_id), (data.with_conversations, tokenizer.end_of_turn_id))
-        self._stops = tuple(stop for present, stop in kinds if present)
+        self._stops = completion_stops(self.config.data, tokenizer)
         self._prompt_note()  # raises before the teacher is loaded
         return super().load_frozen(tokenizer, mesh)
 

@@ -116,6 +116,9 @@ def test_in_a_terminal_what_carries_loss_is_coloured(chat_overrides, capsys, mon
     assert re.search(r"\x1b\[1;32mThis is (.)\. <end_of_turn><end_of_turn>\x1b\[0m", shown)
     assert re.search(r"\x1b\[2mWho is .\?<end_of_turn>\x1b\[0m", shown)
     assert "«" not in shown
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["data", "show", *chat_overrides]) == 0
+    assert "«This is" in capsys.readouterr().out
 
 
 def test_shards_are_verified(overrides, tmp_path, capsys):

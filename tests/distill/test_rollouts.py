@@ -18,9 +18,10 @@ from jax.stages import Wrapped
 from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, save_params
 from gemma2_jax.config import UserError, build, save_config, to_dict
 from gemma2_jax.data.batch import Batch
+from gemma2_jax.data.config import DataConfig, MixtureSource
 from gemma2_jax.data.packing import PackedRows
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.rollouts import OnPolicyConfig, lay_out, on_policy_steps, rollout
+from gemma2_jax.distill.rollouts import OnPolicyConfig, completion_stops, lay_out, on_policy_steps, rollout
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
@@ -163,6 +164,17 @@ def test_a_row_is_what_packing_makes_of_the_same_document(length: int) -> None:
     found = lay_out(jnp.array(document[None, :PROMPT]), jnp.array([PROMPT]), jnp.array(new), jnp.array([1]))
     for name, expected in row.items():
         np.testing.assert_array_equal(getattr(found, name)[0], expected, name)
+
+
+def test_every_kind_of_source_adds_its_stop(
+    data: DataConfig, conversations: DataConfig, tokenizer: Tokenizer
+) -> None:
+    text, turns = MixtureSource(data.source, 1.0), MixtureSource(conversations.source, 1.0, "conversations")
+    both = replace(conversations, source=(), mixture=(text, turns))
+    assert completion_stops(data, tokenizer) == (tokenizer.eos_id,)
+    assert completion_stops(conversations, tokenizer) == (tokenizer.end_of_turn_id,)
+    assert completion_stops(both, tokenizer) == (tokenizer.eos_id, tokenizer.end_of_turn_id)
+    assert completion_stops(replace(both, mixture=(text,)), tokenizer) == (tokenizer.eos_id,)
 
 
 def test_any_of_several_stops_ends_a_completion() -> None:
