@@ -110,11 +110,8 @@ def test_fine_tuning_starts_from_a_checkpoint(base: RunConfig, tuned: RunConfig,
     config = replace(tuned, output=str(tmp_path / "run"), initialise=InitConfig(base.output))
     train(config)
     rows = read_metrics(config.output)
-    random = replace(
-        tuned, output=str(tmp_path / "random"), training=replace(tuned.training, steps=2, eval_every=2)
-    )
-    train(random)
-    assert rows[0]["cross_entropy"] < read_metrics(random.output)[0]["cross_entropy"] - 0.3
+    # A random model's is at least that of equally likely tokens.
+    assert rows[0]["cross_entropy"] < np.log(tuned.model.vocab_size) - 0.3
     assert rows[7]["cross_entropy"] < rows[0]["cross_entropy"] - 0.3
     # Averages are those over the targets with loss.
     (validation,) = [row for row in rows if row["split"] == "validation"]
@@ -215,6 +212,15 @@ def test_the_student_writes_the_first_turn_with_loss(
         assert new[-1] == tokenizer.end_of_turn_id or len(new) == len(targets) - start
 
 
+def test_prompts_that_are_all_too_long_are_refused(sampling: RunConfig, tokenizer: Tokenizer) -> None:
+    short = replace(sampling.distill, on_policy=OnPolicyConfig(1.0, prompt_tokens=5))
+    with pytest.raises(
+        UserError, match=r"prompt_tokens is 5, and the prompts of all \d+ .* are longer; the shortest"
+    ):
+        build_method(replace(sampling, distill=short)).load_frozen(tokenizer, None)
+
+
+@pytest.mark.thorough
 def test_on_policy_distillation_on_conversations(
     sampling: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,11 +232,6 @@ def test_on_policy_distillation_on_conversations(
     assert (
         "have more than distill.on_policy.prompt_tokens (24) and carry no loss in on-policy steps" in printed
     )
-    short = replace(sampling.distill, on_policy=OnPolicyConfig(1.0, prompt_tokens=5))
-    with pytest.raises(
-        UserError, match=r"prompt_tokens is 5, and the prompts of all \d+ .* are longer; the shortest"
-    ):
-        train(replace(sampling, distill=short, output=str(tmp_path / "short")))
 
 
 @pytest.mark.thorough
