@@ -226,7 +226,8 @@ def load_params(
     Args:
         config: the model's config; it may differ from the source's only in vocabulary padding, which is truncated or
             filled with zeros.
-        dtype, mesh: as in `load`.
+        dtype: dtype of the parameters, one of `DTYPES`, or a nested dict of them, laid out like the parameters.
+        mesh: as in `load`.
         progress: called with the number of weights read and the total number.
 
     Raises:

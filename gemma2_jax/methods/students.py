@@ -20,7 +20,6 @@ from gemma2_jax.kernels.lm_head import lm_head_sums
 from gemma2_jax.methods.distillation import TEACHER, Distillation
 from gemma2_jax.methods.language_modelling import MODEL, LanguageModelling
 from gemma2_jax.methods.method import BASE, Frozen, Trainable
-from gemma2_jax.model.counts import training_flops_per_token
 
 
 class Students:
@@ -40,9 +39,7 @@ class Students:
         self._block_tokens = min(member.config.objective.block_tokens for member in members.values())
         # One student's FLOPs include the teacher's forward pass, which all students share.
         self.flops_per_token = self._first.flops_per_token + sum(
-            training_flops_per_token(member.config.model, member.config.data.seq_len)
-            for member in members.values()
-            if member is not self._first
+            member.training_flops() for member in members.values() if member is not self._first
         )
 
     def abstract_frozen(self, mesh: Mesh) -> dict[str, Any]:
@@ -79,7 +76,7 @@ class Students:
         """
         teacher, teacher_layers = self._first.teacher_forward(frozen, batch, self._capture)
         forward = {
-            name: member.forward(trainable[name], _frozen_of(name, frozen), batch)
+            name: member.forward(trainable[name], _frozen_of(name, frozen), batch, step)
             for name, member in self.members.items()
         }
         heads = {name: head for name, (head, _) in forward.items()}

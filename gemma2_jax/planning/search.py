@@ -15,6 +15,7 @@ from gemma2_jax.planning.program import check_sizes
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import AXES, MeshConfig
+from gemma2_jax.training.overview import count_trained
 
 # The most devices that a sequence is split over, since each layer gathers keys and values.
 _WIDEST_SEQUENCE = 8
@@ -152,10 +153,12 @@ def estimated_memory(runs: Sequence[RunConfig], shape: dict[str, int]) -> float:
     config = runs[0]
     split = shape["fsdp"] * shape["tensor"]
     teacher = online_teacher(config.distill, config.model)
-    parameters = sum(count_parameters(run.model).total for run in runs)
-    state = 4 * 4 * parameters
+    trained = sum(map(count_trained, runs))
+    state = 4 * 4 * trained
     if config.training.accumulation > 1:
-        state += 4 * parameters
+        state += 4 * trained
+    width = 2 if config.compute.dtype == "bfloat16" else 4
+    state += sum(width * count_parameters(run.model).total for run in runs if run.adaptation.is_adapter)
     if teacher is not None:
         state += (2 if config.distill.dtype == "bfloat16" else 4) * count_parameters(teacher).total
     return state / split + sum(saved_activations(run, shape) for run in runs) + head_blocks(runs, shape)
@@ -173,7 +176,11 @@ def estimated_seconds(runs: Sequence[RunConfig], topology: Topology, shape: dict
     devices, width = len(topology.devices), 2 if config.compute.dtype == "bfloat16" else 4
     tokens = config.data.batch_size * config.data.seq_len
     flops = 0.0 if teacher is None else forward_flops_per_token(teacher, config.data.seq_len)
-    flops += sum(training_flops_per_token(run.model, config.data.seq_len) for run in runs)
+    for run in runs:
+        frozen = added = 0
+        if run.adaptation.is_adapter:
+            frozen, added = count_parameters(run.model).total, count_trained(run)
+        flops += training_flops_per_token(run.model, config.data.seq_len, frozen=frozen, added=added)
     flops *= tokens * (1 + _RECOMPUTED[config.compute.remat] / 4)
     weights = sum(count_parameters(run.model).total for run in runs) / shape["tensor"]
     gathered = 3 * weights + (0 if teacher is None else count_parameters(teacher).total / shape["tensor"])

@@ -5,18 +5,42 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from gemma2_jax.data.shards import read_data_manifest
-from gemma2_jax.model.counts import count_parameters
+from gemma2_jax.model.adaptation import build_adaptation
+from gemma2_jax.model.counts import count_parameters, count_weights
+from gemma2_jax.model.weights import weight_specs
 from gemma2_jax.run import RunConfig
 
 
-def describe_runs(configs: Sequence[RunConfig], mesh: Mesh) -> list[str]:
-    """One line for each run, then one for the data and one for the devices that all runs share."""
-    data = configs[0].data
-    lines = [
-        f"{config.name}: {count_parameters(config.model).total:,} parameters, {config.training.steps:,} steps of "
-        f"{data.batch_size} x {data.seq_len} tokens, in {config.output}"
-        for config in configs
+def describe_adapter(config: RunConfig) -> list[str]:
+    """A line about the adapter that a run trains; none without an adapter."""
+    settings = config.adaptation
+    if not settings.is_adapter:
+        return []
+    trained = count_trained(config)
+    layers = "all layers" if settings.layers is None else f"{len(settings.layers)} layers"
+    return [
+        f"{config.name}: trains only {trained:,} parameters of an adapter, "
+        f"{trained / count_parameters(config.model).total:.2%} of the model's: rank {settings.rank}, on "
+        f"{', '.join(settings.targets)} of {layers}"
     ]
+
+
+def count_trained(config: RunConfig) -> int:
+    """The number of the model's or its adapter's parameters that a run trains."""
+    adaptation = build_adaptation(config.adaptation, config.model)
+    return count_weights(adaptation.specs(weight_specs(config.model))[0])
+
+
+def describe_runs(configs: Sequence[RunConfig], mesh: Mesh) -> list[str]:
+    """One or two lines for each run, then one for the data and one for the devices that all runs share."""
+    data = configs[0].data
+    lines = []
+    for config in configs:
+        lines.append(
+            f"{config.name}: {count_parameters(config.model).total:,} parameters, {config.training.steps:,} steps of "
+            f"{data.batch_size} x {data.seq_len} tokens, in {config.output}"
+        )
+        lines += describe_adapter(config)
     manifest = read_data_manifest(data.folder)
     lines.append(
         f"data: {manifest.train.tokens:,} tokens to train on, {manifest.validation.tokens:,} held out, in {data.folder}"

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax.methods.method import BASE, PARAMS, ModelMethod
-from gemma2_jax.model.weights import Params, abstract_params, init_params, weight_specs
+from gemma2_jax.model.weights import Params, abstract_params, init_params, map_specs, weight_specs
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer
 
@@ -137,7 +137,8 @@ def initial_state(
         params: the model's parameters, which are donated; by default they are drawn at random from the run's seed.
     """
     update, key = Update(config, method.specs), jax.random.key(config.seed)
-    out = update.abstract_state(mesh), method.abstract_frozen(mesh)[BASE]
+    abstract_base = method.abstract_frozen(mesh)[BASE]
+    out = update.abstract_state(mesh), abstract_base
 
     def begin(params: Params | None) -> tuple[TrainState, Any]:
         if params is None:
@@ -146,12 +147,20 @@ def initial_state(
         others = {
             name: init_params(specs, key, name) for name, specs in method.specs.items() if name != PARAMS
         }
+        base = jax.tree.map(lambda weight, leaf: weight.astype(leaf.dtype), base, abstract_base)
         return update.begin({PARAMS: trained, **others}), base
 
     state_and_base: tuple[TrainState, Any] = jax.jit(begin, donate_argnums=0, out_shardings=shardings(out))(
         params
     )
     return state_and_base
+
+
+def initial_dtypes(config: RunConfig, method: ModelMethod, mesh: Mesh) -> Any:
+    """The dtypes that a run's initial weights are loaded in: float32, or that of `abstract_frozen` if frozen."""
+    leaves = jax.tree.leaves_with_path(method.abstract_frozen(mesh)[BASE])
+    frozen = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype for path, leaf in leaves}
+    return map_specs(lambda path, _: frozen.get(path, jnp.float32), weight_specs(config.model))
 
 
 def shardings(abstract: Any) -> Any:

@@ -20,7 +20,7 @@ from gemma2_jax.methods.students import Students
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.loop import (
     check_existing_run,
-    check_teacher_of_finished,
+    check_inputs_of_finished,
     is_done,
     prepare_configs,
     resume_message,
@@ -49,7 +49,7 @@ def train_together(configs: Sequence[RunConfig]) -> None:
             check_existing_run(config)
         done = [config for config in configs if is_done(config)]
         for config in done:
-            check_teacher_of_finished(config)
+            check_inputs_of_finished(config)
         left = [config for config in configs if config not in done]
         if left:
             check_same_inputs(left)

@@ -1,8 +1,8 @@
-"""Which weights a teacher has, as 64 hexadecimal digits: to notice that it is another than before.
+"""The identity of a model's weights, as 64 hexadecimal digits: shows whether a teacher or a base model has changed.
 
 The identity is of the configuration and of each weight's values as float32. It is the same for a copy, in another
-format, on another mesh, and with other padding of the vocabulary. A teacher that is loaded in bfloat16 has rounded
-weights, and so another identity than its float32 checkpoint; records keep the dtype beside the identity.
+format, on another mesh, and with other padding of the vocabulary. A model that is loaded in bfloat16 has rounded
+weights, and so another identity than its float32 checkpoint; records of teachers keep the dtype beside the identity.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def model_identity(model: Gemma2) -> str:
         for path, weight in jax.tree.leaves_with_path(model.params()):
             yield WeightPlace(jax.tree_util.keystr(path, simple=True, separator="/"), None), weight
 
-    return teacher_identity(model.config, weights())
+    return weights_identity(model.config, weights())
 
 
 def source_identity(source: WeightSource) -> str:
@@ -47,10 +47,10 @@ def source_identity(source: WeightSource) -> str:
     """
     source.check()
     places = all_places(weight_specs(source.config))
-    return teacher_identity(source.config, ((place, source.weight(place)) for place in places))
+    return weights_identity(source.config, ((place, source.weight(place)) for place in places))
 
 
-def teacher_identity(
+def weights_identity(
     config: ModelConfig, weights: Iterable[tuple[WeightPlace, jax.Array | np.ndarray]]
 ) -> str:
     """Sha256 over a configuration and two sums for each named weight, in hexadecimal.

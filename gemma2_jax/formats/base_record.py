@@ -1,0 +1,55 @@
+"""base.json in the run folder of an adapter, which identifies its base model, wherever that lies."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma2_jax.config import UserError, build, read_json, to_dict
+from gemma2_jax.files import write_text
+from gemma2_jax.formats.identity import source_identity
+from gemma2_jax.formats.load import open_source
+
+BASE_FILE = "base.json"
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """The base model of an adapter.
+
+    Attributes:
+        source: path of its checkpoint, or its name on the hub.
+        identity: `source_identity` of its weights.
+    """
+
+    source: str
+    identity: str
+
+    def save(self, run_folder: Path) -> None:
+        write_text(run_folder / BASE_FILE, json.dumps(to_dict(self)))
+
+
+def identify_base(source: str) -> BaseRecord:
+    """The record of the checkpoint at `source`, all of whose weights are read once."""
+    return BaseRecord(source, source_identity(open_source(source)))
+
+
+def read_base_record(run_folder: str | Path) -> BaseRecord:
+    """Reads the record in an adapter's run folder. Raises UserError if it is missing or damaged."""
+    path = Path(run_folder) / BASE_FILE
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is truncated or damaged: it does not hold a JSON object.")
+    return build(BaseRecord, found, str(path))
+
+
+def check_same_base(run_folder: str | Path, now: BaseRecord) -> None:
+    """Raises UserError if the adapter in a run folder was trained on another base model than `now`."""
+    if not (Path(run_folder) / BASE_FILE).exists():
+        return
+    begun = read_base_record(run_folder)
+    if begun.identity != now.identity:
+        raise UserError(
+            f"{run_folder} holds an adapter for {begun.source} with the weights {begun.identity[:12]} ({BASE_FILE}), "
+            f"but initialise.source {now.source} has the weights {now.identity[:12]}; write the path of the former, "
+            "choose another output, or delete that folder to train again."
+        )
