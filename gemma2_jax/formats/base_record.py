@@ -6,8 +6,6 @@ from pathlib import Path
 
 from gemma2_jax.config import UserError, build, read_json, to_dict
 from gemma2_jax.files import write_text
-from gemma2_jax.formats.identity import source_identity
-from gemma2_jax.formats.load import open_source
 
 BASE_FILE = "base.json"
 
@@ -26,11 +24,6 @@ class BaseRecord:
 
     def save(self, run_folder: Path) -> None:
         write_text(run_folder / BASE_FILE, json.dumps(to_dict(self)))
-
-
-def identify_base(source: str) -> BaseRecord:
-    """The record of the checkpoint at `source`, all of whose weights are read once."""
-    return BaseRecord(source, source_identity(open_source(source)))
 
 
 def read_base_record(run_folder: str | Path) -> BaseRecord:

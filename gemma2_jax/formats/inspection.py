@@ -9,6 +9,7 @@ from pathlib import Path
 from gemma2_jax.config import UserError
 from gemma2_jax.data.chat_format import chat_template
 from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.formats.adapter import AdaptedSource
 from gemma2_jax.formats.gguf_header import Header, is_gguf, read_header
 from gemma2_jax.formats.layouts import GGUF, expand
 from gemma2_jax.formats.load import load_tokenizer, open_source
@@ -53,6 +54,7 @@ def inspect(path: str | Path, published: Mapping[str, ModelConfig]) -> Inspectio
         ("path", str(source.path)),
         *([("step", f"{source.step:,}")] if isinstance(source, RunSource) else []),
         ("files", _files(source)),
+        *(_adapter(source) if isinstance(source, AdaptedSource) else []),
         *_model(source.config, source.tensors, published),
     ]
     try:
@@ -109,6 +111,23 @@ def _model(
             return lines
     lines.append(("published", f"no model of these sizes; known: {', '.join(published)}"))
     return lines
+
+
+def _adapter(source: AdaptedSource) -> list[tuple[str, str]]:
+    settings, count = (
+        source.adapter.settings,
+        sum(a.size + b.size for a, b in source.adapter.matrices.values()),
+    )
+    layers = "all layers" if settings.layers is None else f"layers {', '.join(map(str, settings.layers))}"
+    known = "" if source.adapter.identity is None else f", whose weights were {source.adapter.identity[:12]}"
+    return [
+        (
+            "adapter",
+            f"{count:,} parameters: rank {settings.rank}, scale {settings.scale:.4g}, on {', '.join(settings.targets)} "
+            f"of {layers}",
+        ),
+        ("base", f"{source.base_name}{known}"),
+    ]
 
 
 def _compared(config: ModelConfig, other: ModelConfig) -> str:

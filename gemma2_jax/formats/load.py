@@ -16,13 +16,15 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import reason
 from gemma2_jax.formats import hub
+from gemma2_jax.formats.adapter import AdaptedSource, Adapter, base_of, is_adapter, read_adapter
 from gemma2_jax.formats.deepmind import DeepMindSource, is_orbax
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE
 from gemma2_jax.formats.native import RunSource
-from gemma2_jax.formats.recognise import ADAPTER_CONFIG, describe, enclosing_run
+from gemma2_jax.formats.recognise import describe, enclosing_run
 from gemma2_jax.formats.source import DTYPES, WeightSource, all_places
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.lora import with_adapter
 from gemma2_jax.model.narrowing import check_range
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens, resize_rows, without_padding
@@ -33,14 +35,20 @@ _DEEPEST = 4  # folders above a file to search for its checkpoint
 _PADDING = 1024  # rows; more than this and than a quarter of the tokens means another tokenizer, not padding
 
 
-def open_source(path: str | Path, tokenizer: str | Path | None = None) -> WeightSource:
+def open_source(
+    path: str | Path, tokenizer: str | Path | None = None, base: str | Path | None = None
+) -> WeightSource:
     """Opens a checkpoint of any kind, at `path` or with that name on the Hugging Face hub.
+
+    An adapter is opened together with its base model.
 
     Args:
         tokenizer: SentencePiece model file to use in place of the checkpoint's own.
+        base: checkpoint of an adapter's base model, in place of the one that the adapter names.
 
     Raises:
-        UserError: there is no checkpoint, or none of a known kind; or `tokenizer` is not a SentencePiece model.
+        UserError: there is no checkpoint, or none of a known kind; `tokenizer` is not a SentencePiece model; or `base`
+            is given and `path` is not an adapter.
     """
     if tokenizer is not None:
         Tokenizer.load(tokenizer)  # refuses a bad file before gigabytes are downloaded
@@ -48,16 +56,36 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Weight
     if hub.is_remote(str(path)):
         folder = hub.download(str(path))
     try:
-        reader = _reader_of(folder)
-        if reader is None:
-            raise UserError(f"{path} {_describe(folder)}.")
-        source = reader(folder)
+        source = _open_adapter(folder, base) if is_adapter(folder) else _open_model(folder, str(path))
+        if base is not None and not isinstance(source, AdaptedSource):
+            raise UserError(
+                f"{path} is a complete model, so it has no use for the base model {base}; leave it out."
+            )
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
     if tokenizer is not None:
         source.tokenizer = Path(tokenizer)
-    _find_padding(source)
+    if not isinstance(source, AdaptedSource):
+        _find_padding(source)
     return source
+
+
+def _open_model(folder: Path, name: str) -> WeightSource:
+    reader = _reader_of(folder)
+    if reader is None:
+        raise UserError(f"{name} {_describe(folder)}.")
+    return reader(folder)
+
+
+def _open_adapter(folder: Path, base: str | Path | None) -> AdaptedSource:
+    of = base_of(folder) if base is None else base
+    try:
+        source = open_source(of)
+    except UserError as error:
+        if base is not None:
+            raise
+        raise UserError(f"{folder} holds an adapter for the base model {of}: {error}") from None
+    return AdaptedSource(source, read_adapter(folder, source.config), str(of))
 
 
 def _reader_of(folder: Path) -> Callable[[Path], WeightSource] | None:
@@ -74,7 +102,7 @@ def _reader_of(folder: Path) -> Callable[[Path], WeightSource] | None:
 
 def _describe(path: Path) -> str:
     """Returns what a path without a readable checkpoint holds, and what is accepted."""
-    if path.is_dir() and not (path / ADAPTER_CONFIG).exists():
+    if path.is_dir():
         inside = next(
             (inner for inner in sorted(path.iterdir()) if inner.is_dir() and _reader_of(inner)), None
         )
@@ -134,9 +162,30 @@ def load(
     return model_of(source, dtype, mesh), found
 
 
-def model_of(source: WeightSource, dtype: Any, mesh: Mesh | None = None) -> Gemma2:
-    """Loads the model of an open checkpoint; arguments and errors as in `load_params`."""
-    return Gemma2(source.config, load_params(source, source.config, dtype, mesh))
+def model_of(
+    source: WeightSource, dtype: Any, mesh: Mesh | None = None, config: ModelConfig | None = None
+) -> Gemma2:
+    """Loads the model of an open checkpoint; arguments and errors as in `load_params`.
+
+    An adapter stays beside the weights of its base model, as in training.
+
+    Args:
+        config: the source's own by default.
+    """
+    config = source.config if config is None else config
+    if isinstance(source, AdaptedSource):
+        source.check_base()
+        return adapted(model_of(source.base, dtype, mesh, config), source.adapter, mesh)
+    return Gemma2(config, load_params(source, config, dtype, mesh))
+
+
+def adapted(model: Gemma2, adapter: Adapter, mesh: Mesh | None = None) -> Gemma2:
+    """The model with an adapter beside its weights, which are shared and not copied; `mesh` as in `load`."""
+    mesh = build_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
+    specs, arrays = adapter.stacked(model.config)
+    targets = abstract_params(specs, mesh=mesh)
+    placed = jax.tree.map(lambda leaf, array: _put(array, leaf.sharding), targets, arrays)
+    return Gemma2(model.config, with_adapter(model.params(), placed, adapter.settings.scale))
 
 
 def _is_accepted(dtype: Any) -> bool:

@@ -98,12 +98,16 @@ class Lora:
         """The frozen weights with their adapters; a layer without an adapter gets zeros."""
 
         def whole(path: str, _: Weight, leaf: jax.Array) -> jax.Array:
-            pairs = self._pairs(BLOCKS.index(path.split("/")[1]))
+            pairs = self.pairs_of(path)
             if len(pairs) == self._num_pairs:
                 return leaf
             return jnp.zeros((self._num_pairs, *leaf.shape[1:]), leaf.dtype).at[jnp.array(pairs)].set(leaf)
 
         return with_adapter(frozen, map_specs(whole, self.adapter, trained), self._scale)
+
+    def pairs_of(self, path: str) -> list[int]:
+        """The pairs whose weight at a path is adapted."""
+        return self._pairs(BLOCKS.index(path.split("/")[1]))
 
     def _pairs(self, kind: int) -> list[int]:
         """The pairs whose local (0) or global (1) block is adapted."""

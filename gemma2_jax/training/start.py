@@ -24,7 +24,8 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.distill.teacher_record import TEACHER_FILE, TeacherRecord
 from gemma2_jax.files import write_bytes, write_text
-from gemma2_jax.formats.base_record import BASE_FILE, BaseRecord, check_same_base, identify_base
+from gemma2_jax.formats.base_record import BASE_FILE, BaseRecord, check_same_base
+from gemma2_jax.formats.identity import source_identity
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.formats.source import files_below
 from gemma2_jax.model.vocabulary import check_tokens
@@ -174,8 +175,9 @@ def checked_base(config: RunConfig) -> BaseRecord | None:
     """
     if not config.adaptation.is_adapter:
         return None
-    assert config.initialise.source is not None
-    base = identify_base(config.initialise.source)
+    source = config.initialise.source
+    assert source is not None
+    base = BaseRecord(source, source_identity(open_source(source)))
     check_same_base(config.output, base)
     return base
 

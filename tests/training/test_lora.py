@@ -1,0 +1,294 @@
+"""Training an adapter: with every method, on every mesh, stopped and resumed, and never on another base model."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from gemma2_jax.checkpoints.store import FOLDER, describe_params, restore_params
+from gemma2_jax.config import UserError
+from gemma2_jax.data.pipeline import train_batches
+from gemma2_jax.distill.cache.encoding import EncodingConfig
+from gemma2_jax.distill.initialise import InitConfig
+from gemma2_jax.distill.matching import MatchConfig
+from gemma2_jax.distill.rollouts import OnPolicyConfig
+from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.formats.base_record import BASE_FILE
+from gemma2_jax.methods.choose import build_method
+from gemma2_jax.methods.method import BASE
+from gemma2_jax.model.adaptation import AdaptationConfig
+from gemma2_jax.model.lora import TARGETS
+from gemma2_jax.model.weights import abstract_params, specs_by_path
+from gemma2_jax.objectives.objective import ObjectiveConfig
+from gemma2_jax.planning.placement import find_placement
+from gemma2_jax.planning.plan import make_plan
+from gemma2_jax.planning.search import estimated_memory
+from gemma2_jax.planning.topologies import find_topology
+from gemma2_jax.run import RunConfig
+from gemma2_jax.sharding.mesh import AXES, MeshConfig, build_mesh
+from gemma2_jax.training.loop import train
+from gemma2_jax.training.metrics import read_metrics
+from gemma2_jax.training.overview import describe_runs
+from gemma2_jax.training.teacher_cache import write_cache
+from gemma2_jax.training.together import train_together
+from tests.distill.test_cache import write_teacher
+from tests.model.models import vivid
+from tests.steps import take_steps
+from tests.training.stops import stopped_after
+
+KL = ObjectiveConfig(cross_entropy=0.0, forward_kl=1.0, temperature=1.0, block_tokens=48)
+LORA = AdaptationConfig("lora", rank=4, alpha=8.0, dropout=0.25, targets=tuple(TARGETS))
+BYTES = 4  # of a float32
+
+
+@pytest.fixture(scope="module")
+def base(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_teacher(toy_run, vivid(toy_run.model), tmp_path_factory.mktemp("lora") / "base")
+
+
+@pytest.fixture(scope="module")
+def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
+    model = vivid(replace(toy_run.model, d_model=48))
+    return write_teacher(toy_run, model, tmp_path_factory.mktemp("lora") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def lora(toy_run: RunConfig, base: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return replace(
+        toy_run,
+        output=str(tmp_path_factory.mktemp("lora") / "run"),
+        mesh=MeshConfig(1, 4, 2),
+        data=replace(toy_run.data, batch_size=8),
+        initialise=InitConfig(source=base),
+        adaptation=LORA,
+        training=replace(toy_run.training, steps=5, eval_every=5),
+        checkpoint=replace(toy_run.checkpoint, every=2),
+    )
+
+
+def with_method(lora: RunConfig, method: str, teacher: str, folder: Path) -> RunConfig:
+    run = replace(lora, name=method, output=str(folder / "run"))
+    if method == "text":
+        return run
+    distill = DistillConfig(teacher, "float32")
+    if method == "matched":
+        distill = replace(distill, match=MatchConfig(((0, 0), (1, 1)), hidden=1.0))
+    if method == "on-policy":
+        distill = replace(distill, on_policy=OnPolicyConfig(fraction=0.5, prompt_tokens=8))
+    if method == "cached":
+        distill = replace(distill, cache=str(folder / "cache"), encoding=EncodingConfig("top_k", 8))
+        write_cache(replace(run, objective=KL, distill=distill))
+    return replace(run, objective=KL, distill=distill)
+
+
+def rows(output: str) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in row.items() if name not in ("tokens_per_second", "mfu")}
+        for row in read_metrics(output)
+    ]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "text",
+        "on-policy",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("online", "matched", "cached")),
+    ],
+)
+def test_an_adapter_is_trained_and_resumed_with_every_method(
+    lora: RunConfig, method: str, teacher: str, tmp_path: Path
+) -> None:
+    run = with_method(lora, method, teacher, tmp_path)
+    whole = replace(run, output=str(tmp_path / "whole"))
+    train(whole)
+    with stopped_after(3):
+        train(run)
+    train(run)
+    assert rows(run.output) == rows(whole.output)
+    _, found = describe_params(run.output)
+    specs = specs_by_path(build_method(run).specs["params"])
+    assert {path: leaf.shape for path, leaf in found.items()} == {
+        path: spec.shape for path, spec in specs.items()
+    }
+    assert all(path.endswith(("/a", "/b")) for path in found)
+    trained = [trained_params(each) for each in (run, whole)]
+    chex.assert_trees_all_equal(*trained)
+    assert all(leaf.any() for leaf in jax.tree.leaves(trained[0]))
+
+
+def trained_params(run: RunConfig) -> Any:
+    specs = build_method(run).specs["params"]
+    mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    return restore_params(run.output, abstract_params(specs, mesh=mesh))
+
+
+@pytest.fixture(scope="module")
+def finished(lora: RunConfig) -> RunConfig:
+    train(lora)
+    return lora
+
+
+def test_another_base_is_refused(finished: RunConfig, base: str, toy_run: RunConfig, tmp_path: Path) -> None:
+    other = write_teacher(toy_run, vivid(replace(toy_run.model, rope_base=9_999.0)), tmp_path / "other")
+    known = json.loads((Path(finished.output) / BASE_FILE).read_text())
+    assert known["source"] == base
+    changed = replace(finished, initialise=InitConfig(source=other))
+    message = (
+        rf"holds an adapter for {base} with the weights {known['identity'][:12]} .*{other} has the weights"
+    )
+    with pytest.raises(UserError, match=message):
+        train(changed)
+    folder = tmp_path / "unfinished"
+    shutil.copytree(finished.output, folder)
+    shutil.rmtree(folder / FOLDER / "5")
+    with pytest.raises(UserError, match="holds an adapter for"):
+        train(replace(changed, output=str(folder)))
+    moved = tmp_path / "moved"
+    shutil.copytree(base, moved)
+    train(replace(finished, initialise=InitConfig(source=str(moved)), output=str(folder)))
+    assert rows(str(folder)) == rows(finished.output)
+
+
+def test_a_run_without_its_base_record_is_refused(finished: RunConfig, tmp_path: Path) -> None:
+    shutil.copytree(finished.output, tmp_path / "run")
+    (tmp_path / "run" / BASE_FILE).unlink()
+    with pytest.raises(
+        UserError, match=r"base\.json is missing, which identifies the base model of the run's"
+    ):
+        train(replace(finished, output=str(tmp_path / "run")))
+
+
+def test_another_rank_is_refused(finished: RunConfig) -> None:
+    with pytest.raises(UserError, match=r"holds a run with adaptation.rank=4, but adaptation.rank is now 2"):
+        train(replace(finished, adaptation=replace(LORA, rank=2)))
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(2, 2, 2),
+        *(
+            pytest.param(mesh, marks=pytest.mark.thorough)
+            for mesh in (
+                MeshConfig(8, 1, 1),
+                MeshConfig(1, 8, 1),
+                MeshConfig(data=1, replica=2, fsdp=2, sequence=2),
+            )
+        ),
+    ],
+)
+def test_every_mesh_gives_the_same_numbers(lora: RunConfig, mesh: MeshConfig) -> None:
+    run = replace(lora, training=replace(lora.training, accumulation=1))
+    iterator = train_batches(run.data)
+    batches = [next(iterator) for _ in range(2)]
+    size = int(np.prod([getattr(mesh, axis) for axis in AXES]))
+    one, expected = take_steps(run, build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), batches)
+    state, found = take_steps(run, build_mesh(mesh, jax.devices()[:size]), batches)
+    for row, other in zip(found, expected, strict=True):
+        assert row == pytest.approx(other, rel=2e-5)
+    chex.assert_trees_all_close(state.trainable, one.trainable, atol=2e-4)
+    query = state.trainable["params"]["pairs"]["local_block"]["attention"]["query"]
+    weight = build_method(run).abstract_frozen(build_mesh(mesh, jax.devices()[:size]))[BASE]["pairs"]
+    P, D, N, H = weight["local_block"]["attention"]["query"].sharding.spec
+    assert tuple(query["a"].sharding.spec) == (P, D, None)
+    assert tuple(query["b"].sharding.spec) == (P, None, N, H)
+    moments = jax.tree.leaves(state.optimizer)
+    assert sum(leaf.size for leaf in moments if leaf.ndim) == 2 * sum(
+        leaf.size for leaf in jax.tree.leaves(state.trainable)
+    )
+
+
+def test_an_adapter_is_planned(lora: RunConfig) -> None:
+    topology = find_topology("cpu:1")
+    run = replace(
+        lora, mesh=MeshConfig(1, 1, 1), compute=replace(lora.compute, dtype="bfloat16", remat="full")
+    )
+    full = make_plan([replace(run, adaptation=AdaptationConfig())], topology)
+    plan = make_plan([run], topology)
+    (count,) = plan.trained.values()
+    (model,) = plan.parameters.values()
+    assert count == sum(
+        int(np.prod(spec.shape)) for spec in specs_by_path(build_method(run).specs["params"]).values()
+    )
+    assert full.trained == full.parameters
+    assert full.parts.base == 0
+    assert plan.parts.parameters == plan.parts.gradients == BYTES * count
+    assert 2 * BYTES * count <= plan.parts.moments < 2 * BYTES * count + 64
+    norms = run.model.d_model * (4 * run.model.num_layers + 1)
+    assert plan.parts.base == 2 * model + 2 * norms  # bfloat16, except for the norms' scales
+    assert plan.program.memory.argument < 0.35 * full.program.memory.argument
+    saved = plan.tokens * (2 * model - 6 * count)  # no gradients of the base, but products with the adapter
+    assert plan.model_flops == pytest.approx(full.model_flops - saved)
+    assert plan.to_dict()["trained_parameters"] == {run.name: count}
+    shape = dict.fromkeys(AXES, 1)
+    assert estimated_memory([run], shape) < estimated_memory(
+        [replace(run, adaptation=AdaptationConfig())], shape
+    )
+    placed = {model.role: model for model in find_placement([run], topology).models}
+    assert set(placed) == {"adapter", "base"}
+    assert sum(weight.device_bytes for weight in placed["adapter"].weights) == BYTES * count
+
+
+def test_the_number_of_trained_parameters_is_shown(lora: RunConfig) -> None:
+    _, line, *_ = describe_runs([lora], build_mesh(lora.mesh))
+    count = sum(
+        int(np.prod(spec.shape)) for spec in specs_by_path(build_method(lora).specs["params"]).values()
+    )
+    assert line.startswith(f"toy: trains only {count:,} parameters of an adapter, ")
+    assert line.endswith("of the model's: rank 4, on q, k, v, o, gate, up, down of all layers")
+
+
+def test_students_with_adapters_share_a_teacher(
+    lora: RunConfig, teacher: str, toy_run: RunConfig, tmp_path: Path
+) -> None:
+    distill = DistillConfig(teacher, "float32")
+    first = replace(lora, name="first", output=str(tmp_path / "first"), objective=KL, distill=distill)
+    second = replace(
+        first,
+        name="second",
+        output=str(tmp_path / "second"),
+        adaptation=replace(LORA, rank=2, targets=("q", "v"), layers=(1,), dropout=0.0),
+        seed=3,
+    )
+    full = replace(first, name="full", output=str(tmp_path / "full"), adaptation=AdaptationConfig())
+    train_together([first, second, full])
+    alone = replace(first, output=str(tmp_path / "alone"))
+    train(alone)
+    for found, expected in zip(rows(first.output), rows(alone.output), strict=True):
+        assert found.pop("split") == expected.pop("split")
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert set(trained_params(second)["pairs"]) == {"global_block"}
+    assert not (Path(full.output) / BASE_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("initialise", "message"),
+    [
+        (
+            InitConfig(),
+            r"adaptation.kind is lora and initialise.source is null; an adapter needs a base model: write",
+        ),
+        (
+            InitConfig("base", layers="even"),
+            r"adaptation.kind is lora and initialise.layers is set; an adapter needs",
+        ),
+        (InitConfig("base", width="first"), r"adaptation.kind is lora and initialise.width is set"),
+    ],
+)
+def test_an_adapter_needs_a_base(lora: RunConfig, initialise: InitConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(lora, initialise=initialise)
+
+
+def test_a_rank_above_a_dimension_is_refused(lora: RunConfig) -> None:
+    with pytest.raises(
+        UserError, match=r"adaptation.rank is 33, but q is a matrix of 32 x 32; choose a rank of at"
+    ):
+        replace(lora, adaptation=replace(LORA, rank=33))
