@@ -46,7 +46,9 @@ class Adapter:
     def stacked(self, config: ModelConfig) -> tuple[Specs, dict[str, Any]]:
         """Specs and float32 arrays of A and B, laid out like `Lora.adapter`; layers without an adapter have zeros."""
         assert self.settings.rank is not None
-        weights, specs, arrays = specs_by_path(weight_specs(config)), {}, {}
+        weights = specs_by_path(weight_specs(config))
+        specs: Specs = {}
+        arrays: dict[str, Any] = {}
         for path in dict.fromkeys(place.path for place in self.matrices):
             both = adapter_specs(weights[path], self.settings.rank, config.num_pairs)
             found = {name: np.zeros(spec.shape, np.float32) for name, spec in both.items()}
@@ -88,6 +90,8 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     if (path / peft.CONFIG_FILE).is_file():
         settings, identity, matrices = peft.read(path, config)
         return Adapter(path, settings, identity, matrices, [path / peft.WEIGHTS_FILE])
+    if not path.exists():
+        raise UserError(f"{path} does not exist; an adapter's folder is expected.")
     raise UserError(
         f"{path} holds no adapter; accepted: a run folder of a training with adaptation=lora, or PEFT's folder with "
         f"{peft.CONFIG_FILE} and {peft.WEIGHTS_FILE}."
@@ -140,7 +144,7 @@ class AdaptedSource(WeightSource):
         if place not in self.adapter.matrices:
             return weight
         a, b = self.adapter.matrices[place]
-        found: np.ndarray = merged(weight, a, b, np.float32(self.adapter.settings.scale))
+        found: np.ndarray = merged(weight, a, b, self.adapter.settings.scale)
         return found
 
     def check_base(self) -> None:

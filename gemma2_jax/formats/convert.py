@@ -134,8 +134,8 @@ def _write_peft(source: AdaptedSource, folder: Path, dtype: str) -> Conversion:
     """Writes an adapter as PEFT's, and compares it."""
     adapter = source.adapter
     matrices = {
-        place: tuple(_cast(matrix, dtype, place.path) for matrix in both)
-        for place, both in adapter.matrices.items()
+        place: (_cast(a, dtype, place.path), _cast(b, dtype, place.path))
+        for place, (a, b) in adapter.matrices.items()
     }
     peft.write(folder, adapter.settings, adapter.identity, matrices, source.base_name, dtype)
     _, _, written = peft.read(folder, source.config)

@@ -91,7 +91,7 @@ def read_settings(folder: Path) -> Settings:
         )
     rank, alpha = found.get("r"), found.get("lora_alpha")
     dropout = found.get("lora_dropout", 0.0)
-    if not isinstance(rank, int) or not all(isinstance(value, int | float) for value in (alpha, dropout)):
+    if not (isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(dropout, int | float)):
         raise UserError(
             f"{path} has r {rank}, lora_alpha {alpha} and lora_dropout {dropout}; they must be numbers."
         )
