@@ -84,7 +84,11 @@ def _open_adapter(folder: Path, base: str | Path | None) -> AdaptedSource:
     except UserError as error:
         if base is not None:
             raise
-        raise UserError(f"{folder} holds an adapter for the base model {of}: {error}") from None
+        raise UserError(
+            f"{folder} holds an adapter for the base model {of}: {str(error).removesuffix('.')}; if it was moved, name "
+            f"its place, as in gemma2 generate --checkpoint BASE --adapter {folder}, or gemma2 convert {folder} TARGET "
+            "--merge --base BASE."
+        ) from None
     return AdaptedSource(source, read_adapter(folder, source.config), str(of))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -35,6 +36,7 @@ from gemma2_jax.sharding.mesh import AXES, MeshConfig, build_mesh
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
 from gemma2_jax.training.overview import describe_runs
+from gemma2_jax.training.state import initial_state
 from gemma2_jax.training.teacher_cache import write_cache
 from gemma2_jax.training.together import train_together
 from tests.distill.test_cache import write_teacher
@@ -292,3 +294,30 @@ def test_a_rank_above_a_dimension_is_refused(lora: RunConfig) -> None:
         UserError, match=r"adaptation.rank is 33, but q is a matrix of 32 x 32; choose a rank of at"
     ):
         replace(lora, adaptation=replace(LORA, rank=33))
+
+
+def test_dropout_depends_on_the_step_and_is_off_in_validations(lora: RunConfig) -> None:
+    method, mesh = build_method(lora), build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    without = build_method(replace(lora, adaptation=replace(LORA, dropout=0.0)))
+    batch = jax.tree.map(jnp.asarray, next(train_batches(lora.data)))
+    with jax.set_mesh(mesh):
+        state, base = initial_state(lora, method, mesh)
+        # With B at zero, the adapter has no effect.
+        trainable = jax.tree.map(lambda leaf: leaf + 0.1, state.trainable)
+
+        def loss(method: Any, step: int, batch: Any = batch) -> float:
+            return float(jax.jit(method.loss)(trainable, {BASE: base}, batch, jnp.int32(step))[0])
+
+        assert loss(method, 3) == loss(method, 3)
+        assert len({loss(method, 3), loss(method, 4), loss(without, 3)}) == 3
+        assert loss(without, 3) == loss(without, 4)
+        other_seed = build_method(replace(lora, seed=lora.seed + 1))
+        assert loss(other_seed, 3) != loss(method, 3)
+        # A microbatch with the same tokens at other places has other masks; without dropout its loss is the same.
+        shifted = replace(batch, positions=batch.positions + 1)
+        assert loss(without, 3, shifted) == pytest.approx(loss(without, 3), rel=1e-4)
+        assert loss(method, 3, shifted) != pytest.approx(loss(method, 3), rel=1e-4)
+        found, expected = (
+            jax.jit(each.evaluate)(trainable, {BASE: base}, batch) for each in (method, without)
+        )
+    chex.assert_trees_all_equal(found, expected)
