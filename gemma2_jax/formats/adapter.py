@@ -16,7 +16,7 @@ from gemma2_jax.formats.base_record import BASE_FILE, read_base_record
 from gemma2_jax.formats.identity import source_identity
 from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.metadata import load_metadata
-from gemma2_jax.formats.source import TOKENIZER_FILE, WeightSource, files_below
+from gemma2_jax.formats.source import WeightSource, files_below
 from gemma2_jax.model.adaptation import AdaptationConfig
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.linear import merged
@@ -123,8 +123,7 @@ class AdaptedSource(WeightSource):
         self.base, self.adapter, self.base_name = base, adapter, base_name
         self.kind = f"LoRA adapter on {base.kind}"
         self.path, self.config, self.tensors = adapter.path, base.config, base.tensors
-        tokenizer = adapter.path / TOKENIZER_FILE
-        self.tokenizer = tokenizer if tokenizer.exists() else base.tokenizer
+        self.tokenizer = base.tokenizer
         is_run = (adapter.path / BASE_FILE).exists()
         self.metadata = load_metadata(adapter.path) if is_run else base.metadata
 

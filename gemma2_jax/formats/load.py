@@ -56,7 +56,9 @@ def open_source(
     if hub.is_remote(str(path)):
         folder = hub.download(str(path))
     try:
-        source = _open_adapter(folder, base) if is_adapter(folder) else _open_model(folder, str(path))
+        source = (
+            _open_adapter(folder, base, tokenizer) if is_adapter(folder) else _open_model(folder, str(path))
+        )
         if base is not None and not isinstance(source, AdaptedSource):
             raise UserError(
                 f"{path} is a complete model, so it has no use for the base model {base}; leave it out."
@@ -77,10 +79,10 @@ def _open_model(folder: Path, name: str) -> WeightSource:
     return reader(folder)
 
 
-def _open_adapter(folder: Path, base: str | Path | None) -> AdaptedSource:
-    of = base_of(folder) if base is None else base
+def _open_adapter(folder: Path, base: str | Path | None, tokenizer: str | Path | None) -> AdaptedSource:
+    of, own = base_of(folder) if base is None else base, folder / store.TOKENIZER_FILE
     try:
-        source = open_source(of)
+        source = open_source(of, own if tokenizer is None and own.exists() else tokenizer)
     except UserError as error:
         if base is not None:
             raise

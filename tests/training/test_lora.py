@@ -38,7 +38,7 @@ from gemma2_jax.training.metrics import read_metrics
 from gemma2_jax.training.overview import describe_runs
 from gemma2_jax.training.state import initial_state
 from gemma2_jax.training.teacher_cache import write_cache
-from gemma2_jax.training.together import train_together
+from gemma2_jax.training.together import method_of, train_together
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
 from tests.steps import take_steps
@@ -260,6 +260,9 @@ def test_students_with_adapters_share_a_teacher(
         seed=3,
     )
     full = replace(first, name="full", output=str(tmp_path / "full"), adaptation=AdaptationConfig())
+    students = method_of([first, second, full])
+    base = students.abstract_frozen(build_mesh(first.mesh))[BASE]
+    assert set(base) == {"first", "full"}  # the second has the first one's
     train_together([first, second, full])
     alone = replace(first, output=str(tmp_path / "alone"))
     train(alone)
