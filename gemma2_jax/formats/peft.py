@@ -91,9 +91,14 @@ def read_settings(folder: Path) -> Settings:
         )
     rank, alpha = found.get("r"), found.get("lora_alpha")
     dropout = found.get("lora_dropout", 0.0)
-    if not (isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(dropout, int | float)):
+    if (
+        not (isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(dropout, int | float))
+        or min(rank, alpha) <= 0
+        or not 0 <= dropout < 1
+    ):
         raise UserError(
-            f"{path} has r {rank}, lora_alpha {alpha} and lora_dropout {dropout}; they must be numbers."
+            f"{path} has r {rank}, lora_alpha {alpha} and lora_dropout {dropout}; they must be numbers, r at least 1, "
+            "lora_alpha above 0, and lora_dropout from 0 to below 1."
         )
     base = found.get("base_model_name_or_path")
     return Settings(

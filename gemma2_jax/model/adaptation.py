@@ -55,6 +55,7 @@ class AdaptationConfig:
             for name, unset in (
                 ("rank", None),
                 ("alpha", None),
+                ("rslora", False),
                 ("dropout", 0.0),
                 ("targets", ()),
                 ("layers", None),
