@@ -124,7 +124,8 @@ def _describe(path: Path) -> str:
     unknown = "is a file of unknown type" if path.is_file() else "holds no checkpoint of a known kind"
     return (
         f"{found or unknown}; accepted: a run folder, a Hugging Face folder with config.json "
-        "and *.safetensors or its name on the hub, PEFT's folder of a LoRA adapter, and DeepMind's Orbax checkpoint (`gemma2 inspect` also accepts GGUF)"
+        "and *.safetensors or its name on the hub, PEFT's folder of a LoRA adapter, and DeepMind's Orbax checkpoint "
+        "(`gemma2 inspect` also accepts GGUF)"
     )
 
 
