@@ -28,9 +28,9 @@ class RunConfig:
         name: name of the run in tables.
         output: the run folder.
         seed: seed of the initial weights and of the student's samples; the order of the data has its own, data.seed.
-        compilation_cache: folder or bucket for compiled programs, see `use_compilation_cache`.
+        compilation_cache: folder or bucket that compiled programs are stored in and loaded from; null for none.
         profile: whether to trace some steps (`training.profile_steps`) into the run folder; for runs that are trained
-            together, into the folder of the first that is not finished.
+            together, into the folder of the first unfinished run.
     """
 
     name: str

@@ -4,8 +4,8 @@ Each step is on-policy with probability lambda: the student samples a completion
 data and is trained on it. The other steps train on the data. Teacher, divergence and step are the same for both. No
 gradient flows through the sampling.
 
-A row rarely starts with the beginning of a document, mostly with the rest of one that the previous row cut off. So most
-prompts are from the middle of a document, without its beginning-of-text token.
+Most rows start with the rest of a document that the previous row cut off. So most prompts are from the middle of a
+document, without its beginning-of-text token.
 """
 
 import random
@@ -35,8 +35,8 @@ class OnPolicyConfig:
 
     Attributes:
         fraction: lambda, the probability that a step is on-policy, from 0 to 1; a number or a schedule.
-        prompt_tokens: maximum length of a prompt, which is taken from the start of a row and from one document only,
-            rarely from the document's beginning; see the top of this file.
+        prompt_tokens: maximum length of a prompt, which is taken from the start of a row and from one document only.
+            Most rows start inside a document, since packing cuts documents at row boundaries.
         temperature: divides the logits before a token is drawn; 1 draws from the student's own distribution.
     """
 

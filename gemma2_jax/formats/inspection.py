@@ -48,7 +48,7 @@ def inspect(path: str | Path, published: Mapping[str, ModelConfig]) -> Inspectio
     source = open_source(path)
     problems = source.problems()
     if isinstance(source, RunSource):
-        problems += [f"{clause}." for clause in source.passed_over]
+        problems += [f"{clause}." for clause in source.skipped]
     lines = [
         ("kind", source.kind),
         ("path", str(source.path)),

@@ -132,7 +132,7 @@ def _describe(path: Path) -> str:
 def _find_padding(source: WeightSource) -> None:
     """Treats embedding rows beyond the tokenizer's tokens as padding, unless a file names tokens for them.
 
-    Embeddings are padded to a round number of rows, and config.json does not say how many rows are padding.
+    Embeddings are padded to a round number of rows, and config.json does not contain the number of padding rows.
     """
     if source.tokenizer is None or isinstance(source, RunSource):  # a run's config gives the padding
         return

@@ -20,11 +20,11 @@ from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 
 class RunSource(WeightSource):
-    """A run's newest checkpoint with whole parameters; reading the first weight reads all of them.
+    """A run's newest checkpoint with intact parameters; reading the first weight reads all of them.
 
     Attributes:
         step: step of the checkpoint.
-        passed_over: what is wrong with each newer checkpoint, one clause each.
+        skipped: the defect of each newer checkpoint, one clause each.
 
     Raises:
         UserError: the folder holds no checkpoint of a run.
@@ -39,7 +39,7 @@ class RunSource(WeightSource):
         self.tokenizer = tokenizer if tokenizer.exists() else None
         self.metadata = load_metadata(self.path)
         found, params = store.describe_params(self.path)
-        self.step, self.passed_over = found.step, found.passed_over
+        self.step, self.skipped = found.step, found.skipped
         self.tensors = {
             name: TensorInfo(tuple(leaf.shape), str(leaf.dtype), self.path / store.FOLDER / str(found.step))
             for name, leaf in params.items()

@@ -119,7 +119,7 @@ class Gemma2(nnx.Module):
         Args:
             tokens: int [B, T].
             positions: [B, T], 0 .. T-1 by default.
-            segment_ids: [B, T]; a token sees only its own segment. One segment per row by default.
+            segment_ids: [B, T]; a token attends only to its own segment. One segment per row by default.
         """
         return self.embedder.decode(self.hidden(tokens, positions, segment_ids, compute))
 

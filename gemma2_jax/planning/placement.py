@@ -43,7 +43,7 @@ class PlacedModel:
         role: student (the trained model) or teacher; a student with an adapter has the roles adapter and base. One of
             several students has its name: student NAME.
         activations: mesh axes that split each dimension of the activations, by its letter.
-        head: mesh axes that split the vocabulary in the LM head. Tokens are split along the rest of their own axes.
+        head: mesh axes that split the vocabulary in the LM head. Tokens are split along their remaining axes.
     """
 
     role: str

@@ -67,9 +67,6 @@ def search(
         budget: seconds; no compilation starts after them.
         report: called with a line of text about each candidate tried.
 
-    Args:
-        runs: that one program trains, of several one with a teacher first.
-
     Raises:
         UserError: no mesh of these devices divides model and batch, or none of the candidates tried can be compiled.
     """

@@ -116,16 +116,20 @@ class Update:
         finite = jnp.isfinite(jnp.stack([metrics["loss"], *norms.values()])).all()
         metrics |= {**rates, "targets": targets}
         metrics["gradient_norm"] = jnp.where(finite, norms["params"], jnp.nan)
-        trainable, optimizer = {}, {}
+        # A branch instead of a choice between arrays, for which the compiler would keep both: XLA on TPUs then needs
+        # memory for another copy of the moments.
         with jax.named_scope("optimizer"):
-            for name, rule in self._optimizers.items():
-                updates, optimizer[name] = rule.update(
-                    gradients[name], state.optimizer[name], state.trainable[name]
-                )
-                trainable[name] = optax.apply_updates(state.trainable[name], updates)
-        updated = TrainState(state.step + 1, trainable, optimizer)
-        state = jax.tree.map(partial(jnp.where, finite), updated, state)
+            state = jax.lax.cond(finite, self._updated, lambda state, _: state, state, gradients)
         return state, metrics
+
+    def _updated(self, state: TrainState, gradients: dict[str, Any]) -> TrainState:
+        trainable, optimizer = {}, {}
+        for name, rule in self._optimizers.items():
+            updates, optimizer[name] = rule.update(
+                gradients[name], state.optimizer[name], state.trainable[name]
+            )
+            trainable[name] = optax.apply_updates(state.trainable[name], updates)
+        return TrainState(state.step + 1, trainable, optimizer)
 
 
 def initial_state(

@@ -36,8 +36,8 @@ from gemma2_jax.training.state import TrainState, Update, UpdateRule
 def train_together(configs: Sequence[RunConfig]) -> None:
     """Trains several runs in one compiled step that shares the data and one forward pass of the teacher.
 
-    Each run gives the same result as on its own, up to rounding, in its own folder. Runs that are behind the others
-    after a stop are first trained up to them.
+    Each run gives the same result as on its own, up to rounding, in its own folder. After a stop,
+    runs that are behind the others catch up first.
 
     Raises:
         UserError: as `train`; or the runs cannot be trained together.
