@@ -161,19 +161,19 @@ class RunConfig:
             )
 
     def _about_adaptation(self) -> Iterator[str]:
-        if not self.adaptation.is_adapter:
+        if not self.adaptation.has_base:
             return
-        initialise = self.initialise
+        initialise, kind = self.initialise, f"adaptation.kind is {self.adaptation.kind}"
         if initialise.source is None:
             yield (
-                f"adaptation.kind is {self.adaptation.kind} and initialise.source is null; an adapter needs a base "
-                "model: write initialise=checkpoint initialise.source=CHECKPOINT."
+                f"{kind} and initialise.source is null; the frozen weights come from a checkpoint: write "
+                "initialise=checkpoint initialise.source=CHECKPOINT."
             )
         for key in ("layers", "width"):
             if getattr(initialise, key) is not None:
                 yield (
-                    f"adaptation.kind is {self.adaptation.kind} and initialise.{key} is set; an adapter needs a base "
-                    "model that is a checkpoint by itself: write initialise=checkpoint."
+                    f"{kind} and initialise.{key} is set; the frozen weights are those of a checkpoint of the same "
+                    "sizes: write initialise=checkpoint."
                 )
         try:
             build_adaptation(self.adaptation, self.model)

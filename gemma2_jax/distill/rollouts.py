@@ -21,6 +21,7 @@ from gemma2_jax.data.batch import Batch
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.decoder import Decoder
 from gemma2_jax.model.linear import gathered
+from gemma2_jax.model.stack import as_one
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Params, Weight, map_specs, weight_specs
 from gemma2_jax.sampling.choice import TokenChoice
@@ -151,7 +152,8 @@ def _gathered(model: ModelConfig, params: Params, compute: ComputeConfig) -> Par
     """Weights in the dtypes that `Decoder` uses, gathered for use; cast before gathering, so that less is sent."""
 
     def gather(_: str, weight: Weight, value: Any) -> Any:
-        return gathered(value, weight.dims, compute.dtype) if weight.fan_in else constrain(value, weight.dims)
+        stack = as_one(value)
+        return gathered(stack, weight.dims, compute.dtype) if weight.fan_in else constrain(stack, weight.dims)
 
     found: Params = map_specs(gather, weight_specs(model), params)
     return found

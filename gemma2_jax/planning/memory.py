@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gemma2_jax.methods.method import BASE
+from gemma2_jax.model.adaptation import divided_specs
 from gemma2_jax.model.config import ComputeConfig, ModelConfig, Remat
 from gemma2_jax.planning.program import Inputs, device_bytes
 from gemma2_jax.planning.topologies import Topology
@@ -81,7 +82,7 @@ def head_blocks(runs: Sequence[RunConfig], mesh_shape: dict[str, int]) -> int:
     blocks = tokens * first.model.vocab_size // split * teacher
     for run in runs:
         blocks += tokens * run.model.vocab_size // split * (_FLOAT32 + _width(run))
-        if not run.adaptation.is_adapter:
+        if "embedder" in divided_specs(run.adaptation, run.model)[0]:
             blocks += _FLOAT32 * run.model.vocab_size * run.model.d_model // split
     return blocks
 

@@ -11,7 +11,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax.methods.method import BASE, PARAMS, ModelMethod
-from gemma2_jax.model.weights import Params, abstract_params, init_params, map_specs, weight_specs
+from gemma2_jax.model.weights import (
+    Params,
+    Weight,
+    abstract_params,
+    init_params,
+    map_specs,
+    specs_by_path,
+    weight_specs,
+)
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer
 
@@ -161,10 +169,15 @@ def initial_state(
 
 
 def initial_dtypes(config: RunConfig, method: ModelMethod, mesh: Mesh) -> Any:
-    """The dtypes that a run's initial weights are loaded in: float32, or that of `abstract_frozen` if frozen."""
-    leaves = jax.tree.leaves_with_path(method.abstract_frozen(mesh)[BASE])
+    """The dtypes that a run's initial weights are loaded in: float32, or that of `abstract_frozen` if all is frozen."""
+    base, trained = method.abstract_frozen(mesh)[BASE], specs_by_path(method.specs[PARAMS])
+    leaves = jax.tree.leaves_with_path(base)
     frozen = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype for path, leaf in leaves}
-    return map_specs(lambda path, _: frozen.get(path, jnp.float32), weight_specs(config.model))
+
+    def dtype(path: str, _: Weight) -> Any:
+        return jnp.float32 if path in trained else frozen.get(path, jnp.float32)
+
+    return map_specs(dtype, weight_specs(config.model))
 
 
 def shardings(abstract: Any) -> Any:

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.formats.adapter import AdaptedSource, check_base, read_adapter
+from gemma2_jax.formats.adapter import AdaptedSource, read_adapter
+from gemma2_jax.formats.based import check_base
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.inspection import inspect
 from gemma2_jax.formats.load import adapted, load, model_of, open_source
@@ -177,16 +178,15 @@ def test_an_adapter_for_another_base_is_refused(
     tensors["model.norm.weight"][3] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     identity = json.loads((adapter / "base.json").read_text())["identity"][:12]
-    message = (
-        rf"run holds an adapter for a base model with the weights {identity}, but {other} has the weights"
-    )
+    message = rf"run was trained on a base model with the weights {identity}, but {other} has the weights"
     with pytest.raises(UserError, match=message):
-        check_base(read_adapter(adapter, small), open_source(other))
+        check_base(adapter, read_adapter(adapter, small).identity, open_source(other))
     with pytest.raises(UserError, match=message):
         convert(adapter, tmp_path / "new", merge=True, base=other)
     with pytest.raises(UserError, match=message):
         model_of(open_source(adapter, base=other), "float32")
-    check_base(read_adapter(adapter, small), open_source(run_folder))  # the same weights in another format
+    # The same weights in another format.
+    check_base(adapter, read_adapter(adapter, small).identity, open_source(run_folder))
     open_source(adapter, base=run_folder).weight(next(iter(read_adapter(adapter, small).matrices)))
 
 
@@ -205,7 +205,7 @@ def load_with_base(adapter: Path, base: Path) -> Any:
 def test_the_base_is_missing(adapter: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(adapter, tmp_path / "run"))
     (folder / "base.json").write_text(json.dumps({"source": "gone", "identity": "0" * 64}))
-    with pytest.raises(UserError, match=r"run holds an adapter for the base model gone: gone does not exist"):
+    with pytest.raises(UserError, match=r"run was trained on the base model gone: gone does not exist"):
         open_source(folder)
     (folder / "base.json").write_text("[]")
     with pytest.raises(UserError, match=r"base.json is truncated or damaged"):
@@ -286,6 +286,14 @@ def test_a_layer_beyond_the_model_is_named(spoilt: Path) -> None:
     save_file(tensors, spoilt / WEIGHTS)
     with pytest.raises(
         UserError, match=r"layers.9.mlp.up_proj.lora_A.weight, but the base model has only 4 layers"
+    ):
+        open_source(spoilt)
+
+
+def test_a_pickle_is_named(spoilt: Path) -> None:
+    (spoilt / WEIGHTS).rename(spoilt / "adapter_model.bin")
+    with pytest.raises(
+        UserError, match=r"adapter_model.bin is a pickle, which may run code and cannot be read; save"
     ):
         open_source(spoilt)
 
