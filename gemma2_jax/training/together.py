@@ -162,7 +162,8 @@ class RunFolders:
             folder.open_writers(stack)
 
     def start(self, examples: Any, tokenizer: Tokenizer) -> tuple[dict[str, TrainState], dict[str, Any]]:
-        states, bases = {}, {}
+        states: dict[str, TrainState] = {}
+        bases: dict[str, Any] = {}
         begin = examples.get_state()
         # Runs that use the cache come last, since only their checkpoints hold the iterator's position in it.
         for name in sorted(self._folders, key=self._uses_cache):

@@ -339,3 +339,38 @@ def test_logits_are_those_of_peft(which: str, request: Any, exported: Path, tmp_
         expected = model(torch.tensor(np.array(TOKENS))).logits.numpy()
     found = logits(load(folder)[0])
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_itself_reads_and_writes_our_adapters(peft: Path, exported: Path, tmp_path: Path) -> None:
+    """Its logits are ours, and an adapter that it wrote is the same after import and export, bit for bit."""
+    torch = pytest.importorskip("torch", reason="needs the extra `reference`")
+    transformers = pytest.importorskip("transformers", reason="needs the extra `reference`")
+    library = pytest.importorskip("peft", reason="needs the extra `reference`")
+
+    def base() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            exported, attn_implementation="eager", dtype="float32"
+        )
+
+    def compare(model: Any, folder: Path) -> None:
+        with torch.no_grad():
+            expected = model.eval()(torch.tensor(np.array(TOKENS))).logits.numpy()
+        found = logits(load(folder)[0])
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+    compare(library.PeftModel.from_pretrained(base(), peft), peft)
+    modules = ["q_proj", "o_proj", "gate_proj", "down_proj"]
+    settings = library.LoraConfig(
+        r=4, lora_alpha=10, use_rslora=True, target_modules=modules, layers_to_transform=[1, 3],
+        init_lora_weights=False, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    theirs = library.get_peft_model(base(), settings)
+    theirs.save_pretrained(tmp_path / "theirs")
+    compare(theirs, tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours", "peft")
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("theirs", "ours"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        np.testing.assert_array_equal(tensor.view(np.uint32), other[name].view(np.uint32))
+    compare(library.PeftModel.from_pretrained(base(), tmp_path / "ours"), tmp_path / "theirs")

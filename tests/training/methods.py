@@ -40,7 +40,7 @@ def with_method(run: RunConfig, method: str, teacher: str, folder: Path) -> RunC
     return replace(run, objective=KL, distill=distill)
 
 
-def rows(output: str) -> list[dict[str, float]]:
+def rows(output: str) -> list[dict[str, Any]]:
     """The rows of a run's metrics without its speed."""
     return [
         {name: value for name, value in row.items() if name not in ("tokens_per_second", "mfu")}
