@@ -8,10 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from gemma2_jax.checkpoints import store
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import reason, replacing, sole_writer, write_text
-from gemma2_jax.formats import gguf, huggingface
+from gemma2_jax.formats import gguf, huggingface, peft
+from gemma2_jax.formats.adapter import AdaptedSource
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE, config_json
 from gemma2_jax.formats.layouts import EMBEDDING, GGUF, HUGGINGFACE, Entry, WeightPlace, expand
@@ -26,7 +28,7 @@ from gemma2_jax.model.vocabulary import without_padding
 from gemma2_jax.model.weights import weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
-KINDS = ("run", "huggingface", "gguf")
+KINDS = ("run", "huggingface", "gguf", "peft")
 QUANTISED = ("q8_0", "q4_0")  # encodings that GGUF has besides DTYPES
 SHARD_BYTES = 2 * 10**9  # bytes of a safetensors shard, which is in memory while it is written
 
@@ -52,6 +54,8 @@ def convert(
     kind: str | None = None,
     dtype: str | None = None,
     tokenizer_path: str | Path | None = None,
+    merge: bool = False,
+    base: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Conversion:
     """Writes the checkpoint at `source_path` as another kind at `target_path`, and verifies the result.
@@ -59,10 +63,13 @@ def convert(
     Args:
         source_path: checkpoint of any kind that `open_source` accepts.
         target_path: path that must not exist yet; it appears only once everything is written and compared.
-        kind: one of KINDS. By default a target that ends in `.gguf` becomes GGUF, one of our runs becomes a Hugging
-            Face folder, and anything else becomes a run folder.
+        kind: one of KINDS; `peft` for an adapter alone. By default a target that ends in `.gguf` becomes GGUF, one of
+            our runs becomes a Hugging Face folder, and anything else becomes a run folder.
         dtype: one of DTYPES, or of QUANTISED for GGUF; by default the source's dtype.
         tokenizer_path: SentencePiece model file, for a source without one.
+        merge: whether to write the complete model W + s A B of an adapter and its base. Without it, an adapter can
+            only become PEFT's.
+        base: checkpoint of an adapter's base model, in place of the one that the adapter names.
 
     Raises:
         UserError: an argument is invalid (raised before anything is downloaded); the source is incomplete; the target
@@ -77,11 +84,15 @@ def convert(
                 raise UserError(f"{target} exists already; choose another target, or delete it.")
             temporary.touch()  # fails before gigabytes are read if the target cannot be written
             temporary.unlink()
-            source = open_source(source_path, tokenizer_path)
+            source = open_source(source_path, tokenizer_path, base)
             source.check()
+            _check_adapter(source, kind, merge)
+            if isinstance(source, AdaptedSource) and kind == "peft":
+                return _write_peft(source, temporary, dtype or "float32")
             tokenizer = load_tokenizer(source)
             file = Path(source.tokenizer or "")
-            kind = kind or ("huggingface" if isinstance(source, RunSource) else "run")
+            is_ours = isinstance(source, RunSource) or (source.path / store.CONFIG_FILE).exists()
+            kind = kind or ("huggingface" if is_ours else "run")
             dtype = dtype or source.dtype
             if kind == "run":
                 _write_run(source, temporary, dtype, file, progress)
@@ -99,6 +110,41 @@ def convert(
         raise UserError(f"{target} cannot be written: {reason(error, target)}.") from None
     weights = sum(1 for _ in all_places(weight_specs(source.config)))
     return Conversion(source.kind, kind, dtype, source.dtypes, weights)
+
+
+def _check_adapter(source: WeightSource, kind: str | None, merge: bool) -> None:
+    """Raises UserError if only one of the source and the target is an adapter."""
+    if not isinstance(source, AdaptedSource):
+        if kind == "peft":
+            raise UserError(f"{source.path} is a complete model, which cannot become a PEFT adapter.")
+        if merge:
+            raise UserError(
+                f"{source.path} is a complete model, so there is nothing to merge; leave out --merge."
+            )
+    elif merge and kind == "peft":
+        raise UserError("a merged model is no adapter; leave out --merge, or choose another kind than peft.")
+    elif kind != "peft" and not merge:
+        raise UserError(
+            f"{source.path} holds an adapter for {source.base.path}; add --merge to write the complete model, or --to "
+            "peft to write the adapter alone."
+        )
+
+
+def _write_peft(source: AdaptedSource, folder: Path, dtype: str) -> Conversion:
+    """Writes an adapter as PEFT's, and compares it."""
+    adapter = source.adapter
+    matrices = {
+        place: (_cast(a, dtype, place.path), _cast(b, dtype, place.path))
+        for place, (a, b) in adapter.matrices.items()
+    }
+    peft.write(folder, adapter.settings, adapter.identity, matrices, source.base_name, dtype)
+    _, _, written = peft.read(folder, source.config)
+    for place, both in matrices.items():
+        for expected, found in zip(both, written[place], strict=True):
+            if not np.array_equal(_bits(found), _bits(expected)):
+                raise UserError(f"{folder} does not hold {place.path} as it was written; convert again.")
+    dtypes = tuple(sorted({matrix.dtype.name for both in adapter.matrices.values() for matrix in both}))
+    return Conversion(source.kind, "peft", dtype, dtypes, 2 * len(matrices))
 
 
 def _check_arguments(kind: str | None, dtype: str | None, tokenizer: str | Path | None) -> None:
