@@ -1,18 +1,23 @@
-"""AdamW with warm-up, a learning rate schedule, gradient clipping, and no weight decay on norms."""
+"""AdamW, or Muon on the matrices, with warm-up, a learning rate schedule, clipping, and no weight decay on norms."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import optax
+import optax.contrib
 
 from gemma2_jax.config import UserError
-from gemma2_jax.model.weights import Specs, map_specs
+from gemma2_jax.model.weights import Specs, Weight, map_specs
 from gemma2_jax.schedule import StepCount, check_step_count, count_steps, curve
+
+_RMS_OF_ADAMW = (
+    0.2  # root mean square of AdamW's updates divided by the learning rate (Liu et al., arXiv 2502.16982)
+)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and its learning rate schedule.
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) or Muon, and the learning rate schedule.
 
     Attributes:
         learning_rate: peak learning rate.
@@ -28,6 +33,10 @@ class OptimizerConfig:
         eps: constant added to the root of the second moment in the update's denominator.
         weight_decay: weight decay, multiplied by the learning rate; applies to all weights except the norms' scales.
         clip_norm: maximum global norm; larger gradients are scaled down to it.
+        kind: `adamw`, or `muon`: Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for embedding and
+            norms. Muon's updates are scaled to the root mean square of AdamW's (Liu et al., arXiv 2502.16982, section
+            2.2), so that both share learning rate and weight decay.
+        momentum: decay rate of Muon's moving average of the gradient; null with `adamw`.
     """
 
     learning_rate: float
@@ -40,6 +49,8 @@ class OptimizerConfig:
     eps: float
     weight_decay: float
     clip_norm: float
+    kind: Literal["adamw", "muon"] = "adamw"
+    momentum: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "clip_norm"):
@@ -54,6 +65,16 @@ class OptimizerConfig:
                 raise UserError(
                     f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and below 1."
                 )
+        if self.kind == "adamw" and self.momentum is not None:
+            raise UserError(
+                f"optimizer.momentum is {self.momentum}, which optimizer.kind adamw does not use; set it to null, or "
+                "write optimizer=muon."
+            )
+        if self.kind == "muon" and (self.momentum is None or not 0 <= self.momentum < 1):
+            raise UserError(
+                f"optimizer.momentum is {'null' if self.momentum is None else self.momentum}; it must be at least 0 "
+                "and below 1 with optimizer.kind muon."
+            )
         if not 0 <= self.final_fraction <= 1:
             raise UserError(f"optimizer.final_fraction is {self.final_fraction}; it must be from 0 to 1.")
         if self.schedule == "wsd" and self.decay_steps == 0:
@@ -91,14 +112,42 @@ def build_optimizer(config: OptimizerConfig, steps: int, specs: Specs) -> optax.
     Args:
         specs: specs of the parameters; those without fan_in (the norms' scales) get no weight decay.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=map_specs(lambda _, spec: bool(spec.fan_in), specs),
-        ),
+    rule = _adamw(config, steps, specs)
+    if config.kind == "muon":
+        kinds = map_specs(lambda _, spec: "muon" if _matrix_axes(spec) else "adamw", specs)
+        rule = optax.partition({"muon": _muon(config, steps, specs), "adamw": rule}, kinds)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def _adamw(config: OptimizerConfig, steps: int, specs: Specs) -> optax.GradientTransformation:
+    return optax.adamw(
+        learning_rate_schedule(config, steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=map_specs(lambda _, spec: bool(spec.fan_in), specs),
     )
+
+
+def _muon(config: OptimizerConfig, steps: int, specs: Specs) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        learning_rate_schedule(config, steps),
+        beta=config.momentum,
+        weight_decay=config.weight_decay,
+        consistent_rms=_RMS_OF_ADAMW,
+        muon_weight_dimension_numbers=map_specs(lambda _, spec: _matrix_axes(spec), specs),
+    )
+
+
+def _matrix_axes(spec: Weight) -> optax.contrib.MuonDimensionNumbers | None:
+    """The axes that form a matrix's rows and its columns; None for a norm and for the embedding.
+
+    The axis P is neither: it holds a matrix for each pair of layers.
+    """
+    if not spec.fan_in or "V" in spec.dims:
+        return None
+    axes = list(enumerate(spec.dims))
+    rows = tuple(axis for axis, letter in axes if letter in spec.fan_in)
+    columns = tuple(axis for axis, letter in axes if letter not in spec.fan_in + "P")
+    return optax.contrib.MuonDimensionNumbers(rows, columns) if columns else None

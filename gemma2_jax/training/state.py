@@ -188,19 +188,18 @@ def shardings(abstract: Any) -> Any:
 def _abstract_optimizer(rule: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
     """The abstract optimizer state for abstract parameters.
 
-    The moments get the parameters' shardings; without this, the compiler would replicate them on every device.
+    The moments get the parameters' shardings; without this, the compiler would replicate them on every device. An array
+    is a parameter's moment if the end of its path is the parameter's path and their shapes are equal.
     """
+    params_by_path = dict(jax.tree_util.tree_leaves_with_path(params))
 
-    def replicated(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_on_all_devices(mesh))
+    def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        ends = (params_by_path.get(path[start:]) for start in range(len(path) + 1))
+        param = next((end for end in ends if end is not None and end.shape == leaf.shape), None)
+        sharding = _on_all_devices(mesh) if param is None else param.sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return optax.tree_map_params(
-        rule,
-        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
-        jax.eval_shape(rule.init, params),
-        params,
-        transform_non_params=replicated,
-    )
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(rule.init, params))
 
 
 def _on_all_devices(mesh: Mesh) -> NamedSharding:

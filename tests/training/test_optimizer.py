@@ -3,12 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gemma2_jax.config import UserError
-from gemma2_jax.model.weights import Weight
+from gemma2_jax.model.weights import Weight, init_params, weight_specs
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer, learning_rate_schedule
 
@@ -72,6 +73,66 @@ def test_the_optimizer_follows_the_schedule(toy_run: RunConfig) -> None:
     assert found == pytest.approx([0.5, 1.0, 0.55, 0.1], rel=1e-6)
 
 
+MUON = {"kind": "muon", "momentum": 0.95}
+
+
+def orthogonalised(matrix: np.ndarray) -> np.ndarray:
+    """Five steps of the quintic Newton-Schulz iteration (Jordan et al., 2024), in float64."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        squared = x @ x.T
+        x = 3.4445 * x + (-4.7750 * squared + 2.0315 * squared @ squared) @ x
+    return x
+
+
+@pytest.mark.parametrize(
+    ("dims", "shape", "fan_in", "rows"),
+    [
+        ("PDNH", (2, 8, 3, 4), "D", 8),
+        ("PNHD", (2, 3, 4, 8), "NH", 12),
+        ("PDF", (2, 8, 20), "D", 8),
+        ("DF", (8, 20), "D", 8),
+    ],
+)
+def test_muon_orthogonalises_each_layers_matrix(
+    toy_run: RunConfig, dims: str, shape: tuple[int, ...], fan_in: str, rows: int
+) -> None:
+    """Two steps, against the formula: momentum of Nesterov's kind, Newton-Schulz, the scale of arXiv 2502.16982."""
+    constant = {"learning_rate": 0.5, "schedule": "constant", "final_fraction": 1.0, "warmup_steps": 0}
+    config = replace(toy_run.optimizer, **constant, **MUON, weight_decay=0.1, clip_norm=1e9)
+    optimizer = build_optimizer(config, 4, {"w": Weight(dims, shape, fan_in)})
+    random = np.random.default_rng(0)
+    gradients, weight = random.normal(size=(2, *shape)), random.normal(size=shape)
+
+    params = {"w": jnp.asarray(weight, jnp.float32)}
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update({"w": jnp.asarray(gradient, jnp.float32)}, state, params)
+
+    beta = config.momentum
+    average = (1 - beta) * (beta * gradients[0] + gradients[1])
+    ahead = beta * average / (1 - beta**3) + (1 - beta) * gradients[1] / (1 - beta**2)
+    matrices = ahead.reshape(-1, rows, ahead.size // rows // (2 if "P" in dims else 1))
+    scale = 0.2 * max(matrices.shape[1:]) ** 0.5
+    direction = np.stack([scale * orthogonalised(matrix) for matrix in matrices]).reshape(shape)
+    np.testing.assert_allclose(updates["w"], -0.5 * (direction + 0.1 * weight), rtol=2e-4, atol=2e-5)
+
+
+def test_muon_leaves_embedding_and_norms_to_adamw(toy_run: RunConfig) -> None:
+    specs = weight_specs(toy_run.model)
+    params = init_params(specs, jax.random.key(0))
+    gradients = init_params(specs, jax.random.key(1))
+    unclipped = replace(toy_run.optimizer, clip_norm=1e9)
+    found = {}
+    for config in (unclipped, replace(unclipped, **MUON)):
+        optimizer = build_optimizer(config, 4, specs)
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        found[config.kind] = jax.tree_util.tree_leaves_with_path(updates)
+    for (path, adamw), (_, muon) in zip(found["adamw"], found["muon"], strict=True):
+        is_matrix = any(entry.key in ("attention", "mlp") for entry in path)
+        assert np.array_equal(adamw, muon) != is_matrix, path
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -103,6 +164,15 @@ def test_refused(toy_run: RunConfig, name: str, value: Any) -> None:
             "decay_steps is 5, which optimizer.schedule constant does not use; set it to 0",
         ),
         ({"schedule": "wsd"}, "decay_steps is 0; with optimizer.schedule wsd it must be at least 1"),
+        (
+            {"momentum": 0.9},
+            "momentum is 0.9, which optimizer.kind adamw does not use; set it to null, or write optimizer=muon",
+        ),
+        ({"kind": "muon"}, "momentum is null; it must be at least 0 and below 1 with optimizer.kind muon"),
+        (
+            {"kind": "muon", "momentum": 1.0},
+            "momentum is 1.0; it must be at least 0 and below 1 with optimizer.kind muon",
+        ),
         (
             {"schedule": "constant"},
             "final_fraction is 0.1, which optimizer.schedule constant does not use; set it to 1",
