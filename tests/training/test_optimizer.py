@@ -73,7 +73,7 @@ def test_the_optimizer_follows_the_schedule(toy_run: RunConfig) -> None:
     assert found == pytest.approx([0.5, 1.0, 0.55, 0.1], rel=1e-6)
 
 
-MUON = {"kind": "muon", "momentum": 0.95}
+MUON: dict[str, Any] = {"kind": "muon", "momentum": 0.95}
 
 
 def orthogonalised(matrix: np.ndarray) -> np.ndarray:
@@ -98,7 +98,12 @@ def test_muon_orthogonalises_each_layers_matrix(
     toy_run: RunConfig, dims: str, shape: tuple[int, ...], fan_in: str, rows: int
 ) -> None:
     """Two steps, against the formula: momentum of Nesterov's kind, Newton-Schulz, the scale of arXiv 2502.16982."""
-    constant = {"learning_rate": 0.5, "schedule": "constant", "final_fraction": 1.0, "warmup_steps": 0}
+    constant: dict[str, Any] = {
+        "learning_rate": 0.5,
+        "schedule": "constant",
+        "final_fraction": 1.0,
+        "warmup_steps": 0,
+    }
     config = replace(toy_run.optimizer, **constant, **MUON, weight_decay=0.1, clip_norm=1e9)
     optimizer = build_optimizer(config, 4, {"w": Weight(dims, shape, fan_in)})
     random = np.random.default_rng(0)
@@ -109,7 +114,7 @@ def test_muon_orthogonalises_each_layers_matrix(
     for gradient in gradients:
         updates, state = optimizer.update({"w": jnp.asarray(gradient, jnp.float32)}, state, params)
 
-    beta = config.momentum
+    beta = MUON["momentum"]
     average = (1 - beta) * (beta * gradients[0] + gradients[1])
     ahead = beta * average / (1 - beta**3) + (1 - beta) * gradients[1] / (1 - beta**2)
     matrices = ahead.reshape(-1, rows, ahead.size // rows // (2 if "P" in dims else 1))
