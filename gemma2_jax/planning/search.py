@@ -9,7 +9,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.distill.teacher import online_teacher, teacher_config
 from gemma2_jax.model.config import Remat
 from gemma2_jax.model.counts import count_parameters, forward_flops_per_token, training_flops_per_token
-from gemma2_jax.planning.memory import head_blocks, saved_activations, shares
+from gemma2_jax.planning.memory import frozen_bytes, head_blocks, saved_activations, shares
 from gemma2_jax.planning.plan import Plan, make_plan
 from gemma2_jax.planning.program import check_sizes
 from gemma2_jax.planning.topologies import Topology
@@ -157,8 +157,7 @@ def estimated_memory(runs: Sequence[RunConfig], shape: dict[str, int]) -> float:
     state = 4 * 4 * trained
     if config.training.accumulation > 1:
         state += 4 * trained
-    width = 2 if config.compute.dtype == "bfloat16" else 4
-    state += sum(width * count_parameters(run.model).total for run in runs if run.adaptation.is_adapter)
+    state += sum(map(frozen_bytes, runs))
     if teacher is not None:
         state += (2 if config.distill.dtype == "bfloat16" else 4) * count_parameters(teacher).total
     return state / split + sum(saved_activations(run, shape) for run in runs) + head_blocks(runs, shape)

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax.methods.method import BASE, PARAMS, ModelMethod
+from gemma2_jax.model.quantised import is_quantised, kind_of, stored
 from gemma2_jax.model.weights import Params, abstract_params, init_params, map_specs, weight_specs
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer
@@ -147,7 +148,13 @@ def initial_state(
         others = {
             name: init_params(specs, key, name) for name, specs in method.specs.items() if name != PARAMS
         }
-        base = jax.tree.map(lambda weight, leaf: weight.astype(leaf.dtype), base, abstract_base)
+        _, base_specs = method.adaptation.specs(weight_specs(config.model))
+        base = map_specs(
+            lambda _, spec, weight, leaf: stored(weight, spec.dims, kind_of(leaf)),
+            base_specs,
+            base,
+            abstract_base,
+        )
         return update.begin({PARAMS: trained, **others}), base
 
     state_and_base: tuple[TrainState, Any] = jax.jit(begin, donate_argnums=0, out_shardings=shardings(out))(
@@ -157,9 +164,12 @@ def initial_state(
 
 
 def initial_dtypes(config: RunConfig, method: ModelMethod, mesh: Mesh) -> Any:
-    """The dtypes that a run's initial weights are loaded in: float32, or that of `abstract_frozen` if frozen."""
-    leaves = jax.tree.leaves_with_path(method.abstract_frozen(mesh)[BASE])
-    frozen = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype for path, leaf in leaves}
+    """The dtypes that a run's initial weights are loaded in: float32, or that of `abstract_frozen` if frozen.
+
+    A quantised weight has its format in place of a dtype.
+    """
+    leaves = jax.tree.leaves_with_path(method.abstract_frozen(mesh)[BASE], is_leaf=is_quantised)
+    frozen = {jax.tree_util.keystr(path, simple=True, separator="/"): kind_of(leaf) for path, leaf in leaves}
     return map_specs(lambda path, _: frozen.get(path, jnp.float32), weight_specs(config.model))
 
 
