@@ -1,7 +1,7 @@
 """Plain data to typed configuration and back, with one sentence for each mistake.
 
-Each subpackage keeps its own frozen dataclass beside the code that it configures. This module knows none of them: it
-builds any such dataclass from a mapping, and saves and loads it as YAML.
+Each subpackage keeps its own frozen dataclass beside the code that it configures. This module depends on none of them:
+it builds any such dataclass from a mapping, and saves and loads it as YAML.
 """
 
 import dataclasses

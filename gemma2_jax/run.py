@@ -28,9 +28,9 @@ class RunConfig:
         name: name of the run in tables.
         output: the run folder.
         seed: seed of the initial weights and of the student's samples; the order of the data has its own, data.seed.
-        compilation_cache: folder or bucket for compiled programs, see `use_compilation_cache`.
+        compilation_cache: folder or bucket that compiled programs are stored in and loaded from; null for none.
         profile: whether to trace some steps (`training.profile_steps`) into the run folder; for runs that are trained
-            together, into the folder of the first that is not finished.
+            together, into the folder of the first unfinished run.
     """
 
     name: str
@@ -161,19 +161,19 @@ class RunConfig:
             )
 
     def _about_adaptation(self) -> Iterator[str]:
-        if not self.adaptation.is_adapter:
+        if not self.adaptation.has_base:
             return
-        initialise = self.initialise
+        initialise, kind = self.initialise, f"adaptation.kind is {self.adaptation.kind}"
         if initialise.source is None:
             yield (
-                f"adaptation.kind is {self.adaptation.kind} and initialise.source is null; an adapter needs a base "
-                "model: write initialise=checkpoint initialise.source=CHECKPOINT."
+                f"{kind} and initialise.source is null; the frozen weights come from a checkpoint: write "
+                "initialise=checkpoint initialise.source=CHECKPOINT."
             )
         for key in ("layers", "width"):
             if getattr(initialise, key) is not None:
                 yield (
-                    f"adaptation.kind is {self.adaptation.kind} and initialise.{key} is set; an adapter needs a base "
-                    "model that is a checkpoint by itself: write initialise=checkpoint."
+                    f"{kind} and initialise.{key} is set; the frozen weights are those of a checkpoint of the same "
+                    "sizes: write initialise=checkpoint."
                 )
         try:
             build_adaptation(self.adaptation, self.model)

@@ -1,7 +1,7 @@
 """How a process ends after a stop signal: soon, with exit code 128 + N, and never by a crash.
 
     with handled():                   # the command line
-        with resuming(sentence):      # what the last message says about resuming
+        with resuming(sentence):      # what the last message adds about resuming
             with cleanup(remove):     # a `finally` that also runs if a thread ends the process
                 ...
             with deferred(seconds):   # a loop that checks `requested()` between its steps
@@ -246,10 +246,10 @@ def handled_elsewhere(number: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def resuming(sentence: Callable[[], str]) -> Iterator[None]:
-    """Sets what `message` says about resuming after a stop inside the block; the innermost `resuming` counts.
+    """Sets what `message` adds about resuming after a stop inside the block; the innermost `resuming` counts.
 
     Args:
-        sentence: returns it without a full stop; empty if there is nothing to say.
+        sentence: returns the sentence without a full stop; empty for none.
     """
     _sentences.append(sentence)
     try:

@@ -1,5 +1,6 @@
 """What all tests share: eight CPU devices, one compile cache, one tiny model, one small corpus, one toy run."""
 
+import gc
 import json
 import os
 import pathlib
@@ -46,6 +47,14 @@ from gemma2_jax.training.optimizer import OptimizerConfig
 
 WORDS = """the a model teacher student learns from probability of every token in its context and then forgets
 nothing that was said before 42 2024 attention window layer gradient""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed_programs() -> Iterator[None]:
+    """Frees the compiled programs of a file after it: those of all files take 5 GB per worker."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A library's private names, which it may change in any release: whether they still are what the package takes."""
+"""Checks that private names of a library, which it may change in any release, are still what the package expects."""
 
 import inspect
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ import pytest
 
 
 def private(library: str, place: str, breaks: str, parameters: Sequence[str] | None = None) -> Any:
-    """The object at `place` (`package.module:Class.name`). Fails the test, saying what breaks, if it is another.
+    """Returns the object at `place` (`package.module:Class.name`). If it has changed, fails with a message.
 
     Args:
-        library: as it is installed.
-        breaks: what no longer works for users without it.
-        parameters: with which the package calls it, those that it must take; None for what is not called.
+        library: name of the installed distribution.
+        breaks: what no longer works for users without the object, for the message.
+        parameters: parameters that the package passes to it; None for an object that is not called.
     """
     known = f"{place} of {library} {version(library)}"
     module, path = place.split(":")

@@ -36,6 +36,7 @@ def test_a_name_that_is_not_there() -> None:
         g2.lode  # noqa: B018
 
 
+@pytest.mark.thorough
 def test_a_notebook_does_what_the_command_line_does(
     toy_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def losses(folder: Path, run: str) -> list[tuple[int, str, float]]:
     return [(row["step"], row["split"], row["cross_entropy"]) for row in rows]
 
 
+@pytest.mark.thorough
 def test_everything_is_there(study: Path) -> None:
     folder = study / "runs" / "quickstart"
     results = json.loads((folder / "results.json").read_text())["runs"]
@@ -68,6 +69,7 @@ def test_everything_is_there(study: Path) -> None:
     assert losses(study, "distilled")[0][2] != losses(study, "scratch")[0][2]
 
 
+@pytest.mark.thorough
 def test_a_second_time_everything_is_skipped(
     study: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +82,7 @@ def test_a_second_time_everything_is_skipped(
     assert {run: losses(study, run) for run in RUNS} == before
 
 
+@pytest.mark.thorough
 def test_generate_from_the_study(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

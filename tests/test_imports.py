@@ -55,7 +55,7 @@ ALLOWED = {
         "formats",
     },
 }
-# The configuration of a run is put together from the rooms'; what goes by it is above them.
+# `run` combines the configurations of the packages, so it is above them; everything that uses it is above `run`.
 ALLOWED["run"] = set(ALLOWED) - BOTTOM - {"sampling", "formats"} | {"training"}
 ALLOWED["methods"] = set(ALLOWED) - BOTTOM
 ALLOWED["training"] = set(ALLOWED) - BOTTOM

@@ -3,11 +3,11 @@
     RUN/checkpoints/<step>/manifest.json   {"format": 1, "files": {"params/d/0a": {"size": 4096, "crc32": "89abcdef"}}}
 
 The manifest is written before Orbax gives a finished checkpoint its final name, so that both appear at once. A
-checkpoint counts as whole if every file in its manifest exists with its size, which can be checked without reading the
+checkpoint counts as intact if every file in its manifest exists with its size, which can be checked without reading the
 files. Checksums (zlib.crc32, some 4 GB/s per core) are compared when a checkpoint is read. They detect accidental
 damage by disks and copies, not deliberate changes.
 
-Older checkpoints have no manifest. They count as whole if the files that Orbax reads first exist and no file is empty.
+Older checkpoints have no manifest. They count as intact if the files that Orbax reads first exist and no file is empty.
 """
 
 import json
@@ -49,7 +49,7 @@ def write_checkpoint_manifest(checkpoint: Path) -> None:
 
 
 def missing(checkpoint: Path, tree: str | None = None) -> str | None:
-    """Returns what a checkpoint or one of its trees lacks ("params/d/0a1b is missing"); None if it is whole.
+    """Returns what a checkpoint or one of its trees lacks ("params/d/0a1b is missing"); None if it is intact.
 
     Reads the manifest, but only the sizes of the other files.
     """

@@ -7,10 +7,10 @@
                           /_CHECKPOINT_METADATA   the resolved config, the step, and metrics not yet reported
                           /manifest.json   sizes and checksums of all files, see `integrity.py`
 
-Orbax writes into a temporary folder and then renames it, so a checkpoint is either whole or absent. The manifest shows
-damage that happens later, such as an interrupted copy or a failing disk: a damaged checkpoint is ignored, and the one
-before it is used. Everything is restored into an abstract target, which fixes shapes, dtypes and shardings, so a
-checkpoint can be restored on another mesh.
+Orbax writes into a temporary folder and then renames it, so a checkpoint is either complete or absent. The manifest
+reveals damage that happens later, such as an interrupted copy or a failing disk: a checkpoint that is not intact is
+skipped, and the one before it is used. Everything is restored into an abstract target, which fixes shapes, dtypes and
+shardings, so a checkpoint can be restored on another mesh.
 """
 
 import itertools
@@ -83,12 +83,12 @@ class FoundCheckpoint:
     Attributes:
         step: step of the run.
         path: folder of the checkpoint.
-        passed_over: what is wrong with each newer checkpoint, one clause each.
+        skipped: the defect of each newer checkpoint, one clause each, such as "PATH is not intact (…)".
     """
 
     step: int
     path: Path
-    passed_over: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class CheckpointStore:
     """The checkpoints in one run folder. A context manager, which waits on exit until pending saves are written.
 
     Attributes:
-        latest_step: step of the checkpoint that was saved or restored last, at first of the newest whole one; None if
+        latest_step: step of the checkpoint that was saved or restored last, at first of the newest intact one; None if
             there is none.
     """
 
@@ -158,7 +158,7 @@ class CheckpointStore:
         self.latest_step = step
 
     def wait(self) -> None:
-        """Returns when all that `save` has begun is written."""
+        """Waits until every save that has begun is written."""
         pending, self._pending = self._pending, None  # a failure is raised once
         if pending is not None:
             pending.result()  # which alone ends the response's thread
@@ -182,7 +182,7 @@ class CheckpointStore:
     def restore(self, step: int, abstract_trees: Mapping[str, Any], iterator: Any) -> dict[str, Any]:
         """Returns the trees saved at `step`, with the abstract trees' dtypes and shardings; restores `iterator`.
 
-        The checkpoint must be one that `find` returned. Newer ones, which are not whole, stay until the first `save`.
+        The checkpoint must be one that `find` returned. Newer ones, which are not intact, stay until the first `save`.
 
         Raises:
             UserError: a tree or an array is missing, superfluous or of another shape, or a file is damaged.
@@ -198,7 +198,7 @@ class CheckpointStore:
         return {name: restored[name] for name in abstract_trees}
 
     def _set_aside(self) -> None:
-        """Renames newer checkpoints that are not whole: Orbax would count them as the newest and keep only them."""
+        """Renames newer checkpoints that are not intact: Orbax would count them as the newest and keep only them."""
         if is_first():
             for path in self._broken:
                 aside = path.with_name(f"{path.name}.broken")
@@ -210,29 +210,29 @@ class CheckpointStore:
 
 
 def checkpoint_steps(run_folder: str | Path) -> list[int]:
-    """Returns the steps that have a checkpoint in a run folder, whole or not, newest first."""
+    """Returns the steps that have a checkpoint in a run folder, intact or not, newest first."""
     return _steps(Path(run_folder) / FOLDER)
 
 
 def latest_step(run_folder: str | Path, tree: str | None = None) -> int | None:
-    """Returns the step of the newest checkpoint in a run folder that is whole, or whose `tree` is; None without one."""
+    """Returns the step of a run's newest intact checkpoint, or newest with an intact `tree`; None if there is none."""
     folder = Path(run_folder) / FOLDER
     return next((step for step in _steps(folder) if missing(folder / str(step), tree) is None), None)
 
 
 def find(run_folder: str | Path, tree: str | None = None, contents: bool = True) -> FoundCheckpoint | None:
-    """Returns the newest checkpoint in a run folder that is whole, or whose `tree` is; None if there are none at all.
+    """Returns a run's newest intact checkpoint, or its newest with an intact `tree`; None without checkpoints.
 
     Args:
         contents: whether to compare checksums too, each process reading a share of the files; all processes must then
             call this together. Otherwise only the existence and sizes of the files are checked.
 
     Raises:
-        UserError: there are checkpoints, but none is whole.
+        UserError: there are checkpoints, but none is intact.
     """
     check_path(run_folder)
     folder = Path(run_folder).absolute() / FOLDER
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for step in _steps(folder):
         path = folder / str(step)
         wrong = missing(path, tree)
@@ -240,11 +240,11 @@ def find(run_folder: str | Path, tree: str | None = None, contents: bool = True)
             own = wrong or changed(path, tree, jax.process_index(), jax.process_count())
             wrong = first_finding(own)
         if wrong is None:
-            return FoundCheckpoint(step, path, tuple(passed_over))
-        passed_over.append(f"{path} is not whole ({wrong})")
-    if passed_over:
+            return FoundCheckpoint(step, path, tuple(skipped))
+        skipped.append(f"{path} is not intact ({wrong})")
+    if skipped:
         raise UserError(
-            f"{run_folder} holds no whole checkpoint: {'; '.join(passed_over)}; copy {folder} again, or delete it to "
+            f"{run_folder} holds no intact checkpoint: {'; '.join(skipped)}; copy {folder} again, or delete it to "
             "train from the start."
         )
     return None
@@ -254,13 +254,13 @@ def find_params(run_folder: str | Path) -> FoundCheckpoint:
     """Like `find`, for the parameters alone; prints on standard error which damaged checkpoints it skips.
 
     Raises:
-        UserError: there is no checkpoint, or none with whole parameters.
+        UserError: there is no checkpoint, or none with intact parameters.
     """
     found = find(run_folder, PARAMS)
     if found is None:
         raise _no_checkpoint(run_folder)
-    if found.passed_over and is_first():
-        print(f"{'; '.join(found.passed_over)}: {found.path} is used.", file=sys.stderr, flush=True)
+    if found.skipped and is_first():
+        print(f"{'; '.join(found.skipped)}: {found.path} is used.", file=sys.stderr, flush=True)
     return found
 
 
@@ -376,7 +376,7 @@ def _about(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _steps(folder: Path) -> list[int]:
-    """Returns the steps that have a checkpoint in a `checkpoints` folder, whole or not, newest first."""
+    """Returns the steps that have a checkpoint in a `checkpoints` folder, intact or not, newest first."""
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted((int(path.name) for path in found if re.fullmatch("[0-9]+", path.name)), reverse=True)
 

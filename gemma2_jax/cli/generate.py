@@ -108,7 +108,8 @@ OPTIONS = {
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gemma2_jax.formats.adapter import check_base, read_adapter
+    from gemma2_jax.formats.adapter import read_adapter
+    from gemma2_jax.formats.based import check_base
     from gemma2_jax.formats.load import adapted, load_tokenizer, model_of, open_source
     from gemma2_jax.model.config import ComputeConfig
     from gemma2_jax.sampling.config import SamplingConfig
@@ -134,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
                 config = with_stops(config, tokenizer, arguments.stop, turns)
         adapters = [read_adapter(folder, source.config) for folder in arguments.adapter]
         for adapter in adapters:
-            check_base(adapter, source)
+            check_base(adapter.path, adapter.identity, source)
         model = model_of(source, arguments.dtype)
     compute = ComputeConfig(dtype=arguments.dtype, unroll_layers=True)
     if not adapters:

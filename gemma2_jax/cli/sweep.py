@@ -24,7 +24,7 @@ reported, and the sweep continues with the others.
 
 The sweep's folder is runs/sweeps/EXPERIMENT/KEYS (for the first example, runs/sweeps/quickstart/scratch/
 optimizer.learning_rate+seed; without an experiment, runs/sweeps/train/KEYS), or the one given by output=. It contains
-one run folder per combination, named by its values, and table.md, summary.png, loss.png and results.json.
+one run folder per combination, named by its values, and table.md, summary.png, loss.png, results.json and times.json.
 """
 
 

@@ -22,6 +22,8 @@ run: its data, batch size and number of steps decide what is computed, and its m
 
   distill.encoding.kind=sampled            N ids drawn from the teacher's distribution: unbiased (default, N = 50)
   distill.encoding.kind=top_k              the k most likely ids, and the total probability of all others
+  distill.encoding.kind=top_p              as few of those k as reach the probability distill.encoding.p
+  distill.encoding.kind=full               all ids, for small vocabularies (with distill.encoding.entries=null)
   distill.encoding.entries=256             N, or k
 
 The same command resumes an interrupted cache, and extends it if training.steps is larger. Each process writes and reads

@@ -8,15 +8,15 @@ from gemma2_jax.cli.student_options import add_students, compose_students
 DESCRIPTION = """\
 Trains several students at once on the same batches, in one compiled step. The teacher's forward pass is computed once
 for all of them, so three students cost less than three separate runs. Each student gets its own run folder and the same
-result as in a separate run, except for rounding. The same command resumes an interrupted run, and first trains students
-that are behind up to the others. A student's speed (tokens_per_second, mfu) is its own tokens divided by the time that
-all students take together.
+result as in a separate run, except for rounding. The same command resumes an interrupted run; students that are behind
+the others catch up first. A student's speed (tokens_per_second, mfu) is its own tokens divided by the time that all
+students take together.
 
 Give the shared keys first, then each student as --student NAME with its own keys: model, optimizer, objective,
-initialise, seed, and the layers to match (distill.match). Data, tokenizer, teacher, mesh, compute, training.steps,
-accumulation, eval_batches and log_every are shared. On-policy students (distill.on_policy) are refused: train each with
-gemma2 train. A baseline on text alone can train along: give it distill.teacher=null (if the others use a cache, also
-distill.cache=null distill.encoding=null).
+initialise, seed, and the layers to match (distill.match). Data, tokenizer, teacher, mesh, layout, compute,
+training.steps, accumulation, eval_batches and log_every are shared. On-policy students (distill.on_policy) are refused:
+train each with gemma2 train. A baseline on text alone can run in the same program: give it distill.teacher=null (if the
+others use a cache, also distill.cache=null distill.encoding=null).
 
   gemma2 train-together objective=distillation distill=online distill.teacher=runs/teacher output=runs/family \\
       --student wide model=small_1m \\

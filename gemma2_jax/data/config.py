@@ -18,21 +18,22 @@ class DataConfig:
             row of Parquet is a document. Text files are cut at blank lines into documents of 4,000 characters or a
             little more; a shorter file is one document.
         folder: folder of the tokenised shards and their manifest; several runs may share it.
-        validation_fraction: share of the documents to hold out, in [0, 1); a hash of its content assigns each document
-            to a split. Above 0, both splits get at least one document; a single document is cut into pieces for this.
+        validation_fraction: fraction of the documents to hold out, in [0, 1); a hash of its content assigns each
+            document to a split. Above 0, both splits get at least one document; a single document is cut into pieces
+            for this.
         seq_len: T, tokens in a row of a batch.
         batch_size: B, rows in an optimizer step over all processes.
         seed: seed of the order of the documents and of the rows.
         text_field: the field of JSONL objects, or the column of Parquet files, that holds the text.
-        workers: number of processes that tokenise; None means one per CPU.
+        workers: number of processes that tokenise; null for one per CPU.
         shard_characters: number of characters of text after which a shard is closed.
         streams: number of streams that the documents are divided among. Each stream fills its share of the rows of
             every batch, and a process reads only the streams of its own rows. With 1, each process reads everything.
         shuffle_buffer: number of rows to hold in memory and return in random order before reading the next as many,
             so that the rows of a long document are spread over many batches; at most the rows of one epoch. 0 keeps
             the rows of a document together, in order.
-        skip_invalid: largest number of unreadable records of the source to leave out or, below 1, their largest share
-            of all records; more raise an error. A record is a line of JSONL, a row of Parquet, a document of a text
+        skip_invalid: maximum number of unreadable records to skip or, below 1, their maximum fraction of all
+            records; more raise an error. A record is a line of JSONL, a row of Parquet, a document of a text
             file, or a file that cannot be divided into records.
     """
 
@@ -96,7 +97,7 @@ class TokenizerConfig:
     Attributes:
         path: a SentencePiece model file, such as Gemma's own tokenizer.model.
         vocab_size: number of tokens. If `path` does not exist yet, a tokenizer of this size, or of the largest size
-            that the text supports, is trained on the training documents. With None, `path` must exist.
+            that the text supports, is trained on the training documents. With null, `path` must exist.
     """
 
     path: str

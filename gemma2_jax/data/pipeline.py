@@ -71,7 +71,7 @@ def validation_batches(
     batch is padded.
 
     Args:
-        limit: largest number of batches. A larger split is sampled: documents from the whole split, the same ones
+        limit: maximum number of batches. A larger split is sampled: documents from the whole split, the same ones
             each time, independent of `data.seed`.
 
     Raises:

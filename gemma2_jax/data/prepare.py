@@ -204,7 +204,7 @@ def _resume_message(folder: Path) -> str:
     if manifest is None or not manifest.parts:
         return f"nothing of {folder} is prepared yet, and the same command starts from the beginning"
     documents = manifest.train.documents + manifest.validation.documents
-    return f"{documents:,} documents of {folder} are prepared, and the same command continues after them"
+    return f"{documents:,} documents of {folder} are prepared, and the same command resumes after them"
 
 
 def _was_trained(loaded: Tokenizer, manifest: DataManifest | None) -> bool:
@@ -271,9 +271,9 @@ def _refuse_other(manifest: DataManifest, data: DataConfig, tokenizer: Tokenizer
         ("data.validation_fraction", manifest.validation_fraction, data.validation_fraction),
         ("tokenizer", manifest.tokenizer[:12], tokenizer.fingerprint[:12]),
     )
-    others = [f"a different {key} ({was}, now {is_now})" for key, was, is_now in values if was != is_now]
+    others = [f"a different {key} ({was}, now {now})" for key, was, now in values if was != now]
     if others:
-        typed = [as_override(key, was) for key, was, is_now in values[:2] if was != is_now]
+        typed = [as_override(key, was) for key, was, now in values[:2] if was != now]
         remedy = (
             f"write {' '.join(filter(None, typed))} to use it, "
             if any(typed) and len(typed) == len(others)

@@ -56,7 +56,7 @@ class InitConfig:
             `even`, evenly spaced from the first to the last; or a list of pair numbers from 0. Null if the student has
             as many layers as the source.
         width: which channels, neurons and heads a narrower student keeps: `first`; or `importance`, those with the
-            largest contribution in the source on the training data (see `importance.py`). Null if the student is as
+            largest contribution in the source on the training data. Null if the student is as
             wide as the source.
         batches: number of training batches to measure the importance on.
     """

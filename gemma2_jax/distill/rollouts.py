@@ -4,8 +4,8 @@ Each step is on-policy with probability lambda: the student samples a completion
 data and is trained on it. The other steps train on the data. Teacher, divergence and step are the same for both. No
 gradient flows through the sampling.
 
-A row rarely starts with the beginning of a document, mostly with the rest of one that the previous row cut off. So most
-prompts are from the middle of a document, without its beginning-of-text token.
+Most rows start with the rest of a document that the previous row cut off. So most prompts are from the middle of a
+document, without its beginning-of-text token.
 """
 
 import random
@@ -21,6 +21,7 @@ from gemma2_jax.data.batch import Batch
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.decoder import Decoder
 from gemma2_jax.model.linear import gathered
+from gemma2_jax.model.stack import as_one
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Params, Weight, map_specs, weight_specs
 from gemma2_jax.sampling.choice import TokenChoice
@@ -35,8 +36,8 @@ class OnPolicyConfig:
 
     Attributes:
         fraction: lambda, the probability that a step is on-policy, from 0 to 1; a number or a schedule.
-        prompt_tokens: maximum length of a prompt, which is taken from the start of a row and from one document only,
-            rarely from the document's beginning; see the top of this file.
+        prompt_tokens: maximum length of a prompt, which is taken from the start of a row and from one document only.
+            Most rows start inside a document, since packing cuts documents at row boundaries.
         temperature: divides the logits before a token is drawn; 1 draws from the student's own distribution.
     """
 
@@ -151,7 +152,8 @@ def _gathered(model: ModelConfig, params: Params, compute: ComputeConfig) -> Par
     """Weights in the dtypes that `Decoder` uses, gathered for use; cast before gathering, so that less is sent."""
 
     def gather(_: str, weight: Weight, value: Any) -> Any:
-        return gathered(value, weight.dims, compute.dtype) if weight.fan_in else constrain(value, weight.dims)
+        stack = as_one(value)
+        return gathered(stack, weight.dims, compute.dtype) if weight.fan_in else constrain(stack, weight.dims)
 
     found: Params = map_specs(gather, weight_specs(model), params)
     return found

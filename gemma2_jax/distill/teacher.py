@@ -32,7 +32,7 @@ class DistillConfig:
 
     Attributes:
         teacher: checkpoint of the teacher, a run folder or any other format that `gemma2 convert` accepts; null
-            without distillation, or to train from a cache alone. With a cache, the teacher runs only in validations;
+            without distillation, or to train from a cache alone. With a cache, the teacher runs only in evaluations;
             without it, they report no divergence.
         dtype: dtype of the teacher's weights and activations. The teacher has no optimizer state and gets no gradient.
             No effect if teacher is null.

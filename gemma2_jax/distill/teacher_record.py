@@ -65,8 +65,8 @@ def check_same_teacher(run_folder: str, distill: DistillConfig, now: TeacherReco
         if found.get(key) != value:
             source = "teacher" if begun.encoding is None else "cache"
             raise UserError(
-                f"{run_folder} was distilled from a {source} with {key}={value} ({TEACHER_FILE}), and that of "
-                f"{named} has {found.get(key)}; {remedy}"
+                f"{run_folder} was distilled from a {source} with {key}={value} ({TEACHER_FILE}), but {named} "
+                f"has {found.get(key)}; {remedy}"
             )
     if begun.is_comparable and begun.identity != now.identity:
         raise UserError(

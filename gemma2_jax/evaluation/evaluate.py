@@ -13,7 +13,8 @@ from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.teacher import open_teacher
-from gemma2_jax.formats.adapter import check_base, read_adapter
+from gemma2_jax.formats.adapter import read_adapter
+from gemma2_jax.formats.based import check_base
 from gemma2_jax.formats.load import adapted, load_params, model_of, open_source
 from gemma2_jax.methods.distillation import TEACHER
 from gemma2_jax.methods.language_modelling import MODEL, evaluation_sums, head_and_layers
@@ -72,14 +73,14 @@ def evaluate_run(
     found = find_params(run_folder)
     mesh = build_mesh(config.mesh)
     with jax.set_mesh(mesh), laid_out(config.layout):
-        if config.adaptation.is_adapter:
+        if config.adaptation.has_base:
             model = model_of(open_source(run_folder), "float32", mesh, config.model)
         else:
             specs = weight_specs(config.model)
             model = Gemma2(config.model, read_params(found, abstract_params(specs, mesh=mesh)))
         if adapter_folder is not None:
             adapter = read_adapter(adapter_folder, config.model)
-            check_base(adapter, open_source(run_folder))
+            check_base(adapter.path, adapter.identity, open_source(run_folder))
             model = adapted(model, adapter, mesh)
         models = {MODEL: model}
         if teacher_folder is not None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,18 @@ import jax
 import numpy as np
 
 from gemma2_jax.checkpoints import store
-from gemma2_jax.config import UserError, build, read_yaml
+from gemma2_jax.config import UserError
 from gemma2_jax.formats import hub, peft
 from gemma2_jax.formats.base_record import BASE_FILE, read_base_record
-from gemma2_jax.formats.identity import source_identity
+from gemma2_jax.formats.based import BasedSource, settings_of_run
 from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.metadata import load_metadata
 from gemma2_jax.formats.source import WeightSource, files_below
 from gemma2_jax.model.adaptation import AdaptationConfig
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.linear import merged
-from gemma2_jax.model.lora import Lora, adapter_specs, insert
-from gemma2_jax.model.weights import Specs, abstract_params, specs_by_path, weight_specs
+from gemma2_jax.model.lora import Lora, adapter_specs
+from gemma2_jax.model.weights import Specs, abstract_params, insert, specs_by_path, value_at, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 
@@ -60,14 +59,15 @@ class Adapter:
         return specs, arrays
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter: a run of `train` with one, or PEFT's."""
-    return _is_run(folder) or peft.is_adapter_alone(folder)
+def has_base(folder: Path) -> bool:
+    """Whether a folder holds trained weights without their base model: a run with frozen weights, or PEFT's adapter."""
+    settings = settings_of_run(folder)
+    return peft.is_adapter_alone(folder) if settings is None else settings.has_base
 
 
 def base_of(folder: Path) -> str:
-    """The path of an adapter's base model, or its name on the hub. Raises UserError if the folder does not say."""
-    if _is_run(folder):
+    """The path of the base model, or its name on the hub, if `has_base`. Raises UserError if the folder lacks both."""
+    if settings_of_run(folder) is not None:
         return read_base_record(folder).source
     base = peft.read_settings(folder).base
     if base is None:
@@ -85,8 +85,9 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
         UserError: there is none, it is damaged, it belongs to a model of other sizes, or it is no LoRA adapter.
     """
     path = hub.download(str(folder)) if hub.is_remote(str(folder)) else Path(folder)
-    if _is_run(path):
-        return _read_run(path, config)
+    ours = settings_of_run(path)
+    if ours is not None and ours.is_adapter:
+        return _read_run(path, ours, config)
     if (path / peft.CONFIG_FILE).is_file():
         settings, identity, matrices = peft.read(path, config)
         return Adapter(path, settings, identity, matrices, [path / peft.WEIGHTS_FILE])
@@ -98,44 +99,19 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     )
 
 
-def check_base(adapter: Adapter, base: WeightSource) -> None:
-    """Raises UserError if an adapter was trained on another model than `base`; reads all weights of `base`."""
-    if adapter.identity is None:
-        return
-    identity = source_identity(base)
-    if identity != adapter.identity:
-        raise UserError(
-            f"{adapter.path} holds an adapter for a base model with the weights {adapter.identity[:12]}, but "
-            f"{base.path} has the weights {identity[:12]}; give the base model that it was trained on."
-        )
+class AdaptedSource(BasedSource):
+    """An adapter and its base model, read as the merged model: W + s A B in float32."""
 
-
-class AdaptedSource(WeightSource):
-    """An adapter and its base model, read as the merged model: W + s A B in float32.
-
-    Attributes:
-        base: the base model.
-        adapter: the adapter.
-        base_name: path of the base model, or its name on the hub.
-    """
-
-    def __init__(self, base: WeightSource, adapter: Adapter, base_name: str) -> None:
-        self.base, self.adapter, self.base_name = base, adapter, base_name
+    def __init__(self, base: WeightSource, base_name: str, adapter: Adapter) -> None:
+        super().__init__(base, base_name, adapter.path, adapter.identity, adapter.files)
+        self.adapter = adapter
         self.kind = f"LoRA adapter on {base.kind}"
-        self.path, self.config, self.tensors = adapter.path, base.config, base.tensors
-        self.tokenizer = base.tokenizer
-        is_run = (adapter.path / BASE_FILE).exists()
-        self.metadata = load_metadata(adapter.path) if is_run else base.metadata
+        if (adapter.path / BASE_FILE).exists():
+            self.metadata = load_metadata(adapter.path)
 
     @property
-    def files(self) -> list[Path]:
-        return sorted({*self.base.files, *self.adapter.files})
-
-    def problems(self) -> list[str]:
-        return self.base.problems()
-
-    def added_tokens(self, first: int) -> dict[int, str]:
-        return self.base.added_tokens(first)
+    def trained_parameters(self) -> int:
+        return sum(a.size + b.size for a, b in self.adapter.matrices.values())
 
     def weight(self, place: WeightPlace) -> np.ndarray:
         self.check_base()
@@ -146,32 +122,8 @@ class AdaptedSource(WeightSource):
         found: np.ndarray = merged(weight, a, b, self.adapter.settings.scale)
         return found
 
-    def check_base(self) -> None:
-        """Raises UserError if the adapter was trained on another base; reads all weights once."""
-        assert self._is_its_base
 
-    @cached_property
-    def _is_its_base(self) -> bool:
-        check_base(self.adapter, self.base)
-        return True
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run with an adapter. (Other tools have a config.yaml too.)"""
-    is_run = (folder / store.CONFIG_FILE).is_file() and (folder / store.FOLDER).exists()
-    return is_run and _settings_of_run(folder).is_adapter
-
-
-def _settings_of_run(folder: Path) -> AdaptationConfig:
-    path = folder / store.CONFIG_FILE
-    found = read_yaml(path).get("adaptation") or {}
-    if not isinstance(found, dict):
-        raise UserError(f"{path} has a section `adaptation` that is not one.")
-    return build(AdaptationConfig, found, f"{path}, adaptation")
-
-
-def _read_run(folder: Path, config: ModelConfig) -> Adapter:
-    settings = _settings_of_run(folder)
+def _read_run(folder: Path, settings: AdaptationConfig, config: ModelConfig) -> Adapter:
     assert settings.rank is not None
     lora = Lora(config, settings.rank, settings.scale, settings.targets, settings.layers)
     mesh = build_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
@@ -180,15 +132,9 @@ def _read_run(folder: Path, config: ModelConfig) -> Adapter:
     weights = specs_by_path(lora.adapter)
     matrices = {}
     for path in dict.fromkeys(name.rsplit("/", 1)[0] for name in weights):
-        a, b = (np.asarray(_leaf(params, f"{path}/{name}")) for name in "ab")
+        a, b = (np.asarray(value_at(params, f"{path}/{name}")) for name in "ab")
         for index, pair in enumerate(lora.pairs_of(path)):
             matrices[WeightPlace(path, pair)] = a[index], b[index]
     return Adapter(
         folder, settings, read_base_record(folder).identity, matrices, files_below([found.path / "params"])
     )
-
-
-def _leaf(tree: Any, path: str) -> Any:
-    for part in path.split("/"):
-        tree = tree[part]
-    return tree

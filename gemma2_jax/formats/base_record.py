@@ -1,4 +1,4 @@
-"""base.json in the run folder of an adapter, which identifies its base model, wherever that lies."""
+"""base.json in a run folder, which identifies the base model that has the frozen weights, wherever that lies."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ BASE_FILE = "base.json"
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """The base model of an adapter.
+    """The base model of a run with frozen weights.
 
     Attributes:
         source: path of its checkpoint, or its name on the hub.
@@ -27,7 +27,7 @@ class BaseRecord:
 
 
 def read_base_record(run_folder: str | Path) -> BaseRecord:
-    """Reads the record in an adapter's run folder. Raises UserError if it is missing or damaged."""
+    """Reads the record in a run folder. Raises UserError if it is missing or damaged."""
     path = Path(run_folder) / BASE_FILE
     found = read_json(path)
     if not isinstance(found, dict):
@@ -36,13 +36,13 @@ def read_base_record(run_folder: str | Path) -> BaseRecord:
 
 
 def check_same_base(run_folder: str | Path, now: BaseRecord) -> None:
-    """Raises UserError if the adapter in a run folder was trained on another base model than `now`."""
+    """Raises UserError if the run in a folder was trained on another base model than `now`."""
     if not (Path(run_folder) / BASE_FILE).exists():
         return
     begun = read_base_record(run_folder)
     if begun.identity != now.identity:
         raise UserError(
-            f"{run_folder} holds an adapter for {begun.source} with the weights {begun.identity[:12]} ({BASE_FILE}), "
-            f"but initialise.source {now.source} has the weights {now.identity[:12]}; write the path of the former, "
-            "choose another output, or delete that folder to train again."
+            f"{run_folder} was trained on {begun.source} with the weights {begun.identity[:12]} ({BASE_FILE}), but "
+            f"initialise.source {now.source} has the weights {now.identity[:12]}; write the path of the former, choose "
+            "another output, or delete that folder to train again."
         )

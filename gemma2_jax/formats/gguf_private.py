@@ -1,4 +1,4 @@
-"""What this package uses of the private names of `gguf`."""
+"""The private parts of `gguf` that this package uses."""
 
 import struct
 from typing import Any
@@ -7,17 +7,17 @@ import numpy as np
 
 
 def header_reader(gguf: Any) -> Any:
-    """`gguf.GGUFReader` with a list's length in the place of each list of the metadata.
+    """Returns a subclass of `gguf.GGUFReader` that reads only the length of each list in the metadata.
 
     Args:
-        gguf: the package, which is an extra.
+        gguf: the imported package, which is an optional dependency.
     """
     kinds = gguf.GGUFValueType
 
     class HeaderReader(gguf.GGUFReader):
-        # The public reader makes arrays of each piece of a tokenizer, for many seconds, and has no option to pass them
-        # over. If the package called this method otherwise, or not at all, `gemma2 inspect` and the check of
-        # `gemma2 convert` would take lists for their lengths, and refuse every GGUF file.
+        # The public reader creates an array for each piece of a tokenizer, which takes many seconds, and has no option
+        # to skip them. If the package stopped calling this method, or called it with other arguments, `gemma2 inspect`
+        # and the check of `gemma2 convert` would refuse every GGUF file, since they expect lengths instead of lists.
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if raw_type != kinds.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)

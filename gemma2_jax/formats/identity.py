@@ -1,8 +1,8 @@
-"""The identity of a model's weights, as 64 hexadecimal digits: shows whether a teacher or a base model has changed.
+"""The identity of a model's weights: a digest of 64 hexadecimal digits, to detect another teacher or base model.
 
-The identity is of the configuration and of each weight's values as float32. It is the same for a copy, in another
-format, on another mesh, and with other padding of the vocabulary. A model that is loaded in bfloat16 has rounded
-weights, and so another identity than its float32 checkpoint; records of teachers keep the dtype beside the identity.
+The digest covers the configuration and each weight's values as float32. It does not depend on the checkpoint's path and
+format, on the mesh, or on the padding of the vocabulary. A model loaded in bfloat16 has rounded weights, and so a
+different identity than its float32 checkpoint; records of teachers keep the dtype next to the identity.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import weight_specs
 
-_CHUNK = 1 << 18  # numbers hashed at a time on the host, whose intermediate results fit in its caches
+_CHUNK = 1 << 18  # numbers hashed at a time on the host, so that intermediate results fit in the CPU's cache
 
 _Words = TypeVar("_Words", jax.Array, np.ndarray)  # uint32
 
 
 def model_identity(model: Gemma2) -> str:
-    """The identity of a model on devices, by one pass over the weights where they lie."""
+    """The identity of a model on devices, in one pass over its weights, which stay where they are."""
 
     def weights() -> Iterator[tuple[WeightPlace, jax.Array]]:
         for path, weight in jax.tree.leaves_with_path(model.params()):
@@ -40,10 +40,10 @@ def model_identity(model: Gemma2) -> str:
 
 
 def source_identity(source: WeightSource) -> str:
-    """The identity of a checkpoint. Reads all weights once, one at a time: some seconds for every billion.
+    """The identity of a checkpoint. Reads all weights once, one at a time: some seconds per billion parameters.
 
     Raises:
-        UserError: the checkpoint is not whole.
+        UserError: the checkpoint is not intact.
     """
     source.check()
     places = all_places(weight_specs(source.config))
@@ -53,10 +53,10 @@ def source_identity(source: WeightSource) -> str:
 def weights_identity(
     config: ModelConfig, weights: Iterable[tuple[WeightPlace, jax.Array | np.ndarray]]
 ) -> str:
-    """Sha256 over a configuration and two sums for each named weight, in hexadecimal.
+    """The SHA-256, in hexadecimal, of a configuration and of two sums for each weight.
 
     Args:
-        weights: all of the model's, in any order; one of a layer either as a whole (`pair` None) or pair by pair.
+        weights: all weights of the model, in any order; those of layers either stacked (`pair` None) or pair by pair.
     """
     tokens = config.num_tokens
     sums: dict[str, list[jax.Array | int]] = {}
@@ -64,7 +64,7 @@ def weights_identity(
         rows = tokens if place.path == EMBEDDING else len(weight)
         first = (place.pair or 0) * weight.size % 2**32
         found = _sums_on_host(weight[:rows], first) if isinstance(weight, np.ndarray) else _sums(weight, rows)
-        # All of a model's are in progress on the devices before the first is waited for below.
+        # All sums are dispatched to the devices before the code below waits for the first one.
         sums.setdefault(place.path, []).extend(found)
     without_padding = to_dict(replace(config, vocab_size=tokens, vocab_padding=0))
     digest = hashlib.sha256(json.dumps(without_padding, sort_keys=True).encode())
@@ -75,9 +75,9 @@ def weights_identity(
 
 
 def _mixed(bits: _Words, place: _Words) -> tuple[_Words, _Words]:
-    """Two hashes of each number's bits and place, uint32. For the same place, different bits have different first ones.
+    """Two hashes of each number's bits and place, uint32. For a given place, the first hash is unique to the bits.
 
-    They are to be added up: integers have the same sum in any order, and so on any mesh and layer by layer.
+    The caller sums them: sums of integers do not depend on the order, and so not on the mesh or the order of layers.
     """
     mixed = bits ^ place * np.uint32(0x9E3779B9)
     for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):  # MurmurHash3's finaliser
@@ -89,7 +89,7 @@ def _mixed(bits: _Words, place: _Words) -> tuple[_Words, _Words]:
 @partial(jax.jit, static_argnames="rows")
 def _sums(weight: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """Sums of the two hashes over the first rows of a whole weight, uint32 scalars."""
-    if weight.dtype == jnp.bfloat16:  # by hand, since a conversion may take the smallest numbers for 0
+    if weight.dtype == jnp.bfloat16:  # by hand, since a conversion may flush the smallest numbers to 0
         bits = jax.lax.bitcast_convert_type(weight, jnp.uint16).astype(jnp.uint32) << 16
     else:
         bits = jax.lax.bitcast_convert_type(weight.astype(jnp.float32), jnp.uint32)
@@ -103,7 +103,7 @@ def _sums(weight: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _sums_on_host(weight: np.ndarray, first: int) -> tuple[int, int]:
-    """As `_sums`, of all rows of a part whose first number has the place `first`, modulo 2**32."""
+    """As `_sums`, for all rows of a part of a weight; `first` is the place of its first number, modulo 2**32."""
     numbers, totals = weight.reshape(-1), [0, 0]
     for start in range(0, len(numbers), _CHUNK):
         chunk = numbers[start : start + _CHUNK].astype(np.float32)

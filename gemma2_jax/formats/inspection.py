@@ -10,6 +10,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.chat_format import chat_template
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.formats.adapter import AdaptedSource
+from gemma2_jax.formats.based import BasedSource
 from gemma2_jax.formats.gguf_header import Header, is_gguf, read_header
 from gemma2_jax.formats.layouts import GGUF, expand
 from gemma2_jax.formats.load import load_tokenizer, open_source
@@ -48,13 +49,13 @@ def inspect(path: str | Path, published: Mapping[str, ModelConfig]) -> Inspectio
     source = open_source(path)
     problems = source.problems()
     if isinstance(source, RunSource):
-        problems += [f"{clause}." for clause in source.passed_over]
+        problems += [f"{clause}." for clause in source.skipped]
     lines = [
         ("kind", source.kind),
         ("path", str(source.path)),
         *([("step", f"{source.step:,}")] if isinstance(source, RunSource) else []),
         ("files", _files(source)),
-        *(_adapter(source) if isinstance(source, AdaptedSource) else []),
+        *(_trained_part(source) if isinstance(source, BasedSource) else []),
         *_model(source.config, source.tensors, published),
     ]
     try:
@@ -113,21 +114,19 @@ def _model(
     return lines
 
 
-def _adapter(source: AdaptedSource) -> list[tuple[str, str]]:
-    settings, count = (
-        source.adapter.settings,
-        sum(a.size + b.size for a, b in source.adapter.matrices.values()),
-    )
+def _trained_part(source: BasedSource) -> list[tuple[str, str]]:
+    """What was trained, and on which base model."""
+    known = "" if source.identity is None else f", whose weights were {source.identity[:12]}"
+    base = ("base", f"{source.base_name}{known}")
+    if not isinstance(source, AdaptedSource):
+        return [("trained", f"{source.trained_parameters:,} parameters, in {source.path}"), base]
+    settings = source.adapter.settings
     layers = "all layers" if settings.layers is None else f"layers {', '.join(map(str, settings.layers))}"
-    known = "" if source.adapter.identity is None else f", whose weights were {source.adapter.identity[:12]}"
-    return [
-        (
-            "adapter",
-            f"{count:,} parameters: rank {settings.rank}, scale {settings.scale:.4g}, on {', '.join(settings.targets)} "
-            f"of {layers}",
-        ),
-        ("base", f"{source.base_name}{known}"),
-    ]
+    text = (
+        f"{source.trained_parameters:,} parameters: rank {settings.rank}, scale {settings.scale:.4g}, on "
+        f"{', '.join(settings.targets)} of {layers}"
+    )
+    return [("adapter", text), base]
 
 
 def _compared(config: ModelConfig, other: ModelConfig) -> str:

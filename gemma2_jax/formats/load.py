@@ -16,11 +16,13 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import reason
 from gemma2_jax.formats import hub
-from gemma2_jax.formats.adapter import AdaptedSource, Adapter, base_of, is_adapter, read_adapter
+from gemma2_jax.formats.adapter import AdaptedSource, Adapter, base_of, has_base, read_adapter
+from gemma2_jax.formats.based import BasedSource, settings_of_run
 from gemma2_jax.formats.deepmind import DeepMindSource, is_orbax
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE
 from gemma2_jax.formats.native import RunSource
+from gemma2_jax.formats.partial_run import PartialSource
 from gemma2_jax.formats.recognise import describe, enclosing_run
 from gemma2_jax.formats.source import DTYPES, WeightSource, all_places
 from gemma2_jax.model.config import ModelConfig
@@ -41,15 +43,15 @@ def open_source(
 ) -> WeightSource:
     """Opens a checkpoint of any kind, at `path` or with that name on the Hugging Face hub.
 
-    An adapter is opened together with its base model.
+    An adapter, or a run of adaptation=partial, is opened together with its base model.
 
     Args:
         tokenizer: SentencePiece model file to use in place of the checkpoint's own.
-        base: checkpoint of an adapter's base model, in place of the one that the adapter names.
+        base: checkpoint of that base model, in place of the one that the folder names.
 
     Raises:
         UserError: there is no checkpoint, or none of a known kind; `tokenizer` is not a SentencePiece model; or `base`
-            is given and `path` is not an adapter.
+            is given and `path` is a complete model.
     """
     if tokenizer is not None:
         Tokenizer.load(tokenizer)  # refuses a bad file before gigabytes are downloaded
@@ -58,9 +60,9 @@ def open_source(
         folder = hub.download(str(path))
     try:
         source = (
-            _open_adapter(folder, base, tokenizer) if is_adapter(folder) else _open_model(folder, str(path))
+            _open_on_base(folder, base, tokenizer) if has_base(folder) else _open_model(folder, str(path))
         )
-        if base is not None and not isinstance(source, AdaptedSource):
+        if base is not None and not isinstance(source, BasedSource):
             raise UserError(
                 f"{path} is a complete model, so it has no use for the base model {base}; leave it out."
             )
@@ -68,7 +70,7 @@ def open_source(
         raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
     if tokenizer is not None:
         source.tokenizer = Path(tokenizer)
-    if not isinstance(source, AdaptedSource):
+    if not isinstance(source, BasedSource):
         _find_padding(source)
     return source
 
@@ -80,19 +82,24 @@ def _open_model(folder: Path, name: str) -> WeightSource:
     return reader(folder)
 
 
-def _open_adapter(folder: Path, base: str | Path | None, tokenizer: str | Path | None) -> AdaptedSource:
-    of, own = base_of(folder) if base is None else base, folder / store.TOKENIZER_FILE
+def _open_on_base(folder: Path, base: str | Path | None, tokenizer: str | Path | None) -> BasedSource:
+    of, own = str(base_of(folder) if base is None else base), folder / store.TOKENIZER_FILE
+    settings = settings_of_run(folder)
+    is_partial = settings is not None and not settings.is_adapter
     try:
         source = open_source(of, own if tokenizer is None and own.exists() else tokenizer)
     except UserError as error:
         if base is not None:
             raise
+        convert = f"gemma2 convert {folder} TARGET {'' if is_partial else '--merge '}--base BASE"
+        generate = f"gemma2 generate --checkpoint BASE --adapter {folder}, or "
         raise UserError(
-            f"{folder} holds an adapter for the base model {of}: {str(error).removesuffix('.')}; if it was moved, name "
-            f"its place, as in gemma2 generate --checkpoint BASE --adapter {folder}, or gemma2 convert {folder} TARGET "
-            "--merge --base BASE."
+            f"{folder} was trained on the base model {of}: {str(error).removesuffix('.')}; if it was moved, name its "
+            f"place, as in {'' if is_partial else generate}{convert}."
         ) from None
-    return AdaptedSource(source, read_adapter(folder, source.config), str(of))
+    if settings is not None and is_partial:
+        return PartialSource(source, of, folder, settings)
+    return AdaptedSource(source, of, read_adapter(folder, source.config))
 
 
 def _reader_of(folder: Path) -> Callable[[Path], WeightSource] | None:
@@ -133,7 +140,7 @@ def _describe(path: Path) -> str:
 def _find_padding(source: WeightSource) -> None:
     """Treats embedding rows beyond the tokenizer's tokens as padding, unless a file names tokens for them.
 
-    Embeddings are padded to a round number of rows, and config.json does not say how many rows are padding.
+    Embeddings are padded to a round number of rows, and config.json does not contain the number of padding rows.
     """
     if source.tokenizer is None or isinstance(source, RunSource):  # a run's config gives the padding
         return

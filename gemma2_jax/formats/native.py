@@ -1,7 +1,7 @@
 """Reads and writes our own run folders like other formats: the newest parameters, without the optimizer's state."""
 
 import shutil
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.metadata import Metadata, load_metadata
 from gemma2_jax.formats.source import TensorInfo, WeightSource, files_below, mismatches, wrong_dtypes
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import Params, abstract_params, specs_by_path, weight_specs
+from gemma2_jax.model.weights import Params, abstract_params, specs_by_path, value_at, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 
 class RunSource(WeightSource):
-    """A run's newest checkpoint with whole parameters; reading the first weight reads all of them.
+    """A run's newest checkpoint with intact parameters; reading the first weight reads all of them.
 
     Attributes:
         step: step of the checkpoint.
-        passed_over: what is wrong with each newer checkpoint, one clause each.
+        skipped: the defect of each newer checkpoint, one clause each.
 
     Raises:
         UserError: the folder holds no checkpoint of a run.
@@ -39,7 +39,7 @@ class RunSource(WeightSource):
         self.tokenizer = tokenizer if tokenizer.exists() else None
         self.metadata = load_metadata(self.path)
         found, params = store.describe_params(self.path)
-        self.step, self.passed_over = found.step, found.passed_over
+        self.step, self.skipped = found.step, found.skipped
         self.tensors = {
             name: TensorInfo(tuple(leaf.shape), str(leaf.dtype), self.path / store.FOLDER / str(found.step))
             for name, leaf in params.items()
@@ -55,7 +55,7 @@ class RunSource(WeightSource):
         return mismatches(self.path, shapes, self.tensors) + wrong_dtypes(self.tensors)
 
     def weight(self, place: WeightPlace) -> np.ndarray:
-        leaf: Any = reduce(lambda tree, key: tree[key], place.path.split("/"), self._params)
+        leaf = value_at(self._params, place.path)
         return np.asarray(leaf if place.pair is None else leaf[place.pair])
 
     @cached_property

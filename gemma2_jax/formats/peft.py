@@ -4,6 +4,7 @@ PEFT holds A as lora_A [R, in] and B as lora_B [out, R], the transposes of ours,
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def read_settings(folder: Path) -> Settings:
     dropout = found.get("lora_dropout", 0.0)
     if (
         not (isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(dropout, int | float))
-        or min(rank, alpha) <= 0
+        or not (rank > 0 and 0 < alpha < math.inf)
         or not 0 <= dropout < 1
     ):
         raise UserError(
@@ -117,6 +118,11 @@ def read(folder: Path, config: ModelConfig) -> tuple[AdaptationConfig, str | Non
         UserError: a file is damaged, a tensor is missing or of another shape, or adapts a module other than `TARGETS`.
     """
     settings, file = read_settings(folder), folder / WEIGHTS_FILE
+    if not file.exists() and (pickle := file.with_suffix(".bin")).exists():
+        raise UserError(
+            f"{pickle} is a pickle, which may run code and cannot be read; save the adapter as safetensors, in PEFT "
+            "with model.save_pretrained(NEW)."
+        )
     tensors, metadata = opened(file, _content)
     weights = specs_by_path(weight_specs(config))
     halves: dict[WeightPlace, dict[str, np.ndarray]] = {}

@@ -1,4 +1,4 @@
-"""Soft-capped, grouped-query attention in XLA: each block of queries is compiled with only the keys that it may see.
+"""Soft-capped, grouped-query attention in XLA: each block of queries is compiled with only the keys visible to it.
 
 For sequences of up to `LONGEST` tokens; `looped_attention` is for longer ones.
 """
@@ -35,7 +35,7 @@ def blockwise_attention(
     window: int | None,
     softcap: float,
 ) -> jax.Array:
-    """`attention` of a sequence to itself, one block of queries at a time, without keys that none of them can see.
+    """`attention` of a sequence to itself, one block of queries at a time, without keys that none of them attends to.
 
     Within a segment, positions go up by one from token to token, so a key after the block, or more than a window before
     it, is hidden whatever the segments are. Differentiable in query, key and value; the backward pass recomputes each
@@ -113,7 +113,7 @@ _self_attention.defvjp(_forward, _backward)
 
 
 def _blocks(T: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Yields each block of queries with the keys that any of them may see; those start at a block's beginning."""
+    """Yields each block of queries with the keys that any of them may attend to; those start at a block's beginning."""
     for start in range(0, T, _BLOCK):
         end = min(start + _BLOCK, T)
         first = 0 if window is None else max(0, start - window + 1) // _BLOCK * _BLOCK

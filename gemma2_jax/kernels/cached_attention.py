@@ -9,7 +9,7 @@ from gemma2_jax.kernels.softcap import softcap as apply_softcap
 def cached_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float
 ) -> jax.Array:
-    """`attention.attention` for a single query per row, with keys and values that have heads before slots.
+    """`reference_attention.attention` for a single query per row, with keys and values that have heads before slots.
 
     In this order both products read a head's slots contiguously. In the other order, or with `einsum`, which may swap
     its operands, a CPU copies the whole cache for every token.

@@ -58,7 +58,7 @@ def _forward(window: int | None, softcap: float, *arrays: jax.Array) -> tuple[ja
         zeros = jnp.zeros((B, K, G, _BLOCK, 1), jnp.float32)
         sums = (zeros - softcap, zeros, jnp.zeros(block_query.shape, jnp.float32))
         largest, total, mixed = jax.lax.fori_loop(*_visible_blocks(start, i, key, window), add_keys, sums)
-        total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # padding may see no key
+        total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # padding may have no visible key
         return None, ((mixed / total).astype(query.dtype), largest + jnp.log(total))
 
     _, outputs = jax.lax.scan(of_queries, None, jnp.arange(T // _BLOCK))
@@ -129,7 +129,7 @@ def _pad(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
 
 
 def _visible_blocks(start: jax.Array, i: jax.Array, key: jax.Array, window: int | None) -> tuple[Any, Any]:
-    """The key blocks that query block i may see: the first, and one past the last."""
+    """The key blocks that query block i may attend to: the first, and one past the last."""
     first = start + i * _BLOCK
     last = first + _BLOCK - 1
     begin = 0 if window is None else jnp.maximum(0, first - window + 1) // _BLOCK

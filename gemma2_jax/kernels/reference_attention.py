@@ -13,12 +13,12 @@ def visible_keys(
     key_segments: jax.Array,
     window: int | None,
 ) -> jax.Array:
-    """Which keys each query sees: those of its own document, not after itself, inside the window.
+    """The keys that each query attends to: those of its own document, not after itself, inside the window.
 
     Args:
         query_positions, query_segments: [B, T].
         key_positions, key_segments: [B, S].
-        window: the query at position i sees i - window + 1 .. i; None sees 0 .. i.
+        window: the query at position i attends to i - window + 1 .. i; None for 0 .. i.
 
     Returns:
         bool [B, T, S].

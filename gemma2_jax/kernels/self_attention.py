@@ -29,7 +29,7 @@ class AttentionConfig:
     Attributes:
         kernel: `splash` is JAX's own kernel for TPUs (interpreted on a CPU, for tests); `tokamax` is for Hopper GPUs
             and needs the extra `cuda12`; `blockwise` runs everywhere; `reference` is the plain form, with all scores at
-            once. `auto` takes splash on TPUs, tokamax on Hopper GPUs where it suits (`tokamax_attention.suits`), and
+            once. `auto` takes splash on TPUs, tokamax on Hopper GPUs where it is installed and supports the shapes, and
             blockwise elsewhere.
         block_queries, block_keys: size of splash's blocks of scores, multiples of 128; a short sequence gets shorter
             blocks. Larger blocks take fewer steps and more of the chip's fast memory: at head width 256, 1024 x 1024
@@ -61,13 +61,13 @@ def self_attention(
 ) -> jax.Array:
     """`attention` of a sequence to itself by the kernel that `config` names, differentiable in query, key and value.
 
-    A token sees the tokens of its own segment that are not after it and are inside the window. Within a segment,
+    A token attends to the tokens of its own segment that are not after it and are inside the window. Within a segment,
     positions go up by one from token to token, so the distance in the sequence decides whether a key is inside the
     window.
 
     Args:
         query: [B, T, N, H], scaled; key, value: [B, T, K, H]; positions, segment_ids: [B, T].
-        window: the query at position i sees i - window + 1 .. i; None sees 0 .. i.
+        window: the query at position i attends to i - window + 1 .. i; None for 0 .. i.
         softcap: scores become softcap * tanh(scores / softcap) before the mask.
 
     Returns:

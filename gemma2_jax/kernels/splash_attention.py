@@ -42,7 +42,7 @@ def splash_attention(
     T, shares = query.shape[1], sequence_shares()
     block_queries = min(block_queries, _up_to(T, LANES * shares) // shares)
     block_keys = min(block_keys, _up_to(T, LANES))
-    # Padding comes after every token, so no token sees it.
+    # Padding comes after every token, so no token attends to it.
     padded = _up_to(T, math.lcm(block_queries * shares, block_keys))
     query, key, value, segment_ids = (
         jnp.pad(x, [(0, 0), (0, padded - T)] + [(0, 0)] * (x.ndim - 2))

@@ -25,8 +25,8 @@ def tokamax_attention(
 ) -> jax.Array:
     """Attention of a sequence to itself, differentiable in query, key and value.
 
-    tokamax has no segments. But a token sees, of its own segment and within the window, itself and the tokens directly
-    before it, and tokamax accepts the number of those for each query: its position, limited by the window.
+    tokamax has no segments. But a token attends to itself and to the tokens directly before it, within its segment and
+    the window, and tokamax accepts their number for each query: its position, limited by the window.
 
     Args:
         query: [B, T, N, H] in bfloat16; key, value: [B, T, K, H]; positions, segment_ids: [B, T].

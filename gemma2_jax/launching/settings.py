@@ -16,9 +16,9 @@ class SlurmSettings:
     """Settings of a SLURM job.
 
     Attributes:
-        workdir: folder that all nodes see.
+        workdir: folder visible to all nodes.
         minutes: time limit, after which the job is queued again.
-        restarts: the most times that the job is queued again at its time limit.
+        restarts: maximum restarts after a time limit or preemption.
         local: whether to run the job on this machine, without SLURM, to try it.
     """
 
@@ -48,7 +48,7 @@ class TpuVmSettings:
         accelerator_type: type of one slice, such as v5litepod-16.
         runtime_version: image of the VMs, such as v2-alpha-tpuv5-lite.
         bucket: gs://… address through which the pinned job reaches the VMs.
-        workdir: folder that all VMs see.
+        workdir: folder visible to all VMs.
         slices: number of slices.
         mount: command that mounts the shared folder on each VM, if one is needed.
         spot: whether to use spot VMs, which cost less and can be taken away at any time.
@@ -87,14 +87,14 @@ class GkeSettings:
 
     Attributes:
         cluster: name of a cluster made by `xpk cluster create`.
-        workdir: folder that all containers see, such as the mount point of an `xpk storage`.
+        workdir: folder visible to all containers, such as the mount point of an `xpk storage`.
         image: image with Python and the code's requirements; the pinned code is added to it.
         tpu_type: type of one TPU slice, such as v5litepod-16; None for GPUs.
         slices: number of TPU slices.
         device_type: type of a GPU node, such as h100-80gb-8; None for TPUs.
         nodes: number of GPU nodes.
         priority: priority in the queue.
-        max_restarts: the most restarts of the whole job after failures.
+        max_restarts: maximum restarts of all processes after one fails.
     """
 
     cluster: str

@@ -1,22 +1,23 @@
-"""What this package uses of submitit's private names."""
+"""The private parts of submitit that this package uses."""
 
 import shlex
 import sys
 from typing import Any
 
-# The module that a SLURM job starts. submitit gives no public name for it; without it, `gemma2 launch slurm --dry-run`
-# would show another command than the job runs. Jobs themselves get the command from submitit.
+# The module that a SLURM job starts. submitit has no public name for it; without it, `gemma2 launch slurm --dry-run`
+# could not show the command that the job runs. Submitted jobs get the command from submitit itself.
 JOB_MODULE = "submitit.core._submit"
 
 
 def sbatch_text(folder: str, values: dict[str, Any]) -> str:
-    """The file that sbatch gets for a job.
+    """The text of a job's sbatch file.
 
     Args:
-        folder: of the job's logs; values: by submitit's names, without `slurm_` before them.
+        folder: folder of the job's logs.
+        values: settings by submitit's names, without the prefix `slurm_`.
     """
-    # submitit's public executors make this text only while they submit it. Without the function,
-    # `gemma2 launch slurm --dry-run` cannot show what SLURM would get; submitting does not need it.
+    # submitit's public executors create this text only when they submit it. Without the function,
+    # `gemma2 launch slurm --dry-run` could not show it; submitting does not need it.
     from submitit.slurm.slurm import _make_sbatch_string
 
     command = shlex.join([sys.executable, "-u", "-m", JOB_MODULE, folder])

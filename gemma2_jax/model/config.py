@@ -24,8 +24,8 @@ class ModelConfig:
         num_kv_heads: K, key/value heads of a layer, a divisor of the number of query heads.
         head_dim: H, the width of a head.
         d_ff: F, the width of a feed-forward layer.
-        sliding_window: a query of a local layer sees itself and the `sliding_window - 1` tokens before it; None makes
-            every layer global.
+        sliding_window: number of tokens that a query of a local layer attends to: its own and those directly before it;
+            null makes every layer global.
         query_pre_attn_scalar: queries are multiplied by its -1/2 power (head_dim for 2B and 9B, 144 for 27B).
         attn_logit_softcap: c in c * tanh(x / c), which bounds attention scores.
         final_logit_softcap: the same for logits.
@@ -99,6 +99,7 @@ class ModelConfig:
 
     @property
     def query_scale(self) -> float:
+        """The factor that queries are multiplied by."""
         return self.query_pre_attn_scalar**-0.5
 
 
@@ -114,7 +115,7 @@ class ComputeConfig:
             the input of each layer in host memory and fetches it when needed.
         unroll_layers: whether to compile the pairs one after another instead of as a loop. Faster on CPU, where a loop
             copies each layer's weights out of the stack; slower to compile.
-        attention: kernel of attention.
+        attention: settings of the attention kernel.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"

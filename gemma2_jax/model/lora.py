@@ -23,6 +23,7 @@ from gemma2_jax.model.weights import (
     Params,
     Specs,
     Weight,
+    insert,
     key_of_path,
     map_specs,
     specs_by_path,
@@ -64,12 +65,7 @@ class Lora:
         targets: Sequence[str],
         layers: Sequence[int] | None = None,
     ) -> None:
-        self._layers = list(range(model.num_layers)) if layers is None else list(layers)
-        for layer in self._layers:
-            if layer >= model.num_layers:
-                raise UserError(
-                    f"adaptation.layers has {layer}, but the model has {model.num_layers} layers, counted from 0."
-                )
+        self._layers = chosen_layers(model, layers)
         weights = specs_by_path(weight_specs(model))
         for target in targets:
             _check_rank(target, weights[f"pairs/{BLOCKS[0]}/{TARGETS[target]}"], rank)
@@ -153,12 +149,14 @@ def with_dropout(params: Params, rate: float, key: jax.Array) -> Params:
     return dropping
 
 
-def insert(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Puts a value at a path of a nested dict."""
-    *above, name = path.split("/")
-    for part in above:
-        tree = tree.setdefault(part, {})
-    tree[name] = value
+def chosen_layers(model: ModelConfig, layers: Sequence[int] | None) -> list[int]:
+    """The numbers of the layers that `adaptation.layers` selects. Raises UserError if the model has no such layer."""
+    for layer in layers or ():
+        if layer >= model.num_layers:
+            raise UserError(
+                f"adaptation.layers has {layer}, but the model has {model.num_layers} layers, counted from 0."
+            )
+    return list(range(model.num_layers)) if layers is None else list(layers)
 
 
 def _check_rank(target: str, weight: Weight, rank: int) -> None:

@@ -21,6 +21,7 @@ from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.layers import MLP, Embedder, RMSNorm
 from gemma2_jax.model.linear import WEIGHT_PRODUCT
 from gemma2_jax.model.quantised import is_quantised
+from gemma2_jax.model.stack import parts_of
 from gemma2_jax.model.weights import Params, init_params, map_specs, weight_specs
 from gemma2_jax.sharding.layout import constrain
 
@@ -121,7 +122,7 @@ class Gemma2(nnx.Module):
         Args:
             tokens: int [B, T].
             positions: [B, T], 0 .. T-1 by default.
-            segment_ids: [B, T]; a token sees only its own segment. One segment per row by default.
+            segment_ids: [B, T]; a token attends only to its own segment. One segment per row by default.
         """
         return self.embedder.decode(self.hidden(tokens, positions, segment_ids, compute))
 
@@ -277,10 +278,15 @@ def over_pairs(
     pairs: Pair | Sequence[Pair],
     compute: ComputeConfig,
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan` of `body` over pairs of layers, which are stacked or in a list."""
-    if isinstance(pairs, Pair):
-        return jax.lax.scan(body, carry, pairs, unroll=compute.unroll_layers)
+    """`jax.lax.scan` of `body` over pairs of layers, which are stacked (see `SplitStack`) or in a list."""
     outputs = []
+    if isinstance(pairs, Pair):
+        for part in parts_of(pairs):
+            carry, output = jax.lax.scan(body, carry, part, unroll=compute.unroll_layers)
+            outputs.append(output)
+        return carry, outputs[0] if len(outputs) == 1 else jax.tree.map(
+            lambda *each: jnp.concatenate(each), *outputs
+        )
     for pair in pairs:
         carry, output = body(carry, pair)
         outputs.append(output)

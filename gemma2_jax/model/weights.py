@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import jax
@@ -179,3 +180,16 @@ def constrain_params(params: Any, specs: Any) -> Any:
 def key_of_path(key: jax.Array, path: str) -> jax.Array:
     """A random key for one weight, the same in every process (Python's own `hash` is salted)."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+
+
+def insert(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Puts a value at a path of a nested dict."""
+    *above, name = path.split("/")
+    for part in above:
+        tree = tree.setdefault(part, {})
+    tree[name] = value
+
+
+def value_at(tree: Any, path: str) -> Any:
+    """The value at a path of a nested dict."""
+    return reduce(lambda inner, name: inner[name], path.split("/"), tree)

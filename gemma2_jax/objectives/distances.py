@@ -1,7 +1,7 @@
 """Distances of a student's hidden states and attention from a teacher's, for each token.
 
 Both distances are relative, so that a weight means the same for every layer, whatever the magnitude of its states
-and the number of keys that a query sees. The teacher gets no gradient.
+and the number of keys that a query attends to. The teacher gets no gradient.
 """
 
 from collections.abc import Callable, Mapping

@@ -33,8 +33,7 @@ class ObjectiveConfig:
     Attributes:
         cross_entropy: weight of the cross-entropy with the data's next token.
         forward_kl: weight of KL(T || S). With a `sampled` cache, its value is too large, since the entropy of the draws
-            is below that of T; it is not comparable with another number of draws or an online teacher; see
-            `sparse_forward_kl`.
+            is below that of T; it is not comparable with another number of draws or an online teacher.
         temperature: divides the logits of T and S in every divergence; a number or a schedule, 1 without a divergence.
         block_tokens: number of tokens whose logits each device computes at a time; smaller values need less memory.
         reverse_kl: weight of KL(S || T).

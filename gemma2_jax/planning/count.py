@@ -24,7 +24,7 @@ Sent = tuple[str, tuple[str, ...]]  # a collective's kind, and the mesh axes tha
 
 @dataclass
 class ProgramCost:
-    """ProgramCost of a program on one device.
+    """The cost of a program on one device.
 
     Attributes:
         flops: FLOPs of matrix products and convolutions, 2 per multiply-add.

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import jax
 
 from gemma2_jax.methods.method import BASE
-from gemma2_jax.model.adaptation import build_adaptation
+from gemma2_jax.model.adaptation import divided_specs
 from gemma2_jax.model.config import ComputeConfig, ModelConfig, Remat
-from gemma2_jax.model.weights import abstract_params, frozen_dtypes, weight_specs
+from gemma2_jax.model.weights import abstract_params, frozen_dtypes
 from gemma2_jax.planning.program import Inputs, device_bytes
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
@@ -85,14 +85,14 @@ def head_blocks(runs: Sequence[RunConfig], mesh_shape: dict[str, int]) -> int:
     blocks = tokens * first.model.vocab_size // split * teacher
     for run in runs:
         blocks += tokens * run.model.vocab_size // split * (_FLOAT32 + _width(run))
-        if not run.adaptation.is_adapter:
+        if "embedder" in divided_specs(run.adaptation, run.model)[0]:
             blocks += _FLOAT32 * run.model.vocab_size * run.model.d_model // split
     return blocks
 
 
 def frozen_bytes(run: RunConfig) -> int:
     """Returns the bytes of the frozen part of a run's model on all devices together; 0 if all weights are trained."""
-    _, frozen = build_adaptation(run.adaptation, run.model).specs(weight_specs(run.model))
+    _, frozen = divided_specs(run.adaptation, run.model)
     leaves = jax.tree.leaves(
         abstract_params(frozen, frozen_dtypes(frozen, run.compute.dtype, run.adaptation.format))
     )

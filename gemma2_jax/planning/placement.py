@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from gemma2_jax.distill.teacher import as_teacher, online_teacher
 from gemma2_jax.methods.method import BASE
-from gemma2_jax.model.adaptation import build_adaptation
+from gemma2_jax.model.adaptation import divided_specs
 from gemma2_jax.model.quantised import is_quantised
 from gemma2_jax.model.weights import Specs, abstract_params, frozen_dtypes, specs_by_path, weight_specs
 from gemma2_jax.planning.program import device_bytes, mesh_of
@@ -41,10 +41,10 @@ class PlacedModel:
     """Sharding of a model on a mesh.
 
     Attributes:
-        role: student (the trained model) or teacher; a student with an adapter has the roles adapter and base. One of
-            several students has its name: student NAME.
+        role: student or adapter (trained weights), base (frozen weights of the same model), or teacher. One of several
+            students has its name: student NAME.
         activations: mesh axes that split each dimension of the activations, by its letter.
-        head: mesh axes that split the vocabulary in the LM head. Tokens are split along the rest of their own axes.
+        head: mesh axes that split the vocabulary in the LM head. Tokens are split along their remaining axes.
     """
 
     role: str
@@ -89,13 +89,14 @@ def find_placement(runs: Sequence[RunConfig], topology: Topology) -> Placement:
 
 def _place_run(run: RunConfig, is_only: bool, mesh: Mesh) -> list[PlacedModel]:
     """The trained part of a run's model, and the frozen part if it has one."""
-    trained, frozen = build_adaptation(run.adaptation, run.model).specs(weight_specs(run.model))
+    trained, frozen = divided_specs(run.adaptation, run.model)
     name = "" if is_only else f" {run.name}"
     if not frozen:
         return [_place(f"student{name}", trained, jnp.float32, mesh)]
+    role = "adapter" if run.adaptation.is_adapter else "student"
     dtypes = frozen_dtypes(frozen, run.compute.dtype, run.adaptation.format)
     base = _place(f"{BASE}{name}", frozen, dtypes, mesh)
-    return [_place(f"adapter{name}", trained, jnp.float32, mesh), base]
+    return [_place(f"{role}{name}", trained, jnp.float32, mesh), base]
 
 
 def _place(role: str, specs: Specs, dtype: Any, mesh: Mesh) -> PlacedModel:

@@ -1,6 +1,6 @@
 """The plan of a training step on a topology: its memory, counted cost, and lower bounds on its time.
 
-The step trains one run, or several runs that share it.
+The step trains one run, or several runs in one program.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Plan:
         fits: whether the step fits into the memory of a device.
         mesh: number of devices along each axis.
         program: the compiled step and its memory.
-        validating: bytes of frozen weights that only validations use: a teacher whose outputs a cache holds.
+        validating: bytes of frozen weights that only evaluations use: a teacher whose outputs a cache holds.
         samples: whether the run also samples from the student, in another program that is not planned.
         parameters: number of parameters of each run's model, by the run's name.
         trained: number of those that are trained; with an adapter, the number of the adapter's.
@@ -133,9 +133,9 @@ class Plan:
 
 
 def plan(config: RunConfig, topology: str = "cpu:1", method: Method | None = None) -> Plan:
-    """Plans a training step on devices that need not be present: its memory, communication and least time.
+    """Plans a training step on devices that need not be present: its memory, communication and minimum time.
 
-    Needs no data. If `data.folder` is prepared with a lowered vocabulary, the plan has that one, as training does.
+    Needs no data. If `data.folder` was prepared with a lowered vocabulary, the plan uses it, as training does.
 
     Args:
         topology: a name such as `v5e:4x4`, `h100:8` or `cpu:8`, as in `gemma2 plan`.

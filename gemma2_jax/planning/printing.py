@@ -79,7 +79,7 @@ def _not_in_step(plan: Plan) -> list[tuple[str, str]]:
     if plan.program.memory.host:
         rows.append(("  in the host's memory", in_units(plan.program.memory.host)))
     if plan.validating:
-        rows.append(("  validation teacher", f"{in_units(plan.validating)}, in addition, during validations"))
+        rows.append(("  validation teacher", f"{in_units(plan.validating)}, in addition, during evaluations"))
     if plan.samples:
         rows.append(("  not planned", "the sampling program of on-policy steps, and its key/value cache"))
     return rows
@@ -109,12 +109,12 @@ def _estimated(plan: Plan) -> list[tuple[str, str]]:
     found = plan.bounds
     if found is None:
         return []
-    rows = [(f"bound by {name}", f"{seconds:.4f} s (estimate)") for name, seconds in found.all.items()]
+    rows = [(f"minimum time by {name}", f"{seconds:.4f} s (estimate)") for name, seconds in found.all.items()]
     speed = plan.tokens / found.seconds
     return [
         *rows,
         (
-            "least time of a step",
+            "minimum time of a step",
             f"{found.seconds:.4f} s, bound by {found.binding}: at most {speed:,.0f} tokens/s, "
             f"MFU {plan.utilisation:.0%} (estimate)",
         ),

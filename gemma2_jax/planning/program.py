@@ -1,6 +1,6 @@
 """Compiles a training step for devices that need not be present, and reports its memory.
 
-The step trains one run, or several runs that share it.
+The step trains one run, or several runs in one program.
 """
 
 import os
@@ -55,7 +55,7 @@ class Inputs:
     Attributes:
         state: a `TrainState`; for several runs, one of each run by its name.
         frozen: frozen arrays that the method's loss uses.
-        validating: frozen arrays that only validations use.
+        validating: frozen arrays that only evaluations use.
     """
 
     state: Any

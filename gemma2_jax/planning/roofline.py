@@ -46,7 +46,7 @@ class Bounds:
 
     @property
     def seconds(self) -> float:
-        """The largest bound: the least time of a step."""
+        """The largest bound: the minimum time of a step."""
         return self.all[self.binding]
 
 

@@ -7,15 +7,20 @@ from dataclasses import dataclass, replace
 
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.teacher import online_teacher, teacher_config
+from gemma2_jax.model.adaptation import divided_specs
 from gemma2_jax.model.config import Remat
-from gemma2_jax.model.counts import count_parameters, forward_flops_per_token, training_flops_per_token
+from gemma2_jax.model.counts import (
+    count_parameters,
+    count_weights,
+    forward_flops_per_token,
+    training_flops_per_token,
+)
 from gemma2_jax.planning.memory import frozen_bytes, head_blocks, saved_activations, shares
 from gemma2_jax.planning.plan import Plan, make_plan
 from gemma2_jax.planning.program import check_sizes
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import AXES, MeshConfig
-from gemma2_jax.training.overview import count_trained
 
 # The most devices that a sequence is split over, since each layer gathers keys and values.
 _WIDEST_SEQUENCE = 8
@@ -66,9 +71,6 @@ def search(
         runs: the runs that one program trains; a run with a teacher comes first (see `programs_of`).
         budget: seconds; no compilation starts after them.
         report: called with a line of text about each candidate tried.
-
-    Args:
-        runs: that one program trains, of several one with a teacher first.
 
     Raises:
         UserError: no mesh of these devices divides model and batch, or none of the candidates tried can be compiled.
@@ -153,14 +155,19 @@ def estimated_memory(runs: Sequence[RunConfig], shape: dict[str, int]) -> float:
     config = runs[0]
     split = shape["fsdp"] * shape["tensor"]
     teacher = online_teacher(config.distill, config.model)
-    trained = sum(map(count_trained, runs))
-    state = 4 * 4 * trained
+    trained = sum(_count_divided(run)[0] for run in runs)
+    state = 4 * 4 * trained + sum(map(frozen_bytes, runs))
     if config.training.accumulation > 1:
         state += 4 * trained
-    state += sum(map(frozen_bytes, runs))
     if teacher is not None:
         state += (2 if config.distill.dtype == "bfloat16" else 4) * count_parameters(teacher).total
     return state / split + sum(saved_activations(run, shape) for run in runs) + head_blocks(runs, shape)
+
+
+def _count_divided(run: RunConfig) -> tuple[int, int]:
+    """The numbers of trained and of frozen weights."""
+    trained, frozen = divided_specs(run.adaptation, run.model)
+    return count_weights(trained), count_weights(frozen)
 
 
 def estimated_seconds(runs: Sequence[RunConfig], topology: Topology, shape: dict[str, int]) -> float:
@@ -176,16 +183,20 @@ def estimated_seconds(runs: Sequence[RunConfig], topology: Topology, shape: dict
     tokens = config.data.batch_size * config.data.seq_len
     flops = 0.0 if teacher is None else forward_flops_per_token(teacher, config.data.seq_len)
     for run in runs:
-        frozen = added = 0
-        if run.adaptation.is_adapter:
-            frozen, added = count_parameters(run.model).total, count_trained(run)
+        trained, frozen = _count_divided(run)
+        added = trained + frozen - count_parameters(run.model).total
         flops += training_flops_per_token(run.model, config.data.seq_len, frozen=frozen, added=added)
     flops *= tokens * (1 + _RECOMPUTED[config.compute.remat] / 4)
     weights = sum(count_parameters(run.model).total for run in runs) / shape["tensor"]
-    gathered = 3 * weights + (0 if teacher is None else count_parameters(teacher).total / shape["tensor"])
+    gradients = sum(_count_divided(run)[0] for run in runs) / shape["tensor"]
+    gathered = (
+        2 * weights
+        + gradients
+        + (0 if teacher is None else count_parameters(teacher).total / shape["tensor"])
+    )
     device_tokens = tokens / devices * shape["tensor"]
     sent = gathered * width * config.training.accumulation * _ring_share(shape["fsdp"])
-    sent += 2 * 4 * weights / shape["fsdp"] * _ring_share(shape["data"])
+    sent += 2 * 4 * gradients / shape["fsdp"] * _ring_share(shape["data"])
     for model in (run.model for run in runs):
         sent += (
             4 * model.num_layers * device_tokens * model.d_model * width * 2 * _ring_share(shape["tensor"])

@@ -16,19 +16,19 @@ class AgreedStop:
     def is_due(self) -> bool:
         """Whether to stop here. All processes call it equally often at the same places, and get the same answers.
 
-        Several processes agree by a collective. If one waited for another by other means, it would wait forever for a
-        process that has already begun a step and waits for it there.
+        Several processes agree by a collective. If one waited for another in any other way, it would wait forever for a
+        process that has already begun a step and is waiting for it there.
         """
         if jax.process_count() == 1:
             return stops.requested()
         number = int(multihost_utils.process_allgather(np.int32(stops.number() or 0)).max())
         if number:
             stops.request(number)
-        return number > 0  # the others do not know of a signal that has just come here
+        return number > 0  # not `stops.requested()`: a signal may have arrived here since the others agreed
 
 
 @contextmanager
 def stopping_together(seconds: float, notify: Callable[[str], None]) -> Iterator[AgreedStop]:
-    """Around such a loop: only records a signal, for at most `seconds`; see `stops.deferred`."""
+    """Context manager around such a loop: a signal is only recorded, for at most `seconds` (see `stops.deferred`)."""
     with stops.deferred(seconds, notify):
         yield AgreedStop()

@@ -103,7 +103,7 @@ def join(config: HostsConfig) -> None:
     links = meet(
         process.coordinator, process.num_processes, process.process_id, config.timeout, process.count_source
     )
-    # It would take SIGTERM away from the command line, which ends this process and with it the others.
+    # This service would take over SIGTERM from the command line, which ends this process and with it the others.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         process.coordinator,

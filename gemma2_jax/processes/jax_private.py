@@ -1,6 +1,6 @@
-"""What this package uses of JAX's private modules, in jobs of several processes.
+"""The private parts of JAX that this package uses, in jobs of several processes.
 
-They are imported where they are used, so that a single process with `hosts=single` runs without them.
+They are imported inside the functions, so that a single process with `hosts=single` runs without them.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from typing import Any
 def coordinator_client() -> Any:
     """This process's connection to the coordinator of its job; None before it has joined one.
 
-    Of its methods, `wait_at_barrier`, `key_value_set`, `blocking_key_value_get` and `key_value_dir_get` are used.
+    The package uses its methods `wait_at_barrier`, `key_value_set`, `blocking_key_value_get` and `key_value_dir_get`.
     """
-    # The public `jax.experimental.multihost_utils` has processes wait for one another by a collective on their devices,
-    # for which some may have to compile first, and which never ends where one of them fails. Without this connection,
-    # processes can neither wait for process 0 to prepare data, nor compare their configurations, nor say why one ended.
+    # The barriers of the public `jax.experimental.multihost_utils` are collectives on the devices: a process may have
+    # to compile first, and the others wait forever if one fails. Without this connection, processes could not wait for
+    # process 0 to prepare data, compare their configurations, or report why one of them ended.
     from jax._src import distributed
 
     return distributed.global_state.client
@@ -22,8 +22,8 @@ def coordinator_client() -> Any:
 
 def cluster_found() -> Any:
     """The first kind of cluster that JAX finds in the environment, a class with a `name`; None if there is none."""
-    # `jax.distributed.initialize` finds the cluster too, but does not say which, and fails where there is none. Without
-    # this list, SLURM, Open MPI, TPU pods and GKE are not found, and a job needs hosts.coordinator,
+    # `jax.distributed.initialize` finds the cluster too, but does not return which, and fails if there is none. Without
+    # this list, SLURM, Open MPI, TPU pods and GKE would not be recognised, and every job would need hosts.coordinator,
     # hosts.num_processes and hosts.process_id.
     from jax._src.clusters import ClusterEnv
 
@@ -34,13 +34,14 @@ def cluster_found() -> Any:
 def completed_by(
     cluster: Any, coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
-    """The coordinator, the number of processes and this one's, where given, else as the cluster has them; and devices.
+    """The coordinator, the number of processes, this process's number and its devices.
 
     Args:
-        cluster: as `cluster_found` gives it; timeout: in seconds, for the coordinator's name to be known.
+        cluster: the result of `cluster_found`.
+        coordinator, num_processes, process_id: given values; None for the cluster's.
+        timeout: seconds within which the coordinator's name must be known.
     """
-    # As above: `jax.distributed.initialize` joins at once, before the processes have met under a time limit and shown
-    # by a sentence who is missing.
+    # `jax.distributed.initialize` would connect at once, before the rendezvous, which reports missing processes.
     from jax._src.clusters import ClusterEnv
 
     found: tuple[str | None, int | None, int | None, Sequence[int] | None] = (

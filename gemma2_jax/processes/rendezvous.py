@@ -1,8 +1,8 @@
 """The rendezvous of a job's processes before JAX connects them, so that a missing or wrong one gives a clear message.
 
-JAX itself would abort the process with a stack trace. Process 0 listens where JAX's coordinator will be; each of the
-others sends one line of JSON and receives one: what is wrong, or null once all have connected. The connections stay
-open: when one closes later, its process is gone.
+JAX itself would abort the process with a stack trace. Process 0 accepts connections at the address of JAX's later
+coordinator. Every other process sends it one line of JSON and receives one: an error message, or null once all have
+connected. The connections stay open: when one closes later, its process has ended.
 """
 
 import json
@@ -112,7 +112,7 @@ def _next(server: socket.socket, until: float) -> socket.socket | None:
 
 
 def _enter(connection: socket.socket, num_processes: int, arrived: Links) -> str | None:
-    """Adds a connection of one of our processes to `arrived`; returns what is wrong with it."""
+    """Adds a connection of one of our processes to `arrived`; returns an error message if it is not accepted."""
     line = _read(connection)
     if line.get("greeting") != _GREETING:
         connection.close()

@@ -11,7 +11,7 @@ class SamplingConfig:
     """How prompts are completed.
 
     Attributes:
-        max_new_tokens: largest number of tokens added to each prompt.
+        max_new_tokens: maximum number of tokens added to each prompt.
         temperature: divisor of the logits; 0 always takes the most likely token (greedy).
         top_k: choose only among the k most likely tokens; null for all of them.
         top_p: then choose only among the fewest most likely tokens that together have this probability; null for all.

@@ -35,7 +35,7 @@ class StudyConfig:
         title: the question that the study answers.
         runs: the runs by name. Each is trained in a folder of that name inside the study's folder; with several seeds,
             the folder's name ends in -SEED.
-        reference: the run that the predictions of the others are compared with (agreement, KL); None: no comparison.
+        reference: the run that the predictions of the others are compared with (agreement, KL); null for no comparison.
         prompts: texts that every run completes in the report.
         sample_tokens: the maximum number of tokens in each completion.
         seeds: seeds (`seed` and `data.seed`) that every run is trained with, except teachers and the reference, which

@@ -15,7 +15,7 @@ _NOTHING = "–"  # an empty cell
 
 @dataclass(frozen=True)
 class RunCost:
-    """RunCost of a run over all of its seeds.
+    """The cost of a run over all of its seeds.
 
     Attributes:
         tokens_per_second: training speed, the median over the rows of metrics.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from gemma2_jax.studies.stages import Measurement, read_times
 from gemma2_jax.studies.summary import group_by_run, summary_table
 from gemma2_jax.studies.tables import Table, print_line
 from gemma2_jax.training.metrics import format_number
+from gemma2_jax.training.progress import duration
 
 
 def write_report(
@@ -61,7 +61,7 @@ def write_report(
         },
     }
     write_text(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1))
-    spent = _duration(sum(seconds.values()))
+    spent = duration(sum(seconds.values()))
     memory = f"{peak_memory_gib():.1f} GiB of memory"
     print_line(console, f"{spent} of work in total; at most {memory} in any process of this command")
     print_line(console, f"report in {folder / 'report.md'}, curves in {folder / 'loss.png'}")
@@ -113,8 +113,8 @@ def _markdown(
             f"- {name}: {_code(measurement.samples[number])}" for name, measurement in measurements.items()
         ]
         parts.append("\n".join([f"## Completions of {_code(prompt)}", "", *samples]))
-    stages = Table(["stage", "time"], [[stage, _duration(spent)] for stage, spent in seconds.items()])
-    total = _duration(sum(seconds.values()))
+    stages = Table(["stage", "time"], [[stage, duration(spent)] for stage, spent in seconds.items()])
+    total = duration(sum(seconds.values()))
     parts += [
         "## Machine and time",
         describe_machine(jax.devices()) + ".",
@@ -130,8 +130,3 @@ def _code(text: str) -> str:
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * (longest + 1)
     return f"{fence} {text.replace(chr(10), '⏎')} {fence}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -16,7 +16,7 @@ class TrainingConfig:
         log_every: steps between rows of metrics; each row averages over the steps since the previous row.
         eval_every: steps between evaluations on the validation split; the last step is always evaluated.
         eval_batches: maximum number of batches per evaluation; a larger split is sampled, with the same documents
-            each time. None evaluates on the whole split.
+            each time. null evaluates on the whole split.
         profile_steps: the first and the last step that `profile` traces, counted from the first step of the process;
             the first steps of a process are slower than the others.
     """

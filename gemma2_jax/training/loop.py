@@ -168,8 +168,8 @@ def train_method(method: Method, configs: Sequence[RunConfig], open_folder: Open
         record = method.record(frozen)
         for each in configs:
             check_same_teacher(each.output, each.distill, record)
-        adapters = any(each.adaptation.is_adapter for each in configs)
-        with progress.doing("identifying base models", brief=not adapters):
+        needed = any(each.adaptation.has_base for each in configs)
+        with progress.doing("identifying base models", brief=not needed):
             bases = {each.output: checked_base(each) for each in configs}
         folder = open_folder(mesh, progress, stack)
         trainer = Trainer(config, method, folder, examples, frozen, tokenizer, mesh, progress)

@@ -87,7 +87,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Writes to a Weights & Biases run, resumed by the id in RUN/wandb.id; each run that is trained together has one.
+    """Writes to a Weights & Biases run, resumed by the id in RUN/wandb.id. Runs trained together each have their own.
 
     wandb ignores a step that it already has. That is harmless: the rows that an interrupted run sent after its last
     checkpoint equal those that the resumed run sends again.
@@ -123,7 +123,7 @@ def open_writers(
     run_config: Mapping[str, Any],
     evaluated: bool = True,
 ) -> list[Writer]:
-    """Opens the configured writers, each of which continues after `last_step`; arguments as in `JsonLinesWriter`.
+    """Opens the configured writers, each of which appends after `last_step`; arguments as in `JsonLinesWriter`.
 
     Raises:
         UserError: a writer's package is not installed.

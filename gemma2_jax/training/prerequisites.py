@@ -62,7 +62,7 @@ def _sources(config: RunConfig) -> Iterator[tuple[str, str]]:
         "distill.teacher": config.distill.teacher,
         "distill.cache": config.distill.cache,
         "initialise.source": config.initialise.source
-        if latest is None or config.adaptation.is_adapter
+        if latest is None or config.adaptation.has_base
         else None,
     }
     for key, path in sources.items():

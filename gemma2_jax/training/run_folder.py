@@ -87,8 +87,8 @@ class RunFolder:
         self._store = stack.enter_context(CheckpointStore(config.output, config.checkpoint.keep))
         self.step = 0 if self._found is None else self._found.step
         self.unreported = Unreported() if self._found is None else self._store.unreported(self.step)
-        # Whether the evaluation due at the current step is done. (At the last step, a run that was planned longer may
-        # have been saved without one.)
+        # Whether the evaluation due at the current step is done. (A run whose training.steps was lowered to this step
+        # may have been saved here without an evaluation.)
         self._evaluated = self.unreported.evaluated and self.step < config.training.steps
         self._learning_rate = learning_rate_schedule(config.optimizer, config.training.steps)
         self._peak_flops = peak_flops(jax.devices()[0])
@@ -120,9 +120,9 @@ class RunFolder:
         return self._restore(examples), base
 
     def _announce(self, found: FoundCheckpoint) -> None:
-        passed_over = "".join(f"; {clause}" for clause in found.passed_over)
+        skipped = "".join(f"; {clause}" for clause in found.skipped)
         self._progress.print_line(
-            f"{self.config.name} resumes from its checkpoint at step {self.step}{passed_over}"
+            f"{self.config.name} resumes from its checkpoint at step {self.step}{skipped}"
         )
         if (line := older_schedule_note(self.config, self.step)) is not None:
             self._progress.print_line(line)

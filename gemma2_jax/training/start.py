@@ -45,7 +45,7 @@ _PURPOSES = {
     DATA_FILE: "which identifies the data that the run was trained on",
     TOKENIZER_FILE: "which is the tokenizer that the run was trained with",
     TEACHER_FILE: "which identifies the teacher that the run was distilled from",
-    BASE_FILE: "which identifies the base model of the run's adapter",
+    BASE_FILE: "which identifies the base model that the run was trained on",
 }
 
 
@@ -109,7 +109,7 @@ def check_run_folder(config: RunConfig) -> None:
             "start from its weights."
         )
     unneeded = set() if config.distill.has_teacher else {TEACHER_FILE}
-    unneeded |= set() if config.adaptation.is_adapter else {BASE_FILE}
+    unneeded |= set() if config.adaptation.has_base else {BASE_FILE}
     for name in _PURPOSES:
         if not (folder / name).is_file() and name not in unneeded:
             raise _missing(folder / name)
@@ -168,12 +168,12 @@ def base_setting_changed(config: RunConfig) -> bool:
 
 
 def checked_base(config: RunConfig) -> BaseRecord | None:
-    """The record of the base model of a run's adapter; None without an adapter. Reads all weights of the base.
+    """The record of a run's base model; None if all weights are trained. Reads all weights of the base.
 
     Raises:
         UserError: the run in the folder has another base.
     """
-    if not config.adaptation.is_adapter:
+    if not config.adaptation.has_base:
         return None
     source = config.initialise.source
     assert source is not None
@@ -200,7 +200,7 @@ def check_same_inputs(configs: Sequence[RunConfig]) -> None:
 def _input_files(configs: Sequence[RunConfig]) -> Iterator[tuple[str, list[Path]]]:
     for config in configs:
         sources = {"distill.teacher": config.distill.teacher}
-        if latest_step(config.output) is None or config.adaptation.is_adapter:
+        if latest_step(config.output) is None or config.adaptation.has_base:
             sources["initialise.source"] = config.initialise.source
         for key, path in sources.items():
             if path is not None:

@@ -12,7 +12,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax.methods.method import BASE, PARAMS, ModelMethod
 from gemma2_jax.model.quantised import is_quantised, kind_of, stored
-from gemma2_jax.model.weights import Params, abstract_params, init_params, map_specs, weight_specs
+from gemma2_jax.model.weights import (
+    Params,
+    Weight,
+    abstract_params,
+    init_params,
+    map_specs,
+    specs_by_path,
+    weight_specs,
+)
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer
 
@@ -117,16 +125,20 @@ class Update:
         finite = jnp.isfinite(jnp.stack([metrics["loss"], *norms.values()])).all()
         metrics |= {**rates, "targets": targets}
         metrics["gradient_norm"] = jnp.where(finite, norms["params"], jnp.nan)
-        trainable, optimizer = {}, {}
+        # A branch instead of a choice between arrays, for which the compiler would keep both: XLA on TPUs then needs
+        # memory for another copy of the moments.
         with jax.named_scope("optimizer"):
-            for name, rule in self._optimizers.items():
-                updates, optimizer[name] = rule.update(
-                    gradients[name], state.optimizer[name], state.trainable[name]
-                )
-                trainable[name] = optax.apply_updates(state.trainable[name], updates)
-        updated = TrainState(state.step + 1, trainable, optimizer)
-        state = jax.tree.map(partial(jnp.where, finite), updated, state)
+            state = jax.lax.cond(finite, self._updated, lambda state, _: state, state, gradients)
         return state, metrics
+
+    def _updated(self, state: TrainState, gradients: dict[str, Any]) -> TrainState:
+        trainable, optimizer = {}, {}
+        for name, rule in self._optimizers.items():
+            updates, optimizer[name] = rule.update(
+                gradients[name], state.optimizer[name], state.trainable[name]
+            )
+            trainable[name] = optax.apply_updates(state.trainable[name], updates)
+        return TrainState(state.step + 1, trainable, optimizer)
 
 
 def initial_state(
@@ -164,13 +176,18 @@ def initial_state(
 
 
 def initial_dtypes(config: RunConfig, method: ModelMethod, mesh: Mesh) -> Any:
-    """The dtypes that a run's initial weights are loaded in: float32, or that of `abstract_frozen` if frozen.
+    """The dtypes that a run's initial weights are loaded in: float32, or that of `abstract_frozen` if all is frozen.
 
     A quantised weight has its format in place of a dtype.
     """
-    leaves = jax.tree.leaves_with_path(method.abstract_frozen(mesh)[BASE], is_leaf=is_quantised)
+    base, trained = method.abstract_frozen(mesh)[BASE], specs_by_path(method.specs[PARAMS])
+    leaves = jax.tree.leaves_with_path(base, is_leaf=is_quantised)
     frozen = {jax.tree_util.keystr(path, simple=True, separator="/"): kind_of(leaf) for path, leaf in leaves}
-    return map_specs(lambda path, _: frozen.get(path, jnp.float32), weight_specs(config.model))
+
+    def dtype(path: str, _: Weight) -> Any:
+        return jnp.float32 if path in trained else frozen.get(path, jnp.float32)
+
+    return map_specs(dtype, weight_specs(config.model))
 
 
 def shardings(abstract: Any) -> Any:

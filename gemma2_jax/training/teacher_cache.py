@@ -49,6 +49,7 @@ from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import batch_sharding, laid_out, on_mesh
 from gemma2_jax.sharding.mesh import build_mesh
+from gemma2_jax.training.progress import duration
 
 CHUNK_ROWS = 4096  # rows per chunk over all processes; each process writes one file per chunk
 # Size and time are estimated from at least this many steps and tokens; fewer tokens would not give the average size of
@@ -95,7 +96,7 @@ def write_cache(config: RunConfig, estimate_only: bool = False) -> CacheManifest
     """Writes the teacher targets for all steps of a run into distill.cache; returns at once if they are complete.
 
     First prints an estimate of size and time, from a few steps, to standard error. A cache that was interrupted, or
-    written for fewer steps, continues after its last file and ends with the same rows as without the interruption.
+    written for fewer steps, is resumed after its last file and ends with the same rows as without the interruption.
     Every process of a job writes the files of its own rows into the shared folder.
 
     Args:
@@ -155,7 +156,7 @@ def _lock(config: RunConfig, manifest: CacheManifest, stack: ExitStack) -> None:
     if found is not None and found != manifest:
         raise UserError(
             f"distill.cache {_folder(config)} was changed by another process in the meantime; run the same command "
-            "again to continue it."
+            "again to resume it."
         )
 
 
@@ -164,7 +165,7 @@ def _resume_message(config: RunConfig) -> str:
     found = find_cache(_folder(config))
     if found is None:
         return f"nothing of {_folder(config)} is written yet; the same command starts from the beginning"
-    return f"{found.rows:,} rows of {_folder(config)} are written; the same command continues after them"
+    return f"{found.rows:,} rows of {_folder(config)} are written; the same command resumes after them"
 
 
 def is_complete(config: RunConfig, manifest: CacheManifest) -> bool:
@@ -273,7 +274,7 @@ class _CacheWriter:
             write_cache_manifest(folder, self._manifest)
 
     def _estimated(self, steps: Iterator[list[Packed]]) -> Iterator[list[Packed]]:
-        """Passes the steps on, after printing the size and time of all of them, estimated from the first few."""
+        """Yields the steps unchanged, after printing the size and time of all of them, estimated from the first few."""
         tokens = self._config.data.batch_size * self._config.data.seq_len
         head = list(itertools.islice(steps, 1))
         begun = time.perf_counter()
@@ -290,7 +291,7 @@ class _CacheWriter:
         )
         timed = len(head) - 1  # without the first step, whose time includes compilation
         each = seconds / max(1, timed)
-        time_left = f" and {_duration(each * left)} ({tokens / each:,.0f} tokens/s)" if timed else ""
+        time_left = f" and {duration(each * left)} ({tokens / each:,.0f} tokens/s)" if timed else ""
         self._print_line(sized + time_left)
         yield from head
         yield from steps
@@ -358,9 +359,3 @@ def _bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -31,7 +31,7 @@ def measure_matmul_flops(size: int = 1024, repetitions: int = 5) -> float:
 
 
 class Stopwatch:
-    """Measures the time spent in training steps. It is stopped elsewhere, so that evaluation does not count.
+    """Measures the time spent in training steps. It is stopped outside of steps, so that evaluation does not count.
 
     Args:
         elapsed: initial time in seconds.

@@ -36,8 +36,8 @@ from gemma2_jax.training.state import TrainState, Update, UpdateRule
 def train_together(configs: Sequence[RunConfig]) -> None:
     """Trains several runs in one compiled step that shares the data and one forward pass of the teacher.
 
-    Each run gives the same result as on its own, up to rounding, in its own folder. Runs that are behind the others
-    after a stop are first trained up to them.
+    Each run gives the same result as on its own, up to rounding, in its own folder. After a stop,
+    runs that are behind the others catch up first.
 
     Raises:
         UserError: as `train`; or the runs cannot be trained together.
@@ -162,7 +162,8 @@ class RunFolders:
             folder.open_writers(stack)
 
     def start(self, examples: Any, tokenizer: Tokenizer) -> tuple[dict[str, TrainState], dict[str, Any]]:
-        states, bases = {}, {}
+        states: dict[str, TrainState] = {}
+        bases: dict[str, Any] = {}
         begin = examples.get_state()
         # Runs that use the cache come last, since only their checkpoints hold the iterator's position in it.
         for name in sorted(self._folders, key=self._uses_cache):

@@ -1,4 +1,4 @@
-"""Only whole checkpoints count; damage to their files by copies and disks is detected."""
+"""Only intact checkpoints count; damage to their files by copies and disks is detected."""
 
 import json
 import shutil
@@ -125,11 +125,11 @@ def test_the_one_before_is_used_and_both_are_named(
     found = find(run)
     assert found is not None
     assert found.step == 2
-    assert f"{newest} is not whole (" in found.passed_over[0]
+    assert f"{newest} is not intact (" in found.skipped[0]
     loaded = restore_params(run, abstract(trees(0)["params"]))
     np.testing.assert_array_equal(loaded["w"], np.full((40, 50), 2.0))
     output = capsys.readouterr().err
-    assert f"{newest} is not whole" in output
+    assert f"{newest} is not intact" in output
     assert f"{run / 'checkpoints' / '2'} is used" in output
 
 
@@ -151,7 +151,7 @@ def test_flipped_bits_are_not_restored(run: Path) -> None:
     found = find(run)
     assert found is not None
     assert found.step == 2
-    assert "has changed since it was written" in found.passed_over[0]
+    assert "has changed since it was written" in found.skipped[0]
     np.testing.assert_array_equal(
         restore_params(run, abstract(trees(0)["params"]))["w"], np.full((40, 50), 2.0)
     )
@@ -181,7 +181,7 @@ def test_parameters_that_were_copied_alone(written: Path, tmp_path: Path) -> Non
     assert latest_step(tmp_path) is None  # nothing to train on from
     arrays(tmp_path / "checkpoints" / "3").write_bytes(b"")
     with pytest.raises(
-        UserError, match=r"holds no whole checkpoint: .*/3 is not whole \(params/.* is empty\)"
+        UserError, match=r"holds no intact checkpoint: .*/3 is not intact \(params/.* is empty\)"
     ):
         find_params(tmp_path)
 
@@ -227,7 +227,7 @@ def test_none_is_whole(run: Path) -> None:
         arrays(run / "checkpoints" / str(step)).unlink()
     for ask in (find, find_params):
         with pytest.raises(
-            UserError, match=r"holds no whole checkpoint: .*/3 is not whole .*/2 .*/1 .*copy .* again"
+            UserError, match=r"holds no intact checkpoint: .*/3 is not intact .*/2 .*/1 .*copy .* again"
         ):
             ask(run)
     assert latest_step(run) is None

@@ -1,4 +1,4 @@
-"""Checkpoints move between meshes unchanged, are whole or absent, and mismatches are reported."""
+"""Checkpoints move between meshes unchanged, are complete or absent, and mismatches are reported."""
 
 import json
 import shutil

@@ -72,7 +72,7 @@ def test_the_three_gemmas_are_the_reports(name, sizes, scalar):
 
 
 def test_overrides_win_over_the_experiment_and_the_experiment_over_the_groups():
-    assert compose(["experiment=quickstart/teacher"]).model == compose(["model=small_6m"]).model
+    assert compose(["experiment=quickstart/teacher"]).model == compose(["model=small_3m"]).model
     config = compose(
         ["experiment=quickstart/teacher", "model=toy", "model.num_layers=4", "training.steps=77"]
     )

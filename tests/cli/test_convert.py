@@ -18,6 +18,7 @@ def run_folder(toy_run, tokenizer_config, tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_a_run_goes_out_and_comes_back(run_folder, tmp_path, capsys):
     assert main(["convert", str(run_folder), str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
     message, stages = capsys.readouterr()

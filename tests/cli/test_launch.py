@@ -137,6 +137,7 @@ def test_a_missing_tool_is_one_sentence(
     assert capsys.readouterr().err.startswith("gemma2: xpk, which makes jobs for GKE, is not installed")
 
 
+@pytest.mark.thorough
 def test_a_run_on_this_machine(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,6 +172,7 @@ def test_a_terminal_that_lacks_letters_gets_them_spelt(environment):
     assert b"_ is a space" in done.stdout
 
 
+@pytest.mark.thorough
 def test_a_configuration_in_a_file_is_utf_8_whatever_the_locale(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-m", "gemma2_jax", "config", "show", "name=é"]

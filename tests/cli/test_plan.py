@@ -24,7 +24,7 @@ def test_a_table_and_its_figures_as_json(capsys):
         "memory per device",
         "compiled in",
         "model FLOPs per step",
-        "least time of a step",
+        "minimum time of a step",
         "(estimate)",
     ):
         assert words in table
@@ -81,6 +81,7 @@ def test_students_without_a_teacher_have_a_plan_each(capsys):
     assert (one["name"], two["name"]) == ("one", "two")
 
 
+@pytest.mark.thorough
 def test_students_share_a_program(capsys, toy_run, tmp_path):
     teacher = write_teacher(toy_run, vivid(replace(toy_run.model, vocab_size=512)), tmp_path / "teacher")
     asked = [*TOY, "topology=cpu:8", "objective=distillation", "distill=online", f"distill.teacher={teacher}"]
@@ -97,8 +98,13 @@ def test_students_share_a_program(capsys, toy_run, tmp_path):
     assert [model["role"] for model in placed["models"]] == ["student one", "student two", "teacher"]
 
 
-@pytest.mark.parametrize("students", [[], ["--student", "one", "--student", "two", "seed=1"]])
-@pytest.mark.parametrize("action", [[], ["--search", "--budget", "0"], ["--placement"]])
+@pytest.mark.parametrize(
+    "students",
+    [[], pytest.param(["--student", "one", "--student", "two", "seed=1"], marks=pytest.mark.thorough)],
+)
+@pytest.mark.parametrize(
+    "action", [pytest.param([], marks=pytest.mark.thorough), ["--search", "--budget", "0"], ["--placement"]]
+)
 def test_every_plan_has_the_vocabulary_of_prepared_data(students, action, capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("".join(f"note {number} of few words\n" for number in range(400)))
     run = [

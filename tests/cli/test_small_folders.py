@@ -42,6 +42,7 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_a_small_folder_trains_goes_on_and_is_repeated(
     notes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

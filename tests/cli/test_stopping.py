@@ -159,5 +159,5 @@ def test_a_cache(tmp_path: Path, estimate: bool, corpus: Path) -> None:
         assert not (tmp_path / "cache").exists()
     else:
         last = stopped_in("gemma2_jax.data.shards:RecordWriter.write:1", command, tmp_path)
-        assert last == "8 rows of cache are written; the same command continues after them."
+        assert last == "8 rows of cache are written; the same command resumes after them."
         assert read_cache(tmp_path / "cache").rows == 8

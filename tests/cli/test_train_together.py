@@ -39,7 +39,7 @@ def test_what_each_makes_of_the_teacher_is_its_own(tmp_path: Path, monkeypatch: 
     taught, matching, text = compose_students(SHARED, [["wide", "model=small_1m"], inside, scratch], None)
     assert matching.distill.teacher == "runs/teacher"
     assert matching.distill.match is not None
-    matching.distill.match.check_teacher(matching.model, compose(["experiment=quickstart/teacher"]).model)
+    matching.distill.match.check_teacher(matching.model, compose(["model=small_6m"]).model)
     assert not text.distill.has_teacher
     check_together([taught, matching, text])
     of_a_cache = [*SHARED, "distill=cached", "distill.cache=runs/cache"]
@@ -128,5 +128,5 @@ def test_from_the_command_line(corpus: Path, tmp_path: Path, capsys):
     assert not np.array_equal(one["embedder"]["embedding"], two["embedder"]["embedding"])
     unprepared = [*command, f"data.folder={tmp_path}/other"]
     assert main([*unprepared, "--student", "one", "--student", "three", "data.seed=5"]) == 1
-    assert "one has data.seed=0, and three has 5" in capsys.readouterr().err
+    assert "one has data.seed=0, but three has data.seed=5" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()  # refused before

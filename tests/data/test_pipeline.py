@@ -170,8 +170,8 @@ def test_the_largest_seed_shuffles_rows(data: DataConfig):
 
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 12, 1000])
-@pytest.mark.parametrize("streams", [1, 2, 4])
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("streams", [pytest.param(1, marks=pytest.mark.thorough), 2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_processes_share_the_batches_of_one(
     data: DataConfig, streams: int, processes: int, shuffle_buffer: int
 ):

@@ -238,9 +238,10 @@ def test_source_that_changed_between_is_refused(
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        (
+        pytest.param(
             {"source": "python-docs"},
             r"data\.source \['.*corpus\.jsonl'\], but \['python-docs'\] contains different text;",
+            marks=pytest.mark.thorough,
         ),
         (
             {"text_field": "body"},

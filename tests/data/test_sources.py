@@ -317,6 +317,7 @@ def test_python_docs_hold_modules_classes_functions_and_topics(python_docs: list
     assert not any(text.startswith(("test.", "class test.", "site-packages")) for text in python_docs)
 
 
+@pytest.mark.thorough
 def test_python_docs_are_the_same_in_another_process_and_import_nothing(python_docs: list[str]):
     code = (
         "import hashlib, sys; from gemma2_jax.data.python_docs import PythonDocs; before = set(sys.modules)\n"

@@ -306,7 +306,7 @@ def test_another_data_order_is_refused(sampled: RunConfig) -> None:
             cached_batches(data, folder_of(sampled))
         with pytest.raises(UserError, match=rf"data.{key} \({was}, now {value}\)"):
             write_cache(replace(sampled, data=data))
-    with pytest.raises(UserError, match=r"the number of processes \(1, now 2\)"):
+    with pytest.raises(UserError, match=r"a different number of processes \(1, now 2\)"):
         cached_batches(sampled.data, folder_of(sampled), 0, 2)
 
 
@@ -317,14 +317,17 @@ def test_other_documents_and_another_tokenizer_are_refused(
     path.write_text("\n\n".join(texts[::-1]))
     data = replace(sampled.data, source=str(path), folder=str(tmp_path / "prepared"))
     prepare(data, sampled.tokenizer)
-    with pytest.raises(UserError, match="another value of the documents"):
+    with pytest.raises(UserError, match="a different set of documents"):
         cached_batches(data, folder_of(sampled))
     tokenizer = replace(sampled.tokenizer, path=str(tmp_path / "other.model"))
     theirs = train_tokenizer(texts[:60], tokenizer.path, 400)
     data = replace(sampled.data, folder=str(tmp_path / "other"))
     prepare(data, tokenizer)
     was = read_cache(folder_of(sampled)).order.tokenizer
-    with pytest.raises(UserError, match=rf"the tokenizer \({was[:12]}, now {theirs.fingerprint[:12]}\)"):
+    found = theirs.fingerprint
+    with pytest.raises(
+        UserError, match=rf"a different tokenizer \({was[:12]}, now {found[:12]}\); set distill.cache"
+    ):
         cached_batches(data, folder_of(sampled))
 
 
@@ -340,7 +343,7 @@ def test_another_teacher_and_other_settings_are_refused(
         write_cache(asking(sampled, teacher=other))
     with pytest.raises(UserError, match=r"distill.encoding.entries \(50, now 12\)"):
         check_cache(folder_of(sampled), sampled.data, STEPS, encoding=EncodingConfig(entries=12))
-    with pytest.raises(UserError, match=r"another value of distill.dtype \(float32, now bfloat16\)"):
+    with pytest.raises(UserError, match=r"a different distill.dtype \(float32, now bfloat16\)"):
         write_cache(asking(sampled, dtype="bfloat16"))
     check_cache(
         folder_of(sampled), sampled.data, STEPS, 1, 1.0, sampled.distill.teacher, sampled.distill.encoding
@@ -379,7 +382,7 @@ def test_broken_files_are_named(sampled: RunConfig, tmp_path: Path) -> None:
     # An older version's, which knew its teacher by another digest.
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
     with pytest.raises(
-        UserError, match=r"has format 2, but .* format 3; delete .*/broken to make it anew\.$"
+        UserError, match=r"has format 2, but .* format 3; delete .*/broken to make it again\.$"
     ):
         read_cache(folder)
     manifest.write_text("{}")

@@ -93,7 +93,7 @@ def test_the_sampled_gradient_is_unbiased(proposal_temperature: float) -> None:
         assert largest_deviation(normalised, softmax(student) - p, sigma) > Z  # ... which this test would see
 
 
-@pytest.mark.parametrize("proposal_temperature", [1.0, 1.5])
+@pytest.mark.parametrize("proposal_temperature", [pytest.param(1.0, marks=pytest.mark.thorough), 1.5])
 def test_the_gradient_above_is_that_of_the_trainers_loss(proposal_temperature: float) -> None:
     config = EncodingConfig("sampled", 12, proposal_temperature=proposal_temperature, weight_bits=16)
     sparse, student = cached(config, logits(), 1), logits(seed=1)
@@ -101,6 +101,7 @@ def test_the_gradient_above_is_that_of_the_trainers_loss(proposal_temperature: f
     np.testing.assert_allclose(found, gradient(student, dense(sparse, V))[0], atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_the_value_from_draws_is_too_large_by_what_they_lack_of_the_entropy() -> None:
     """The loss of the teacher itself is not 0, and every other student has the same offset."""
     teacher, student = logits(), logits(seed=1)
@@ -177,6 +178,7 @@ def test_a_teacher_with_nan_outputs_is_reported(kind: str) -> None:
         cached(config, values, 3)
 
 
+@pytest.mark.thorough
 def test_draws_differ_from_row_to_row_and_place_to_place_and_seed_to_seed() -> None:
     flat = jnp.zeros((2, 2, 1000))
     rows, places = jnp.arange(2, dtype=jnp.uint32)[:, None], jnp.arange(2)
@@ -197,6 +199,7 @@ def renormalised_loss(student: jax.Array, sparse: SparseTargets) -> jax.Array:
     return jnp.sum(jnp.exp(log_teacher) * (log_teacher - jax.nn.log_softmax(student[sparse.ids[0, 0]])))
 
 
+@pytest.mark.thorough
 def test_the_tail_constrains_the_student_where_renormalising_does_not() -> None:
     teacher = logits()
     sparse = cached(EncodingConfig("top_k", 8, weight_bits=16), teacher, 1)

@@ -168,6 +168,7 @@ def test_what_does_nothing_is_found_and_can_go(toy_config: ModelConfig, wider: d
     np.testing.assert_allclose(read(toy_config, student), wanted, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_norms_see_the_mean_square_that_they_saw(toy_config: ModelConfig) -> None:
     """With an epsilon that is not small compared with the mean square."""
     teacher = replace(toy_config, **WIDER, norm_eps=0.5)
@@ -248,6 +249,7 @@ def test_query_heads_stay_with_their_group(
         assert np.array_equal(ours["output"], theirs["output"][:, np.array(kept_heads)])
 
 
+@pytest.mark.thorough
 def test_activations_are_those_of_the_model(toy_config: ModelConfig) -> None:
     """Each number on its own, from the model's modules; padding does not count."""
     teacher = Gemma2(toy_config, lively(toy_config))
@@ -335,6 +337,7 @@ def test_the_mesh_does_not_matter(teacher: RunConfig, toy_run: RunConfig, tokeni
         f"{leaf.sharding} is not {target.sharding}"), sharded, wanted)  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_the_same_model_is_loaded_unchanged(teacher: RunConfig, tokenizer: Tokenizer) -> None:
     """With or without settings for the choice; no batch is read."""
     whole = load_model(teacher.output).params()
@@ -371,6 +374,7 @@ def test_no_part_of_the_teacher_is_refused(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.thorough
 def test_refused_before_the_weights_are_read(
     teacher: RunConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,12 +385,14 @@ def test_refused_before_the_weights_are_read(
         initial_params(InitConfig(teacher.output, width="first"), student, tokenizer, one_device(), [])
 
 
+@pytest.mark.thorough
 def test_another_vocabulary_is_refused(teacher: RunConfig, toy_run: RunConfig, tokenizer: Tokenizer) -> None:
     student = replace(toy_run.model, vocab_size=500)
     with pytest.raises(UserError, match="holds a model with 400 tokens, but the configuration has 500"):
         initial_params(InitConfig(teacher.output, "even", "first"), student, tokenizer, one_device(), [])
 
 
+@pytest.mark.thorough
 def test_a_mesh_that_does_not_divide_the_source(teacher: RunConfig, tokenizer: Tokenizer) -> None:
     """The mesh does divide the student, which has other sizes."""
     mesh = build_mesh(MeshConfig(data=1, fsdp=5), jax.devices()[:5])

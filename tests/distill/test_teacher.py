@@ -56,6 +56,7 @@ def distilled(toy_run: RunConfig, teacher: RunConfig, tmp_path_factory: pytest.T
     return config
 
 
+@pytest.mark.thorough
 def test_the_student_approaches_the_teacher(distilled: RunConfig, teacher: RunConfig) -> None:
     rows = [row for row in read_metrics(distilled.output) if row["split"] == "validation"]
     assert [row["step"] for row in rows] == [6, 12]
@@ -85,6 +86,7 @@ def test_the_student_alone_is_checkpointed(distilled: RunConfig) -> None:
         store.restore(12, targets, train_batches(distilled.data))  # refuses anything more, or less
 
 
+@pytest.mark.thorough
 def test_the_teacher_has_its_own_dtype_and_the_students_mesh(
     distilled: RunConfig, toy_run: RunConfig
 ) -> None:
@@ -132,6 +134,7 @@ def test_rows_may_differ_where_tokens_do_not(
     assert float(sums["kl"]) == pytest.approx(float(jnp.sum(kl * batch.loss_mask)), rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_another_vocabulary_is_refused(distilled: RunConfig, toy_run: RunConfig) -> None:
     student = replace(toy_run.model, vocab_size=600, vocab_padding=100)
     with pytest.raises(UserError, match=r"holds a model with 400 tokens, but the configuration has 500"):
@@ -144,7 +147,10 @@ def test_another_tokenizer_is_refused(
     teacher: RunConfig, toy_run: RunConfig, texts: list[str], tmp_path: Path
 ) -> None:
     other = train_tokenizer(texts[::2], tmp_path / "other.model", 400)
-    with pytest.raises(UserError, match=f"and tokenizer.path is {other.fingerprint[:12]} of 400; both"):
+    with pytest.raises(
+        UserError,
+        match=f"but tokenizer.path is {other.fingerprint[:12]} of 400 tokens; they must be the same",
+    ):
         load_teacher(DistillConfig(teacher.output, "float32"), toy_run.model, other, build_mesh(MeshConfig()))
 
 

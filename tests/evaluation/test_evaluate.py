@@ -32,6 +32,7 @@ def finished(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Ru
     return config
 
 
+@pytest.mark.thorough
 def test_equals_the_mean_over_every_target(finished: RunConfig) -> None:
     model = load_model(finished.output)
     total, entropy, count = 0.0, 0.0, 0
@@ -58,6 +59,7 @@ def test_equals_the_mean_over_every_target(finished: RunConfig) -> None:
     assert logged["targets"] == count
 
 
+@pytest.mark.thorough
 def test_evaluations_in_training_are_bounded_and_the_final_one_is_not(
     finished: RunConfig, tmp_path: Path
 ) -> None:

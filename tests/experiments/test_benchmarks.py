@@ -33,6 +33,7 @@ def rows(script: str, *arguments: str) -> dict[str, float]:
     return {match[1]: float(match[2].replace(",", "")) for match in matches if match}
 
 
+@pytest.mark.thorough
 def test_data_throughput(corpus: Path):
     figures = rows(
         "data_throughput.py",

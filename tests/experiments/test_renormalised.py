@@ -78,6 +78,7 @@ def test_the_copy_has_no_tail_and_sums_to_1(script: ModuleType, cache: Path, tmp
     np.testing.assert_allclose(np.exp(sparse.log_weights[0]), expected, rtol=2 * GRID.step)
 
 
+@pytest.mark.thorough
 def test_without_the_study_it_names_the_command_to_run(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(

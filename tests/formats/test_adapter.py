@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.formats.adapter import AdaptedSource, check_base, read_adapter
+from gemma2_jax.formats.adapter import AdaptedSource, read_adapter
+from gemma2_jax.formats.based import check_base
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.inspection import inspect
 from gemma2_jax.formats.load import adapted, load, model_of, open_source
@@ -177,16 +178,15 @@ def test_an_adapter_for_another_base_is_refused(
     tensors["model.norm.weight"][3] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     identity = json.loads((adapter / "base.json").read_text())["identity"][:12]
-    message = (
-        rf"run holds an adapter for a base model with the weights {identity}, but {other} has the weights"
-    )
+    message = rf"run was trained on a base model with the weights {identity}, but {other} has the weights"
     with pytest.raises(UserError, match=message):
-        check_base(read_adapter(adapter, small), open_source(other))
+        check_base(adapter, read_adapter(adapter, small).identity, open_source(other))
     with pytest.raises(UserError, match=message):
         convert(adapter, tmp_path / "new", merge=True, base=other)
     with pytest.raises(UserError, match=message):
         model_of(open_source(adapter, base=other), "float32")
-    check_base(read_adapter(adapter, small), open_source(run_folder))  # the same weights in another format
+    # The same weights in another format.
+    check_base(adapter, read_adapter(adapter, small).identity, open_source(run_folder))
     open_source(adapter, base=run_folder).weight(next(iter(read_adapter(adapter, small).matrices)))
 
 
@@ -205,7 +205,7 @@ def load_with_base(adapter: Path, base: Path) -> Any:
 def test_the_base_is_missing(adapter: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(adapter, tmp_path / "run"))
     (folder / "base.json").write_text(json.dumps({"source": "gone", "identity": "0" * 64}))
-    with pytest.raises(UserError, match=r"run holds an adapter for the base model gone: gone does not exist"):
+    with pytest.raises(UserError, match=r"run was trained on the base model gone: gone does not exist"):
         open_source(folder)
     (folder / "base.json").write_text("[]")
     with pytest.raises(UserError, match=r"base.json is truncated or damaged"):
@@ -290,6 +290,14 @@ def test_a_layer_beyond_the_model_is_named(spoilt: Path) -> None:
         open_source(spoilt)
 
 
+def test_a_pickle_is_named(spoilt: Path) -> None:
+    (spoilt / WEIGHTS).rename(spoilt / "adapter_model.bin")
+    with pytest.raises(
+        UserError, match=r"adapter_model.bin is a pickle, which may run code and cannot be read; save"
+    ):
+        open_source(spoilt)
+
+
 def test_what_holds_no_adapter(exported: Path, small: ModelConfig) -> None:
     with pytest.raises(
         UserError, match=r"exported holds no adapter; accepted: a run folder of a training with adap"
@@ -331,3 +339,38 @@ def test_logits_are_those_of_peft(which: str, request: Any, exported: Path, tmp_
         expected = model(torch.tensor(np.array(TOKENS))).logits.numpy()
     found = logits(load(folder)[0])
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_itself_reads_and_writes_our_adapters(peft: Path, exported: Path, tmp_path: Path) -> None:
+    """Its logits are ours, and an adapter that it wrote is the same after import and export, bit for bit."""
+    torch = pytest.importorskip("torch", reason="needs the extra `reference`")
+    transformers = pytest.importorskip("transformers", reason="needs the extra `reference`")
+    library = pytest.importorskip("peft", reason="needs the extra `reference`")
+
+    def base() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            exported, attn_implementation="eager", dtype="float32"
+        )
+
+    def compare(model: Any, folder: Path) -> None:
+        with torch.no_grad():
+            expected = model.eval()(torch.tensor(np.array(TOKENS))).logits.numpy()
+        found = logits(load(folder)[0])
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+    compare(library.PeftModel.from_pretrained(base(), peft), peft)
+    modules = ["q_proj", "o_proj", "gate_proj", "down_proj"]
+    settings = library.LoraConfig(
+        r=4, lora_alpha=10, use_rslora=True, target_modules=modules, layers_to_transform=[1, 3],
+        init_lora_weights=False, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    theirs = library.get_peft_model(base(), settings)
+    theirs.save_pretrained(tmp_path / "theirs")
+    compare(theirs, tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours", "peft")
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("theirs", "ours"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        np.testing.assert_array_equal(tensor.view(np.uint32), other[name].view(np.uint32))
+    compare(library.PeftModel.from_pretrained(base(), tmp_path / "ours"), tmp_path / "theirs")

@@ -159,7 +159,14 @@ def is_half_way(process: subprocess.Popen[str]) -> bool:
     return process.stdout.readline() == "half way\n"
 
 
-@pytest.mark.parametrize("target", ["run", "hf --to huggingface", "new.gguf"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("run", marks=pytest.mark.thorough),
+        "hf --to huggingface",
+        pytest.param("new.gguf", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_full_disk(exported, tmp_path, target):
     if target.endswith("gguf"):
         pytest.importorskip("gguf", reason="needs the extra `gguf`: pip install -e '.[gguf]'")

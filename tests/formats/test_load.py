@@ -244,7 +244,7 @@ def test_weights_that_changed_on_the_disk_are_not_read(run_folder, tmp_path):
     largest.write_bytes(content)
     source = open_source(run)
     with pytest.raises(
-        UserError, match=r"run/checkpoints/0 is not whole \(params/.* has changed since it was written"
+        UserError, match=r"run/checkpoints/0 is not intact \(params/.* has changed since it was written"
     ):
         source.weight(WeightPlace("final_norm/scale", None))
     with pytest.raises(UserError, match=r"has changed since it was written"):

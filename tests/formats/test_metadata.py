@@ -37,7 +37,11 @@ def through_a_run(folder, tmp_path):
     return tmp_path / "back"
 
 
-@pytest.mark.parametrize("eos", [[1, 242], [1, 5, 9], 242, 1, [9]], ids=str)
+@pytest.mark.parametrize(
+    "eos",
+    [[1, 242], *(pytest.param(eos, marks=pytest.mark.thorough) for eos in ([1, 5, 9], 242, 1, [9]))],
+    ids=str,
+)
 def test_the_ends_of_a_text_come_back(hf_folder, tmp_path, eos):
     edit(hf_folder, "generation_config.json", eos_token_id=eos)
     back = through_a_run(hf_folder, tmp_path)
@@ -151,6 +155,7 @@ def test_transformers_finds_them(hf_folder, tmp_path):
     assert (tokenizer.eos_token, tokenizer.eos_token_id, len(tokenizer)) == ("<end_of_turn>", 5, 400)
 
 
+@pytest.mark.thorough
 def test_a_run_takes_its_metadata_from_its_initial_checkpoint(toy_run, hf_folder, tmp_path):
     """And a student from its teacher. Going on with the run, or losing its source, changes nothing."""
     source = tmp_path / "source"

@@ -43,6 +43,7 @@ def test_rows_that_nothing_names_are_padding(hf_folder, exported, tmp_path, rows
         assert (tmp_path / "back" / name).read_bytes() == (exported / name).read_bytes()
 
 
+@pytest.mark.thorough
 def test_padding_is_never_generated(hf_folder, exported):
     resize(hf_folder, 448)
     config = SamplingConfig(max_new_tokens=20, temperature=0.0, stop_tokens=())

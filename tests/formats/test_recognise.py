@@ -38,7 +38,7 @@ def test_an_adapter_whose_base_is_missing(hf_folder, whole, tmp_path):
     (hf_folder / "checkpoint-10").mkdir()
     if not whole:
         (hf_folder / "config.json").unlink()
-    assert refusal(hf_folder).startswith(f"holds an adapter for the base model {base}: {base} does not exist")
+    assert refusal(hf_folder).startswith(f"was trained on the base model {base}: {base} does not exist")
     (hf_folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     assert refusal(hf_folder) == "/adapter_config.json has peft_type IA3; accepted: LORA."
     (hf_folder / "adapter_config.json").unlink()

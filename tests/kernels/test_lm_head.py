@@ -47,7 +47,7 @@ def now(config: ObjectiveConfig) -> Any:
     return build_coefficients(config, steps=1)(0)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     B=st.integers(1, 3),
     T=st.integers(1, 19),
@@ -328,7 +328,7 @@ def cotangent_of(B: int, T: int) -> jax.Array:
     return found.at[:, ::3].set(0.0)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     B=st.integers(1, 3),
     T=st.integers(1, 19),

@@ -110,7 +110,7 @@ def test_the_loop_of_long_sequences_equals_the_reference(window, softcap):
 
 
 @pytest.mark.parametrize("kernel", ["splash", "blockwise"])
-@pytest.mark.parametrize("T", [2048, 32768])
+@pytest.mark.parametrize("T", [2048, pytest.param(32768, marks=pytest.mark.thorough)])
 def test_no_kernel_builds_all_scores(kernel, T):
     """Neither way; nor does any array of a long sequence grow with its square."""
     B, K, G, H = 1, 1, 2, 128

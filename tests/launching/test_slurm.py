@@ -73,6 +73,7 @@ def test_sbatch_is_needed(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         slurm.check_tools(SlurmSettings("."))
 
 
+@pytest.mark.thorough
 def test_a_job_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole run through submitit, with a script in place of training."""
     settings, job = SlurmSettings(str(tmp_path / "work"), local=True), Job("toy", tmp_path / "toy")
@@ -87,6 +88,7 @@ def test_a_job_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         slurm.submit(settings, job)
 
 
+@pytest.mark.thorough
 def test_a_job_on_this_machine_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job leaves no result, for which submitit would wait for seconds."""
     from submitit.core.core import Job as Submitted
@@ -97,6 +99,7 @@ def test_a_job_on_this_machine_that_is_killed(tmp_path: Path, monkeypatch: pytes
         slurm.submit(SlurmSettings(str(tmp_path), local=True), Job("toy", tmp_path / "toy"))
 
 
+@pytest.mark.thorough
 def test_a_job_on_this_machine_ends_with_the_command(tmp_path: Path) -> None:
     script = f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 300"
     command = f"""

@@ -75,13 +75,22 @@ def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run
     return run
 
 
-@pytest.fixture(scope="module", params=["text", "online", "matched", "cached", "on-policy"])
-def run(request: Any, toy_run: RunConfig, teacher: RunConfig, tmp_path_factory: Any) -> RunConfig:
+@pytest.fixture(
+    scope="module",
+    params=[
+        "text",
+        *(
+            pytest.param(kind, marks=pytest.mark.thorough)
+            for kind in ("online", "matched", "cached", "on-policy")
+        ),
+    ],
+)
+def run(request: Any, toy_run: RunConfig, tmp_path_factory: Any) -> RunConfig:
     folder = tmp_path_factory.mktemp("adapted")
     run = replace(toy_run, name=request.param, output=str(folder / "run"))
     if request.param == "text":
         return run
-    distill = DistillConfig(teacher.output, "float32")
+    distill = DistillConfig(request.getfixturevalue("teacher").output, "float32")
     if request.param == "matched":
         distill = replace(distill, match=MatchConfig(((0, 0), (1, 1)), hidden=1.0))
     if request.param == "on-policy":
@@ -121,12 +130,14 @@ def rows_at(run: RunConfig, step: int, split: str) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.thorough
 def test_it_is_planned_with_moments_of_the_norms_alone(run: RunConfig) -> None:
     topology = find_topology("cpu:1")
     adapted = make_plan([run], topology, build_method(run, NormsOnly())).program.memory.argument
     assert adapted < 0.6 * make_plan([run], topology).program.memory.argument
 
 
+@pytest.mark.thorough
 def test_students_with_it_have_the_losses_of_each_alone(toy_run: RunConfig) -> None:
     """Students of a wider teacher; one of them also matches layers, with projections."""
     sizes = replace(toy_run.model, d_model=48)

@@ -96,6 +96,7 @@ def test_it_trains_and_is_validated(trained: RunConfig) -> None:
     load_model(trained.output)  # a run folder like any other
 
 
+@pytest.mark.thorough
 def test_it_goes_on_as_if_it_had_not_been_stopped(trained: RunConfig, tmp_path: Path) -> None:
     every_two = replace(trained.checkpoint, every=2)
     stopped = replace(trained, output=str(tmp_path / "stopped"), checkpoint=every_two)

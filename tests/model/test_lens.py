@@ -35,6 +35,7 @@ def test_attention_maps(toy_model: Gemma2, apart: Any, unroll_layers: bool) -> N
         assert not np.any(np.where(visible[:, None], 0.0, found[layer]))
 
 
+@pytest.mark.thorough
 def test_attention_maps_of_packed_documents(toy_model: Gemma2) -> None:
     """A document is attended to as if it were alone."""
     positions = jnp.concatenate([jnp.arange(12), jnp.arange(8)])[None]

@@ -89,7 +89,10 @@ def as_sums(config: ModelConfig, params: Params, share: float) -> Params:
 
 
 @pytest.mark.usefixtures("sums_are_weights")
-@pytest.mark.parametrize(("remat", "unroll_layers"), [("none", False), ("full", False), ("dots", True)])
+@pytest.mark.parametrize(
+    ("remat", "unroll_layers"),
+    [("none", False), ("full", False), pytest.param("dots", True, marks=pytest.mark.thorough)],
+)
 def test_weights_of_two_arrays_pass_through_a_model(
     toy_config: ModelConfig, params: Params, remat: Any, unroll_layers: bool
 ) -> None:

@@ -152,6 +152,7 @@ def test_offload_keeps_the_residual_stream_with_the_host(toy_model):
     assert stacked("offload") == [False, True]
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_close_to_float32(toy_model, plain):
     half = ComputeConfig(dtype="bfloat16")
     assert jax.eval_shape(lambda model: model.hidden(TOKENS, compute=half), toy_model).dtype == jnp.bfloat16

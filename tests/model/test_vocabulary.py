@@ -61,7 +61,7 @@ def test_tokens_and_not_rows_are_counted(padded):
     check_tokens(padded.config, 96, "tokenizer.path x")
     for tokens in (95, 97, 104):
         sentence = (
-            rf"^tokenizer.path x has {tokens} tokens and the model 96; model.vocab_size \(104\) less model"
+            rf"^tokenizer.path x has {tokens} tokens and the model 96; model.vocab_size \(104\) minus model"
         )
         with pytest.raises(UserError, match=sentence):
             check_tokens(padded.config, tokens, "tokenizer.path x")

@@ -22,6 +22,7 @@ def command(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> lis
     return ["train", "--config", str(folder / "toy.yaml")]
 
 
+@pytest.mark.thorough
 def test_one_that_fails_in_the_middle(command: list[str]) -> None:
     first, second = run_job([[*GEMMA2, *command], [*FAILING, "refuse", *command]])
     assert (first.code, second.code) == (1, 1)

@@ -76,6 +76,7 @@ def cut(folder: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.thorough
 def test_two_processes_train_as_one(two: tuple[Path, list[Ended]], alone: Path) -> None:
     folder, _ = two
     assert_same_metrics(folder, alone)
@@ -153,6 +154,7 @@ def test_runs_that_save_at_the_same_time(tmp_path: Path) -> None:
         assert sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) == ["11", "12"]
 
 
+@pytest.mark.thorough
 def test_only_process_0_prints(two: tuple[Path, list[Ended]]) -> None:
     folder, (first, second) = two
     assert first.output == f"{folder} is trained to step 4.\n"
@@ -160,6 +162,7 @@ def test_only_process_0_prints(two: tuple[Path, list[Ended]]) -> None:
     assert (second.output, second.errors) == ("", "")
 
 
+@pytest.mark.thorough
 def test_a_run_folder_does_not_depend_on_its_processes(two: tuple[Path, list[Ended]]) -> None:
     assert load_config(RunConfig, two[0] / "config.yaml").hosts == HostsConfig()
 

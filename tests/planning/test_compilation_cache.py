@@ -43,6 +43,7 @@ def steps_in(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith("jit_step_as_laid_out-")]
 
 
+@pytest.mark.thorough
 def test_a_run_takes_the_step_that_a_plan_has_compiled(toy_run: RunConfig, tmp_path: Path) -> None:
     folder = tmp_path / "compiled"
     mine = cache_folder()
@@ -64,6 +65,7 @@ def test_a_run_takes_the_step_that_a_plan_has_compiled(toy_run: RunConfig, tmp_p
     assert cache_folder() == mine
 
 
+@pytest.mark.thorough
 def test_a_plan_has_the_vocabulary_of_prepared_data(toy_run: RunConfig, tmp_path: Path) -> None:
     """The text supports fewer tokens than requested; the planned program is then the trained program."""
     source = tmp_path / "notes.jsonl"
@@ -93,6 +95,7 @@ def test_a_plan_has_the_vocabulary_of_prepared_data(toy_run: RunConfig, tmp_path
     assert steps_in(tmp_path / "compiled") == planned
 
 
+@pytest.mark.thorough
 def test_students_load_the_step_that_a_plan_compiled(
     toy_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def students(planned_run):
     return runs
 
 
+@pytest.mark.thorough
 def test_students_have_one_plan(students, planned_run, cpus, plan):
     """The plan counts all their parameters, and the teacher once."""
     together = make_plan(students, cpus)

@@ -46,5 +46,7 @@ def test_processes_with_the_same_rows_feed_the_same(mesh: Any, shares: list[tupl
 
 
 def test_rows_that_are_shared_in_part_are_refused() -> None:
-    with pytest.raises(UserError, match=r"mesh fsdp=4 x tensor=3 gives two of the 3 processes some rows"):
+    with pytest.raises(
+        UserError, match=r"mesh fsdp=4 x tensor=3 makes two of the 3 processes share some of their rows"
+    ):
         feeding_share(a_mesh(1, 4, 3, each=4), 0)

@@ -62,6 +62,7 @@ def full(online: RunConfig) -> RunConfig:
     return config
 
 
+@pytest.mark.thorough
 def test_the_whole_distribution_trains_as_the_teacher_itself(online: RunConfig, full: RunConfig) -> None:
     train(online)
     # Logarithms are kept in steps of (2 * 30 + log 400) / 65535 = 1e-3; a KL of size 1 is off by as much at most.
@@ -115,6 +116,7 @@ def test_a_run_goes_on_where_its_cache_was_moved_to(
     assert losses(begun) == losses(full)
 
 
+@pytest.mark.thorough
 def test_a_cache_that_was_made_anew_is_not_the_runs(
     begun: RunConfig, full: RunConfig, online: RunConfig
 ) -> None:
@@ -151,6 +153,7 @@ def test_without_the_teacher_any_cache_will_do(full: RunConfig, tmp_path: Path) 
     assert "kl" not in next(row for row in rows if row["split"] == "validation")
 
 
+@pytest.mark.thorough
 def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
     full: RunConfig, tmp_path: Path
 ) -> None:
@@ -168,7 +171,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
     ):
         train(replace(full, training=longer, output=str(tmp_path / "longer")))
     half = replace(full.distill, dtype="bfloat16")
-    with pytest.raises(UserError, match=r"another value of distill\.dtype \(float32, now bfloat16\)"):
+    with pytest.raises(UserError, match=r"a different distill\.dtype \(float32, now bfloat16\)"):
         train(replace(full, distill=half, output=str(tmp_path / "half")))
     assert not (tmp_path / "warm" / "config.yaml").exists()
 
@@ -194,7 +197,9 @@ def test_a_baseline_trained_with_a_student_of_a_cache(full: RunConfig, tmp_path:
     warm = replace(
         full, objective=replace(full.objective, temperature=2.0), distill=replace(full.distill, encoding=None)
     )
-    with pytest.raises(UserError, match=r"toy has objective.temperature=1.0, and warm has 2.0"):
+    with pytest.raises(
+        UserError, match=r"toy has objective.temperature=1.0, but warm has objective.temperature=2.0"
+    ):
         train_together([text, replace(full, distill=warm.distill), replace(warm, name="warm")])
     whole = replace(text, output=str(tmp_path / "whole"))
     train(whole)

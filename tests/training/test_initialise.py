@@ -39,6 +39,7 @@ def released(sharded, tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["run", "hf"])
 def test_the_first_loss_is_that_of_the_weights(sharded, released, tmp_path, kind):
     mesh = build_mesh(sharded.mesh)
@@ -89,7 +90,7 @@ def test_another_model_or_tokenizer_is_refused(sharded, released, texts, tmp_pat
     convert(released / "run", folder, "run")
     train_tokenizer(texts[:60], folder / "tokenizer.model", 400)
     with pytest.raises(
-        UserError, match=r"^initialise.source .* of 400 tokens, and tokenizer.path is .* same"
+        UserError, match=r"^initialise.source .* of 400 tokens, but tokenizer.path is .* same"
     ):
         train(replace(sharded, output=str(tmp_path / "b"), initialise=InitConfig(str(folder))))
 

@@ -15,10 +15,7 @@ import pytest
 from gemma2_jax.checkpoints.store import FOLDER, describe_params, restore_params
 from gemma2_jax.config import UserError
 from gemma2_jax.data.pipeline import train_batches
-from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.initialise import InitConfig
-from gemma2_jax.distill.matching import MatchConfig
-from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.formats.base_record import BASE_FILE
 from gemma2_jax.methods.choose import build_method
@@ -26,7 +23,6 @@ from gemma2_jax.methods.method import BASE
 from gemma2_jax.model.adaptation import AdaptationConfig
 from gemma2_jax.model.lora import TARGETS
 from gemma2_jax.model.weights import abstract_params, specs_by_path
-from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.planning.placement import find_placement
 from gemma2_jax.planning.plan import make_plan
 from gemma2_jax.planning.search import estimated_memory
@@ -34,30 +30,17 @@ from gemma2_jax.planning.topologies import find_topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import AXES, MeshConfig, build_mesh
 from gemma2_jax.training.loop import train
-from gemma2_jax.training.metrics import read_metrics
 from gemma2_jax.training.overview import describe_runs
 from gemma2_jax.training.state import initial_state
-from gemma2_jax.training.teacher_cache import write_cache
 from gemma2_jax.training.together import method_of, train_together
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
 from tests.steps import take_steps
+from tests.training.methods import KL, every_method, rows, with_method
 from tests.training.stops import stopped_after
 
-KL = ObjectiveConfig(cross_entropy=0.0, forward_kl=1.0, temperature=1.0, block_tokens=48)
 LORA = AdaptationConfig("lora", rank=4, alpha=8.0, dropout=0.25, targets=tuple(TARGETS))
 BYTES = 4  # of a float32
-
-
-@pytest.fixture(scope="module")
-def base(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(toy_run, vivid(toy_run.model), tmp_path_factory.mktemp("lora") / "base")
-
-
-@pytest.fixture(scope="module")
-def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
-    model = vivid(replace(toy_run.model, d_model=48))
-    return write_teacher(toy_run, model, tmp_path_factory.mktemp("lora") / "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -74,42 +57,21 @@ def lora(toy_run: RunConfig, base: str, tmp_path_factory: pytest.TempPathFactory
     )
 
 
-def with_method(lora: RunConfig, method: str, teacher: str, folder: Path) -> RunConfig:
-    run = replace(lora, name=method, output=str(folder / "run"))
-    if method == "text":
-        return run
-    distill = DistillConfig(teacher, "float32")
-    if method == "matched":
-        distill = replace(distill, match=MatchConfig(((0, 0), (1, 1)), hidden=1.0))
-    if method == "on-policy":
-        distill = replace(distill, on_policy=OnPolicyConfig(fraction=0.5, prompt_tokens=8))
-    if method == "cached":
-        distill = replace(distill, cache=str(folder / "cache"), encoding=EncodingConfig("top_k", 8))
-        write_cache(replace(run, objective=KL, distill=distill))
-    return replace(run, objective=KL, distill=distill)
+@pytest.fixture(scope="module")
+def finished(lora: RunConfig) -> RunConfig:
+    train(lora)
+    return lora
 
 
-def rows(output: str) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in row.items() if name not in ("tokens_per_second", "mfu")}
-        for row in read_metrics(output)
-    ]
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        "text",
-        "on-policy",
-        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("online", "matched", "cached")),
-    ],
-)
+@pytest.mark.parametrize("method", every_method("text", "on-policy"))
 def test_an_adapter_is_trained_and_resumed_with_every_method(
-    lora: RunConfig, method: str, teacher: str, tmp_path: Path
+    finished: RunConfig, method: str, wide_teacher: str, tmp_path: Path
 ) -> None:
-    run = with_method(lora, method, teacher, tmp_path)
-    whole = replace(run, output=str(tmp_path / "whole"))
-    train(whole)
+    run = with_method(finished, method, wide_teacher, tmp_path)
+    whole = finished
+    if method != "text":
+        whole = replace(run, output=str(tmp_path / "whole"))
+        train(whole)
     with stopped_after(3):
         train(run)
     train(run)
@@ -131,26 +93,18 @@ def trained_params(run: RunConfig) -> Any:
     return restore_params(run.output, abstract_params(specs, mesh=mesh))
 
 
-@pytest.fixture(scope="module")
-def finished(lora: RunConfig) -> RunConfig:
-    train(lora)
-    return lora
-
-
 def test_another_base_is_refused(finished: RunConfig, base: str, toy_run: RunConfig, tmp_path: Path) -> None:
     other = write_teacher(toy_run, vivid(replace(toy_run.model, rope_base=9_999.0)), tmp_path / "other")
     known = json.loads((Path(finished.output) / BASE_FILE).read_text())
     assert known["source"] == base
     changed = replace(finished, initialise=InitConfig(source=other))
-    message = (
-        rf"holds an adapter for {base} with the weights {known['identity'][:12]} .*{other} has the weights"
-    )
+    message = rf"was trained on {base} with the weights {known['identity'][:12]} .*{other} has the weights"
     with pytest.raises(UserError, match=message):
         train(changed)
     folder = tmp_path / "unfinished"
     shutil.copytree(finished.output, folder)
     shutil.rmtree(folder / FOLDER / "5")
-    with pytest.raises(UserError, match="holds an adapter for"):
+    with pytest.raises(UserError, match="was trained on"):
         train(replace(changed, output=str(folder)))
     moved = tmp_path / "moved"
     shutil.copytree(base, moved)
@@ -162,7 +116,7 @@ def test_a_run_without_its_base_record_is_refused(finished: RunConfig, tmp_path:
     shutil.copytree(finished.output, tmp_path / "run")
     (tmp_path / "run" / BASE_FILE).unlink()
     with pytest.raises(
-        UserError, match=r"base\.json is missing, which identifies the base model of the run's"
+        UserError, match=r"base\.json is missing, which identifies the base model that the run was"
     ):
         train(replace(finished, output=str(tmp_path / "run")))
 
@@ -247,10 +201,8 @@ def test_the_number_of_trained_parameters_is_shown(lora: RunConfig) -> None:
     assert line.endswith("of the model's: rank 4, on q, k, v, o, gate, up, down of all layers")
 
 
-def test_students_with_adapters_share_a_teacher(
-    lora: RunConfig, teacher: str, toy_run: RunConfig, tmp_path: Path
-) -> None:
-    distill = DistillConfig(teacher, "float32")
+def test_students_with_adapters_share_a_teacher(lora: RunConfig, wide_teacher: str, tmp_path: Path) -> None:
+    distill = DistillConfig(wide_teacher, "float32")
     first = replace(lora, name="first", output=str(tmp_path / "first"), objective=KL, distill=distill)
     second = replace(
         first,
@@ -278,11 +230,11 @@ def test_students_with_adapters_share_a_teacher(
     [
         (
             InitConfig(),
-            r"adaptation.kind is lora and initialise.source is null; an adapter needs a base model: write",
+            r"adaptation.kind is lora and initialise.source is null; the frozen weights come from a checkpoint: write",
         ),
         (
             InitConfig("base", layers="even"),
-            r"adaptation.kind is lora and initialise.layers is set; an adapter needs",
+            r"adaptation.kind is lora and initialise.layers is set; the frozen weights are those",
         ),
         (InitConfig("base", width="first"), r"adaptation.kind is lora and initialise.width is set"),
     ],

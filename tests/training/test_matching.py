@@ -92,6 +92,7 @@ def on_one_device(run: RunConfig, batches: list[Batch]) -> tuple[TrainState, lis
     return steps(run, ONE_DEVICE, batches)
 
 
+@pytest.mark.thorough
 def test_the_loss_is_the_weighted_sum(on_one_device: Any) -> None:
     for row in on_one_device[1]:
         objective = 0.25 * row["cross_entropy"] + 0.75 * row["kl"]
@@ -130,6 +131,7 @@ def test_projections_and_their_moments_are_sharded(run: RunConfig) -> None:
         assert array.addressable_shards[0].data.shape == (2, 8, 48)
 
 
+@pytest.mark.thorough
 def test_projections_begin_as_weights_do_and_are_trained(run: RunConfig, on_one_device: Any) -> None:
     mesh = build_mesh(ONE_DEVICE, jax.devices()[:1])
     other = begun(replace(run, seed=1), mesh)
@@ -139,6 +141,7 @@ def test_projections_begin_as_weights_do_and_are_trained(run: RunConfig, on_one_
     assert np.abs(after - before).max(axis=(1, 2)).min() > 1e-3  # each pair's own
 
 
+@pytest.mark.thorough
 def test_a_teacher_as_wide_as_the_student_needs_none(run: RunConfig, batches: list[Batch]) -> None:
     state, rows = steps(run, ONE_DEVICE, batches[:1], width=32)
     assert set(state.trainable) == {"params"}
@@ -204,6 +207,7 @@ def test_a_resumed_run_is_bit_identical(finished: RunConfig, tmp_path: Path, one
     chex.assert_trees_all_equal(found, saved(finished))
 
 
+@pytest.mark.thorough
 def test_projections_that_an_older_version_saved_are_refused(
     finished: RunConfig, tmp_path: Path, one_device: None
 ) -> None:
@@ -232,6 +236,7 @@ def test_projections_that_an_older_version_saved_are_refused(
     assert latest_step(run) == 6
 
 
+@pytest.mark.thorough
 def test_nothing_of_it_is_exported(finished: RunConfig, tmp_path: Path) -> None:
     checkpoint = Path(finished.output, "checkpoints", "8")
     assert {path.name for path in checkpoint.iterdir() if path.is_dir()} == {
@@ -245,6 +250,7 @@ def test_nothing_of_it_is_exported(finished: RunConfig, tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensors["model.norm.weight"], student.params()["final_norm"]["scale"])
 
 
+@pytest.mark.thorough
 def test_a_layer_that_the_teacher_lacks_is_refused(
     finished: RunConfig, tmp_path: Path, one_device: None
 ) -> None:

@@ -36,6 +36,7 @@ def steps_in(trace: Path) -> set[int]:
     }
 
 
+@pytest.mark.thorough
 def test_the_chosen_steps_are_traced(profiled: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     train(profiled)
     folder = Path(profiled.output, "profile")
@@ -44,6 +45,7 @@ def test_the_chosen_steps_are_traced(profiled: RunConfig, capsys: pytest.Capture
     assert f"the trace from step 2 on is in {folder}" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_run_without_steps_left_reports_that_there_is_no_trace(
     profiled: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,8 +75,9 @@ def test_one_that_is_done_was_distilled_from_the_same(
     train(done)
 
 
+@pytest.mark.thorough
 def test_a_run_of_an_older_version_keeps_to_its_teachers_path(done: RunConfig, tmp_path: Path) -> None:
-    """Its record has another digest of the same weights, and is replaced when the run goes on."""
+    """Its record has another digest of the same weights, and is replaced when the run resumes."""
     run = replace(done, output=str(tmp_path / "run"))
     with stopped_after(1):
         train(run)
@@ -373,7 +374,7 @@ def test_checkpoints_that_were_deleted_are_not_trained_over(done: RunConfig, tmp
     for file in (run / "checkpoints").rglob("*"):
         if file.is_file():
             file.unlink()
-    with pytest.raises(UserError, match=r"holds no whole checkpoint: .*/checkpoints/2 is not whole"):
+    with pytest.raises(UserError, match=r"holds no intact checkpoint: .*/checkpoints/2 is not intact"):
         train(replace(done, output=str(run)))
 
 

@@ -90,14 +90,23 @@ def alone(batches: list[Batch]) -> Alone:
 @pytest.mark.parametrize(
     "mesh",
     [
-        MeshConfig(8, 1, 1),
-        MeshConfig(1, 8, 1),
-        MeshConfig(2, 2, 2),
-        MeshConfig(data=1, replica=2, fsdp=2, sequence=2),
+        pytest.param(MeshConfig(8, 1, 1), id="data", marks=pytest.mark.thorough),
+        pytest.param(MeshConfig(1, 8, 1), id="fsdp", marks=pytest.mark.thorough),
+        pytest.param(MeshConfig(2, 2, 2), id="all-three"),
+        pytest.param(
+            MeshConfig(data=1, replica=2, fsdp=2, sequence=2),
+            id="replica-fsdp-sequence",
+            marks=pytest.mark.thorough,
+        ),
     ],
-    ids=["data", "fsdp", "all-three", "replica-fsdp-sequence"],
 )
-@pytest.mark.parametrize("distilled", [False, True], ids=["pretraining", "distillation"])
+@pytest.mark.parametrize(
+    "distilled",
+    [
+        pytest.param(False, id="pretraining", marks=pytest.mark.thorough),
+        pytest.param(True, id="distillation"),
+    ],
+)
 def test_same_losses_on_one_device_and_on_eight(
     run: RunConfig, batches: list[Batch], alone: Alone, mesh: MeshConfig, distilled: bool
 ) -> None:

@@ -137,7 +137,7 @@ def interrupt(*_: Any) -> None:
 
 @pytest.mark.thorough
 def test_the_last_evaluation_is_not_cut_short(whole: RunConfig, tmp_path: Path) -> None:
-    """No run continues after it."""
+    """No run is resumed after it."""
     config = replace(whole, output=str(tmp_path / "run"))
     with signal_at(9, Trainer, "_evaluate_if_due"):
         train(config)
@@ -178,7 +178,7 @@ def test_broken_weights_are_not_saved(
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "_take_step", broken)
-    with stops.handled(), pytest.raises(UserError, match=r"stopped before step 7: loss is nan"):
+    with stops.handled(), pytest.raises(UserError, match=r"stopped before step 7 because loss is nan"):
         train(config)
     assert latest_step(config.output) == 6
 
@@ -214,6 +214,7 @@ def test_runs_that_are_trained_together(whole: RunConfig, tmp_path: Path) -> Non
         assert found == pytest.approx(expected, rel=2e-5, abs=1e-7)
 
 
+@pytest.mark.thorough
 def test_runs_without_a_teacher_go_one_after_the_other(whole: RunConfig, tmp_path: Path) -> None:
     configs = [
         replace(whole, name=name, seed=seed, output=str(tmp_path / name))
@@ -228,6 +229,7 @@ def test_runs_without_a_teacher_go_one_after_the_other(whole: RunConfig, tmp_pat
     assert latest_step(configs[1].output) == 9
 
 
+@pytest.mark.thorough
 def test_a_cache_keeps_the_step_it_is_at(
     whole: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +255,7 @@ def test_a_cache_keeps_the_step_it_is_at(
             write_cache(task)
     assert read_cache(cache).rows == 4 * 6
     assert stops.message(caught.value).strip() == (
-        f"gemma2: stopped; 24 rows of {cache} are written; the same command continues after them."
+        f"gemma2: stopped; 24 rows of {cache} are written; the same command resumes after them."
     )
     write_cache(task)
     assert read_cache(cache).rows == 4 * 9

@@ -114,6 +114,7 @@ def assert_same_but_for_rounding(output: str | Path, other: str | Path) -> None:
         np.testing.assert_allclose(one, two, atol=5e-4)  # a few Adam steps of 1e-2 at most
 
 
+@pytest.mark.thorough
 def test_each_is_as_it_would_be_alone(together: list[RunConfig], tmp_path: Path) -> None:
     for config in together:
         alone = replace(config, output=str(tmp_path / config.name))
@@ -151,6 +152,7 @@ def test_the_teacher_is_in_the_step_once(
     assert {"match_hidden", "match_attention"} <= set(metrics["third"])
 
 
+@pytest.mark.thorough
 def test_one_whose_loss_breaks_lets_the_others_save(
     students: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,11 +167,14 @@ def test_one_whose_loss_breaks_lets_the_others_save(
     first, text = (replace(students[place], output=str(tmp_path / str(place))) for place in (0, 3))
     with pytest.raises(UserError) as error:
         train_together([first, text])
-    assert "stopped before step 2: loss is nan; try a lower optimizer.learning_rate" in str(error.value)
+    assert "stopped before step 2 because loss is nan; try a lower optimizer.learning_rate" in str(
+        error.value
+    )
     assert str(error.value).endswith("; the same command without --student first resumes the other runs.")
     assert [latest_step(config.output) for config in (first, text)] == [None, 2]
 
 
+@pytest.mark.thorough
 def test_a_stop_between_two_checkpoints(
     together: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +213,7 @@ def test_a_stop_between_two_checkpoints(
         assert_same_but_for_rounding(config.output, whole.output)
 
 
+@pytest.mark.thorough
 def test_one_that_is_done_is_left_alone(together: list[RunConfig], tmp_path: Path) -> None:
     new = replace(together[0], name="new", seed=9, output=str(tmp_path / "new"))
     before = rows(together[2].output)
@@ -216,6 +222,7 @@ def test_one_that_is_done_is_left_alone(together: list[RunConfig], tmp_path: Pat
     assert latest_step(new.output) == 5
 
 
+@pytest.mark.thorough
 def test_a_baseline_alone_is_left(
     together: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

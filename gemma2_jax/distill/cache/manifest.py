@@ -1,6 +1,5 @@
 """The manifest of a teacher's cache: its files, and the data, teacher and settings that it was made for."""
 
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -173,9 +172,9 @@ def verify_cache(folder: str | Path) -> int:
 def refuse_other_order(folder: str | Path, manifest: CacheManifest, order: DataOrder) -> None:
     """Raises UserError if a cache was made for other rows than those of `order`."""
     names = {
-        "documents": "the documents of data.folder",
-        "tokenizer": "the tokenizer",
-        "process_count": "the number of processes",
+        "documents": "set of documents in data.folder",
+        "tokenizer": "tokenizer",
+        "process_count": "number of processes",
     }
     for field in fields(DataOrder):
         was, wanted = getattr(manifest.order, field.name), getattr(order, field.name)
@@ -208,9 +207,10 @@ def refuse_other_encoding(folder: str | Path, manifest: CacheManifest, encoding:
 
 
 def _other(folder: str | Path, key: str, was: object, wanted: object) -> UserError:
-    typed = as_override(key, was) if re.fullmatch(r"[a-z_.]+", key) and key != "distill.teacher" else None
+    is_key = key.startswith(("data.", "distill.")) and key != "distill.teacher"
+    typed = as_override(key, was) if is_key else None
     remedy = "" if typed is None else f"write {typed} to use it, or "
     return UserError(
-        f"distill.cache {folder} was made with another value of {key} ({was}, now {wanted}); {remedy}set distill.cache "
-        "to another folder and run `gemma2 teacher-cache`."
+        f"distill.cache {folder} was made with a different {key} ({was}, now {wanted}); {remedy}set distill.cache to "
+        "another folder and run `gemma2 teacher-cache`."
     )
