@@ -28,9 +28,10 @@ from gemma2_jax.formats.source import DTYPES, WeightSource, all_places
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.lora import with_adapter
 from gemma2_jax.model.narrowing import check_range
+from gemma2_jax.model.quantised import is_quantised, kind_of, stored
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens, resize_rows, without_padding
-from gemma2_jax.model.weights import Params, abstract_params, weight_specs
+from gemma2_jax.model.weights import Params, abstract_params, specs_by_path, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 _DEEPEST = 4  # folders above a file to search for its checkpoint
@@ -289,7 +290,8 @@ def load_params(
     Args:
         config: the model's config; it may differ from the source's only in vocabulary padding, which is truncated or
             filled with zeros.
-        dtype: dtype of the parameters, one of `DTYPES`, or a nested dict of them, laid out like the parameters.
+        dtype: dtype of the parameters, one of `DTYPES`, or a nested dict of them, laid out like the parameters. A
+            `Format` in place of a dtype quantises a weight, on the devices, one layer at a time.
         mesh: as in `load`.
         progress: called with the number of weights read and the total number.
 
@@ -301,7 +303,8 @@ def load_params(
     if mesh is None:
         mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
     target = abstract_params(weight_specs(source.config), dtype, mesh)
-    if isinstance(source, RunSource):
+    is_dense = not any(map(is_quantised, jax.tree.leaves(target, is_leaf=is_quantised)))
+    if isinstance(source, RunSource) and is_dense:
         params = store.restore_params(source.path, target)  # Orbax reads each device's part
     else:
         params = _load_weights(source, target, progress)
@@ -311,20 +314,34 @@ def load_params(
 
 def _load_weights(source: WeightSource, target: Any, progress: Callable[[int, int], None]) -> Params:
     params: Params = {}
-    places = list(all_places(weight_specs(source.config)))
+    specs = weight_specs(source.config)
+    letters, places = specs_by_path(specs), list(all_places(specs))
     for done, place in enumerate(places, 1):
         leaf, branch, name = _find(target, params, place.path)
         part = source.weight(place)
-        check_range(part, leaf.dtype, f"{source.path}: {place.path}")
+        _check_part(part, leaf, f"{source.path}: {place.path}")
         if place.pair is None:
             branch[name] = _converter(leaf.dtype, leaf.sharding)(_put(part, leaf.sharding))
         else:
+            shardings = jax.tree.map(lambda array: array.sharding, leaf)
             if name not in branch:
-                branch[name] = _zeros(leaf)
-            sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
-            branch[name] = _setter(leaf.sharding)(branch[name], _put(part, sharding), place.pair)
+                branch[name] = _zeros(leaf, shardings)
+            stacked = shardings.codes if is_quantised(leaf) else shardings
+            sharding = NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
+            write = _setter(kind_of(leaf), letters[place.path].dims[1:], shardings)
+            branch[name] = write(branch[name], _put(part, sharding), place.pair)
         progress(done, len(places))
     return params
+
+
+def _check_part(part: np.ndarray, leaf: Any, name: str) -> None:
+    """Raises UserError if numbers of a weight are beyond what its dtype or format can hold."""
+    if not is_quantised(leaf):
+        check_range(part, leaf.dtype, name)
+    elif leaf.format.overflows(part):
+        raise UserError(
+            f"{name} has values beyond what the scales of {leaf.format.name} can hold; choose adaptation.base=nf4."
+        )
 
 
 def _check_same_model(source: WeightSource, config: ModelConfig) -> None:
@@ -354,8 +371,11 @@ def _put(part: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(part.shape, sharding, lambda index: np.ascontiguousarray(part[index]))
 
 
-def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
+def _zeros(leaf: Any, shardings: Any) -> Any:
+    """Zeros for an abstract array, or for all parts of an abstract quantised weight."""
+    return jax.jit(
+        lambda: jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), leaf), out_shardings=shardings
+    )()
 
 
 @cache
@@ -364,10 +384,18 @@ def _converter(dtype: Any, sharding: NamedSharding) -> Any:
 
 
 @cache
-def _setter(sharding: NamedSharding) -> Any:
-    """Returns a function that writes one pair's weight into a stack, in place."""
+def _setter(kind: Any, dims: str, shardings: Any) -> Any:
+    """Returns a function that writes one pair's weight into a stack, in place.
 
-    def write(stack: jax.Array, part: jax.Array, pair: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, part.astype(stack.dtype), pair, 0)
+    Args:
+        kind: dtype or `Format` of the stack; dims: letters of the pair's weight; shardings: those of the stack.
+    """
 
-    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+    def write(stack: Any, part: jax.Array, pair: jax.Array) -> Any:
+        return jax.tree.map(
+            lambda whole, one: jax.lax.dynamic_update_index_in_dim(whole, one, pair, 0),
+            stack,
+            stored(part, dims, kind),
+        )
+
+    return jax.jit(write, donate_argnums=0, out_shardings=shardings)

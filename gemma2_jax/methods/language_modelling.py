@@ -66,7 +66,7 @@ class LanguageModelling:
         )
 
     def abstract_frozen(self, mesh: Mesh) -> dict[str, Any]:
-        dtypes = frozen_dtypes(self._base_specs, self.config.compute.dtype)
+        dtypes = frozen_dtypes(self._base_specs, self.config.compute.dtype, self.config.adaptation.format)
         return {BASE: abstract_params(self._base_specs, dtypes, mesh)}
 
     def load_frozen(self, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:

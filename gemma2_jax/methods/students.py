@@ -145,10 +145,10 @@ class Students:
         config = self.members[name].config
         if not config.adaptation.is_adapter:
             return name
-        wanted = config.initialise, config.model
+        wanted = config.initialise, config.model, config.adaptation.base
         return next(
             other
             for other, member in self.members.items()
             if member.config.adaptation.is_adapter
-            and (member.config.initialise, member.config.model) == wanted
+            and (member.config.initialise, member.config.model, member.config.adaptation.base) == wanted
         )

@@ -6,13 +6,19 @@ from typing import Any, Literal, Protocol
 
 import jax
 
-from gemma2_jax.config import refuse, suggest
+from gemma2_jax.config import UserError, refuse, suggest
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.lora import TARGETS, Lora
 from gemma2_jax.model.partial import Partial
+from gemma2_jax.model.quantised import FORMATS, Format
 from gemma2_jax.model.weights import Params, Specs, weight_specs
 
-_KINDS_OF = {"layers": ("partial", "lora"), "weights": ("partial",)}  # of keys that are not for `lora` alone
+_ADAPTERS = ("lora", "qlora")
+_KINDS_OF = {
+    "layers": ("partial", *_ADAPTERS),
+    "weights": ("partial",),
+    "base": ("qlora",),
+}  # others: of adapters
 
 
 @dataclass(frozen=True)
@@ -22,19 +28,21 @@ class AdaptationConfig:
     Attributes:
         kind: `full` trains all weights. `partial` trains some weights of the model in initialise.source and freezes the
             others. `lora` freezes that model and trains two narrow matrices A and B beside each adapted weight (LoRA,
-            arXiv 2106.09685). With both, checkpoints hold what is trained alone.
+            arXiv 2106.09685). `qlora` is the same with the frozen matrices of the layers in four bits (QLoRA, arXiv
+            2305.14314). With all but `full`, checkpoints hold what is trained alone.
         weights: for `partial`, patterns of the trained weights' names, in which `*` stands for any text: `mlp/gate`,
             `attention/*`, `*norm/scale`, `embedder/embedding`.
-        layers: for `partial` and `lora`, numbers of the layers with trained weights, counted from 0; null for all
-            layers. With a list, `partial` trains no weight outside of the layers.
-        rank: for `lora`, columns of A and rows of B.
+        layers: numbers of the layers with trained weights, counted from 0; null for all layers. With a list, `partial`
+            trains no weight outside of the layers.
+        base: for `qlora`, the format of the frozen matrices: `nf4`, double-quantised, or `int4`.
+        rank: for `lora` and `qlora`, columns of A and rows of B.
         alpha: numerator of the scale: the weight is W + alpha / rank * A B.
         rslora: whether the scale is alpha / sqrt(rank) instead (arXiv 2312.03732), so that it suits all ranks.
         dropout: fraction of the elements of A's input that are dropped in training, from 0 to below 1.
         targets: adapted weights, among q, k, v, o (attention) and gate, up, down (MLP).
     """
 
-    kind: Literal["full", "partial", "lora"] = "full"
+    kind: Literal["full", "partial", "lora", "qlora"] = "full"
     rank: int | None = None
     alpha: float | None = None
     rslora: bool = False
@@ -42,6 +50,7 @@ class AdaptationConfig:
     targets: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     weights: tuple[str, ...] = ()
+    base: Literal["nf4", "int4"] | None = None
 
     def __post_init__(self) -> None:
         refuse(self._complaints())
@@ -49,7 +58,12 @@ class AdaptationConfig:
     @property
     def is_adapter(self) -> bool:
         """Whether a run trains additional weights beside a frozen base model."""
-        return self.kind == "lora"
+        return self.kind in _ADAPTERS
+
+    @property
+    def format(self) -> Format | None:
+        """The format of the frozen matrices; None if they are not quantised."""
+        return None if self.base is None else FORMATS[self.base]
 
     @property
     def has_base(self) -> bool:
@@ -65,7 +79,7 @@ class AdaptationConfig:
 
     def _complaints(self) -> Iterator[str]:
         for field in fields(self):
-            kinds = _KINDS_OF.get(field.name, ("lora",))
+            kinds = _KINDS_OF.get(field.name, _ADAPTERS)
             if field.name != "kind" and self.kind not in kinds and getattr(self, field.name) != field.default:
                 yield (
                     f"adaptation.{field.name} has no effect if adaptation.kind is {self.kind}; write "
@@ -83,10 +97,12 @@ class AdaptationConfig:
                 "adaptation.weights is []; it must be a list of patterns of weights' names, as in "
                 "adaptation.weights=[attention/*,final_norm/scale]."
             )
-        if self.kind == "lora":
-            yield from self._about_lora()
+        if self.kind == "qlora" and self.base is None:
+            yield f"adaptation.base is null with adaptation.kind qlora; it must be {' or '.join(FORMATS)}."
+        if self.is_adapter:
+            yield from self._about_adapter()
 
-    def _about_lora(self) -> Iterator[str]:
+    def _about_adapter(self) -> Iterator[str]:
         for name in ("rank", "alpha"):
             value = getattr(self, name)
             if value is None or value <= 0:
@@ -143,14 +159,20 @@ def build_adaptation(config: AdaptationConfig, model: ModelConfig) -> Adaptation
     """The adaptation of a configuration, for a model of these sizes.
 
     Raises:
-        UserError: the model has no such layers or weights, its weights are narrower than the rank, or it would be
-            trained as a whole.
+        UserError: the model has no such layers or weights, its weights are narrower than the rank or cannot be
+            quantised, or it would be trained as a whole.
     """
     if config.kind == "full":
         return FULL
     if config.kind == "partial":
         return Partial(model, config.weights, config.layers)
     assert config.rank is not None
+    for name in ("d_model", "d_ff") if config.base is not None else ():
+        if getattr(model, name) % 2:
+            raise UserError(
+                f"adaptation.base is {config.base}, which stores two numbers in a byte, so model.{name} must be even; "
+                f"it is {getattr(model, name)}. Write adaptation=lora."
+            )
     return Lora(model, config.rank, config.scale, config.targets, config.layers)
 
 

@@ -10,15 +10,24 @@ from gemma2_jax.model.cache import Cache, LayerCaches, local_size
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.layers import Embedder, RMSNorm
 from gemma2_jax.model.linear import cast
-from gemma2_jax.model.transformer import Block, Collector, Gemma2, Pair, Taps, over_pairs, run_layers
+from gemma2_jax.model.transformer import (
+    Block,
+    Collector,
+    Gemma2,
+    Pair,
+    Taps,
+    in_iteration,
+    over_pairs,
+    run_layers,
+)
 from gemma2_jax.model.weights import map_specs, weight_specs
 
 
 class Decoder(nnx.Module):
     """A Gemma 2 with its weights laid out for decoding, where all of them are read for every token.
 
-    Matrices are already in compute's dtype, and with `unroll_layers` each pair of layers has arrays of its own: on a
-    CPU, slicing a layer out of the stack for every token costs twice as much as its products.
+    Matrices are already in compute's dtype, unless they are quantised, and with `unroll_layers` each pair of layers has
+    arrays of its own: on a CPU, slicing a layer out of the stack for every token costs twice as much as its products.
 
     Args:
         model: source of the weights, which stays unchanged.
@@ -70,10 +79,12 @@ class Decoder(nnx.Module):
 
         def body(carry: Any, pair: Pair) -> tuple[Any, None]:
             x, index, local, global_ = carry
+            pair = in_iteration(pair, index + newest)
             x, _, local = pair.local_block(x, lambda layer, x: layer.decode(x, position, local, index))
             x, _, global_ = pair.global_block(x, lambda layer, x: layer.decode(x, position, global_, index))
             return (x, index + 1, local, global_), None
 
+        newest = jnp.max(position)  # differs between tokens
         x = self.embedder.encode(tokens[:, None], self.compute.dtype)
         carry = (x, 0, cache.local_block.occupy(position), cache.global_block.occupy(position))
         (x, _, local, global_), _ = over_pairs(body, carry, self.pairs, self.compute)

@@ -1,7 +1,7 @@
 """Products of activations and weights: the only file that depends on how a weight is represented.
 
-A weight is an array, or an `AdaptedWeight`. Another tree in its place (such as a quantised array) passes through models
-unchanged, and is interpreted by a branch in `for_use`, or in `linear` if the product itself differs.
+A weight is an array, a `QuantisedWeight`, or an `AdaptedWeight` of either. Another tree in its place passes through
+models unchanged, and is interpreted by a branch in `for_use`, or in `_base_product` if the product itself differs.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gemma2_jax.kernels.lm_head import head_logits
+from gemma2_jax.model.quantised import QuantisedWeight, dequantise, gathered_parts
 from gemma2_jax.sharding.layout import constrain, constrain_in_lookup
 
 WEIGHT_PRODUCT = "weight_product"  # name of the results of `linear` in remat policies
@@ -31,7 +32,7 @@ class AdaptedWeight:
     leading axis P.
 
     Attributes:
-        base: W, [in…, out…]; an array, or any other tree that `linear` takes.
+        base: W, [in…, out…]; an array or a `QuantisedWeight`.
         a: A, [in…, R]; b: B, [R, out…].
         scale: factor of the adapter's part.
         dropout: fraction of x's elements that are dropped before they meet A, if there is a key.
@@ -54,11 +55,9 @@ def linear(spec: str, x: jax.Array, weight: Any, dims: str) -> jax.Array:
         weight: of any dtype; dims: its letters.
     """
     if isinstance(weight, AdaptedWeight):
-        product = _product(spec, x, for_use(weight.base, dims, x.dtype)) + _adapter_product(
-            spec, x, weight, dims
-        )
+        product = _base_product(spec, x, weight.base, dims) + _adapter_product(spec, x, weight, dims)
     else:
-        product = _product(spec, x, for_use(weight, dims, x.dtype))
+        product = _base_product(spec, x, weight, dims)
     return checkpoint_name(product, WEIGHT_PRODUCT)
 
 
@@ -84,12 +83,21 @@ def for_use(weight: Any, dims: str, dtype: Any) -> jax.Array:
     An adapted weight becomes the dense sum W', which is computed in float32.
     """
     if isinstance(weight, AdaptedWeight):
-        weight = merged(weight.base, weight.a, weight.b, weight.scale, stacked=dims.startswith("P"))
+        base = weight.base
+        base = for_use(base, dims, jnp.float32) if isinstance(base, QuantisedWeight) else base
+        weight = merged(base, weight.a, weight.b, weight.scale, stacked=dims.startswith("P"))
+    if isinstance(weight, QuantisedWeight):  # is gathered in four bits
+        weight = dequantise(gathered_parts(weight, dims), dtype)
     return constrain(cast(weight, dtype), dims)
 
 
 def gathered(weight: Any, dims: str, dtype: Any) -> Any:
-    """As `for_use`, but the parts of an adapted weight stay apart. For weights that are used many times."""
+    """As `for_use`, but the parts of an adapted weight stay apart, and a quantised weight stays quantised.
+
+    For weights that are used many times.
+    """
+    if isinstance(weight, QuantisedWeight):
+        return gathered_parts(weight, dims)
     if not isinstance(weight, AdaptedWeight):
         return for_use(weight, dims, dtype)
     dims_a, dims_b = adapter_dims(dims, weight.a.ndim)
@@ -102,7 +110,9 @@ def gathered(weight: Any, dims: str, dtype: Any) -> Any:
 
 
 def cast(weight: Any, dtype: Any) -> Any:
-    """The weight in the dtype of its products."""
+    """The weight in the dtype of its products; a quantised weight stays quantised."""
+    if isinstance(weight, QuantisedWeight):
+        return weight
     if isinstance(weight, AdaptedWeight):
         base, a, b = (cast(part, dtype) for part in (weight.base, weight.a, weight.b))
         return replace(weight, base=base, a=a, b=b)
@@ -134,6 +144,41 @@ def _adapter_product(spec: str, x: jax.Array, weight: AdaptedWeight, dims: str) 
     narrow = _product(f"{x_dims},{dims_a}->{inner}", x, for_use(weight.a, dims_a, x.dtype))
     narrow = constrain(narrow * weight.scale, inner)
     return _product(f"{inner},{dims_b}->{out_dims}", narrow, for_use(weight.b, dims_b, x.dtype))
+
+
+def _base_product(spec: str, x: jax.Array, weight: Any, dims: str) -> jax.Array:
+    """The product with a weight that has no adapter."""
+    if isinstance(weight, QuantisedWeight):
+        return _quantised_product(spec, dims, x, weight)
+    return _product(spec, x, for_use(weight, dims, x.dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _quantised_product(spec: str, dims: str, x: jax.Array, weight: QuantisedWeight) -> jax.Array:
+    """The product with a quantised weight, which is frozen; x gets a gradient.
+
+    The weight is dequantised for the product alone, and again in the backward pass, whatever rematerialisation saves.
+    """
+    return _product(spec, x, for_use(weight, dims, x.dtype))
+
+
+def _quantised_forward(
+    spec: str, dims: str, x: jax.Array, weight: QuantisedWeight
+) -> tuple[jax.Array, QuantisedWeight]:
+    return _quantised_product(spec, dims, x, weight), weight
+
+
+def _quantised_backward(
+    spec: str, dims: str, weight: QuantisedWeight, d_out: jax.Array
+) -> tuple[jax.Array, None]:
+    x_dims, weight_dims, out_dims = _letters(spec)
+    # Without the barrier, the compiler would keep the dequantised weights of a whole pair of layers from the forward
+    # pass, which rematerialisation runs just before.
+    weight, d_out = jax.lax.optimization_barrier((weight, d_out))
+    return jnp.einsum(f"{out_dims},{weight_dims}->{x_dims}", d_out, for_use(weight, dims, d_out.dtype)), None
+
+
+_quantised_product.defvjp(_quantised_forward, _quantised_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -19,6 +20,7 @@ from gemma2_jax.model.attention import Attention
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.layers import MLP, Embedder, RMSNorm
 from gemma2_jax.model.linear import WEIGHT_PRODUCT
+from gemma2_jax.model.quantised import is_quantised
 from gemma2_jax.model.stack import parts_of
 from gemma2_jax.model.weights import Params, init_params, map_specs, weight_specs
 from gemma2_jax.sharding.layout import constrain
@@ -247,13 +249,27 @@ def _rematerialised(
     def run_cast(x: jax.Array, pair: Pair, index: jax.Array | int) -> tuple[jax.Array, Any]:
         # Weights are cast where they are used. Otherwise the compiler casts those of all layers before the loop, and
         # keeps that copy all the time.
-        if compute.dtype != "float32":
-            pair = jax.tree.map(lambda weight: stays_in_loop(weight, jnp.asarray(index)), pair)
+        def in_loop(weight: Any) -> Any:
+            if is_quantised(weight) or compute.dtype == "float32":
+                return weight
+            return stays_in_loop(weight, jnp.asarray(index))
+
+        pair = jax.tree.map(in_loop, in_iteration(pair, index), is_leaf=is_quantised)
         return run_pair(x, pair)
 
     if compute.remat == "none":
         return run_cast
     return jax.checkpoint(run_cast, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
+
+
+def in_iteration(pair: Pair, number: jax.Array | int) -> Pair:
+    """The pair with its quantised weights bound to an iteration of a loop, see `QuantisedWeight.iteration`."""
+
+    def bind(weight: Any) -> Any:
+        return replace(weight, iteration=number) if is_quantised(weight) else weight
+
+    bound: Pair = jax.tree.map(bind, pair, is_leaf=is_quantised)
+    return bound
 
 
 def over_pairs(

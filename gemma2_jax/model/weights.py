@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.quantised import Format, abstract_quantised
 from gemma2_jax.sharding.layout import constrain_weight, weight_sharding
 
 Params = dict[str, Any]  # a nested dict of arrays, or of trees that `linear` takes in place of arrays
@@ -119,13 +120,16 @@ def abstract_params(specs: Any, dtype: Any = jnp.float32, mesh: Mesh | None = No
     """The parameters' shapes, dtypes and, on a mesh, shardings, as `jax.ShapeDtypeStruct`s; nothing is allocated.
 
     Args:
-        dtype: dtype of all parameters, or a nested dict of dtypes, laid out like `specs`.
+        dtype: dtype of all parameters, or a nested dict of dtypes, laid out like `specs`. In place of a dtype, a
+            `Format` gives a `QuantisedWeight`.
 
     Raises:
         UserError: the mesh does not divide a dimension that is split along it.
     """
 
-    def describe(path: str, spec: Weight, dtype: Any) -> jax.ShapeDtypeStruct:
+    def describe(path: str, spec: Weight, dtype: Any) -> Any:
+        if isinstance(dtype, Format):
+            return abstract_quantised(spec.dims, spec.shape, dtype, mesh, path)
         sharding = None if mesh is None else weight_sharding(mesh, path, spec.dims, spec.shape)
         return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
 
@@ -134,12 +138,21 @@ def abstract_params(specs: Any, dtype: Any = jnp.float32, mesh: Mesh | None = No
     )
 
 
-def frozen_dtypes(specs: Any, dtype: Any) -> Any:
+def frozen_dtypes(specs: Any, dtype: Any, format_: Format | None = None) -> Any:
     """Dtypes of frozen weights, laid out like `specs`: that of their products, but float32 for the norms' scales.
 
     Training results are the same as with float32, since `linear` converts weights to that dtype anyway.
+
+    Args:
+        format_: format of the layers' matrices in place of a dtype; the embedding keeps its dtype.
     """
-    return map_specs(lambda _, spec: jnp.dtype(dtype if spec.fan_in else jnp.float32), specs)
+
+    def choose(_: str, spec: Weight) -> Any:
+        if not spec.fan_in:
+            return jnp.dtype(jnp.float32)
+        return jnp.dtype(dtype) if format_ is None or not spec.dims.startswith("P") else format_
+
+    return map_specs(choose, specs)
 
 
 def init_params(specs: Any, key: jax.Array, prefix: str = "") -> Any:

@@ -4,9 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import jax
+
 from gemma2_jax.methods.method import BASE
 from gemma2_jax.model.adaptation import divided_specs
 from gemma2_jax.model.config import ComputeConfig, ModelConfig, Remat
+from gemma2_jax.model.weights import abstract_params, frozen_dtypes
 from gemma2_jax.planning.program import Inputs, device_bytes
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
@@ -85,6 +88,15 @@ def head_blocks(runs: Sequence[RunConfig], mesh_shape: dict[str, int]) -> int:
         if "embedder" in divided_specs(run.adaptation, run.model)[0]:
             blocks += _FLOAT32 * run.model.vocab_size * run.model.d_model // split
     return blocks
+
+
+def frozen_bytes(run: RunConfig) -> int:
+    """Returns the bytes of the frozen part of a run's model on all devices together; 0 if all weights are trained."""
+    _, frozen = divided_specs(run.adaptation, run.model)
+    leaves = jax.tree.leaves(
+        abstract_params(frozen, frozen_dtypes(frozen, run.compute.dtype, run.adaptation.format))
+    )
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def memory_savings(

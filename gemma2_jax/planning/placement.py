@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from gemma2_jax.distill.teacher import as_teacher, online_teacher
 from gemma2_jax.methods.method import BASE
 from gemma2_jax.model.adaptation import divided_specs
+from gemma2_jax.model.quantised import is_quantised
 from gemma2_jax.model.weights import Specs, abstract_params, frozen_dtypes, specs_by_path, weight_specs
 from gemma2_jax.planning.program import device_bytes, mesh_of
 from gemma2_jax.planning.topologies import Topology
@@ -93,14 +94,15 @@ def _place_run(run: RunConfig, is_only: bool, mesh: Mesh) -> list[PlacedModel]:
     if not frozen:
         return [_place(f"student{name}", trained, jnp.float32, mesh)]
     role = "adapter" if run.adaptation.is_adapter else "student"
-    base = _place(f"{BASE}{name}", frozen, frozen_dtypes(frozen, run.compute.dtype), mesh)
+    dtypes = frozen_dtypes(frozen, run.compute.dtype, run.adaptation.format)
+    base = _place(f"{BASE}{name}", frozen, dtypes, mesh)
     return [_place(f"{role}{name}", trained, jnp.float32, mesh), base]
 
 
 def _place(role: str, specs: Specs, dtype: Any, mesh: Mesh) -> PlacedModel:
     """The sharding of weights of a dtype, or of dtypes laid out like them."""
     layout = layout_in_use()
-    leaves = jax.tree.leaves(abstract_params(specs, dtype, mesh))
+    leaves = jax.tree.leaves(abstract_params(specs, dtype, mesh), is_leaf=is_quantised)
     weights = [
         PlacedWeight(
             path,

@@ -15,7 +15,7 @@ from gemma2_jax.model.counts import (
     forward_flops_per_token,
     training_flops_per_token,
 )
-from gemma2_jax.planning.memory import head_blocks, saved_activations, shares
+from gemma2_jax.planning.memory import frozen_bytes, head_blocks, saved_activations, shares
 from gemma2_jax.planning.plan import Plan, make_plan
 from gemma2_jax.planning.program import check_sizes
 from gemma2_jax.planning.topologies import Topology
@@ -155,9 +155,8 @@ def estimated_memory(runs: Sequence[RunConfig], shape: dict[str, int]) -> float:
     config = runs[0]
     split = shape["fsdp"] * shape["tensor"]
     teacher = online_teacher(config.distill, config.model)
-    counts = [_count_divided(run) for run in runs]
-    trained, frozen = (sum(part) for part in zip(*counts, strict=True))
-    state = 4 * 4 * trained + (2 if config.compute.dtype == "bfloat16" else 4) * frozen
+    trained = sum(_count_divided(run)[0] for run in runs)
+    state = 4 * 4 * trained + sum(map(frozen_bytes, runs))
     if config.training.accumulation > 1:
         state += 4 * trained
     if teacher is not None:

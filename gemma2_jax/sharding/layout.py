@@ -163,6 +163,16 @@ def weight_sharding(mesh: Mesh, path: str, dims: str, shape: Sequence[int]) -> N
     return NamedSharding(mesh, layout.spec_of_weight(dims))
 
 
+def even_weight_sharding(mesh: Mesh, dims: str, shape: Sequence[int]) -> NamedSharding:
+    """As `weight_sharding`, but a dimension that mesh axes do not divide is whole on each device."""
+    weights = layout_in_use().weights
+    divided = [
+        d if size % _shares(weights.get(d, ()), mesh) == 0 else "_"
+        for d, size in zip(dims, shape, strict=True)
+    ]
+    return NamedSharding(mesh, layout_in_use().spec_of_weight("".join(divided)))
+
+
 def check_activations(mesh: Mesh, sizes: Mapping[str, int]) -> None:
     """Raises UserError if mesh axes do not divide a model's dimensions that they split in activations or the LM head.
 

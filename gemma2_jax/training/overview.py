@@ -23,7 +23,8 @@ def describe_adaptation(config: RunConfig) -> list[str]:
         text = f"{trained:,} parameters of an adapter, {share}: rank {settings.rank}, on {', '.join(settings.targets)}"
     else:
         text = f"{trained:,} parameters, {share}: {', '.join(settings.weights)}"
-    return [f"{config.name}: trains only {text} of {layers}"]
+    beside = "" if settings.base is None else f", beside a base in {settings.base}"
+    return [f"{config.name}: trains only {text} of {layers}{beside}"]
 
 
 def describe_runs(configs: Sequence[RunConfig], mesh: Mesh) -> list[str]:

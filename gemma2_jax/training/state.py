@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax.methods.method import BASE, PARAMS, ModelMethod
+from gemma2_jax.model.quantised import is_quantised, kind_of, stored
 from gemma2_jax.model.weights import (
     Params,
     Weight,
@@ -159,7 +160,13 @@ def initial_state(
         others = {
             name: init_params(specs, key, name) for name, specs in method.specs.items() if name != PARAMS
         }
-        base = jax.tree.map(lambda weight, leaf: weight.astype(leaf.dtype), base, abstract_base)
+        _, base_specs = method.adaptation.specs(weight_specs(config.model))
+        base = map_specs(
+            lambda _, spec, weight, leaf: stored(weight, spec.dims, kind_of(leaf)),
+            base_specs,
+            base,
+            abstract_base,
+        )
         return update.begin({PARAMS: trained, **others}), base
 
     state_and_base: tuple[TrainState, Any] = jax.jit(begin, donate_argnums=0, out_shardings=shardings(out))(
@@ -169,10 +176,13 @@ def initial_state(
 
 
 def initial_dtypes(config: RunConfig, method: ModelMethod, mesh: Mesh) -> Any:
-    """The dtypes that a run's initial weights are loaded in: float32, or that of `abstract_frozen` if all is frozen."""
+    """The dtypes that a run's initial weights are loaded in: float32, or that of `abstract_frozen` if all is frozen.
+
+    A quantised weight has its format in place of a dtype.
+    """
     base, trained = method.abstract_frozen(mesh)[BASE], specs_by_path(method.specs[PARAMS])
-    leaves = jax.tree.leaves_with_path(base)
-    frozen = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype for path, leaf in leaves}
+    leaves = jax.tree.leaves_with_path(base, is_leaf=is_quantised)
+    frozen = {jax.tree_util.keystr(path, simple=True, separator="/"): kind_of(leaf) for path, leaf in leaves}
 
     def dtype(path: str, _: Weight) -> Any:
         return jnp.float32 if path in trained else frozen.get(path, jnp.float32)
