@@ -44,6 +44,7 @@ def add_parser(verbs: Verbs) -> None:
         help="the model; for a run folder, its newest checkpoint",
     )
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, for a RUN that comes without one")
+    add("--averaged", action="store_true", help="take the run's average of the weights (training.ema)")
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
         "--prompt",
@@ -113,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.interactive:  # refuse bad prompts before loading the checkpoint
         prompts = [as_utf8(text) for text in arguments.prompt or read_prompts(arguments.prompts)]
     with activity(f"loading {arguments.checkpoint}"):
-        source = open_source(arguments.checkpoint, arguments.tokenizer)
+        source = open_source(arguments.checkpoint, arguments.tokenizer, arguments.averaged)
         tokenizer = load_tokenizer(source)  # refuse a bad tokenizer or --stop before reading the weights
         if arguments.interactive:
             check_turns(tokenizer)

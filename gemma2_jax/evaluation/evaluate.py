@@ -7,7 +7,14 @@ from typing import Any
 
 import jax
 
-from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, find_params, read_params
+from gemma2_jax.checkpoints.store import (
+    AVERAGED,
+    CONFIG_FILE,
+    PARAMS,
+    TOKENIZER_FILE,
+    find_params,
+    read_params,
+)
 from gemma2_jax.config import load_config
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import validation_batches
@@ -52,8 +59,13 @@ class Evaluation:
     teacher_entropy: float | None = None
 
 
-def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = None) -> Evaluation:
+def evaluate_run(
+    run_folder: str | Path, teacher_folder: str | Path | None = None, averaged: bool = False
+) -> Evaluation:
     """Evaluates the newest checkpoint of a run, and compares it with a teacher if one is given.
+
+    Args:
+        averaged: whether to evaluate the run's average of the weights (`training.ema`).
 
     Raises:
         UserError: a folder holds no checkpoint, the data is not what the run was trained on, or the teacher has
@@ -61,11 +73,12 @@ def evaluate_run(run_folder: str | Path, teacher_folder: str | Path | None = Non
     """
     config = load_config(RunConfig, Path(run_folder) / CONFIG_FILE)
     check_same_data(run_folder, config.data)
-    found = find_params(run_folder)
+    tree = AVERAGED if averaged else PARAMS
+    found = find_params(run_folder, tree)
     mesh = build_mesh(config.mesh)
     with jax.set_mesh(mesh), laid_out(config.layout):
         specs = weight_specs(config.model)
-        model = Gemma2(config.model, read_params(found, abstract_params(specs, mesh=mesh)))
+        model = Gemma2(config.model, read_params(found, abstract_params(specs, mesh=mesh), tree))
         models = {MODEL: model}
         if teacher_folder is not None:
             # In the precision of this run, whatever distill.dtype was in training.

@@ -33,14 +33,18 @@ _DEEPEST = 4  # folders above a file to search for its checkpoint
 _PADDING = 1024  # rows; more than this and than a quarter of the tokens means another tokenizer, not padding
 
 
-def open_source(path: str | Path, tokenizer: str | Path | None = None) -> WeightSource:
+def open_source(
+    path: str | Path, tokenizer: str | Path | None = None, averaged: bool = False
+) -> WeightSource:
     """Opens a checkpoint of any kind, at `path` or with that name on the Hugging Face hub.
 
     Args:
         tokenizer: SentencePiece model file to use in place of the checkpoint's own.
+        averaged: whether to take a run's average of the weights (`training.ema`).
 
     Raises:
-        UserError: there is no checkpoint, or none of a known kind; or `tokenizer` is not a SentencePiece model.
+        UserError: there is no checkpoint, or none of a known kind; `tokenizer` is not a SentencePiece model; or
+            `averaged` is true and the checkpoint has no average.
     """
     if tokenizer is not None:
         Tokenizer.load(tokenizer)  # refuses a bad file before gigabytes are downloaded
@@ -51,7 +55,11 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Weight
         reader = _reader_of(folder)
         if reader is None:
             raise UserError(f"{path} {_describe(folder)}.")
-        source = reader(folder)
+        if averaged and reader is not RunSource:
+            raise UserError(
+                f"{path} is not a run folder, and only a run keeps an average of its weights; leave out --averaged."
+            )
+        source = RunSource(folder, averaged) if averaged else reader(folder)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
     if tokenizer is not None:
@@ -115,6 +123,7 @@ def load(
     dtype: Any = "float32",
     mesh: Mesh | None = None,
     tokenizer: str | Path | None = None,
+    averaged: bool = False,
 ) -> tuple[Gemma2, Tokenizer]:
     """Loads the model and the tokenizer of a checkpoint of any kind.
 
@@ -123,13 +132,14 @@ def load(
         dtype: dtype that the weights are converted to, one of `DTYPES`.
         mesh: mesh to place the weights on; by default only the first device of this process.
         tokenizer: SentencePiece model file, for a checkpoint without one.
+        averaged: whether to take a run's average of the weights (`training.ema`).
 
     Raises:
         UserError: the checkpoint is incomplete, is not a Gemma 2, or has no matching tokenizer.
     """
     if not _is_accepted(dtype):
         raise UserError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}.")
-    source = open_source(path, tokenizer)
+    source = open_source(path, tokenizer, averaged)
     found = load_tokenizer(source)
     return model_of(source, dtype, mesh), found
 
@@ -154,7 +164,7 @@ def load_tokenizer(source: WeightSource) -> Tokenizer:
         hint = "; its tokenizer.json is not enough" if other.exists() else ""
         raise UserError(
             f"{source.path} has no tokenizer.model, the SentencePiece file of Gemma's tokenizer{hint}; put it there, "
-            "or give it to `gemma2 convert` or `gemma2 generate` as --tokenizer FILE."
+            "or give it to `gemma2 convert`, `generate` or `merge` as --tokenizer FILE."
         )
     tokenizer = Tokenizer.load(path, source.metadata.stop_ids)
     if isinstance(source, RunSource):
@@ -238,7 +248,7 @@ def load_params(
         mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
     target = abstract_params(weight_specs(source.config), dtype, mesh)
     if isinstance(source, RunSource):
-        params = store.restore_params(source.path, target)  # Orbax reads each device's part
+        params = store.restore_params(source.path, target, source.tree)  # Orbax reads each device's part
     else:
         params = _load_weights(source, target, progress)
     params, _ = resize_rows(params, source.config, config.vocab_size)

@@ -151,6 +151,7 @@ def estimated_memory(runs: Sequence[RunConfig], shape: dict[str, int]) -> float:
     teacher = online_teacher(config.distill, config.model)
     parameters = sum(count_parameters(run.model).total for run in runs)
     state = 4 * 4 * parameters
+    state += sum(4 * count_parameters(run.model).total for run in runs if run.training.ema is not None)
     if config.training.accumulation > 1:
         state += 4 * parameters
     if teacher is not None:
