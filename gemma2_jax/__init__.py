@@ -5,7 +5,7 @@ The same letters stand for the same dimensions in every einsum, comment and shap
     B  batch          T  query position          S  key position       D  model width
     N  query heads    K  key/value heads         G  query heads per key/value head (N = K * G)
     H  head width     F  feed-forward width      V  vocabulary
-    L  layers         P  (local, global) pairs of layers
+    L  layers         P  (local, global) pairs of layers                R  rank of an adapter
 """
 
 __version__ = "0.1.0"

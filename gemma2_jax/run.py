@@ -8,6 +8,7 @@ from gemma2_jax.config import UserError, refuse
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.model.adaptation import AdaptationConfig, build_adaptation
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.objectives.objective import DIVERGENCES, ObjectiveConfig
 from gemma2_jax.processes.hosts import HostsConfig
@@ -48,6 +49,7 @@ class RunConfig:
     metrics: MetricsConfig
     # Older runs lack these keys.
     initialise: InitConfig = field(default_factory=InitConfig)
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
     compilation_cache: str | None = None
@@ -62,6 +64,7 @@ class RunConfig:
                 yield f"{key} is empty; it must be text, as in {key}=mine."
         yield from self._about_teacher()
         yield from self._about_on_policy()
+        yield from self._about_adaptation()
         if self.data.batch_size % self.training.accumulation:
             yield (
                 f"training.accumulation is {self.training.accumulation}, which does not divide data.batch_size "
@@ -156,6 +159,26 @@ class RunConfig:
                 f"distill.on_policy.prompt_tokens is {on_policy.prompt_tokens}; it must be below data.seq_len "
                 f"({self.data.seq_len}), to leave room for the student's tokens."
             )
+
+    def _about_adaptation(self) -> Iterator[str]:
+        if not self.adaptation.has_base:
+            return
+        initialise, kind = self.initialise, f"adaptation.kind is {self.adaptation.kind}"
+        if initialise.source is None:
+            yield (
+                f"{kind} and initialise.source is null; the frozen weights come from a checkpoint: write "
+                "initialise=checkpoint initialise.source=CHECKPOINT."
+            )
+        for key in ("layers", "width"):
+            if getattr(initialise, key) is not None:
+                yield (
+                    f"{kind} and initialise.{key} is set; the frozen weights are those of a checkpoint of the same "
+                    "sizes: write initialise=checkpoint."
+                )
+        try:
+            build_adaptation(self.adaptation, self.model)
+        except UserError as error:
+            yield str(error)
 
     def _schedules(self) -> dict[str, ScheduleConfig]:
         """The schedules of this run, by key."""

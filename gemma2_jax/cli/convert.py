@@ -9,19 +9,22 @@ DESCRIPTION = """\
 Converts a checkpoint to another format, reads the result back, compares every weight, and only then moves the result to
 TARGET.
 
-SOURCE is a Hugging Face folder (or its name on the hub, with the extra `hub`), DeepMind's Orbax checkpoint, or a
-run folder. The format of TARGET is
+SOURCE is a Hugging Face folder (or its name on the hub, with the extra `hub`), DeepMind's Orbax checkpoint, a run
+folder, or a LoRA adapter: a run folder of adaptation=lora or PEFT's folder. The format of TARGET is
   GGUF            if TARGET ends in .gguf: one file for llama.cpp (extra `gguf`)
   Hugging Face    if SOURCE is a run folder: a folder for transformers' AutoModelForCausalLM and AutoTokenizer
   run folder      otherwise: for train (initialise.source), distill.teacher and generate
 unless --to chooses another. Weights are copied bit for bit unless --dtype names another dtype; a SOURCE with several
-dtypes becomes float32, which represents them all exactly.
+dtypes becomes float32, which represents them all exactly. An adapter becomes PEFT's with --to peft, or with --merge a
+complete model, in the dtype of its base model.
 
   gemma2 convert google/gemma-2-2b-it weights/2b-it
   gemma2 convert downloads/gemma2-9b weights/9b --tokenizer downloads/tokenizer.model
   gemma2 convert runs/student exported/student --dtype bfloat16
   gemma2 convert runs/student student.gguf --dtype q8_0
   gemma2 convert runs/student exported/averaged --averaged
+  gemma2 convert runs/lora exported/adapter --to peft
+  gemma2 convert runs/lora exported/merged --merge
 """
 
 
@@ -32,7 +35,7 @@ def add_parser(verbs: Verbs) -> None:
     add("target", metavar="TARGET", help="the file or folder to write; must not exist yet")
     add(
         "--to",
-        choices=("run", "huggingface", "gguf"),
+        choices=("run", "huggingface", "gguf", "peft"),
         help="the format of TARGET, instead of the default above",
     )
     add(
@@ -40,6 +43,8 @@ def add_parser(verbs: Verbs) -> None:
         choices=("float32", "bfloat16", "float16", "q8_0", "q4_0"),
         help="dtype of the weights in TARGET (default: as in SOURCE); q8_0 and q4_0 are for GGUF",
     )
+    add("--merge", action="store_true", help="write a complete model from an adapter and its base model")
+    add("--base", metavar="RUN", help="an adapter's base model, instead of the one that the adapter names")
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, for a source that comes without one")
     add("--averaged", action="store_true", help="take a run's average of the weights (training.ema)")
 
@@ -54,6 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.to,
             arguments.dtype,
             arguments.tokenizer,
+            arguments.merge,
+            arguments.base,
             arguments.averaged,
             show,
         )

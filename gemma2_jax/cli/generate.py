@@ -27,10 +27,13 @@ Completes prompts with a trained run or released weights, and prints tokens as t
   gemma2 generate --checkpoint google/gemma-2-2b-it --dtype bfloat16 --chat --prompt "Why is the sky blue?"
   gemma2 generate --checkpoint google/gemma-2-2b-it --dtype bfloat16 --interactive    a conversation
 
+  gemma2 generate --checkpoint google/gemma-2-2b --adapter runs/lora --adapter hub/adapter --prompt "Q: "
+
 RUN is a run folder, a Hugging Face folder or its name on the hub (extra `hub`), or DeepMind's Orbax checkpoint.
 A file or the standard input holds one prompt per line, or lines of JSON: {"prompt": "text"}. With --json each
-completion is a line of JSON: prompt, sample (counted from 0), completion, tokens (ids), and stop_reason (`stop`
-for a stop token, `length` for --max-new-tokens). Sample k of --seed N equals the first sample of --seed N + k.
+completion is a line of JSON: prompt, sample (counted from 0), completion, tokens (ids), stop_reason (`stop` for a stop
+token, `length` for --max-new-tokens), and adapter if one is given. Several adapters complete the prompts in turn.
+Sample k of --seed N equals the first sample of --seed N + k.
 """
 
 
@@ -44,7 +47,18 @@ def add_parser(verbs: Verbs) -> None:
         help="the model; for a run folder, its newest checkpoint",
     )
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, for a RUN that comes without one")
-    add("--averaged", action="store_true", help="take the run's average of the weights (training.ema)")
+    add(
+        "--averaged",
+        action="store_true",
+        help="take the run's average of the weights, or each adapter's (training.ema)",
+    )
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a LoRA adapter for RUN: a run folder, or PEFT's folder; may be repeated",
+    )
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
         "--prompt",
@@ -99,7 +113,9 @@ OPTIONS = {
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gemma2_jax.formats.load import load_tokenizer, model_of, open_source
+    from gemma2_jax.formats.adapter import read_adapter
+    from gemma2_jax.formats.based import check_base
+    from gemma2_jax.formats.load import adapted, load_tokenizer, model_of, open_source
     from gemma2_jax.model.config import ComputeConfig
     from gemma2_jax.sampling.config import SamplingConfig
     from gemma2_jax.sampling.sampler import Sampler
@@ -114,7 +130,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.interactive:  # refuse bad prompts before loading the checkpoint
         prompts = [as_utf8(text) for text in arguments.prompt or read_prompts(arguments.prompts)]
     with activity(f"loading {arguments.checkpoint}"):
-        source = open_source(arguments.checkpoint, arguments.tokenizer, arguments.averaged)
+        source = open_source(
+            arguments.checkpoint, arguments.tokenizer, averaged=arguments.averaged and not arguments.adapter
+        )
         tokenizer = load_tokenizer(source)  # refuse a bad tokenizer or --stop before reading the weights
         if arguments.interactive:
             check_turns(tokenizer)
@@ -122,13 +140,19 @@ def run(arguments: argparse.Namespace) -> None:
             turns = arguments.chat or arguments.interactive
             with _named_as_options():
                 config = with_stops(config, tokenizer, arguments.stop, turns)
+        adapters = [read_adapter(folder, source.config, arguments.averaged) for folder in arguments.adapter]
+        for adapter in adapters:
+            check_base(adapter.path, adapter.identity, source)
         model = model_of(source, arguments.dtype)
-        sampler = Sampler(model, tokenizer, ComputeConfig(dtype=arguments.dtype, unroll_layers=True))
-    del model  # the sampler keeps the weights
-    if arguments.interactive:
-        chat(sampler, config)
-    else:
-        _generate(sampler, prompts, config, arguments)
+    compute = ComputeConfig(dtype=arguments.dtype, unroll_layers=True)
+    if not adapters:
+        sampler = Sampler(model, tokenizer, compute)
+        del model  # the sampler keeps the weights
+        _sample(sampler, prompts, config, arguments)
+    for folder, adapter in zip(arguments.adapter, adapters, strict=True):
+        if len(adapters) > 1 and not arguments.json:
+            print(f"=== {folder}", flush=True)
+        _sample(Sampler(adapted(model, adapter), tokenizer, compute), prompts, config, arguments, folder)
 
 
 @contextmanager
@@ -155,12 +179,21 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(
             "--interactive prints one reply per message, as text; leave out --json and --num-samples."
         )
+    if arguments.interactive and len(arguments.adapter) > 1:
+        raise UserError("--interactive chats with one model; give at most one --adapter.")
 
 
-def _generate(
-    sampler: "Sampler", prompts: Sequence[str], config: "SamplingConfig", arguments: argparse.Namespace
+def _sample(
+    sampler: "Sampler",
+    prompts: Sequence[str],
+    config: "SamplingConfig",
+    arguments: argparse.Namespace,
+    adapter: str | None = None,
 ) -> None:
-    """Prints the completions in order, batch by batch."""
+    """Chats, or prints the completions in order, batch by batch; `adapter` is the folder of the model's adapter."""
+    if arguments.interactive:
+        chat(sampler, config)
+        return
     from gemma2_jax.data.chat_format import render
     from gemma2_jax.sampling.completion import Draw
 
@@ -176,13 +209,16 @@ def _generate(
         if first == 0:
             completions = with_compile_message(completions)
         if arguments.json:
-            _print_json(completions, prompts, batch)
+            _print_json(completions, prompts, batch, adapter)
         else:
             _print_text(completions, prompts, batch, arguments)
 
 
 def _print_json(
-    completions: Iterator[list["Completion"]], prompts: Sequence[str], batch: Sequence["Draw"]
+    completions: Iterator[list["Completion"]],
+    prompts: Sequence[str],
+    batch: Sequence["Draw"],
+    adapter: str | None,
 ) -> None:
     """Prints each completion once it and all earlier ones have ended."""
     printed = 0
@@ -195,6 +231,7 @@ def _print_json(
                 "completion": row.text,
                 "tokens": row.tokens,
                 "stop_reason": row.stop_reason,
+                **({} if adapter is None else {"adapter": adapter}),
             }
             with utf8_output():
                 print(json.dumps(record, ensure_ascii=False), flush=True)

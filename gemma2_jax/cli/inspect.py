@@ -10,7 +10,7 @@ tokenizer, and every tensor that is missing, unexpected or of the wrong shape. E
 weights are not read, except to compare an embedding that is saved twice.
 
 PATH is a run folder, a Hugging Face folder or its name on the hub (this downloads gigabytes of weights into the hub's
-cache), DeepMind's Orbax checkpoint, or a GGUF file.
+cache), PEFT's folder of a LoRA adapter, DeepMind's Orbax checkpoint, or a GGUF file. An adapter is shown with its base.
 
   gemma2 inspect runs/quickstart/teacher
   gemma2 inspect downloads/gemma-2-2b

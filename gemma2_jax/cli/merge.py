@@ -19,10 +19,11 @@ then moves the result to TARGET. Tensors are read one at a time.
   gemma2 merge runs/a runs/b merged --method slerp --base weights/2b-it
   gemma2 merge runs/code runs/law merged --method ties --base weights/2b-it --density 0.2
   gemma2 merge runs/tuned merged.gguf --method liti --base weights/2b-it --weights 0.7
+  gemma2 merge runs/lora_a runs/lora_b adapter --method linear --to peft
 
-MODEL and BASE are checkpoints of any kind that `gemma2 convert` reads. TARGET becomes a Hugging Face folder, or GGUF if
-it ends in .gguf, unless --to chooses another format. Tokenizer, stop tokens and chat template are those of the first
-MODEL.
+MODEL and BASE are checkpoints of any kind that `gemma2 convert` reads; a LoRA adapter counts as the complete model.
+TARGET becomes a Hugging Face folder, or GGUF if it ends in .gguf, unless --to chooses another format. Tokenizer, stop
+tokens and chat template are those of the first MODEL.
 """
 
 
@@ -40,7 +41,11 @@ def add_parser(verbs: Verbs) -> None:
     )
     add("--base", metavar="BASE", help="the checkpoint that the models were tuned from")
     add("--density", type=float, metavar="X", help="fraction of each difference that ties keeps (0.2)")
-    add("--to", choices=("run", "huggingface", "gguf"), help="the format of TARGET")
+    add(
+        "--to",
+        choices=("run", "huggingface", "gguf", "peft"),
+        help="the format of TARGET; peft merges LoRA adapters into one adapter",
+    )
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "q8_0", "q4_0"),

@@ -102,14 +102,20 @@ class KeptIndices:
 
 
 def initial_params(
-    config: InitConfig, student: ModelConfig, tokenizer: Tokenizer, mesh: Mesh, batches: Iterable[Batch]
+    config: InitConfig,
+    student: ModelConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    batches: Iterable[Batch],
+    dtype: Any = "float32",
 ) -> Params:
-    """Loads the student's float32 parameters from `config.source` onto the mesh, cut to the student's sizes.
+    """Loads the student's parameters from `config.source` onto the mesh, cut to the student's sizes.
 
     A source with the student's sizes is loaded as it is. Otherwise the mesh temporarily holds the whole source in
-    float32 in addition to the student.
+    addition to the student.
 
     Args:
+        dtype: dtype of the parameters, or a nested dict of dtypes, laid out like `weight_specs(student)`.
         batches: batches on the mesh; the first `config.batches` are used if width is `importance`.
 
     Raises:
@@ -124,7 +130,7 @@ def initial_params(
     target = abstract_params(weight_specs(student), mesh=mesh)
     importance = None
     with laid_out(layout_in_use(), key_in_use(), f"initialise.source {config.source}"):
-        params = load_params(source, teacher, "float32", mesh)
+        params = load_params(source, teacher, dtype, mesh)
         if teacher == student:
             return params
         if config.width == "importance":

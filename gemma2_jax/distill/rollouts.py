@@ -10,6 +10,7 @@ document, without its beginning-of-text token.
 
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.decoder import Decoder
-from gemma2_jax.model.linear import for_use
+from gemma2_jax.model.linear import gathered
+from gemma2_jax.model.stack import as_one
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Params, Weight, map_specs, weight_specs
 from gemma2_jax.sampling.choice import TokenChoice
@@ -149,8 +151,9 @@ def lay_out(prompts: jax.Array, lengths: jax.Array, new: jax.Array, stop: int) -
 def _gathered(model: ModelConfig, params: Params, compute: ComputeConfig) -> Params:
     """Weights in the dtypes that `Decoder` uses, gathered for use; cast before gathering, so that less is sent."""
 
-    def gather(_: str, weight: Weight, value: jax.Array) -> jax.Array:
-        return for_use(value, weight.dims, compute.dtype) if weight.fan_in else constrain(value, weight.dims)
+    def gather(_: str, weight: Weight, value: Any) -> Any:
+        stack = as_one(value)
+        return gathered(stack, weight.dims, compute.dtype) if weight.fan_in else constrain(stack, weight.dims)
 
-    gathered: Params = map_specs(gather, weight_specs(model), params)
-    return gathered
+    found: Params = map_specs(gather, weight_specs(model), params)
+    return found

@@ -19,7 +19,7 @@ class TeacherRecord:
     """The identity of a teacher or of a teacher's cache.
 
     Attributes:
-        identity: `teacher_identity` of the teacher's weights in `dtype`, or of the checkpoint that the cache was made
+        identity: `weights_identity` of the teacher's weights in `dtype`, or of the checkpoint that the cache was made
             from.
         dtype: dtype of the teacher; None in older files.
         encoding: encoding of the cache; None without a cache, and in older files.

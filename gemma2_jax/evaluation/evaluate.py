@@ -20,7 +20,9 @@ from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.teacher import open_teacher
-from gemma2_jax.formats.load import load_params
+from gemma2_jax.formats.adapter import read_adapter
+from gemma2_jax.formats.based import check_base
+from gemma2_jax.formats.load import adapted, load_params, model_of, open_source
 from gemma2_jax.methods.distillation import TEACHER
 from gemma2_jax.methods.language_modelling import MODEL, evaluation_sums, head_and_layers
 from gemma2_jax.model.counts import count_parameters
@@ -60,16 +62,20 @@ class Evaluation:
 
 
 def evaluate_run(
-    run_folder: str | Path, teacher_folder: str | Path | None = None, averaged: bool = False
+    run_folder: str | Path,
+    teacher_folder: str | Path | None = None,
+    adapter_folder: str | Path | None = None,
+    averaged: bool = False,
 ) -> Evaluation:
     """Evaluates the newest checkpoint of a run, and compares it with a teacher if one is given.
 
     Args:
+        adapter_folder: LoRA adapter to evaluate with the run's weights, a run folder or PEFT's folder.
         averaged: whether to evaluate the run's average of the weights (`training.ema`).
 
     Raises:
         UserError: a folder holds no checkpoint, the data is not what the run was trained on, or the teacher has
-            another vocabulary or tokenizer.
+            another vocabulary or tokenizer, or the adapter was trained on another base model.
     """
     config = load_config(RunConfig, Path(run_folder) / CONFIG_FILE)
     check_same_data(run_folder, config.data)
@@ -77,8 +83,15 @@ def evaluate_run(
     found = find_params(run_folder, tree)
     mesh = build_mesh(config.mesh)
     with jax.set_mesh(mesh), laid_out(config.layout):
-        specs = weight_specs(config.model)
-        model = Gemma2(config.model, read_params(found, abstract_params(specs, mesh=mesh), tree))
+        if config.adaptation.has_base:
+            model = model_of(open_source(run_folder, averaged=averaged), "float32", mesh, config.model)
+        else:
+            specs = weight_specs(config.model)
+            model = Gemma2(config.model, read_params(found, abstract_params(specs, mesh=mesh), tree))
+        if adapter_folder is not None:
+            adapter = read_adapter(adapter_folder, config.model)
+            check_base(adapter.path, adapter.identity, open_source(run_folder))
+            model = adapted(model, adapter, mesh)
         models = {MODEL: model}
         if teacher_folder is not None:
             # In the precision of this run, whatever distill.dtype was in training.

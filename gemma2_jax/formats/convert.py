@@ -8,10 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from gemma2_jax.checkpoints import store
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import reason, replacing, sole_writer, write_text
-from gemma2_jax.formats import gguf, huggingface
+from gemma2_jax.formats import gguf, huggingface, peft
+from gemma2_jax.formats.adapter import AdaptedSource
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE, config_json
 from gemma2_jax.formats.layouts import EMBEDDING, GGUF, HUGGINGFACE, Entry, WeightPlace, expand
@@ -26,7 +28,7 @@ from gemma2_jax.model.vocabulary import without_padding
 from gemma2_jax.model.weights import weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
-KINDS = ("run", "huggingface", "gguf")
+KINDS = ("run", "huggingface", "gguf", "peft")
 QUANTISED = ("q8_0", "q4_0")  # encodings that GGUF has besides DTYPES
 SHARD_BYTES = 2 * 10**9  # bytes of a safetensors shard
 
@@ -52,6 +54,8 @@ def convert(
     kind: str | None = None,
     dtype: str | None = None,
     tokenizer_path: str | Path | None = None,
+    merge: bool = False,
+    base: str | Path | None = None,
     averaged: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Conversion:
@@ -60,10 +64,13 @@ def convert(
     Args:
         source_path: checkpoint of any kind that `open_source` accepts.
         target_path: path that must not exist yet; it appears only once everything is written and compared.
-        kind: one of KINDS. By default a target that ends in `.gguf` becomes GGUF, one of our runs becomes a Hugging
-            Face folder, and anything else becomes a run folder.
+        kind: one of KINDS; `peft` for an adapter alone. By default a target that ends in `.gguf` becomes GGUF, one of
+            our runs becomes a Hugging Face folder, and anything else becomes a run folder.
         dtype: one of DTYPES, or of QUANTISED for GGUF; by default the source's dtype.
         tokenizer_path: SentencePiece model file, for a source without one.
+        merge: whether to write the complete model W + s A B of an adapter and its base. Without it, an adapter can
+            only become PEFT's.
+        base: checkpoint of an adapter's base model, in place of the one that the adapter names.
         averaged: whether to take a run's average of the weights (`training.ema`).
 
     Raises:
@@ -72,9 +79,13 @@ def convert(
     """
     target = Path(target_path)
     kind = check_arguments(target, kind, dtype, tokenizer_path)
-    return write_checkpoint(
-        lambda: open_source(source_path, tokenizer_path, averaged), target, kind, dtype, progress
-    )
+
+    def open_it() -> WeightSource:
+        source = open_source(source_path, tokenizer_path, base, averaged)
+        _check_adapter(source, kind, merge)
+        return source
+
+    return write_checkpoint(open_it, target, kind, dtype, progress)
 
 
 def write_checkpoint(
@@ -89,9 +100,12 @@ def write_checkpoint(
             temporary.unlink()
             source = open_it()
             source.check()
+            if isinstance(source, AdaptedSource) and kind == "peft":
+                return _write_peft(source, temporary, dtype or "float32")
             tokenizer = load_tokenizer(source)
             file = Path(source.tokenizer or "")
-            kind = kind or ("huggingface" if isinstance(source, RunSource) else "run")
+            is_ours = isinstance(source, RunSource) or (source.path / store.CONFIG_FILE).exists()
+            kind = kind or ("huggingface" if is_ours else "run")
             dtype = dtype or source.dtype
             if kind == "run":
                 _write_run(source, temporary, dtype, file, progress)
@@ -109,6 +123,41 @@ def write_checkpoint(
         raise UserError(f"{target} cannot be written: {reason(error, target)}.") from None
     weights = sum(1 for _ in all_places(weight_specs(source.config)))
     return Conversion(source.kind, kind, dtype, source.dtypes, weights)
+
+
+def _check_adapter(source: WeightSource, kind: str | None, merge: bool) -> None:
+    """Raises UserError if only one of the source and the target is an adapter."""
+    if not isinstance(source, AdaptedSource):
+        if kind == "peft":
+            raise UserError(f"{source.path} is a complete model, which cannot become a PEFT adapter.")
+        if merge:
+            raise UserError(
+                f"{source.path} is a complete model, so there is nothing to merge; leave out --merge."
+            )
+    elif merge and kind == "peft":
+        raise UserError("a merged model is no adapter; leave out --merge, or choose another kind than peft.")
+    elif kind != "peft" and not merge:
+        raise UserError(
+            f"{source.path} holds an adapter for {source.base.path}; add --merge to write the complete model, or --to "
+            "peft to write the adapter alone."
+        )
+
+
+def _write_peft(source: AdaptedSource, folder: Path, dtype: str) -> Conversion:
+    """Writes an adapter as PEFT's, and compares it."""
+    adapter = source.adapter
+    matrices = {
+        place: (_cast(a, dtype, place.path), _cast(b, dtype, place.path))
+        for place, (a, b) in adapter.matrices.items()
+    }
+    peft.write(folder, adapter.settings, adapter.identity, matrices, source.base_name, dtype)
+    _, _, written = peft.read(folder, source.config)
+    for place, both in matrices.items():
+        for expected, found in zip(both, written[place], strict=True):
+            if not np.array_equal(_bits(found), _bits(expected)):
+                raise UserError(f"{folder} does not hold {place.path} as it was written; convert again.")
+    dtypes = tuple(sorted({matrix.dtype.name for both in adapter.matrices.values() for matrix in both}))
+    return Conversion(source.kind, "peft", dtype, dtypes, 2 * len(matrices))
 
 
 def check_arguments(

@@ -20,7 +20,7 @@ from gemma2_jax.formats.huggingface_config import CONFIG_FILE, read_config, ties
 from gemma2_jax.formats.json_file import read_object
 from gemma2_jax.formats.layouts import EMBEDDING, HUGGINGFACE, WeightPlace
 from gemma2_jax.formats.metadata import read_metadata
-from gemma2_jax.formats.recognise import describe_weights, is_lfs_pointer, missing_shards
+from gemma2_jax.formats.recognise import ADAPTER_WEIGHTS, describe_weights, is_lfs_pointer, missing_shards
 from gemma2_jax.formats.source import DTYPES, TOKENIZER_FILE, ForeignSource, TensorInfo, wrong_dtypes
 
 WEIGHTS_FILE = "model.safetensors"
@@ -31,7 +31,6 @@ _LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PREFIX = "model."  # of all names except the head's; a Gemma2Model saved without its head lacks it
 # Buffers that older versions of transformers saved; they follow from config.json.
 _BUFFER = re.compile(r"(.+\.)?(rotary_emb\.(original_)?inv_freq|embed_scale)")
-_ADAPTER = "adapter_model.safetensors"  # a LoRA adapter, which PEFT may put beside the model
 _ROWS = 8192  # rows of embedding and head to compare at a time
 
 
@@ -60,14 +59,12 @@ class HuggingFaceSource(ForeignSource):
     def read(self, name: str) -> np.ndarray:
         # The file is reopened for each tensor, since mapped pages count as this process's memory until it is closed.
         saved = self._saved_names[name]
-        return np.asarray(_opened(self.tensors[name].file, lambda file: file.get_tensor(saved)))
+        return np.asarray(opened(self.tensors[name].file, lambda file: file.get_tensor(saved)))
 
     def rows(self, place: WeightPlace, rows: slice) -> np.ndarray:
         if place.path == EMBEDDING:
             saved = self._saved_names[_EMBEDDING]
-            return np.asarray(
-                _opened(self.tensors[_EMBEDDING].file, lambda file: file.get_slice(saved)[rows])
-            )
+            return np.asarray(opened(self.tensors[_EMBEDDING].file, lambda file: file.get_slice(saved)[rows]))
         return super().rows(place, rows)
 
     def added_tokens(self, first: int) -> dict[int, str]:
@@ -106,7 +103,7 @@ class HuggingFaceSource(ForeignSource):
         index = self.path / INDEX_FILE
         if index.exists():
             return self._indexed(index)
-        files = sorted(file for file in self.path.glob("*.safetensors") if file.name != _ADAPTER)
+        files = sorted(file for file in self.path.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS)
         if not files:
             found = describe_weights(self.path) or "holds no *.safetensors of a complete model"
             raise UserError(f"{self.path} {found}.")
@@ -206,7 +203,7 @@ def _check_all_there(folder: Path, missing: Sequence[str]) -> None:
 
 def _block(info: TensorInfo, name: str, rows: slice) -> np.ndarray:
     """Returns some rows as the bits of float32, so that equal numbers of any dtypes, also NaNs, compare equal."""
-    block = np.asarray(_opened(info.file, lambda file: file.get_slice(name)[rows]))
+    block = np.asarray(opened(info.file, lambda file: file.get_slice(name)[rows]))
     with np.errstate(invalid="ignore"):
         return block.astype(np.float32).view(np.uint32)
 
@@ -219,11 +216,12 @@ def _header(file: Path) -> dict[str, TensorInfo]:
             for name, part in slices.items()
         }
 
-    headers: dict[str, TensorInfo] = _opened(file, read)
+    headers: dict[str, TensorInfo] = opened(file, read)
     return headers
 
 
-def _opened(file: Path, use: Any) -> Any:
+def opened(file: Path, use: Any) -> Any:
+    """Returns the result of `use` on an open safetensors file. Raises UserError if the file is missing or damaged."""
     try:
         with safe_open(file, framework="np") as opened:
             return use(opened)

@@ -9,6 +9,8 @@ from pathlib import Path
 from gemma2_jax.config import UserError
 from gemma2_jax.data.chat_format import chat_template
 from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.formats.adapter import AdaptedSource
+from gemma2_jax.formats.based import BasedSource
 from gemma2_jax.formats.gguf_header import Header, is_gguf, read_header
 from gemma2_jax.formats.layouts import GGUF, expand
 from gemma2_jax.formats.load import load_tokenizer, open_source
@@ -53,6 +55,7 @@ def inspect(path: str | Path, published: Mapping[str, ModelConfig]) -> Inspectio
         ("path", str(source.path)),
         *([("step", f"{source.step:,}")] if isinstance(source, RunSource) else []),
         ("files", _files(source)),
+        *(_trained_part(source) if isinstance(source, BasedSource) else []),
         *_model(source.config, source.tensors, published),
     ]
     try:
@@ -109,6 +112,21 @@ def _model(
             return lines
     lines.append(("published", f"no model of these sizes; known: {', '.join(published)}"))
     return lines
+
+
+def _trained_part(source: BasedSource) -> list[tuple[str, str]]:
+    """What was trained, and on which base model."""
+    known = "" if source.identity is None else f", whose weights were {source.identity[:12]}"
+    base = ("base", f"{source.base_name}{known}")
+    if not isinstance(source, AdaptedSource):
+        return [("trained", f"{source.trained_parameters:,} parameters, in {source.path}"), base]
+    settings = source.adapter.settings
+    layers = "all layers" if settings.layers is None else f"layers {', '.join(map(str, settings.layers))}"
+    text = (
+        f"{source.trained_parameters:,} parameters: rank {settings.rank}, scale {settings.scale:.4g}, on "
+        f"{', '.join(settings.targets)} of {layers}"
+    )
+    return [("adapter", text), base]
 
 
 def _compared(config: ModelConfig, other: ModelConfig) -> str:

@@ -150,7 +150,7 @@ def expand(layout: Sequence[Tensor], specs: Specs) -> dict[str, Entry]:
             shape.insert(0, len(tensor.weights))
         layers: Sequence[int | None] = range(2 * sizes["P"]) if "{layer}" in tensor.name else [None]
         for layer in layers:
-            places = tuple(_place(path, layer) for path in tensor.weights)
+            places = tuple(place_of(path, layer) for path in tensor.weights)
             found[tensor.name.format(layer=layer)] = Entry(
                 tensor,
                 tuple(shape),
@@ -161,7 +161,8 @@ def expand(layout: Sequence[Tensor], specs: Specs) -> dict[str, Entry]:
     return found
 
 
-def _place(path: str, layer: int | None) -> WeightPlace:
+def place_of(path: str, layer: int | None) -> WeightPlace:
+    """The place of a weight of a layer, whose path is relative to the block, or of the whole model (None)."""
     if layer is None:
         return WeightPlace(path, None)
     return WeightPlace(f"pairs/{'global_block' if layer % 2 else 'local_block'}/{path}", layer // 2)

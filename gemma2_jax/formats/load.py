@@ -16,13 +16,17 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import reason
 from gemma2_jax.formats import hub
+from gemma2_jax.formats.adapter import AdaptedSource, Adapter, base_of, has_base, read_adapter
+from gemma2_jax.formats.based import BasedSource, settings_of_run
 from gemma2_jax.formats.deepmind import DeepMindSource, is_orbax
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE
 from gemma2_jax.formats.native import RunSource
-from gemma2_jax.formats.recognise import ADAPTER_CONFIG, describe, enclosing_run
+from gemma2_jax.formats.partial_run import PartialSource
+from gemma2_jax.formats.recognise import describe, enclosing_run
 from gemma2_jax.formats.source import DTYPES, WeightSource, all_places
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.lora import with_adapter
 from gemma2_jax.model.narrowing import check_range
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens, resize_rows, without_padding
@@ -34,17 +38,23 @@ _PADDING = 1024  # rows; more than this and than a quarter of the tokens means a
 
 
 def open_source(
-    path: str | Path, tokenizer: str | Path | None = None, averaged: bool = False
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    base: str | Path | None = None,
+    averaged: bool = False,
 ) -> WeightSource:
     """Opens a checkpoint of any kind, at `path` or with that name on the Hugging Face hub.
 
+    An adapter, or a run of adaptation=partial, is opened together with its base model.
+
     Args:
         tokenizer: SentencePiece model file to use in place of the checkpoint's own.
+        base: checkpoint of that base model, in place of the one that the folder names.
         averaged: whether to take a run's average of the weights (`training.ema`).
 
     Raises:
-        UserError: there is no checkpoint, or none of a known kind; `tokenizer` is not a SentencePiece model; or
-            `averaged` is true and the checkpoint has no average.
+        UserError: there is no checkpoint, or none of a known kind; `tokenizer` is not a SentencePiece model; `base` is
+            given and `path` is a complete model; or `averaged` is true and the checkpoint has no average.
     """
     if tokenizer is not None:
         Tokenizer.load(tokenizer)  # refuses a bad file before gigabytes are downloaded
@@ -52,20 +62,55 @@ def open_source(
     if hub.is_remote(str(path)):
         folder = hub.download(str(path))
     try:
-        reader = _reader_of(folder)
-        if reader is None:
-            raise UserError(f"{path} {_describe(folder)}.")
-        if averaged and reader is not RunSource:
+        if averaged and settings_of_run(folder) is None:
             raise UserError(
                 f"{path} is not a run folder, and only a run keeps an average of its weights; leave out --averaged."
             )
-        source = RunSource(folder, averaged) if averaged else reader(folder)
+        source = (
+            _open_on_base(folder, base, tokenizer, averaged)
+            if has_base(folder)
+            else _open_model(folder, str(path), averaged)
+        )
+        if base is not None and not isinstance(source, BasedSource):
+            raise UserError(
+                f"{path} is a complete model, so it has no use for the base model {base}; leave it out."
+            )
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
     if tokenizer is not None:
         source.tokenizer = Path(tokenizer)
-    _find_padding(source)
+    if not isinstance(source, BasedSource):
+        _find_padding(source)
     return source
+
+
+def _open_model(folder: Path, name: str, averaged: bool) -> WeightSource:
+    reader = _reader_of(folder)
+    if reader is None:
+        raise UserError(f"{name} {_describe(folder)}.")
+    return RunSource(folder, averaged) if averaged else reader(folder)
+
+
+def _open_on_base(
+    folder: Path, base: str | Path | None, tokenizer: str | Path | None, averaged: bool
+) -> BasedSource:
+    of, own = str(base_of(folder) if base is None else base), folder / store.TOKENIZER_FILE
+    settings = settings_of_run(folder)
+    is_partial = settings is not None and not settings.is_adapter
+    try:
+        source = open_source(of, own if tokenizer is None and own.exists() else tokenizer)
+    except UserError as error:
+        if base is not None:
+            raise
+        convert = f"gemma2 convert {folder} TARGET {'' if is_partial else '--merge '}--base BASE"
+        generate = f"gemma2 generate --checkpoint BASE --adapter {folder}, or "
+        raise UserError(
+            f"{folder} was trained on the base model {of}: {str(error).removesuffix('.')}; if it was moved, name its "
+            f"place, as in {'' if is_partial else generate}{convert}."
+        ) from None
+    if settings is not None and is_partial:
+        return PartialSource(source, of, folder, settings, averaged)
+    return AdaptedSource(source, of, read_adapter(folder, source.config, averaged))
 
 
 def _reader_of(folder: Path) -> Callable[[Path], WeightSource] | None:
@@ -82,7 +127,7 @@ def _reader_of(folder: Path) -> Callable[[Path], WeightSource] | None:
 
 def _describe(path: Path) -> str:
     """Returns what a path without a readable checkpoint holds, and what is accepted."""
-    if path.is_dir() and not (path / ADAPTER_CONFIG).exists():
+    if path.is_dir():
         inside = next(
             (inner for inner in sorted(path.iterdir()) if inner.is_dir() and _reader_of(inner)), None
         )
@@ -98,7 +143,8 @@ def _describe(path: Path) -> str:
     unknown = "is a file of unknown type" if path.is_file() else "holds no checkpoint of a known kind"
     return (
         f"{found or unknown}; accepted: a run folder, a Hugging Face folder with config.json "
-        "and *.safetensors or its name on the hub, and DeepMind's Orbax checkpoint (`gemma2 inspect` also accepts GGUF)"
+        "and *.safetensors or its name on the hub, PEFT's folder of a LoRA adapter, and DeepMind's Orbax checkpoint "
+        "(`gemma2 inspect` also accepts GGUF)"
     )
 
 
@@ -139,14 +185,35 @@ def load(
     """
     if not _is_accepted(dtype):
         raise UserError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}.")
-    source = open_source(path, tokenizer, averaged)
+    source = open_source(path, tokenizer, averaged=averaged)
     found = load_tokenizer(source)
     return model_of(source, dtype, mesh), found
 
 
-def model_of(source: WeightSource, dtype: Any, mesh: Mesh | None = None) -> Gemma2:
-    """Loads the model of an open checkpoint; arguments and errors as in `load_params`."""
-    return Gemma2(source.config, load_params(source, source.config, dtype, mesh))
+def model_of(
+    source: WeightSource, dtype: Any, mesh: Mesh | None = None, config: ModelConfig | None = None
+) -> Gemma2:
+    """Loads the model of an open checkpoint; arguments and errors as in `load_params`.
+
+    An adapter stays beside the weights of its base model, as in training.
+
+    Args:
+        config: the source's own by default.
+    """
+    config = source.config if config is None else config
+    if isinstance(source, AdaptedSource):
+        source.check_base()
+        return adapted(model_of(source.base, dtype, mesh, config), source.adapter, mesh)
+    return Gemma2(config, load_params(source, config, dtype, mesh))
+
+
+def adapted(model: Gemma2, adapter: Adapter, mesh: Mesh | None = None) -> Gemma2:
+    """The model with an adapter beside its weights, which are shared and not copied; `mesh` as in `load`."""
+    mesh = build_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
+    specs, arrays = adapter.stacked(model.config)
+    targets = abstract_params(specs, mesh=mesh)
+    placed = jax.tree.map(lambda leaf, array: _put(array, leaf.sharding), targets, arrays)
+    return Gemma2(model.config, with_adapter(model.params(), placed, adapter.settings.scale))
 
 
 def _is_accepted(dtype: Any) -> bool:
@@ -236,7 +303,8 @@ def load_params(
     Args:
         config: the model's config; it may differ from the source's only in vocabulary padding, which is truncated or
             filled with zeros.
-        dtype, mesh: as in `load`.
+        dtype: dtype of the parameters, one of `DTYPES`, or a nested dict of them, laid out like the parameters.
+        mesh: as in `load`.
         progress: called with the number of weights read and the total number.
 
     Raises:

@@ -13,6 +13,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.formats.convert import Conversion, Progress, check_arguments, write_checkpoint
 from gemma2_jax.formats.layouts import EMBEDDING, WeightPlace
 from gemma2_jax.formats.load import load_tokenizer, open_source
+from gemma2_jax.formats.merge_adapters import merge_adapters
 from gemma2_jax.formats.merge_methods import Block, Linear, MergeMethod, Slerp, TaskArithmetic, Ties
 from gemma2_jax.formats.source import WeightSource, row_blocks
 from gemma2_jax.model.config import ModelConfig
@@ -124,7 +125,8 @@ def merge(
         base: checkpoint that the models were tuned from, for task, ties, liti, and if wanted slerp.
         density: fraction of the numbers that ties keeps of each difference; `DENSITY` by default.
         kind, dtype: as in `convert`; by default a target that ends in `.gguf` becomes GGUF, another one a Hugging Face
-            folder, in the dtype of the models, or float32 if these differ.
+            folder, in the dtype of the models, or float32 if these differ. `peft` merges LoRA adapters of one base,
+            with linear or task, into one adapter whose rank is the sum of theirs.
         tokenizer_path: SentencePiece model file to use in place of those of all models.
 
     Raises:
@@ -132,10 +134,13 @@ def merge(
             tokenizers; or as `convert`.
     """
     kind = check_arguments(Path(target_path), kind, dtype, tokenizer_path) or "huggingface"
-    weights = _checked(models, method, weights, base, density)
+    weights = _checked(models, method, weights, base, density, is_adapter=kind == "peft")
 
     def open_merged() -> WeightSource:
         sources = [open_source(path, tokenizer_path) for path in [*models, *([] if base is None else [base])]]
+        if kind == "peft":
+            total = sum(weights) if method == "linear" else 1.0
+            return merge_adapters(sources, [weight / total for weight in weights])
         for source in sources[1:]:
             _check_alike(sources[0], source)
         wide = "float32" in (dtype, common_dtype(sources))
@@ -168,6 +173,7 @@ def _checked(
     weights: Sequence[float] | None,
     base: str | Path | None,
     density: float | None,
+    is_adapter: bool,
 ) -> Sequence[float]:
     """Returns the weights. Raises UserError if the arguments do not fit each other."""
     count = len(models)
@@ -179,7 +185,12 @@ def _checked(
         raise UserError(
             f"--method {method} merges {expected} {'models' if least > 1 else 'model'}, but {count} are given."
         )
-    if base is None and method in _NEED_BASE:
+    if is_adapter and (method not in ("linear", "task") or base is not None):
+        raise UserError(
+            "--to peft merges adapters with --method linear or task, and needs no --base, which is that of the "
+            "adapters; leave out --to peft to merge complete models."
+        )
+    if base is None and method in _NEED_BASE and not is_adapter:
         raise UserError(
             f"--method {method} needs --base BASE, the checkpoint that the models were tuned from."
         )

@@ -15,6 +15,7 @@ from gemma2_jax.formats.gguf_header import is_gguf
 from gemma2_jax.formats.json_file import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _SAVE = "save it as safetensors, in transformers with AutoModelForCausalLM.from_pretrained(…).save_pretrained(NEW)"
 _PICKLES = (
@@ -61,7 +62,7 @@ _PARTS = {
     "_sharding",
     "manifest.ocdbt",
 }
-_ADAPTER_FILES = {ADAPTER_CONFIG, "adapter_model.safetensors"}
+_ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -77,8 +78,8 @@ def describe(path: Path) -> str | None:
 
 def describe_weights(folder: Path) -> str | None:
     """Returns which weights a folder without complete safetensors holds, and what to do; None if it has none."""
-    if any((folder / name).exists() for name in _ADAPTER_FILES):
-        return _describe_adapter(folder)
+    if (folder / ADAPTER_WEIGHTS).exists():
+        return f"holds {ADAPTER_WEIGHTS} without {ADAPTER_CONFIG}; copy it from the adapter's original folder"
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in _ENDINGS and file.name != "training_args.bin":
             what, remedy = _ENDINGS[file.suffix]
@@ -112,7 +113,7 @@ def _describe_file(path: Path) -> str | None:
     if begin.startswith(_LFS):
         return "is a Git LFS pointer; fetch the file itself with `git lfs pull`"
     if path.name in _ADAPTER_FILES:
-        return f"belongs to {_adapter(path.parent)}, which is not a complete model; {_MERGE}"
+        return f"is one file of an adapter; give its folder, {path.absolute().parent}"
     if (run := enclosing_run(path)) is not None:
         return f"is inside a run folder; give the run folder, {run}"
     if path.suffix == ".safetensors" or path.name in _PARTS:
@@ -177,22 +178,3 @@ def _prepared(folder: Path) -> str | None:
         return None
     kinds = {"encoding": "a teacher cache (distill.cache)", "parts": "prepared data (data.folder)"}
     return next((kind for name, kind in kinds.items() if name in manifest), None)
-
-
-def _describe_adapter(folder: Path) -> str:
-    return f"holds {_adapter(folder)} and no complete model; {_MERGE}"
-
-
-_MERGE = "merge it into its base model with PEFT first: model.merge_and_unload().save_pretrained(NEW)"
-
-
-def _adapter(folder: Path) -> str:
-    """Returns the type of adapter that a folder holds, and its base model."""
-    try:
-        config = read_object(folder / ADAPTER_CONFIG)
-    except UserError:
-        config = {}
-    base = config.get("base_model_name_or_path")
-    of = f" of {base}" if isinstance(base, str) and base else ""
-    kind = config.get("peft_type", "LORA")
-    return f"a LoRA adapter{of}" if kind == "LORA" else f"a PEFT adapter ({kind}){of}"

@@ -30,7 +30,7 @@ TokenLoss = Callable[[Logits, Any, Any], tuple[jax.Array, Any]]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["hidden", "embedding"],
-    meta_fields=["softcap", "vocab_padding", "trained"],
+    meta_fields=["softcap", "vocab_padding", "trained", "embedding_trained"],
 )
 @dataclass(frozen=True)
 class LMHead:
@@ -42,6 +42,7 @@ class LMHead:
         softcap: logits become softcap * tanh(logits / softcap).
         vocab_padding: number of rows at the end of the embedding that belong to no token.
         trained: whether hidden and embedding get gradients; otherwise these are zero and cost nothing.
+        embedding_trained: False if only hidden gets gradients.
     """
 
     hidden: Any
@@ -49,6 +50,7 @@ class LMHead:
     softcap: float
     vocab_padding: int = 0
     trained: bool = True
+    embedding_trained: bool = True
 
 
 Heads = dict[str, LMHead]
@@ -72,6 +74,10 @@ def dense_sums(
 ) -> Sums:
     """The reference for `lm_head_sums`: computes all logits at once. Arguments and results are the same."""
     trained, frozen = _parts(heads)
+    trained = {
+        name: head if head.embedding_trained else _with_fixed_embedding(head)
+        for name, head in trained.items()
+    }
     logits = _logits(trained) | jax.lax.stop_gradient(_logits(frozen))
     constants = jax.lax.stop_gradient((per_token, mask, coefficients))
     return _masked_sums(token_loss, logits, *constants)
@@ -201,6 +207,8 @@ def _sums_and_gradients(
         for name, states in inside.items():
             d_product = constrain_in_head(d_products[name].astype(states.dtype), "BTV")
             d_hidden[name] = constrain(jnp.einsum("BTV,VD->BTD", d_product, embeddings[name]), "BTD")
+            if name not in d_embeddings:
+                continue
             more = jnp.einsum(
                 f"RBTD,RBTV->{sum_dims}",
                 _rows_apart(R, states, "TD"),
@@ -214,17 +222,21 @@ def _sums_and_gradients(
         sizes = {"R": R, **dict(zip("VD", head.embedding.shape, strict=True))}
         return constrain_in_head(jnp.zeros([sizes[letter] for letter in sum_dims], jnp.float32), sum_dims)
 
-    def gradient(head: LMHead, d_hidden: jax.Array, d_embedding: jax.Array) -> LMHead:
-        summed = plan.as_embedding(constrain_in_head(jnp.sum(d_embedding, axis=0), plan.sum_dims))
+    def gradient(head: LMHead, d_hidden: jax.Array, d_embedding: jax.Array | None) -> LMHead:
         joined = join_tokens(d_hidden, mask.shape[1])
+        if d_embedding is None:  # stands for zeros
+            return replace(head, hidden=joined, embedding=None)
+        summed = plan.as_embedding(constrain_in_head(jnp.sum(d_embedding, axis=0), plan.sum_dims))
         return replace(head, hidden=joined, embedding=summed.astype(head.embedding.dtype))
 
     heads = trained | frozen
     first = _zero_sums(token_loss, heads, per_token, coefficients)
-    carry = (first, {name: zeros(head) for name, head in trained.items()})
+    carry = (first, {name: zeros(head) for name, head in trained.items() if head.embedding_trained})
     split = _split(blocks, _hidden(heads), (per_token, mask))
     (sums, d_embeddings), d_hidden = jax.lax.scan(body, carry, split)
-    return sums, {name: gradient(head, d_hidden[name], d_embeddings[name]) for name, head in trained.items()}
+    return sums, {
+        name: gradient(head, d_hidden[name], d_embeddings.get(name)) for name, head in trained.items()
+    }
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -262,6 +274,10 @@ def _parts(heads: Mapping[str, LMHead]) -> tuple[Heads, Heads]:
     """The trained heads, and the others."""
     trained = {name: head for name, head in heads.items() if head.trained}
     return trained, {name: head for name, head in heads.items() if not head.trained}
+
+
+def _with_fixed_embedding(head: LMHead) -> LMHead:
+    return replace(head, embedding=jax.lax.stop_gradient(head.embedding))
 
 
 def _masked_sums(

@@ -20,8 +20,8 @@ from gemma2_jax.distill.cache.manifest import CacheManifest, find_cache
 from gemma2_jax.distill.cache.reader import cached_batches, check_cache
 from gemma2_jax.distill.matching import match_sums
 from gemma2_jax.distill.teacher import abstract_teacher, as_teacher, load_teacher, teacher_config
-from gemma2_jax.distill.teacher_identity import model_identity
 from gemma2_jax.distill.teacher_record import TeacherRecord
+from gemma2_jax.formats.identity import model_identity
 from gemma2_jax.kernels.lm_head import LMHead, lm_head_sums
 from gemma2_jax.methods.language_modelling import (
     MODEL,
@@ -31,9 +31,9 @@ from gemma2_jax.methods.language_modelling import (
     head_and_layers,
 )
 from gemma2_jax.methods.method import Frozen, Trainable
-from gemma2_jax.model.adaptation import FULL, Adaptation
+from gemma2_jax.model.adaptation import Adaptation
 from gemma2_jax.model.capture import Capture
-from gemma2_jax.model.counts import count_parameters, training_flops_per_token
+from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.objectives.targets import SparseTargets
 from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import ScheduleConfig
@@ -50,7 +50,7 @@ class Distillation(LanguageModelling):
         teacher: sizes of the teacher; None for training from a cache alone.
     """
 
-    def __init__(self, config: RunConfig, adaptation: Adaptation = FULL) -> None:
+    def __init__(self, config: RunConfig, adaptation: Adaptation | None = None) -> None:
         super().__init__(config, adaptation)
         distill = config.distill
         self.teacher = teacher_config(distill, config.model)
@@ -58,7 +58,7 @@ class Distillation(LanguageModelling):
         if distill.cache is not None:
             self.validation_only = (TEACHER,)
         online = self.teacher if distill.cache is None else None
-        self.flops_per_token = training_flops_per_token(config.model, config.data.seq_len, online)
+        self.flops_per_token = self.training_flops(online)
         self._teacher_compute = replace(config.compute, dtype=distill.dtype, remat="none")
         self._match = distill.match
         if self._match is not None:
@@ -153,7 +153,7 @@ class Distillation(LanguageModelling):
     def loss(
         self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        head, layers = self.forward(trainable, frozen, batch)
+        head, layers = self.forward(trainable, frozen, batch, step)
         teacher, teacher_layers = self.teacher_forward(frozen, batch, self.teacher_capture)
         heads = {MODEL: head}
         if teacher is not None and self.config.objective.needs_teacher:
@@ -182,8 +182,7 @@ class Distillation(LanguageModelling):
             return match_sums(self._match, projections, layers, teacher_layers, batch)
 
     def evaluate(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> dict[str, Any]:
-        head, _ = self.forward(trainable, frozen, batch, replace(self.config.compute, remat="none"))
-        heads = {MODEL: head}
+        heads = {MODEL: self.forward(trainable, frozen, batch, None)[0]}
         if TEACHER in frozen:
             teacher, _ = self.teacher_forward(frozen, replace(batch, extra={}), None)
             assert teacher is not None

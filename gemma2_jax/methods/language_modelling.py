@@ -15,12 +15,13 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.teacher_record import TeacherRecord
 from gemma2_jax.kernels.lm_head import LMHead, lm_head_sums
 from gemma2_jax.methods.method import BASE, PARAMS, Frozen, Trainable
-from gemma2_jax.model.adaptation import FULL, Adaptation
+from gemma2_jax.model.adaptation import Adaptation, build_adaptation
 from gemma2_jax.model.capture import Capture, CapturedLayer, forward
-from gemma2_jax.model.config import ComputeConfig
-from gemma2_jax.model.counts import training_flops_per_token
+from gemma2_jax.model.config import ComputeConfig, ModelConfig
+from gemma2_jax.model.counts import count_parameters, count_weights, training_flops_per_token
+from gemma2_jax.model.lora import with_dropout
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params, weight_specs
+from gemma2_jax.model.weights import abstract_params, frozen_dtypes, key_of_path, weight_specs
 from gemma2_jax.objectives.objective import build_coefficients, evaluation_loss, token_loss
 from gemma2_jax.run import RunConfig
 
@@ -31,6 +32,9 @@ Layers = Mapping[int, CapturedLayer]
 class LanguageModelling:
     """Trains on the cross-entropy with the data's next token (`Method`).
 
+    Args:
+        adaptation: the one that the configuration selects by default.
+
     Attributes:
         capture: layers that the loss needs in addition to the final hidden states; None for none.
         terms: function that computes the loss of each token from its logits.
@@ -40,16 +44,30 @@ class LanguageModelling:
     validation_only: Sequence[str] = ()
     capture: Capture | None = None
 
-    def __init__(self, config: RunConfig, adaptation: Adaptation = FULL) -> None:
-        self.config, self.adaptation = config, adaptation
-        trained, self._base_specs = adaptation.specs(weight_specs(config.model))
+    def __init__(self, config: RunConfig, adaptation: Adaptation | None = None) -> None:
+        self.config = config
+        self.adaptation = (
+            build_adaptation(config.adaptation, config.model) if adaptation is None else adaptation
+        )
+        trained, self._base_specs = self.adaptation.specs(weight_specs(config.model))
         self.specs: dict[str, Any] = {PARAMS: trained}
+        self._frozen_weights = count_weights(self._base_specs)
+        self._added_weights = (
+            count_weights(trained) + self._frozen_weights - count_parameters(config.model).total
+        )
         self.terms = token_loss(config.objective)
         self.coefficients = build_coefficients(config.objective, config.training.steps)
-        self.flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
+        self.flops_per_token = self.training_flops()
+
+    def training_flops(self, teacher: ModelConfig | None = None) -> float:
+        """Model FLOPs per token of a training step with this online teacher, or without one."""
+        return training_flops_per_token(
+            self.config.model, self.config.data.seq_len, teacher, self._frozen_weights, self._added_weights
+        )
 
     def abstract_frozen(self, mesh: Mesh) -> dict[str, Any]:
-        return {BASE: abstract_params(self._base_specs, mesh=mesh)}
+        dtypes = frozen_dtypes(self._base_specs, self.config.compute.dtype)
+        return {BASE: abstract_params(self._base_specs, dtypes, mesh)}
 
     def load_frozen(self, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
         return {}
@@ -73,18 +91,29 @@ class LanguageModelling:
         return batch
 
     def forward(
-        self, trainable: Trainable, frozen: Frozen, batch: Batch, compute: ComputeConfig | None = None
+        self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array | None
     ) -> tuple[LMHead, Layers]:
-        """The trained model's distributions over the vocabulary, and the layers of `capture`."""
+        """The trained model's distributions over the vocabulary, and the layers of `capture`.
+
+        Args:
+            step: number of the training step; None in validations, which have no dropout and no rematerialisation.
+        """
         params = self.adaptation.join(trainable[PARAMS], frozen.get(BASE, {}))
-        return head_and_layers(
-            Gemma2(self.config.model, params), batch, compute or self.config.compute, self.capture
-        )
+        compute, dropout = self.config.compute, self.config.adaptation.dropout
+        if step is None:
+            compute = replace(compute, remat="none")
+        elif dropout:
+            key = jax.random.fold_in(key_of_path(jax.random.key(self.config.seed), "dropout"), step)
+            # Microbatches of a step differ only in their contents.
+            key = jax.random.fold_in(key, jnp.sum(batch.tokens * (1 + batch.positions)))
+            params = with_dropout(params, dropout, key)
+        head, layers = head_and_layers(Gemma2(self.config.model, params), batch, compute, self.capture)
+        return replace(head, embedding_trained="embedder" in self.specs[PARAMS]), layers
 
     def loss(
         self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        head, _ = self.forward(trainable, frozen, batch)
+        head, _ = self.forward(trainable, frozen, batch, step)
         with jax.named_scope("loss"):
             total, metrics = lm_head_sums(
                 self.terms,
@@ -104,7 +133,7 @@ class LanguageModelling:
         return metrics
 
     def evaluate(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> dict[str, Any]:
-        head, _ = self.forward(trainable, frozen, batch, replace(self.config.compute, remat="none"))
+        head, _ = self.forward(trainable, frozen, batch, None)
         return evaluation_sums({MODEL: head}, batch, self.config.objective.block_tokens)
 
 

@@ -12,14 +12,14 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rollouts import on_policy_steps, rollout
 from gemma2_jax.methods.distillation import Distillation
 from gemma2_jax.methods.method import BASE, PARAMS, Frozen, Trainable
-from gemma2_jax.model.adaptation import FULL, Adaptation
+from gemma2_jax.model.adaptation import Adaptation
 from gemma2_jax.run import RunConfig
 
 
 class OnPolicyDistillation(Distillation):
     """Distillation in which the batch of some steps is a rollout: the student continues prompts from the data."""
 
-    def __init__(self, config: RunConfig, adaptation: Adaptation = FULL) -> None:
+    def __init__(self, config: RunConfig, adaptation: Adaptation | None = None) -> None:
         super().__init__(config, adaptation)
         assert config.distill.on_policy is not None
         self._settings = config.distill.on_policy

@@ -20,7 +20,6 @@ from gemma2_jax.kernels.lm_head import lm_head_sums
 from gemma2_jax.methods.distillation import TEACHER, Distillation
 from gemma2_jax.methods.language_modelling import MODEL, LanguageModelling
 from gemma2_jax.methods.method import BASE, Frozen, Trainable
-from gemma2_jax.model.counts import training_flops_per_token
 
 
 class Students:
@@ -28,10 +27,15 @@ class Students:
 
     Args:
         members: methods by name; at least one has a teacher.
+
+    Attributes:
+        base_of: for each member, the name of the first one that has the same base weights; the frozen tree `base` holds
+            them under that name.
     """
 
     def __init__(self, members: Mapping[str, LanguageModelling]) -> None:
         self.members = dict(members)
+        self.base_of = {name: self._first_with_base_of(name) for name in members}
         self._distilled = [member for member in members.values() if isinstance(member, Distillation)]
         self._first = self._distilled[0]  # loads the teacher and the data, which all of them share
         self.specs = {name: member.specs for name, member in members.items()}
@@ -40,14 +44,14 @@ class Students:
         self._block_tokens = min(member.config.objective.block_tokens for member in members.values())
         # One student's FLOPs include the teacher's forward pass, which all students share.
         self.flops_per_token = self._first.flops_per_token + sum(
-            training_flops_per_token(member.config.model, member.config.data.seq_len)
-            for member in members.values()
-            if member is not self._first
+            member.training_flops() for member in members.values() if member is not self._first
         )
 
     def abstract_frozen(self, mesh: Mesh) -> dict[str, Any]:
         each = {name: member.abstract_frozen(mesh) for name, member in self.members.items()}
-        return self._first.abstract_frozen(mesh) | {BASE: {name: each[name][BASE] for name in each}}
+        return self._first.abstract_frozen(mesh) | {
+            BASE: {name: each[name][BASE] for name in dict.fromkeys(self.base_of.values())}
+        }
 
     def load_frozen(self, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
         return self._first.load_frozen(tokenizer, mesh)
@@ -79,7 +83,7 @@ class Students:
         """
         teacher, teacher_layers = self._first.teacher_forward(frozen, batch, self._capture)
         forward = {
-            name: member.forward(trainable[name], _frozen_of(name, frozen), batch)
+            name: member.forward(trainable[name], self._frozen_of(name, frozen), batch, step)
             for name, member in self.members.items()
         }
         heads = {name: head for name, (head, _) in forward.items()}
@@ -128,11 +132,23 @@ class Students:
 
     def evaluate(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> dict[str, Any]:
         return {
-            name: member.evaluate(trainable[name], _frozen_of(name, frozen), batch)
+            name: member.evaluate(trainable[name], self._frozen_of(name, frozen), batch)
             for name, member in self.members.items()
         }
 
+    def _frozen_of(self, name: str, frozen: Frozen) -> dict[str, Any]:
+        """The frozen trees in the form that the method of one student takes."""
+        return {**frozen, BASE: frozen[BASE][self.base_of[name]]}
 
-def _frozen_of(name: str, frozen: Frozen) -> dict[str, Any]:
-    """The frozen trees in the form that the method of one student takes."""
-    return {**frozen, BASE: frozen[BASE][name]}
+    def _first_with_base_of(self, name: str) -> str:
+        """The first member with an adapter beside the same base weights; without an adapter, the member itself."""
+        config = self.members[name].config
+        if not config.adaptation.is_adapter:
+            return name
+        wanted = config.initialise, config.model
+        return next(
+            other
+            for other, member in self.members.items()
+            if member.config.adaptation.is_adapter
+            and (member.config.initialise, member.config.model) == wanted
+        )

@@ -1,10 +1,109 @@
 """How a model's weights are divided into trained and frozen ones."""
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol
 
 import jax
 
-from gemma2_jax.model.weights import Params
+from gemma2_jax.config import refuse, suggest
+from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.lora import TARGETS, Lora
+from gemma2_jax.model.partial import Partial
+from gemma2_jax.model.weights import Params, Specs, weight_specs
+
+_KINDS_OF = {"layers": ("partial", "lora"), "weights": ("partial",)}  # of keys that are not for `lora` alone
+
+
+@dataclass(frozen=True)
+class AdaptationConfig:
+    """Which weights are trained.
+
+    Attributes:
+        kind: `full` trains all weights. `partial` trains some weights of the model in initialise.source and freezes the
+            others. `lora` freezes that model and trains two narrow matrices A and B beside each adapted weight (LoRA,
+            arXiv 2106.09685). With both, checkpoints hold what is trained alone.
+        weights: for `partial`, patterns of the trained weights' names, in which `*` stands for any text: `mlp/gate`,
+            `attention/*`, `*norm/scale`, `embedder/embedding`.
+        layers: for `partial` and `lora`, numbers of the layers with trained weights, counted from 0; null for all
+            layers. With a list, `partial` trains no weight outside of the layers.
+        rank: for `lora`, columns of A and rows of B.
+        alpha: numerator of the scale: the weight is W + alpha / rank * A B.
+        rslora: whether the scale is alpha / sqrt(rank) instead (arXiv 2312.03732), so that it suits all ranks.
+        dropout: fraction of the elements of A's input that are dropped in training, from 0 to below 1.
+        targets: adapted weights, among q, k, v, o (attention) and gate, up, down (MLP).
+    """
+
+    kind: Literal["full", "partial", "lora"] = "full"
+    rank: int | None = None
+    alpha: float | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    weights: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        refuse(self._complaints())
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether a run trains additional weights beside a frozen base model."""
+        return self.kind == "lora"
+
+    @property
+    def has_base(self) -> bool:
+        """Whether checkpoints lack the frozen weights, which are those of initialise.source."""
+        return self.kind != "full"
+
+    @property
+    def scale(self) -> float:
+        """s, the factor of A B."""
+        assert self.rank is not None
+        assert self.alpha is not None
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def _complaints(self) -> Iterator[str]:
+        for field in fields(self):
+            kinds = _KINDS_OF.get(field.name, ("lora",))
+            if field.name != "kind" and self.kind not in kinds and getattr(self, field.name) != field.default:
+                yield (
+                    f"adaptation.{field.name} has no effect if adaptation.kind is {self.kind}; write "
+                    f"adaptation={' or adaptation='.join(kinds)}."
+                )
+        if self.layers is not None and (
+            not self.layers or list(self.layers) != sorted({abs(layer) for layer in self.layers})
+        ):
+            yield (
+                f"adaptation.layers is {list(self.layers)}; it must be a list of different layer numbers, counted from "
+                "0, in ascending order, or null for all."
+            )
+        if self.kind == "partial" and not self.weights:
+            yield (
+                "adaptation.weights is []; it must be a list of patterns of weights' names, as in "
+                "adaptation.weights=[attention/*,final_norm/scale]."
+            )
+        if self.kind == "lora":
+            yield from self._about_lora()
+
+    def _about_lora(self) -> Iterator[str]:
+        for name in ("rank", "alpha"):
+            value = getattr(self, name)
+            if value is None or value <= 0:
+                yield (
+                    f"adaptation.{name} is {'null' if value is None else value}; it must be above 0 with "
+                    "adaptation.kind lora."
+                )
+        if not 0 <= self.dropout < 1:
+            yield f"adaptation.dropout is {self.dropout}; it must be at least 0 and below 1."
+        for target in self.targets:
+            if target not in TARGETS:
+                yield f"adaptation.targets has {target}, which is not a weight, {suggest(target, TARGETS)}."
+        if len(set(self.targets)) != len(self.targets) or not self.targets:
+            yield (
+                f"adaptation.targets is [{', '.join(self.targets)}]; it must be a list of different weights among "
+                f"{', '.join(TARGETS)}."
+            )
 
 
 class Adaptation(Protocol):
@@ -38,3 +137,23 @@ class Full:
 
 
 FULL = Full()
+
+
+def build_adaptation(config: AdaptationConfig, model: ModelConfig) -> Adaptation:
+    """The adaptation of a configuration, for a model of these sizes.
+
+    Raises:
+        UserError: the model has no such layers or weights, its weights are narrower than the rank, or it would be
+            trained as a whole.
+    """
+    if config.kind == "full":
+        return FULL
+    if config.kind == "partial":
+        return Partial(model, config.weights, config.layers)
+    assert config.rank is not None
+    return Lora(model, config.rank, config.scale, config.targets, config.layers)
+
+
+def divided_specs(config: AdaptationConfig, model: ModelConfig) -> tuple[Specs, Specs]:
+    """The specs of the trained and of the frozen part of a model of these sizes."""
+    return build_adaptation(config, model).specs(weight_specs(model))

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import specs_by_path, weight_specs
+from gemma2_jax.model.weights import Specs, specs_by_path, weight_specs
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,14 @@ class ParameterCounts:
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """The parameter counts of a model of these sizes, from its specs; nothing is allocated."""
     specs = weight_specs(config)
-    total = sum(math.prod(spec.shape) for spec in specs_by_path(specs).values())
+    total = count_weights(specs)
     embedding = math.prod(specs["embedder"]["embedding"].shape)
     return ParameterCounts(embedding, total - embedding)
+
+
+def count_weights(specs: Specs) -> int:
+    """The number of weights in a tree of specs."""
+    return sum(math.prod(spec.shape) for spec in specs_by_path(specs).values())
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -43,13 +48,25 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     return 2.0 * weights + 4.0 * config.num_heads * config.head_dim * pairs_of_scores
 
 
-def training_flops_per_token(config: ModelConfig, seq_len: int, teacher: ModelConfig | None = None) -> float:
+def training_flops_per_token(
+    config: ModelConfig,
+    seq_len: int,
+    teacher: ModelConfig | None = None,
+    frozen: int = 0,
+    added: int = 0,
+) -> float:
     """Model FLOPs of one training step per token: the backward pass costs twice the forward pass.
 
-    A teacher adds one forward pass. Recomputation (remat) is not counted: model-FLOP utilisation divides by this number
-    (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B).
+    A frozen weight needs no gradient, which saves half of its backward pass; that layers below all trained ones have no
+    backward pass at all is not counted. An added weight costs as much as one of
+    the model. A teacher adds one forward pass. Recomputation (remat) is not counted: model-FLOP utilisation divides by
+    this number (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B).
+
+    Args:
+        frozen: number of the model's weights that are not trained.
+        added: number of trained weights beside the model's, such as those of an adapter.
     """
-    flops = 3.0 * forward_flops_per_token(config, seq_len)
+    flops = 3.0 * forward_flops_per_token(config, seq_len) - 2.0 * frozen + 6.0 * added
     if teacher is not None:
         flops += forward_flops_per_token(teacher, seq_len)
     return flops

@@ -19,6 +19,7 @@ from gemma2_jax.model.attention import Attention
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.layers import MLP, Embedder, RMSNorm
 from gemma2_jax.model.linear import WEIGHT_PRODUCT
+from gemma2_jax.model.stack import parts_of
 from gemma2_jax.model.weights import Params, init_params, map_specs, weight_specs
 from gemma2_jax.sharding.layout import constrain
 
@@ -261,10 +262,15 @@ def over_pairs(
     pairs: Pair | Sequence[Pair],
     compute: ComputeConfig,
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan` of `body` over pairs of layers, which are stacked or in a list."""
-    if isinstance(pairs, Pair):
-        return jax.lax.scan(body, carry, pairs, unroll=compute.unroll_layers)
+    """`jax.lax.scan` of `body` over pairs of layers, which are stacked (see `SplitStack`) or in a list."""
     outputs = []
+    if isinstance(pairs, Pair):
+        for part in parts_of(pairs):
+            carry, output = jax.lax.scan(body, carry, part, unroll=compute.unroll_layers)
+            outputs.append(output)
+        return carry, outputs[0] if len(outputs) == 1 else jax.tree.map(
+            lambda *each: jnp.concatenate(each), *outputs
+        )
     for pair in pairs:
         carry, output = body(carry, pair)
         outputs.append(output)

@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import jax
@@ -115,17 +116,30 @@ def specs_by_path(specs: Specs) -> dict[str, Weight]:
 
 
 def abstract_params(specs: Any, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Any:
-    """The parameters' shapes, dtype and, on a mesh, shardings, as `jax.ShapeDtypeStruct`s; nothing is allocated.
+    """The parameters' shapes, dtypes and, on a mesh, shardings, as `jax.ShapeDtypeStruct`s; nothing is allocated.
+
+    Args:
+        dtype: dtype of all parameters, or a nested dict of dtypes, laid out like `specs`.
 
     Raises:
         UserError: the mesh does not divide a dimension that is split along it.
     """
 
-    def describe(path: str, spec: Weight) -> jax.ShapeDtypeStruct:
+    def describe(path: str, spec: Weight, dtype: Any) -> jax.ShapeDtypeStruct:
         sharding = None if mesh is None else weight_sharding(mesh, path, spec.dims, spec.shape)
         return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
 
-    return map_specs(describe, specs)
+    return map_specs(
+        describe, specs, dtype if isinstance(dtype, dict) else map_specs(lambda *_: dtype, specs)
+    )
+
+
+def frozen_dtypes(specs: Any, dtype: Any) -> Any:
+    """Dtypes of frozen weights, laid out like `specs`: that of their products, but float32 for the norms' scales.
+
+    Training results are the same as with float32, since `linear` converts weights to that dtype anyway.
+    """
+    return map_specs(lambda _, spec: jnp.dtype(dtype if spec.fan_in else jnp.float32), specs)
 
 
 def init_params(specs: Any, key: jax.Array, prefix: str = "") -> Any:
@@ -140,8 +154,7 @@ def init_params(specs: Any, key: jax.Array, prefix: str = "") -> Any:
             return jnp.zeros(spec.shape, jnp.float32)
         fan_in = math.prod(spec.sizes[d] for d in spec.fan_in)
         whole = "/".join(part for part in (prefix, path) if part)
-        path_key = jax.random.fold_in(key, _stable_hash(whole))
-        return jax.random.normal(path_key, spec.shape, jnp.float32) * fan_in**-0.5
+        return jax.random.normal(key_of_path(key, whole), spec.shape, jnp.float32) * fan_in**-0.5
 
     return map_specs(init, specs)
 
@@ -151,6 +164,19 @@ def constrain_params(params: Any, specs: Any) -> Any:
     return map_specs(lambda _, spec, leaf: constrain_weight(leaf, spec.dims), specs, params)
 
 
-def _stable_hash(path: str) -> int:
-    """A 31-bit hash that is the same in every process (Python's own `hash` is salted)."""
-    return zlib.crc32(path.encode()) & 0x7FFFFFFF
+def key_of_path(key: jax.Array, path: str) -> jax.Array:
+    """A random key for one weight, the same in every process (Python's own `hash` is salted)."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+
+
+def insert(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Puts a value at a path of a nested dict."""
+    *above, name = path.split("/")
+    for part in above:
+        tree = tree.setdefault(part, {})
+    tree[name] = value
+
+
+def value_at(tree: Any, path: str) -> Any:
+    """The value at a path of a nested dict."""
+    return reduce(lambda inner, name: inner[name], path.split("/"), tree)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from gemma2_jax.methods.method import BASE
+from gemma2_jax.model.adaptation import divided_specs
 from gemma2_jax.model.config import ComputeConfig, ModelConfig, Remat
 from gemma2_jax.planning.program import Inputs, device_bytes
 from gemma2_jax.planning.topologies import Topology
@@ -18,7 +20,8 @@ class Parts:
     """Memory of one device in bytes, by content.
 
     Attributes:
-        parameters, moments, averaged, teacher: exact sizes of the shards.
+        parameters, moments, averaged, base, teacher: exact sizes of the shards. Parameters are the trained ones, the
+            base is the frozen part of the trained models.
         parameters_by_run: the share of `parameters` of each run, by the run's name.
         gradients: same as `parameters`, since gradients are sharded like the parameters.
         activations, logits: estimates by formula, see `saved_activations` and `head_blocks`.
@@ -29,6 +32,7 @@ class Parts:
     moments: int
     averaged: int
     gradients: int
+    base: int
     teacher: int
     activations: int
     logits: int
@@ -45,7 +49,8 @@ def memory_parts(runs: Sequence[RunConfig], inputs: Inputs, mesh_shape: dict[str
         moments=sum(device_bytes(state.optimizer) for state in states.values()),
         averaged=sum(device_bytes(state.averaged) for state in states.values()),
         gradients=parameters,
-        teacher=device_bytes(inputs.frozen),
+        base=device_bytes(inputs.frozen[BASE]),
+        teacher=device_bytes({name: tree for name, tree in inputs.frozen.items() if name != BASE}),
         activations=sum(saved_activations(run, mesh_shape) for run in runs),
         logits=head_blocks(runs, mesh_shape),
     )
@@ -79,7 +84,8 @@ def head_blocks(runs: Sequence[RunConfig], mesh_shape: dict[str, int]) -> int:
     blocks = tokens * first.model.vocab_size // split * teacher
     for run in runs:
         blocks += tokens * run.model.vocab_size // split * (_FLOAT32 + _width(run))
-        blocks += _FLOAT32 * run.model.vocab_size * run.model.d_model // split
+        if "embedder" in divided_specs(run.adaptation, run.model)[0]:
+            blocks += _FLOAT32 * run.model.vocab_size * run.model.d_model // split
     return blocks
 
 
@@ -116,7 +122,7 @@ def memory_savings(
             f"training.accumulation={config.training.accumulation * rows}",
         )
     offer(parts.averaged, "training.ema=null")
-    whole = parts.parameters + parts.moments + parts.averaged + parts.gradients + parts.teacher
+    whole = parts.parameters + parts.moments + parts.averaged + parts.gradients + parts.base + parts.teacher
     copies = mesh_shape.get("data", 1)
     fsdp = mesh_shape.get("fsdp", 1) * copies
     if copies > 1 and all(run.model.d_model % fsdp == 0 for run in runs):

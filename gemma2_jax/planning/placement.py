@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma2_jax.distill.teacher import as_teacher, online_teacher
-from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import abstract_params, specs_by_path, weight_specs
+from gemma2_jax.methods.method import BASE
+from gemma2_jax.model.adaptation import divided_specs
+from gemma2_jax.model.weights import Specs, abstract_params, frozen_dtypes, specs_by_path, weight_specs
 from gemma2_jax.planning.program import device_bytes, mesh_of
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
@@ -39,7 +40,8 @@ class PlacedModel:
     """Sharding of a model on a mesh.
 
     Attributes:
-        role: student (the trained model) or teacher. One of several students has its name: student NAME.
+        role: student or adapter (trained weights), base (frozen weights of the same model), or teacher. One of several
+            students has its name: student NAME.
         activations: mesh axes that split each dimension of the activations, by its letter.
         head: mesh axes that split the vocabulary in the LM head. Tokens are split along their remaining axes.
     """
@@ -75,20 +77,30 @@ def find_placement(runs: Sequence[RunConfig], topology: Topology) -> Placement:
     """
     config, mesh = runs[0], mesh_of(runs, topology)
     with laid_out(config.layout):
-        models = [
-            _place("student" if len(runs) == 1 else f"student {run.name}", run.model, "float32", mesh)
-            for run in runs
-        ]
+        models = [placed for run in runs for placed in _place_run(run, len(runs) == 1, mesh)]
         teacher = online_teacher(config.distill, config.model)
         if teacher is not None:
             with as_teacher(config.distill):
-                models.append(_place("teacher", teacher, config.distill.dtype, mesh))
+                specs = weight_specs(teacher)
+                models.append(_place("teacher", specs, config.distill.dtype, mesh))
     return Placement(" + ".join(run.name for run in runs), topology.name, dict(mesh.shape), models)
 
 
-def _place(role: str, model: ModelConfig, dtype: str, mesh: Mesh) -> PlacedModel:
-    layout, specs = layout_in_use(), weight_specs(model)
-    leaves = jax.tree.leaves(abstract_params(specs, jnp.dtype(dtype), mesh))
+def _place_run(run: RunConfig, is_only: bool, mesh: Mesh) -> list[PlacedModel]:
+    """The trained part of a run's model, and the frozen part if it has one."""
+    trained, frozen = divided_specs(run.adaptation, run.model)
+    name = "" if is_only else f" {run.name}"
+    if not frozen:
+        return [_place(f"student{name}", trained, jnp.float32, mesh)]
+    role = "adapter" if run.adaptation.is_adapter else "student"
+    base = _place(f"{BASE}{name}", frozen, frozen_dtypes(frozen, run.compute.dtype), mesh)
+    return [_place(f"{role}{name}", trained, jnp.float32, mesh), base]
+
+
+def _place(role: str, specs: Specs, dtype: Any, mesh: Mesh) -> PlacedModel:
+    """The sharding of weights of a dtype, or of dtypes laid out like them."""
+    layout = layout_in_use()
+    leaves = jax.tree.leaves(abstract_params(specs, dtype, mesh))
     weights = [
         PlacedWeight(
             path,

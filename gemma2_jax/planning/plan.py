@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma2_jax.distill.teacher import online_teacher
-from gemma2_jax.methods.method import Method
-from gemma2_jax.model.counts import count_parameters
+from gemma2_jax.methods.method import PARAMS, Method
+from gemma2_jax.model.counts import count_parameters, count_weights
 from gemma2_jax.planning.count import ProgramCost, count
 from gemma2_jax.planning.hlo import read_program
 from gemma2_jax.planning.memory import Parts, memory_parts, memory_savings
@@ -21,8 +21,8 @@ from gemma2_jax.training.start import with_prepared_vocabulary
 from gemma2_jax.training.together import method_of
 
 FLOPS_SOURCE = (
-    "6 a weight and token, attention by visible pairs, a teacher's forward pass; without recomputation "
-    "(PaLM, arXiv 2204.02311, appendix B; Kaplan et al., arXiv 2001.08361, section 2.1)"
+    "6 a weight and token (4 a frozen weight), attention by visible pairs, a teacher's forward pass; without "
+    "recomputation (PaLM, arXiv 2204.02311, appendix B; Kaplan et al., arXiv 2001.08361, section 2.1)"
 )
 
 
@@ -38,6 +38,7 @@ class Plan:
         validating: bytes of frozen weights that only evaluations use: a teacher whose outputs a cache holds.
         samples: whether the run also samples from the student, in another program that is not planned.
         parameters: number of parameters of each run's model, by the run's name.
+        trained: number of those that are trained; with an adapter, the number of the adapter's.
         parts: memory by content; activations and logits are estimates.
         help: settings that would save memory; empty if the step fits.
         tokens: tokens per step.
@@ -55,6 +56,7 @@ class Plan:
     validating: int
     samples: bool
     parameters: dict[str, int]
+    trained: dict[str, int]
     parts: Parts
     help: list[str]
     tokens: int
@@ -84,6 +86,7 @@ class Plan:
             "devices": self.devices,
             "mesh": self.mesh,
             "parameters": self.parameters,
+            "trained_parameters": self.trained,
             "memory_per_device": {
                 "argument_bytes": memory.argument,
                 "temp_bytes": memory.temp,
@@ -169,6 +172,7 @@ def make_plan(runs: Sequence[RunConfig], topology: Topology, method: Method | No
         (topology.platform == "tpu" and not validating) or needed <= capacity
     )
     parts = memory_parts(runs, program.inputs, shape)
+    specs = {config.name: method.specs} if len(runs) == 1 else method.specs
     tokens = config.data.batch_size * config.data.seq_len
     teacher = online_teacher(config.distill, config.model)
     cost, in_kernels, least = None, 0.0, None
@@ -185,6 +189,7 @@ def make_plan(runs: Sequence[RunConfig], topology: Topology, method: Method | No
         validating=validating,
         samples=config.distill.on_policy is not None,
         parameters={run.name: count_parameters(run.model).total for run in runs},
+        trained={run.name: count_weights(specs[run.name][PARAMS]) for run in runs},
         parts=parts,
         help=[] if fits else memory_savings(runs, topology, parts, shape, needed - capacity),
         tokens=tokens,

@@ -44,6 +44,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("  moments", in_units(plan.parts.moments)),
         *([("  averaged weights", in_units(plan.parts.averaged))] if plan.parts.averaged else []),
         ("  gradients", in_units(plan.parts.gradients)),
+        *_base(plan),
         ("  teacher", in_units(plan.parts.teacher)),
         ("  saved activations", f"{in_units(plan.parts.activations)} (estimate)"),
         ("  logits of a block", f"{in_units(plan.parts.logits)} (estimate)"),
@@ -53,6 +54,14 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("model FLOPs per step", f"{plan.model_flops:.3e} (formula: PaLM, arXiv 2204.02311, appendix B)"),
     ]
     return rows + _counted(plan) + _estimated(plan)
+
+
+def _base(plan: Plan) -> list[tuple[str, str]]:
+    """A row about the frozen weights of the trained models; none if all weights are trained."""
+    if not plan.parts.base:
+        return []
+    trained = sum(plan.trained.values())
+    return [("  frozen base", f"{in_units(plan.parts.base)} (of the parameters, {trained:,} are trained)")]
 
 
 def _by_run(plan: Plan) -> list[tuple[str, str]]:
@@ -161,7 +170,7 @@ def print_placement(placement: Placement, console: Console) -> None:
     _print_line(console, f"{placement.name} on {placement.topology}, mesh {mesh}", "bold")
     for model in placement.models:
         console.print(_weights_table(model, shape))
-        if model.role != "teacher":
+        if model.role.split()[0] in ("student", "adapter"):
             _print_line(
                 console,
                 "Gradients and the optimizer's two moments are split like these weights, and each is as large.",

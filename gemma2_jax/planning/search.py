@@ -7,8 +7,14 @@ from dataclasses import dataclass, replace
 
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.teacher import online_teacher, teacher_config
+from gemma2_jax.model.adaptation import divided_specs
 from gemma2_jax.model.config import Remat
-from gemma2_jax.model.counts import count_parameters, forward_flops_per_token, training_flops_per_token
+from gemma2_jax.model.counts import (
+    count_parameters,
+    count_weights,
+    forward_flops_per_token,
+    training_flops_per_token,
+)
 from gemma2_jax.planning.memory import head_blocks, saved_activations, shares
 from gemma2_jax.planning.plan import Plan, make_plan
 from gemma2_jax.planning.program import check_sizes
@@ -149,14 +155,23 @@ def estimated_memory(runs: Sequence[RunConfig], shape: dict[str, int]) -> float:
     config = runs[0]
     split = shape["fsdp"] * shape["tensor"]
     teacher = online_teacher(config.distill, config.model)
-    parameters = sum(count_parameters(run.model).total for run in runs)
-    state = 4 * 4 * parameters
-    state += sum(4 * count_parameters(run.model).total for run in runs if run.training.ema is not None)
+    counts = [_count_divided(run) for run in runs]
+    trained, frozen = (sum(part) for part in zip(*counts, strict=True))
+    state = 4 * 4 * trained + (2 if config.compute.dtype == "bfloat16" else 4) * frozen
+    state += sum(
+        4 * count for run, (count, _) in zip(runs, counts, strict=True) if run.training.ema is not None
+    )
     if config.training.accumulation > 1:
-        state += 4 * parameters
+        state += 4 * trained
     if teacher is not None:
         state += (2 if config.distill.dtype == "bfloat16" else 4) * count_parameters(teacher).total
     return state / split + sum(saved_activations(run, shape) for run in runs) + head_blocks(runs, shape)
+
+
+def _count_divided(run: RunConfig) -> tuple[int, int]:
+    """The numbers of trained and of frozen weights."""
+    trained, frozen = divided_specs(run.adaptation, run.model)
+    return count_weights(trained), count_weights(frozen)
 
 
 def estimated_seconds(runs: Sequence[RunConfig], topology: Topology, shape: dict[str, int]) -> float:
@@ -171,13 +186,21 @@ def estimated_seconds(runs: Sequence[RunConfig], topology: Topology, shape: dict
     devices, width = len(topology.devices), 2 if config.compute.dtype == "bfloat16" else 4
     tokens = config.data.batch_size * config.data.seq_len
     flops = 0.0 if teacher is None else forward_flops_per_token(teacher, config.data.seq_len)
-    flops += sum(training_flops_per_token(run.model, config.data.seq_len) for run in runs)
+    for run in runs:
+        trained, frozen = _count_divided(run)
+        added = trained + frozen - count_parameters(run.model).total
+        flops += training_flops_per_token(run.model, config.data.seq_len, frozen=frozen, added=added)
     flops *= tokens * (1 + _RECOMPUTED[config.compute.remat] / 4)
     weights = sum(count_parameters(run.model).total for run in runs) / shape["tensor"]
-    gathered = 3 * weights + (0 if teacher is None else count_parameters(teacher).total / shape["tensor"])
+    gradients = sum(_count_divided(run)[0] for run in runs) / shape["tensor"]
+    gathered = (
+        2 * weights
+        + gradients
+        + (0 if teacher is None else count_parameters(teacher).total / shape["tensor"])
+    )
     device_tokens = tokens / devices * shape["tensor"]
     sent = gathered * width * config.training.accumulation * _ring_share(shape["fsdp"])
-    sent += 2 * 4 * weights / shape["fsdp"] * _ring_share(shape["data"])
+    sent += 2 * 4 * gradients / shape["fsdp"] * _ring_share(shape["data"])
     for model in (run.model for run in runs):
         sent += (
             4 * model.num_layers * device_tokens * model.d_model * width * 2 * _ring_share(shape["tensor"])

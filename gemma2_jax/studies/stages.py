@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gemma2_jax.checkpoints.store import TOKENIZER_FILE, find, latest_step, load_model
+from gemma2_jax.checkpoints.store import TOKENIZER_FILE, find, latest_step
 from gemma2_jax.config import UserError, build, load_config, read_json, save_config, to_dict, usable
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import find_data_manifest
@@ -20,6 +20,7 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.teacher_record import read_teacher_record
 from gemma2_jax.evaluation.evaluate import Evaluation, evaluate_run
 from gemma2_jax.files import locked, write_text
+from gemma2_jax.formats.load import model_of, open_source
 from gemma2_jax.processes.hosts import first_process_first, is_first
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sampling.config import SamplingConfig
@@ -210,7 +211,7 @@ def _same_reference(stored: Mapping[str, Any] | None, reference: RunConfig | Non
 
 def _continue(config: RunConfig, prompts: Sequence[str], sample_tokens: int) -> list[str]:
     tokenizer = Tokenizer.load(Path(config.output) / TOKENIZER_FILE)
-    sampler = Sampler(load_model(config.output), tokenizer, config.compute)
+    sampler = Sampler(model_of(open_source(config.output), "float32"), tokenizer, config.compute)
     return sampler.generate(
         list(prompts), SamplingConfig(max_new_tokens=sample_tokens, temperature=0.7, seed=0)
     )

@@ -32,11 +32,13 @@ from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.resume import check_same_run
 from gemma2_jax.training.run_folder import Folder, RunFolder
 from gemma2_jax.training.start import (
+    base_setting_changed,
     check_batch,
     check_data,
     check_run_folder,
     check_same_data,
     check_same_inputs,
+    checked_base,
     data_identity,
     teacher_setting_changed,
     with_prepared_vocabulary,
@@ -64,7 +66,7 @@ def train(config: RunConfig, method: ModelMethod | None = None) -> None:
     with stops.resuming(partial(resume_message, [config])):
         check_existing_run(config)
         if is_done(config):
-            check_teacher_of_finished(config)
+            check_inputs_of_finished(config)
             return
         check_same_inputs([config])
         chosen: ModelMethod = build_method(config) if method is None else method
@@ -115,11 +117,13 @@ def resume_message(configs: Sequence[RunConfig]) -> str:
     return f"the same command resumes from {' and '.join(saved)}"
 
 
-def check_teacher_of_finished(config: RunConfig) -> None:
-    """Raises UserError if a finished run is configured with another teacher than it was trained with.
+def check_inputs_of_finished(config: RunConfig) -> None:
+    """Raises UserError if a finished run is configured with another teacher or base model than it was trained with.
 
-    This loads the teacher, so it is skipped if the teacher's path is the one that the run was trained with.
+    This loads them, so it is skipped if their paths are those that the run was trained with.
     """
+    if base_setting_changed(config):
+        checked_base(config)
     if not teacher_setting_changed(config):
         return
     mesh = build_mesh(config.mesh)
@@ -164,12 +168,15 @@ def train_method(method: Method, configs: Sequence[RunConfig], open_folder: Open
         record = method.record(frozen)
         for each in configs:
             check_same_teacher(each.output, each.distill, record)
+        needed = any(each.adaptation.has_base for each in configs)
+        with progress.doing("identifying base models", brief=not needed):
+            bases = {each.output: checked_base(each) for each in configs}
         folder = open_folder(mesh, progress, stack)
         trainer = Trainer(config, method, folder, examples, frozen, tokenizer, mesh, progress)
         folder.open_writers(stack)
         if is_first():
             for each in configs:
-                write_inputs(each, record)  # only now, after all checks have passed
+                write_inputs(each, record, bases[each.output])  # only now, after all checks have passed
         trainer.train(until, stack.enter_context(Profile(config, progress.print_line)))
 
 

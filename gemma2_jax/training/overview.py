@@ -5,18 +5,36 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from gemma2_jax.data.shards import read_data_manifest
-from gemma2_jax.model.counts import count_parameters
+from gemma2_jax.model.adaptation import divided_specs
+from gemma2_jax.model.counts import count_parameters, count_weights
 from gemma2_jax.run import RunConfig
 
 
+def describe_adaptation(config: RunConfig) -> list[str]:
+    """A line about the trained part of a model; none if all weights are trained."""
+    settings = config.adaptation
+    if not settings.has_base:
+        return []
+    trained = count_weights(divided_specs(settings, config.model)[0])
+    share = f"{trained / count_parameters(config.model).total:.2%} of the model's"
+    layers = "all layers" if settings.layers is None else f"{len(settings.layers)} layers"
+    if settings.is_adapter:
+        text = f"{trained:,} parameters of an adapter, {share}: rank {settings.rank}, on {', '.join(settings.targets)}"
+    else:
+        text = f"{trained:,} parameters, {share}: {', '.join(settings.weights)}"
+    return [f"{config.name}: trains only {text} of {layers}"]
+
+
 def describe_runs(configs: Sequence[RunConfig], mesh: Mesh) -> list[str]:
-    """One line for each run, then one for the data and one for the devices that all runs share."""
+    """One or two lines for each run, then one for the data and one for the devices that all runs share."""
     data = configs[0].data
-    lines = [
-        f"{config.name}: {count_parameters(config.model).total:,} parameters, {config.training.steps:,} steps of "
-        f"{data.batch_size} x {data.seq_len} tokens, in {config.output}"
-        for config in configs
-    ]
+    lines = []
+    for config in configs:
+        lines.append(
+            f"{config.name}: {count_parameters(config.model).total:,} parameters, {config.training.steps:,} steps of "
+            f"{data.batch_size} x {data.seq_len} tokens, in {config.output}"
+        )
+        lines += describe_adaptation(config)
     manifest = read_data_manifest(data.folder)
     lines.append(
         f"data: {manifest.train.tokens:,} tokens to train on, {manifest.validation.tokens:,} held out, in {data.folder}"

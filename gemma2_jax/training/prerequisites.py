@@ -61,7 +61,9 @@ def _sources(config: RunConfig) -> Iterator[tuple[str, str]]:
     sources = {
         "distill.teacher": config.distill.teacher,
         "distill.cache": config.distill.cache,
-        "initialise.source": config.initialise.source if latest is None else None,
+        "initialise.source": config.initialise.source
+        if latest is None or config.adaptation.has_base
+        else None,
     }
     for key, path in sources.items():
         if path is not None:

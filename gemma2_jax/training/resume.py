@@ -118,6 +118,8 @@ def _changed_keys(saved: RunConfig, requested: RunConfig) -> Iterator[tuple[str,
             free |= {"distill.cache", "distill.encoding", "distill.dtype"}
     if saved.distill.teacher is None and requested.distill.teacher is None:
         free.add("distill.dtype")  # has no effect
+    if saved.adaptation.has_base and requested.adaptation.has_base:
+        free.add("initialise.source")  # the base model is compared by its weights
     if "importance" not in (saved.initialise.width, requested.initialise.width):
         free.add("initialise.batches")
     for key, one, other in differences(_in_steps(saved), _in_steps(requested)):

@@ -24,7 +24,7 @@ from gemma2_jax.training.metrics import Writer, open_writers, perplexity
 from gemma2_jax.training.optimizer import learning_rate_schedule
 from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.resume import older_schedule_note
-from gemma2_jax.training.state import TrainState, Update, UpdateRule, initial_state
+from gemma2_jax.training.state import TrainState, Update, UpdateRule, initial_dtypes, initial_state
 from gemma2_jax.training.throughput import peak_flops
 from gemma2_jax.training.validation import averages
 
@@ -135,7 +135,10 @@ class RunFolder:
             rows = train_batches(config.data, *feeding_share(self._mesh))
             batches = (on_mesh(batch, self._mesh) for batch in rows)
             with self._progress.doing(f"{config.name}: loading the initial weights"):
-                params = initial_params(config.initialise, config.model, tokenizer, self._mesh, batches)
+                dtypes = initial_dtypes(config, self._method, self._mesh)
+                params = initial_params(
+                    config.initialise, config.model, tokenizer, self._mesh, batches, dtypes
+                )
         with self._progress.doing("drawing the initial weights", brief=True):
             return initial_state(config, self._method, self._mesh, params)
 

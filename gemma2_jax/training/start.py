@@ -24,6 +24,8 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.distill.teacher_record import TEACHER_FILE, TeacherRecord
 from gemma2_jax.files import write_bytes, write_text
+from gemma2_jax.formats.base_record import BASE_FILE, BaseRecord, check_same_base
+from gemma2_jax.formats.identity import source_identity
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.formats.source import files_below
 from gemma2_jax.model.vocabulary import check_tokens
@@ -43,6 +45,7 @@ _PURPOSES = {
     DATA_FILE: "which identifies the data that the run was trained on",
     TOKENIZER_FILE: "which is the tokenizer that the run was trained with",
     TEACHER_FILE: "which identifies the teacher that the run was distilled from",
+    BASE_FILE: "which identifies the base model that the run was trained on",
 }
 
 
@@ -105,8 +108,10 @@ def check_run_folder(config: RunConfig) -> None:
             f"output {folder} holds a converted model; choose another output, and write initialise.source={folder} to "
             "start from its weights."
         )
+    unneeded = set() if config.distill.has_teacher else {TEACHER_FILE}
+    unneeded |= set() if config.adaptation.has_base else {BASE_FILE}
     for name in _PURPOSES:
-        if not (folder / name).is_file() and (name != TEACHER_FILE or config.distill.has_teacher):
+        if not (folder / name).is_file() and name not in unneeded:
             raise _missing(folder / name)
     find(folder, contents=False)
 
@@ -156,6 +161,27 @@ def teacher_setting_changed(config: RunConfig) -> bool:
     return (saved.teacher, saved.cache) != (config.distill.teacher, config.distill.cache)
 
 
+def base_setting_changed(config: RunConfig) -> bool:
+    """Whether initialise.source differs from the configuration saved in the run folder."""
+    path = Path(config.output) / CONFIG_FILE
+    return path.exists() and load_config(RunConfig, path).initialise.source != config.initialise.source
+
+
+def checked_base(config: RunConfig) -> BaseRecord | None:
+    """The record of a run's base model; None if all weights are trained. Reads all weights of the base.
+
+    Raises:
+        UserError: the run in the folder has another base.
+    """
+    if not config.adaptation.has_base:
+        return None
+    source = config.initialise.source
+    assert source is not None
+    base = BaseRecord(source, source_identity(open_source(source)))
+    check_same_base(config.output, base)
+    return base
+
+
 def data_identity(data: DataConfig) -> dict[str, str]:
     """Fingerprints of the prepared documents and their tokenizer, independent of the folder's path."""
     manifest = read_data_manifest(data.folder)
@@ -174,7 +200,7 @@ def check_same_inputs(configs: Sequence[RunConfig]) -> None:
 def _input_files(configs: Sequence[RunConfig]) -> Iterator[tuple[str, list[Path]]]:
     for config in configs:
         sources = {"distill.teacher": config.distill.teacher}
-        if latest_step(config.output) is None:
+        if latest_step(config.output) is None or config.adaptation.has_base:
             sources["initialise.source"] = config.initialise.source
         for key, path in sources.items():
             if path is not None:
@@ -183,14 +209,16 @@ def _input_files(configs: Sequence[RunConfig]) -> Iterator[tuple[str, list[Path]
             yield f"distill.cache {config.distill.cache}", files_below([Path(config.distill.cache, MANIFEST)])
 
 
-def write_inputs(config: RunConfig, record: TeacherRecord | None) -> None:
-    """Writes the configuration, the tokenizer, and the identities of data and teacher into the run folder."""
+def write_inputs(config: RunConfig, record: TeacherRecord | None, base: BaseRecord | None) -> None:
+    """Writes the configuration, the tokenizer, and the identities of data, teacher and base into the run folder."""
     folder = Path(config.output)
     save_config(config, folder / CONFIG_FILE)
     write_bytes(folder / TOKENIZER_FILE, Path(config.tokenizer.path).read_bytes())
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
     if record is not None and config.distill.has_teacher:
         record.save(folder)
+    if base is not None:
+        base.save(folder)
     # The end-of-text token and the chat format are those of the initial model, or else of the teacher.
     origin = config.initialise.source or config.distill.teacher
     if origin is not None and latest_step(folder) is None:

@@ -11,7 +11,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax.methods.method import BASE, PARAMS, ModelMethod
-from gemma2_jax.model.weights import Params, abstract_params, init_params, weight_specs
+from gemma2_jax.model.weights import (
+    Params,
+    Weight,
+    abstract_params,
+    init_params,
+    map_specs,
+    specs_by_path,
+    weight_specs,
+)
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer
 
@@ -160,7 +168,8 @@ def initial_state(
         params: the model's parameters, which are donated; by default they are drawn at random from the run's seed.
     """
     update, key = Update(config, method.specs), jax.random.key(config.seed)
-    out = update.abstract_state(mesh), method.abstract_frozen(mesh)[BASE]
+    abstract_base = method.abstract_frozen(mesh)[BASE]
+    out = update.abstract_state(mesh), abstract_base
 
     def begin(params: Params | None) -> tuple[TrainState, Any]:
         if params is None:
@@ -169,12 +178,25 @@ def initial_state(
         others = {
             name: init_params(specs, key, name) for name, specs in method.specs.items() if name != PARAMS
         }
+        base = jax.tree.map(lambda weight, leaf: weight.astype(leaf.dtype), base, abstract_base)
         return update.begin({PARAMS: trained, **others}), base
 
     state_and_base: tuple[TrainState, Any] = jax.jit(begin, donate_argnums=0, out_shardings=shardings(out))(
         params
     )
     return state_and_base
+
+
+def initial_dtypes(config: RunConfig, method: ModelMethod, mesh: Mesh) -> Any:
+    """The dtypes that a run's initial weights are loaded in: float32, or that of `abstract_frozen` if all is frozen."""
+    base, trained = method.abstract_frozen(mesh)[BASE], specs_by_path(method.specs[PARAMS])
+    leaves = jax.tree.leaves_with_path(base)
+    frozen = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype for path, leaf in leaves}
+
+    def dtype(path: str, _: Weight) -> Any:
+        return jnp.float32 if path in trained else frozen.get(path, jnp.float32)
+
+    return map_specs(dtype, weight_specs(config.model))
 
 
 def shardings(abstract: Any) -> Any:

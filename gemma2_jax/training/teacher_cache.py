@@ -36,8 +36,8 @@ from gemma2_jax.distill.cache.manifest import (
 from gemma2_jax.distill.cache.records import Packed, Packer, log_grid, row_checksums
 from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.distill.teacher import as_teacher, load_teacher
-from gemma2_jax.distill.teacher_identity import source_identity
 from gemma2_jax.files import locked
+from gemma2_jax.formats.identity import source_identity
 from gemma2_jax.formats.load import check_readable, open_for
 from gemma2_jax.machine import cores
 from gemma2_jax.model.config import ComputeConfig

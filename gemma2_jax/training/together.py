@@ -20,7 +20,7 @@ from gemma2_jax.methods.students import Students
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.loop import (
     check_existing_run,
-    check_teacher_of_finished,
+    check_inputs_of_finished,
     is_done,
     prepare_configs,
     resume_message,
@@ -49,7 +49,7 @@ def train_together(configs: Sequence[RunConfig]) -> None:
             check_existing_run(config)
         done = [config for config in configs if is_done(config)]
         for config in done:
-            check_teacher_of_finished(config)
+            check_inputs_of_finished(config)
         left = [config for config in configs if config not in done]
         if left:
             check_same_inputs(left)
@@ -97,9 +97,8 @@ def update_of(runs: Sequence[RunConfig], method: Method) -> UpdateRule:
 def _open_folders(
     runs: Sequence[RunConfig], method: Students, mesh: Mesh, progress: TrainingProgress, stack: ExitStack
 ) -> "RunFolders":
-    return RunFolders(
-        {run.name: RunFolder(run, method.members[run.name], mesh, progress, stack) for run in runs}
-    )
+    folders = {run.name: RunFolder(run, method.members[run.name], mesh, progress, stack) for run in runs}
+    return RunFolders(folders, method.base_of)
 
 
 def _step_of(config: RunConfig) -> int:
@@ -144,10 +143,14 @@ class Updates:
 
 
 class RunFolders:
-    """The folders of several runs at the same step: as `RunFolder`, with states and metrics by run name."""
+    """The folders of several runs at the same step: as `RunFolder`, with states and metrics by run name.
 
-    def __init__(self, folders: Mapping[str, RunFolder]) -> None:
-        self._folders = folders
+    Args:
+        base_of: see `Students`.
+    """
+
+    def __init__(self, folders: Mapping[str, RunFolder], base_of: Mapping[str, str]) -> None:
+        self._folders, self._base_of = folders, base_of
         self.update = Updates({name: folder.update for name, folder in folders.items()})
         self.abstract = {name: folder.abstract for name, folder in folders.items()}
         self.step = next(folder.step for folder in folders.values())
@@ -166,14 +169,14 @@ class RunFolders:
             folder.open_writers(stack)
 
     def start(self, examples: Any, tokenizer: Tokenizer) -> tuple[dict[str, TrainState], dict[str, Any]]:
-        states, bases = {}, {}
+        states: dict[str, TrainState] = {}
+        bases: dict[str, Any] = {}
         begin = examples.get_state()
         # Runs that use the cache come last, since only their checkpoints hold the iterator's position in it.
         for name in sorted(self._folders, key=self._uses_cache):
             examples.set_state(begin)
-            states[name], bases[name] = self._folders[name].start(
-                self._examples_of(name, examples), tokenizer
-            )
+            states[name], base = self._folders[name].start(self._examples_of(name, examples), tokenizer)
+            bases.setdefault(self._base_of[name], base)
         return {name: states[name] for name in self._folders}, bases
 
     def log(self, step: int, rows: Rows, seconds: float) -> None:

@@ -28,6 +28,7 @@ def test_every_choice_of_every_group_composes(group):
         "objective": ["distill=online", "distill.teacher=runs/x"],
         "data": ["data.source=x.txt"],
         "tokenizer": ["model.vocab_size=4096"],
+        "adaptation": ["initialise=checkpoint", "initialise.source=runs/x"],
     }
     more = {"cached": ["distill.cache=runs/x-cache"], "match": ["distill.match.layers=[[1,3]]"]}
     for name in choices(group):
@@ -133,7 +134,7 @@ def test_distilled_and_scratch_differ_in_the_objective_alone():
             ["optimizer.learning_rat=1"],
             "no key optimizer.learning_rat, did you mean learning_rate (accepted: beta1,",
         ),
-        (["optimiser.learning_rate=1"], "no key optimiser, did you mean optimizer (accepted: checkpoint, "),
+        (["optimiser.learning_rate=1"], "no key optimiser, did you mean optimizer (accepted: adaptation, "),
         (["seeds=1"], "no key seeds, did you mean seed (accepted: "),
         (["seed.x=1"], "no key seed.x, since seed is a single value (0), not a section."),
         (["training.steps=1.5"], "training.steps is 1.5; accepted: a whole number."),

@@ -11,7 +11,9 @@ import pytest
 from gemma2_jax.checkpoints.store import load_model
 from gemma2_jax.config import UserError, save_config
 from gemma2_jax.data.pipeline import validation_batches
+from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.evaluation.evaluate import evaluate_run
+from gemma2_jax.model.adaptation import AdaptationConfig
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.loop import train
@@ -82,3 +84,23 @@ def test_a_run_that_was_never_trained(finished: RunConfig, tmp_path: Path) -> No
     save_config(finished, tmp_path / "config.yaml")
     with pytest.raises(UserError, match="holds no checkpoint; expected one in"):
         evaluate_run(tmp_path)
+
+
+def test_an_adapter_is_evaluated_with_its_base(finished: RunConfig, tmp_path: Path) -> None:
+    """The same numbers as at the last step of training, also as an adapter given for the base."""
+    lora = replace(
+        finished,
+        output=str(tmp_path / "lora"),
+        initialise=InitConfig(source=finished.output),
+        adaptation=AdaptationConfig("lora", 4, 16.0, targets=("q", "up"), dropout=0.1),
+    )
+    train(lora)
+    (last,) = [row for row in read_metrics(lora.output) if row["split"] == "validation"]
+    found = evaluate_run(lora.output, finished.output)
+    assert found.cross_entropy == pytest.approx(last["cross_entropy"], rel=1e-5)
+    assert found.kl is not None
+    assert found.kl > 1e-4
+    given = evaluate_run(finished.output, adapter_folder=lora.output)
+    assert given.cross_entropy == pytest.approx(found.cross_entropy, rel=1e-6)
+    as_teacher = evaluate_run(finished.output, lora.output)  # merged
+    assert as_teacher.teacher_entropy == pytest.approx(found.entropy, rel=1e-4)

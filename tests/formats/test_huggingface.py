@@ -130,7 +130,7 @@ def test_other_files_in_the_folder(hf_folder):
     (hf_folder / "model.safetensors.index.json").unlink()
     assert open_source(hf_folder).problems() == []
     (hf_folder / "weights.safetensors").unlink()
-    with pytest.raises(UserError, match=r"hf holds a LoRA adapter and no complete model"):
+    with pytest.raises(UserError, match=r"hf holds adapter_model.safetensors without adapter_config.json"):
         open_source(hf_folder)
     (hf_folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"hf holds no \*.safetensors of a complete model\.$"):

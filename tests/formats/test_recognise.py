@@ -30,30 +30,28 @@ def refusal(path):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["alone", "beside config.json"])
-def test_an_adapter(hf_folder, whole):
+def test_an_adapter_whose_base_is_missing(hf_folder, whole, tmp_path):
     (hf_folder / "model.safetensors").rename(hf_folder / "adapter_model.safetensors")
-    content = {"peft_type": "LORA", "base_model_name_or_path": "google/gemma-2-2b"}
+    base = tmp_path / "base"
+    content = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 4}
     (hf_folder / "adapter_config.json").write_text(json.dumps(content))
     (hf_folder / "checkpoint-10").mkdir()
     if not whole:
         (hf_folder / "config.json").unlink()
-    assert refusal(hf_folder) == (
-        "holds a LoRA adapter of google/gemma-2-2b and no complete model; merge it into its base model with PEFT "
-        "first: model.merge_and_unload().save_pretrained(NEW)."
-    )
+    assert refusal(hf_folder).startswith(f"was trained on the base model {base}: {base} does not exist")
     (hf_folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    assert refusal(hf_folder).startswith("holds a PEFT adapter (IA3) and no complete model; merge")
+    assert refusal(hf_folder) == "/adapter_config.json has peft_type IA3; accepted: LORA."
+    (hf_folder / "adapter_config.json").unlink()
+    assert refusal(hf_folder).startswith(
+        "holds adapter_model.safetensors without adapter_config.json; copy it"
+    )
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_file_of_an_adapter(tmp_path, name):
-    content = {"peft_type": "LORA", "base_model_name_or_path": "google/gemma-2-2b"}
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
-    assert refusal(tmp_path / name) == (
-        "belongs to a LoRA adapter of google/gemma-2-2b, which is not a complete model; merge it into its base model "
-        "with PEFT first: model.merge_and_unload().save_pretrained(NEW)."
-    )
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert refusal(tmp_path / name) == f"is one file of an adapter; give its folder, {tmp_path}."
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.bin", "a.pth", "a.pt", "a.ckpt"])

@@ -385,3 +385,33 @@ def test_log_probs_hold_no_array_over_all_tokens_and_the_vocabulary() -> None:
 
     assert largest(dense_log_probs) == 4 * 64 * V
     assert largest(token_log_probs) <= 32 * V
+
+
+@pytest.mark.parametrize("block_tokens", [4, 48])
+def test_a_fixed_embedding_costs_no_gradient(block_tokens: int) -> None:
+    """Hidden states have the same gradient, and no array is a gradient of the embedding."""
+    student, _, targets, mask = heads(2, 9)
+    terms, coefficients = token_loss(objective(1, 0)), now(objective(1, 0))
+
+    def loss(embedding_trained: bool, sums: Any, head: LMHead) -> jax.Array:
+        head = replace(head, embedding_trained=embedding_trained)
+        found, _ = sums(terms, {"student": head}, {"targets": targets}, mask, coefficients=coefficients)
+        return jnp.asarray(found)
+
+    blockwise = partial(lm_head_sums, block_tokens=block_tokens)
+    whole = jax.grad(partial(loss, True, blockwise))(student)
+    for sums in (blockwise, dense_sums):
+        fixed = jax.grad(partial(loss, False, sums))(student)
+        np.testing.assert_allclose(fixed.hidden, whole.hidden, rtol=1e-5, atol=1e-6)
+        assert not np.any(fixed.embedding)
+
+    def gradients(embedding_trained: bool) -> int:
+        """The number of arrays [.., V, D] or [.., D, V] that the gradient of the hidden states computes."""
+
+        def of_hidden(hidden: jax.Array) -> jax.Array:
+            return loss(embedding_trained, blockwise, replace(student, hidden=hidden))
+
+        jaxpr = jax.make_jaxpr(jax.grad(of_hidden))(student.hidden)
+        return sum(set(shape[-2:]) == {V, D} for shape, _ in arrays(jaxpr.jaxpr))
+
+    assert gradients(False) < gradients(True)

@@ -41,7 +41,7 @@ class TokenAfterNext(LanguageModelling):
     def loss(
         self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        head, shifted = self._parts(trainable, frozen, batch)
+        head, shifted = self._parts(trainable, frozen, batch, step)
         total, metrics = lm_head_sums(
             self.terms,
             {"student": head},
@@ -53,11 +53,11 @@ class TokenAfterNext(LanguageModelling):
         return total, {"loss": total, **metrics, "targets": jnp.sum(shifted.loss_mask)}
 
     def evaluate(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> dict[str, Any]:
-        head, shifted = self._parts(trainable, frozen, batch)
+        head, shifted = self._parts(trainable, frozen, batch, None)
         return evaluation_sums({"student": head}, shifted, self.config.objective.block_tokens)
 
-    def _parts(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> Any:
-        head, _ = self.forward(trainable, frozen, batch)
+    def _parts(self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array | None) -> Any:
+        head, _ = self.forward(trainable, frozen, batch, step)
         head = replace(head, hidden=head.hidden @ trainable[HEAD]["matrix"].astype(head.hidden.dtype))
         goes_on = batch.segment_ids == jnp.roll(batch.segment_ids, -1, axis=1)
         mask = (batch.loss_mask * jnp.roll(batch.loss_mask, -1, axis=1) * goes_on).at[:, -1].set(0)

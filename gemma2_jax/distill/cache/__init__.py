@@ -6,5 +6,5 @@ integer_streams.py   compresses streams of unsigned integers, for records.py
 manifest.py          describes the content of a cache folder, and the data, teacher and settings that it was made for
 reader.py            reads a cache alongside the data: batches with teacher targets
 
-`training/teacher_cache.py` writes a cache; `distill/teacher_identity.py` identifies the teacher by its weights.
+`training/teacher_cache.py` writes a cache; `formats/identity.py` identifies the teacher by its weights.
 """

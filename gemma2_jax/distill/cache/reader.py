@@ -21,7 +21,7 @@ from gemma2_jax.distill.cache.manifest import (
     refuse_other_teacher,
 )
 from gemma2_jax.distill.cache.records import Packer, broken_record, row_checksums
-from gemma2_jax.distill.teacher_identity import source_identity
+from gemma2_jax.formats.identity import source_identity
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.objectives.targets import SparseTargets
 

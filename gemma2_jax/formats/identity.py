@@ -1,8 +1,8 @@
-"""The identity of a teacher: a digest of 64 hexadecimal digits, to detect that a teacher has changed.
+"""The identity of a model's weights: a digest of 64 hexadecimal digits, to detect another teacher or base model.
 
 The digest covers the configuration and each weight's values as float32. It does not depend on the checkpoint's path and
-format, on the mesh, or on the padding of the vocabulary. A teacher loaded in bfloat16 has rounded weights, and so a
-different identity than its float32 checkpoint; records keep the dtype next to the identity.
+format, on the mesh, or on the padding of the vocabulary. A model loaded in bfloat16 has rounded weights, and so a
+different identity than its float32 checkpoint; records of teachers keep the dtype next to the identity.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def model_identity(model: Gemma2) -> str:
         for path, weight in jax.tree.leaves_with_path(model.params()):
             yield WeightPlace(jax.tree_util.keystr(path, simple=True, separator="/"), None), weight
 
-    return teacher_identity(model.config, weights())
+    return weights_identity(model.config, weights())
 
 
 def source_identity(source: WeightSource) -> str:
@@ -47,10 +47,10 @@ def source_identity(source: WeightSource) -> str:
     """
     source.check()
     places = all_places(weight_specs(source.config))
-    return teacher_identity(source.config, ((place, source.weight(place)) for place in places))
+    return weights_identity(source.config, ((place, source.weight(place)) for place in places))
 
 
-def teacher_identity(
+def weights_identity(
     config: ModelConfig, weights: Iterable[tuple[WeightPlace, jax.Array | np.ndarray]]
 ) -> str:
     """The SHA-256, in hexadecimal, of a configuration and of two sums for each weight.

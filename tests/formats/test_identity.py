@@ -1,4 +1,4 @@
-"""A teacher's identity is of its configuration and its weights' values, wherever and in whatever form they lie."""
+"""A model's identity is of its configuration and its weights' values, wherever and in whatever form they lie."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill import teacher_identity as identities
 from gemma2_jax.distill.teacher import DistillConfig, load_teacher
-from gemma2_jax.distill.teacher_identity import model_identity, source_identity, teacher_identity
+from gemma2_jax.formats import identity as identities
 from gemma2_jax.formats.convert import convert
+from gemma2_jax.formats.identity import model_identity, source_identity, weights_identity
 from gemma2_jax.formats.layouts import EMBEDDING, WeightPlace
 from gemma2_jax.formats.load import load, open_source
 from gemma2_jax.model.config import ModelConfig
@@ -93,7 +93,7 @@ def test_one_weight_at_a_time_gives_the_same(
     assert scale[1] != 0
     params["final_norm"]["scale"] = jnp.asarray(scale)
     model = Gemma2(model.config, params)
-    assert teacher_identity(model.config, in_layers(model)) == model_identity(model)
+    assert weights_identity(model.config, in_layers(model)) == model_identity(model)
 
 
 def test_every_other_weight_or_setting_gives_another(toy_config: ModelConfig) -> None:
@@ -122,6 +122,6 @@ def test_it_is_what_records_and_caches_were_written_with(toy_config: ModelConfig
     ]
     config = replace(toy_config, vocab_size=3, vocab_padding=1)
     assert (
-        teacher_identity(config, weights)
+        weights_identity(config, weights)
         == "d60e9d62bb8b49e0b5d91bf1bfd8fda72501423323786e04eb99b138385f8643"
     )
