@@ -34,6 +34,7 @@ _MODULES = {
     "Sampler": "sampling.sampler",
     "SamplingConfig": "sampling.config",
     "convert": "formats.convert",
+    "merge": "formats.merge",  # several models into one
     "plan": "planning.plan",  # memory, communication and minimum time of a step, also for absent hardware
     "UserError": "config",
 }

@@ -37,18 +37,16 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 DTYPES = ("bfloat16", "float32")
 
 
-def write(folder: Path, config: ModelConfig) -> None:
+def write(folder: Path, config: ModelConfig, seed: int = 0) -> None:
     """Writes a Hugging Face folder of this model, with random weights."""
     shapes = {name: entry.shape for name, entry in expand(HUGGINGFACE, weight_specs(config)).items()}
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
 
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+    def tensors() -> Iterator[tuple[str, list[np.ndarray]]]:
         for name, shape in shapes.items():
-            yield name, draw.standard_normal(shape, np.float32).astype("bfloat16")
+            yield name, [draw.standard_normal(shape, np.float32).astype("bfloat16")]
 
-    write_shards(
-        folder, tensors(), {name: 2 * math.prod(shape) for name, shape in shapes.items()}, SHARD_BYTES
-    )
+    write_shards(folder, tensors(), shapes, "bfloat16", SHARD_BYTES)
     (folder / CONFIG_FILE).write_text(json.dumps(config_json(config, "bfloat16")))
 
 
@@ -70,7 +68,7 @@ def read(folder: Path, dtype: str) -> dict[str, float]:
     }
 
 
-def _config(name: str, shrink: int) -> ModelConfig:
+def sizes(name: str, shrink: int) -> ModelConfig:
     config = without_padding(load_config(ModelConfig, CONFIGS / f"{name}.yaml"))
     if shrink == 1:
         return config
@@ -94,7 +92,7 @@ def main() -> None:
     parser.add_argument("--read", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.write:
-        write(Path(arguments.write), _config(arguments.model, arguments.shrink))
+        write(Path(arguments.write), sizes(arguments.model, arguments.shrink))
         return
     if arguments.read:
         print(json.dumps(read(Path(arguments.read[0]), arguments.read[1])))

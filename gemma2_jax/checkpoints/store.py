@@ -2,7 +2,8 @@
 
     RUN/checkpoints/<step>/params      nested dict of arrays, structured like model/weights.py
                           /optimizer   the optimizer's state
-                          /matching    other trees that a method trains, by name, and their optimizer's state, if any
+                          /averaged    the average of the parameters over the steps, if the run keeps one
+                          /matching    other trees that a method trains, by name, with both of these, if any
                           /data        the data iterator's state, one file per process
                           /_CHECKPOINT_METADATA   the resolved config, the step, and metrics not yet reported
                           /manifest.json   sizes and checksums of all files, see `integrity.py`
@@ -21,7 +22,6 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from gemma2_jax.checkpoints.chunks import storage_options
 from gemma2_jax.checkpoints.failures import reading_checkpoint, writing_checkpoint
 from gemma2_jax.checkpoints.integrity import ANNOUNCED, changed, missing, write_checkpoint_manifest
+from gemma2_jax.checkpoints.iterator_state import iterator_state
 from gemma2_jax.checkpoints.paths import check_path
 from gemma2_jax.checkpoints.trees import array_metadata, check_all_trees, check_trees, name_of
 from gemma2_jax.config import UserError, build, read_yaml
@@ -45,6 +47,7 @@ FOLDER = "checkpoints"
 CONFIG_FILE = "config.yaml"  # the run's complete configuration
 TOKENIZER_FILE = "tokenizer.model"  # a copy of its tokenizer
 PARAMS = "params"  # the tree that a model is read from
+AVERAGED = "averaged"  # the tree of its average over the steps of training
 _ITERATOR = "data"
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's name for the file
 _UNREPORTED = "unreported"
@@ -192,7 +195,7 @@ class CheckpointStore:
         check_all_trees(path, abstract_trees, {_ITERATOR}, folder.parent)
         with reading_checkpoint(path):
             restored = ocp.load_checkpointables(path, abstract_trees)
-        iterator.set_state(_iterator_state(path / _ITERATOR))
+        iterator.set_state(iterator_state(path / _ITERATOR))
         self.latest_step = step
         self._broken = [folder / str(newer) for newer in _steps(folder) if newer > step]
         return {name: restored[name] for name in abstract_trees}
@@ -250,54 +253,73 @@ def find(run_folder: str | Path, tree: str | None = None, contents: bool = True)
     return None
 
 
-def find_params(run_folder: str | Path) -> FoundCheckpoint:
+def find_params(run_folder: str | Path, tree: str = PARAMS) -> FoundCheckpoint:
     """Like `find`, for the parameters alone; prints on standard error which damaged checkpoints it skips.
+
+    Args:
+        tree: PARAMS, or AVERAGED for their average.
 
     Raises:
         UserError: there is no checkpoint, or none with intact parameters.
     """
-    found = find(run_folder, PARAMS)
-    if found is None:
-        raise _no_checkpoint(run_folder)
+    found = _find_params(run_folder, tree)
     if found.skipped and is_first():
         print(f"{'; '.join(found.skipped)}: {found.path} is used.", file=sys.stderr, flush=True)
     return found
 
 
-def restore_params(run_folder: str | Path, target: Params) -> Params:
-    """Returns the newest parameters of a run with the shapes, dtype and shardings of `target`.
+def _find_params(run_folder: str | Path, tree: str, contents: bool = True) -> FoundCheckpoint:
+    folder = Path(run_folder) / FOLDER
+    steps = _steps(folder)
+    if tree == AVERAGED and steps and not any((folder / str(step) / tree).is_dir() for step in steps):
+        raise UserError(
+            f"{run_folder} keeps no average of its weights, as a run with training.ema=0.999 does; leave out "
+            "--averaged to take the weights themselves."
+        )
+    found = find(run_folder, tree, contents)
+    if found is None:
+        lacks = "" if folder.is_dir() else f", and {folder} is missing"
+        raise UserError(f"{run_folder} holds no checkpoint; expected one in {folder}/<step>{lacks}.")
+    return found
+
+
+def restore_params(run_folder: str | Path, target: Params, tree: str = PARAMS) -> Params:
+    """Returns the newest parameters (`tree` of `find_params`) with the shapes, dtype and shardings of `target`.
 
     Raises:
         UserError: there is no checkpoint, its shapes differ, a value exceeds the range of the target's dtype, or a file
             is damaged.
     """
-    return read_params(find_params(run_folder), target)
+    return read_params(find_params(run_folder, tree), target, tree)
 
 
-def read_params(found: FoundCheckpoint, target: Params) -> Params:
-    """Returns the parameters of a checkpoint that `find_params` found; `target` and errors as in `restore_params`."""
-    check_trees(found.path, {PARAMS: target})
+def read_params(found: FoundCheckpoint, target: Params, tree: str = PARAMS) -> Params:
+    """Returns the parameters of a checkpoint that `find_params` found; arguments and errors as in `restore_params`."""
+    check_trees(found.path, {tree: target})
 
     def read(target: Params) -> Params:
-        with reading_checkpoint(found.path / PARAMS):
-            params: Params = ocp.load_checkpointables(found.path, {PARAMS: target})[PARAMS]
+        with reading_checkpoint(found.path / tree):
+            params: Params = ocp.load_checkpointables(found.path, {tree: target})[tree]
         return params
 
     loaded = read(target)
-    check_restored(loaded, array_metadata(found.path, PARAMS), read, str(found.path / PARAMS))
+    check_restored(loaded, array_metadata(found.path, tree), read, str(found.path / tree))
     return loaded
 
 
-def describe_params(run_folder: str | Path) -> tuple[FoundCheckpoint, dict[str, jax.ShapeDtypeStruct]]:
+def describe_params(
+    run_folder: str | Path, tree: str = PARAMS
+) -> tuple[FoundCheckpoint, dict[str, jax.ShapeDtypeStruct]]:
     """Returns a run's newest checkpoint and the saved shape and dtype of each parameter, by path, without reading them.
+
+    Args:
+        tree: as in `find_params`.
 
     Raises:
         UserError: there is no checkpoint, or it is not a run's.
     """
-    found = find(run_folder, PARAMS, contents=False)
-    if found is None:
-        raise _no_checkpoint(run_folder)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(array_metadata(found.path, PARAMS))
+    found = _find_params(run_folder, tree, contents=False)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(array_metadata(found.path, tree))
     return found, {name_of(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
@@ -359,15 +381,10 @@ def _checkpointer(folder: Path, saving: Callable[[], int], **options: Any) -> oc
         write_checkpoint_manifest(next(folder.glob(f"{step}.orbax-checkpoint-tmp*"), folder / str(step)))
 
     context = ocp.Context()
+    context.array.saving.scoped_storage_options_creator = storage_options
     context.async_options.post_finalization_callback = finish
     context.multiprocessing.barrier_sync_key_prefix = f"store{next(_stores)}"
     return ocp.training.Checkpointer(folder, context=context, **options)
-
-
-def _no_checkpoint(run_folder: str | Path) -> UserError:
-    folder = Path(run_folder) / FOLDER
-    lacks = "" if folder.is_dir() else f", and {folder} is missing"
-    return UserError(f"{run_folder} holds no checkpoint; expected one in {folder}/<step>{lacks}.")
 
 
 def _about(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -379,22 +396,3 @@ def _steps(folder: Path) -> list[int]:
     """Returns the steps that have a checkpoint in a `checkpoints` folder, intact or not, newest first."""
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted((int(path.name) for path in found if re.fullmatch("[0-9]+", path.name)), reverse=True)
-
-
-def _iterator_state(folder: Path) -> Any:
-    """Returns the merged iterator states of all processes. (Orbax would require the same number of processes.)"""
-    try:
-        states = [
-            json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("process_*.json"))
-        ]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be read as the state of the data: {error}.") from None
-    if not states:
-        raise UserError(f"{folder} lacks process_0.json, the state of the data.")
-    return reduce(_merged, states)
-
-
-def _merged(state: Any, other: Any) -> Any:
-    if not (isinstance(state, dict) and isinstance(other, dict)):
-        return state  # values that several processes have are equal
-    return {**other, **{key: _merged(value, other.get(key)) for key, value in state.items()}}

@@ -1,8 +1,8 @@
 """`gemma2 convert`: converts a checkpoint from one tool's format to another's."""
 
 import argparse
-import sys
 
+from gemma2_jax.cli.conversion_bar import conversion_bar
 from gemma2_jax.cli.parsers import Verbs, add_verb
 
 DESCRIPTION = """\
@@ -22,6 +22,7 @@ complete model, in the dtype of its base model.
   gemma2 convert downloads/gemma2-9b weights/9b --tokenizer downloads/tokenizer.model
   gemma2 convert runs/student exported/student --dtype bfloat16
   gemma2 convert runs/student student.gguf --dtype q8_0
+  gemma2 convert runs/student exported/averaged --averaged
   gemma2 convert runs/lora exported/adapter --to peft
   gemma2 convert runs/lora exported/merged --merge
 """
@@ -45,34 +46,13 @@ def add_parser(verbs: Verbs) -> None:
     add("--merge", action="store_true", help="write a complete model from an adapter and its base model")
     add("--base", metavar="RUN", help="an adapter's base model, instead of the one that the adapter names")
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, for a source that comes without one")
+    add("--averaged", action="store_true", help="take a run's average of the weights (training.ema)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     from gemma2_jax.formats.convert import convert
 
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description:<9}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} weights"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    tasks = {}
-
-    def show(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=total)
-            if not console.is_terminal:  # a log gets one line per stage
-                print(f"gemma2: {stage} …", file=sys.stderr, flush=True)
-        bar.update(tasks[stage], completed=done)
-
-    with bar:
+    with conversion_bar() as show:
         done = convert(
             arguments.source,
             arguments.target,
@@ -81,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.tokenizer,
             arguments.merge,
             arguments.base,
+            arguments.averaged,
             show,
         )
     several = f" (from {' and '.join(done.source_dtypes)})" if len(done.source_dtypes) > 1 else ""

@@ -48,6 +48,11 @@ def add_parser(verbs: Verbs) -> None:
     )
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, for a RUN that comes without one")
     add(
+        "--averaged",
+        action="store_true",
+        help="take the run's average of the weights, or each adapter's (training.ema)",
+    )
+    add(
         "--adapter",
         action="append",
         default=[],
@@ -125,7 +130,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.interactive:  # refuse bad prompts before loading the checkpoint
         prompts = [as_utf8(text) for text in arguments.prompt or read_prompts(arguments.prompts)]
     with activity(f"loading {arguments.checkpoint}"):
-        source = open_source(arguments.checkpoint, arguments.tokenizer)
+        source = open_source(
+            arguments.checkpoint, arguments.tokenizer, averaged=arguments.averaged and not arguments.adapter
+        )
         tokenizer = load_tokenizer(source)  # refuse a bad tokenizer or --stop before reading the weights
         if arguments.interactive:
             check_turns(tokenizer)
@@ -133,7 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
             turns = arguments.chat or arguments.interactive
             with _named_as_options():
                 config = with_stops(config, tokenizer, arguments.stop, turns)
-        adapters = [read_adapter(folder, source.config) for folder in arguments.adapter]
+        adapters = [read_adapter(folder, source.config, arguments.averaged) for folder in arguments.adapter]
         for adapter in adapters:
             check_base(adapter.path, adapter.identity, source)
         model = model_of(source, arguments.dtype)

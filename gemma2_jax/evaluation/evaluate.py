@@ -7,7 +7,14 @@ from typing import Any
 
 import jax
 
-from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE, find_params, read_params
+from gemma2_jax.checkpoints.store import (
+    AVERAGED,
+    CONFIG_FILE,
+    PARAMS,
+    TOKENIZER_FILE,
+    find_params,
+    read_params,
+)
 from gemma2_jax.config import load_config
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import validation_batches
@@ -58,11 +65,13 @@ def evaluate_run(
     run_folder: str | Path,
     teacher_folder: str | Path | None = None,
     adapter_folder: str | Path | None = None,
+    averaged: bool = False,
 ) -> Evaluation:
     """Evaluates the newest checkpoint of a run, and compares it with a teacher if one is given.
 
     Args:
         adapter_folder: LoRA adapter to evaluate with the run's weights, a run folder or PEFT's folder.
+        averaged: whether to evaluate the run's average of the weights (`training.ema`).
 
     Raises:
         UserError: a folder holds no checkpoint, the data is not what the run was trained on, or the teacher has
@@ -70,14 +79,15 @@ def evaluate_run(
     """
     config = load_config(RunConfig, Path(run_folder) / CONFIG_FILE)
     check_same_data(run_folder, config.data)
-    found = find_params(run_folder)
+    tree = AVERAGED if averaged else PARAMS
+    found = find_params(run_folder, tree)
     mesh = build_mesh(config.mesh)
     with jax.set_mesh(mesh), laid_out(config.layout):
         if config.adaptation.has_base:
-            model = model_of(open_source(run_folder), "float32", mesh, config.model)
+            model = model_of(open_source(run_folder, averaged=averaged), "float32", mesh, config.model)
         else:
             specs = weight_specs(config.model)
-            model = Gemma2(config.model, read_params(found, abstract_params(specs, mesh=mesh)))
+            model = Gemma2(config.model, read_params(found, abstract_params(specs, mesh=mesh), tree))
         if adapter_folder is not None:
             adapter = read_adapter(adapter_folder, config.model)
             check_base(adapter.path, adapter.identity, open_source(run_folder))

@@ -78,8 +78,11 @@ def base_of(folder: Path) -> str:
     return base
 
 
-def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
+def read_adapter(folder: str | Path, config: ModelConfig, averaged: bool = False) -> Adapter:
     """Reads the adapter in a folder of `train` or of PEFT, or on the hub, for a base model of these sizes.
+
+    Args:
+        averaged: whether to take the average of a run's adapter over the steps (`training.ema`).
 
     Raises:
         UserError: there is none, it is damaged, it belongs to a model of other sizes, or it is no LoRA adapter.
@@ -87,7 +90,11 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     path = hub.download(str(folder)) if hub.is_remote(str(folder)) else Path(folder)
     ours = settings_of_run(path)
     if ours is not None and ours.is_adapter:
-        return _read_run(path, ours, config)
+        return _read_run(path, ours, config, store.AVERAGED if averaged else store.PARAMS)
+    if averaged:
+        raise UserError(
+            f"{path} is not a run folder, and only a run keeps an average of its weights; leave out --averaged."
+        )
     if (path / peft.CONFIG_FILE).is_file():
         settings, identity, matrices = peft.read(path, config)
         return Adapter(path, settings, identity, matrices, [path / peft.WEIGHTS_FILE])
@@ -122,13 +129,19 @@ class AdaptedSource(BasedSource):
         found: np.ndarray = merged(weight, a, b, self.adapter.settings.scale)
         return found
 
+    def rows(self, place: WeightPlace, rows: slice) -> np.ndarray:
+        if place in self.adapter.matrices:
+            return self.weight(place)[rows]
+        self.check_base()
+        return self.base.rows(place, rows)
 
-def _read_run(folder: Path, settings: AdaptationConfig, config: ModelConfig) -> Adapter:
+
+def _read_run(folder: Path, settings: AdaptationConfig, config: ModelConfig, tree: str) -> Adapter:
     assert settings.rank is not None
     lora = Lora(config, settings.rank, settings.scale, settings.targets, settings.layers)
     mesh = build_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
-    found = store.find_params(folder)
-    params = store.read_params(found, abstract_params(lora.adapter, mesh=mesh))
+    found = store.find_params(folder, tree)
+    params = store.read_params(found, abstract_params(lora.adapter, mesh=mesh), tree)
     weights = specs_by_path(lora.adapter)
     matrices = {}
     for path in dict.fromkeys(name.rsplit("/", 1)[0] for name in weights):
@@ -136,5 +149,5 @@ def _read_run(folder: Path, settings: AdaptationConfig, config: ModelConfig) -> 
         for index, pair in enumerate(lora.pairs_of(path)):
             matrices[WeightPlace(path, pair)] = a[index], b[index]
     return Adapter(
-        folder, settings, read_base_record(folder).identity, matrices, files_below([found.path / "params"])
+        folder, settings, read_base_record(folder).identity, matrices, files_below([found.path / tree])
     )

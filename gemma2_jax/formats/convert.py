@@ -20,7 +20,7 @@ from gemma2_jax.formats.layouts import EMBEDDING, GGUF, HUGGINGFACE, Entry, Weig
 from gemma2_jax.formats.load import load_params, load_tokenizer, open_source
 from gemma2_jax.formats.metadata import GENERATION_FILE
 from gemma2_jax.formats.native import RunSource, write_run
-from gemma2_jax.formats.source import DTYPES, WeightSource, all_places
+from gemma2_jax.formats.source import DTYPES, WeightSource, all_places, row_blocks
 from gemma2_jax.formats.tokenizer_files import write_tokenizer_files
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.narrowing import check_range
@@ -30,7 +30,7 @@ from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 KINDS = ("run", "huggingface", "gguf", "peft")
 QUANTISED = ("q8_0", "q4_0")  # encodings that GGUF has besides DTYPES
-SHARD_BYTES = 2 * 10**9  # bytes of a safetensors shard, which is in memory while it is written
+SHARD_BYTES = 2 * 10**9  # bytes of a safetensors shard
 
 _ENCODINGS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # GGUF's names
 
@@ -56,6 +56,7 @@ def convert(
     tokenizer_path: str | Path | None = None,
     merge: bool = False,
     base: str | Path | None = None,
+    averaged: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Conversion:
     """Writes the checkpoint at `source_path` as another kind at `target_path`, and verifies the result.
@@ -70,23 +71,35 @@ def convert(
         merge: whether to write the complete model W + s A B of an adapter and its base. Without it, an adapter can
             only become PEFT's.
         base: checkpoint of an adapter's base model, in place of the one that the adapter names.
+        averaged: whether to take a run's average of the weights (`training.ema`).
 
     Raises:
         UserError: an argument is invalid (raised before anything is downloaded); the source is incomplete; the target
             exists or cannot be written; or the written weights read back differently.
     """
     target = Path(target_path)
-    kind = kind or ("gguf" if target.suffix == ".gguf" else None)
-    _check_arguments(kind, dtype, tokenizer_path)
+    kind = check_arguments(target, kind, dtype, tokenizer_path)
+
+    def open_it() -> WeightSource:
+        source = open_source(source_path, tokenizer_path, base, averaged)
+        _check_adapter(source, kind, merge)
+        return source
+
+    return write_checkpoint(open_it, target, kind, dtype, progress)
+
+
+def write_checkpoint(
+    open_it: Callable[[], WeightSource], target: Path, kind: str | None, dtype: str | None, progress: Progress
+) -> Conversion:
+    """Writes the checkpoint that `open_it` returns; other arguments and errors as in `convert`."""
     try:
         with sole_writer(target), replacing(target) as temporary:
             if target.exists() or target.is_symlink():
                 raise UserError(f"{target} exists already; choose another target, or delete it.")
             temporary.touch()  # fails before gigabytes are read if the target cannot be written
             temporary.unlink()
-            source = open_source(source_path, tokenizer_path, base)
+            source = open_it()
             source.check()
-            _check_adapter(source, kind, merge)
             if isinstance(source, AdaptedSource) and kind == "peft":
                 return _write_peft(source, temporary, dtype or "float32")
             tokenizer = load_tokenizer(source)
@@ -147,7 +160,11 @@ def _write_peft(source: AdaptedSource, folder: Path, dtype: str) -> Conversion:
     return Conversion(source.kind, "peft", dtype, dtypes, 2 * len(matrices))
 
 
-def _check_arguments(kind: str | None, dtype: str | None, tokenizer: str | Path | None) -> None:
+def check_arguments(
+    target: Path, kind: str | None, dtype: str | None, tokenizer: str | Path | None
+) -> str | None:
+    """Returns the kind of the target; None if it depends on the source. Raises UserError for an invalid argument."""
+    kind = kind or ("gguf" if target.suffix == ".gguf" else None)
     if kind not in (*KINDS, None):
         raise UserError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}.")
     accepted = DTYPES + QUANTISED if kind == "gguf" else DTYPES
@@ -159,6 +176,7 @@ def _check_arguments(kind: str | None, dtype: str | None, tokenizer: str | Path 
         Tokenizer.load(tokenizer)
     if kind == "gguf":
         gguf.package()
+    return kind
 
 
 def _write_run(source: WeightSource, folder: Path, dtype: str, tokenizer: Path, progress: Progress) -> None:
@@ -185,11 +203,22 @@ def _write_huggingface(
     ):
         write_text(folder / name, json.dumps(content, indent=2) + "\n")
     write_tokenizer_files(folder, file.read_bytes(), metadata)
-    width = np.dtype(dtype).itemsize
-    sizes = {name: int(np.prod(entry.shape)) * width for name, entry in entries.items()}
-    tensors = _tensors(source, config, entries, progress)
-    cast = ((name, _cast(array, dtype, name)) for name, array in tensors)
-    huggingface.write_shards(folder, cast, sizes, SHARD_BYTES)
+
+    def tensors() -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+        for done, (name, entry) in enumerate(entries.items(), 1):
+            yield name, (_cast(block, dtype, name) for block in _blocks(source, config, entry))
+            progress("writing", done, len(entries))
+
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    huggingface.write_shards(folder, tensors(), shapes, dtype, SHARD_BYTES)
+
+
+def _blocks(source: WeightSource, config: ModelConfig, entry: Entry) -> Iterator[np.ndarray]:
+    """Yields a tensor of another layout in blocks of rows: several for the embedding, the largest by far, else one."""
+    if entry.tensor.weights == (EMBEDDING,):
+        yield from (source.rows(entry.places[0], rows) for rows in row_blocks(entry.shape))
+    else:
+        yield entry.join([_weight(source, place, config) for place in entry.places])
 
 
 def _write_gguf(
@@ -239,13 +268,15 @@ def _compare(source: WeightSource, written: WeightSource, dtype: str, progress: 
     """Raises UserError unless every written weight reads back bit for bit as the source's."""
     written.check()
     places = list(all_places(weight_specs(source.config)))
+    embedding = written.config.vocab_size, written.config.d_model
     for done, place in enumerate(places, 1):
-        expected = _cast(_weight(source, place, written.config), dtype, place.path)
-        found = written.weight(place)
-        if found.dtype != expected.dtype or not np.array_equal(_bits(found), _bits(expected)):
-            raise UserError(
-                f"{written.path} does not hold {place.path} as it was written; check the disk and convert again."
-            )
+        for rows in row_blocks(embedding) if place.path == EMBEDDING else [slice(None)]:
+            expected = _cast(source.rows(place, rows), dtype, place.path)
+            found = written.rows(place, rows)
+            if found.dtype != expected.dtype or not np.array_equal(_bits(found), _bits(expected)):
+                raise UserError(
+                    f"{written.path} does not hold {place.path} as it was written; check the disk and convert again."
+                )
         progress("verifying", done, len(places))
 
 

@@ -4,20 +4,15 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
 from gemma2_jax.config import UserError
-from gemma2_jax.formats.layouts import deepmind
+from gemma2_jax.formats.layouts import EMBEDDING, WeightPlace, deepmind
+from gemma2_jax.formats.orbax_arrays import OrbaxArrays, one_line
 from gemma2_jax.formats.source import TOKENIZER_FILE, ForeignSource, TensorInfo
 from gemma2_jax.model.config import ModelConfig
 
-_ARRAYS = {
-    "/.zarray": "zarr",
-    "/zarr.json": "zarr3",
-}  # the metadata file of each array, and TensorStore's driver
 _METADATA = "_METADATA"
 _EMBEDDING = "embedder/input_embedding"
 _ROWS, _PADDING = 256_128, 128  # rows of the released embeddings, and the number of them that are padding
@@ -39,7 +34,6 @@ class DeepMindSource(ForeignSource):
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder)
-        self._store = _key_value_store(_arrays_folder(self.path))
         self.tensors, self._stored_names = self._list()
         self.config, transposed = _read_config(self.path, self.tensors, self._expected())
         # In the released archives the tokenizer is beside the checkpoint's folder.
@@ -48,33 +42,30 @@ class DeepMindSource(ForeignSource):
         super().__init__(deepmind(transposed))
 
     def read(self, name: str) -> np.ndarray:
-        try:
-            return np.asarray(self._open(*self._stored_names[name]).read().result())
-        except ValueError as error:
-            raise UserError(f"{self.path}: {name} cannot be read: {_one_line(error)}") from None
+        return self._arrays.read(self._stored_names[name], shown_as=name)
 
-    def _list(self) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, str]]]:
-        """Returns the tensors by the layout's names, and for each the stored name and TensorStore's driver."""
-        found = {}
+    def rows(self, place: WeightPlace, rows: slice) -> np.ndarray:
+        if place.path == EMBEDDING:
+            return self._arrays.read(self._stored_names[_EMBEDDING], rows, _EMBEDDING)
+        return super().rows(place, rows)
+
+    def _list(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+        """Returns the tensors by the layout's names, and for each the stored name."""
         try:
-            keys = [key.decode() for key in ts.KvStore.open(self._store).result().list().result()]
-            for key in keys:
-                for ending, driver in _ARRAYS.items():
-                    if key.endswith(ending):
-                        stored = key.removesuffix(ending)
-                        found[_path(stored.replace(".", "/"))] = stored, driver
+            self._arrays = OrbaxArrays(_arrays_folder(self.path))
+            found = {_path(stored.replace(".", "/")): stored for stored in self._arrays.drivers}
             branch = _branch(self.path, list(found))
             tensors, stored_names = {}, {}
-            for path, (stored, driver) in found.items():
+            for path, stored in found.items():
                 if path.startswith(branch):
-                    array = self._open(stored, driver)
+                    array = self._arrays.open(stored)
                     name = _name(path, branch)
                     tensors[name] = TensorInfo(tuple(array.shape), array.dtype.name, self.path)
-                    stored_names[name] = stored, driver
+                    stored_names[name] = stored
         except ValueError as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{self.path} is not a complete Orbax checkpoint: {_one_line(error)}") from None
+            raise UserError(f"{self.path} is not a complete Orbax checkpoint: {one_line(error)}") from None
         self._branch = branch
         return tensors, stored_names
 
@@ -92,15 +83,6 @@ class DeepMindSource(ForeignSource):
                 f"{path} is truncated or does not list the arrays of an Orbax checkpoint."
             ) from None
 
-    def _open(self, stored: str, driver: str) -> Any:
-        return ts.open(
-            {
-                "driver": driver,
-                "kvstore": {**self._store, "path": f"{self._store.get('path', '')}{stored}/"},
-                "fill_missing_data_reads": False,  # a lost file would be read as zeros
-            }
-        ).result()
-
 
 def is_orbax(folder: Path) -> bool:
     """Whether a folder is an Orbax checkpoint."""
@@ -111,12 +93,6 @@ def _arrays_folder(folder: Path) -> Path:
     """Returns the folder of the arrays; newer versions of Orbax put them into a subfolder."""
     inner = folder / "default"
     return inner if inner.is_dir() else folder
-
-
-def _key_value_store(folder: Path) -> dict[str, Any]:
-    # Not a URL, in which characters such as % and # would have to be escaped.
-    files = {"driver": "file", "path": f"{folder.absolute()}/"}
-    return {"driver": "ocdbt", "base": files} if (folder / "manifest.ocdbt").exists() else files
 
 
 def _path(path: str) -> str:
@@ -215,7 +191,3 @@ def _other_gemma(tensors: dict[str, TensorInfo]) -> str:
     if "layer_0/pre_ffw_norm/scale" in tensors and "layer_0/post_ffw_norm/scale" not in tensors:
         return "a Gemma 1, not a Gemma 2,"
     return "not a Gemma 2"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") + "."

@@ -1,6 +1,7 @@
 """Hugging Face's form of Gemma 2: config.json, one or several safetensors files, tokenizer.model."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -10,7 +11,6 @@ from typing import Any
 import ml_dtypes  # noqa: F401  # registers the dtype bfloat16 with NumPy, which safetensors needs
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ from gemma2_jax.files import write_text
 from gemma2_jax.formats.added_tokens import named_tokens
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE, read_config, ties_embeddings
 from gemma2_jax.formats.json_file import read_object
-from gemma2_jax.formats.layouts import HUGGINGFACE
+from gemma2_jax.formats.layouts import EMBEDDING, HUGGINGFACE, WeightPlace
 from gemma2_jax.formats.metadata import read_metadata
 from gemma2_jax.formats.recognise import ADAPTER_WEIGHTS, describe_weights, is_lfs_pointer, missing_shards
 from gemma2_jax.formats.source import DTYPES, TOKENIZER_FILE, ForeignSource, TensorInfo, wrong_dtypes
@@ -60,6 +60,12 @@ class HuggingFaceSource(ForeignSource):
         # The file is reopened for each tensor, since mapped pages count as this process's memory until it is closed.
         saved = self._saved_names[name]
         return np.asarray(opened(self.tensors[name].file, lambda file: file.get_tensor(saved)))
+
+    def rows(self, place: WeightPlace, rows: slice) -> np.ndarray:
+        if place.path == EMBEDDING:
+            saved = self._saved_names[_EMBEDDING]
+            return np.asarray(opened(self.tensors[_EMBEDDING].file, lambda file: file.get_slice(saved)[rows]))
+        return super().rows(place, rows)
 
     def added_tokens(self, first: int) -> dict[int, str]:
         found = named_tokens(self.path)
@@ -132,17 +138,24 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_shards(
-    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], sizes: Mapping[str, int], shard_bytes: int
+    folder: Path,
+    tensors: Iterable[tuple[str, Iterable[np.ndarray]]],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    shard_bytes: int,
 ) -> None:
     """Writes tensors into safetensors files of at most `shard_bytes` each; only a single tensor may be larger.
 
     Args:
-        tensors: names and arrays in the order of `sizes`; one shard is in memory at a time.
-        sizes: bytes of each tensor.
+        tensors: names in the order of `shapes`, and for each the blocks of rows of its array, of dtype `dtype`; one
+            block is in memory at a time.
+        shapes: shape of each tensor.
 
     Raises:
         OSError: the files cannot be written.
     """
+    width = np.dtype(dtype).itemsize
+    sizes = {name: math.prod(shape) * width for name, shape in shapes.items()}
     shards: list[list[str]] = []
     filled = 0
     for name, size in sizes.items():
@@ -155,15 +168,28 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        shard = dict(next(arrays) for _ in names)
-        try:
-            save_file(shard, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+        with (folder / file).open("wb") as opened:
+            opened.write(_safetensors_header({name: shapes[name] for name in names}, dtype))
+            for _ in names:
+                for block in next(arrays)[1]:
+                    opened.write(np.ascontiguousarray(block).view(np.uint8).data)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+
+
+def _safetensors_header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
+    """Returns the beginning of a file whose tensors follow in this order."""
+    name_of_dtype = next(name for name, ours in _DTYPES.items() if ours == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": name_of_dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return len(text).to_bytes(8, "little") + text
 
 
 def _check_all_there(folder: Path, missing: Sequence[str]) -> None:

@@ -39,7 +39,10 @@ _PADDING = 1024  # rows; more than this and than a quarter of the tokens means a
 
 
 def open_source(
-    path: str | Path, tokenizer: str | Path | None = None, base: str | Path | None = None
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    base: str | Path | None = None,
+    averaged: bool = False,
 ) -> WeightSource:
     """Opens a checkpoint of any kind, at `path` or with that name on the Hugging Face hub.
 
@@ -48,10 +51,11 @@ def open_source(
     Args:
         tokenizer: SentencePiece model file to use in place of the checkpoint's own.
         base: checkpoint of that base model, in place of the one that the folder names.
+        averaged: whether to take a run's average of the weights (`training.ema`).
 
     Raises:
-        UserError: there is no checkpoint, or none of a known kind; `tokenizer` is not a SentencePiece model; or `base`
-            is given and `path` is a complete model.
+        UserError: there is no checkpoint, or none of a known kind; `tokenizer` is not a SentencePiece model; `base` is
+            given and `path` is a complete model; or `averaged` is true and the checkpoint has no average.
     """
     if tokenizer is not None:
         Tokenizer.load(tokenizer)  # refuses a bad file before gigabytes are downloaded
@@ -59,8 +63,14 @@ def open_source(
     if hub.is_remote(str(path)):
         folder = hub.download(str(path))
     try:
+        if averaged and settings_of_run(folder) is None:
+            raise UserError(
+                f"{path} is not a run folder, and only a run keeps an average of its weights; leave out --averaged."
+            )
         source = (
-            _open_on_base(folder, base, tokenizer) if has_base(folder) else _open_model(folder, str(path))
+            _open_on_base(folder, base, tokenizer, averaged)
+            if has_base(folder)
+            else _open_model(folder, str(path), averaged)
         )
         if base is not None and not isinstance(source, BasedSource):
             raise UserError(
@@ -75,14 +85,16 @@ def open_source(
     return source
 
 
-def _open_model(folder: Path, name: str) -> WeightSource:
+def _open_model(folder: Path, name: str, averaged: bool) -> WeightSource:
     reader = _reader_of(folder)
     if reader is None:
         raise UserError(f"{name} {_describe(folder)}.")
-    return reader(folder)
+    return RunSource(folder, averaged) if averaged else reader(folder)
 
 
-def _open_on_base(folder: Path, base: str | Path | None, tokenizer: str | Path | None) -> BasedSource:
+def _open_on_base(
+    folder: Path, base: str | Path | None, tokenizer: str | Path | None, averaged: bool
+) -> BasedSource:
     of, own = str(base_of(folder) if base is None else base), folder / store.TOKENIZER_FILE
     settings = settings_of_run(folder)
     is_partial = settings is not None and not settings.is_adapter
@@ -98,8 +110,8 @@ def _open_on_base(folder: Path, base: str | Path | None, tokenizer: str | Path |
             f"place, as in {'' if is_partial else generate}{convert}."
         ) from None
     if settings is not None and is_partial:
-        return PartialSource(source, of, folder, settings)
-    return AdaptedSource(source, of, read_adapter(folder, source.config))
+        return PartialSource(source, of, folder, settings, averaged)
+    return AdaptedSource(source, of, read_adapter(folder, source.config, averaged))
 
 
 def _reader_of(folder: Path) -> Callable[[Path], WeightSource] | None:
@@ -158,6 +170,7 @@ def load(
     dtype: Any = "float32",
     mesh: Mesh | None = None,
     tokenizer: str | Path | None = None,
+    averaged: bool = False,
 ) -> tuple[Gemma2, Tokenizer]:
     """Loads the model and the tokenizer of a checkpoint of any kind.
 
@@ -166,13 +179,14 @@ def load(
         dtype: dtype that the weights are converted to, one of `DTYPES`.
         mesh: mesh to place the weights on; by default only the first device of this process.
         tokenizer: SentencePiece model file, for a checkpoint without one.
+        averaged: whether to take a run's average of the weights (`training.ema`).
 
     Raises:
         UserError: the checkpoint is incomplete, is not a Gemma 2, or has no matching tokenizer.
     """
     if not _is_accepted(dtype):
         raise UserError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}.")
-    source = open_source(path, tokenizer)
+    source = open_source(path, tokenizer, averaged=averaged)
     found = load_tokenizer(source)
     return model_of(source, dtype, mesh), found
 
@@ -218,7 +232,7 @@ def load_tokenizer(source: WeightSource) -> Tokenizer:
         hint = "; its tokenizer.json is not enough" if other.exists() else ""
         raise UserError(
             f"{source.path} has no tokenizer.model, the SentencePiece file of Gemma's tokenizer{hint}; put it there, "
-            "or give it to `gemma2 convert` or `gemma2 generate` as --tokenizer FILE."
+            "or give it to `gemma2 convert`, `generate` or `merge` as --tokenizer FILE."
         )
     tokenizer = Tokenizer.load(path, source.metadata.stop_ids)
     if isinstance(source, RunSource):
@@ -305,7 +319,7 @@ def load_params(
     target = abstract_params(weight_specs(source.config), dtype, mesh)
     is_dense = not any(map(is_quantised, jax.tree.leaves(target, is_leaf=is_quantised)))
     if isinstance(source, RunSource) and is_dense:
-        params = store.restore_params(source.path, target)  # Orbax reads each device's part
+        params = store.restore_params(source.path, target, source.tree)  # Orbax reads each device's part
     else:
         params = _load_weights(source, target, progress)
     params, _ = resize_rows(params, source.config, config.vocab_size)

@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from gemma2_jax.checkpoints import store
@@ -13,32 +12,40 @@ from gemma2_jax.config import to_dict, to_yaml
 from gemma2_jax.files import write_text
 from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.metadata import Metadata, load_metadata
+from gemma2_jax.formats.orbax_arrays import OrbaxArrays
 from gemma2_jax.formats.source import TensorInfo, WeightSource, files_below, mismatches, wrong_dtypes
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.weights import Params, abstract_params, specs_by_path, value_at, weight_specs
-from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from gemma2_jax.model.weights import Params, specs_by_path, weight_specs
 
 
 class RunSource(WeightSource):
-    """A run's newest checkpoint with intact parameters; reading the first weight reads all of them.
+    """A run's newest checkpoint with intact parameters, which are read one at a time.
+
+    Older versions stored the layers of a stack in one chunk; such a stack is read at once and kept.
+
+    Args:
+        averaged: whether to take the average of the parameters over the steps (`training.ema`) instead.
 
     Attributes:
+        tree: name of the parameters' tree in the checkpoint.
         step: step of the checkpoint.
         skipped: the defect of each newer checkpoint, one clause each.
 
     Raises:
-        UserError: the folder holds no checkpoint of a run.
+        UserError: the folder holds no checkpoint of a run, or no average.
     """
 
     kind = "run folder"
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, averaged: bool = False) -> None:
         self.path = Path(folder)
+        self.tree = store.AVERAGED if averaged else store.PARAMS
         self.config = store.load_model_config(self.path)
         tokenizer = self.path / store.TOKENIZER_FILE
         self.tokenizer = tokenizer if tokenizer.exists() else None
         self.metadata = load_metadata(self.path)
-        found, params = store.describe_params(self.path)
+        self._whole: dict[str, np.ndarray] = {}
+        found, params = store.describe_params(self.path, self.tree)
         self.step, self.skipped = found.step, found.skipped
         self.tensors = {
             name: TensorInfo(tuple(leaf.shape), str(leaf.dtype), self.path / store.FOLDER / str(found.step))
@@ -48,21 +55,34 @@ class RunSource(WeightSource):
     @property
     def files(self) -> list[Path]:
         step = self.path / store.FOLDER / str(store.latest_step(self.path))
-        return files_below([step / "params"])
+        return files_below([step / self.tree])
 
     def problems(self) -> list[str]:
         shapes = {path: spec.shape for path, spec in specs_by_path(weight_specs(self.config)).items()}
         return mismatches(self.path, shapes, self.tensors) + wrong_dtypes(self.tensors)
 
     def weight(self, place: WeightPlace) -> np.ndarray:
-        leaf = value_at(self._params, place.path)
-        return np.asarray(leaf if place.pair is None else leaf[place.pair])
+        return self._read(place.path, ... if place.pair is None else place.pair)
+
+    def rows(self, place: WeightPlace, rows: slice) -> np.ndarray:
+        return self._read(place.path, rows if place.pair is None else (place.pair, rows))
+
+    def _read(self, path: str, part: Any) -> np.ndarray:
+        """Reads a part of a stored array alone if its chunks allow that, else the whole array once."""
+        name = path.replace("/", ".")
+        if name in self._whole:
+            found: np.ndarray = self._whole[name][part]
+            return found
+        if part is not ...:
+            stored = self._arrays.open(name)
+            if stored.chunk_layout.read_chunk.shape[0] == stored.shape[0]:  # of older versions, or small
+                self._whole[name] = self._arrays.read(name)
+                return self._read(path, part)
+        return self._arrays.read(name, part)
 
     @cached_property
-    def _params(self) -> Any:
-        mesh = build_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
-        target = abstract_params(weight_specs(self.config), self.dtype, mesh)
-        return jax.tree.map(np.asarray, store.restore_params(self.path, target))
+    def _arrays(self) -> OrbaxArrays:
+        return OrbaxArrays(store.find_params(self.path, self.tree).path / self.tree)
 
 
 def write_run(

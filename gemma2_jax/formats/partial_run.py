@@ -18,19 +18,31 @@ from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 
 class PartialSource(BasedSource):
-    """A run of adaptation=partial and its base model, read as the trained model."""
+    """A run of adaptation=partial and its base model, read as the trained model.
 
-    def __init__(self, base: WeightSource, base_name: str, folder: Path, settings: AdaptationConfig) -> None:
-        config, found = store.load_model_config(folder), store.find_params(folder)
+    Args:
+        averaged: whether to take the average of the trained weights over the steps (`training.ema`).
+    """
+
+    def __init__(
+        self,
+        base: WeightSource,
+        base_name: str,
+        folder: Path,
+        settings: AdaptationConfig,
+        averaged: bool = False,
+    ) -> None:
+        tree = store.AVERAGED if averaged else store.PARAMS
+        config, found = store.load_model_config(folder), store.find_params(folder, tree)
         super().__init__(
-            base, base_name, folder, read_base_record(folder).identity, files_below([found.path / "params"])
+            base, base_name, folder, read_base_record(folder).identity, files_below([found.path / tree])
         )
         self.kind = f"trained part of {base.kind}"
         self.metadata = load_metadata(folder)
         partial = Partial(config, settings.weights, settings.layers)
         specs = partial.specs(weight_specs(config))[0]
         mesh = build_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
-        params = store.read_params(found, abstract_params(specs, mesh=mesh))
+        params = store.read_params(found, abstract_params(specs, mesh=mesh), tree)
         self._trained: dict[WeightPlace, np.ndarray] = {}
         for path, spec in specs_by_path(specs).items():
             weight = np.asarray(value_at(params, path))
@@ -49,3 +61,7 @@ class PartialSource(BasedSource):
     def weight(self, place: WeightPlace) -> np.ndarray:
         self.check_base()
         return self._trained[place] if place in self._trained else self.base.weight(place)
+
+    def rows(self, place: WeightPlace, rows: slice) -> np.ndarray:
+        self.check_base()
+        return self._trained[place][rows] if place in self._trained else self.base.rows(place, rows)

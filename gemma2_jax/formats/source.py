@@ -1,5 +1,6 @@
 """The common interface of all kinds of checkpoints, which returns our weights one at a time."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.weights import Specs, specs_by_path, weight_specs
 
 TOKENIZER_FILE = "tokenizer.model"  # other tools' name for a SentencePiece model file
+BLOCK = 2**22  # numbers of a weight that are processed at a time
 DTYPES = ("float32", "bfloat16", "float16")  # accepted for the weights of a checkpoint
 
 
@@ -77,6 +79,10 @@ class WeightSource(ABC):
         Raises:
             UserError: the weight cannot be read from its file.
         """
+
+    def rows(self, place: WeightPlace, rows: slice) -> np.ndarray:
+        """Returns some rows of a weight; kinds of checkpoints that can read them alone do so for the embedding."""
+        return self.weight(place)[rows]
 
     def added_tokens(self, first: int) -> dict[int, str]:
         """Returns the tokens with id >= `first` that have an embedding row and a name outside tokenizer.model."""
@@ -154,6 +160,12 @@ def wrong_dtypes(tensors: Mapping[str, TensorInfo]) -> list[str]:
         for name, info in tensors.items()
         if info.dtype not in DTYPES
     ]
+
+
+def row_blocks(shape: Sequence[int]) -> list[slice]:
+    """Returns slices of the rows of an array of this shape, of about BLOCK numbers each."""
+    rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    return [slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
 
 
 def all_places(specs: Specs) -> Iterator[WeightPlace]:

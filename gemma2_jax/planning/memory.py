@@ -23,8 +23,8 @@ class Parts:
     """Memory of one device in bytes, by content.
 
     Attributes:
-        parameters, moments, base, teacher: exact sizes of the shards. Parameters are the trained ones, the base is the
-            frozen part of the trained models.
+        parameters, moments, averaged, base, teacher: exact sizes of the shards. Parameters are the trained ones, the
+            base is the frozen part of the trained models.
         parameters_by_run: the share of `parameters` of each run, by the run's name.
         gradients: same as `parameters`, since gradients are sharded like the parameters.
         activations, logits: estimates by formula, see `saved_activations` and `head_blocks`.
@@ -33,6 +33,7 @@ class Parts:
     parameters: int
     parameters_by_run: dict[str, int]
     moments: int
+    averaged: int
     gradients: int
     base: int
     teacher: int
@@ -49,6 +50,7 @@ def memory_parts(runs: Sequence[RunConfig], inputs: Inputs, mesh_shape: dict[str
         parameters=parameters,
         parameters_by_run=by_run,
         moments=sum(device_bytes(state.optimizer) for state in states.values()),
+        averaged=sum(device_bytes(state.averaged) for state in states.values()),
         gradients=parameters,
         base=device_bytes(inputs.frozen[BASE]),
         teacher=device_bytes({name: tree for name, tree in inputs.frozen.items() if name != BASE}),
@@ -131,7 +133,8 @@ def memory_savings(
             parts.activations - parts.activations // rows - sums,
             f"training.accumulation={config.training.accumulation * rows}",
         )
-    whole = parts.parameters + parts.moments + parts.gradients + parts.base + parts.teacher
+    offer(parts.averaged, "training.ema=null")
+    whole = parts.parameters + parts.moments + parts.averaged + parts.gradients + parts.base + parts.teacher
     copies = mesh_shape.get("data", 1)
     fsdp = mesh_shape.get("fsdp", 1) * copies
     if copies > 1 and all(run.model.d_model % fsdp == 0 for run in runs):

@@ -42,6 +42,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("  parameters", in_units(plan.parts.parameters)),
         *_by_run(plan),
         ("  moments", in_units(plan.parts.moments)),
+        *([("  averaged weights", in_units(plan.parts.averaged))] if plan.parts.averaged else []),
         ("  gradients", in_units(plan.parts.gradients)),
         *_base(plan),
         ("  teacher", in_units(plan.parts.teacher)),

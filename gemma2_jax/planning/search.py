@@ -155,8 +155,10 @@ def estimated_memory(runs: Sequence[RunConfig], shape: dict[str, int]) -> float:
     config = runs[0]
     split = shape["fsdp"] * shape["tensor"]
     teacher = online_teacher(config.distill, config.model)
-    trained = sum(_count_divided(run)[0] for run in runs)
+    counts = [_count_divided(run)[0] for run in runs]
+    trained = sum(counts)
     state = 4 * 4 * trained + sum(map(frozen_bytes, runs))
+    state += sum(4 * count for run, count in zip(runs, counts, strict=True) if run.training.ema is not None)
     if config.training.accumulation > 1:
         state += 4 * trained
     if teacher is not None:

@@ -15,6 +15,8 @@ class TrainingConfig:
         accumulation: microbatches that each step's batch is split into; they run one after another to save memory.
         log_every: steps between rows of metrics; each row averages over the steps since the previous row.
         eval_every: steps between evaluations on the validation split; the last step is always evaluated.
+        ema: decay of the exponential moving average of the weights, from 0 to below 1: after each step, the average
+            becomes ema * average + (1 - ema) * weights, in float32. null or 0 keeps no average.
         eval_batches: maximum number of batches per evaluation; a larger split is sampled, with the same documents
             each time. null evaluates on the whole split.
         profile_steps: the first and the last step that `profile` traces, counted from the first step of the process;
@@ -27,8 +29,11 @@ class TrainingConfig:
     eval_every: int
     profile_steps: tuple[int, int] = (3, 5)  # Older runs lack this key.
     eval_batches: int | None = None  # Older runs lack this key.
+    ema: float | None = None  # Older runs lack this key.
 
     def __post_init__(self) -> None:
+        if self.ema == 0:  # so that a run compares equal, whichever of the two its configuration has
+            object.__setattr__(self, "ema", None)
         refuse(self._complaints())
 
     def _complaints(self) -> Iterator[str]:
@@ -42,3 +47,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"training.{name} is {value}; it must be at least 1."
+        if self.ema is not None and not 0 < self.ema < 1:
+            yield (
+                f"training.ema is {self.ema}; it must be at least 0 and below 1, such as 0.999, or null for no average."
+            )

@@ -81,10 +81,10 @@ class TrainingProgress:
             status.append(f"{row['tokens_per_second']:,.0f} tokens/s")
             self._status = status
         else:
-            status = [
-                f"validation cross-entropy {row['cross_entropy']:.4f}",
-                f"perplexity {format_number(row['perplexity'], 2)}",
-            ]
+            status = [f"validation cross-entropy {row['cross_entropy']:.4f}"]
+            if "averaged_cross_entropy" in row:
+                status.append(f"of the averaged weights {row['averaged_cross_entropy']:.4f}")
+            status.append(f"perplexity {format_number(row['perplexity'], 2)}")
             status += [f"kl {row['kl']:.4f}"] if "kl" in row else []
             status += [f"agreement with the teacher {row['agreement']:.1%}"] if "agreement" in row else []
         if split != "train" or self._live is None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma2_jax.checkpoints.store import CheckpointStore, FoundCheckpoint, Unreported, find
+from gemma2_jax.checkpoints.store import AVERAGED, CheckpointStore, FoundCheckpoint, Unreported, find
 from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer
@@ -54,7 +54,9 @@ class Folder(Protocol):
 
     def must_evaluate(self, step: int) -> bool: ...
 
-    def report_evaluation(self, step: int, sums: Mapping[str, Any]) -> None: ...
+    def report_evaluation(
+        self, step: int, sums: Mapping[str, Any], averaged: Mapping[str, Any] | None
+    ) -> None: ...
 
     def save_if_due(self, step: int, state: Any, examples: Any) -> None: ...
 
@@ -143,10 +145,12 @@ class RunFolder:
     def _restore(self, examples: Any) -> TrainState:
         trees = self._store.restore(self.step, _trees(self.abstract), examples)
         trainable, optimizer = {PARAMS: trees.pop(PARAMS)}, {PARAMS: trees.pop("optimizer")}
+        averaged = {PARAMS: trees.pop(AVERAGED)} if AVERAGED in trees else {}
         for name, saved in trees.items():
             trainable[name], optimizer[name] = saved["weights"], saved["optimizer"]
+            averaged |= {name: saved[AVERAGED]} if AVERAGED in saved else {}
         step = jax.device_put(jnp.int32(self.step), self.abstract.step.sharding)
-        return TrainState(step, trainable, optimizer)
+        return TrainState(step, trainable, optimizer, averaged)
 
     def log(self, step: int, rows: Rows, seconds: float) -> None:
         """Writes one row of metrics: averages over the steps since the last row, and the speed of all devices together.
@@ -187,9 +191,20 @@ class RunFolder:
             self.step, self._evaluated = step, not self._is_due(step, self.config.training.eval_every)
         return not self._evaluated
 
-    def report_evaluation(self, step: int, sums: Mapping[str, Any]) -> None:
-        """Writes the row of an evaluation from its sums over the targets."""
-        self._write(step, "validation", averages(sums))
+    def report_evaluation(
+        self, step: int, sums: Mapping[str, Any], averaged: Mapping[str, Any] | None
+    ) -> None:
+        """Writes the row of an evaluation from its sums over the targets.
+
+        Args:
+            averaged: the sums of the averaged weights, whose metrics are written beside the others as `averaged_NAME`.
+        """
+        row = averages(sums)
+        if averaged is not None:
+            row |= {
+                f"{AVERAGED}_{name}": value for name, value in averages(averaged).items() if name != "targets"
+            }
+        self._write(step, "validation", row)
         self._evaluated = True
 
     def save_if_due(self, step: int, state: TrainState, examples: Any) -> None:
@@ -237,9 +252,11 @@ class RunFolder:
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
-    """The trees of a checkpoint: the model's parameters, their optimizer state, and both for each further tree."""
+    """The trees of a checkpoint: the model's parameters, optimizer state and average, and those of other trees."""
     trees = {PARAMS: state.trainable[PARAMS], "optimizer": state.optimizer[PARAMS]}
+    trees |= {AVERAGED: state.averaged[PARAMS]} if state.averaged else {}
     for name, tree in state.trainable.items():
         if name != PARAMS:
             trees[name] = {"weights": tree, "optimizer": state.optimizer[name]}
+            trees[name] |= {AVERAGED: state.averaged[name]} if state.averaged else {}
     return trees

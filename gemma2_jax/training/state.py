@@ -25,7 +25,11 @@ from gemma2_jax.run import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["step", "trainable", "optimizer"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "trainable", "optimizer", "averaged"],
+    meta_fields=[],
+)
 @dataclass(frozen=True)
 class TrainState:
     """Everything that training changes.
@@ -34,11 +38,14 @@ class TrainState:
         step: number of optimizer steps done, int32 scalar.
         trainable: trees that a method trains, by name; float32.
         optimizer: optimizer state of each tree, by the same names.
+        averaged: exponential moving averages of the trees over the steps, by the same names; float32. Empty without
+            `training.ema`.
     """
 
     step: Any
     trainable: dict[str, Any]
     optimizer: dict[str, Any]
+    averaged: dict[str, Any]
 
 
 class UpdateRule(Protocol):
@@ -49,6 +56,9 @@ class UpdateRule(Protocol):
 
     def trainable(self, state: Any) -> Any:
         """The part of the state that gradients are computed for."""
+
+    def averaged(self, state: Any) -> Any | None:
+        """The averages of the weights, structured like `trainable`; None if the state has none."""
 
     def step(self, state: Any) -> jax.Array:
         """Number of steps done, int32."""
@@ -69,7 +79,7 @@ class Update:
     """
 
     def __init__(self, config: RunConfig, specs: Mapping[str, Any]) -> None:
-        self.specs = specs
+        self.specs, self._ema = specs, config.training.ema
         self._optimizers = {
             name: build_optimizer(config.optimizer, config.training.steps, tree)
             for name, tree in specs.items()
@@ -86,16 +96,22 @@ class Update:
         optimizer = {
             name: _abstract_optimizer(rule, trainable[name], mesh) for name, rule in self._optimizers.items()
         }
-        return TrainState(step, trainable, optimizer)
+        return TrainState(step, trainable, optimizer, {} if self._ema is None else trainable)
 
     def begin(self, trainable: dict[str, Any]) -> TrainState:
         """The state before the first step. Traced."""
         optimizer = {name: rule.init(trainable[name]) for name, rule in self._optimizers.items()}
-        return TrainState(jnp.int32(0), trainable, optimizer)
+        # Copies, since a step donates the weights and their averages.
+        averaged = {} if self._ema is None else jax.tree.map(jnp.copy, trainable)
+        return TrainState(jnp.int32(0), trainable, optimizer, averaged)
 
     def trainable(self, state: TrainState) -> dict[str, Any]:
         """The part of the state that gradients are computed for."""
         return state.trainable
+
+    def averaged(self, state: TrainState) -> dict[str, Any] | None:
+        """The averages of the weights, structured like `trainable`; None without `training.ema`."""
+        return state.averaged or None
 
     def step(self, state: TrainState) -> jax.Array:
         """Number of steps done, int32."""
@@ -138,7 +154,10 @@ class Update:
                 gradients[name], state.optimizer[name], state.trainable[name]
             )
             trainable[name] = optax.apply_updates(state.trainable[name], updates)
-        return TrainState(state.step + 1, trainable, optimizer)
+        averaged: dict[str, Any] = {}
+        if self._ema is not None:
+            averaged = optax.incremental_update(trainable, state.averaged, 1 - self._ema)
+        return TrainState(state.step + 1, trainable, optimizer, averaged)
 
 
 def initial_state(

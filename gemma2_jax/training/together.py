@@ -118,6 +118,13 @@ class Updates:
     def trainable(self, state: Mapping[str, TrainState]) -> dict[str, Any]:
         return {name: update.trainable(state[name]) for name, update in self._updates.items()}
 
+    def averaged(self, state: Mapping[str, TrainState]) -> dict[str, Any] | None:
+        """The averages of all runs, with the weights themselves for a run without; None if no run has averages."""
+        found = {name: update.averaged(state[name]) for name, update in self._updates.items()}
+        if not any(found.values()):
+            return None
+        return {name: trees or state[name].trainable for name, trees in found.items()}
+
     def step(self, state: Mapping[str, TrainState]) -> jax.Array:
         """The step of the first run; all runs are at the same step."""
         return next(update.step(state[name]) for name, update in self._updates.items())
@@ -183,10 +190,17 @@ class RunFolders:
         ]  # a list, since each call updates its folder
         return any(due)
 
-    def report_evaluation(self, step: int, sums: Mapping[str, Any]) -> None:
+    def report_evaluation(
+        self, step: int, sums: Mapping[str, Any], averaged: Mapping[str, Any] | None
+    ) -> None:
         for name, folder in self._folders.items():
             if folder.must_evaluate(step):
-                folder.report_evaluation(step, sums[name])
+                own = (
+                    averaged[name]
+                    if averaged is not None and folder.config.training.ema is not None
+                    else None
+                )
+                folder.report_evaluation(step, sums[name], own)
 
     def save_if_due(self, step: int, state: Mapping[str, TrainState], examples: Any) -> None:
         """Saves the runs with finite metrics, then raises UserError if another run's metrics are not finite."""

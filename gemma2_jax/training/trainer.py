@@ -1,7 +1,6 @@
 """The training loop, for every method: take a step, then log, evaluate and save when due."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -129,14 +128,22 @@ class Trainer:
         )
         if self._step < config.training.steps:
             batches = _until(stop, batches)
-        trainable = self._folder.update.trainable(self._state)
+        update = self._folder.update
+        versions = {"weights": update.trainable(self._state)}
+        if (averaged := update.averaged(self._state)) is not None:
+            versions["averaged"] = averaged
+
+        def evaluate(batch: Batch) -> dict[str, Any]:
+            return {
+                name: self._evaluation_step(trees, self._frozen, batch) for name, trees in versions.items()
+            }
+
         try:
             with self._progress.doing("validating", brief=True):
-                step = partial(self._evaluation_step, trainable, self._frozen)
-                sums = sum_over(step, batches, self._mesh)
+                sums = sum_over(evaluate, batches, self._mesh)
         except _InterruptedError:
             return
-        self._folder.report_evaluation(self._step, sums)
+        self._folder.report_evaluation(self._step, sums["weights"], sums.get("averaged"))
 
     def _stop_if_due(self, stop: AgreedStop) -> None:
         if stop.is_due():

@@ -59,6 +59,15 @@ def test_import_memory():
 
 
 @pytest.mark.slow
+def test_merge_memory():
+    peaks = {
+        label: float(figure) for label, figure, _ in map(str.split, lines("merge_memory.py", "--shrink=8"))
+    }
+    assert list(peaks) == ["linear", "slerp", "ties"]
+    assert max(peaks.values()) < 2
+
+
+@pytest.mark.slow
 def test_loss_memory():
     figures = rows(
         "loss_memory.py",

@@ -1,6 +1,7 @@
 """Plans of toy runs on eight CPU devices, and of a small model on a TPU that is not present."""
 
 import importlib.util
+import io
 import os
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from gemma2_jax.chips import CHIPS
 from gemma2_jax.config import UserError
@@ -20,6 +22,7 @@ from gemma2_jax.planning.count import ProgramCost
 from gemma2_jax.planning.memory import memory_parts, memory_savings, saved_activations
 from gemma2_jax.planning.placement import find_placement
 from gemma2_jax.planning.plan import make_plan
+from gemma2_jax.planning.printing import print_plan
 from gemma2_jax.planning.program import Inputs, _peak, abstract_inputs, mesh_of, required_bytes
 from gemma2_jax.planning.roofline import bandwidth_along, bounds
 from gemma2_jax.planning.search import candidates, search
@@ -329,3 +332,15 @@ def test_a_plan_for_a_tpu_without_having_one(planned_run):
     assert plan.cost is not None
     assert plan.cost.uncounted == 0
     assert plan.cost.flops > 0
+
+
+def test_averaged_weights_are_planned(planned_run, cpus):
+    averaging = replace(planned_run, training=replace(planned_run.training, ema=0.999))
+    plan = make_plan([averaging], cpus)
+    assert plan.parts.averaged == plan.parts.parameters
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_plan(plan, console)
+    assert "averaged weights" in console.export_text()
+    small = replace(cpus, chip=replace(cpus.chip, memory=1000))
+    help = memory_savings([averaging], small, plan.parts, plan.mesh, 10)
+    assert any(line.startswith("training.ema=null: saves") for line in help)

@@ -1,0 +1,96 @@
+"""Measures the memory for merging models.
+
+    python experiments/benchmarks/merge_memory.py
+
+Writes two Hugging Face folders of random bfloat16 weights with the sizes of --model (the 2B by default), and merges
+them with each method, each time in a new process; everything is deleted at the end. For the 2B this takes 21 GB of
+disk. The table gives the peak memory of the whole process, Python and libraries included, and the seconds taken, which
+include reading the result back.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from import_memory import sizes, write  # type: ignore[import-not-found]  # the script beside this one
+from sentencepiece import sentencepiece_model_pb2
+
+from gemma2_jax.formats.merge import merge
+from gemma2_jax.formats.source import TOKENIZER_FILE
+from gemma2_jax.machine import peak_memory_gib
+
+METHODS = ("linear", "slerp", "ties")
+PIECES: Any = sentencepiece_model_pb2  # as Any, since its classes exist only once it is imported
+
+
+def tokenizer(tokens: int) -> bytes:
+    """A SentencePiece model with this number of tokens."""
+    proto = PIECES.ModelProto()
+    kind = PIECES.ModelProto.SentencePiece
+    first = [("<unk>", kind.UNKNOWN), ("<s>", kind.CONTROL), ("</s>", kind.CONTROL)]
+    first += [(f"<0x{byte:02X}>", kind.BYTE) for byte in range(256)]
+    for number in range(tokens):
+        text, of = first[number] if number < len(first) else (f"piece{number}", kind.NORMAL)
+        proto.pieces.add(piece=text, score=-number, type=of)
+    # Gemma's settings, without which it could not be written for transformers.
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback = PIECES.TrainerSpec.BPE, True
+    proto.normalizer_spec.add_dummy_prefix = proto.normalizer_spec.remove_extra_whitespaces = False
+    content: bytes = proto.SerializeToString()
+    return content
+
+
+def measure(folder: Path, method: str) -> dict[str, float]:
+    """Returns the peak memory of a merge in GB, and its seconds."""
+    models = [folder / "0", folder / "1"]
+    base = models[0] if method == "ties" else None
+    start = time.perf_counter()
+    merge(models, folder / method, method, base=base)
+    return {"peak": peak_memory_gib() * 2**30 / 1e9, "seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="gemma2_2b", help="a name in configs/model")
+    parser.add_argument(
+        "--shrink",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide vocabulary and feed-forward width by N and use 4 layers, to try the script",
+    )
+    # Options for the child processes. A child's peak memory includes its parent's, so the parent only waits.
+    parser.add_argument("--write", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--merge", nargs=2, metavar=("FOLDER", "METHOD"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.write:
+        config = sizes(arguments.model, arguments.shrink)
+        for seed in (0, 1):
+            folder = Path(arguments.write, str(seed))
+            folder.mkdir()
+            write(folder, config, seed)
+            (folder / TOKENIZER_FILE).write_bytes(tokenizer(config.vocab_size))
+        return
+    if arguments.merge:
+        print(json.dumps(measure(Path(arguments.merge[0]), arguments.merge[1])))
+        return
+    command = [sys.executable, __file__, "--model", arguments.model, "--shrink", str(arguments.shrink)]
+    with tempfile.TemporaryDirectory() as name:
+        subprocess.run([*command, "--write", name], check=True)
+        print(f"{'':12}{'peak GB':>12}{'seconds':>12}")
+        for method in METHODS:
+            completed = subprocess.run(
+                [*command, "--merge", name, method], check=True, stdout=subprocess.PIPE
+            )
+            figures = json.loads(completed.stdout)
+            print(f"{method:12}{figures['peak']:>12.2f}{figures['seconds']:>12.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
