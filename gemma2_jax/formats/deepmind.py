@@ -9,8 +9,9 @@ import numpy as np
 
 from gemma2_jax.config import UserError
 from gemma2_jax.formats.layouts import EMBEDDING, WeightPlace, deepmind
-from gemma2_jax.formats.orbax_arrays import OrbaxArrays, one_line
+from gemma2_jax.formats.orbax_arrays import OrbaxArrays
 from gemma2_jax.formats.source import TOKENIZER_FILE, ForeignSource, TensorInfo
+from gemma2_jax.messages import one_line
 from gemma2_jax.model.config import ModelConfig
 
 _METADATA = "_METADATA"
@@ -65,7 +66,7 @@ class DeepMindSource(ForeignSource):
         except ValueError as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{self.path} is not a complete Orbax checkpoint: {one_line(error)}") from None
+            raise UserError(f"{self.path} is not a complete Orbax checkpoint: {one_line(error)}.") from None
         self._branch = branch
         return tensors, stored_names
 

@@ -7,6 +7,7 @@ import numpy as np
 import tensorstore as ts
 
 from gemma2_jax.config import UserError
+from gemma2_jax.messages import one_line
 
 # The metadata file of each array, and TensorStore's driver.
 _METADATA_FILES = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
@@ -58,9 +59,6 @@ class OrbaxArrays:
         try:
             return np.asarray(self.open(name)[part].read().result())
         except ValueError as error:
-            raise UserError(f"{self._folder}: {shown_as or name} cannot be read: {one_line(error)}") from None
-
-
-def one_line(error: Exception) -> str:
-    """Returns the beginning of an error's text as one line that ends with a full stop."""
-    return " ".join(str(error).split())[:200].rstrip(".") + "."
+            raise UserError(
+                f"{self._folder}: {shown_as or name} cannot be read: {one_line(error)}."
+            ) from None

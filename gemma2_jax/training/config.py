@@ -49,5 +49,9 @@ class TrainingConfig:
                 yield f"training.{name} is {value}; it must be at least 1."
         if self.ema is not None and not 0 < self.ema < 1:
             yield (
-                f"training.ema is {self.ema}; it must be at least 0 and below 1, such as 0.999, or null for no average."
+                f"training.ema is {self.ema}; it must be above 0 and below 1, such as 0.999, or null for no average."
             )
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what happens every `every` steps happens after `step` steps; it always does after the last one."""
+        return step % every == 0 or step == self.steps

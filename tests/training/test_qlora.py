@@ -28,7 +28,6 @@ from gemma2_jax.planning.topologies import find_topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.loop import train
-from gemma2_jax.training.metrics import read_metrics
 from gemma2_jax.training.overview import describe_runs
 from gemma2_jax.training.together import method_of
 from tests.steps import take_steps
