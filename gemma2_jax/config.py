@@ -298,8 +298,8 @@ def _sentence(cls: type, data: Mapping[str, Any], first: Mapping[str, Any]) -> s
         return f"{missing} is missing; accepted: {describe_type(_hints(kind)[str(first['loc'][-1])])}."
     if first["type"] == "value_error":
         return _in_full(str(first["ctx"]["error"]), keys)
-    quoted = str in options_of(kind) and isinstance(value, bool | int | float)
-    hint = f" Write it in quotes for text: '{quoted(value)}'." if quoted else ""
+    is_text = str in options_of(kind) and isinstance(value, bool | int | float)
+    hint = f" Write it in quotes for text: '{quoted(value)}'." if is_text else ""
     return f"{key or 'the content'} is {quoted(value)}; accepted: {describe_type(kind)}.{hint}"
 
 
