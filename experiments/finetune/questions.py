@@ -2,14 +2,16 @@
 
     python experiments/finetune/questions.py
 
-Writes runs/finetune/questions.jsonl (or --output): a question and its answer for each documented function and class.
-"What does textwrap.dedent do?" is answered by the first sentence of the docstring. "Which module defines
-textwrap.dedent?" is answered by the module's name, so its answer can be compared letter by letter.
+Writes two conversations for each documented function and class to runs/finetune/questions.jsonl. "What does
+textwrap.dedent do?" is answered by the first sentence of the docstring, and "Which module defines textwrap.dedent?" by
+the name of the module. A tenth of the questions of the second kind, whose answers can be compared letter by letter, are
+held out, in runs/finetune/held_out.jsonl, for exact_match.py.
 """
 
 import argparse
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,16 +30,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/finetune/questions.jsonl"))
-    output = parser.parse_args().output
-    pairs = list(question_answer_pairs())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, "".join(json.dumps(conversation(*pair)) + "\n" for pair in pairs))
-    print(f"{len(pairs):,} conversations in {output}")
+    parser.add_argument("--output", type=Path, default=Path("runs/finetune"), help="folder of both files")
+    folder = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, list[str]] = {"questions.jsonl": [], "held_out.jsonl": []}
+    for name, question, answer in question_answer_pairs():
+        is_held_out = question.startswith("Which") and zlib.crc32(name.encode()) % 10 == 0
+        line = json.dumps(conversation(question, answer)) + "\n"
+        files["held_out.jsonl" if is_held_out else "questions.jsonl"].append(line)
+    for file, lines in files.items():
+        write_text(folder / file, "".join(lines))
+        print(f"{len(lines):,} conversations in {folder / file}")
 
 
-def question_answer_pairs() -> Iterator[tuple[str, str]]:
-    """Yields a question and its answer, in the order of the documentation; no question twice."""
+def question_answer_pairs() -> Iterator[tuple[str, str, str]]:
+    """Yields a name, a question about it and the answer, in the order of the documentation; no question twice."""
     asked = set()
     for document, _ in PythonDocs():
         heading, _, rest = document.partition("\n\n")
@@ -49,8 +56,8 @@ def question_answer_pairs() -> Iterator[tuple[str, str]]:
         if sentence is None or name in asked:
             continue
         asked.add(name)
-        yield f"What {'is' if found['kind'] else 'does'} {name}{'' if found['kind'] else ' do'}?", sentence
-        yield f"Which module defines {name}?", found["module"]
+        yield name, f"What is {name}?" if found["kind"] else f"What does {name} do?", sentence
+        yield name, f"Which module defines {name}?", found["module"]
 
 
 def first_sentence(docstring: str) -> str | None:
