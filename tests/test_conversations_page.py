@@ -28,6 +28,7 @@ TRAINING = [
     "mesh=cpu_1",
     "training.steps=2",
     "training.eval_every=2",
+    "training.log_every=2",
     "checkpoint.every=2",
 ]
 MORE = {
