@@ -144,8 +144,8 @@ class RunFolder:
 
     def _restore(self, examples: Any) -> TrainState:
         trees = self._store.restore(self.step, _trees(self.abstract), examples)
-        trainable, optimizer = {PARAMS: trees.pop(PARAMS)}, {PARAMS: trees.pop("optimizer")}
-        averaged = {PARAMS: trees.pop(AVERAGED)} if AVERAGED in trees else {}
+        trainable, optimizer = {PARAMS: trees.pop(PARAMS, {})}, {PARAMS: trees.pop("optimizer")}
+        averaged = {PARAMS: trees.pop(AVERAGED, {})} if self.abstract.averaged else {}
         for name, saved in trees.items():
             trainable[name], optimizer[name] = saved["weights"], saved["optimizer"]
             averaged |= {name: saved[AVERAGED]} if AVERAGED in saved else {}
@@ -251,8 +251,10 @@ class RunFolder:
 
 def _trees(state: TrainState) -> dict[str, Any]:
     """The trees of a checkpoint: the model's parameters, optimizer state and average, and those of other trees."""
-    trees = {PARAMS: state.trainable[PARAMS], "optimizer": state.optimizer[PARAMS]}
-    trees |= {AVERAGED: state.averaged[PARAMS]} if state.averaged else {}
+    trees = {"optimizer": state.optimizer[PARAMS]}
+    if state.trainable[PARAMS]:  # Orbax refuses trees without arrays, and an adaptation may freeze the whole model
+        trees[PARAMS] = state.trainable[PARAMS]
+        trees |= {AVERAGED: state.averaged[PARAMS]} if state.averaged else {}
     for name, tree in state.trainable.items():
         if name != PARAMS:
             trees[name] = {"weights": tree, "optimizer": state.optimizer[name]}
