@@ -11,12 +11,15 @@ import pytest
 
 from gemma2_jax.checkpoints import store
 from gemma2_jax.config import UserError
+from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.matching import MatchConfig
 from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.evaluation.evaluate import evaluate_run
 from gemma2_jax.formats.convert import convert
-from gemma2_jax.formats.load import load
+from gemma2_jax.formats.layouts import WeightPlace
+from gemma2_jax.formats.load import load, open_source
+from gemma2_jax.model.adaptation import AdaptationConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.objectives.objective import ObjectiveConfig
@@ -137,6 +140,35 @@ def test_only_some_of_several_students_have_an_average(toy_run: RunConfig, tmp_p
     assert last["averaged_kl"] == pytest.approx(
         evaluate_run(averaged.output, teacher, averaged=True).kl, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("partial", marks=pytest.mark.thorough)])
+def test_the_average_of_trained_weights_beside_frozen_ones(
+    kind: str, toy_run: RunConfig, base: str, tmp_path: Path
+) -> None:
+    adaptation = AdaptationConfig("lora", rank=2, alpha=4.0, targets=("q", "up"))
+    if kind == "partial":
+        adaptation = AdaptationConfig("partial", weights=("mlp/*",))
+    run = replace(
+        toy_run, output=str(tmp_path / "run"), initialise=InitConfig(source=base), adaptation=adaptation
+    )
+    run = averaging(run, steps=2, eval_every=2)
+    train(run)
+    last, averaged = read_metrics(run.output)[-1], evaluate_run(run.output, averaged=True)
+    assert last["averaged_cross_entropy"] == pytest.approx(averaged.cross_entropy, rel=1e-5)
+    assert last["averaged_cross_entropy"] != last["cross_entropy"]
+    merged = {"merge": True} if kind == "lora" else {}
+    convert(run.output, tmp_path / "exported", averaged=True, **merged)
+    sources = (
+        open_source(run.output, averaged=True),
+        open_source(tmp_path / "exported"),
+        open_source(run.output),
+    )
+    average, exported, last_weight = (
+        source.weight(WeightPlace("pairs/local_block/mlp/up", 0)) for source in sources
+    )
+    np.testing.assert_array_equal(exported, average)
+    assert not np.array_equal(average, last_weight)
 
 
 @pytest.mark.parametrize("ema", [1.0, -0.1, float("nan")])
