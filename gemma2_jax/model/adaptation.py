@@ -105,10 +105,10 @@ class AdaptationConfig:
     def _about_adapter(self) -> Iterator[str]:
         for name in ("rank", "alpha"):
             value = getattr(self, name)
-            if value is None or value <= 0:
+            if value is None or not 0 < value < math.inf:
                 yield (
-                    f"adaptation.{name} is {'null' if value is None else value}; it must be above 0 with "
-                    "adaptation.kind lora."
+                    f"adaptation.{name} is {'null' if value is None else value}; it must be a number above 0 with "
+                    f"adaptation.kind {self.kind}."
                 )
         if not 0 <= self.dropout < 1:
             yield f"adaptation.dropout is {self.dropout}; it must be at least 0 and below 1."

@@ -128,7 +128,9 @@ def dequantise(weight: QuantisedWeight, dtype: Any) -> jax.Array:
     packed = _split(codes, axis, codes.shape[axis] // weight.scales.shape[axis])
     numbers = jnp.concatenate([packed & 15, packed >> 4], axis)
     levels = _nf4_levels(numbers) if weight.format == NF4 else numbers.astype(jnp.float32) + _INT4_LOWEST
-    return _joined((levels * jnp.expand_dims(_constants(weight), axis)).astype(dtype), axis)
+    # Behind a barrier, the compiler computes each constant once, and not for every number of its block.
+    constants = jax.lax.optimization_barrier(_constants(weight))
+    return _joined((levels * jnp.expand_dims(constants, axis)).astype(dtype), axis)
 
 
 def gathered_parts(weight: QuantisedWeight, dims: str) -> QuantisedWeight:
@@ -216,8 +218,9 @@ def _nearest(x: jax.Array, levels: tuple[float, ...]) -> jax.Array:
 def _nf4_levels(codes: jax.Array) -> jax.Array:
     """The levels of codes, by selections: accelerators look up numbers in a table one by one."""
     values: list[Any] = [jnp.float32(level) for level in NF4_LEVELS]
+    wide = codes.astype(jnp.int32)  # TPUs have no vectors of narrower integers
     for bit in range(4):
-        is_set = (codes >> bit & 1) == 1
+        is_set = (wide & 2**bit) != 0
         values = [jnp.where(is_set, *pair[::-1]) for pair in zip(values[::2], values[1::2], strict=True)]
     found: jax.Array = values[0]
     return found

@@ -252,7 +252,9 @@ class RunFolder:
 def _trees(state: TrainState) -> dict[str, Any]:
     """The trees of a checkpoint: the model's parameters, optimizer state and average, and those of other trees."""
     trees = {"optimizer": state.optimizer[PARAMS]}
-    if state.trainable[PARAMS]:  # Orbax refuses trees without arrays, and an adaptation may freeze the whole model
+    if state.trainable[
+        PARAMS
+    ]:  # Orbax refuses trees without arrays, and an adaptation may freeze the whole model
         trees[PARAMS] = state.trainable[PARAMS]
         trees |= {AVERAGED: state.averaged[PARAMS]} if state.averaged else {}
     for name, tree in state.trainable.items():

@@ -141,10 +141,12 @@ class Update:
         finite = jnp.isfinite(jnp.stack([metrics["loss"], *norms.values()])).all()
         metrics |= {**rates, "targets": targets}
         metrics["gradient_norm"] = jnp.where(finite, norms[PARAMS], jnp.nan)
-        # A branch instead of a choice between arrays, for which the compiler would keep both: XLA on TPUs then needs
-        # memory for another copy of the moments.
+        # A loop of one iteration or none, since loops update arrays in place. With a choice between the arrays of both
+        # states, XLA on TPUs needs memory for another copy of the moments; with a branch, XLA on GPUs does.
         with jax.named_scope("optimizer"):
-            state = jax.lax.cond(finite, self._updated, lambda state, _: state, state, gradients)
+            state = jax.lax.fori_loop(
+                0, finite.astype(jnp.int32), lambda _, state: self._updated(state, gradients), state
+            )
         return state, metrics
 
     def _updated(self, state: TrainState, gradients: dict[str, Any]) -> TrainState:

@@ -30,6 +30,8 @@ from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.overview import describe_runs
 from gemma2_jax.training.together import method_of
+from tests.distill.test_cache import write_teacher
+from tests.model.models import vivid
 from tests.steps import take_steps
 from tests.training.methods import KL, rows, with_method
 from tests.training.stops import stopped_after
@@ -39,9 +41,17 @@ LORA = replace(QLORA, kind="lora", base=None)
 
 
 @pytest.fixture(scope="module")
+def base(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint with two blocks of nf4 in each column of `down`, for two devices along mesh.tensor."""
+    model = vivid(replace(toy_run.model, d_ff=128))
+    return write_teacher(toy_run, model, tmp_path_factory.mktemp("qlora") / "base")
+
+
+@pytest.fixture(scope="module")
 def qlora(toy_run: RunConfig, base: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return replace(
         toy_run,
+        model=replace(toy_run.model, d_ff=128),
         output=str(tmp_path_factory.mktemp("qlora") / "run"),
         mesh=MeshConfig(1, 4, 2),
         data=replace(toy_run.data, batch_size=8),
