@@ -37,7 +37,7 @@ def asked(monkeypatch):
                     row.stop_reason = "stop" if shown >= len(text) else None
                 yield rows
 
-    def open_source(folder, tokenizer):
+    def open_source(folder, tokenizer, averaged):
         calls.extend([] if tokenizer is None else [([tokenizer], SamplingConfig())])
         return folder
 
