@@ -1,5 +1,6 @@
 """How a model's weights are divided into trained and frozen ones."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol

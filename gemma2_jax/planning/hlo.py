@@ -145,7 +145,8 @@ def trip_count(loop: Instruction, module: Module, computation: Computation) -> i
 
     The compiler may state the count in the loop's backend_config. Otherwise the count is derived from a counter that is
     compared with a constant and incremented by a constant (by 2 where the compiler has unrolled the loop once). The
-    counter starts from a constant, or else from 0.
+    counter starts from a constant, or else from 0. A loop that its body ends by setting its condition to false counts
+    as one iteration, though it may have none.
 
     Args:
         computation: the computation that contains the loop.
@@ -156,6 +157,8 @@ def trip_count(loop: Instruction, module: Module, computation: Computation) -> i
     condition = module.computations[loop.attribute("condition") or ""]
     body = module.computations[loop.attribute("body") or ""]
     compare = condition.root
+    if _is_ended_by(body, compare):
+        return 1
     if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
         return None
     counter, limit = (condition.instructions[name] for name in compare.operands)
@@ -173,6 +176,17 @@ def trip_count(loop: Instruction, module: Module, computation: Computation) -> i
     if not step or step < 0:
         return None
     return max(0, -(-((_constant(limit) or 0) - (begin or 0)) // step))
+
+
+def _is_ended_by(body: Computation, condition: Instruction) -> bool:
+    """Whether a loop's condition is an element of its carry, which the body sets to false."""
+    place = re.search(r"index=(\d+)", condition.attributes)
+    if condition.opcode != "get-tuple-element" or place is None:
+        return False
+    found = body.instructions[body.root.operands[int(place[1])]]
+    while found.opcode == "copy":
+        found = body.instructions[found.operands[0]]
+    return found.opcode == "constant" and found.operand_text == "false"
 
 
 def _constant(instruction: Instruction) -> int | None:

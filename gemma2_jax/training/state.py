@@ -144,8 +144,10 @@ class Update:
         # A loop of one iteration or none, since loops update arrays in place. With a choice between the arrays of both
         # states, XLA on TPUs needs memory for another copy of the moments; with a branch, XLA on GPUs does.
         with jax.named_scope("optimizer"):
-            state = jax.lax.fori_loop(
-                0, finite.astype(jnp.int32), lambda _, state: self._updated(state, gradients), state
+            _, state = jax.lax.while_loop(
+                lambda carry: carry[0],
+                lambda carry: (jnp.bool_(False), self._updated(carry[1], gradients)),
+                (finite, state),
             )
         return state, metrics
 
