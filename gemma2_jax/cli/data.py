@@ -101,11 +101,12 @@ def show(arguments: argparse.Namespace) -> None:
     rows = min(arguments.rows, len(batch.tokens))
     more = "" if rows == len(batch.tokens) else f"; --rows {len(batch.tokens)} shows all"
     if manifest.conversations is not None:
+        unit = "document" if config.data.mixture else "conversation"
         print(
-            f"\n{rows} of the first training batch's {len(batch.tokens)} rows{more}: conversations, loss in ",
+            f"\n{rows} of the first training batch's {len(batch.tokens)} rows{more}: {unit}s, loss in ",
             end="",
         )
-        show_loss(Console(highlight=False), batch, rows, tokenizer)
+        show_loss(Console(highlight=False), batch, rows, tokenizer, unit)
         return
     print(
         f"\n{rows} of the first training batch's {len(batch.tokens)} rows{more}: number of documents, and first tokens"

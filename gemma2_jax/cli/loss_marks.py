@@ -10,17 +10,22 @@ from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.tokenizer import Tokenizer
 
 _LOSS, _REST = "bold green", "dim"
-_SHOWN = 3  # conversations of a row
+_SHOWN = 3  # conversations or documents of a row
 
 
-def show_loss(console: Console, batch: Batch, rows: int, tokenizer: Tokenizer) -> None:
-    """Prints the conversations of the first rows: what carries loss in colour, or between « and » without colours."""
+def show_loss(console: Console, batch: Batch, rows: int, tokenizer: Tokenizer, unit: str) -> None:
+    """Prints the conversations of the first rows: what carries loss in colour, or between « and » without colours.
+
+    Args:
+        unit: the word for what the rows hold, in the singular.
+    """
     coloured = console.color_system is not None and not console.no_color
     console.print(Text("this colour", _LOSS) if coloured else "« »")
     for row in range(rows):
         ids, mask = batch.segment_ids[row], batch.loss_mask[row]
+        units = unit if ids.max() == 1 else f"{unit}s"
         console.print(
-            f"row {row + 1}: {ids.max()} conversations of {np.sum(ids > 0):,} tokens, {np.sum(mask > 0):,} with loss, "
+            f"row {row + 1}: {ids.max()} {units} of {np.sum(ids > 0):,} tokens, {np.sum(mask > 0):,} with loss, "
             f"{np.sum(ids == 0):,} of padding"
         )
         for segment in range(1, min(_SHOWN, int(ids.max())) + 1):

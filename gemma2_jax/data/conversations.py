@@ -15,6 +15,7 @@ from typing import Any
 
 from gemma2_jax.data.config import ConversationsConfig
 from gemma2_jax.data.fields import Record, without_surrogates
+from gemma2_jax.data.globs import RECORDS
 from gemma2_jax.data.invalid import Invalid
 
 Turn = tuple[str, str]  # role (user or model; system until it is folded) and content
@@ -39,7 +40,7 @@ class ConversationFields:
     """A record is the conversation that some fields hold, as `to_document` writes it (`Fields`)."""
 
     column = None
-    reads_text_files = False
+    formats = RECORDS
 
     def __init__(self, config: ConversationsConfig) -> None:
         self._fold = config.system == "fold"

@@ -6,6 +6,7 @@ A record is the text of a document, or an `Invalid` that explains why it cannot 
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
+from gemma2_jax.data.globs import FORMATS
 from gemma2_jax.data.invalid import Invalid
 
 Record = str | Invalid
@@ -23,8 +24,8 @@ class Fields(Protocol):
         """The only column of Parquet files that is read; None reads all columns."""
 
     @property
-    def reads_text_files(self) -> bool:
-        """Whether text files, which have no fields, are read too."""
+    def formats(self) -> tuple[str, ...]:
+        """The formats of files that are read; text files have no fields."""
 
     def missing(self, names: Collection[str], place: str) -> Invalid | None:
         """Returns why fields with these names make no record; None if they may make one."""
@@ -46,7 +47,7 @@ class TextField:
         name: `data.text_field`.
     """
 
-    reads_text_files = True
+    formats = FORMATS
 
     def __init__(self, name: str) -> None:
         self.identity = self.column = self._name = name

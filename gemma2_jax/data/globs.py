@@ -14,9 +14,9 @@ from gemma2_jax.files import reason
 from gemma2_jax.machine import is_installed
 
 TEXT = (".txt", ".md", ".rst")
-FORMATS = (*TEXT, ".jsonl", ".parquet")
+RECORDS = (".jsonl", ".parquet")
+FORMATS = (*TEXT, *RECORDS)
 COMPRESSIONS = (".gz", ".zst")
-ACCEPTED = f"{', '.join(FORMATS)}, each optionally {' or '.join(COMPRESSIONS)}"
 
 _WILD = re.compile(r"[*?[]")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -37,11 +37,16 @@ def printable(path: Path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def match_files(patterns: Iterable[str]) -> tuple[list[Path], list[Invalid]]:
+def match_files(
+    patterns: Iterable[str], formats: tuple[str, ...] = FORMATS
+) -> tuple[list[Path], list[Invalid]]:
     """Returns the files that match any pattern, sorted by path, and the matches that cannot be read.
 
     `*`, `?`, `[…]` and `**` mean the same as in Python's glob. A name that exists literally is taken literally, so
     that `notes [old]/*.txt` finds its files. Folders are ignored, unless they are named like data files.
+
+    Args:
+        formats: the formats of files that can be read, as `kind_of` returns them.
 
     Raises:
         NothingMatchesError: a pattern matches nothing, or only folders.
@@ -52,15 +57,20 @@ def match_files(patterns: Iterable[str]) -> tuple[list[Path], list[Invalid]]:
     for pattern in patterns:
         matches = [Path(name) for name in _expand(pattern)]
         if all(_is_plain_folder(path) for path in matches):
-            hint = f" (it is a folder; write {pattern.rstrip('/')}/**/*.txt for its files)" if matches else ""
+            built_in = "python-docs, or " if formats == FORMATS else ""
+            hint = (
+                f" (it is a folder; write {pattern.rstrip('/')}/**/*{formats[0]} for its files)"
+                if matches
+                else ""
+            )
             raise NothingMatchesError(
-                f"data.source {pattern!r} matches no file{hint}; accepted: python-docs, or globs of "
-                f"{', '.join(FORMATS)} files, each optionally .gz or .zst."
+                f"data.source {pattern!r} matches no file{hint}; accepted: {built_in}globs of "
+                f"{', '.join(formats)} files, each optionally .gz or .zst."
             )
         found.update(path for path in matches if not _is_plain_folder(path))
     files, invalid = [], []
     for path in sorted(found):
-        problem = _problem(path)
+        problem = _problem(path, formats)
         if problem is None:
             files.append(path)
         else:
@@ -78,7 +88,7 @@ def without_pyarrow(path: Path) -> UserError:
     return UserError(f"{path} needs pyarrow: pip install 'gemma2_jax[parquet]'.")
 
 
-def _problem(path: Path) -> Invalid | None:
+def _problem(path: Path, formats: tuple[str, ...]) -> Invalid | None:
     """Returns why a match cannot be read as a data file; None if it can."""
     mode = _mode(path)
     if mode is None:
@@ -91,8 +101,10 @@ def _problem(path: Path) -> Invalid | None:
         )
     if not stat.S_ISREG(mode):
         return Invalid(printable(path), "neither a file nor a folder", "remove it from data.source")
-    if kind_of(path) not in FORMATS:
-        return Invalid(printable(path), "a file of unknown type", f"accepted: {ACCEPTED}")
+    if kind_of(path) not in formats:
+        problem = "a text file" if kind_of(path) in TEXT else "a file of unknown type"
+        accepted = f"accepted: {', '.join(formats)}, each optionally {' or '.join(COMPRESSIONS)}"
+        return Invalid(printable(path), problem, accepted)
     return None
 
 

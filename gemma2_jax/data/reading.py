@@ -80,12 +80,8 @@ def records_of(path: Path, raw: IO[bytes], fields: Fields) -> Iterator[Record]:
             yield from _parquet(path, stream, fields)
         elif kind_of(path) == ".jsonl":
             yield from _jsonl(path, stream, fields)
-        elif fields.reads_text_files:
-            yield from _text(path, stream)
         else:
-            yield Invalid(
-                printable(path), "a text file", "accepted: .jsonl, .parquet, each optionally .gz or .zst"
-            )
+            yield from _text(path, stream)
     except _DamagedError as damaged:
         yield damaged.invalid
 

@@ -75,7 +75,7 @@ class Files:
     """
 
     def __init__(self, patterns: Iterable[str], fields: Fields, skip_invalid: float) -> None:
-        self.files, self._others = match_files(patterns)
+        self.files, self._others = match_files(patterns, fields.formats)
         self._fields, self._skip_invalid = fields, skip_invalid
         self._sizes = [_size(path) for path in self.files]
         self.size = sum(self._sizes)

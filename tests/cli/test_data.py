@@ -92,7 +92,7 @@ def test_what_carries_loss_is_marked(chat_overrides, capsys, monkeypatch):
         r"<start_of_turn>model\n«This is (.)\. <end_of_turn><end_of_turn>»\n\n"
     )
     cut = r"<start_of_turn>user\nWhat is long\?<end_of_turn>\n<start_of_turn>model\n«0 1 2 [\d ]+»\n"
-    announced = r"(\d+) conversations of (\d+) tokens, (\d+) with loss, (\d+) of padding\n"
+    announced = r"(\d+) conversations? of (\d+) tokens, (\d+) with loss, (\d+) of padding\n"
     for row in rows:
         shown = re.fullmatch(rf"{announced}((?:{exchange}|{cut})+)(?:… and (\d+) more\n)?", row)
         assert shown, row

@@ -173,8 +173,12 @@ def test_contents_are_trimmed_as_in_the_published_template(tmp_path: Path) -> No
 
 def test_text_files_hold_no_conversations(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Hello")
-    with pytest.raises(UserError, match=r"a\.txt: a text file; accepted: \.jsonl, \.parquet"):
+    with pytest.raises(UserError, match=r"a\.txt: a text file; accepted: \.jsonl, \.parquet, each"):
         read(tmp_path / "a.txt")
+    with pytest.raises(
+        UserError, match=r"b' matches no file; accepted: globs of \.jsonl, \.parquet files, each"
+    ):
+        read(tmp_path / "b")
 
 
 def test_the_built_in_corpus_holds_no_conversations(data: DataConfig) -> None:
