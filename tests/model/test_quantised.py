@@ -237,7 +237,8 @@ def test_an_adapter_on_a_quantised_base_has_the_gradients_of_one_on_its_values(
     toy_config: ModelConfig, format_: Format
 ) -> None:
     params, dense = quantised(toy_config, format_)
-    lora = build_adaptation(replace(QLORA, base=format_.name), toy_config)
+    settings: dict[str, Any] = {"base": format_.name}
+    lora = build_adaptation(replace(QLORA, **settings), toy_config)
     adapter = map_specs(
         lambda path, spec: 0.1 * jax.random.normal(jax.random.key(len(path)), spec.shape),
         lora.specs(weight_specs(toy_config))[0],
