@@ -1,6 +1,5 @@
 """How a model's weights are divided into trained and frozen ones."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
@@ -106,9 +105,9 @@ class AdaptationConfig:
     def _about_adapter(self) -> Iterator[str]:
         for name in ("rank", "alpha"):
             value = getattr(self, name)
-            if value is None or not 0 < value < math.inf:
+            if value is None or value <= 0:
                 yield (
-                    f"adaptation.{name} is {'null' if value is None else value}; it must be a number above 0 with "
+                    f"adaptation.{name} is {'null' if value is None else value}; it must be above 0 with "
                     f"adaptation.kind {self.kind}."
                 )
         if not 0 <= self.dropout < 1:

@@ -57,7 +57,8 @@ def training_flops_per_token(
 ) -> float:
     """Model FLOPs of one training step per token: the backward pass costs twice the forward pass.
 
-    A frozen weight needs no gradient, which saves half of its backward pass. An added weight costs as much as one of
+    A frozen weight needs no gradient, which saves half of its backward pass; that layers below all trained ones have no
+    backward pass at all is not counted. An added weight costs as much as one of
     the model. A teacher adds one forward pass. Recomputation (remat) is not counted: model-FLOP utilisation divides by
     this number (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B).
 

@@ -229,6 +229,7 @@ def test_the_base_is_missing(adapter: Path, tmp_path: Path) -> None:
         ({"peft_type": "LOHA"}, r"has peft_type LOHA; accepted: LORA"),
         ({"r": "4"}, r"has r 4, lora_alpha 6 and lora_dropout 0.1; they must be numbers"),
         ({"r": 0}, r"has r 0, lora_alpha 6 and lora_dropout 0.1; they must be numbers, r at least 1"),
+        ({"lora_alpha": float("nan")}, r"has r 4, lora_alpha nan and lora_dropout 0.1; they must be numbers"),
         ({"r": 8}, r"lora_A.weight of shape \[4, 64\], but the base model and rank 8 need \[8, 64\]"),
         (
             {"base_model_name_or_path": None},

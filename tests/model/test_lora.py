@@ -1,6 +1,5 @@
 """LoRA's adapter: its counts, its first values, and the model that it makes with the base."""
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,9 +140,8 @@ def test_flops_have_no_gradients_of_frozen_weights(toy_config: ModelConfig) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 0}, r"adaptation.rank is 0; it must be a number above 0"),
-        ({"alpha": None}, r"adaptation.alpha is null; it must be a number above 0"),
-        ({"alpha": math.nan}, r"adaptation.alpha is nan; it must be a number above 0"),
+        ({"rank": 0}, r"adaptation.rank is 0; it must be above 0"),
+        ({"alpha": None}, r"adaptation.alpha is null; it must be above 0"),
         ({"dropout": 1.0}, r"adaptation.dropout is 1.0; it must be at least 0 and below 1"),
         (
             {"targets": ["gat"]},

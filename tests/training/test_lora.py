@@ -63,7 +63,7 @@ def finished(lora: RunConfig) -> RunConfig:
     return lora
 
 
-@pytest.mark.parametrize("method", every_method("text", "on-policy"))
+@pytest.mark.parametrize("method", every_method("text"))
 def test_an_adapter_is_trained_and_resumed_with_every_method(
     finished: RunConfig, method: str, wide_teacher: str, tmp_path: Path
 ) -> None:
@@ -201,28 +201,48 @@ def test_the_number_of_trained_parameters_is_shown(lora: RunConfig) -> None:
     assert line.endswith("of the model's: rank 4, on q, k, v, o, gate, up, down of all layers")
 
 
-def test_students_with_adapters_share_a_teacher(lora: RunConfig, wide_teacher: str, tmp_path: Path) -> None:
+@pytest.fixture
+def students(lora: RunConfig, wide_teacher: str, tmp_path: Path) -> dict[str, RunConfig]:
+    """Runs with adapters of two kinds on the same base, one that trains some weights, and one that trains all."""
+    adaptations = {
+        "first": LORA,
+        "second": replace(LORA, rank=2, targets=("q", "v"), layers=(1,), dropout=0.0),
+        "part": AdaptationConfig("partial", weights=("mlp/*",), layers=(1,)),
+        "full": AdaptationConfig(),
+    }
     distill = DistillConfig(wide_teacher, "float32")
-    first = replace(lora, name="first", output=str(tmp_path / "first"), objective=KL, distill=distill)
-    second = replace(
-        first,
-        name="second",
-        output=str(tmp_path / "second"),
-        adaptation=replace(LORA, rank=2, targets=("q", "v"), layers=(1,), dropout=0.0),
-        seed=3,
-    )
-    full = replace(first, name="full", output=str(tmp_path / "full"), adaptation=AdaptationConfig())
-    students = method_of([first, second, full])
-    base = students.abstract_frozen(build_mesh(first.mesh))[BASE]
-    assert set(base) == {"first", "full"}  # the second has the first one's
-    train_together([first, second, full])
-    alone = replace(first, output=str(tmp_path / "alone"))
-    train(alone)
-    for found, expected in zip(rows(first.output), rows(alone.output), strict=True):
-        assert found.pop("split") == expected.pop("split")
-        assert found == pytest.approx(expected, rel=1e-4)
-    assert set(trained_params(second)["pairs"]) == {"global_block"}
-    assert not (Path(full.output) / BASE_FILE).exists()
+    return {
+        name: replace(
+            lora,
+            name=name,
+            output=str(tmp_path / name),
+            objective=KL,
+            distill=distill,
+            adaptation=adaptation,
+            seed=seed,
+        )
+        for seed, (name, adaptation) in enumerate(adaptations.items())
+    }
+
+
+def test_students_with_adapters_share_their_base(students: dict[str, RunConfig]) -> None:
+    method = method_of(list(students.values()))
+    base = method.abstract_frozen(build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))[BASE]
+    assert set(base) == {"first", "part", "full"}  # the second has the first one's
+    assert not base["full"]
+
+
+@pytest.mark.thorough
+def test_students_with_adapters_share_a_teacher(students: dict[str, RunConfig], tmp_path: Path) -> None:
+    train_together(list(students.values()))
+    for name in ("first", "part"):
+        alone = replace(students[name], output=str(tmp_path / "alone" / name))
+        train(alone)
+        for found, expected in zip(rows(students[name].output), rows(alone.output), strict=True):
+            assert found.pop("split") == expected.pop("split")
+            assert found == pytest.approx(expected, rel=1e-4)
+    assert set(trained_params(students["second"])["pairs"]) == {"global_block"}
+    assert not (Path(students["full"].output) / BASE_FILE).exists()
 
 
 @pytest.mark.parametrize(
