@@ -108,7 +108,7 @@ class AdaptationConfig:
             value = getattr(self, name)
             if value is None or not 0 < value < math.inf:
                 yield (
-                    f"adaptation.{name} is {'null' if value is None else value}; it must be a number above 0 with "
+                    f"adaptation.{name} is {'null' if value is None else value}; it must be above 0 and finite with "
                     f"adaptation.kind {self.kind}."
                 )
         if not 0 <= self.dropout < 1:

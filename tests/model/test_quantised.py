@@ -380,7 +380,7 @@ def test_a_mesh_that_splits_blocks_is_refused() -> None:
             {"kind": "lora"},
             r"adaptation.base has no effect if adaptation.kind is lora; write adaptation=qlora",
         ),
-        ({"rank": 0}, r"adaptation.rank is 0; it must be a number above 0 with adaptation.kind qlora"),
+        ({"rank": 0}, r"adaptation.rank is 0; it must be above 0 and finite with adaptation.kind qlora"),
     ],
 )
 def test_settings_are_refused(change: dict[str, Any], message: str) -> None:
