@@ -157,8 +157,7 @@ def test_the_average_of_trained_weights_beside_frozen_ones(
     last, averaged = read_metrics(run.output)[-1], evaluate_run(run.output, averaged=True)
     assert last["averaged_cross_entropy"] == pytest.approx(averaged.cross_entropy, rel=1e-5)
     assert last["averaged_cross_entropy"] != last["cross_entropy"]
-    merged = {"merge": True} if kind == "lora" else {}
-    convert(run.output, tmp_path / "exported", averaged=True, **merged)
+    convert(run.output, tmp_path / "exported", merge=kind == "lora", averaged=True)
     sources = (
         open_source(run.output, averaged=True),
         open_source(tmp_path / "exported"),
