@@ -51,6 +51,7 @@ OTHERS = {
     "xprof",
     "jupyter",
     "gcloud",
+    "ollama",
 }  # their options are not checked
 
 
