@@ -97,7 +97,11 @@ words = st.one_of(
     ),
     st.sampled_from(["the model", " teacher", "probability of every token", "<start_of_", "turn>"]),
 )
-documents = st.lists(words, max_size=8).map("".join)
+# Only transformers takes these for tokens, see tokenizer_files.py; Hypothesis knows them from the project's source.
+ONLY_THEIRS = ("<bos>", "<eos>", "<pad>", "<unk>")
+documents = (
+    st.lists(words, max_size=8).map("".join).filter(lambda text: not any(map(text.__contains__, ONLY_THEIRS)))
+)
 
 
 @given(documents)
