@@ -20,6 +20,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gemma2_jax.files import folders_to_extend, in_the_way, obstacle_clause, reason, write_text
+from gemma2_jax.messages import one_line, quoted
 
 Config = TypeVar("Config")
 
@@ -151,13 +152,13 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}.") from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply to be read.") from None
     if data is None and _is_blank(text):
         raise UserError(f"{path} is empty; keys and values are expected.")
     if not isinstance(data, dict):
-        raise UserError(f"{path} holds {_shown(data)} where keys and values are expected.")
+        raise UserError(f"{path} holds {quoted(data)} where keys and values are expected.")
     return data
 
 
@@ -325,9 +326,9 @@ def _sentence(cls: type, data: Mapping[str, Any], first: Mapping[str, Any]) -> s
         return f"{missing} is missing; accepted: {describe_type(_hints(kind)[str(first['loc'][-1])])}."
     if first["type"] == "value_error":
         return _in_full(str(first["ctx"]["error"]), keys)
-    quoted = str in options_of(kind) and isinstance(value, bool | int | float)
-    hint = f" Write it in quotes for text: '{_shown(value)}'." if quoted else ""
-    return f"{key or 'the content'} is {_shown(value)}; accepted: {describe_type(kind)}.{hint}"
+    wants_text = str in options_of(kind) and isinstance(value, bool | int | float)
+    hint = f" Write it in quotes for text: '{quoted(value)}'." if wants_text else ""
+    return f"{key or 'the content'} is {quoted(value)}; accepted: {describe_type(kind)}.{hint}"
 
 
 def _in_full(sentence: str, keys: Sequence[str]) -> str:
@@ -393,7 +394,3 @@ def describe_type(kind: Any) -> str:
         else:
             accepted.append(words.get(option, str(option)))
     return " or ".join(accepted)
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else json.dumps(value, ensure_ascii=False, default=str)

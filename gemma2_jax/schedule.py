@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gemma2_jax.config import UserError
+from gemma2_jax.messages import written
 
 Kind = Literal["constant", "linear", "cosine", "wsd"]
 StepCount = int | float  # a number of steps, or a fraction below 1 of the run
@@ -47,9 +48,8 @@ class ScheduleConfig:
         for name, (need, where) in needed.items():
             value = getattr(self, name)
             if need != (value is not None):
-                given = "null" if value is None else value
                 raise UserError(
-                    f"a schedule's {name} is {given}; it must be a number {where}, and null otherwise."
+                    f"a schedule's {name} is {written(value)}; it must be a number {where}, and null otherwise."
                 )
         if (self.kind == "wsd") != (self.decay_steps > 0):
             raise UserError(

@@ -124,6 +124,9 @@ def test_a_mistake_is_reported_in_one_sentence(data, sentence):
     with pytest.raises(UserError) as caught:
         build(Outer, data, "here")
     assert sentence in str(caught.value)
+    hint = "Write it in quotes for text: '3'."  # only where text is accepted and a number given
+    assert (hint in str(caught.value)) == (data == {"inner": {"width": 2, "files": 3}})
+    assert "in quotes" not in str(caught.value).replace(hint, "")
     assert "\n" not in str(caught.value)
     assert "pydantic" not in str(caught.value)
 

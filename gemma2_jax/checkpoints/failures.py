@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from gemma2_jax.config import UserError
+from gemma2_jax.messages import one_line
 
 _LONGEST_WAIT = 30  # seconds
 _QUIET = 0.2  # seconds without a late error, after which no more are expected
@@ -54,7 +55,7 @@ def _orbax(translate: Callable[[str], Exception]) -> Iterator[None]:
         origin = _origin(error)
         if not _is_from_orbax(origin):
             raise origin from None
-        reason = _one_line(origin)
+        reason = one_line(origin)
         del origin
         _release_frames(error)
         leftovers.wait()
@@ -142,7 +143,3 @@ def _not_written(folder: Path, reason: str) -> OSError:
         before = found
         time.sleep(1.0)
     return OSError(reason)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")

@@ -36,6 +36,7 @@ from gemma2_jax.config import (
     suggest,
     type_of,
 )
+from gemma2_jax.messages import one_line
 from gemma2_jax.run import RunConfig
 
 ROOT = "train"  # the name of the root file, configs/train.yaml
@@ -302,13 +303,13 @@ def _load_files(chosen: dict[str, str], config_dir: str | os.PathLike[str] | Non
         data: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
         return data
     except MissingConfigException as error:
-        missing = f"the file {error.missing_cfg_file}.yaml" if error.missing_cfg_file else _one_line(error)
+        missing = f"the file {error.missing_cfg_file}.yaml" if error.missing_cfg_file else one_line(error)
         hint = (
             f", {suggest(str(error.missing_cfg_file).split('/')[-1], error.options)}" if error.options else ""
         )
         raise UserError(f"the configuration refers to {missing}, which does not exist{hint}.") from None
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"the configuration cannot be composed: {_one_line(error)}.") from None
+        raise UserError(f"the configuration cannot be composed: {one_line(error)}.") from None
 
 
 def _check_name(name: Any) -> None:
@@ -372,7 +373,3 @@ def _missing(data: dict[Any, Any], above: str = "") -> Iterable[str]:
             yield from _missing(value, f"{above}{key}.")
         elif value == "???":
             yield f"{above}{key}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

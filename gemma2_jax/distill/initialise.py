@@ -31,6 +31,7 @@ from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.importance import BlockImportance, Importance, measure
 from gemma2_jax.formats.load import load_params, open_for
+from gemma2_jax.messages import written
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Params, Weight, abstract_params, dim_sizes, map_specs, weight_specs
@@ -70,14 +71,14 @@ class InitConfig:
         for name in ("layers", "width"):
             if self.source is None and getattr(self, name) is not None:
                 raise UserError(
-                    f"initialise.{name} is {_shown(getattr(self, name))}, but initialise.source is null, so there is "
+                    f"initialise.{name} is {written(getattr(self, name))}, but initialise.source is null, so there is "
                     f"nothing to choose from; set initialise.source to a checkpoint, or initialise.{name} to null."
                 )
         if isinstance(self.layers, tuple) and list(self.layers) != sorted(
             {abs(pair) for pair in self.layers}
         ):
             raise UserError(
-                f"initialise.layers is {_shown(self.layers)}; it must be a list of different pair numbers, counted "
+                f"initialise.layers is {written(self.layers)}; it must be a list of different pair numbers, counted "
                 "from 0, in ascending order."
             )
         if self.batches < 1:
@@ -295,7 +296,3 @@ def _check_selection(config: InitConfig, teacher: ModelConfig, student: ModelCon
         raise UserError(
             f"initialise.layers names pair {max(config.layers)}, but {where} has pairs 0 to {teacher.num_pairs - 1}."
         )
-
-
-def _shown(value: str | tuple[int, ...]) -> str:
-    return value if isinstance(value, str) else str(list(value))

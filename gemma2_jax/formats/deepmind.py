@@ -12,6 +12,7 @@ import tensorstore as ts
 from gemma2_jax.config import UserError
 from gemma2_jax.formats.layouts import deepmind
 from gemma2_jax.formats.source import TOKENIZER_FILE, ForeignSource, TensorInfo
+from gemma2_jax.messages import one_line
 from gemma2_jax.model.config import ModelConfig
 
 _ARRAYS = {
@@ -51,7 +52,7 @@ class DeepMindSource(ForeignSource):
         try:
             return np.asarray(self._open(*self._stored_names[name]).read().result())
         except ValueError as error:
-            raise UserError(f"{self.path}: {name} cannot be read: {_one_line(error)}") from None
+            raise UserError(f"{self.path}: {name} cannot be read: {one_line(error)}.") from None
 
     def _list(self) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, str]]]:
         """Returns the tensors by the layout's names, and for each the stored name and TensorStore's driver."""
@@ -74,7 +75,7 @@ class DeepMindSource(ForeignSource):
         except ValueError as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{self.path} is not a complete Orbax checkpoint: {_one_line(error)}") from None
+            raise UserError(f"{self.path} is not a complete Orbax checkpoint: {one_line(error)}.") from None
         self._branch = branch
         return tensors, stored_names
 
@@ -215,7 +216,3 @@ def _other_gemma(tensors: dict[str, TensorInfo]) -> str:
     if "layer_0/pre_ffw_norm/scale" in tensors and "layer_0/post_ffw_norm/scale" not in tensors:
         return "a Gemma 1, not a Gemma 2,"
     return "not a Gemma 2"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") + "."

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gemma2_jax.config import UserError, check_place
 from gemma2_jax.files import write_text
+from gemma2_jax.messages import written
 from gemma2_jax.run import RunConfig
 
 SCRIPT = "job.sh"
@@ -119,8 +120,8 @@ def check_config(config: RunConfig, slices: int = 1) -> None:
         value = getattr(config.hosts, item.name)
         if item.name != "timeout" and value != getattr(usual, item.name):
             raise UserError(
-                f"hosts.{item.name} is {value}, but the processes of a launched run find each other through the "
-                "engine; remove all keys of hosts except hosts.timeout."
+                f"hosts.{item.name} is {written(value)}, but the processes of a launched run find each other through "
+                "the engine; remove all keys of hosts except hosts.timeout."
             )
     replica = config.mesh.replica
     if replica != -1 and replica % slices:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from gemma2_jax.compilation import use_compilation_cache
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
+from gemma2_jax.messages import one_line
 from gemma2_jax.methods.method import Method, frozen_in_step
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
@@ -144,8 +145,9 @@ def compile_step(runs: Sequence[RunConfig], topology: Topology, method: Method |
         except jax.errors.JaxRuntimeError as error:
             required = required_bytes(str(error))
             if required is None:
-                reason = " ".join(str(error).split())[:500].rstrip(".")
-                raise UserError(f"the step cannot be compiled for {topology.name}: {reason}.") from None
+                raise UserError(
+                    f"the step cannot be compiled for {topology.name}: {one_line(error)}."
+                ) from None
             seconds = time.perf_counter() - started
             return Program(mesh, inputs, seconds, Memory(argument, None, required), None)
     seconds = time.perf_counter() - started

@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from gemma2_jax.chips import CHIPS, Chip
 from gemma2_jax.config import UserError, suggest
 from gemma2_jax.machine import is_installed
+from gemma2_jax.messages import one_line
 from gemma2_jax.planning.gpus import target_config
 
 GPUS_PER_NODE = 8
@@ -137,6 +138,7 @@ def _describe(name: str, platform: str, jax_name: str, options: dict[str, Any]) 
     try:
         found = topologies.get_topology_desc(platform=platform, topology_name=jax_name, **options)
     except Exception as error:  # plugins raise several types
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"topology={name} was rejected by the {platform} compiler: {reason}.") from None
+        raise UserError(
+            f"topology={name} was rejected by the {platform} compiler: {one_line(error)}."
+        ) from None
     return tuple(found.devices)

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from gemma2_jax.config import UserError, differences
+from gemma2_jax.messages import one_line, written
 from gemma2_jax.processes.ending import watch
 from gemma2_jax.processes.jax_private import cluster_found, completed_by, coordinator_client
 from gemma2_jax.processes.links import JAX_SILENCE
@@ -190,8 +191,8 @@ def check_agreement(values: Mapping[str, Any]) -> None:
     first = from_first(values)
     for name, there, here in differences(first, json.loads(json.dumps(values)), missing="missing"):
         raise UserError(
-            f"{name} is {there} in process 0 and {here} in process {jax.process_index()}; all processes must be "
-            "started by the same command, and see the same files."
+            f"{name} is {written(there)} in process 0 and {written(here)} in process {jax.process_index()}; all "
+            "processes must be started by the same command, and see the same files."
         )
 
 
@@ -268,9 +269,8 @@ def _detected(given: _Known, timeout: int) -> tuple[str, _Known, tuple[int, ...]
                 return "", given, None
             coordinator, num_processes, process_id, devices = completed_by(cluster, *given, timeout)
         except Exception as error:  # whatever a cluster's tools raise
-            reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"this looks like a job of several processes, but their number cannot be found: {reason}; set "
+                f"this looks like a job of several processes, but their number cannot be found: {one_line(error)}; set "
                 "hosts.coordinator, hosts.num_processes and hosts.process_id, or hosts=single."
             ) from None
     own = None if devices is None else _own_devices(devices[0])

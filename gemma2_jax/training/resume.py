@@ -19,6 +19,7 @@ from gemma2_jax.checkpoints.store import CONFIG_FILE, FOLDER, checkpoint_steps, 
 from gemma2_jax.config import UserError, as_override, build, differences, load_config, to_dict
 from gemma2_jax.distill.rollouts import on_policy_steps
 from gemma2_jax.distill.teacher_record import read_teacher_record
+from gemma2_jax.messages import written
 from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import ScheduleConfig, build_schedule, count_steps
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
@@ -185,7 +186,7 @@ def _changed_key_error(config: RunConfig, key: str, one: Any, other: Any) -> Use
     typed = as_override(key, one)
     remedy = "" if typed is None else f"write {typed} to resume it, "
     return UserError(
-        f"{config.output} holds a run with {key}={_shown(one)}, but {key} is now {_shown(other)}; {remedy}"
+        f"{config.output} holds a run with {key}={written(one)}, but {key} is now {written(other)}; {remedy}"
         "choose another output, or delete that folder to train again."
     )
 
@@ -210,10 +211,6 @@ def _setting(config: RunConfig, key: str) -> str:
     for name in key.split("."):
         value = value[name]
     return f"{key}.kind={value['kind']}" if isinstance(value, dict) else f"{key}={value}"
-
-
-def _shown(value: Any) -> Any:
-    return "null" if value is None else value
 
 
 def _learning_rate(config: RunConfig, count: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from gemma2_jax.checkpoints.store import Unreported, find
 from gemma2_jax.config import UserError, differences, to_dict
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.cache.reader import CachedBatches
+from gemma2_jax.messages import written
 from gemma2_jax.methods.choose import build_method
 from gemma2_jax.methods.language_modelling import LanguageModelling
 from gemma2_jax.methods.method import Method
@@ -261,8 +262,8 @@ def _check_same(configs: Sequence[RunConfig], shared: Callable[[RunConfig], dict
         first = configs[0]
         for key, one, other in differences(shared(first), shared(config)):
             raise UserError(
-                f"{first.name} has {key}={one}, but {config.name} has {key}={other}; runs that are trained together "
-                "must have the same value."
+                f"{first.name} has {key}={written(one)}, but {config.name} has {key}={written(other)}; runs that are "
+                "trained together must have the same value."
             )
 
 

@@ -18,13 +18,14 @@ with suppress(ImportError):
     import submitit  # noqa: F401
 
 VM = ["--zone", "z", "--accelerator-type", "v5litepod-16", "--runtime-version", "r", "--bucket", "gs://b"]
+DRY_RUN = ["launch", "tpu-vm", "model=toy", *VM, "--workdir", "/shared", "--dry-run"]
 
 
 def test_dry_run_shows_all_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["launch", "tpu-vm", "model=toy", "name=mine", *VM, "--workdir", "/shared", "--dry-run"]) == 0
+    assert main([*DRY_RUN, "name=mine"]) == 0
     printed = capsys.readouterr().out
     assert "gcloud compute tpus queued-resources create mine-" in printed
     assert "#!/bin/bash" in printed
@@ -36,12 +37,11 @@ def test_dry_run_reports_what_a_launch_would_refuse(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gemma2_jax.launching.pin.refusal", lambda *_: "there are changes.")
-    dry = ["launch", "tpu-vm", "model=toy", *VM, "--workdir", "/shared", "--dry-run"]
-    assert main(dry) == 0
+    assert main(DRY_RUN) == 0
     printed = capsys.readouterr()
     assert printed.err == "gemma2: without --dry-run, this would be refused: there are changes.\n"
     assert "#!/bin/bash" in printed.out
-    assert main([*dry, "--allow-changes"]) == 0
+    assert main([*DRY_RUN, "--allow-changes"]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -49,7 +49,7 @@ def test_dry_run_reports_what_a_launch_would_refuse(
     ("arguments", "words"),
     [
         (["--slices", "2"], "mesh.replica is 1 and --slices is 2"),
-        (["hosts=single"], "hosts.detect is False"),
+        (["hosts=single"], "hosts.detect is false"),
         (["--folder", "file"], "file is a file, where a folder is needed"),
     ],
 )
@@ -62,7 +62,7 @@ def test_what_fails_later_is_refused_at_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    assert main(["launch", "tpu-vm", "model=toy", *VM, "--workdir", "/w", "--dry-run", *arguments]) == 1
+    assert main([*DRY_RUN, *arguments]) == 1
     output = capsys.readouterr().err
     assert output.startswith("gemma2: ")
     assert words in output

@@ -218,7 +218,7 @@ def test_configurations_that_would_fail_on_the_hosts_are_refused(toy_run: RunCon
     job.check_config(replace(toy_run, hosts=HostsConfig(timeout=5)))
     for hosts in (HostsConfig(detect=False), HostsConfig(process_id=0)):
         with pytest.raises(
-            UserError, match=r"^hosts\.(detect is False|process_id is 0), but the processes of a launched run"
+            UserError, match=r"^hosts\.(detect is false|process_id is 0), but the processes of a launched run"
         ):
             job.check_config(replace(toy_run, hosts=hosts))
 

@@ -254,7 +254,7 @@ def test_runs_that_do_not_go_together(students: list[RunConfig]) -> None:
     changed: list[tuple[str, Any]] = [("accumulation", 4), ("eval_batches", 3)]
     for key, value in changed:
         with pytest.raises(
-            UserError, match=rf"first has training.{key}=(2|None), but other has training.{key}={value}"
+            UserError, match=rf"first has training.{key}=(2|null), but other has training.{key}={value}"
         ):
             train_together([first, replace(other, training=replace(first.training, **{key: value}))])
     padded = replace(first.model, vocab_size=416, vocab_padding=16)

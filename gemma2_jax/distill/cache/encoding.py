@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.kernels.blocks import join_tokens, split_tokens, token_blocks
+from gemma2_jax.messages import written
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sharding.layout import constrain
@@ -66,7 +67,7 @@ class EncodingConfig:
         if (self.kind == "full") != (self.entries is None):
             accepted = "null" if self.kind == "full" else "at least 1"
             raise UserError(
-                f"distill.encoding.entries is {_shown(self.entries)}; it must be {accepted} for kind {self.kind}."
+                f"distill.encoding.entries is {written(self.entries)}; it must be {accepted} for kind {self.kind}."
             )
         if self.entries is not None and not 1 <= self.entries < 1 << 16:
             raise UserError(
@@ -75,7 +76,7 @@ class EncodingConfig:
         if (self.kind == "top_p") != (self.p is not None):
             accepted = "above 0 and at most 1" if self.kind == "top_p" else "null"
             raise UserError(
-                f"distill.encoding.p is {_shown(self.p)}; it must be {accepted} for kind {self.kind}."
+                f"distill.encoding.p is {written(self.p)}; it must be {accepted} for kind {self.kind}."
             )
         if self.p is not None and not 0 < self.p <= 1:
             raise UserError(f"distill.encoding.p is {self.p}; it must be above 0 and at most 1.")
@@ -105,10 +106,6 @@ class EncodingConfig:
     def has_tail(self) -> bool:
         """Whether the probability outside the entries is stored."""
         return self.kind in ("top_k", "top_p")
-
-
-def _shown(value: float | None) -> str:
-    return "null" if value is None else str(value)
 
 
 @jax.tree_util.register_dataclass

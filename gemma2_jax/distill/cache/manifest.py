@@ -18,6 +18,7 @@ from gemma2_jax.data.shards import (
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.cache.records import LogGrid
 from gemma2_jax.files import write_text
+from gemma2_jax.messages import written
 
 FORMAT = 3  # version of the folder's format; raised when code for the old one would misread the new one
 
@@ -211,6 +212,6 @@ def _other(folder: str | Path, key: str, was: object, wanted: object) -> UserErr
     typed = as_override(key, was) if is_key else None
     remedy = "" if typed is None else f"write {typed} to use it, or "
     return UserError(
-        f"distill.cache {folder} was made with a different {key} ({was}, now {wanted}); {remedy}set distill.cache to "
-        "another folder and run `gemma2 teacher-cache`."
+        f"distill.cache {folder} was made with a different {key} ({written(was)}, now {written(wanted)}); {remedy}set "
+        "distill.cache to another folder and run `gemma2 teacher-cache`."
     )
