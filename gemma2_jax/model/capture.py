@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma2_jax.config import UserError
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.transformer import Block, Collector, Gemma2, Taps
 from gemma2_jax.model.weights import dim_sizes
@@ -63,9 +64,19 @@ def forward(
     compute: ComputeConfig,
     capture: Capture | None,
 ) -> tuple[jax.Array, dict[int, CapturedLayer]]:
-    """`model.hidden` [B, T, D], and the captured layers by number; differentiable in the model."""
+    """`model.hidden` [B, T, D], and the captured layers by number; differentiable in the model.
+
+    Raises:
+        UserError: the model has no layer of a number in `capture`.
+    """
     if capture is None:
         return model.hidden(tokens, positions, segment_ids, compute), {}
+    for layer in capture.layers:
+        if not 0 <= layer < model.config.num_layers:
+            raise UserError(
+                f"the model has no layer {layer}; accepted: 0 to {model.config.num_layers - 1}, since layers are "
+                "counted from 0."
+            )
     return model.collect(_Capturing(model, capture), tokens, positions, segment_ids, compute)
 
 

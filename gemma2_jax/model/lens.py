@@ -24,6 +24,9 @@ def attention_maps(
         tokens: int [B, T].
         layers: layer numbers from 0, each once.
         positions, segment_ids: [B, T], as in `Gemma2.hidden`.
+
+    Raises:
+        UserError: the model has no layer of one of these numbers.
     """
     positions, segment_ids = default_positions(tokens, positions, segment_ids)
     capture = Capture(tuple(layers), hidden=False, attention=True)
@@ -48,7 +51,7 @@ def layer_states(
 ) -> dict[int, jax.Array]:
     """The residual stream after each layer, by layer number: [B, T, D], in compute's dtype, before the final norm.
 
-    Arguments as in `attention_maps`. `Gemma2.hidden` gives the final hidden states.
+    Arguments and errors as in `attention_maps`. `Gemma2.hidden` gives the final hidden states.
     """
     capture = Capture(tuple(layers), hidden=True, attention=False)
     _, captured = forward(model, tokens, positions, segment_ids, compute, capture)
@@ -69,8 +72,8 @@ def logit_lens(
 ) -> dict[int, jax.Array]:
     """Logits [B, T, V] from the residual stream after each layer, through the final norm and the LM head.
 
-    (nostalgebraist, "interpreting GPT: the logit lens", 2020.) Arguments as in `attention_maps`; the last layer's
-    logits are the model's own.
+    (nostalgebraist, "interpreting GPT: the logit lens", 2020.) Arguments and errors as in `attention_maps`; the
+    last layer's logits are the model's own.
     """
     states = layer_states(model, tokens, layers, positions, segment_ids, compute)
     return {number: model.embedder.decode(model.final_norm(x)) for number, x in states.items()}

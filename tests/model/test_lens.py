@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma2_jax.config import UserError
 from gemma2_jax.kernels.reference_attention import attention_weights, visible_keys
 from gemma2_jax.model.config import ComputeConfig
-from gemma2_jax.model.lens import attention_maps, logit_lens
+from gemma2_jax.model.lens import attention_maps, layer_states, logit_lens
 from gemma2_jax.model.transformer import Block, Collector, Gemma2, Taps
 from tests.model.apart import layers_apart
 
@@ -51,6 +52,16 @@ def test_the_logit_lens_ends_with_the_models_own_logits(toy_model: Gemma2, apart
     np.testing.assert_allclose(found[3], toy_model(TOKENS), atol=1e-5)
     expected = toy_model.embedder.decode(toy_model.final_norm(apart[1]["hidden"]))
     np.testing.assert_allclose(found[1], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("view", [attention_maps, layer_states, logit_lens])
+@pytest.mark.parametrize("layer", [4, -1])
+def test_a_layer_that_the_model_does_not_have_is_refused(toy_model: Gemma2, view: Any, layer: int) -> None:
+    with pytest.raises(UserError) as error:
+        view(toy_model, TOKENS, (0, layer))
+    assert str(error.value) == (
+        f"the model has no layer {layer}; accepted: 0 to 3, since layers are counted from 0."
+    )
 
 
 class AllTaps(Collector):
