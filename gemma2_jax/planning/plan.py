@@ -36,7 +36,7 @@ class Plan:
         mesh: number of devices along each axis.
         program: the compiled step and its memory.
         validating: bytes of frozen weights that only evaluations use: a teacher whose outputs a cache holds.
-        samples: whether the run also samples from the student, in another program that is not planned.
+        collects: whether some steps make their batch by another program, as by sampling, which is not planned.
         parameters: number of parameters of each run's model, by the run's name.
         parts: memory by content; activations and logits are estimates.
         help: settings that would save memory; empty if the step fits.
@@ -53,7 +53,7 @@ class Plan:
     mesh: dict[str, int]
     program: Program
     validating: int
-    samples: bool
+    collects: bool
     parameters: dict[str, int]
     parts: Parts
     help: list[str]
@@ -95,7 +95,9 @@ class Plan:
                 "parts_estimated": ["activations", "logits"],
             },
             "compile_seconds": self.program.seconds,
-            "not_planned": ["sampling of on-policy steps"] if self.samples else [],
+            "not_planned": ["program that makes batches, such as on-policy sampling"]
+            if self.collects
+            else [],
             "tokens_per_step": self.tokens,
             "model_flops_per_step": self.model_flops,
             "model_flops_source": FLOPS_SOURCE,
@@ -183,7 +185,7 @@ def make_plan(runs: Sequence[RunConfig], topology: Topology, method: Method | No
         mesh=shape,
         program=program,
         validating=validating,
-        samples=config.distill.on_policy is not None,
+        collects=any(map(method.collects, range(config.training.steps))),
         parameters={run.name: count_parameters(run.model).total for run in runs},
         parts=parts,
         help=[] if fits else memory_savings(runs, topology, parts, shape, needed - capacity),

@@ -71,8 +71,13 @@ def _not_in_step(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("  in the host's memory", in_units(plan.program.memory.host)))
     if plan.validating:
         rows.append(("  validation teacher", f"{in_units(plan.validating)}, in addition, during evaluations"))
-    if plan.samples:
-        rows.append(("  not planned", "the sampling program of on-policy steps, and its key/value cache"))
+    if plan.collects:
+        rows.append(
+            (
+                "  not planned",
+                "the program that makes batches, such as on-policy sampling with its key/value cache",
+            )
+        )
     return rows
 
 

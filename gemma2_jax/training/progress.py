@@ -81,12 +81,7 @@ class TrainingProgress:
             status.append(f"{row['tokens_per_second']:,.0f} tokens/s")
             self._status = status
         else:
-            status = [
-                f"validation cross-entropy {row['cross_entropy']:.4f}",
-                f"perplexity {format_number(row['perplexity'], 2)}",
-            ]
-            status += [f"kl {row['kl']:.4f}"] if "kl" in row else []
-            status += [f"agreement with the teacher {row['agreement']:.1%}"] if "agreement" in row else []
+            status = _evaluation(row)
         if split != "train" or self._live is None:
             self.print_line("  ".join([name, f"step {step}/{self._steps}", *status, self._left(step)]))
 
@@ -126,6 +121,20 @@ class TrainingProgress:
             full, empty = ("#", ".") if plain else ("━", "─")
             line.append(full * done, "green").append(empty * (length - done), "dim").append("  ")
         return line.append(shown).append(tail)
+
+
+def _evaluation(row: Mapping[str, float]) -> list[str]:
+    """The metrics of an evaluation: those of a model of text, or else all that the method has."""
+    if "cross_entropy" not in row:
+        own = [f"{name} {format_number(value, 4)}" for name, value in row.items() if name != "targets"]
+        return [f"validation {own[0]}", *own[1:]] if own else ["validation"]
+    found = [
+        f"validation cross-entropy {row['cross_entropy']:.4f}",
+        f"perplexity {format_number(row['perplexity'], 2)}",
+    ]
+    found += [f"kl {row['kl']:.4f}"] if "kl" in row else []
+    found += [f"agreement with the teacher {row['agreement']:.1%}"] if "agreement" in row else []
+    return found
 
 
 def duration(seconds: float) -> str:

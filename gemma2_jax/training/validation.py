@@ -26,13 +26,16 @@ def sum_over(step: Callable[[Batch], Any], batches: Iterable[Batch], mesh: Mesh)
 
 
 def averages(sums: Mapping[str, float]) -> dict[str, float]:
-    """Averages over all targets: `cross_entropy` (nats), `perplexity`, `entropy`; with a teacher also `kl`,
-    `agreement` and `teacher_entropy`; and `targets`, the number of targets.
+    """Averages of all metrics over the targets, and `targets`, the number of targets.
+
+    A method on text reports `cross_entropy` (nats) and `entropy`, to which `perplexity` is added; with a teacher also
+    `kl`, `agreement` and `teacher_entropy`.
 
     Args:
-        sums: sums of these metrics (without `perplexity`) over the targets, and `targets`.
+        sums: sums of a method's metrics over the targets, and `targets`.
     """
     targets = sums["targets"]
     found = {name: total / targets for name, total in sums.items() if name != "targets"}
-    found["perplexity"] = perplexity(found["cross_entropy"])
+    if "cross_entropy" in found:
+        found["perplexity"] = perplexity(found["cross_entropy"])
     return found | {"targets": targets}

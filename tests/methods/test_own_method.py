@@ -17,6 +17,7 @@ from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.kernels.lm_head import lm_head_sums
 from gemma2_jax.methods.language_modelling import LanguageModelling, evaluation_sums
 from gemma2_jax.methods.method import Frozen, Trainable
+from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Weight
 from gemma2_jax.planning.plan import make_plan
 from gemma2_jax.planning.topologies import find_topology
@@ -135,3 +136,44 @@ def test_it_is_planned(run: RunConfig) -> None:
     # The matrix and its two moments, and two numbers more that count the optimizer's steps.
     more = own.program.memory.argument - plain.program.memory.argument
     assert 3 * 4 * D * D <= more <= 3 * 4 * D * D + 64
+
+
+class SmallStates(LanguageModelling):
+    """Has no distribution over tokens: trains the hidden states to be small, on reversed rows in every second step."""
+
+    def collects(self, step: int) -> bool:
+        return step % 2 == 1
+
+    def collect(self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array) -> Batch:
+        return replace(batch, tokens=batch.tokens[:, ::-1])
+
+    def loss(
+        self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        found = self.evaluate(trainable, frozen, batch)
+        return found["square"], {"loss": found["square"], **found}
+
+    def evaluate(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> dict[str, Any]:
+        model = Gemma2(self.config.model, trainable["params"])
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids, self.config.compute)
+        square = jnp.sum(jnp.mean(jnp.square(hidden), axis=-1) * batch.loss_mask)
+        return {"square": square, "targets": jnp.sum(batch.loss_mask)}
+
+
+def test_a_method_without_cross_entropy_reports_its_own_metrics(
+    run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = replace(run.training, steps=3, log_every=1, eval_every=3)
+    own = replace(run, output=str(tmp_path / "small"), training=training)
+    train(own, SmallStates(own))
+    logged, (validated,) = rows(own, "train"), rows(own, "validation")
+    assert set(validated) == {"step", "split", "square", "targets"}
+    assert logged[-1]["square"] == logged[-1]["loss"] < logged[0]["loss"]
+    assert f"step 3/3  validation square {validated['square']:.4f}  0 s left" in capsys.readouterr().err
+    assert latest_step(own.output) == 3
+
+
+def test_a_plan_names_the_program_that_makes_a_methods_batches(run: RunConfig) -> None:
+    topology = find_topology("cpu:1")
+    (left_out,) = make_plan([run], topology, SmallStates(run)).to_dict()["not_planned"]
+    assert left_out.startswith("program that makes batches")
