@@ -42,3 +42,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"training.{name} is {value}; it must be at least 1."
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what happens every `every` steps happens after `step` steps; it always does after the last one."""
+        return step % every == 0 or step == self.steps

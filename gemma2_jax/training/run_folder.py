@@ -181,7 +181,8 @@ class RunFolder:
     def must_evaluate(self, step: int) -> bool:
         """Whether an evaluation is due at a step and not yet done."""
         if step != self.step:
-            self.step, self._evaluated = step, not self._is_due(step, self.config.training.eval_every)
+            training = self.config.training
+            self.step, self._evaluated = step, not training.is_due(step, training.eval_every)
         return not self._evaluated
 
     def report_evaluation(self, step: int, sums: Mapping[str, Any]) -> None:
@@ -191,7 +192,7 @@ class RunFolder:
 
     def save_if_due(self, step: int, state: TrainState, examples: Any) -> None:
         """Starts saving the state if a checkpoint is due at this step."""
-        if self._is_due(step, self.config.checkpoint.every):
+        if self.config.training.is_due(step, self.config.checkpoint.every):
             self._save(step, state, examples, Unreported((), 0.0, self._evaluated))
 
     def save_now(self, step: int, state: TrainState, examples: Any, rows: Rows, seconds: float) -> None:
@@ -211,9 +212,6 @@ class RunFolder:
                 self._check_finite(step, row)
             self._save(step, state, examples, Unreported(numbers, seconds, self._evaluated))
         self._store.wait()
-
-    def _is_due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.config.training.steps
 
     def _check_finite(self, step: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():

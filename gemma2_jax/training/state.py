@@ -115,7 +115,7 @@ class Update:
         metrics = {name: total / targets for name, total in sums.items()}
         finite = jnp.isfinite(jnp.stack([metrics["loss"], *norms.values()])).all()
         metrics |= {**rates, "targets": targets}
-        metrics["gradient_norm"] = jnp.where(finite, norms["params"], jnp.nan)
+        metrics["gradient_norm"] = jnp.where(finite, norms[PARAMS], jnp.nan)
         # A branch instead of a choice between arrays, for which the compiler would keep both: XLA on TPUs then needs
         # memory for another copy of the moments.
         with jax.named_scope("optimizer"):

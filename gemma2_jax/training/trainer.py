@@ -72,6 +72,7 @@ class Trainer:
 
     def train(self, until: int, profile: Profile) -> None:
         """Takes the steps up to `until`. A signal ends training after the current step, whose state is saved."""
+        training = self._config.training
         with stopping_together(self._config.checkpoint.grace_seconds, self._progress.print_line) as stop:
             self._evaluate_if_due(stop)  # repeats an evaluation that an earlier stop interrupted
             self._stop_if_due(stop)
@@ -79,12 +80,12 @@ class Trainer:
                 with profile.step(self._step + 1, wait=self._wait):
                     self._take_step()
                 self._progress.advance(self._step)
-                if self._is_due(self._config.training.log_every):
+                if training.is_due(self._step, training.log_every):
                     self._log()
                 self._evaluate_if_due(stop)
                 self._folder.save_if_due(self._step, self._state, self._examples)
                 self._stop_if_due(stop)
-            if until < self._config.training.steps:
+            if until < training.steps:
                 self._save_now()
 
     def _take_step(self) -> None:
@@ -105,9 +106,6 @@ class Trainer:
     def _wait(self) -> None:
         """Waits until the devices have finished all dispatched steps."""
         jax.block_until_ready(self._state)
-
-    def _is_due(self, every: int) -> bool:
-        return self._step % every == 0 or self._step == self._config.training.steps
 
     def _log(self) -> None:
         self._wait()
