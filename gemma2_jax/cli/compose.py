@@ -62,6 +62,8 @@ def compose(
     Raises:
         UserError: an override is not key=value, a group has no such name, or `build` refuses the result.
     """
+    if isinstance(overrides, str):  # its letters would be the overrides
+        raise UserError(f"overrides is the text {overrides!r}; it must be a list, as in [{overrides!r}].")
     chosen, given = _chosen(overrides, config_dir)
     _check_name(given.get("name"))  # names in files may contain /, such as quickstart/teacher
     return _finish(_compose_files(chosen, config_dir), {**given, **(values or {})}, COMMAND_LINE)

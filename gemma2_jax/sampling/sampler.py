@@ -48,7 +48,7 @@ class Sampler:
         """The completion of each prompt, without the prompt.
 
         Prompts may differ in length. Turn markers in them are encoded as control tokens, as
-        `data.chat_format.render` writes them; the beginning-of-text token is prepended.
+        `data.chat_format.render` writes them; the beginning-of-text token is prepended. Errors as in `complete`.
         """
         texts = [""] * len(prompts)
         for pieces in self.stream_batch(prompts, config):
@@ -75,7 +75,14 @@ class Sampler:
 
         Args:
             draws: prompt and sample number of each row; by default, row i is the first sample of prompt i.
+
+        Raises:
+            UserError: `prompts` is a single text; or as `stream_tokens`.
         """
+        if isinstance(prompts, str):  # its letters would be the prompts
+            raise UserError(
+                f"prompts is the text {prompts!r}; it must be a list of texts, as in [{prompts!r}]."
+            )
         stop = self._stop_tokens(config)
         rows = [Completion(self._tokenizer, stop, config) for _ in prompts]
         ids = [self._tokenizer.encode(prompt, bos=True, control=True) for prompt in prompts]

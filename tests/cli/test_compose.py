@@ -51,6 +51,12 @@ def test_a_schedule_of_the_objective_suits_a_short_run():
     assert [float(at(step)) for step in range(3)] == [0, 1, 0]
 
 
+def test_a_single_text_is_not_a_list_of_overrides():
+    with pytest.raises(UserError) as error:
+        compose("model=toy")
+    assert str(error.value) == "overrides is the text 'model=toy'; it must be a list, as in ['model=toy']."
+
+
 def test_every_group_is_a_part_of_the_run_and_has_choices():
     single = {"name", "output", "seed", "compilation_cache", "profile"}
     assert {*groups(), *single} - {"experiment"} == {field.name for field in dataclasses.fields(RunConfig)}

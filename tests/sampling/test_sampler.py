@@ -185,6 +185,12 @@ def test_prompts_that_cannot_be_read(sampler, prompts, sentence):
         sampler.generate_tokens(prompts, GREEDY)
 
 
+def test_a_single_text_is_not_a_list_of_prompts(sampler):
+    with pytest.raises(UserError) as error:
+        sampler.generate("ab", GREEDY)
+    assert str(error.value) == "prompts is the text 'ab'; it must be a list of texts, as in ['ab']."
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_whose_logits_are_nan_is_reported(model, tokenizer, temperature):
     params = jax.tree.map(lambda weight: weight * np.float32("nan"), model.params())
