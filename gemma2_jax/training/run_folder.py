@@ -139,7 +139,7 @@ class RunFolder:
 
     def _restore(self, examples: Any) -> TrainState:
         trees = self._store.restore(self.step, _trees(self.abstract), examples)
-        trainable, optimizer = {PARAMS: trees.pop(PARAMS)}, {PARAMS: trees.pop("optimizer")}
+        trainable, optimizer = {PARAMS: trees.pop(PARAMS, {})}, {PARAMS: trees.pop("optimizer")}
         for name, saved in trees.items():
             trainable[name], optimizer[name] = saved["weights"], saved["optimizer"]
         step = jax.device_put(jnp.int32(self.step), self.abstract.step.sharding)
@@ -233,7 +233,11 @@ class RunFolder:
 
 def _trees(state: TrainState) -> dict[str, Any]:
     """The trees of a checkpoint: the model's parameters, their optimizer state, and both for each further tree."""
-    trees = {PARAMS: state.trainable[PARAMS], "optimizer": state.optimizer[PARAMS]}
+    trees = {"optimizer": state.optimizer[PARAMS]}
+    if state.trainable[
+        PARAMS
+    ]:  # Orbax refuses a tree without arrays, and an adaptation may freeze the whole model
+        trees[PARAMS] = state.trainable[PARAMS]
     for name, tree in state.trainable.items():
         if name != PARAMS:
             trees[name] = {"weights": tree, "optimizer": state.optimizer[name]}

@@ -2,22 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gemma2_jax.checkpoints.store import restore_params
+from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.matching import MatchConfig
 from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.methods.choose import build_method
+from gemma2_jax.methods.language_modelling import LanguageModelling
+from gemma2_jax.methods.method import Frozen, Trainable
 from gemma2_jax.methods.students import Students
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import Params, abstract_params, init_params, weight_specs
+from gemma2_jax.model.weights import Params, Weight, abstract_params, init_params, weight_specs
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.planning.plan import make_plan
 from gemma2_jax.planning.topologies import find_topology
@@ -179,3 +184,47 @@ def test_students_with_it_have_the_losses_of_each_alone(toy_run: RunConfig) -> N
                 for key, value in expected.items():
                     assert float(metrics[name][key]) == pytest.approx(float(value), rel=2e-5), key
     assert metrics["other"]["match_hidden"] > 0
+
+
+class NothingTrained:
+    """Freezes the whole model."""
+
+    def specs(self, model: Any) -> tuple[Any, Any]:
+        return {}, model
+
+    def split(self, params: Params, key: jax.Array) -> tuple[Params, Params]:
+        return {}, params
+
+    def join(self, trained: Params, frozen: Params) -> Params:
+        return frozen
+
+
+class Probe(LanguageModelling):
+    """Trains a vector that predicts from the hidden states whether the next token's id is odd."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config, NothingTrained())
+        self.specs["probe"] = {"vector": Weight("D", (config.model.d_model,), fan_in="D")}
+
+    def loss(
+        self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        found = self.evaluate(trainable, frozen, batch)
+        return found["error"], {"loss": found["error"], **found}
+
+    def evaluate(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> dict[str, Any]:
+        model = Gemma2(self.config.model, frozen["base"])
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids, self.config.compute)
+        error = jnp.square(hidden @ trainable["probe"]["vector"] - batch.targets % 2)
+        return {"error": jnp.sum(error * batch.loss_mask), "targets": jnp.sum(batch.loss_mask)}
+
+
+def test_a_head_is_trained_on_a_model_that_is_frozen_whole(toy_run: RunConfig, tmp_path: Path) -> None:
+    run = replace(toy_run, output=str(tmp_path / "probe"))
+    with stopped_after(4):
+        train(run, Probe(run))
+    (before,) = rows_at(run, 4, "train")
+    train(run, Probe(run))  # from the checkpoint of step 3
+    assert rows_at(run, 4, "train") == [before]
+    (first,), (last,) = rows_at(run, 1, "train"), rows_at(run, run.training.steps, "train")
+    assert last["error"] < first["error"]
