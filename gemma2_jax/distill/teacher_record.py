@@ -51,10 +51,10 @@ def read_teacher_record(run_folder: str | Path) -> TeacherRecord | None:
     return build(TeacherRecord, {"format": 1, **found}, str(path))  # Older files lack this key.
 
 
-def check_same_teacher(run_folder: str, distill: DistillConfig, now: TeacherRecord | None) -> None:
+def check_same_teacher(run_folder: str, distill: DistillConfig, now: TeacherRecord) -> None:
     """Raises UserError if the run in the folder was distilled from another teacher than `now`, the configured one."""
     begun = read_teacher_record(run_folder)
-    if now is None or begun is None:
+    if begun is None:
         return
     named = (
         f"distill.teacher {distill.teacher}" if distill.cache is None else f"distill.cache {distill.cache}"

@@ -5,7 +5,8 @@ The teacher's forward pass runs within the student's step, or its sparse targets
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -20,7 +21,7 @@ from gemma2_jax.distill.cache.manifest import CacheManifest, find_cache
 from gemma2_jax.distill.cache.reader import cached_batches, check_cache
 from gemma2_jax.distill.matching import match_sums
 from gemma2_jax.distill.teacher import abstract_teacher, as_teacher, load_teacher, teacher_config
-from gemma2_jax.distill.teacher_record import TeacherRecord
+from gemma2_jax.distill.teacher_record import TeacherRecord, check_same_teacher
 from gemma2_jax.formats.identity import model_identity
 from gemma2_jax.kernels.lm_head import LMHead, lm_head_sums
 from gemma2_jax.methods.language_modelling import (
@@ -41,6 +42,20 @@ from gemma2_jax.schedule import ScheduleConfig
 TEACHER = "teacher"  # name of the teacher among the frozen trees, and of its logits in the objective
 TARGETS = "teacher_targets"  # name of a batch's teacher targets, which come from a cache
 MATCHING = "matching"  # name of the trained tree of projections
+
+
+@dataclass(frozen=True)
+class TeacherOfRuns:
+    """The teacher of the runs that have one (`Record`)."""
+
+    teacher: TeacherRecord
+
+    def check(self, config: RunConfig) -> None:
+        check_same_teacher(config.output, config.distill, self.teacher)
+
+    def save(self, config: RunConfig) -> None:
+        if config.distill.has_teacher:
+            self.teacher.save(Path(config.output))
 
 
 class Distillation(LanguageModelling):
@@ -85,11 +100,11 @@ class Distillation(LanguageModelling):
             return {}
         return {TEACHER: load_teacher(self.config.distill, self.config.model, tokenizer, mesh)}
 
-    def record(self, frozen: Frozen) -> TeacherRecord | None:
+    def record(self, frozen: Frozen) -> TeacherOfRuns:
         manifest = self._manifest
         if manifest is not None:
-            return TeacherRecord(manifest.teacher, manifest.dtype, manifest.encoding)
-        return TeacherRecord(model_identity(frozen[TEACHER]), self.config.distill.dtype)
+            return TeacherOfRuns(TeacherRecord(manifest.teacher, manifest.dtype, manifest.encoding))
+        return TeacherOfRuns(TeacherRecord(model_identity(frozen[TEACHER]), self.config.distill.dtype))
 
     def describe(self, frozen: Frozen) -> list[str]:
         distill = self.config.distill

@@ -12,9 +12,8 @@ from jax.sharding import Mesh
 from gemma2_jax.data.batch import Batch, abstract_batch
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.teacher_record import TeacherRecord
 from gemma2_jax.kernels.lm_head import LMHead, lm_head_sums
-from gemma2_jax.methods.method import BASE, PARAMS, Frozen, Trainable
+from gemma2_jax.methods.method import BASE, PARAMS, Frozen, Record, Trainable
 from gemma2_jax.model.adaptation import Adaptation, build_adaptation
 from gemma2_jax.model.capture import Capture, CapturedLayer, forward
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
@@ -72,7 +71,7 @@ class LanguageModelling:
     def load_frozen(self, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
         return {}
 
-    def record(self, frozen: Frozen) -> TeacherRecord | None:
+    def record(self, frozen: Frozen) -> Record | None:
         return None
 
     def describe(self, frozen: Frozen) -> list[str]:

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.teacher_record import TeacherRecord
 from gemma2_jax.model.adaptation import Adaptation
+from gemma2_jax.run import RunConfig
 
 PARAMS = "params"  # name of the model's trained tree
 BASE = "base"  # name of the model's frozen base weights, as its adaptation defines them
@@ -21,6 +21,16 @@ Trainable = Mapping[str, Any]
 Frozen = Mapping[str, Any]
 # Float32 scalars by name: metrics summed over the targets of a batch, and `targets`, the number of targets.
 Sums = Mapping[str, Any]
+
+
+class Record(Protocol):
+    """Identifies the frozen trees that runs are trained with, such as a teacher, in their folders."""
+
+    def check(self, config: RunConfig) -> None:
+        """Raises UserError if the run in the configured folder was trained with other trees."""
+
+    def save(self, config: RunConfig) -> None:
+        """Writes the record into the run's folder, if the run uses these trees."""
 
 
 class Method(Protocol):
@@ -52,11 +62,11 @@ class Method(Protocol):
             UserError: a tree is missing or does not fit the run.
         """
 
-    def record(self, frozen: Frozen) -> TeacherRecord | None:
-        """The identity of the teacher, to be saved in the run folder; None without a teacher."""
+    def record(self, frozen: Frozen) -> Record | None:
+        """Identifies the frozen trees, except `BASE`, in run folders; None if the method has no others."""
 
     def describe(self, frozen: Frozen) -> list[str]:
-        """Lines about the method, such as its teacher, shown before the first step."""
+        """Lines about the method, shown before the first step."""
 
     def examples(self, share: tuple[int, int]) -> grain.DatasetIterator:
         """Returns an endless iterator over this process's part of each batch, a `Batch` of NumPy arrays.

@@ -15,11 +15,10 @@ from jax.sharding import Mesh
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.matching import join_captures
-from gemma2_jax.distill.teacher_record import TeacherRecord
 from gemma2_jax.kernels.lm_head import lm_head_sums
 from gemma2_jax.methods.distillation import TEACHER, Distillation
 from gemma2_jax.methods.language_modelling import MODEL, LanguageModelling
-from gemma2_jax.methods.method import BASE, Frozen, Trainable
+from gemma2_jax.methods.method import BASE, Frozen, Record, Trainable
 
 
 class Students:
@@ -56,7 +55,7 @@ class Students:
     def load_frozen(self, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
         return self._first.load_frozen(tokenizer, mesh)
 
-    def record(self, frozen: Frozen) -> TeacherRecord | None:
+    def record(self, frozen: Frozen) -> Record | None:
         return self._first.record(frozen)
 
     def describe(self, frozen: Frozen) -> list[str]:

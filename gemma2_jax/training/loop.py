@@ -14,7 +14,6 @@ from gemma2_jax import stops
 from gemma2_jax.checkpoints.store import FOLDER, find, latest_step
 from gemma2_jax.compilation import use_compilation_cache
 from gemma2_jax.config import UserError, to_dict, usable
-from gemma2_jax.distill.teacher_record import check_same_teacher
 from gemma2_jax.files import locked
 from gemma2_jax.methods.choose import build_method
 from gemma2_jax.methods.method import Method, ModelMethod
@@ -131,7 +130,8 @@ def check_inputs_of_finished(config: RunConfig) -> None:
         method = build_method(config)
         method.examples(feeding_share(mesh))
         record = method.record(method.load_frozen(check_data(config), mesh))
-    check_same_teacher(config.output, config.distill, record)
+    if record is not None:
+        record.check(config)
 
 
 def train_method(method: Method, configs: Sequence[RunConfig], open_folder: OpenFolder, until: int) -> None:
@@ -166,8 +166,9 @@ def train_method(method: Method, configs: Sequence[RunConfig], open_folder: Open
         for line in method.describe(frozen):
             progress.print_line(line)
         record = method.record(frozen)
-        for each in configs:
-            check_same_teacher(each.output, each.distill, record)
+        if record is not None:
+            for each in configs:
+                record.check(each)
         needed = any(each.adaptation.has_base for each in configs)
         with progress.doing("identifying base models", brief=not needed):
             bases = {each.output: checked_base(each) for each in configs}
@@ -176,7 +177,10 @@ def train_method(method: Method, configs: Sequence[RunConfig], open_folder: Open
         folder.open_writers(stack)
         if is_first():
             for each in configs:
-                write_inputs(each, record, bases[each.output])  # only now, after all checks have passed
+                # Only now, after all checks have passed.
+                write_inputs(each, bases[each.output])
+                if record is not None:
+                    record.save(each)
         trainer.train(until, stack.enter_context(Profile(config, progress.print_line)))
 
 

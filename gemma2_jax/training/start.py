@@ -22,7 +22,7 @@ from gemma2_jax.data.pipeline import tokenizer_of
 from gemma2_jax.data.shards import MANIFEST, find_data_manifest, read_data_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rows import check_rows
-from gemma2_jax.distill.teacher_record import TEACHER_FILE, TeacherRecord
+from gemma2_jax.distill.teacher_record import TEACHER_FILE
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.formats.base_record import BASE_FILE, BaseRecord, check_same_base
 from gemma2_jax.formats.identity import source_identity
@@ -209,14 +209,12 @@ def _input_files(configs: Sequence[RunConfig]) -> Iterator[tuple[str, list[Path]
             yield f"distill.cache {config.distill.cache}", files_below([Path(config.distill.cache, MANIFEST)])
 
 
-def write_inputs(config: RunConfig, record: TeacherRecord | None, base: BaseRecord | None) -> None:
-    """Writes the configuration, the tokenizer, and the identities of data, teacher and base into the run folder."""
+def write_inputs(config: RunConfig, base: BaseRecord | None) -> None:
+    """Writes the configuration, the tokenizer, and the identities of data and base into the run folder."""
     folder = Path(config.output)
     save_config(config, folder / CONFIG_FILE)
     write_bytes(folder / TOKENIZER_FILE, Path(config.tokenizer.path).read_bytes())
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
-    if record is not None and config.distill.has_teacher:
-        record.save(folder)
     if base is not None:
         base.save(folder)
     # The end-of-text token and the chat format are those of the initial model, or else of the teacher.
