@@ -6,6 +6,7 @@ Teacher, divergence and step are those of `Distillation`; only the batch differs
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
@@ -28,7 +29,7 @@ class OnPolicyDistillation(Distillation):
         self._sampled = on_policy_steps(self._settings, config.seed, config.training.steps)
         self._stops: tuple[int, ...] | None = None
 
-    def load_frozen(self, tokenizer: Tokenizer, mesh: Any) -> dict[str, Any]:
+    def load_frozen(self, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
         self._stops = completion_stops(self.config.data, tokenizer)
         self._prompt_note()  # raises before the teacher is loaded
         return super().load_frozen(tokenizer, mesh)

@@ -214,12 +214,11 @@ def test_the_student_writes_the_first_turn_with_loss(
 
 def test_prompts_that_are_all_too_long_are_refused(sampling: RunConfig, tokenizer: Tokenizer) -> None:
     short = replace(sampling.distill, on_policy=OnPolicyConfig(1.0, prompt_tokens=5))
+    mesh = build_mesh(sampling.mesh, jax.devices()[:1])
     with pytest.raises(
         UserError, match=r"prompt_tokens is 5, and the prompts of all \d+ .* are longer; the shortest"
     ):
-        build_method(replace(sampling, distill=short)).load_frozen(
-            tokenizer, build_mesh(sampling.mesh, jax.devices()[:1])
-        )
+        build_method(replace(sampling, distill=short)).load_frozen(tokenizer, mesh)
 
 
 @pytest.mark.thorough
