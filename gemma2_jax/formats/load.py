@@ -28,7 +28,7 @@ from gemma2_jax.formats.source import DTYPES, WeightSource, all_places
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.lora import with_adapter
 from gemma2_jax.model.narrowing import check_range
-from gemma2_jax.model.quantised import is_quantised, kind_of, stored
+from gemma2_jax.model.quantised import is_quantised, storage_of, stored
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens, resize_rows, without_padding
 from gemma2_jax.model.weights import Params, abstract_params, specs_by_path, weight_specs
@@ -342,7 +342,7 @@ def _load_weights(source: WeightSource, target: Any, progress: Callable[[int, in
                 branch[name] = _zeros(leaf, shardings)
             stacked = shardings.codes if is_quantised(leaf) else shardings
             sharding = NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
-            write = _setter(kind_of(leaf), letters[place.path].dims[1:], shardings)
+            write = _setter(storage_of(leaf), letters[place.path].dims[1:], shardings)
             branch[name] = write(branch[name], _put(part, sharding), place.pair)
         progress(done, len(places))
     return params

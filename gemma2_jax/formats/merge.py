@@ -14,7 +14,7 @@ from gemma2_jax.formats.convert import Conversion, Progress, check_arguments, wr
 from gemma2_jax.formats.layouts import EMBEDDING, WeightPlace
 from gemma2_jax.formats.load import load_tokenizer, open_source
 from gemma2_jax.formats.merge_adapters import merge_adapters
-from gemma2_jax.formats.merge_methods import Block, Linear, MergeMethod, Slerp, TaskArithmetic, Ties
+from gemma2_jax.formats.merge_methods import Linear, MergeMethod, Slerp, TaskArithmetic, Ties, WeightBlock
 from gemma2_jax.formats.source import WeightSource, row_blocks
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.vocabulary import without_padding
@@ -69,7 +69,7 @@ class MergedSource(WeightSource):
         axes = np.argsort([-stride for stride in arrays[0].strides], kind="stable")
         arrays = [array.transpose(axes) for array in arrays]
 
-        def blocks() -> Iterator[Block]:
+        def blocks() -> Iterator[WeightBlock]:
             for rows in row_blocks(arrays[0].shape):
                 yield self._block([array[rows] for array in arrays])
 
@@ -86,17 +86,17 @@ class MergedSource(WeightSource):
     def _measured_embedding(self) -> Any:
         return self._method.measure(lambda: self._embedding(0, self.config.vocab_size))
 
-    def _embedding(self, begin: int, end: int) -> Iterator[Block]:
+    def _embedding(self, begin: int, end: int) -> Iterator[WeightBlock]:
         """Yields the embedding from row `begin` to before row `end`."""
         for part in row_blocks((end - begin, self.config.d_model)):
             rows = slice(begin + part.start, begin + part.stop)
             place = WeightPlace(EMBEDDING, None)
             yield self._block([source.rows(place, rows) for source in self._sources])
 
-    def _block(self, arrays: Sequence[np.ndarray]) -> Block:
-        return Block(arrays[:-1], arrays[-1]) if self._has_base else Block(arrays)
+    def _block(self, arrays: Sequence[np.ndarray]) -> WeightBlock:
+        return WeightBlock(arrays[:-1], arrays[-1]) if self._has_base else WeightBlock(arrays)
 
-    def _combined(self, blocks: Iterator[Block], measured: Any) -> np.ndarray:
+    def _combined(self, blocks: Iterator[WeightBlock], measured: Any) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
             return np.concatenate([self._method.combine(block, measured) for block in blocks])
 

@@ -19,7 +19,7 @@ _SHORTEST = 1e-8  # norm of a vector below which it is not normalised
 
 
 @dataclass(frozen=True)
-class Block:
+class WeightBlock:
     """The same rows of a weight of each model.
 
     Attributes:
@@ -40,7 +40,7 @@ class Block:
         return [model - base for model in models]
 
 
-Blocks = Callable[[], Iterator[Block]]  # called for each pass over all blocks of a weight
+Blocks = Callable[[], Iterator[WeightBlock]]  # called for each pass over all blocks of a weight
 
 
 class MergeMethod(ABC):
@@ -51,7 +51,7 @@ class MergeMethod(ABC):
         return None
 
     @abstractmethod
-    def combine(self, block: Block, measured: Any) -> np.ndarray:
+    def combine(self, block: WeightBlock, measured: Any) -> np.ndarray:
         """Returns the merged rows."""
 
 
@@ -70,7 +70,7 @@ class Linear(MergeMethod):
     weights: Sequence[float]
     dtype: str
 
-    def combine(self, block: Block, measured: Any) -> np.ndarray:
+    def combine(self, block: WeightBlock, measured: Any) -> np.ndarray:
         weights = [self._rounded(np.float32(weight)) for weight in self.weights]
         total = np.zeros(block.models[0].shape, np.float32)
         divisor = np.float32(0)
@@ -110,7 +110,7 @@ class Slerp(MergeMethod):
         angle = math.acos(cosine)
         return math.sin(angle * (1 - self.t)) / math.sin(angle), math.sin(angle * self.t) / math.sin(angle)
 
-    def combine(self, block: Block, measured: tuple[float, float]) -> np.ndarray:
+    def combine(self, block: WeightBlock, measured: tuple[float, float]) -> np.ndarray:
         a, b = block.deltas
         return _added(block, np.float32(measured[0]) * a + np.float32(measured[1]) * b)
 
@@ -128,7 +128,7 @@ class TaskArithmetic(MergeMethod):
 
     weights: Sequence[float]
 
-    def combine(self, block: Block, measured: Any) -> np.ndarray:
+    def combine(self, block: WeightBlock, measured: Any) -> np.ndarray:
         scaled = (
             np.float32(weight) * delta for weight, delta in zip(self.weights, block.deltas, strict=True)
         )
@@ -157,7 +157,7 @@ class Ties(MergeMethod):
             return [np.float32(0)] * len(self.weights)
         return _quantiles(lambda: (block.deltas for block in blocks()), self.density)
 
-    def combine(self, block: Block, measured: Sequence[np.float32]) -> np.ndarray:
+    def combine(self, block: WeightBlock, measured: Sequence[np.float32]) -> np.ndarray:
         weights = [np.float32(weight) for weight in self.weights]
         deltas = [
             weight * np.where(np.abs(delta) >= smallest, delta, np.float32(0))
@@ -172,7 +172,7 @@ class Ties(MergeMethod):
         return _added(block, total / np.where(divisor == 0, np.float32(1), divisor))
 
 
-def _added(block: Block, delta: np.ndarray) -> np.ndarray:
+def _added(block: WeightBlock, delta: np.ndarray) -> np.ndarray:
     return delta if block.base is None else block.base.astype(np.float32) + delta
 
 

@@ -145,7 +145,7 @@ def stored(weight: Any, dims: str, kind: Any) -> Any:
     return quantise(weight, dims, kind) if isinstance(kind, Format) else weight.astype(kind)
 
 
-def kind_of(leaf: Any) -> Any:
+def storage_of(leaf: Any) -> Any:
     """The dtype of an array, or the format of a quantised weight."""
     return leaf.format if is_quantised(leaf) else leaf.dtype
 

@@ -1,5 +1,6 @@
 """The train state, its initialisation, and the update that a step applies to it."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax.methods.method import BASE, PARAMS, ModelMethod
-from gemma2_jax.model.quantised import is_quantised, kind_of, stored
+from gemma2_jax.model.quantised import is_quantised, storage_of, stored
 from gemma2_jax.model.weights import (
     Params,
     Weight,
@@ -185,16 +186,18 @@ def initial_state(
         }
         _, base_specs = method.adaptation.specs(weight_specs(config.model))
         base = map_specs(
-            lambda _, spec, weight, leaf: stored(weight, spec.dims, kind_of(leaf)),
+            lambda _, spec, weight, leaf: stored(weight, spec.dims, storage_of(leaf)),
             base_specs,
             base,
             abstract_base,
         )
         return update.begin({PARAMS: trained, **others}), base
 
-    state_and_base: tuple[TrainState, Any] = jax.jit(begin, donate_argnums=0, out_shardings=shardings(out))(
-        params
-    )
+    initialise = jax.jit(begin, donate_argnums=0, out_shardings=shardings(out))
+    with warnings.catch_warnings():
+        # Weights that become several arrays, or another dtype, are freed but not used again, which JAX reports.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        state_and_base: tuple[TrainState, Any] = initialise(params)
     return state_and_base
 
 
@@ -205,7 +208,9 @@ def initial_dtypes(config: RunConfig, method: ModelMethod, mesh: Mesh) -> Any:
     """
     base, trained = method.abstract_frozen(mesh)[BASE], specs_by_path(method.specs[PARAMS])
     leaves = jax.tree.leaves_with_path(base, is_leaf=is_quantised)
-    frozen = {jax.tree_util.keystr(path, simple=True, separator="/"): kind_of(leaf) for path, leaf in leaves}
+    frozen = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): storage_of(leaf) for path, leaf in leaves
+    }
 
     def dtype(path: str, _: Weight) -> Any:
         return jnp.float32 if path in trained else frozen.get(path, jnp.float32)

@@ -202,7 +202,7 @@ def test_config_list(capsys):
     assert "quickstart/distilled" in listed["experiment"].split()
     assert "quickstart" in listed["study"].split()
     assert main(["config", "list", "optimizer"]) == 0
-    assert capsys.readouterr().out.split() == ["constant", "cosine", "wsd"]
+    assert capsys.readouterr().out.split() == ["constant", "cosine", "muon", "wsd"]
     assert main(["config", "list", "optimiser"]) == 1
     assert "did you mean optimizer" in capsys.readouterr().err
 

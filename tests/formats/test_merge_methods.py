@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from gemma2_jax.formats.merge_methods import (
-    Block,
     Linear,
     MergeMethod,
     Slerp,
     TaskArithmetic,
     Ties,
+    WeightBlock,
 )
 
 DRAW = np.random.default_rng(0)
@@ -29,7 +29,7 @@ def merged(
     def blocks():
         for start in range(0, len(models[0]), rows):
             part = slice(start, start + rows)
-            yield Block([model[part] for model in models], None if base is None else base[part])
+            yield WeightBlock([model[part] for model in models], None if base is None else base[part])
 
     measured = method.measure(blocks)
     return np.concatenate([method.combine(block, measured) for block in blocks()])

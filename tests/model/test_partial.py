@@ -151,7 +151,7 @@ def test_choices_that_the_model_lacks_are_refused(
         ({"kind": "partial"}, r"adaptation.weights is \[\]; it must be a list of patterns of weights' names"),
         (
             {"kind": "partial", "weights": ["*"], "rank": 4},
-            r"adaptation.rank has no effect if adaptation.kind is partial; write adaptation=lora\.",
+            r"adaptation.rank has no effect if adaptation.kind is partial; write adaptation=lora or adaptation=qlora\.",
         ),
         (
             {"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q"], "weights": ["*"]},

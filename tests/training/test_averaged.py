@@ -172,7 +172,7 @@ def test_the_average_of_trained_weights_beside_frozen_ones(
 
 @pytest.mark.parametrize("ema", [1.0, -0.1, float("nan")])
 def test_a_decay_out_of_range(ema: float) -> None:
-    with pytest.raises(UserError, match=r"training\.ema is .*; it must be at least 0 and below 1"):
+    with pytest.raises(UserError, match=r"training\.ema is .*; it must be above 0 and below 1"):
         TrainingConfig(steps=1, accumulation=1, log_every=1, eval_every=1, ema=ema)
 
 

@@ -235,7 +235,7 @@ def test_without_on_policy_steps_a_run_is_as_without_the_setting(finished: RunCo
 def test_another_schedule_in_the_same_folder_is_refused(finished: RunConfig, tmp_path: Path) -> None:
     begun = scheduled(finished, tmp_path)
     save_config(begun, tmp_path / "config.yaml")
-    with pytest.raises(UserError, match=r"objective.mix=\{'kind': 'wsd', .*\}, but .* is now 0.5"):
+    with pytest.raises(UserError, match=r'objective.mix=\{"kind": "wsd", .*\}, but .* is now 0.5'):
         train(replace(begun, objective=replace(begun.objective, mix=0.5)))
     longer = ScheduleConfig("cosine", peak=3.0, end=1.0)
     with pytest.raises(UserError, match=r"objective.temperature.peak=2.0, but .* is now 3.0"):
@@ -245,7 +245,7 @@ def test_another_schedule_in_the_same_folder_is_refused(finished: RunConfig, tmp
 def test_a_folder_from_before_there_were_other_terms(finished: RunConfig, tmp_path: Path) -> None:
     run = shutil.copytree(finished.output, tmp_path / "run")
     lines = (run / "config.yaml").read_text().splitlines(keepends=True)
-    new = ("reverse_kl", "jsd", "skew", "z_loss", "mix")
+    new = ("reverse_kl", "jsd", "skew", "z_loss", "mix:")
     (run / "config.yaml").write_text("".join(line for line in lines if not line.strip().startswith(new)))
     assert len((run / "config.yaml").read_text().splitlines()) == len(lines) - 8
     shutil.rmtree(run / "checkpoints" / "8")
