@@ -86,6 +86,7 @@ def test_a_run_that_was_never_trained(finished: RunConfig, tmp_path: Path) -> No
         evaluate_run(tmp_path)
 
 
+@pytest.mark.thorough
 def test_an_adapter_is_evaluated_with_its_base(finished: RunConfig, tmp_path: Path) -> None:
     """The same numbers as at the last step of training, also as an adapter given for the base."""
     lora = replace(

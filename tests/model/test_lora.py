@@ -83,7 +83,13 @@ def test_merged_of_numpy_is_merged_of_jax() -> None:
     np.testing.assert_allclose(stacked[0], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("compute", [ComputeConfig(), ComputeConfig(dtype="bfloat16", remat="full")])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        pytest.param(ComputeConfig(), marks=pytest.mark.thorough),
+        ComputeConfig(dtype="bfloat16", remat="full"),
+    ],
+)
 def test_no_array_in_a_step_is_a_gradient_or_a_sum_of_whole_weights(
     toy_config: ModelConfig, toy_model: Gemma2, compute: ComputeConfig
 ) -> None:

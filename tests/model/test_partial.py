@@ -77,6 +77,7 @@ def test_gradients_are_those_of_training_all_weights(
     assert all(leaf.any() for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.thorough
 def test_frozen_weights_have_no_gradient_and_lower_layers_no_backward_pass(
     toy_config: ModelConfig, toy_model: Gemma2
 ) -> None:
@@ -102,6 +103,7 @@ def test_frozen_weights_have_no_gradient_and_lower_layers_no_backward_pass(
     assert loops(program(["*"], [1, 3])) - loops(program(["final_norm/scale"], None)) == 1
 
 
+@pytest.mark.thorough
 def test_rematerialisation_and_bfloat16_keep_the_gradients(
     toy_config: ModelConfig, toy_model: Gemma2
 ) -> None:

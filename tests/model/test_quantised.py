@@ -232,7 +232,8 @@ def test_products_are_those_of_the_dequantised_weight(format_: Format) -> None:
     )
 
 
-@pytest.mark.parametrize("format_", [NF4, pytest.param(INT4, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("format_", [NF4, INT4])
 def test_an_adapter_on_a_quantised_base_has_the_gradients_of_one_on_its_values(
     toy_config: ModelConfig, format_: Format
 ) -> None:
@@ -335,7 +336,8 @@ def test_the_check_of_programs_finds_weights_that_are_dequantised_before_the_loo
     assert largest_array(program) >= ALL_LAYERS
 
 
-@pytest.mark.parametrize("format_", [NF4, pytest.param(INT4, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("format_", [NF4, INT4])
 def test_weights_are_sharded_like_the_arrays_in_their_place(format_: Format) -> None:
     mesh = build_mesh(MeshConfig(1, 4, 2))
     specs = weight_specs(SMALL)
