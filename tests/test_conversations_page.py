@@ -22,12 +22,17 @@ TOY = {
     "model=gemma2_2b": "model=toy",
     "distill.dtype=bfloat16": "distill.dtype=float32",
 }
-DATA = ["data.seq_len=64", "data.batch_size=2", "data.workers=1", "tokenizer.vocab_size=400"]
+DATA = [
+    "data.seq_len=64",
+    "data.batch_size=2",
+    "data.workers=1",
+    "tokenizer.vocab_size=400",
+    "training.accumulation=1",
+]
 TRAINING = [
     "compute=float32",
     "mesh=cpu_1",
     "training.steps=2",
-    "training.accumulation=1",
     "training.eval_every=2",
     "training.log_every=2",
     "checkpoint.every=2",
