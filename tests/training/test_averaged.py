@@ -33,7 +33,7 @@ from gemma2_jax.training.together import train_together
 from tests.distill.test_cache import write_teacher
 from tests.training.stops import stopped_after
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
 
 KL = ObjectiveConfig(0.0, 1.0, temperature=1.0, block_tokens=48)
 

@@ -126,18 +126,14 @@ def test_another_rank_is_refused(finished: RunConfig) -> None:
         train(replace(finished, adaptation=replace(LORA, rank=2)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "mesh",
     [
         MeshConfig(2, 2, 2),
-        *(
-            pytest.param(mesh, marks=pytest.mark.thorough)
-            for mesh in (
-                MeshConfig(8, 1, 1),
-                MeshConfig(1, 8, 1),
-                MeshConfig(data=1, replica=2, fsdp=2, sequence=2),
-            )
-        ),
+        MeshConfig(8, 1, 1),
+        MeshConfig(1, 8, 1),
+        MeshConfig(data=1, replica=2, fsdp=2, sequence=2),
     ],
 )
 def test_every_mesh_gives_the_same_numbers(lora: RunConfig, mesh: MeshConfig) -> None:
@@ -161,6 +157,7 @@ def test_every_mesh_gives_the_same_numbers(lora: RunConfig, mesh: MeshConfig) ->
     )
 
 
+@pytest.mark.thorough
 def test_an_adapter_is_planned(lora: RunConfig) -> None:
     topology = find_topology("cpu:1")
     run = replace(
@@ -271,6 +268,7 @@ def test_a_rank_above_a_dimension_is_refused(lora: RunConfig) -> None:
         replace(lora, adaptation=replace(LORA, rank=33))
 
 
+@pytest.mark.thorough
 def test_dropout_depends_on_the_step_and_is_off_in_validations(lora: RunConfig) -> None:
     method, mesh = build_method(lora), build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     without = build_method(replace(lora, adaptation=replace(LORA, dropout=0.0)))

@@ -37,6 +37,8 @@ from tests.steps import take_steps
 from tests.training.methods import every_method, rows, with_method
 from tests.training.stops import stopped_after
 
+pytestmark = pytest.mark.thorough
+
 PARTIAL = AdaptationConfig("partial", weights=("mlp/*", "*norm/scale"), layers=(2, 3))
 
 

@@ -38,6 +38,8 @@ from tests.steps import take_steps
 from tests.training.methods import KL, rows, with_method
 from tests.training.stops import stopped_after
 
+pytestmark = pytest.mark.thorough
+
 QLORA = AdaptationConfig("qlora", rank=4, alpha=8.0, targets=tuple(TARGETS), base="nf4")
 LORA = replace(QLORA, kind="lora", base=None)
 

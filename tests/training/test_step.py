@@ -131,7 +131,10 @@ def test_tensor_axis_alone(run: RunConfig, batches: list[Batch]) -> None:
     assert [row["loss"] for row in eight] == pytest.approx([row["loss"] for row in one], rel=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "momentum", "moments_of_matrices"), [("adamw", None, 2), ("muon", 0.95, 1)])
+@pytest.mark.parametrize(
+    ("kind", "momentum", "moments_of_matrices"),
+    [("adamw", None, 2), pytest.param("muon", 0.95, 1, marks=pytest.mark.thorough)],
+)
 def test_moments_are_sharded_like_their_parameters(
     run: RunConfig,
     batches: list[Batch],
