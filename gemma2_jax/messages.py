@@ -12,7 +12,7 @@ def written(value: Any) -> str:
 
 
 def quoted(value: Any) -> str:
-    """Returns a value as `written` does, but text in quotes, which tells "1" from 1."""
+    """Returns a value as `written` does, but text in quotes, so that "1" and 1 differ."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 

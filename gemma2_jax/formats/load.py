@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from gemma2_jax.checkpoints import store
 from gemma2_jax.config import UserError
@@ -23,15 +21,15 @@ from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE
 from gemma2_jax.formats.native import RunSource
 from gemma2_jax.formats.partial_run import PartialSource
+from gemma2_jax.formats.reading_weights import put, read_onto_devices
 from gemma2_jax.formats.recognise import describe, enclosing_run
-from gemma2_jax.formats.source import DTYPES, WeightSource, all_places
+from gemma2_jax.formats.source import DTYPES, WeightSource
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.lora import with_adapter
-from gemma2_jax.model.narrowing import check_range
-from gemma2_jax.model.quantised import is_quantised, storage_of, stored
+from gemma2_jax.model.quantised import is_quantised
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens, resize_rows, without_padding
-from gemma2_jax.model.weights import Params, abstract_params, specs_by_path, weight_specs
+from gemma2_jax.model.weights import Params, abstract_params, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 _DEEPEST = 4  # folders above a file to search for its checkpoint
@@ -213,7 +211,7 @@ def adapted(model: Gemma2, adapter: Adapter, mesh: Mesh | None = None) -> Gemma2
     mesh = build_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
     specs, arrays = adapter.stacked(model.config)
     targets = abstract_params(specs, mesh=mesh)
-    placed = jax.tree.map(lambda leaf, array: _put(array, leaf.sharding), targets, arrays)
+    placed = jax.tree.map(lambda leaf, array: put(array, leaf.sharding), targets, arrays)
     return Gemma2(model.config, with_adapter(model.params(), placed, adapter.settings.scale))
 
 
@@ -321,41 +319,9 @@ def load_params(
     if isinstance(source, RunSource) and is_dense:
         params = store.restore_params(source.path, target, source.tree)  # Orbax reads each device's part
     else:
-        params = _load_weights(source, target, progress)
+        params = read_onto_devices(source, target, progress)
     params, _ = resize_rows(params, source.config, config.vocab_size)
     return params
-
-
-def _load_weights(source: WeightSource, target: Any, progress: Callable[[int, int], None]) -> Params:
-    params: Params = {}
-    specs = weight_specs(source.config)
-    letters, places = specs_by_path(specs), list(all_places(specs))
-    for done, place in enumerate(places, 1):
-        leaf, branch, name = _find(target, params, place.path)
-        part = source.weight(place)
-        _check_part(part, leaf, f"{source.path}: {place.path}")
-        if place.pair is None:
-            branch[name] = _converter(leaf.dtype, leaf.sharding)(_put(part, leaf.sharding))
-        else:
-            shardings = jax.tree.map(lambda array: array.sharding, leaf)
-            if name not in branch:
-                branch[name] = _zeros(leaf, shardings)
-            stacked = shardings.codes if is_quantised(leaf) else shardings
-            sharding = NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
-            write = _setter(storage_of(leaf), letters[place.path].dims[1:], shardings)
-            branch[name] = write(branch[name], _put(part, sharding), place.pair)
-        progress(done, len(places))
-    return params
-
-
-def _check_part(part: np.ndarray, leaf: Any, name: str) -> None:
-    """Raises UserError if numbers of a weight are beyond what its dtype or format can hold."""
-    if not is_quantised(leaf):
-        check_range(part, leaf.dtype, name)
-    elif leaf.format.overflows(part):
-        raise UserError(
-            f"{name} has values beyond what the scales of {leaf.format.name} can hold; choose adaptation.base=nf4."
-        )
 
 
 def _check_same_model(source: WeightSource, config: ModelConfig) -> None:
@@ -370,46 +336,3 @@ def _check_same_model(source: WeightSource, config: ModelConfig) -> None:
             raise UserError(
                 f"{source.path} holds a model with {field.name} {found}, but the configuration has {expected}."
             )
-
-
-def _find(target: Any, params: Params, path: str) -> tuple[Any, Params, str]:
-    """Returns the leaf of `target` at `path`, and its parent dict (created if missing) and key in `params`."""
-    *above, name = path.split("/")
-    for key in above:
-        target, params = target[key], params.setdefault(key, {})
-    return target[name], params, name
-
-
-def _put(part: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Puts a host array on devices; each process provides the parts of its own devices."""
-    return jax.make_array_from_callback(part.shape, sharding, lambda index: np.ascontiguousarray(part[index]))
-
-
-def _zeros(leaf: Any, shardings: Any) -> Any:
-    """Zeros for an abstract array, or for all parts of an abstract quantised weight."""
-    return jax.jit(
-        lambda: jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), leaf), out_shardings=shardings
-    )()
-
-
-@cache
-def _converter(dtype: Any, sharding: NamedSharding) -> Any:
-    return jax.jit(lambda array: array.astype(dtype), out_shardings=sharding)
-
-
-@cache
-def _setter(kind: Any, dims: str, shardings: Any) -> Any:
-    """Returns a function that writes one pair's weight into a stack, in place.
-
-    Args:
-        kind: dtype or `Format` of the stack; dims: letters of the pair's weight; shardings: those of the stack.
-    """
-
-    def write(stack: Any, part: jax.Array, pair: jax.Array) -> Any:
-        return jax.tree.map(
-            lambda whole, one: jax.lax.dynamic_update_index_in_dim(whole, one, pair, 0),
-            stack,
-            stored(part, dims, kind),
-        )
-
-    return jax.jit(write, donate_argnums=0, out_shardings=shardings)
