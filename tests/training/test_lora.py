@@ -39,6 +39,8 @@ from tests.steps import take_steps
 from tests.training.methods import KL, every_method, rows, with_method
 from tests.training.stops import stopped_after
 
+pytestmark = pytest.mark.thorough
+
 LORA = AdaptationConfig("lora", rank=4, alpha=8.0, dropout=0.25, targets=tuple(TARGETS))
 BYTES = 4  # of a float32
 
@@ -126,7 +128,6 @@ def test_another_rank_is_refused(finished: RunConfig) -> None:
         train(replace(finished, adaptation=replace(LORA, rank=2)))
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -157,7 +158,6 @@ def test_every_mesh_gives_the_same_numbers(lora: RunConfig, mesh: MeshConfig) ->
     )
 
 
-@pytest.mark.thorough
 def test_an_adapter_is_planned(lora: RunConfig) -> None:
     topology = find_topology("cpu:1")
     run = replace(
@@ -229,7 +229,6 @@ def test_students_with_adapters_share_their_base(students: dict[str, RunConfig])
     assert not base["full"]
 
 
-@pytest.mark.thorough
 def test_students_with_adapters_share_a_teacher(students: dict[str, RunConfig], tmp_path: Path) -> None:
     train_together(list(students.values()))
     for name in ("first", "part"):
@@ -268,7 +267,6 @@ def test_a_rank_above_a_dimension_is_refused(lora: RunConfig) -> None:
         replace(lora, adaptation=replace(LORA, rank=33))
 
 
-@pytest.mark.thorough
 def test_dropout_depends_on_the_step_and_is_off_in_validations(lora: RunConfig) -> None:
     method, mesh = build_method(lora), build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     without = build_method(replace(lora, adaptation=replace(LORA, dropout=0.0)))

@@ -26,6 +26,7 @@ def batches(toy_run: RunConfig) -> list[Batch]:
     return [next(iterator) for _ in range(3)]
 
 
+@pytest.mark.thorough
 def test_each_step_moves_the_average_and_a_broken_one_does_not(
     toy_run: RunConfig, batches: list[Batch]
 ) -> None:
