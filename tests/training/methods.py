@@ -4,24 +4,66 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from gemma2_jax.checkpoints.store import describe_params
 from gemma2_jax.distill.cache.encoding import EncodingConfig
+from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.matching import MatchConfig
 from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.methods.choose import build_method
+from gemma2_jax.model.adaptation import AdaptationConfig
+from gemma2_jax.model.weights import specs_by_path
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.run import RunConfig
+from gemma2_jax.sharding.mesh import MeshConfig
+from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
 from gemma2_jax.training.teacher_cache import write_cache
+from tests.training.stops import stopped_after
 
 KL = ObjectiveConfig(cross_entropy=0.0, forward_kl=1.0, temperature=1.0, block_tokens=48)
 METHODS = ("text", "online", "matched", "cached", "on-policy")
 
 
-def every_method(*fast: str) -> list[Any]:
-    """The names of `METHODS` as parameters of a test, which are thorough ones except for `fast`."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.thorough) for name in METHODS]
+def beside_frozen(
+    toy_run: RunConfig, adaptation: AdaptationConfig, base: str, folder: Path, **changes: Any
+) -> RunConfig:
+    """A run of five steps on eight devices that starts from the base model and freezes some of its weights."""
+    return replace(
+        toy_run,
+        output=str(folder / "run"),
+        mesh=MeshConfig(1, 4, 2),
+        data=replace(toy_run.data, batch_size=8),
+        initialise=InitConfig(source=base),
+        adaptation=adaptation,
+        training=replace(toy_run.training, steps=5, eval_every=5),
+        checkpoint=replace(toy_run.checkpoint, every=2),
+        **changes,
+    )
+
+
+def resumed_and_whole(
+    finished: RunConfig, method: str, teacher: str, folder: Path
+) -> tuple[RunConfig, RunConfig]:
+    """A run with one of `METHODS` that was stopped and resumed, and one that was not, `finished` if its method is text.
+
+    Checks that their metrics are equal, and that the checkpoint holds what is trained alone.
+    """
+    resumed = with_method(finished, method, teacher, folder)
+    whole = finished
+    if method != "text":
+        whole = replace(resumed, output=str(folder / "whole"))
+        train(whole)
+    with stopped_after(3):
+        train(resumed)
+    train(resumed)
+    assert rows(resumed.output) == rows(whole.output)
+    _, found = describe_params(resumed.output)
+    specs = specs_by_path(build_method(resumed).specs["params"])
+    assert {path: leaf.shape for path, leaf in found.items()} == {
+        path: spec.shape for path, spec in specs.items()
+    }
+    return resumed, whole
 
 
 def with_method(run: RunConfig, method: str, teacher: str, folder: Path) -> RunConfig:

@@ -36,8 +36,7 @@ from gemma2_jax.training.together import method_of, train_together
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
 from tests.steps import take_steps
-from tests.training.methods import KL, every_method, rows, with_method
-from tests.training.stops import stopped_after
+from tests.training.methods import KL, METHODS, beside_frozen, resumed_and_whole, rows
 
 pytestmark = pytest.mark.thorough
 
@@ -47,16 +46,7 @@ BYTES = 4  # of a float32
 
 @pytest.fixture(scope="module")
 def lora(toy_run: RunConfig, base: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    return replace(
-        toy_run,
-        output=str(tmp_path_factory.mktemp("lora") / "run"),
-        mesh=MeshConfig(1, 4, 2),
-        data=replace(toy_run.data, batch_size=8),
-        initialise=InitConfig(source=base),
-        adaptation=LORA,
-        training=replace(toy_run.training, steps=5, eval_every=5),
-        checkpoint=replace(toy_run.checkpoint, every=2),
-    )
+    return beside_frozen(toy_run, LORA, base, tmp_path_factory.mktemp("lora"))
 
 
 @pytest.fixture(scope="module")
@@ -65,26 +55,13 @@ def finished(lora: RunConfig) -> RunConfig:
     return lora
 
 
-@pytest.mark.parametrize("method", every_method("text"))
+@pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_is_trained_and_resumed_with_every_method(
     finished: RunConfig, method: str, wide_teacher: str, tmp_path: Path
 ) -> None:
-    run = with_method(finished, method, wide_teacher, tmp_path)
-    whole = finished
-    if method != "text":
-        whole = replace(run, output=str(tmp_path / "whole"))
-        train(whole)
-    with stopped_after(3):
-        train(run)
-    train(run)
-    assert rows(run.output) == rows(whole.output)
-    _, found = describe_params(run.output)
-    specs = specs_by_path(build_method(run).specs["params"])
-    assert {path: leaf.shape for path, leaf in found.items()} == {
-        path: spec.shape for path, spec in specs.items()
-    }
-    assert all(path.endswith(("/a", "/b")) for path in found)
-    trained = [trained_params(each) for each in (run, whole)]
+    runs = resumed_and_whole(finished, method, wide_teacher, tmp_path)
+    assert all(path.endswith(("/a", "/b")) for path in describe_params(runs[0].output)[1])
+    trained = [trained_params(run) for run in runs]
     chex.assert_trees_all_equal(*trained)
     assert all(leaf.any() for leaf in jax.tree.leaves(trained[0]))
 

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from gemma2_jax.checkpoints.store import describe_params
 from gemma2_jax.config import UserError
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.distill.initialise import InitConfig
@@ -34,8 +33,7 @@ from gemma2_jax.training.overview import describe_runs
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
 from tests.steps import take_steps
-from tests.training.methods import every_method, rows, with_method
-from tests.training.stops import stopped_after
+from tests.training.methods import METHODS, beside_frozen, resumed_and_whole, rows
 
 pytestmark = pytest.mark.thorough
 
@@ -47,17 +45,8 @@ def run(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConf
     """Four layers, of which the last two are trained in part."""
     folder = tmp_path_factory.mktemp("partial")
     model = replace(toy_run.model, num_layers=4)
-    return replace(
-        toy_run,
-        output=str(folder / "run"),
-        model=model,
-        mesh=MeshConfig(1, 4, 2),
-        data=replace(toy_run.data, batch_size=8),
-        initialise=InitConfig(source=write_teacher(toy_run, vivid(model), folder / "base")),
-        adaptation=PARTIAL,
-        training=replace(toy_run.training, steps=5, eval_every=5),
-        checkpoint=replace(toy_run.checkpoint, every=2),
-    )
+    base = write_teacher(toy_run, vivid(model), folder / "base")
+    return beside_frozen(toy_run, PARTIAL, base, folder, model=model)
 
 
 @pytest.fixture(scope="module")
@@ -66,24 +55,12 @@ def finished(run: RunConfig) -> RunConfig:
     return run
 
 
-@pytest.mark.parametrize("method", every_method("text"))
+@pytest.mark.parametrize("method", METHODS)
 def test_a_part_is_trained_and_resumed_with_every_method(
     finished: RunConfig, method: str, wide_teacher: str, tmp_path: Path
 ) -> None:
-    stopped = with_method(finished, method, wide_teacher, tmp_path)
-    whole = finished
-    if method != "text":
-        whole = replace(stopped, output=str(tmp_path / "whole"))
-        train(whole)
-    with stopped_after(3):
-        train(stopped)
-    train(stopped)
-    assert rows(stopped.output) == rows(whole.output)
-    saved = specs_by_path(build_method(stopped).specs["params"])
-    assert {path: leaf.shape for path, leaf in describe_params(stopped.output)[1].items()} == {
-        path: spec.shape for path, spec in saved.items()
-    }
-    found, expected = (load(each.output)[0].params() for each in (stopped, whole))
+    runs = resumed_and_whole(finished, method, wide_teacher, tmp_path)
+    found, expected = (load(run.output)[0].params() for run in runs)
     chex.assert_trees_all_equal(found, expected)
 
 

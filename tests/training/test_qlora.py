@@ -12,7 +12,6 @@ import pytest
 from gemma2_jax.checkpoints.store import describe_params
 from gemma2_jax.config import UserError
 from gemma2_jax.data.pipeline import train_batches
-from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.load import load_params, open_source
@@ -35,7 +34,7 @@ from gemma2_jax.training.together import method_of
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
 from tests.steps import take_steps
-from tests.training.methods import KL, rows, with_method
+from tests.training.methods import KL, beside_frozen, rows, with_method
 from tests.training.stops import stopped_after
 
 pytestmark = pytest.mark.thorough
@@ -53,17 +52,8 @@ def base(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def qlora(toy_run: RunConfig, base: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    return replace(
-        toy_run,
-        model=replace(toy_run.model, d_ff=128),
-        output=str(tmp_path_factory.mktemp("qlora") / "run"),
-        mesh=MeshConfig(1, 4, 2),
-        data=replace(toy_run.data, batch_size=8),
-        initialise=InitConfig(source=base),
-        adaptation=QLORA,
-        training=replace(toy_run.training, steps=5, eval_every=5),
-        checkpoint=replace(toy_run.checkpoint, every=2),
-    )
+    model = replace(toy_run.model, d_ff=128)
+    return beside_frozen(toy_run, QLORA, base, tmp_path_factory.mktemp("qlora"), model=model)
 
 
 @pytest.fixture(scope="module")
