@@ -30,6 +30,7 @@ from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.state import TrainState, Update, initial_state
+from tests.parameters import mostly_thorough
 
 
 def new_state(run: RunConfig, mesh: MeshConfig) -> tuple[TrainState, TrainState]:
@@ -61,7 +62,7 @@ def saved(
     return folder, state
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(1, 8, 1), MeshConfig(8, 1, 1), MeshConfig(4, 1, 2)])
+@mostly_thorough("mesh", [MeshConfig(1, 8, 1), MeshConfig(8, 1, 1), MeshConfig(4, 1, 2)])
 def test_restores_bit_equal_on_another_mesh(
     saved: tuple[Path, TrainState], toy_run: RunConfig, data: DataConfig, mesh: MeshConfig
 ) -> None:

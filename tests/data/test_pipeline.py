@@ -19,6 +19,7 @@ from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.data.pipeline import train_batches, validation_batches
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import read_data_manifest
+from tests.parameters import mostly_thorough
 
 Document = tuple[int, ...]
 
@@ -96,8 +97,8 @@ def test_seed_decides_the_order(data: DataConfig):
     assert not np.array_equal(next(train_batches(replace(data, seed=1))).tokens, first.tokens)
 
 
-@pytest.mark.parametrize("shuffle_buffer", [0, 8, 30])
-@pytest.mark.parametrize("taken", [0, 1, 2, 3, 17, 60])
+@mostly_thorough("shuffle_buffer", [8, 0, 30])
+@mostly_thorough("taken", [17, 0, 1, 2, 3, 60])
 def test_resumed_is_uninterrupted(data: DataConfig, taken: int, shuffle_buffer: int):
     data = replace(data, shuffle_buffer=shuffle_buffer)
     iterator = train_batches(data)
@@ -169,7 +170,7 @@ def test_the_largest_seed_shuffles_rows(data: DataConfig):
     assert len(rows_of(itertools.islice(train_batches(data), 10))) == 40
 
 
-@pytest.mark.parametrize("shuffle_buffer", [0, 12, 1000])
+@mostly_thorough("shuffle_buffer", [0, 12, 1000])
 @pytest.mark.parametrize("streams", [pytest.param(1, marks=pytest.mark.thorough), 2, 4])
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_processes_share_the_batches_of_one(

@@ -21,6 +21,7 @@ from gemma2_jax.data.pipeline import train_batches, validation_batches
 from gemma2_jax.data.prepare import prepare, verify_source
 from gemma2_jax.data.shards import MANIFEST, read_data_manifest, verify
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
+from tests.parameters import mostly_thorough
 
 Chats = list[list[tuple[str, str]]]
 Found = tuple[tuple[int, ...], tuple[float, ...]]  # ids and loss mask of a conversation
@@ -142,8 +143,8 @@ def test_processes_write_what_one_would(
         assert (tmp_path / shard.file).read_bytes() == Path(conversations.folder, shard.file).read_bytes()
 
 
-@pytest.mark.parametrize("streams", [1, 2])
-@pytest.mark.parametrize("taken", [0, 1, 5])
+@mostly_thorough("streams", [2, 1])
+@mostly_thorough("taken", [5, 0, 1])
 def test_resumed_is_uninterrupted(conversations: DataConfig, taken: int, streams: int) -> None:
     data = replace(conversations, streams=streams, packing_window=20, shuffle_buffer=8)
     iterator = train_batches(data)

@@ -17,6 +17,7 @@ from gemma2_jax.distill.cache.records import Packer, log_grid
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.objectives.targets import SparseTargets
 from gemma2_jax.objectives.terms import sparse_forward_kl
+from tests.parameters import mostly_thorough
 
 V, R = 40, 20_000  # tokens, and independent estimates of the same distribution
 MODEL = ModelConfig(V, 2, 8, 1, 1, 8, 8, None, 8.0)
@@ -75,7 +76,7 @@ def sampling_sigma(p: np.ndarray, q: np.ndarray, student: np.ndarray, draws: int
     return sigma
 
 
-@pytest.mark.parametrize("proposal_temperature", [1.0, 1.5])
+@mostly_thorough("proposal_temperature", [1.0, 1.5])
 def test_the_sampled_gradient_is_unbiased(proposal_temperature: float) -> None:
     teacher, student = logits(), logits(seed=1)
     p, q = softmax(teacher), softmax(teacher / np.float32(proposal_temperature))

@@ -29,6 +29,7 @@ from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.step import build_evaluation_step
 from gemma2_jax.training.validation import averages, sum_over
+from tests.parameters import mostly_thorough
 
 BY_IMPORTANCE = InitConfig("teacher", layers="even", width="importance")
 FIRST = InitConfig("teacher", layers="first", width="first")
@@ -188,7 +189,7 @@ def test_equal_sizes_keep_every_bit(toy_config: ModelConfig) -> None:
         assert equal(select(params, toy_config, toy_config, choice), params)
 
 
-@pytest.mark.parametrize(
+@mostly_thorough(
     ("layers", "pairs", "kept"),
     [
         ("first", 3, [0, 1, 2]),

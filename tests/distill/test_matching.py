@@ -24,6 +24,7 @@ from gemma2_jax.run import RunConfig
 from tests.model.apart import layers_apart
 from tests.model.models import vivid
 from tests.model.numpy_gemma2 import seen_keys
+from tests.parameters import mostly_thorough
 from tests.programs import arrays
 
 B, T = 2, 150  # of queries in blocks of 128
@@ -120,8 +121,8 @@ def attention_apart(case: Case, apart: tuple[Any, Any]) -> list[tuple[np.ndarray
     ]
 
 
-@pytest.mark.parametrize("distance", ["mse", "cosine"])
-@pytest.mark.parametrize("kind", KINDS)
+@mostly_thorough("distance", ["mse", "cosine"])
+@mostly_thorough("kind", KINDS)
 def test_equals_the_formulas(
     case: Case, apart: tuple[Any, Any], attention_apart: Any, kind: str, distance: str
 ) -> None:

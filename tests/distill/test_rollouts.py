@@ -289,6 +289,7 @@ def test_the_same_tokens_on_every_mesh(student: Gemma2, batch: Batch, mesh: Mesh
         assert leaf.sharding.is_equivalent_to(batch_sharding(build_mesh(mesh)), leaf.ndim)
 
 
+@pytest.mark.thorough
 def test_the_loss_is_the_divergence_on_the_students_own_tokens(
     toy_run: RunConfig, student: Gemma2, rolled: Batch
 ) -> None:

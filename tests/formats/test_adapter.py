@@ -25,6 +25,7 @@ from gemma2_jax.model.lora import TARGETS
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from tests.formats.adapters import write_adapter
+from tests.parameters import mostly_thorough
 
 TOKENS = jnp.array([[2, 5, 9, 30, 7, 11, 4, 8]])
 LORA = AdaptationConfig("lora", rank=4, alpha=6.0, dropout=0.1, targets=tuple(TARGETS))
@@ -76,7 +77,7 @@ def test_an_adapter_run_is_loaded_with_its_base(adapter: Path, exported: Path, t
     np.testing.assert_allclose(jax.jit(split)(TOKENS), logits(model), atol=1e-4)
 
 
-@pytest.mark.parametrize("which", ["adapter", "partial"])
+@mostly_thorough("which", ["adapter", "partial"])
 def test_merged_is_unmerged(which: str, request: Any, tmp_path: Path) -> None:
     folder = request.getfixturevalue(which)
     done = convert(folder, tmp_path / "merged", dtype="float32", merge=True)
@@ -133,7 +134,7 @@ def test_an_adapter_is_not_converted_by_accident(adapter: Path, exported: Path, 
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("which", ["adapter", "partial"])
+@mostly_thorough("which", ["adapter", "partial"])
 def test_peft_holds_the_adapter_bit_for_bit(
     which: str, request: Any, small: ModelConfig, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import tensorstore as ts
 from gemma2_jax.config import UserError
 from gemma2_jax.formats.deepmind import DeepMindSource
 from gemma2_jax.formats.load import load, load_params, open_source
+from tests.parameters import mostly_thorough
 
 
 def theirs(params, config, transposed, flat):
@@ -64,9 +65,9 @@ def save(folder, tree, ocdbt=True, zarr3=False):
     return folder
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
-@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("ocdbt", [False, True], ids=["files", "ocdbt"])
+@mostly_thorough("transposed", [False, True], ids=["plain", "transposed"])
+@mostly_thorough("flat", [False, True], ids=["nested", "flat"])
+@mostly_thorough("ocdbt", [False, True], ids=["files", "ocdbt"])
 def test_read(tmp_path, small, params, tokenizer_config, transposed, flat, ocdbt):
     folder = save(tmp_path / "dm", theirs(params, small, transposed, flat), ocdbt)
     source = open_source(folder)
@@ -76,8 +77,8 @@ def test_read(tmp_path, small, params, tokenizer_config, transposed, flat, ocdbt
     jax.tree.map(np.testing.assert_array_equal, load_params(source, small, "bfloat16"), params)
 
 
-@pytest.mark.parametrize("name", ["a b", "50%", "%41", "a#b", "a?b", "[1]*", "ü&$HOME;'\""])
-@pytest.mark.parametrize("ocdbt", [False, True], ids=["files", "ocdbt"])
+@mostly_thorough("name", ["a b", "50%", "%41", "a#b", "a?b", "[1]*", "ü&$HOME;'\""])
+@mostly_thorough("ocdbt", [False, True], ids=["files", "ocdbt"])
 def test_a_path_is_no_url(tmp_path, small, params, ocdbt, name):
     saved = save(tmp_path / "dm", theirs(params, small, False, True), ocdbt)
     folder = saved.rename(tmp_path / name)
@@ -94,8 +95,8 @@ def test_zarr3(tmp_path, small, params, ocdbt):
     jax.tree.map(np.testing.assert_array_equal, load_params(source, small, "bfloat16"), params)
 
 
-@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("ocdbt", [False, True], ids=["files", "ocdbt"])
+@mostly_thorough("flat", [False, True], ids=["nested", "flat"])
+@mostly_thorough("ocdbt", [False, True], ids=["files", "ocdbt"])
 def test_a_tree_within_another(tmp_path, small, params, ocdbt, flat):
     """As a training state, whose optimizer has a copy of every name."""
     tree = theirs(params, small, False, flat)

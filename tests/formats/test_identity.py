@@ -22,6 +22,7 @@ from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
+from tests.parameters import mostly_thorough
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,8 @@ def known(teacher: str) -> str:
     return source_identity(open_source(teacher))
 
 
-@pytest.mark.parametrize("padding", [0, 8])
-@pytest.mark.parametrize("mesh", [MeshConfig(1, 4, 2), MeshConfig(4, 1, 2)])
+@mostly_thorough("padding", [0, 8])
+@mostly_thorough("mesh", [MeshConfig(1, 4, 2), MeshConfig(4, 1, 2)])
 def test_on_any_mesh_and_with_any_padding_it_is_the_checkpoints(
     toy_run: RunConfig, teacher: str, known: str, mesh: MeshConfig, padding: int
 ) -> None:
@@ -54,7 +55,7 @@ def test_on_any_mesh_and_with_any_padding_it_is_the_checkpoints(
         assert model_identity(model) == known
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@mostly_thorough("dtype", ["float32", "bfloat16"])
 def test_in_another_format_it_is_the_same(teacher: str, tmp_path: Path, dtype: str) -> None:
     """Whether its file is in float32 or in bfloat16, and loaded in that or in a wider dtype."""
     convert(teacher, tmp_path / "exported", dtype=dtype)

@@ -18,10 +18,11 @@ from gemma2_jax.formats.load import load, load_params, open_source
 from gemma2_jax.formats.native import RunSource, write_run
 from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from tests.parameters import mostly_thorough
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mesh_config", [MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)], ids=["fsdp", "all"])
+@mostly_thorough("dtype", ["float32", "bfloat16"])
+@mostly_thorough("mesh_config", [MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)], ids=["fsdp", "all"])
 def test_sharded(exported, small, params, mesh_config, dtype):
     mesh = build_mesh(mesh_config)
     loaded = load_params(open_source(exported), small, dtype, mesh)

@@ -14,6 +14,7 @@ from gemma2_jax.formats.load import load, open_source
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler
 from tests.formats.test_huggingface_config import edit_config
+from tests.parameters import mostly_thorough
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -29,7 +30,7 @@ def resize(folder, rows):
     edit_config(folder, vocab_size=rows)
 
 
-@pytest.mark.parametrize("rows", [401, 448, 1024])
+@mostly_thorough("rows", [401, 448, 1024])
 def test_rows_that_nothing_names_are_padding(hf_folder, exported, tmp_path, rows):
     resize(hf_folder, rows)
     edit_config(

@@ -17,6 +17,7 @@ from gemma2_jax.kernels.softcap import mask_padding
 from gemma2_jax.objectives.objective import ObjectiveConfig, build_coefficients, token_loss
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from tests.heads import student_and_teacher
+from tests.parameters import mostly_thorough
 from tests.programs import arrays
 
 D, D_TEACHER, V = 12, 20, 61
@@ -193,7 +194,7 @@ def loss_and_gradients(
 
 
 @BOTH_LOSSES
-@pytest.mark.parametrize("config", PADDED, ids=str)
+@mostly_thorough("config", PADDED, ids=str)
 def test_rows_of_padding_take_no_part(loss: Any, config: ObjectiveConfig) -> None:
     """Everything is as without them, and their own gradient is 0."""
     student, teacher, targets, mask = heads(2, 9)
@@ -346,8 +347,8 @@ def test_log_probs_equal_dense_ones(B: int, T: int, block_tokens: int, padding: 
     chex.assert_trees_all_close(blockwise, dense, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("mesh", [MeshConfig(1, 2, 4), MeshConfig(2, 4, 1), MeshConfig(1, 1, 8)], ids=str)
+@mostly_thorough("dtype", [jnp.float32, jnp.bfloat16])
+@mostly_thorough("mesh", [MeshConfig(1, 2, 4), MeshConfig(2, 4, 1), MeshConfig(1, 1, 8)], ids=str)
 def test_log_probs_on_a_mesh(mesh: MeshConfig, dtype: Any) -> None:
     """With 35 rows of padding among 96, and weights split over devices."""
     student, _, targets, _ = heads(8, 9, dtype)
@@ -387,7 +388,7 @@ def test_log_probs_hold_no_array_over_all_tokens_and_the_vocabulary() -> None:
     assert largest(token_log_probs) <= 32 * V
 
 
-@pytest.mark.parametrize("block_tokens", [4, 48])
+@mostly_thorough("block_tokens", [4, 48])
 def test_a_fixed_embedding_costs_no_gradient(block_tokens: int) -> None:
     """Hidden states have the same gradient, and no array is a gradient of the embedding."""
     student, _, targets, mask = heads(2, 9)

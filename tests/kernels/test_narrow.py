@@ -17,6 +17,7 @@ from gemma2_jax.kernels.reference_attention import attention, visible_keys
 from gemma2_jax.model.capture import CapturedLayer
 from gemma2_jax.objectives import terms
 from gemma2_jax.objectives.distances import hidden_distance
+from tests.parameters import mostly_thorough
 
 THOROUGH = pytest.mark.thorough
 DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=THOROUGH)])
@@ -60,9 +61,9 @@ def wide_loss(B: int, T: int) -> tuple[jax.Array, Any]:
 
 
 @DTYPES
-@pytest.mark.parametrize(("B", "T"), [pytest.param(8, 32, marks=THOROUGH), (1, 1), (2, 11)])
-@pytest.mark.parametrize("block_tokens", [512, 4])
-@pytest.mark.parametrize("narrow_embedding", [False, True])
+@mostly_thorough(("B", "T"), [(2, 11), (1, 1), (8, 32)])
+@mostly_thorough("block_tokens", [512, 4])
+@mostly_thorough("narrow_embedding", [False, True])
 def test_the_loss(dtype: Any, B: int, T: int, block_tokens: int, narrow_embedding: bool) -> None:
     hidden, embedding, taught = loss_inputs(B, T)
     narrow = hidden.astype(dtype), embedding.astype(dtype) if narrow_embedding else embedding, taught
@@ -106,14 +107,14 @@ def wide_attention(B: int, T: int, N: int, K: int, scale: float) -> Any:
 
 
 @DTYPES
-@pytest.mark.parametrize("kernel", [reference, blockwise, looped])
-@pytest.mark.parametrize(
+@mostly_thorough("kernel", [reference, blockwise, looped])
+@mostly_thorough(
     ("B", "T", "N", "K"),
     [
         (2, 11, 4, 2),
-        pytest.param(2, 32, 4, 1, marks=THOROUGH),
+        (2, 32, 4, 1),
         (1, 9, 1, 1),
-        pytest.param(1, 140, 2, 1, marks=THOROUGH),
+        (1, 140, 2, 1),
     ],
 )
 def test_attention(dtype: Any, kernel: Callable[..., jax.Array], B: int, T: int, N: int, K: int) -> None:

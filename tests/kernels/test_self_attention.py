@@ -15,6 +15,7 @@ from gemma2_jax.kernels.tokamax_attention import suits
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.sharding.layout import LayoutConfig, constrain, laid_out
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from tests.parameters import mostly_thorough
 from tests.programs import arrays
 
 # Sums of a few hundred float32 products, in another order, through exp: a few 1e-6 of values and gradients below 10.
@@ -66,7 +67,7 @@ def assert_equal(found, expected) -> None:
         np.testing.assert_allclose(one, other, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("T", "H", "window", "softcap", "lengths"), CASES)
+@mostly_thorough(("T", "H", "window", "softcap", "lengths"), CASES)
 def test_splash_equals_the_reference(T, H, window, softcap, lengths):
     """The kernel in interpret mode, block by block."""
     given = inputs(2, T, 2, 2, H, lengths)

@@ -11,12 +11,11 @@ from gemma2_jax.kernels import tuning
 from gemma2_jax.kernels.lm_head import LMHead, dense_sums, lm_head_sums
 from gemma2_jax.kernels.softcap import negative_log_prob
 from gemma2_jax.kernels.tuning import HeadPlan, computed_once, stays_in_loop
+from tests.parameters import mostly_thorough
 
 
-@pytest.mark.parametrize(
-    "plan", [HeadPlan("VD", True), HeadPlan("VD", False), HeadPlan("DV", False)], ids=str
-)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@mostly_thorough("plan", [HeadPlan("VD", True), HeadPlan("VD", False), HeadPlan("DV", False)], ids=str)
+@mostly_thorough("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_plan_of_the_lm_head(plan: HeadPlan, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_HEAD_PLANS", {"cpu": plan})
     hidden = jax.random.normal(jax.random.key(0), (2, 9, 12), dtype)

@@ -16,6 +16,7 @@ from gemma2_jax.model.transformer import Block, Gemma2, Pair
 from tests.model.golden import FOLDER, Golden
 from tests.model.models import RELEASED
 from tests.model.parity import TOLERANCE, InMemory, Observed, continued, errors, imported, learn, read
+from tests.parameters import mostly_thorough
 
 golden = cache(Golden.load)
 
@@ -123,13 +124,13 @@ def assert_far_off(changed: Gemma2) -> None:
     assert beyond_tolerance(found, "27b").get("logits", 0) > 5 * TOLERANCE
 
 
-@pytest.mark.parametrize("wrong", WRONG_CONFIGS.values(), ids=WRONG_CONFIGS)
+@mostly_thorough("wrong", WRONG_CONFIGS.values(), ids=WRONG_CONFIGS)
 def test_notices_a_wrong_constant(wrong):
     right = model("27b")
     assert_far_off(Gemma2(replace(right.config, **wrong), right.params()))
 
 
-@pytest.mark.parametrize("wrong", WRONG_CODE.values(), ids=WRONG_CODE)
+@mostly_thorough("wrong", WRONG_CODE.values(), ids=WRONG_CODE)
 def test_notices_wrong_code(wrong, monkeypatch):
     right = model("27b")
     wrong(monkeypatch)

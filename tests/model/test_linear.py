@@ -17,6 +17,7 @@ from gemma2_jax.model.linear import linear
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Params, map_specs, weight_specs
 from gemma2_jax.objectives.distances import hidden_distance, relative_squared_error
+from tests.parameters import mostly_thorough
 
 TOKENS = jax.random.randint(jax.random.key(5), (2, 12), 0, 97)
 
@@ -137,7 +138,7 @@ def test_a_projection_can_be_a_weight_of_two_arrays(dtype: str) -> None:
 
 
 @pytest.mark.usefixtures("sums_are_weights")
-@pytest.mark.parametrize("unroll_layers", [False, True])
+@mostly_thorough("unroll_layers", [False, True])
 def test_weights_of_two_arrays_pass_through_the_decoder(
     toy_config: ModelConfig, params: Params, unroll_layers: bool
 ) -> None:

@@ -18,6 +18,7 @@ from gemma2_jax.model.linear import for_use, merged
 from gemma2_jax.model.lora import TARGETS, Lora, with_dropout
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Params, map_specs, weight_specs
+from tests.parameters import mostly_thorough
 
 MODELS = Path(__file__).parents[2] / "configs" / "model"
 ALL = tuple(TARGETS)
@@ -56,7 +57,7 @@ def test_a_is_drawn_as_in_peft_and_b_is_zero(toy_config: ModelConfig, toy_model:
     np.testing.assert_array_equal(model(TOKENS), toy_model(TOKENS))
 
 
-@pytest.mark.parametrize("layers", [None, (0, 1, 2), (3,)])
+@mostly_thorough("layers", [None, (0, 1, 2), (3,)])
 def test_the_sum_in_the_product_is_that_of_the_merged_weights(
     toy_config: ModelConfig, toy_model: Gemma2, layers: tuple[int, ...] | None
 ) -> None:

@@ -18,6 +18,7 @@ from gemma2_jax.model.partial import Partial
 from gemma2_jax.model.stack import as_one
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Params, map_specs, specs_by_path, weight_specs
+from tests.parameters import mostly_thorough
 
 TOKENS = jax.random.randint(jax.random.key(5), (2, 12), 0, 97)
 KEY = jax.random.key(0)
@@ -64,7 +65,7 @@ def loss(config: ModelConfig, params: Params, compute: ComputeConfig = ComputeCo
     return jnp.sum(jnp.sin(hidden.astype(jnp.float32)))
 
 
-@pytest.mark.parametrize(("weights", "layers"), CHOICES)
+@mostly_thorough(("weights", "layers"), CHOICES)
 def test_gradients_are_those_of_training_all_weights(
     toy_config: ModelConfig, toy_model: Gemma2, weights: Sequence[str], layers: Sequence[int] | None
 ) -> None:

@@ -43,6 +43,7 @@ from gemma2_jax.model.weights import (
 from gemma2_jax.planning.memory import frozen_bytes
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from tests.parameters import mostly_thorough
 
 TOKENS = jax.random.randint(jax.random.key(5), (2, 12), 0, 96)
 # Letters of the layers' matrices, the axis of their blocks, and shapes with blocks of 64 and, last, of 48 and 8.
@@ -137,7 +138,7 @@ def test_levels_of_nf4_are_quantiles_of_a_normal_distribution() -> None:
     np.testing.assert_allclose(NF4_LEVELS, expected, atol=2e-7)
 
 
-@pytest.mark.parametrize(("dims", "axis", "shape"), MATRICES)
+@mostly_thorough(("dims", "axis", "shape"), MATRICES)
 def test_nf4_is_that_of_bitsandbytes(dims: str, axis: int, shape: tuple[int, ...]) -> None:
     weight = gaussian(shape)
     block = max(size for size in range(2, 65, 2) if shape[axis] % size == 0)
@@ -185,8 +186,8 @@ def test_special_weights(format_: Format) -> None:
     )
 
 
-@pytest.mark.parametrize("format_", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize(("dims", "axis", "shape"), MATRICES)
+@mostly_thorough("format_", FORMATS.values(), ids=FORMATS)
+@mostly_thorough(("dims", "axis", "shape"), MATRICES)
 def test_layers_of_a_stack_are_those_of_single_layers(
     dims: str, axis: int, shape: tuple[int, ...], format_: Format
 ) -> None:

@@ -12,6 +12,7 @@ from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from tests.model import numpy_gemma2 as formulas
 from tests.model.models import vivid
+from tests.parameters import mostly_thorough
 
 TOKENS = jax.random.randint(jax.random.key(5), (2, 20), 0, 97)
 
@@ -25,7 +26,7 @@ def logits_by_formula(model: Gemma2, tokens, positions=None, segment_ids=None) -
     return np.stack([formulas.forward(model.config, model.params(), *row) for row in rows])
 
 
-@pytest.mark.parametrize(
+@mostly_thorough(
     "change",
     [
         {},
@@ -117,7 +118,7 @@ def test_how_it_is_executed_changes_nothing(toy_model, plain, remat, unroll_laye
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "splash"])
+@mostly_thorough("kernel", ["reference", "splash"])
 def test_which_kernel_attends_changes_nothing(toy_model, plain, kernel):
     """Within the scan, with layers recomputed."""
     compute = ComputeConfig(remat="full", attention=AttentionConfig(kernel))

@@ -12,6 +12,7 @@ from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens, resize_rows
 from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
+from tests.parameters import mostly_thorough
 
 TOKENS = np.arange(24).reshape(2, 12)
 
@@ -22,8 +23,8 @@ def padded(toy_config):
     return Gemma2.init(replace(toy_config, vocab_size=104, vocab_padding=8), jax.random.key(0))
 
 
-@pytest.mark.parametrize("rows", [96, 100, 104, 128])
-@pytest.mark.parametrize("mesh", [MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)], ids=["one", "eight"])
+@mostly_thorough("rows", [96, 100, 104, 128])
+@mostly_thorough("mesh", [MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)], ids=["one", "eight"])
 def test_resized(padded, rows, mesh):
     mesh = build_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
     shardings = jax.tree.map(

@@ -22,6 +22,7 @@ from gemma2_jax.objectives.targets import SparseTargets
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from tests.heads import student_and_teacher
 from tests.objectives.dense import value_and_gradients
+from tests.parameters import mostly_thorough
 from tests.programs import arrays
 
 D, D_TEACHER, V = 12, 20, 61
@@ -185,7 +186,7 @@ def test_with_the_vocabulary_split(name: str, mesh: MeshConfig) -> None:
         check(found(config, student, signal, targets, mask), expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["sum", "sparse"])
+@mostly_thorough("name", ["sum", "sparse"])
 def test_logits_are_never_gathered(name: str) -> None:
     """On a mesh that splits the vocabulary, no device computes anything over all of it."""
     student, teacher, targets, mask = heads(4, 9, padding=35)
@@ -211,7 +212,7 @@ def test_logits_are_never_gathered(name: str) -> None:
     assert "[96," not in text
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVES, "sparse"])
+@mostly_thorough("name", [*OBJECTIVES, "sparse"])
 def test_no_array_over_all_tokens_and_the_vocabulary(name: str) -> None:
     B, T, block_tokens = 4, 64, 32
     student, teacher, targets, mask = heads(B, T)

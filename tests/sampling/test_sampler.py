@@ -13,6 +13,7 @@ from gemma2_jax.sampling import sampler as sampler_module
 from gemma2_jax.sampling.choice import TokenChoice
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler, bucket
+from tests.parameters import mostly_thorough
 
 NEVER = (900, 901)  # as many stop tokens as there are by default, so that no test compiles for fewer
 GREEDY = SamplingConfig(max_new_tokens=55, temperature=0.0, stop_tokens=NEVER)
@@ -41,7 +42,7 @@ def test_greedy_tokens_are_those_of_the_full_forward(model, greedy):
         assert np.argmax(logits, axis=-1)[:55].tolist() == new
 
 
-@pytest.mark.parametrize(
+@mostly_thorough(
     "choice",
     [
         TokenChoice(0.0),

@@ -12,6 +12,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.model.weights import Weight, init_params, weight_specs
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.optimizer import build_optimizer, learning_rate_schedule
+from tests.parameters import mostly_thorough
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def orthogonalised(matrix: np.ndarray) -> np.ndarray:
     return x
 
 
-@pytest.mark.parametrize(
+@mostly_thorough(
     ("dims", "shape", "fan_in", "rows"),
     [
         ("PDNH", (2, 8, 3, 4), "D", 8),

@@ -28,6 +28,7 @@ from gemma2_jax.sharding.mesh import AXES, MeshConfig, build_mesh
 from gemma2_jax.training.optimizer import build_optimizer
 from gemma2_jax.training.state import TrainState
 from tests.heads import student_and_teacher
+from tests.parameters import mostly_thorough
 from tests.programs import arrays
 from tests.steps import prepared, take_steps
 
@@ -339,8 +340,8 @@ def test_a_schedule_compiles_nothing_again(run: RunConfig, batches: list[Batch])
     assert int(state.step) == 3
 
 
-@pytest.mark.parametrize("break_in", ["loss", "gradients"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@mostly_thorough("break_in", ["loss", "gradients"])
+@mostly_thorough("accumulation", [1, 2])
 def test_a_step_that_is_not_finite_leaves_the_state(
     run: RunConfig, batches: list[Batch], break_in: str, accumulation: int
 ) -> None:
