@@ -22,7 +22,8 @@ from gemma2_jax.distill.cache.encoding import EncodingConfig
 from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
-from gemma2_jax.formats.load import load
+from gemma2_jax.formats.convert import convert
+from gemma2_jax.formats.load import load, load_params, open_source
 from gemma2_jax.formats.metadata import Metadata, load_metadata
 from gemma2_jax.methods import distillation
 from gemma2_jax.methods.choose import build_method
@@ -37,6 +38,7 @@ from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
 from gemma2_jax.training.teacher_cache import write_cache
 from tests.distill.test_cache import write_teacher
+from tests.formats.test_deepmind import save, theirs
 from tests.model.models import vivid
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -121,6 +123,30 @@ def test_fine_tuning_starts_from_a_checkpoint(base: RunConfig, tuned: RunConfig,
         < validation["targets"]
         <= sum(part["validation"]["lengths"]["loss_tokens"] for part in lengths if part["validation"])
     )
+
+
+@pytest.mark.thorough
+def test_fine_tuning_starts_from_deepminds_checkpoint(
+    base: RunConfig, tuned: RunConfig, tmp_path: Path
+) -> None:
+    """The losses are those of the same weights in a converted folder."""
+    params = load_params(open_source(base.output), base.model, "float32")
+    given, converted = tmp_path / "deepmind", tmp_path / "converted"
+    save(given, theirs(params, base.model, transposed=False, flat=True))
+    shutil.copy(Path(base.output) / "tokenizer.model", given)
+    convert(given, converted, "run", dtype="float32")
+    # DeepMind's files do not hold the window.
+    config = replace(
+        tuned,
+        model=replace(tuned.model, sliding_window=4096),
+        training=replace(tuned.training, steps=2, eval_every=2),
+    )
+    losses = {}
+    for source in (given, converted):
+        output = f"{source}_tuned"
+        train(replace(config, output=output, initialise=InitConfig(str(source))))
+        losses[source] = [row["cross_entropy"] for row in read_metrics(output)]
+    assert losses[given] == losses[converted]
 
 
 def test_the_run_folder_of_a_base_model_gets_the_turn_token(
