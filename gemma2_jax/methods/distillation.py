@@ -23,13 +23,14 @@ from gemma2_jax.distill.matching import match_sums
 from gemma2_jax.distill.teacher import abstract_teacher, as_teacher, load_teacher, teacher_config
 from gemma2_jax.distill.teacher_record import TeacherRecord, check_same_teacher
 from gemma2_jax.formats.identity import model_identity
-from gemma2_jax.kernels.lm_head import LMHead, lm_head_sums
+from gemma2_jax.kernels.lm_head import LMHead
 from gemma2_jax.methods.language_modelling import (
     MODEL,
     LanguageModelling,
     Layers,
     evaluation_sums,
     head_and_layers,
+    loss_sums,
 )
 from gemma2_jax.methods.method import Frozen, Trainable
 from gemma2_jax.model.adaptation import Adaptation
@@ -173,15 +174,8 @@ class Distillation(LanguageModelling):
         heads = {MODEL: head}
         if teacher is not None and self.config.objective.needs_teacher:
             heads[TEACHER] = teacher
-        with jax.named_scope("loss"):
-            total, metrics = lm_head_sums(
-                self.terms,
-                heads,
-                {"targets": batch.targets, **batch.extra},
-                batch.loss_mask,
-                self.config.objective.block_tokens,
-                self.coefficients(step),
-            )
+        block_tokens = self.config.objective.block_tokens
+        total, metrics = loss_sums(self.terms, heads, batch, block_tokens, self.coefficients(step))
         matched, distances = self.match_loss(trainable, layers, teacher_layers, batch)
         total += matched
         return total, {"loss": total, **metrics, **distances, "targets": jnp.sum(batch.loss_mask)}

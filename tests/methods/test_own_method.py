@@ -14,8 +14,7 @@ from gemma2_jax.checkpoints.store import latest_step, load_model
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import validation_batches
-from gemma2_jax.kernels.lm_head import lm_head_sums
-from gemma2_jax.methods.language_modelling import LanguageModelling, evaluation_sums
+from gemma2_jax.methods.language_modelling import LanguageModelling, evaluation_sums, loss_sums
 from gemma2_jax.methods.method import Frozen, Trainable
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Weight
@@ -43,19 +42,15 @@ class TokenAfterNext(LanguageModelling):
         self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
         head, shifted = self._parts(trainable, frozen, batch, step)
-        total, metrics = lm_head_sums(
-            self.terms,
-            {"student": head},
-            {"targets": shifted.targets},
-            shifted.loss_mask,
-            self.config.objective.block_tokens,
-            self.coefficients(step),
+        block_tokens = self.config.objective.block_tokens
+        total, metrics = loss_sums(
+            self.terms, {"model": head}, shifted, block_tokens, self.coefficients(step)
         )
         return total, {"loss": total, **metrics, "targets": jnp.sum(shifted.loss_mask)}
 
     def evaluate(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> dict[str, Any]:
         head, shifted = self._parts(trainable, frozen, batch, None)
-        return evaluation_sums({"student": head}, shifted, self.config.objective.block_tokens)
+        return evaluation_sums({"model": head}, shifted, self.config.objective.block_tokens)
 
     def _parts(self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array | None) -> Any:
         head, _ = self.forward(trainable, frozen, batch, step)
