@@ -1,5 +1,8 @@
 """Selects the training method for a configuration."""
 
+from pathlib import Path
+
+from gemma2_jax.config import UserError
 from gemma2_jax.methods.distillation import Distillation
 from gemma2_jax.methods.language_modelling import LanguageModelling
 from gemma2_jax.methods.on_policy import OnPolicyDistillation
@@ -21,3 +24,13 @@ def build_method(config: RunConfig, adaptation: Adaptation | None = None) -> Lan
     if config.distill.has_teacher:
         return Distillation(config, adaptation)
     return LanguageModelling(config, adaptation)
+
+
+def check_sizes(config: RunConfig) -> None:
+    """Raises UserError if the sizes of the method's frozen models are in a checkpoint that is not on this machine."""
+    teacher = config.distill.teacher
+    if teacher is not None and config.distill.model is None and not Path(teacher).exists():
+        raise UserError(
+            f"distill.teacher is {teacher}, which does not exist on this machine; give the teacher's sizes in "
+            "distill.model, as `- /model@distill.model: gemma2_9b` does in an experiment."
+        )

@@ -6,6 +6,7 @@ The teacher's forward pass runs within the student's step, or its sparse targets
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from gemma2_jax.methods.language_modelling import (
     head_and_layers,
     loss_sums,
 )
-from gemma2_jax.methods.method import Frozen, Trainable
+from gemma2_jax.methods.method import Frozen, FrozenModel, Trainable
 from gemma2_jax.model.adaptation import Adaptation
 from gemma2_jax.model.capture import Capture
 from gemma2_jax.model.counts import count_parameters
@@ -73,6 +74,16 @@ class Distillation(LanguageModelling):
         self._manifest: CacheManifest | None = None
         if distill.cache is not None:
             self.validation_only = (TEACHER,)
+        if self.teacher is not None:
+            self.frozen_models = {
+                TEACHER: FrozenModel(
+                    config=self.teacher,
+                    dtype=distill.dtype,
+                    dtype_key="distill.dtype",
+                    has_own_layout=distill.layout is not None,
+                    laid_out=partial(as_teacher, distill),
+                )
+            }
         online = self.teacher if distill.cache is None else None
         self.flops_per_token = self.training_flops(online)
         self._teacher_compute = replace(config.compute, dtype=distill.dtype, remat="none")

@@ -13,7 +13,7 @@ from gemma2_jax.data.batch import Batch, abstract_batch
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.kernels.lm_head import LMHead, TokenLoss, lm_head_sums
-from gemma2_jax.methods.method import BASE, PARAMS, Frozen, Record, Trainable
+from gemma2_jax.methods.method import BASE, PARAMS, Frozen, FrozenModel, Record, Trainable
 from gemma2_jax.model.adaptation import Adaptation, build_adaptation
 from gemma2_jax.model.capture import Capture, CapturedLayer, forward
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
@@ -40,6 +40,7 @@ class LanguageModelling:
         coefficients: function from a step to the coefficients of the loss terms.
     """
 
+    frozen_models: Mapping[str, FrozenModel] = {}
     validation_only: Sequence[str] = ()
     capture: Capture | None = None
 

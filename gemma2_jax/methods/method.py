@@ -1,6 +1,8 @@
 """The protocol of a training method. Trainer, validation, checkpoints, metrics and `plan` depend only on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grain
@@ -10,6 +12,7 @@ from jax.sharding import Mesh
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.model.adaptation import Adaptation
+from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.run import RunConfig
 
 PARAMS = "params"  # name of the model's trained tree
@@ -21,6 +24,25 @@ Trainable = Mapping[str, Any]
 Frozen = Mapping[str, Any]
 # Float32 scalars by name: metrics summed over the targets of a batch, and `targets`, the number of targets.
 Sums = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A frozen model whose forward pass a method runs, such as a teacher.
+
+    Attributes:
+        config: its sizes.
+        dtype: dtype of its weights and activations.
+        dtype_key: the key that sets the dtype.
+        has_own_layout: whether it has another layout than the trained model.
+        laid_out: returns a context that applies its layout to everything traced inside.
+    """
+
+    config: ModelConfig
+    dtype: str
+    dtype_key: str
+    has_own_layout: bool
+    laid_out: Callable[[], AbstractContextManager[None]]
 
 
 class Record(Protocol):
@@ -43,6 +65,10 @@ class Method(Protocol):
     @property
     def specs(self) -> Mapping[str, Any]:
         """Specs of the trained trees, by name; `params` is the model's."""
+
+    @property
+    def frozen_models(self) -> Mapping[str, FrozenModel]:
+        """The models among the frozen trees, except `BASE`, by name."""
 
     @property
     def validation_only(self) -> Sequence[str]:

@@ -39,6 +39,7 @@ class Students:
         self._distilled = [member for member in members.values() if isinstance(member, Distillation)]
         self._first = self._distilled[0]  # loads the teacher and the data, which all of them share
         self.specs = {name: member.specs for name, member in members.items()}
+        self.frozen_models = self._first.frozen_models
         self.validation_only: Sequence[str] = self._first.validation_only
         self._capture = join_captures(member.teacher_capture for member in self._distilled)
         self._block_tokens = min(member.config.objective.block_tokens for member in members.values())
