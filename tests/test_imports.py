@@ -128,6 +128,16 @@ def test_only_one_file_imports_hydra():
     assert knowing == {"cli/compose.py", "cli/hydra_private.py"}
 
 
+def test_training_asks_the_method_about_teachers():
+    importing = {
+        path.name
+        for path in FILES
+        if path.parent.name == "training"
+        and any(module.startswith("gemma2_jax.distill.teacher") for module in imports(path.read_text()))
+    }
+    assert importing == {"teacher_cache.py"}
+
+
 def test_the_check_sees_what_it_should():
     assert violations("model", "from gemma2_jax.training.loop import train") == ["gemma2_jax.training.loop"]
     assert violations("studies", "def f():\n    from gemma2_jax import cli") == ["gemma2_jax.cli"]

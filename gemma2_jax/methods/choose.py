@@ -10,8 +10,15 @@ from gemma2_jax.model.adaptation import Adaptation
 from gemma2_jax.run import RunConfig
 
 
+def method_class(config: RunConfig) -> type[LanguageModelling]:
+    """Returns language modelling without a teacher, else distillation, on-policy if `distill.on_policy` is set."""
+    if config.distill.on_policy is not None:
+        return OnPolicyDistillation
+    return Distillation if config.distill.has_teacher else LanguageModelling
+
+
 def build_method(config: RunConfig, adaptation: Adaptation | None = None) -> LanguageModelling:
-    """Returns language modelling without a teacher, else distillation, on-policy if `distill.on_policy` is set.
+    """Returns the method that a configuration selects (`method_class`).
 
     Args:
         adaptation: the one that the configuration selects by default.
@@ -19,11 +26,7 @@ def build_method(config: RunConfig, adaptation: Adaptation | None = None) -> Lan
     Raises:
         UserError: the teacher's sizes are unknown or do not match the student's.
     """
-    if config.distill.on_policy is not None:
-        return OnPolicyDistillation(config, adaptation)
-    if config.distill.has_teacher:
-        return Distillation(config, adaptation)
-    return LanguageModelling(config, adaptation)
+    return method_class(config)(config, adaptation)
 
 
 def check_sizes(config: RunConfig) -> None:

@@ -22,7 +22,12 @@ from gemma2_jax.distill.cache.manifest import CacheManifest, find_cache
 from gemma2_jax.distill.cache.reader import cached_batches, check_cache
 from gemma2_jax.distill.matching import match_sums
 from gemma2_jax.distill.teacher import abstract_teacher, as_teacher, load_teacher, teacher_config
-from gemma2_jax.distill.teacher_record import TeacherRecord, check_same_teacher
+from gemma2_jax.distill.teacher_record import (
+    TEACHER_FILE,
+    TeacherRecord,
+    check_same_teacher,
+    read_teacher_record,
+)
 from gemma2_jax.formats.identity import model_identity
 from gemma2_jax.kernels.lm_head import LMHead
 from gemma2_jax.methods.language_modelling import (
@@ -33,7 +38,7 @@ from gemma2_jax.methods.language_modelling import (
     head_and_layers,
     loss_sums,
 )
-from gemma2_jax.methods.method import Frozen, FrozenModel, Trainable
+from gemma2_jax.methods.method import Frozen, FrozenModel, RecordFile, Trainable
 from gemma2_jax.model.adaptation import Adaptation
 from gemma2_jax.model.capture import Capture
 from gemma2_jax.model.counts import count_parameters
@@ -44,6 +49,15 @@ from gemma2_jax.schedule import ScheduleConfig
 TEACHER = "teacher"  # name of the teacher among the frozen trees, and of its logits in the objective
 TARGETS = "teacher_targets"  # name of a batch's teacher targets, which come from a cache
 MATCHING = "matching"  # name of the trained tree of projections
+
+
+def _free_keys(config: RunConfig) -> set[str]:
+    """The keys that select what the teacher's record in the run folder identifies (`RecordFile`)."""
+    record = read_teacher_record(config.output)
+    if record is None or not record.is_comparable:
+        return set()
+    is_cached = record.encoding is not None and config.distill.cache is not None
+    return {"distill.teacher", *(("distill.cache", "distill.encoding", "distill.dtype") if is_cached else ())}
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,13 @@ class Distillation(LanguageModelling):
     Attributes:
         teacher: sizes of the teacher; None for training from a cache alone.
     """
+
+    record_file = RecordFile(
+        TEACHER_FILE,
+        "which identifies the teacher that the run was distilled from",
+        frozenset({"distill.teacher", "distill.cache"}),
+        _free_keys,
+    )
 
     def __init__(self, config: RunConfig, adaptation: Adaptation | None = None) -> None:
         super().__init__(config, adaptation)

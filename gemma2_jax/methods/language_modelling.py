@@ -13,7 +13,7 @@ from gemma2_jax.data.batch import Batch, abstract_batch
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.kernels.lm_head import LMHead, TokenLoss, lm_head_sums
-from gemma2_jax.methods.method import BASE, PARAMS, Frozen, FrozenModel, Record, Trainable
+from gemma2_jax.methods.method import BASE, PARAMS, Frozen, FrozenModel, Record, RecordFile, Trainable
 from gemma2_jax.model.adaptation import Adaptation, build_adaptation
 from gemma2_jax.model.capture import Capture, CapturedLayer, forward
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
@@ -35,11 +35,13 @@ class LanguageModelling:
         adaptation: the one that the configuration selects by default.
 
     Attributes:
+        record_file: the file of its `record`; None without one.
         capture: layers that the loss needs in addition to the final hidden states; None for none.
         terms: function that computes the loss of each token from its logits.
         coefficients: function from a step to the coefficients of the loss terms.
     """
 
+    record_file: RecordFile | None = None
     frozen_models: Mapping[str, FrozenModel] = {}
     validation_only: Sequence[str] = ()
     capture: Capture | None = None

@@ -45,6 +45,24 @@ class FrozenModel:
     laid_out: Callable[[], AbstractContextManager[None]]
 
 
+@dataclass(frozen=True)
+class RecordFile:
+    """The file that a `Record` is in a run folder.
+
+    Attributes:
+        name: name of the file.
+        purpose: what it is, as the rest of a sentence that begins with its name.
+        sources: keys of the places that the identified trees come from.
+        free_keys: returns, for a configuration, the keys that a resumed run may change, since `Record.check` compares
+            what they select by its contents.
+    """
+
+    name: str
+    purpose: str
+    sources: frozenset[str]
+    free_keys: Callable[[RunConfig], set[str]]
+
+
 class Record(Protocol):
     """Identifies the frozen trees that runs are trained with, such as a teacher, in their folders."""
 
