@@ -5,6 +5,7 @@ from pathlib import Path
 from gemma2_jax.config import UserError
 from gemma2_jax.methods.distillation import Distillation
 from gemma2_jax.methods.language_modelling import LanguageModelling
+from gemma2_jax.methods.method import Method
 from gemma2_jax.methods.on_policy import OnPolicyDistillation
 from gemma2_jax.model.adaptation import Adaptation
 from gemma2_jax.run import RunConfig
@@ -27,6 +28,11 @@ def build_method(config: RunConfig, adaptation: Adaptation | None = None) -> Lan
         UserError: the teacher's sizes are unknown or do not match the student's.
     """
     return method_class(config)(config, adaptation)
+
+
+def own_name(config: RunConfig, method: Method | None) -> str | None:
+    """Returns the name of a method that `config` does not select, by which run folders identify it; else None."""
+    return None if method is None or type(method) is method_class(config) else type(method).__qualname__
 
 
 def check_sizes(config: RunConfig) -> None:

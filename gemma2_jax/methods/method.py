@@ -152,6 +152,10 @@ class ModelMethod(Method, Protocol):
     """A method that trains one model, whose initial weights are those of the run."""
 
     @property
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+
+    @property
     def adaptation(self) -> Adaptation:
         """Defines which of the model's weights are trained."""
 

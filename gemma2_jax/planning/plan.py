@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gemma2_jax.methods.method import PARAMS, Method
+from gemma2_jax.methods.method import PARAMS, Method, ModelMethod
 from gemma2_jax.model.counts import count_parameters, count_weights
 from gemma2_jax.planning.count import ProgramCost, count
 from gemma2_jax.planning.hlo import read_program
@@ -16,7 +16,7 @@ from gemma2_jax.planning.program import Program, compile_step, device_bytes, mod
 from gemma2_jax.planning.roofline import Bounds, bounds, kernel_flops, share_of_peak
 from gemma2_jax.planning.topologies import Topology, find_topology
 from gemma2_jax.run import RunConfig
-from gemma2_jax.training.start import with_prepared_vocabulary
+from gemma2_jax.training.start import check_built_from, with_prepared_vocabulary
 
 FLOPS_SOURCE = (
     "6 a weight and token (4 a frozen weight), attention by visible pairs, a teacher's forward pass; without "
@@ -132,7 +132,7 @@ class Plan:
         }
 
 
-def plan(config: RunConfig, topology: str = "cpu:1", method: Method | None = None) -> Plan:
+def plan(config: RunConfig, topology: str = "cpu:1", method: ModelMethod | None = None) -> Plan:
     """Plans a training step on devices that need not be present: its memory, communication and minimum time.
 
     Needs no data. If `data.folder` was prepared with a lowered vocabulary, the plan uses it, as training does.
@@ -142,8 +142,11 @@ def plan(config: RunConfig, topology: str = "cpu:1", method: Method | None = Non
         method: training method; by default the one that the configuration selects.
 
     Raises:
-        UserError: the topology is unknown, a package for it is missing, or `compile_step` raises.
+        UserError: the topology is unknown, a package for it is missing, the method was built from another
+            configuration, or `compile_step` raises.
     """
+    if method is not None:
+        check_built_from(method, config)
     return make_plan([with_prepared_vocabulary(config)], find_topology(topology), method)
 
 

@@ -32,10 +32,12 @@ from gemma2_jax.training.resume import check_same_run
 from gemma2_jax.training.run_folder import Folder, RunFolder
 from gemma2_jax.training.start import (
     check_batch,
+    check_built_from,
     check_data,
     check_run_folder,
     check_same_data,
     check_same_inputs,
+    check_same_method,
     checked_base,
     data_identity,
     is_changed,
@@ -58,11 +60,13 @@ def train(config: RunConfig, method: ModelMethod | None = None) -> None:
         method: training method; the one that the configuration selects by default (`build_method`).
 
     Raises:
-        UserError: data, teacher, mesh or checkpoint do not fit the configuration, or the loss is not finite.
+        UserError: data, teacher, mesh, checkpoint or method do not fit the configuration, or the loss is not finite.
     """
+    if method is not None:
+        check_built_from(method, config)
     (config,) = prepare_configs([config])
     with stops.resuming(partial(resume_message, [config])):
-        check_existing_run(config)
+        check_existing_run(config, method)
         if is_done(config):
             check_inputs_of_finished(config)
             return
@@ -85,10 +89,15 @@ def prepare_configs(configs: Sequence[RunConfig]) -> list[RunConfig]:
     return configs
 
 
-def check_existing_run(config: RunConfig) -> None:
-    """Raises UserError if the run folder holds another run, or a run on other data."""
+def check_existing_run(config: RunConfig, method: ModelMethod | None = None) -> None:
+    """Raises UserError if the run folder holds another run, or a run on other data.
+
+    Args:
+        method: the run's method; None for the one that its configuration selects.
+    """
     check_run_folder(config)
     check_same_run(config)
+    check_same_method(config, method)
     check_same_data(config.output, config.data)
 
 

@@ -15,6 +15,7 @@ from gemma2_jax.checkpoints.store import (
     checkpoint_steps,
     find,
     latest_step,
+    saved_method,
 )
 from gemma2_jax.config import UserError, differences, load_config, read_json, read_yaml, save_config, to_dict
 from gemma2_jax.data.config import DataConfig
@@ -27,7 +28,9 @@ from gemma2_jax.formats.base_record import BASE_FILE, BaseRecord, check_same_bas
 from gemma2_jax.formats.identity import source_identity
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.formats.source import files_below
-from gemma2_jax.methods.choose import method_class
+from gemma2_jax.messages import written
+from gemma2_jax.methods.choose import method_class, own_name
+from gemma2_jax.methods.method import ModelMethod
 from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.model.weights import dim_sizes
 from gemma2_jax.processes.sharing import check_same_files
@@ -121,6 +124,37 @@ def _needed_files(config: RunConfig) -> dict[str, str]:
     if config.adaptation.has_base:
         found[BASE_FILE] = "which identifies the base model that the run was trained on"
     return found
+
+
+def check_built_from(method: ModelMethod, config: RunConfig) -> None:
+    """Raises UserError if a method was built from another configuration, or for more tokens than the data supports."""
+    for key, built, now in differences(to_dict(method.config), to_dict(config)):
+        raise UserError(
+            f"the method was built from a configuration with {key}={written(built)}, but the run has "
+            f"{key}={written(now)}; build it from the run's, as in "
+            f"g2.train(config, {type(method).__name__}(config))."
+        )
+    tokens = with_prepared_vocabulary(config).tokenizer.vocab_size
+    if tokens != config.tokenizer.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size is {config.tokenizer.vocab_size}, but the text in data.folder "
+            f"{config.data.folder} supports at most {tokens}; set it to {tokens} before you build the method."
+        )
+
+
+def check_same_method(config: RunConfig, method: ModelMethod | None) -> None:
+    """Raises UserError if a run was begun with another method; None stands for the one that `config` selects."""
+    now = own_name(config, method)
+    begun = saved_method(config.output, now)
+    if begun != now:
+        one, other = (
+            "the method that its configuration selects" if name is None else f"the method {name}"
+            for name in (begun, now)
+        )
+        raise UserError(
+            f"{config.output} was trained with {one}, but this run has {other}; give g2.train the former, choose "
+            f"another output, or delete {config.output} to train again."
+        )
 
 
 def _missing(path: Path, purpose: str) -> UserError:
