@@ -152,8 +152,8 @@ def check_same_method(config: RunConfig, method: ModelMethod | None) -> None:
             for name in (begun, now)
         )
         raise UserError(
-            f"{config.output} was trained with {one}, but this run has {other}; give g2.train the former, choose "
-            f"another output, or delete {config.output} to train again."
+            f"{config.output} was trained with {one}, but this run has {other}; give g2.train the same method, "
+            f"choose another output, or delete {config.output} to train again."
         )
 
 

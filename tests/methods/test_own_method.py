@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_method_is_refused(trained: RunConfig, tmp_path:
             train(own, method)
         assert str(refused.value) == (
             f"{own.output} was trained with the method TokenAfterNext, but this run has {name}; give g2.train the "
-            f"former, choose another output, or delete {own.output} to train again."
+            f"same method, choose another output, or delete {own.output} to train again."
         )
     forget_method(own)
     with pytest.raises(UserError) as error:
