@@ -13,7 +13,7 @@ def student_and_teacher(
 ) -> tuple[dict[str, LMHead], dict[str, Any]]:
     """Heads and per-token arrays. The teacher is an LM head, sparse targets or None."""
     if isinstance(teacher, LMHead):
-        return {"student": student, "teacher": replace(teacher, trained=False)}, {"targets": targets}
+        return {"model": student, "teacher": replace(teacher, trained=False)}, {"targets": targets}
     if teacher is None:
-        return {"student": student}, {"targets": targets}
-    return {"student": student}, {"targets": targets, "teacher_targets": teacher}
+        return {"model": student}, {"targets": targets}
+    return {"model": student}, {"targets": targets, "teacher_targets": teacher}

@@ -65,7 +65,7 @@ ALLOWED["methods"] = set(ALLOWED) - BOTTOM
 ALLOWED["training"] = set(ALLOWED) - BOTTOM
 ALLOWED["evaluation"] = ALLOWED["training"] | {"training"}
 ALLOWED["studies"] = ALLOWED["evaluation"] | {"evaluation"}
-ALLOWED["planning"] = ALLOWED["training"] | {"training"}
+ALLOWED["planning"] = ALLOWED["training"] | {"training"} - {"distill"}  # it asks the method about teachers
 ALLOWED["launching"] = {"run", "training"}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED["cli"] = ALLOWED["studies"] | {"studies", "planning", "launching"}
@@ -126,6 +126,16 @@ def test_only_one_file_imports_hydra():
         )
     }
     assert knowing == {"cli/compose.py", "cli/hydra_private.py"}
+
+
+def test_training_asks_the_method_about_teachers():
+    importing = {
+        path.name
+        for path in FILES
+        if path.parent.name == "training"
+        and any(module.startswith("gemma2_jax.distill.teacher") for module in imports(path.read_text()))
+    }
+    assert importing == {"teacher_cache.py"}
 
 
 def test_the_check_sees_what_it_should():

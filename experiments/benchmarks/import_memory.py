@@ -75,9 +75,10 @@ def sizes(name: str, shrink: int) -> ModelConfig:
     return replace(config, vocab_size=config.vocab_size // shrink, d_ff=config.d_ff // shrink, num_layers=4)
 
 
-def main() -> None:
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options that choose the sizes, and `--write`, for the child process that writes the weights."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="gemma2_2b", help="a name in configs/model")
     parser.add_argument(
@@ -87,8 +88,13 @@ def main() -> None:
         metavar="N",
         help="divide vocabulary and feed-forward width by N and use 4 layers, to try the script",
     )
-    # Options for the child processes. A child's peak memory includes its parent's, so the parent only waits.
+    # A child's peak memory includes its parent's, so the parent only waits.
     parser.add_argument("--write", metavar="FOLDER", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("--read", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.write:

@@ -70,7 +70,7 @@ def loss_and_gradient(objective: str, block_tokens: int | None) -> Callable[...,
     def total(
         hidden: Any, embedding: Any, teacher_hidden: Any, teacher_embedding: Any, targets: Any, mask: Any
     ) -> jax.Array:
-        heads = {"student": LMHead(hidden, embedding, CAP, PADDING)}
+        heads = {"model": LMHead(hidden, embedding, CAP, PADDING)}
         if config.needs_teacher:
             heads["teacher"] = LMHead(teacher_hidden, teacher_embedding, CAP, PADDING, trained=False)
         coefficients = build_coefficients(config, steps=1)(0)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from import_memory import sizes, write  # type: ignore[import-not-found]  # the script beside this one
+from import_memory import parser_of, sizes, write  # type: ignore[import-not-found]  # the script beside this one
 from sentencepiece import sentencepiece_model_pb2
 
 from gemma2_jax.formats.merge import merge
@@ -54,19 +54,7 @@ def measure(folder: Path, method: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="gemma2_2b", help="a name in configs/model")
-    parser.add_argument(
-        "--shrink",
-        type=int,
-        default=1,
-        metavar="N",
-        help="divide vocabulary and feed-forward width by N and use 4 layers, to try the script",
-    )
-    # Options for the child processes. A child's peak memory includes its parent's, so the parent only waits.
-    parser.add_argument("--write", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser = parser_of(__doc__)
     parser.add_argument("--merge", nargs=2, metavar=("FOLDER", "METHOD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.write:

@@ -22,7 +22,7 @@ from gemma2_jax.machine import cores
 
 MANIFEST = "manifest.json"
 ANNOUNCED = {"manifest": MANIFEST}  # in the metadata of a checkpoint that was written with a manifest
-_METADATA = (
+METADATA = (
     "_CHECKPOINT_METADATA"  # Orbax's, of the whole checkpoint; rewritten when the checkpoint is renamed
 )
 _FORMAT = 1
@@ -116,7 +116,7 @@ def _had_manifest(checkpoint: Path) -> bool:
 def _orbax_metadata(checkpoint: Path) -> dict[str, Any]:
     """Returns Orbax's metadata of the whole checkpoint; empty if its file is missing or damaged."""
     try:
-        found = json.loads((checkpoint / _METADATA).read_text(encoding="utf-8"))
+        found = json.loads((checkpoint / METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -126,7 +126,7 @@ def _missing_without_manifest(checkpoint: Path, tree: str | None) -> str | None:
     """Like `missing`, for a checkpoint that was written without a manifest or a tree that was copied alone."""
     trees = [tree] if tree is not None else list(_orbax_metadata(checkpoint).get("item_handlers") or ())
     if not trees:
-        return f"{_METADATA} is missing, truncated or empty"
+        return f"{METADATA} is missing, truncated or empty"
     for name in trees:
         folder = checkpoint / name
         # The iterator's state has one file per process and none of these files.

@@ -5,7 +5,7 @@
                           /averaged    the average of the parameters over the steps, if the run keeps one
                           /matching    other trees that a method trains, by name, with both of these, if any
                           /data        the data iterator's state, one file per process
-                          /_CHECKPOINT_METADATA   the resolved config, the step, and metrics not yet reported
+                          /_CHECKPOINT_METADATA   the resolved config, step, method, and metrics not yet reported
                           /manifest.json   sizes and checksums of all files, see `integrity.py`
 
 Orbax writes into a temporary folder and then renames it, so a checkpoint is either complete or absent. The manifest
@@ -15,13 +15,12 @@ shardings, so a checkpoint can be restored on another mesh.
 """
 
 import itertools
-import json
 import math
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,9 @@ from orbax.checkpoint import v1 as ocp
 
 from gemma2_jax.checkpoints.chunks import storage_options
 from gemma2_jax.checkpoints.failures import reading_checkpoint, writing_checkpoint
-from gemma2_jax.checkpoints.integrity import ANNOUNCED, changed, missing, write_checkpoint_manifest
+from gemma2_jax.checkpoints.integrity import changed, missing, write_checkpoint_manifest
 from gemma2_jax.checkpoints.iterator_state import iterator_state
+from gemma2_jax.checkpoints.metadata import Unreported, metadata_of, metadata_of_run, read_method
 from gemma2_jax.checkpoints.paths import check_path
 from gemma2_jax.checkpoints.trees import array_metadata, check_all_trees, check_trees, name_of
 from gemma2_jax.config import UserError, build, read_yaml
@@ -49,8 +49,6 @@ TOKENIZER_FILE = "tokenizer.model"  # a copy of its tokenizer
 PARAMS = "params"  # the tree that a model is read from
 AVERAGED = "averaged"  # the tree of its average over the steps of training
 _ITERATOR = "data"
-_METADATA = "_CHECKPOINT_METADATA"  # Orbax's name for the file
-_UNREPORTED = "unreported"
 _stores = itertools.count()
 
 
@@ -94,21 +92,6 @@ class FoundCheckpoint:
     skipped: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Unreported:
-    """Metrics that a run stopped between two rows of its metrics file has not reported yet.
-
-    Attributes:
-        rows: metrics of each step since the last row; the next row is their average.
-        seconds: time that these steps took.
-        evaluated: False if the evaluation due at the checkpoint's step was interrupted.
-    """
-
-    rows: Sequence[Mapping[str, float]] = ()
-    seconds: float = 0.0
-    evaluated: bool = True
-
-
 class CheckpointStore:
     """The checkpoints in one run folder. A context manager, which waits on exit until pending saves are written.
 
@@ -145,9 +128,15 @@ class CheckpointStore:
         trees: Mapping[str, Any],
         iterator: Any,
         config: Mapping[str, Any],
-        unreported: Unreported = Unreported(),
+        unreported: Unreported | None = None,
+        method: str | None = None,
     ) -> None:
-        """Starts saving; as soon as this returns, arrays may be donated and the iterator advanced."""
+        """Starts saving; as soon as this returns, arrays may be donated and the iterator advanced.
+
+        Args:
+            unreported: none by default.
+            method: as in `read_method`.
+        """
         if self._broken:
             self._set_aside()
         self.wait()  # for the previous save, whose step is in `_saving`
@@ -156,7 +145,7 @@ class CheckpointStore:
             step,
             {**trees, _ITERATOR: iterator},
             force=True,
-            custom_metadata={**_about(config), _UNREPORTED: asdict(unreported)},
+            custom_metadata=metadata_of_run(config, unreported or Unreported(), method),
         )
         self.latest_step = step
 
@@ -166,21 +155,6 @@ class CheckpointStore:
         if pending is not None:
             pending.result()  # which alone ends the response's thread
         self._checkpointer.wait()
-
-    def unreported(self, step: int) -> Unreported:
-        """Returns the `unreported` metrics that were saved with the step; empty for older checkpoints.
-
-        Raises:
-            UserError: the checkpoint's metadata cannot be read.
-        """
-        path = Path(self._checkpointer.directory) / str(step) / _METADATA
-        try:
-            custom = json.loads(path.read_text(encoding="utf-8"))["custom_metadata"]
-            return Unreported(**custom.get(_UNREPORTED, {}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{path} cannot be read; delete {path.parent} to resume from the previous checkpoint."
-            ) from None
 
     def restore(self, step: int, abstract_trees: Mapping[str, Any], iterator: Any) -> dict[str, Any]:
         """Returns the trees saved at `step`, with the abstract trees' dtypes and shardings; restores `iterator`.
@@ -221,6 +195,12 @@ def latest_step(run_folder: str | Path, tree: str | None = None) -> int | None:
     """Returns the step of a run's newest intact checkpoint, or newest with an intact `tree`; None if there is none."""
     folder = Path(run_folder) / FOLDER
     return next((step for step in _steps(folder) if missing(folder / str(step), tree) is None), None)
+
+
+def saved_method(run_folder: str | Path, default: str | None) -> str | None:
+    """Returns `read_method` of a run's newest intact checkpoint; `default` if there is none."""
+    step = latest_step(run_folder)
+    return default if step is None else read_method(Path(run_folder) / FOLDER / str(step), default)
 
 
 def find(run_folder: str | Path, tree: str | None = None, contents: bool = True) -> FoundCheckpoint | None:
@@ -333,7 +313,7 @@ def save_params(run_folder: str | Path, params: Params, config: Mapping[str, Any
     folder = Path(run_folder).absolute() / FOLDER
     folder.mkdir(parents=True)
     with writing_checkpoint(folder), _checkpointer(folder, lambda: 0) as checkpointer:
-        checkpointer.save_checkpointables(0, {PARAMS: params}, custom_metadata=_about(config))
+        checkpointer.save_checkpointables(0, {PARAMS: params}, custom_metadata=metadata_of(config))
 
 
 def load_model_config(run_folder: str | Path) -> ModelConfig:
@@ -385,11 +365,6 @@ def _checkpointer(folder: Path, saving: Callable[[], int], **options: Any) -> oc
     context.async_options.post_finalization_callback = finish
     context.multiprocessing.barrier_sync_key_prefix = f"store{next(_stores)}"
     return ocp.training.Checkpointer(folder, context=context, **options)
-
-
-def _about(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the custom metadata that is stored in _CHECKPOINT_METADATA."""
-    return {"config": dict(config), **ANNOUNCED}
 
 
 def _steps(folder: Path) -> list[int]:

@@ -3,7 +3,7 @@
 import argparse
 
 from gemma2_jax.cli.conversion_bar import conversion_bar
-from gemma2_jax.cli.parsers import Verbs, add_verb
+from gemma2_jax.cli.parsers import Verbs, add_format, add_verb
 
 DESCRIPTION = """\
 Converts a checkpoint to another format, reads the result back, compares every weight, and only then moves the result to
@@ -33,16 +33,7 @@ def add_parser(verbs: Verbs) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="the checkpoint to read")
     add("target", metavar="TARGET", help="the file or folder to write; must not exist yet")
-    add(
-        "--to",
-        choices=("run", "huggingface", "gguf", "peft"),
-        help="the format of TARGET, instead of the default above",
-    )
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16", "q8_0", "q4_0"),
-        help="dtype of the weights in TARGET (default: as in SOURCE); q8_0 and q4_0 are for GGUF",
-    )
+    add_format(parser, ", instead of the default above", "default: as in SOURCE")
     add("--merge", action="store_true", help="write a complete model from an adapter and its base model")
     add("--base", metavar="RUN", help="an adapter's base model, instead of the one that the adapter names")
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, for a source that comes without one")

@@ -3,7 +3,7 @@
 import argparse
 
 from gemma2_jax.cli.conversion_bar import conversion_bar
-from gemma2_jax.cli.parsers import Verbs, add_verb
+from gemma2_jax.cli.parsers import Verbs, add_format, add_verb
 
 DESCRIPTION = """\
 Merges models of the same sizes and tokenizer into a new one, reads the result back, compares every weight, and only
@@ -20,6 +20,7 @@ then moves the result to TARGET. Tensors are read one at a time.
   gemma2 merge runs/code runs/law merged --method ties --base weights/2b-it --density 0.2
   gemma2 merge runs/tuned merged.gguf --method liti --base weights/2b-it --weights 0.7
   gemma2 merge runs/lora_a runs/lora_b adapter --method linear --to peft
+  gemma2 merge runs/seed0 runs/seed1 merged --method linear --averaged
 
 MODEL and BASE are checkpoints of any kind that `gemma2 convert` reads; a LoRA adapter counts as the complete model.
 TARGET becomes a Hugging Face folder, or GGUF if it ends in .gguf, unless --to chooses another format. Tokenizer, stop
@@ -41,16 +42,12 @@ def add_parser(verbs: Verbs) -> None:
     )
     add("--base", metavar="BASE", help="the checkpoint that the models were tuned from")
     add("--density", type=float, metavar="X", help="fraction of each difference that ties keeps (0.2)")
-    add(
-        "--to",
-        choices=("run", "huggingface", "gguf", "peft"),
-        help="the format of TARGET; peft merges LoRA adapters into one adapter",
+    add_format(
+        parser,
+        "; peft merges LoRA adapters into one adapter",
+        "that of the models, or float32 if they differ",
     )
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16", "q8_0", "q4_0"),
-        help="dtype of the weights in TARGET (that of the models, or float32 if they differ); q8_0, q4_0: GGUF",
-    )
+    add("--averaged", action="store_true", help="take each MODEL's average of the weights (training.ema)")
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, in place of those of all models")
 
 
@@ -68,6 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.to,
             arguments.dtype,
             arguments.tokenizer,
+            arguments.averaged,
             show,
         )
     models = " and ".join(arguments.models)

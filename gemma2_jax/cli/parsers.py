@@ -62,3 +62,15 @@ def add_config_dir(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a folder of your own with groups (DIR/model/NAME.yaml) and experiments (DIR/experiments/NAME.yaml)",
     )
+
+
+def add_format(parser: argparse.ArgumentParser, to: str, dtype: str) -> None:
+    """Adds the options --to and --dtype of a checkpoint to write; `to` and `dtype` complete their help."""
+    parser.add_argument(
+        "--to", choices=("run", "huggingface", "gguf", "peft"), help=f"the format of TARGET{to}"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "q8_0", "q4_0"),
+        help=f"dtype of the weights in TARGET ({dtype}); q8_0 and q4_0 are for GGUF",
+    )

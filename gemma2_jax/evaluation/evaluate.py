@@ -12,10 +12,12 @@ from gemma2_jax.checkpoints.store import (
     CONFIG_FILE,
     PARAMS,
     TOKENIZER_FILE,
+    checkpoint_steps,
     find_params,
+    load_model_config,
     read_params,
 )
-from gemma2_jax.config import load_config
+from gemma2_jax.config import UserError, load_config, read_yaml
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.data.tokenizer import Tokenizer
@@ -23,6 +25,7 @@ from gemma2_jax.distill.teacher import open_teacher
 from gemma2_jax.formats.adapter import read_adapter
 from gemma2_jax.formats.based import check_base
 from gemma2_jax.formats.load import adapted, load_params, model_of, open_source
+from gemma2_jax.formats.recognise import ADAPTER_CONFIG, enclosing_run
 from gemma2_jax.methods.distillation import TEACHER
 from gemma2_jax.methods.language_modelling import MODEL, evaluation_sums, head_and_layers
 from gemma2_jax.model.counts import count_parameters
@@ -74,10 +77,11 @@ def evaluate_run(
         averaged: whether to evaluate the run's average of the weights (`training.ema`).
 
     Raises:
-        UserError: a folder holds no checkpoint, the data is not what the run was trained on, or the teacher has
-            another vocabulary or tokenizer, or the adapter was trained on another base model.
+        UserError: `run_folder` is not a run folder, a folder holds no checkpoint, the data is not what the run was
+            trained on, the teacher has another vocabulary or tokenizer, or the adapter was trained on another base
+            model.
     """
-    config = load_config(RunConfig, Path(run_folder) / CONFIG_FILE)
+    config = _config_of(Path(run_folder))
     check_same_data(run_folder, config.data)
     tree = AVERAGED if averaged else PARAMS
     found = find_params(run_folder, tree)
@@ -117,3 +121,27 @@ def evaluate_run(
         entropy=metrics["entropy"],
         teacher_entropy=metrics.get("teacher_entropy"),
     )
+
+
+def _config_of(folder: Path) -> RunConfig:
+    """Returns the configuration of a run. Raises UserError if the folder is not a run's."""
+    file = folder / CONFIG_FILE
+    if file.is_file() and set(read_yaml(file)) != {"model"}:
+        return load_config(RunConfig, file)
+    if checkpoint_steps(folder) and not file.exists():
+        load_model_config(folder)  # raises
+    wanted = (
+        f"g2.evaluate_run needs a run folder of `gemma2 train`, whose {CONFIG_FILE} names the validation data"
+    )
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; {wanted}.")
+    found = "holds a converted model" if file.is_file() else f"has no {CONFIG_FILE}"
+    if (run := enclosing_run(folder)) is not None:
+        remedy = f"give {run}"
+    elif (folder / ADAPTER_CONFIG).is_file():
+        remedy = f"to measure this adapter, give its base model's run and adapter_folder={folder}"
+    else:
+        remedy = (
+            f"to measure a model's weights, train a run that starts from them (initialise.source={folder})"
+        )
+    raise UserError(f"{folder} {found}; {wanted}; {remedy}.")

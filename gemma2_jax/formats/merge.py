@@ -111,6 +111,7 @@ def merge(
     kind: str | None = None,
     dtype: str | None = None,
     tokenizer_path: str | Path | None = None,
+    averaged: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Conversion:
     """Merges models into a new one, tensor by tensor, and verifies the result.
@@ -128,6 +129,7 @@ def merge(
             folder, in the dtype of the models, or float32 if these differ. `peft` merges LoRA adapters of one base,
             with linear or task, into one adapter whose rank is the sum of theirs.
         tokenizer_path: SentencePiece model file to use in place of those of all models.
+        averaged: whether to take the average of the weights (`training.ema`) of each of `models`, which must be runs.
 
     Raises:
         UserError: an argument is invalid (raised before anything is downloaded); the models have different sizes or
@@ -137,7 +139,8 @@ def merge(
     weights = _checked(models, method, weights, base, density, is_adapter=kind == "peft")
 
     def open_merged() -> WeightSource:
-        sources = [open_source(path, tokenizer_path) for path in [*models, *([] if base is None else [base])]]
+        sources = [open_source(path, tokenizer_path, averaged=averaged) for path in models]
+        sources += [] if base is None else [open_source(base, tokenizer_path)]
         if kind == "peft":
             total = sum(weights) if method == "linear" else 1.0
             return merge_adapters(sources, [weight / total for weight in weights])

@@ -6,6 +6,7 @@ The teacher's forward pass runs within the student's step, or its sparse targets
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,23 @@ from gemma2_jax.distill.cache.manifest import CacheManifest, find_cache
 from gemma2_jax.distill.cache.reader import cached_batches, check_cache
 from gemma2_jax.distill.matching import match_sums
 from gemma2_jax.distill.teacher import abstract_teacher, as_teacher, load_teacher, teacher_config
-from gemma2_jax.distill.teacher_record import TeacherRecord, check_same_teacher
+from gemma2_jax.distill.teacher_record import (
+    TEACHER_FILE,
+    TeacherRecord,
+    check_same_teacher,
+    read_teacher_record,
+)
 from gemma2_jax.formats.identity import model_identity
-from gemma2_jax.kernels.lm_head import LMHead, lm_head_sums
+from gemma2_jax.kernels.lm_head import LMHead
 from gemma2_jax.methods.language_modelling import (
     MODEL,
     LanguageModelling,
     Layers,
     evaluation_sums,
     head_and_layers,
+    loss_sums,
 )
-from gemma2_jax.methods.method import Frozen, Trainable
+from gemma2_jax.methods.method import Frozen, FrozenModel, RecordFile, Trainable
 from gemma2_jax.model.adaptation import Adaptation
 from gemma2_jax.model.capture import Capture
 from gemma2_jax.model.counts import count_parameters
@@ -42,6 +49,15 @@ from gemma2_jax.schedule import ScheduleConfig
 TEACHER = "teacher"  # name of the teacher among the frozen trees, and of its logits in the objective
 TARGETS = "teacher_targets"  # name of a batch's teacher targets, which come from a cache
 MATCHING = "matching"  # name of the trained tree of projections
+
+
+def _free_keys(config: RunConfig) -> set[str]:
+    """The keys that select what the teacher's record in the run folder identifies (`RecordFile`)."""
+    record = read_teacher_record(config.output)
+    if record is None or not record.is_comparable:
+        return set()
+    is_cached = record.encoding is not None and config.distill.cache is not None
+    return {"distill.teacher", *(("distill.cache", "distill.encoding", "distill.dtype") if is_cached else ())}
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,13 @@ class Distillation(LanguageModelling):
         teacher: sizes of the teacher; None for training from a cache alone.
     """
 
+    record_file = RecordFile(
+        TEACHER_FILE,
+        "which identifies the teacher that the run was distilled from",
+        frozenset({"distill.teacher", "distill.cache"}),
+        _free_keys,
+    )
+
     def __init__(self, config: RunConfig, adaptation: Adaptation | None = None) -> None:
         super().__init__(config, adaptation)
         distill = config.distill
@@ -72,6 +95,16 @@ class Distillation(LanguageModelling):
         self._manifest: CacheManifest | None = None
         if distill.cache is not None:
             self.validation_only = (TEACHER,)
+        if self.teacher is not None:
+            self.frozen_models = {
+                TEACHER: FrozenModel(
+                    config=self.teacher,
+                    dtype=distill.dtype,
+                    dtype_key="distill.dtype",
+                    has_own_layout=distill.layout is not None,
+                    laid_out=partial(as_teacher, distill),
+                )
+            }
         online = self.teacher if distill.cache is None else None
         self.flops_per_token = self.training_flops(online)
         self._teacher_compute = replace(config.compute, dtype=distill.dtype, remat="none")
@@ -173,15 +206,8 @@ class Distillation(LanguageModelling):
         heads = {MODEL: head}
         if teacher is not None and self.config.objective.needs_teacher:
             heads[TEACHER] = teacher
-        with jax.named_scope("loss"):
-            total, metrics = lm_head_sums(
-                self.terms,
-                heads,
-                {"targets": batch.targets, **batch.extra},
-                batch.loss_mask,
-                self.config.objective.block_tokens,
-                self.coefficients(step),
-            )
+        block_tokens = self.config.objective.block_tokens
+        total, metrics = loss_sums(self.terms, heads, batch, block_tokens, self.coefficients(step))
         matched, distances = self.match_loss(trainable, layers, teacher_layers, batch)
         total += matched
         return total, {"loss": total, **metrics, **distances, "targets": jnp.sum(batch.loss_mask)}

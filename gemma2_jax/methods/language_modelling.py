@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from gemma2_jax.data.batch import Batch, abstract_batch
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.kernels.lm_head import LMHead, lm_head_sums
-from gemma2_jax.methods.method import BASE, PARAMS, Frozen, Record, Trainable
+from gemma2_jax.kernels.lm_head import LMHead, TokenLoss, lm_head_sums
+from gemma2_jax.methods.method import BASE, PARAMS, Frozen, FrozenModel, Record, RecordFile, Trainable
 from gemma2_jax.model.adaptation import Adaptation, build_adaptation
 from gemma2_jax.model.capture import Capture, CapturedLayer, forward
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
@@ -24,7 +24,7 @@ from gemma2_jax.model.weights import abstract_params, frozen_dtypes, key_of_path
 from gemma2_jax.objectives.objective import build_coefficients, evaluation_loss, token_loss
 from gemma2_jax.run import RunConfig
 
-MODEL = "student"  # the name of the trained model's logits in the objective
+MODEL = "model"  # the name of the trained model's logits in the objective
 Layers = Mapping[int, CapturedLayer]
 
 
@@ -35,11 +35,14 @@ class LanguageModelling:
         adaptation: the one that the configuration selects by default.
 
     Attributes:
+        record_file: the file of its `record`; None without one.
         capture: layers that the loss needs in addition to the final hidden states; None for none.
         terms: function that computes the loss of each token from its logits.
         coefficients: function from a step to the coefficients of the loss terms.
     """
 
+    record_file: RecordFile | None = None
+    frozen_models: Mapping[str, FrozenModel] = {}
     validation_only: Sequence[str] = ()
     capture: Capture | None = None
 
@@ -112,16 +115,9 @@ class LanguageModelling:
     def loss(
         self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        head, _ = self.forward(trainable, frozen, batch, step)
-        with jax.named_scope("loss"):
-            total, metrics = lm_head_sums(
-                self.terms,
-                {MODEL: head},
-                {"targets": batch.targets},
-                batch.loss_mask,
-                self.config.objective.block_tokens,
-                self.coefficients(step),
-            )
+        heads = {MODEL: self.forward(trainable, frozen, batch, step)[0]}
+        block_tokens = self.config.objective.block_tokens
+        total, metrics = loss_sums(self.terms, heads, batch, block_tokens, self.coefficients(step))
         return total, {"loss": total, **metrics, "targets": jnp.sum(batch.loss_mask)}
 
     def rates(self, step: jax.Array) -> dict[str, Any]:
@@ -144,13 +140,24 @@ def head_and_layers(
     return model.head(hidden), layers
 
 
+def loss_sums(
+    terms: TokenLoss, heads: Mapping[str, LMHead], batch: Batch, block_tokens: int, coefficients: Any = None
+) -> tuple[jax.Array, Any]:
+    """Returns the loss and the metrics of `terms`, summed over a batch's targets (`lm_head_sums`).
+
+    Args:
+        terms: takes, per token, `targets` and the batch's `extra`.
+    """
+    per_token = {"targets": batch.targets, **batch.extra}
+    with jax.named_scope("loss"):
+        return lm_head_sums(terms, heads, per_token, batch.loss_mask, block_tokens, coefficients)
+
+
 def evaluation_sums(heads: Mapping[str, LMHead], batch: Batch, block_tokens: int) -> dict[str, Any]:
     """Returns the evaluation metrics summed over a batch's targets, and `targets`, the number of targets.
 
     Args:
-        heads: head of the evaluated model under `student`, and of its teacher, if there is one, under `teacher`.
+        heads: head of the evaluated model under `model`, and of its teacher, if there is one, under `teacher`.
     """
-    _, metrics = lm_head_sums(
-        evaluation_loss, heads, {"targets": batch.targets}, batch.loss_mask, block_tokens
-    )
+    _, metrics = loss_sums(evaluation_loss, heads, replace(batch, extra={}), block_tokens)
     return {**metrics, "targets": jnp.sum(batch.loss_mask)}

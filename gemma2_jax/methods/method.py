@@ -1,6 +1,8 @@
 """The protocol of a training method. Trainer, validation, checkpoints, metrics and `plan` depend only on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grain
@@ -10,6 +12,7 @@ from jax.sharding import Mesh
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.model.adaptation import Adaptation
+from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.run import RunConfig
 
 PARAMS = "params"  # name of the model's trained tree
@@ -21,6 +24,43 @@ Trainable = Mapping[str, Any]
 Frozen = Mapping[str, Any]
 # Float32 scalars by name: metrics summed over the targets of a batch, and `targets`, the number of targets.
 Sums = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A frozen model whose forward pass a method runs, such as a teacher.
+
+    Attributes:
+        config: its sizes.
+        dtype: dtype of its weights and activations.
+        dtype_key: the key that sets the dtype.
+        has_own_layout: whether it has another layout than the trained model.
+        laid_out: returns a context that applies its layout to everything traced inside.
+    """
+
+    config: ModelConfig
+    dtype: str
+    dtype_key: str
+    has_own_layout: bool
+    laid_out: Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """The file that a `Record` is in a run folder.
+
+    Attributes:
+        name: name of the file.
+        purpose: what it is, as the rest of a sentence that begins with its name.
+        sources: keys of the places that the identified trees come from.
+        free_keys: returns, for a configuration, the keys that a resumed run may change, since `Record.check` compares
+            what they select by its contents.
+    """
+
+    name: str
+    purpose: str
+    sources: frozenset[str]
+    free_keys: Callable[[RunConfig], set[str]]
 
 
 class Record(Protocol):
@@ -43,6 +83,10 @@ class Method(Protocol):
     @property
     def specs(self) -> Mapping[str, Any]:
         """Specs of the trained trees, by name; `params` is the model's."""
+
+    @property
+    def frozen_models(self) -> Mapping[str, FrozenModel]:
+        """The models among the frozen trees, except `BASE`, by name."""
 
     @property
     def validation_only(self) -> Sequence[str]:
@@ -106,6 +150,10 @@ class Method(Protocol):
 
 class ModelMethod(Method, Protocol):
     """A method that trains one model, whose initial weights are those of the run."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's configuration."""
 
     @property
     def adaptation(self) -> Adaptation:

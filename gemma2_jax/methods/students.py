@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.matching import join_captures
-from gemma2_jax.kernels.lm_head import lm_head_sums
 from gemma2_jax.methods.distillation import TEACHER, Distillation
-from gemma2_jax.methods.language_modelling import MODEL, LanguageModelling
+from gemma2_jax.methods.language_modelling import MODEL, LanguageModelling, loss_sums
 from gemma2_jax.methods.method import BASE, Frozen, Record, Trainable
+
+_TEACHER = "teacher of all"  # name of the teacher among the students' heads; a student may be called teacher
 
 
 class Students:
@@ -38,6 +39,7 @@ class Students:
         self._distilled = [member for member in members.values() if isinstance(member, Distillation)]
         self._first = self._distilled[0]  # loads the teacher and the data, which all of them share
         self.specs = {name: member.specs for name, member in members.items()}
+        self.frozen_models = self._first.frozen_models
         self.validation_only: Sequence[str] = self._first.validation_only
         self._capture = join_captures(member.teacher_capture for member in self._distilled)
         self._block_tokens = min(member.config.objective.block_tokens for member in members.values())
@@ -87,7 +89,7 @@ class Students:
         }
         heads = {name: head for name, (head, _) in forward.items()}
         if teacher is not None and any(member.config.objective.needs_teacher for member in self._distilled):
-            heads[TEACHER] = teacher
+            heads[_TEACHER] = teacher
 
         def terms(
             logits: Mapping[str, jax.Array], per_token: Any, coefficients: Any
@@ -97,21 +99,14 @@ class Students:
                 own = {MODEL: logits[name]}
                 tokens = {"targets": per_token["targets"]}
                 if isinstance(member, Distillation):
-                    own |= {TEACHER: logits[TEACHER]} if TEACHER in logits else {}
+                    own |= {TEACHER: logits[_TEACHER]} if _TEACHER in logits else {}
                     tokens = per_token
                 loss, found = member.terms(own, tokens, coefficients[name])
                 total, metrics[name] = total + loss, {"loss": loss, **found}
             return total, metrics
 
-        with jax.named_scope("loss"):
-            total, metrics = lm_head_sums(
-                terms,
-                heads,
-                {"targets": batch.targets, **batch.extra},
-                batch.loss_mask,
-                self._block_tokens,
-                {name: member.coefficients(step) for name, member in self.members.items()},
-            )
+        coefficients = {name: member.coefficients(step) for name, member in self.members.items()}
+        total, metrics = loss_sums(terms, heads, batch, self._block_tokens, coefficients)
         targets = jnp.sum(batch.loss_mask)
         for name, member in self.members.items():
             metrics[name]["targets"] = targets

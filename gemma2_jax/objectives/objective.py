@@ -40,7 +40,7 @@ class ObjectiveConfig:
         jsd: weight of beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S.
         skew_kl: weight of KL(T || alpha T + (1 - alpha) S).
         skew_reverse_kl: weight of KL(S || alpha S + (1 - alpha) T).
-        z_loss: weight of the squared logarithm of the sum of the student's exp(logits).
+        z_loss: weight of the squared logarithm of the sum of the model's exp(logits).
         mix: lambda, a number or a schedule from 0 to 1: the weights of divergences are multiplied by lambda, that of
             cross_entropy by 1 - lambda; null to leave the weights as they are.
         jsd_beta: beta of jsd, above 0 and below 1.
@@ -123,7 +123,7 @@ class ObjectiveConfig:
 def token_loss(config: ObjectiveConfig) -> TokenLoss:
     """Returns the objective of each token as a function for `lm_head_sums`.
 
-    The function takes the logits of `student`, and of `teacher` if it is online; per token, `targets`, and
+    The function takes the logits of `model`, and of `teacher` if it is online; per token, `targets`, and
     `teacher_targets` (`SparseTargets`) if they replace the teacher; and the coefficients of `build_coefficients`.
 
     Its metrics are `cross_entropy` and every term that has a weight, unweighted; `forward_kl` is named `kl`.
@@ -132,15 +132,15 @@ def token_loss(config: ObjectiveConfig) -> TokenLoss:
     def loss(
         logits: Logits, per_token: Mapping[str, Any], coefficients: Coefficients
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        student, targets = logits["student"], per_token["targets"]
-        found = {"cross_entropy": terms.cross_entropy(student, targets)}
+        model, targets = logits["model"], per_token["targets"]
+        found = {"cross_entropy": terms.cross_entropy(model, targets)}
         if "teacher_targets" in per_token:
             sparse = per_token["teacher_targets"]
-            found["forward_kl"] = terms.sparse_forward_kl(student, sparse, coefficients["temperature"])
+            found["forward_kl"] = terms.sparse_forward_kl(model, sparse, coefficients["temperature"])
         elif "teacher" in logits:
-            found |= _divergences(config, student, logits["teacher"], coefficients["temperature"])
+            found |= _divergences(config, model, logits["teacher"], coefficients["temperature"])
         if config.z_loss > 0:
-            found["z_loss"] = terms.z_loss(student)
+            found["z_loss"] = terms.z_loss(model)
         total = jnp.zeros(targets.shape, jnp.float32)
         for name, value in found.items():
             if getattr(config, name) > 0:
@@ -181,14 +181,14 @@ def evaluation_loss(
 
     Arguments are as in `token_loss`, except that `teacher_targets` are not allowed.
     """
-    student, targets = logits["student"], per_token["targets"]
-    metrics = {"cross_entropy": terms.cross_entropy(student, targets), "entropy": terms.entropy(student)}
+    model, targets = logits["model"], per_token["targets"]
+    metrics = {"cross_entropy": terms.cross_entropy(model, targets), "entropy": terms.entropy(model)}
     if "teacher_targets" in per_token:
         raise ValueError("evaluation needs the teacher's whole distribution, not sparse targets")
     if "teacher" in logits:
         teacher = logits["teacher"]
-        metrics["kl"] = terms.forward_kl(student, teacher, temperature=1.0)
-        metrics["agreement"] = terms.agreement(student, teacher)
+        metrics["kl"] = terms.forward_kl(model, teacher, temperature=1.0)
+        metrics["agreement"] = terms.agreement(model, teacher)
         metrics["teacher_entropy"] = terms.entropy(teacher)
     return metrics["cross_entropy"], metrics
 

@@ -1,12 +1,12 @@
 """What a step's memory holds, and which settings would reduce it: exact shard sizes where known, else formulas."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import jax
 
-from gemma2_jax.methods.method import BASE
+from gemma2_jax.methods.method import BASE, FrozenModel
 from gemma2_jax.model.adaptation import divided_specs
 from gemma2_jax.model.config import ComputeConfig, ModelConfig, Remat
 from gemma2_jax.model.weights import abstract_params, frozen_dtypes
@@ -69,15 +69,18 @@ def saved_activations(config: RunConfig, mesh_shape: dict[str, int]) -> int:
     tokens = _device_rows(config, mesh_shape) * config.data.seq_len // shares(config, mesh_shape)[1]
     tensor = mesh_shape.get("tensor", 1)
     return (
-        tokens * config.model.num_pairs * _pair_numbers(config.model, config.compute, tensor) * _width(config)
+        tokens
+        * config.model.num_pairs
+        * _pair_numbers(config.model, config.compute, tensor)
+        * width_of(config.compute.dtype)
     )
 
 
 def head_blocks(runs: Sequence[RunConfig], mesh_shape: dict[str, int]) -> int:
     """Estimates the bytes of the LM head's logits of one block of tokens, their gradient and the embedding's gradient.
 
-    Each run has its own; the teacher's logits are shared by all runs. A block holds the tokens of all devices that
-    share the rows of the vocabulary.
+    Each run has its own; the teacher's logits, or its sparse targets made dense, are shared by all runs. A block holds
+    the tokens of all devices that share the rows of the vocabulary.
     """
     first = runs[0]
     split = math.prod(mesh_shape.get(axis, 1) for axis in first.layout.head)
@@ -86,7 +89,7 @@ def head_blocks(runs: Sequence[RunConfig], mesh_shape: dict[str, int]) -> int:
     teacher = _FLOAT32 if any(run.objective.needs_teacher for run in runs) else 0
     blocks = tokens * first.model.vocab_size // split * teacher
     for run in runs:
-        blocks += tokens * run.model.vocab_size // split * (_FLOAT32 + _width(run))
+        blocks += tokens * run.model.vocab_size // split * (_FLOAT32 + width_of(run.compute.dtype))
         if "embedder" in divided_specs(run.adaptation, run.model)[0]:
             blocks += _FLOAT32 * run.model.vocab_size * run.model.d_model // split
     return blocks
@@ -102,12 +105,18 @@ def frozen_bytes(run: RunConfig) -> int:
 
 
 def memory_savings(
-    runs: Sequence[RunConfig], topology: Topology, parts: Parts, mesh_shape: dict[str, int], excess: int
+    runs: Sequence[RunConfig],
+    models: Collection[FrozenModel],
+    topology: Topology,
+    parts: Parts,
+    mesh_shape: dict[str, int],
+    excess: int,
 ) -> list[str]:
     """Lists settings that would save memory, largest saving first, each with its estimated saving.
 
     Args:
         runs: the runs that the step trains.
+        models: the frozen models that it runs.
         excess: bytes by which the step exceeds the memory of a device.
     """
     config = runs[0]
@@ -145,8 +154,8 @@ def memory_savings(
     if all(run.objective.block_tokens > 128 for run in runs):
         smaller = [replace(run, objective=replace(run.objective, block_tokens=128)) for run in runs]
         offer(parts.logits - head_blocks(smaller, mesh_shape), "objective.block_tokens=128")
-    if teacher_is_float32(config):
-        offer(parts.teacher // 2, "distill.dtype=bfloat16")
+    for key in dict.fromkeys(model.dtype_key for model in models if model.dtype == "float32"):
+        offer(parts.teacher // 2, f"{key}=bfloat16")
     if config.compute.dtype == "float32":
         offer(parts.activations // 2, "compute.dtype=bfloat16")
     if len(runs) > 1:
@@ -160,15 +169,6 @@ def memory_savings(
         more = f"along mesh.fsdp, and data.batch_size={2 * config.data.batch_size}", 0
     offer(whole // 2 + more[1], f"twice as many devices as {topology.name} has, {more[0]}")
     return [text for _, text in sorted(savings, reverse=True)]
-
-
-def teacher_is_float32(config: RunConfig) -> bool:
-    """Whether there is an online teacher in float32, whose memory bfloat16 would halve."""
-    return (
-        config.distill.teacher is not None
-        and config.distill.cache is None
-        and config.distill.dtype == "float32"
-    )
 
 
 def shares(config: RunConfig, mesh_shape: dict[str, int]) -> tuple[int, int]:
@@ -192,8 +192,9 @@ def _device_rows(config: RunConfig, mesh_shape: dict[str, int]) -> int:
     return max(1, config.data.batch_size // config.training.accumulation // shares(config, mesh_shape)[0])
 
 
-def _width(config: RunConfig) -> int:
-    return 2 if config.compute.dtype == "bfloat16" else _FLOAT32
+def width_of(dtype: str) -> int:
+    """Returns the bytes of a number."""
+    return 2 if dtype == "bfloat16" else _FLOAT32
 
 
 def _pair_numbers(model: ModelConfig, compute: ComputeConfig, tensor: int) -> int:

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma2_jax.distill.teacher import as_teacher, online_teacher
-from gemma2_jax.methods.method import BASE
+from gemma2_jax.methods.method import BASE, frozen_in_step
 from gemma2_jax.model.adaptation import divided_specs
 from gemma2_jax.model.quantised import is_quantised
 from gemma2_jax.model.weights import Specs, abstract_params, frozen_dtypes, specs_by_path, weight_specs
-from gemma2_jax.planning.program import device_bytes, mesh_of
+from gemma2_jax.planning.program import device_bytes, mesh_of, planned_method
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.layout import Axes, laid_out, layout_in_use
@@ -41,8 +40,8 @@ class PlacedModel:
     """Sharding of a model on a mesh.
 
     Attributes:
-        role: student or adapter (trained weights), base (frozen weights of the same model), or teacher. One of several
-            students has its name: student NAME.
+        role: student or adapter (trained weights), base (frozen weights of the same model), or the name of another
+            frozen model, such as teacher. One of several students has its name: student NAME.
         activations: mesh axes that split each dimension of the activations, by its letter.
         head: mesh axes that split the vocabulary in the LM head. Tokens are split along their remaining axes.
     """
@@ -74,16 +73,15 @@ def find_placement(runs: Sequence[RunConfig], topology: Topology) -> Placement:
         runs: the runs that the program trains; a run with a teacher comes first (see `programs_of`).
 
     Raises:
-        UserError: mesh, batch, model and teacher are incompatible.
+        UserError: mesh, batch and models are incompatible.
     """
+    method = planned_method(runs)
     config, mesh = runs[0], mesh_of(runs, topology)
     with laid_out(config.layout):
         models = [placed for run in runs for placed in _place_run(run, len(runs) == 1, mesh)]
-        teacher = online_teacher(config.distill, config.model)
-        if teacher is not None:
-            with as_teacher(config.distill):
-                specs = weight_specs(teacher)
-                models.append(_place("teacher", specs, config.distill.dtype, mesh))
+        for name, model in frozen_in_step(method, method.frozen_models).items():
+            with model.laid_out():
+                models.append(_place(name, weight_specs(model.config), model.dtype, mesh))
     return Placement(" + ".join(run.name for run in runs), topology.name, dict(mesh.shape), models)
 
 

@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gemma2_jax.distill.teacher import online_teacher
-from gemma2_jax.methods.method import PARAMS, Method
+from gemma2_jax.methods.method import PARAMS, Method, ModelMethod
 from gemma2_jax.model.counts import count_parameters, count_weights
 from gemma2_jax.planning.count import ProgramCost, count
 from gemma2_jax.planning.hlo import read_program
 from gemma2_jax.planning.memory import Parts, memory_parts, memory_savings
-from gemma2_jax.planning.program import Program, check_sizes, compile_step, device_bytes
+from gemma2_jax.planning.program import Program, compile_step, device_bytes, models_in_step, planned_method
 from gemma2_jax.planning.roofline import Bounds, bounds, kernel_flops, share_of_peak
 from gemma2_jax.planning.topologies import Topology, find_topology
 from gemma2_jax.run import RunConfig
-from gemma2_jax.training.start import with_prepared_vocabulary
-from gemma2_jax.training.together import method_of
+from gemma2_jax.training.start import check_built_from, with_prepared_vocabulary
 
 FLOPS_SOURCE = (
     "6 a weight and token (4 a frozen weight), attention by visible pairs, a teacher's forward pass; without "
@@ -134,7 +132,7 @@ class Plan:
         }
 
 
-def plan(config: RunConfig, topology: str = "cpu:1", method: Method | None = None) -> Plan:
+def plan(config: RunConfig, topology: str = "cpu:1", method: ModelMethod | None = None) -> Plan:
     """Plans a training step on devices that need not be present: its memory, communication and minimum time.
 
     Needs no data. If `data.folder` was prepared with a lowered vocabulary, the plan uses it, as training does.
@@ -144,8 +142,11 @@ def plan(config: RunConfig, topology: str = "cpu:1", method: Method | None = Non
         method: training method; by default the one that the configuration selects.
 
     Raises:
-        UserError: the topology is unknown, a package for it is missing, or `compile_step` raises.
+        UserError: the topology is unknown, a package for it is missing, the method was built from another
+            configuration, or `compile_step` raises.
     """
+    if method is not None:
+        check_built_from(method, config)
     return make_plan([with_prepared_vocabulary(config)], find_topology(topology), method)
 
 
@@ -161,9 +162,7 @@ def make_plan(runs: Sequence[RunConfig], topology: Topology, method: Method | No
     """
     config = runs[0]
     if method is None:
-        for run in runs:
-            check_sizes(run)
-        method = method_of(runs)
+        method = planned_method(runs)
     program = compile_step(runs, topology, method)
     shape = dict(program.mesh.shape)
     capacity = topology.capacity
@@ -173,14 +172,14 @@ def make_plan(runs: Sequence[RunConfig], topology: Topology, method: Method | No
     fits = program.text is not None and (
         (topology.platform == "tpu" and not validating) or needed <= capacity
     )
+    models = models_in_step(method)
     parts = memory_parts(runs, program.inputs, shape)
     specs = {config.name: method.specs} if len(runs) == 1 else method.specs
     tokens = config.data.batch_size * config.data.seq_len
-    teacher = online_teacher(config.distill, config.model)
     cost, in_kernels, least = None, 0.0, None
     if program.text is not None:
         cost = count(read_program(program.text), shape)
-        in_kernels = kernel_flops(runs, teacher, cost, len(topology.devices))
+        in_kernels = kernel_flops(runs, models, cost, len(topology.devices))
         least = bounds(cost, in_kernels, program.mesh, topology)
     return Plan(
         name=" + ".join(run.name for run in runs),
@@ -193,7 +192,7 @@ def make_plan(runs: Sequence[RunConfig], topology: Topology, method: Method | No
         parameters={run.name: count_parameters(run.model).total for run in runs},
         trained={run.name: count_weights(specs[run.name][PARAMS]) for run in runs},
         parts=parts,
-        help=[] if fits else memory_savings(runs, topology, parts, shape, needed - capacity),
+        help=[] if fits else memory_savings(runs, models, topology, parts, shape, needed - capacity),
         tokens=tokens,
         model_flops=method.flops_per_token * tokens,
         cost=cost,

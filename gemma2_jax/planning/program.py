@@ -3,7 +3,6 @@
 The step trains one run, or several runs in one program.
 """
 
-import os
 import re
 import time
 import warnings
@@ -19,7 +18,8 @@ from gemma2_jax.compilation import use_compilation_cache
 from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.messages import one_line
-from gemma2_jax.methods.method import Method, frozen_in_step
+from gemma2_jax.methods.choose import check_sizes
+from gemma2_jax.methods.method import FrozenModel, Method, frozen_in_step
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.layout import laid_out
@@ -81,24 +81,28 @@ class Program:
     text: str | None
 
 
-def check_sizes(config: RunConfig) -> None:
-    """Raises UserError if the teacher's sizes are not given and its checkpoint is not on this machine."""
-    teacher = config.distill.teacher
-    if teacher is not None and config.distill.model is None and not os.path.exists(teacher):
-        raise UserError(
-            f"distill.teacher is {teacher}, which does not exist on this machine; give the teacher's sizes in "
-            "distill.model, as `- /model@distill.model: gemma2_9b` does in an experiment."
-        )
+def planned_method(runs: Sequence[RunConfig]) -> Method:
+    """Builds the training method of one program's runs (see `programs_of`), without downloading anything.
+
+    Raises:
+        UserError: it needs sizes from a checkpoint that is not on this machine.
+    """
+    for run in runs:
+        check_sizes(run)
+    return method_of(runs)
+
+
+def models_in_step(method: Method) -> list[FrozenModel]:
+    """The frozen models whose forward pass a training step runs."""
+    return list(frozen_in_step(method, method.frozen_models).values())
 
 
 def mesh_of(runs: Sequence[RunConfig], topology: Topology) -> Mesh:
     """Builds the mesh that the runs of a program share from the devices of a topology.
 
     Raises:
-        UserError: the mesh does not match the devices or does not divide the batch, or the teacher's sizes are unknown.
+        UserError: the mesh does not match the devices or does not divide the batch.
     """
-    for run in runs:
-        check_sizes(run)
     mesh = build_mesh(runs[0].mesh, topology.devices)
     for run in runs:
         check_batch(run, mesh)
@@ -109,7 +113,7 @@ def abstract_inputs(method: Method, update: UpdateRule, config: RunConfig, mesh:
     """Returns the abstract inputs of a step on a mesh.
 
     Raises:
-        UserError: the mesh does not divide a weight, or the teacher's sizes are unknown.
+        UserError: the mesh does not divide a weight.
     """
     with laid_out(config.layout):
         frozen = method.abstract_frozen(mesh)
@@ -118,27 +122,24 @@ def abstract_inputs(method: Method, update: UpdateRule, config: RunConfig, mesh:
         return Inputs(update.abstract_state(mesh), in_step, method.abstract_batch(mesh), validating)
 
 
-def compile_step(runs: Sequence[RunConfig], topology: Topology, method: Method | None = None) -> Program:
+def compile_step(runs: Sequence[RunConfig], topology: Topology, method: Method) -> Program:
     """Compiles one step. With `compilation_cache`, a later training on such devices loads it from there.
 
     Args:
         runs: the runs that the program trains (see `programs_of`); settings that they share are taken from the first.
-        method: training method; by default the one that the configurations select.
 
     Raises:
-        UserError: mesh, batch, teacher and model are incompatible, or compilation fails for a reason other than
-            memory.
+        UserError: mesh, batch and models are incompatible, or compilation fails for a reason other than memory.
     """
     config, mesh = runs[0], mesh_of(runs, topology)
-    chosen: Method = method_of(runs) if method is None else method
-    update = update_of(runs, chosen)
-    inputs = abstract_inputs(chosen, update, config, mesh)
+    update = update_of(runs, method)
+    inputs = abstract_inputs(method, update, config, mesh)
     argument = device_bytes((inputs.state, inputs.frozen, inputs.batch))
     started = time.perf_counter()
     # Kernel libraries such as tokamax look at the default device, not at the mesh, to find the kind of device.
     device = jax.default_device(topology.devices[0])
     with jax.set_mesh(mesh), device, laid_out(config.layout), _compilation_cache(config):
-        step = build_train_step(chosen, update, inputs.state, config.layout, config.training.accumulation)
+        step = build_train_step(method, update, inputs.state, config.layout, config.training.accumulation)
         lowered = step.lower(inputs.state, inputs.frozen, inputs.batch)
         try:
             compiled = lowered.compile()

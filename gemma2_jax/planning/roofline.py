@@ -5,12 +5,13 @@ Communications of the ACM 52, 2009; for networks arXiv 2211.05102, section 3.1).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jax.sharding import Mesh
 
+from gemma2_jax.methods.method import FrozenModel
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.counts import count_parameters, forward_flops_per_token
 from gemma2_jax.planning.count import ProgramCost
@@ -91,23 +92,22 @@ def bandwidth_along(axes: tuple[str, ...], mesh: Mesh, topology: Topology) -> fl
 
 
 def kernel_flops(
-    runs: Sequence[RunConfig], teacher: ModelConfig | None, cost: ProgramCost, devices: int
+    runs: Sequence[RunConfig], models: Collection[FrozenModel], cost: ProgramCost, devices: int
 ) -> float:
     """Returns by formula the FLOPs of attention on one device that the program does not contain.
 
     They are in custom kernels, or in loops over blocks of keys whose trip count depends on the block of queries.
 
     Forward takes 4*N*H FLOPs per visible pair of query and key; backward takes 2.5 times as much, since it recomputes
-    the scores (FlashAttention-2, arXiv 2307.08691, section 3.1). Rematerialisation adds a forward pass, and a teacher
-    another one. Masked pairs that a kernel computes are left out.
+    the scores (FlashAttention-2, arXiv 2307.08691, section 3.1). Rematerialisation adds a forward pass, and each of
+    `models`, the frozen ones, another one. Masked pairs that a kernel computes are left out.
     """
     if not cost.kernels and not cost.uncounted:
         return 0.0
     config = runs[0]
     passes = 3.5 + (config.compute.remat != "none")
     flops = passes * sum(attention_flops_per_token(run.model, config.data.seq_len) for run in runs)
-    if teacher is not None:
-        flops += attention_flops_per_token(teacher, config.data.seq_len)
+    flops += sum(attention_flops_per_token(model.config, config.data.seq_len) for model in models)
     return flops * config.data.batch_size * config.data.seq_len / devices
 
 

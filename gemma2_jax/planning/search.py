@@ -2,11 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gemma2_jax.config import UserError
-from gemma2_jax.distill.teacher import online_teacher, teacher_config
+from gemma2_jax.methods.method import FrozenModel, Method
 from gemma2_jax.model.adaptation import divided_specs
 from gemma2_jax.model.config import Remat
 from gemma2_jax.model.counts import (
@@ -15,9 +15,9 @@ from gemma2_jax.model.counts import (
     forward_flops_per_token,
     training_flops_per_token,
 )
-from gemma2_jax.planning.memory import frozen_bytes, head_blocks, saved_activations, shares
+from gemma2_jax.planning.memory import frozen_bytes, head_blocks, saved_activations, shares, width_of
 from gemma2_jax.planning.plan import Plan, make_plan
-from gemma2_jax.planning.program import check_sizes
+from gemma2_jax.planning.program import models_in_step, planned_method
 from gemma2_jax.planning.topologies import Topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import AXES, MeshConfig
@@ -76,9 +76,7 @@ def search(
         UserError: no mesh of these devices divides model and batch, or none of the candidates tried can be compiled.
     """
     config = runs[0]
-    for run in runs:
-        check_sizes(run)
-    waiting = candidates(runs, topology)
+    waiting = candidates(runs, planned_method(runs), topology)
     if not waiting:
         raise UserError(
             f"no mesh of the {len(topology.devices)} devices of {topology.name} divides both the heads of the model "
@@ -103,13 +101,13 @@ def search(
     return SearchResult(sorted(plans, key=lambda pair: _rank(pair[1])), len(waiting))
 
 
-def candidates(runs: Sequence[RunConfig], topology: Topology) -> list[Candidate]:
+def candidates(runs: Sequence[RunConfig], method: Method, topology: Topology) -> list[Candidate]:
     """Lists all candidates whose sizes divide evenly.
 
     Those that should fit come first, the fastest by formula first; the rest follow in order of their memory.
     """
-    config, found = runs[0], []
-    for mesh in _meshes(runs, topology):
+    config, models, found = runs[0], models_in_step(method), []
+    for mesh in _meshes(runs, method.frozen_models.values(), topology):
         shape = {axis: getattr(mesh, axis) for axis in AXES}
         rows, parts = shares(config, shape)
         if config.data.seq_len % parts:
@@ -133,8 +131,8 @@ def candidates(runs: Sequence[RunConfig], topology: Topology) -> list[Candidate]
                     Candidate(
                         changed,
                         " ".join(f"{key}={value}" for key, value in settings.items()),
-                        estimated_seconds(changed, topology, shape),
-                        estimated_memory(changed, shape),
+                        estimated_seconds(changed, models, topology, shape),
+                        estimated_memory(changed, models, shape),
                     )
                 )
     capacity = topology.capacity
@@ -150,19 +148,19 @@ def candidates(runs: Sequence[RunConfig], topology: Topology) -> list[Candidate]
     return sorted(found, key=order)
 
 
-def estimated_memory(runs: Sequence[RunConfig], shape: dict[str, int]) -> float:
-    """Estimates the bytes per device by formula: state, gradients, teacher, saved activations and logits."""
+def estimated_memory(
+    runs: Sequence[RunConfig], models: Collection[FrozenModel], shape: dict[str, int]
+) -> float:
+    """Estimates the bytes per device by formula: state, gradients, saved activations, logits and frozen `models`."""
     config = runs[0]
     split = shape["fsdp"] * shape["tensor"]
-    teacher = online_teacher(config.distill, config.model)
     counts = [_count_divided(run)[0] for run in runs]
     trained = sum(counts)
     state = 4 * 4 * trained + sum(map(frozen_bytes, runs))
     state += sum(4 * count for run, count in zip(runs, counts, strict=True) if run.training.ema is not None)
     if config.training.accumulation > 1:
         state += 4 * trained
-    if teacher is not None:
-        state += (2 if config.distill.dtype == "bfloat16" else 4) * count_parameters(teacher).total
+    state += sum(width_of(model.dtype) * count_parameters(model.config).total for model in models)
     return state / split + sum(saved_activations(run, shape) for run in runs) + head_blocks(runs, shape)
 
 
@@ -172,7 +170,9 @@ def _count_divided(run: RunConfig) -> tuple[int, int]:
     return count_weights(trained), count_weights(frozen)
 
 
-def estimated_seconds(runs: Sequence[RunConfig], topology: Topology, shape: dict[str, int]) -> float:
+def estimated_seconds(
+    runs: Sequence[RunConfig], models: Collection[FrozenModel], topology: Topology, shape: dict[str, int]
+) -> float:
     """Estimates the seconds per step by formula: time of the products plus time of the communication.
 
     Adding them without overlap is pessimistic, but ranks candidates well. Weights are gathered over fsdp for the
@@ -180,10 +180,9 @@ def estimated_seconds(runs: Sequence[RunConfig], topology: Topology, shape: dict
     tensor four times per layer; keys and values are gathered over sequence.
     """
     chip, config = topology.chip, runs[0]
-    teacher = online_teacher(config.distill, config.model)
-    devices, width = len(topology.devices), 2 if config.compute.dtype == "bfloat16" else 4
+    devices, width = len(topology.devices), width_of(config.compute.dtype)
     tokens = config.data.batch_size * config.data.seq_len
-    flops = 0.0 if teacher is None else forward_flops_per_token(teacher, config.data.seq_len)
+    flops = sum(forward_flops_per_token(model.config, config.data.seq_len) for model in models)
     for run in runs:
         trained, frozen = _count_divided(run)
         added = trained + frozen - count_parameters(run.model).total
@@ -191,11 +190,8 @@ def estimated_seconds(runs: Sequence[RunConfig], topology: Topology, shape: dict
     flops *= tokens * (1 + _RECOMPUTED[config.compute.remat] / 4)
     weights = sum(count_parameters(run.model).total for run in runs) / shape["tensor"]
     gradients = sum(_count_divided(run)[0] for run in runs) / shape["tensor"]
-    gathered = (
-        2 * weights
-        + gradients
-        + (0 if teacher is None else count_parameters(teacher).total / shape["tensor"])
-    )
+    gathered = 2 * weights + gradients
+    gathered += sum(count_parameters(model.config).total for model in models) / shape["tensor"]
     device_tokens = tokens / devices * shape["tensor"]
     sent = gathered * width * config.training.accumulation * _ring_share(shape["fsdp"])
     sent += 2 * 4 * gradients / shape["fsdp"] * _ring_share(shape["data"])
@@ -216,8 +212,10 @@ def estimated_seconds(runs: Sequence[RunConfig], topology: Topology, shape: dict
     return flops / devices / chip.peak_flops + sent / (chip.link_bandwidth * (2 if chip.dimensions else 1))
 
 
-def _meshes(runs: Sequence[RunConfig], topology: Topology) -> Iterator[MeshConfig]:
-    """Yields every mesh of the devices that divides all models and the teacher.
+def _meshes(
+    runs: Sequence[RunConfig], frozen: Iterable[FrozenModel], topology: Topology
+) -> Iterator[MeshConfig]:
+    """Yields every mesh of the devices that divides all models, the frozen ones with the runs' layout included.
 
     mesh.replica stays as configured, unless it does not divide over the slices of a TPU; then it is one per slice.
     """
@@ -225,9 +223,8 @@ def _meshes(runs: Sequence[RunConfig], topology: Topology) -> Iterator[MeshConfi
     replica, devices = max(1, config.mesh.replica), len(topology.devices)
     if topology.platform == "tpu" and replica % topology.slices:
         replica = topology.slices
-    models, teacher = [run.model for run in runs], teacher_config(config.distill, config.model)
-    if teacher is not None and config.distill.layout is None:  # it is sharded like the students
-        models.append(teacher)
+    models = [run.model for run in runs]
+    models += [model.config for model in frozen if not model.has_own_layout]
     for tensor in _divisors(math.gcd(*(model.num_kv_heads for model in models))):
         if any(model.d_ff % tensor or model.vocab_size % tensor for model in models):
             continue

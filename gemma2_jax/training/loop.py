@@ -15,7 +15,7 @@ from gemma2_jax.checkpoints.store import FOLDER, find, latest_step
 from gemma2_jax.compilation import use_compilation_cache
 from gemma2_jax.config import UserError, to_dict, usable
 from gemma2_jax.files import locked
-from gemma2_jax.methods.choose import build_method
+from gemma2_jax.methods.choose import build_method, method_class
 from gemma2_jax.methods.method import Method, ModelMethod
 from gemma2_jax.processes.hosts import HostsConfig, check_agreement, is_first
 from gemma2_jax.processes.sharing import check_shared
@@ -31,15 +31,16 @@ from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.resume import check_same_run
 from gemma2_jax.training.run_folder import Folder, RunFolder
 from gemma2_jax.training.start import (
-    base_setting_changed,
     check_batch,
+    check_built_from,
     check_data,
     check_run_folder,
     check_same_data,
     check_same_inputs,
+    check_same_method,
     checked_base,
     data_identity,
-    teacher_setting_changed,
+    is_changed,
     with_prepared_vocabulary,
     write_inputs,
 )
@@ -51,19 +52,21 @@ OpenFolder = Callable[[Mesh, TrainingProgress, ExitStack], Folder]
 def train(config: RunConfig, method: ModelMethod | None = None) -> None:
     """Trains to `config.training.steps`, resuming from the newest checkpoint in the run folder if there is one.
 
-    Writes config.yaml, tokenizer.model, data.json, teacher.json (with a teacher), metadata.json (if initialise.source
-    or else the teacher has one), metrics.jsonl, tensorboard/ and checkpoints/ into config.output. A finished run is
-    left unchanged.
+    Writes config.yaml, tokenizer.model, data.json, the method's record (such as teacher.json), metadata.json (if
+    initialise.source or else the teacher has one), metrics.jsonl, tensorboard/ and checkpoints/ into config.output. A
+    finished run is left unchanged.
 
     Args:
         method: training method; the one that the configuration selects by default (`build_method`).
 
     Raises:
-        UserError: data, teacher, mesh or checkpoint do not fit the configuration, or the loss is not finite.
+        UserError: data, teacher, mesh, checkpoint or method do not fit the configuration, or the loss is not finite.
     """
+    if method is not None:
+        check_built_from(method, config)
     (config,) = prepare_configs([config])
     with stops.resuming(partial(resume_message, [config])):
-        check_existing_run(config)
+        check_existing_run(config, method)
         if is_done(config):
             check_inputs_of_finished(config)
             return
@@ -86,10 +89,15 @@ def prepare_configs(configs: Sequence[RunConfig]) -> list[RunConfig]:
     return configs
 
 
-def check_existing_run(config: RunConfig) -> None:
-    """Raises UserError if the run folder holds another run, or a run on other data."""
+def check_existing_run(config: RunConfig, method: ModelMethod | None = None) -> None:
+    """Raises UserError if the run folder holds another run, or a run on other data.
+
+    Args:
+        method: the run's method; None for the one that its configuration selects.
+    """
     check_run_folder(config)
     check_same_run(config)
+    check_same_method(config, method)
     check_same_data(config.output, config.data)
 
 
@@ -117,13 +125,14 @@ def resume_message(configs: Sequence[RunConfig]) -> str:
 
 
 def check_inputs_of_finished(config: RunConfig) -> None:
-    """Raises UserError if a finished run is configured with another teacher or base model than it was trained with.
+    """Raises UserError if a finished run is configured with other frozen weights than it was trained with.
 
     This loads them, so it is skipped if their paths are those that the run was trained with.
     """
-    if base_setting_changed(config):
+    if is_changed(config, {"initialise.source"}):
         checked_base(config)
-    if not teacher_setting_changed(config):
+    record_file = method_class(config).record_file
+    if record_file is None or not is_changed(config, record_file.sources):
         return
     mesh = build_mesh(config.mesh)
     with jax.set_mesh(mesh), laid_out(config.layout):

@@ -47,27 +47,20 @@ def check_sources(configs: Iterable[RunConfig], made: Collection[str] = ()) -> N
     """
     checked = set()
     for config in configs:
-        for key, path in _sources(config):
+        if latest_step(config.output) == config.training.steps:
+            continue
+        for key, path in sources(config).items():
             if key not in made and (key, path, config.tokenizer.path) not in checked:
                 checked.add((key, path, config.tokenizer.path))
                 _check_source(config, key, path)
 
 
-def _sources(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """The keys of the inputs that the run has yet to read, and their paths."""
-    latest = latest_step(config.output)
-    if latest == config.training.steps:
-        return
-    sources = {
-        "distill.teacher": config.distill.teacher,
-        "distill.cache": config.distill.cache,
-        "initialise.source": config.initialise.source
-        if latest is None or config.adaptation.has_base
-        else None,
-    }
-    for key, path in sources.items():
-        if path is not None:
-            yield key, path
+def sources(config: RunConfig) -> dict[str, str]:
+    """The paths of the weights and of the teacher's cache that a run reads when it starts or resumes, by their keys."""
+    found = {"distill.teacher": config.distill.teacher, "distill.cache": config.distill.cache}
+    if config.adaptation.has_base or latest_step(config.output) is None:
+        found["initialise.source"] = config.initialise.source
+    return {key: path for key, path in found.items() if path is not None}
 
 
 def _check_source(config: RunConfig, key: str, path: str) -> None:

@@ -18,15 +18,15 @@ import numpy as np
 from gemma2_jax.checkpoints.store import CONFIG_FILE, FOLDER, checkpoint_steps, latest_step
 from gemma2_jax.config import UserError, as_override, build, differences, load_config, to_dict
 from gemma2_jax.distill.rollouts import on_policy_steps
-from gemma2_jax.distill.teacher_record import read_teacher_record
 from gemma2_jax.messages import written
+from gemma2_jax.methods.choose import method_class
 from gemma2_jax.run import RunConfig
 from gemma2_jax.schedule import ScheduleConfig, build_schedule, count_steps
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
 from gemma2_jax.training.optimizer import learning_rate_schedule
 from gemma2_jax.training.start import with_prepared_vocabulary
 
-# Keys for locations, execution and reporting. Data, tokenizer and teacher are compared by content instead.
+# Keys for locations, execution and reporting. Data and tokenizer are compared by content instead.
 _MAY_CHANGE = {
     "name", "output", "hosts", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "profile",
     "compilation_cache", "training.log_every", "training.eval_every", "training.eval_batches", "training.profile_steps",
@@ -112,11 +112,9 @@ def older_schedule_note(config: RunConfig, step: int) -> str | None:
 def _changed_keys(saved: RunConfig, requested: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """Yields the dotted key and both values of every difference, except keys that may change and keys of `_NUMBERS`."""
     free = {*_MAY_CHANGE, *(key for number in _NUMBERS for key in number.keys)}
-    record = read_teacher_record(requested.output)
-    if record is not None and record.is_comparable:
-        free.add("distill.teacher")
-        if record.encoding is not None and requested.distill.cache is not None:
-            free |= {"distill.cache", "distill.encoding", "distill.dtype"}
+    record_file = method_class(requested).record_file
+    if record_file is not None:
+        free |= record_file.free_keys(requested)
     if saved.distill.teacher is None and requested.distill.teacher is None:
         free.add("distill.dtype")  # has no effect
     if saved.adaptation.has_base and requested.adaptation.has_base:

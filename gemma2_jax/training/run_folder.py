@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma2_jax.checkpoints.store import AVERAGED, CheckpointStore, FoundCheckpoint, Unreported, find
+from gemma2_jax.checkpoints.metadata import Unreported, read_unreported
+from gemma2_jax.checkpoints.store import AVERAGED, CheckpointStore, FoundCheckpoint, find
 from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.initialise import initial_params
+from gemma2_jax.methods.choose import own_name
 from gemma2_jax.methods.method import BASE, PARAMS, ModelMethod
 from gemma2_jax.processes.hosts import is_first
 from gemma2_jax.run import RunConfig
@@ -88,7 +90,7 @@ class RunFolder:
         self._found = find(config.output)
         self._store = stack.enter_context(CheckpointStore(config.output, config.checkpoint.keep))
         self.step = 0 if self._found is None else self._found.step
-        self.unreported = Unreported() if self._found is None else self._store.unreported(self.step)
+        self.unreported = Unreported() if self._found is None else read_unreported(self._found.path)
         # Whether the evaluation due at the current step is done. (A run whose training.steps was lowered to this step
         # may have been saved here without an evaluation.)
         self._evaluated = self.unreported.evaluated and self.step < config.training.steps
@@ -246,7 +248,8 @@ class RunFolder:
 
     def _save(self, step: int, state: TrainState, examples: Any, unreported: Unreported) -> None:
         with self._progress.doing("saving", brief=True):
-            self._store.save(step, _trees(state), examples, to_dict(self.config), unreported)
+            name = own_name(self.config, self._method)
+            self._store.save(step, _trees(state), examples, to_dict(self.config), unreported, name)
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

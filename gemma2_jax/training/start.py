@@ -1,7 +1,7 @@
 """Checks of a run's folder and data, and the files written into the run folder, before training starts."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,38 +15,35 @@ from gemma2_jax.checkpoints.store import (
     checkpoint_steps,
     find,
     latest_step,
+    saved_method,
 )
-from gemma2_jax.config import UserError, load_config, read_json, read_yaml, save_config
+from gemma2_jax.config import UserError, differences, load_config, read_json, read_yaml, save_config, to_dict
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import tokenizer_of
 from gemma2_jax.data.shards import MANIFEST, find_data_manifest, read_data_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.rows import check_rows
-from gemma2_jax.distill.teacher_record import TEACHER_FILE
 from gemma2_jax.files import write_bytes, write_text
 from gemma2_jax.formats.base_record import BASE_FILE, BaseRecord, check_same_base
 from gemma2_jax.formats.identity import source_identity
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.formats.source import files_below
+from gemma2_jax.messages import written
+from gemma2_jax.methods.choose import method_class, own_name
+from gemma2_jax.methods.method import ModelMethod
 from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.model.weights import dim_sizes
 from gemma2_jax.processes.sharing import check_same_files
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.layout import check_activations, laid_out
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
+from gemma2_jax.training.prerequisites import sources
 
 DATA_FILE = (
     "data.json"  # in a run folder: identity of the documents and tokenizer that the run was trained on
 )
 
-# The files in a run folder that a run needs, next to its checkpoints, to be resumed.
-_PURPOSES = {
-    CONFIG_FILE: "which holds the configuration that the checkpoints were trained with",
-    DATA_FILE: "which identifies the data that the run was trained on",
-    TOKENIZER_FILE: "which is the tokenizer that the run was trained with",
-    TEACHER_FILE: "which identifies the teacher that the run was distilled from",
-    BASE_FILE: "which identifies the base model that the run was trained on",
-}
+_DATA_PURPOSE = "which identifies the data that the run was trained on"
 
 
 def with_prepared_vocabulary(config: RunConfig) -> RunConfig:
@@ -108,18 +105,61 @@ def check_run_folder(config: RunConfig) -> None:
             f"output {folder} holds a converted model; choose another output, and write initialise.source={folder} to "
             "start from its weights."
         )
-    unneeded = set() if config.distill.has_teacher else {TEACHER_FILE}
-    unneeded |= set() if config.adaptation.has_base else {BASE_FILE}
-    for name in _PURPOSES:
-        if not (folder / name).is_file() and name not in unneeded:
-            raise _missing(folder / name)
+    for name, purpose in _needed_files(config).items():
+        if not (folder / name).is_file():
+            raise _missing(folder / name, purpose)
     find(folder, contents=False)
 
 
-def _missing(path: Path) -> UserError:
+def _needed_files(config: RunConfig) -> dict[str, str]:
+    """The files in a run folder that the run needs, next to its checkpoints, to be resumed, and what each is."""
+    found = {
+        CONFIG_FILE: "which holds the configuration that the checkpoints were trained with",
+        DATA_FILE: _DATA_PURPOSE,
+        TOKENIZER_FILE: "which is the tokenizer that the run was trained with",
+    }
+    record_file = method_class(config).record_file
+    if record_file is not None:
+        found[record_file.name] = record_file.purpose
+    if config.adaptation.has_base:
+        found[BASE_FILE] = "which identifies the base model that the run was trained on"
+    return found
+
+
+def check_built_from(method: ModelMethod, config: RunConfig) -> None:
+    """Raises UserError if a method was built from another configuration, or for more tokens than the data supports."""
+    for key, built, now in differences(to_dict(method.config), to_dict(config)):
+        raise UserError(
+            f"the method was built from a configuration with {key}={written(built)}, but the run has "
+            f"{key}={written(now)}; build it from the run's, as in "
+            f"g2.train(config, {type(method).__name__}(config))."
+        )
+    tokens = with_prepared_vocabulary(config).tokenizer.vocab_size
+    if tokens != config.tokenizer.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size is {config.tokenizer.vocab_size}, but the text in data.folder "
+            f"{config.data.folder} supports at most {tokens}; set it to {tokens} before you build the method."
+        )
+
+
+def check_same_method(config: RunConfig, method: ModelMethod | None) -> None:
+    """Raises UserError if a run was begun with another method; None stands for the one that `config` selects."""
+    now = own_name(config, method)
+    begun = saved_method(config.output, now)
+    if begun != now:
+        one, other = (
+            "the method that its configuration selects" if name is None else f"the method {name}"
+            for name in (begun, now)
+        )
+        raise UserError(
+            f"{config.output} was trained with {one}, but this run has {other}; give g2.train the same method, "
+            f"choose another output, or delete {config.output} to train again."
+        )
+
+
+def _missing(path: Path, purpose: str) -> UserError:
     return UserError(
-        f"{path} is missing, {_PURPOSES[path.name]}; copy it there from where the run was trained, or choose another "
-        "output."
+        f"{path} is missing, {purpose}; copy it there from where the run was trained, or choose another output."
     )
 
 
@@ -143,7 +183,7 @@ def check_same_data(run_folder: str | Path, data: DataConfig) -> None:
     path = Path(run_folder) / DATA_FILE
     if not path.exists():
         if checkpoint_steps(run_folder):
-            raise _missing(path)
+            raise _missing(path, _DATA_PURPOSE)
         return
     if read_json(path) != data_identity(data):
         raise UserError(
@@ -152,19 +192,13 @@ def check_same_data(run_folder: str | Path, data: DataConfig) -> None:
         )
 
 
-def teacher_setting_changed(config: RunConfig) -> bool:
-    """Whether distill.teacher or distill.cache differs from the configuration saved in the run folder."""
+def is_changed(config: RunConfig, keys: Collection[str]) -> bool:
+    """Whether one of these keys differs from the configuration saved in the run folder."""
     path = Path(config.output) / CONFIG_FILE
     if not path.exists():
         return False
-    saved = load_config(RunConfig, path).distill
-    return (saved.teacher, saved.cache) != (config.distill.teacher, config.distill.cache)
-
-
-def base_setting_changed(config: RunConfig) -> bool:
-    """Whether initialise.source differs from the configuration saved in the run folder."""
-    path = Path(config.output) / CONFIG_FILE
-    return path.exists() and load_config(RunConfig, path).initialise.source != config.initialise.source
+    saved = to_dict(load_config(RunConfig, path))
+    return any(key in keys for key, _, _ in differences(saved, to_dict(config)))
 
 
 def checked_base(config: RunConfig) -> BaseRecord | None:
@@ -199,14 +233,10 @@ def check_same_inputs(configs: Sequence[RunConfig]) -> None:
 
 def _input_files(configs: Sequence[RunConfig]) -> Iterator[tuple[str, list[Path]]]:
     for config in configs:
-        sources = {"distill.teacher": config.distill.teacher}
-        if latest_step(config.output) is None or config.adaptation.has_base:
-            sources["initialise.source"] = config.initialise.source
-        for key, path in sources.items():
-            if path is not None:
-                yield f"{key} {path}", open_source(path).files
-        if config.distill.cache is not None:
-            yield f"distill.cache {config.distill.cache}", files_below([Path(config.distill.cache, MANIFEST)])
+        for key, path in sources(config).items():
+            is_cache = key == "distill.cache"
+            files = files_below([Path(path, MANIFEST)]) if is_cache else open_source(path).files
+            yield f"{key} {path}", files
 
 
 def write_inputs(config: RunConfig, base: BaseRecord | None) -> None:

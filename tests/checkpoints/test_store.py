@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma2_jax.checkpoints.metadata import Unreported, read_unreported
 from gemma2_jax.checkpoints.store import (
     CheckpointConfig,
     CheckpointStore,
-    Unreported,
     latest_step,
     load_model,
     restore_params,
@@ -101,15 +101,16 @@ def test_what_is_not_reported_yet(saved: tuple[Path, TrainState], data: DataConf
     with CheckpointStore(tmp_path, keep=2) as store:
         store.save(1, trees(state), train_batches(data), {"seed": 3}, unreported)
         store.wait()
-        assert store.unreported(1) == unreported
-        file = tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+        checkpoint = tmp_path / "checkpoints" / "1"
+        assert read_unreported(checkpoint) == unreported
+        file = checkpoint / "_CHECKPOINT_METADATA"
         metadata = json.loads(file.read_text())
         del metadata["custom_metadata"]["unreported"]  # as of older runs
         file.write_text(json.dumps(metadata))
-        assert store.unreported(1) == Unreported()
+        assert read_unreported(checkpoint) == Unreported()
         file.write_text("{")
         with pytest.raises(UserError, match=r"/1/_CHECKPOINT_METADATA cannot be read; delete "):
-            store.unreported(1)
+            read_unreported(checkpoint)
 
 
 def test_only_the_newest_are_kept(saved: tuple[Path, TrainState]) -> None:

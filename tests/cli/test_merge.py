@@ -29,6 +29,13 @@ def test_models_are_merged(run_folder, tmp_path, capsys):
     assert (target / "model.safetensors").exists()
 
 
+def test_only_a_run_has_an_average_to_merge(run_folder, tmp_path, capsys):
+    command = ["merge", str(run_folder), str(run_folder), str(tmp_path / "new"), "--method", "linear"]
+    assert main([*command, "--averaged"]) == 1
+    assert capsys.readouterr().err.startswith(f"gemma2: {run_folder} keeps no average of its weights,")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -86,6 +86,36 @@ def test_a_run_that_was_never_trained(finished: RunConfig, tmp_path: Path) -> No
         evaluate_run(tmp_path)
 
 
+def test_what_is_not_a_run_is_refused(finished: RunConfig, tmp_path: Path) -> None:
+    for folder, file, text in (
+        ("hf", "config.json", "{}"),
+        ("peft", "adapter_config.json", "{}"),
+        ("run", "config.yaml", "model:\n  num_layers: 2\n"),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text(text)
+    needs = (
+        "g2.evaluate_run needs a run folder of `gemma2 train`, whose config.yaml names the validation data"
+    )
+    inside = Path(finished.output, "checkpoints")
+    for path, message in {
+        tmp_path
+        / "hf": f"has no config.yaml; {needs}; to measure a model's weights, train a run that starts from them "
+        f"(initialise.source={tmp_path}/hf).",
+        tmp_path
+        / "run": f"holds a converted model; {needs}; to measure a model's weights, train a run that starts "
+        f"from them (initialise.source={tmp_path}/run).",
+        tmp_path
+        / "peft": f"has no config.yaml; {needs}; to measure this adapter, give its base model's run and "
+        f"adapter_folder={tmp_path}/peft.",
+        tmp_path / "nowhere": f"is not a folder; {needs}.",
+        inside: f"has no config.yaml; {needs}; give {finished.output}.",
+    }.items():
+        with pytest.raises(UserError) as error:
+            evaluate_run(path)
+        assert str(error.value) == f"{path} {message}"
+
+
 @pytest.mark.thorough
 def test_an_adapter_is_evaluated_with_its_base(finished: RunConfig, tmp_path: Path) -> None:
     """The same numbers as at the last step of training, also as an adapter given for the base."""

@@ -97,7 +97,7 @@ def test_the_gradient_follows_what_is_done_with_the_loss() -> None:
     def gradient(scale: float) -> jax.Array:
         def scaled(embedding: jax.Array) -> jax.Array:
             head = LMHead(student.hidden, embedding, 30.0)
-            return scale * loss({"student": head}, {"targets": targets}, mask)[0]
+            return scale * loss({"model": head}, {"targets": targets}, mask)[0]
 
         return jax.grad(scaled)(student.embedding)
 
@@ -290,7 +290,7 @@ def test_without_a_trained_head_there_are_sums_and_no_gradient() -> None:
     _, teacher, targets, mask = heads(2, 9)
 
     def total(embedding: jax.Array) -> jax.Array:
-        named = {"student": replace(teacher, embedding=embedding, trained=False)}
+        named = {"model": replace(teacher, embedding=embedding, trained=False)}
         return lm_head_sums(
             token_loss(objective(1, 0)), named, {"targets": targets}, mask, 4, now(objective(1, 0))
         )[0]
@@ -396,7 +396,7 @@ def test_a_fixed_embedding_costs_no_gradient(block_tokens: int) -> None:
 
     def loss(embedding_trained: bool, sums: Any, head: LMHead) -> jax.Array:
         head = replace(head, embedding_trained=embedding_trained)
-        found, _ = sums(terms, {"student": head}, {"targets": targets}, mask, coefficients=coefficients)
+        found, _ = sums(terms, {"model": head}, {"targets": targets}, mask, coefficients=coefficients)
         return jnp.asarray(found)
 
     blockwise = partial(lm_head_sums, block_tokens=block_tokens)

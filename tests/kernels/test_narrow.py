@@ -42,12 +42,12 @@ def total_loss(
     hidden: jax.Array, embedding: jax.Array, taught: jax.Array, loss: Callable[..., Any]
 ) -> jax.Array:
     def token_loss(logits: Any, targets: jax.Array, _: Any) -> Any:
-        kl = terms.forward_kl(logits["student"], logits["teacher"], 1.0)
-        return terms.cross_entropy(logits["student"], targets) + kl, {}
+        kl = terms.forward_kl(logits["model"], logits["teacher"], 1.0)
+        return terms.cross_entropy(logits["model"], targets) + kl, {}
 
     targets, mask = jnp.zeros(hidden.shape[:2], jnp.int32), jnp.ones(hidden.shape[:2])
     heads = {
-        "student": LMHead(hidden, embedding, 30.0),
+        "model": LMHead(hidden, embedding, 30.0),
         "teacher": LMHead(taught.astype(hidden.dtype), embedding, 30.0, trained=False),
     }
     summed: jax.Array = loss(token_loss, heads, targets, mask)[0]

@@ -144,13 +144,13 @@ def test_it_is_planned_with_moments_of_the_norms_alone(run: RunConfig) -> None:
 
 @pytest.mark.thorough
 def test_students_with_it_have_the_losses_of_each_alone(toy_run: RunConfig) -> None:
-    """Students of a wider teacher; one of them also matches layers, with projections."""
+    """Students of a wider teacher; one, called like the teacher's tree, also matches layers, with projections."""
     sizes = replace(toy_run.model, d_model=48)
     distill = DistillConfig("given to the step", "float32", model=sizes)
     match = MatchConfig(((0, 1), (1, 0)), hidden=0.5)
     configs = {
         "one": replace(toy_run, objective=KL, distill=distill),
-        "other": replace(
+        "teacher": replace(
             toy_run,
             seed=5,
             objective=ObjectiveConfig(0.5, 0.0, temperature=2.0, block_tokens=30, jsd=0.5),
@@ -183,7 +183,7 @@ def test_students_with_it_have_the_losses_of_each_alone(toy_run: RunConfig) -> N
                 assert metrics[name].keys() == expected.keys()
                 for key, value in expected.items():
                     assert float(metrics[name][key]) == pytest.approx(float(value), rel=2e-5), key
-    assert metrics["other"]["match_hidden"] > 0
+    assert metrics["teacher"]["match_hidden"] > 0
 
 
 class NothingTrained:

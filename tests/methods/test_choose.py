@@ -53,6 +53,7 @@ def test_text_alone(toy_run: RunConfig) -> None:
     method = build_method(toy_run)
     assert type(method) is LanguageModelling
     assert method.describe({}) == []
+    assert method.frozen_models == {}
     assert method.record({}) is None
 
 
@@ -78,6 +79,9 @@ def test_with_a_cache_only_validations_use_the_teacher(toy_run: RunConfig, cache
     frozen = method.abstract_frozen(mesh)
     assert set(frozen) == {"base", "teacher"}
     assert set(frozen_in_step(method, frozen)) == ({"base"} if cached else {"base", "teacher"})
+    (teacher,) = method.frozen_models.values()
+    assert (teacher.config, teacher.dtype) == (run.distill.model, "float32")
+    assert set(frozen_in_step(method, method.frozen_models)) == (set() if cached else {"teacher"})
     assert method.flops_per_token == training_flops_per_token(
         run.model, run.data.seq_len, None if cached else run.distill.model
     )

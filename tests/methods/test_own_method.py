@@ -1,5 +1,6 @@
 """A method that the package does not have is trained, validated, stopped, resumed and planned like its own methods."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +12,20 @@ import numpy as np
 import pytest
 
 from gemma2_jax.checkpoints.store import latest_step, load_model
-from gemma2_jax.config import UserError
+from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import validation_batches
-from gemma2_jax.kernels.lm_head import lm_head_sums
-from gemma2_jax.methods.language_modelling import LanguageModelling, evaluation_sums
+from gemma2_jax.data.shards import find_data_manifest
+from gemma2_jax.methods.language_modelling import LanguageModelling, evaluation_sums, loss_sums
 from gemma2_jax.methods.method import Frozen, Trainable
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Weight
-from gemma2_jax.planning.plan import make_plan
+from gemma2_jax.planning.plan import make_plan, plan
 from gemma2_jax.planning.topologies import find_topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.loop import train
 from gemma2_jax.training.metrics import read_metrics
+from gemma2_jax.training.start import check_same_method
 from tests.training.stops import stopped_after
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -43,19 +45,15 @@ class TokenAfterNext(LanguageModelling):
         self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
         head, shifted = self._parts(trainable, frozen, batch, step)
-        total, metrics = lm_head_sums(
-            self.terms,
-            {"student": head},
-            {"targets": shifted.targets},
-            shifted.loss_mask,
-            self.config.objective.block_tokens,
-            self.coefficients(step),
+        block_tokens = self.config.objective.block_tokens
+        total, metrics = loss_sums(
+            self.terms, {"model": head}, shifted, block_tokens, self.coefficients(step)
         )
         return total, {"loss": total, **metrics, "targets": jnp.sum(shifted.loss_mask)}
 
     def evaluate(self, trainable: Trainable, frozen: Frozen, batch: Batch) -> dict[str, Any]:
         head, shifted = self._parts(trainable, frozen, batch, None)
-        return evaluation_sums({"student": head}, shifted, self.config.objective.block_tokens)
+        return evaluation_sums({"model": head}, shifted, self.config.objective.block_tokens)
 
     def _parts(self, trainable: Trainable, frozen: Frozen, batch: Batch, step: jax.Array | None) -> Any:
         head, _ = self.forward(trainable, frozen, batch, step)
@@ -118,8 +116,27 @@ def begun(run: RunConfig, folder: Path) -> RunConfig:
     return replace(run, output=str(folder))
 
 
+def forget_method(run: RunConfig) -> None:
+    """Makes the run's newest checkpoint one of an older version, which does not name the method."""
+    folder = Path(run.output, "checkpoints", str(latest_step(run.output)))
+    metadata = json.loads((folder / "_CHECKPOINT_METADATA").read_text())
+    del metadata["custom_metadata"]["method"]
+    (folder / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
+
+
 def test_a_checkpoint_of_another_method_is_refused(trained: RunConfig, tmp_path: Path) -> None:
     own = begun(trained, tmp_path / "own")
+    for method, name in (
+        (None, "the method that its configuration selects"),
+        (SmallStates(own), "the method SmallStates"),
+    ):
+        with pytest.raises(UserError) as refused:
+            train(own, method)
+        assert str(refused.value) == (
+            f"{own.output} was trained with the method TokenAfterNext, but this run has {name}; give g2.train the "
+            f"same method, choose another output, or delete {own.output} to train again."
+        )
+    forget_method(own)
     with pytest.raises(UserError) as error:
         train(own)
     assert str(error.value) == (
@@ -129,6 +146,46 @@ def test_a_checkpoint_of_another_method_is_refused(trained: RunConfig, tmp_path:
     assert latest_step(own.output) == 6
 
 
+def test_methods_with_the_same_trees_do_not_resume_each_other(trained: RunConfig, tmp_path: Path) -> None:
+    """`Similar` has the trees of `TokenAfterNext`; so have checkpoints of older versions, which name no method."""
+    own = begun(trained, tmp_path / "own")
+    with pytest.raises(
+        UserError, match="with the method TokenAfterNext, but this run has the method Similar;"
+    ):
+        train(own, Similar(own))
+    forget_method(own)
+    check_same_method(own, Similar(own))
+
+
+def test_a_method_built_from_another_configuration_is_refused(run: RunConfig, tmp_path: Path) -> None:
+    other = replace(run, model=replace(run.model, num_layers=4))
+    message = (
+        f"the method was built from a configuration with model.num_layers={run.model.num_layers}, but the run has "
+        "model.num_layers=4; build it from the run's, as in g2.train(config, TokenAfterNext(config))."
+    )
+    for use in (train, lambda config, method: plan(config, "cpu:1", method)):
+        with pytest.raises(UserError) as error:
+            use(other, TokenAfterNext(run))
+        assert str(error.value) == message
+
+
+def test_a_method_for_more_tokens_than_the_text_supports_is_refused(run: RunConfig, tmp_path: Path) -> None:
+    found = find_data_manifest(run.data.folder)
+    assert found is not None
+    shutil.copytree(run.data.folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "manifest.json").write_text(json.dumps(to_dict(replace(found, vocabulary_full=True))))
+    tokens = found.vocab_size
+    asked = replace(
+        run, data=replace(run.data, folder=str(tmp_path)), tokenizer=replace(run.tokenizer, vocab_size=4096)
+    )
+    with pytest.raises(UserError) as error:
+        train(asked, TokenAfterNext(asked))
+    assert str(error.value) == (
+        f"tokenizer.vocab_size is 4096, but the text in data.folder {tmp_path} supports at most {tokens}; set it to "
+        f"{tokens} before you build the method."
+    )
+
+
 def test_it_is_planned(run: RunConfig) -> None:
     topology = find_topology("cpu:1")
     own, plain = make_plan([run], topology, TokenAfterNext(run)), make_plan([run], topology)
@@ -136,6 +193,10 @@ def test_it_is_planned(run: RunConfig) -> None:
     # The matrix and its two moments, and two numbers more that count the optimizer's steps.
     more = own.program.memory.argument - plain.program.memory.argument
     assert 3 * 4 * D * D <= more <= 3 * 4 * D * D + 64
+
+
+class Similar(TokenAfterNext):
+    """Another method with the same trained trees."""
 
 
 class SmallStates(LanguageModelling):

@@ -65,4 +65,5 @@ def test_what_is_trained_and_frozen_is_by_student(students: Students, toy_run: R
     frozen = students.abstract_frozen(build_mesh(toy_run.mesh, jax.devices()[:1]))
     assert set(frozen) == {"base", "teacher"}
     assert frozen["base"] == {"matched": {}, "scheduled": {}, "text": {}}
+    assert {name: model.config.d_model for name, model in students.frozen_models.items()} == {"teacher": 48}
     assert not students.collects(0)

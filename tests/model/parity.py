@@ -119,7 +119,7 @@ def learn(model: Gemma2, batch: Batch) -> Observed:
         ours = Gemma2(model.config, params)
         hidden = ours.hidden(batch.tokens, batch.positions, batch.segment_ids)
         total, _ = lm_head_sums(
-            evaluation_loss, {"student": ours.head(hidden)}, {"targets": batch.targets}, batch.loss_mask, 48
+            evaluation_loss, {"model": ours.head(hidden)}, {"targets": batch.targets}, batch.loss_mask, 48
         )
         return total / jnp.sum(batch.loss_mask)
 

@@ -299,7 +299,7 @@ def test_a_tail_is_learnt() -> None:
     @jax.value_and_grad
     def loss(logits: jax.Array) -> jax.Array:
         per_token = {"targets": targets, "teacher_targets": signal}
-        return token_loss(config)({"student": logits}, per_token, build_coefficients(config, 1)(0))[0].sum()
+        return token_loss(config)({"model": logits}, per_token, build_coefficients(config, 1)(0))[0].sum()
 
     for _ in range(400):
         logits -= 2.0 * loss(logits)[1]

@@ -37,8 +37,8 @@ def compute(config: ObjectiveConfig, teacher: Any, step: int = 0, steps: int = 1
 def named(teacher: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """Logits and per-token arrays; the teacher is its logits, sparse targets or None."""
     if isinstance(teacher, SparseTargets):
-        return {"student": STUDENT}, {"targets": TARGETS, "teacher_targets": teacher}
-    logits = {"student": STUDENT} if teacher is None else {"student": STUDENT, "teacher": teacher}
+        return {"model": STUDENT}, {"targets": TARGETS, "teacher_targets": teacher}
+    logits = {"model": STUDENT} if teacher is None else {"model": STUDENT, "teacher": teacher}
     return logits, {"targets": TARGETS}
 
 

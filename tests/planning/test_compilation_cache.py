@@ -14,6 +14,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.data.config import TokenizerConfig
 from gemma2_jax.data.prepare import prepare
 from gemma2_jax.distill.teacher import DistillConfig
+from gemma2_jax.methods.choose import build_method
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.planning.plan import plan
@@ -22,7 +23,7 @@ from gemma2_jax.planning.topologies import find_topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.loop import train
-from gemma2_jax.training.together import programs_of, train_together
+from gemma2_jax.training.together import method_of, programs_of, train_together
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
 
@@ -53,7 +54,7 @@ def test_a_run_takes_the_step_that_a_plan_has_compiled(toy_run: RunConfig, tmp_p
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
         compilation_cache=str(folder),
     )
-    compile_step([config], find_topology("cpu:8"))
+    compile_step([config], find_topology("cpu:8"), build_method(config))
     planned = steps_in(folder)
     assert len(planned) == 1
     hits: list[str] = []
@@ -124,7 +125,7 @@ def test_students_load_the_step_that_a_plan_compiled(
         distill=toy_run.distill,
     )
     (runs,) = programs_of([text, small])
-    planned = compile_step(runs, find_topology("cpu:8")).memory
+    planned = compile_step(runs, find_topology("cpu:8"), method_of(runs)).memory
     kept = steps_in(folder)
     assert len(kept) == 1
     compile_lowered = jax.stages.Lowered.compile

@@ -30,7 +30,7 @@ from gemma2_jax.planning.topologies import Topology, find_topology
 from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.state import Update
-from gemma2_jax.training.together import programs_of
+from gemma2_jax.training.together import method_of, programs_of
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_students_have_one_plan(students, planned_run, cpus, plan):
     assert costs[0].flops > sum(cost.flops for cost in costs[1:])
     assert len(costs) == 4
     small = replace(cpus, chip=replace(cpus.chip, memory=1000))
-    message = " ".join(memory_savings(students, small, together.parts, together.mesh, 10**8))
+    message = " ".join(memory_savings(students, [], small, together.parts, together.mesh, 10**8))
     assert "without --student deep" in message
 
 
@@ -141,8 +141,10 @@ def test_students_are_searched_and_placed_together(students, cpus):
     roles = [model.role for model in find_placement(students, cpus).models]
     assert roles == ["student deep", "student toy", "student text", "teacher"]
     odd = replace(students[1], model=replace(students[1].model, d_ff=63))
-    assert any(candidate.runs[0].mesh.tensor > 1 for candidate in candidates(students, cpus))
-    for candidate in candidates([students[0], odd], cpus):
+    assert any(
+        candidate.runs[0].mesh.tensor > 1 for candidate in candidates(students, method_of(students), cpus)
+    )
+    for candidate in candidates([students[0], odd], method_of([students[0], odd]), cpus):
         assert {run.mesh.tensor for run in candidate.runs} == {1}  # more would not divide 63
 
 
@@ -156,7 +158,7 @@ def test_candidates_divide_the_vocabulary_in_the_head(planned_run, cpus):
         distill=replace(planned_run.distill, model=teacher),
         data=replace(planned_run.data, batch_size=8),
     )
-    found = [candidate.runs[0] for candidate in candidates([odd], cpus)]
+    found = [candidate.runs[0] for candidate in candidates([odd], build_method(odd), cpus)]
     for run in found:
         mesh_of([run], cpus)  # refuses what does not divide
     assert {run.mesh.data for run in found} == {8}  # 303 is odd, so no axis can split the vocabulary
@@ -223,7 +225,7 @@ def test_a_step_that_does_not_fit_lists_what_would_help(planned_run, cpus):
         assert words in message
     assert message.count("estimate;") == len(plan.help)
     parts = replace(plan.parts, activations=10**9)
-    assert "enough by itself" in memory_savings([planned_run], small, parts, plan.mesh, 10**8)[0]
+    assert "enough by itself" in memory_savings([planned_run], [], small, parts, plan.mesh, 10**8)[0]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +303,7 @@ def test_each_network_has_its_own_bandwidth():
 
 @pytest.mark.thorough
 def test_candidates_divide_and_the_search_keeps_its_budget(planned_run, cpus):
-    waiting = candidates([planned_run], cpus)
+    waiting = candidates([planned_run], build_method(planned_run), cpus)
     assert len({candidate.overrides for candidate in waiting}) == len(waiting) > 10
     for candidate in waiting:
         mesh = mesh_of(candidate.runs, cpus)
@@ -342,5 +344,5 @@ def test_averaged_weights_are_planned(planned_run, cpus):
     print_plan(plan, console)
     assert "averaged weights" in console.export_text()
     small = replace(cpus, chip=replace(cpus.chip, memory=1000))
-    help = memory_savings([averaging], small, plan.parts, plan.mesh, 10)
+    help = memory_savings([averaging], [], small, plan.parts, plan.mesh, 10)
     assert any(line.startswith("training.ema=null: saves") for line in help)

@@ -19,6 +19,7 @@ from gemma2_jax.evaluation.evaluate import evaluate_run
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.load import load, open_source
+from gemma2_jax.formats.merge import merge
 from gemma2_jax.model.adaptation import AdaptationConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params, weight_specs
@@ -90,6 +91,11 @@ def test_the_average_is_exported(finished: RunConfig, tmp_path: Path) -> None:
     chex.assert_trees_all_equal(load(finished.output, averaged=True)[0].params(), model.params())
     weights = load(finished.output)[0].params()
     assert not np.array_equal(weights["embedder"]["embedding"], model.params()["embedder"]["embedding"])
+
+
+def test_averages_are_merged(finished: RunConfig, tmp_path: Path) -> None:
+    merge([finished.output] * 2, tmp_path / "merged", "linear", averaged=True)
+    chex.assert_trees_all_close(load(tmp_path / "merged")[0].params(), averages_of(finished), rtol=1e-6)
 
 
 def test_a_run_keeps_its_decay(finished: RunConfig) -> None:

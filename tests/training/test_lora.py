@@ -158,8 +158,8 @@ def test_an_adapter_is_planned(lora: RunConfig) -> None:
     assert plan.model_flops == pytest.approx(full.model_flops - saved)
     assert plan.to_dict()["trained_parameters"] == {run.name: count}
     shape = dict.fromkeys(AXES, 1)
-    assert estimated_memory([run], shape) < estimated_memory(
-        [replace(run, adaptation=AdaptationConfig())], shape
+    assert estimated_memory([run], [], shape) < estimated_memory(
+        [replace(run, adaptation=AdaptationConfig())], [], shape
     )
     placed = {model.role: model for model in find_placement([run], topology).models}
     assert set(placed) == {"adapter", "base"}

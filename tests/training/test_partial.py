@@ -130,7 +130,7 @@ def test_a_part_is_planned_and_described(run: RunConfig) -> None:
     assert other.argument - memory.argument == pytest.approx(8 * (total - count), rel=0.01)
     assert memory.peak < other.peak
     shape = dict.fromkeys(AXES, 1)
-    assert estimated_memory([one], shape) < estimated_memory([full], shape)
+    assert estimated_memory([one], [], shape) < estimated_memory([full], [], shape)
     placed = {model.role: model for model in find_placement([one], topology).models}
     assert set(placed) == {"student", "base"}
     assert sum(weight.device_bytes for weight in placed["student"].weights) == 4 * count
