@@ -25,12 +25,12 @@ from gemma2_jax.evaluation.config import EvaluationConfig
 from gemma2_jax.evaluation.domains import Domain, PreparedDomain, open_domains
 from gemma2_jax.evaluation.evaluated_model import (
     EvaluatedModel,
+    add_adapter,
     find_run_data,
     open_model,
     open_models,
     open_teacher_of,
     run_data_of,
-    with_adapter,
 )
 from gemma2_jax.evaluation.evaluation_progress import EvaluationProgress
 from gemma2_jax.evaluation.memorisation import Memorisation, counted, long_enough, memorised
@@ -108,7 +108,7 @@ def evaluate_run(
     with jax.set_mesh(mesh), laid_out(config.layout):
         opened = open_model(str(run_folder), None, averaged)
         if adapter_folder is not None:
-            opened = with_adapter(opened, str(adapter_folder))
+            opened = add_adapter(opened, str(adapter_folder))
         models = {MODEL: opened.load("float32", mesh, config.model)}
         tokenizer = opened.tokenizer
         if teacher_folder is not None:

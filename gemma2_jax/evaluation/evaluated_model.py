@@ -99,7 +99,7 @@ def open_models(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Ev
     opened = [open_model(path, config.tokenizer, of_run) for path in checkpoints]
     if not config.adapters:
         return opened
-    return [with_adapter(opened[0], folder, config.averaged) for folder in config.adapters]
+    return [add_adapter(opened[0], folder, config.averaged) for folder in config.adapters]
 
 
 def open_model(path: str, tokenizer: str | None, averaged: bool = False) -> EvaluatedModel:
@@ -109,7 +109,7 @@ def open_model(path: str, tokenizer: str | None, averaged: bool = False) -> Eval
     return EvaluatedModel(path, path, source, load_tokenizer(source), averaged)
 
 
-def with_adapter(model: EvaluatedModel, folder: str, averaged: bool = False) -> EvaluatedModel:
+def add_adapter(model: EvaluatedModel, folder: str, averaged: bool = False) -> EvaluatedModel:
     """The model with the adapter in a folder, or the average of that over a run's steps (`training.ema`).
 
     Raises:
