@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -226,10 +226,14 @@ class _Evaluator:
         sums = {}
         for domain in self._domains:
             progress.doing(f"evaluating {opened.name} on {domain.name}")
-            batches = progress.counted(self._batches(domain, opened.tokenizer, progress), self._share[1])
+            batches = self._batches(domain, opened.tokenizer, progress)
+            first = next(batches, None)
+            if first is None:
+                raise UserError(
+                    f"{domain.place} holds no token that is to be scored; give other text or data."
+                )
+            batches = progress.counted(chain([first], batches), self._share[1])
             sums[domain.name] = score(scoring, models, batches, lengths, self._mesh)
-            if not sums[domain.name]["targets"]:
-                raise UserError(f"{domain.place} has no token to score.")
             progress.finish_part()
         memorisation = self._memorisation(opened, models[MODEL], progress)
         progress.doing(f"identifying {opened.name}")

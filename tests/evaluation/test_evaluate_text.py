@@ -18,6 +18,7 @@ from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import stored_documents, validation_batches
 from gemma2_jax.data.shards import read_data_manifest
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
+from gemma2_jax.evaluation import evaluate as evaluate_module
 from gemma2_jax.evaluation.config import EvaluationConfig
 from gemma2_jax.evaluation.evaluate import evaluate, evaluate_run
 from gemma2_jax.evaluation.record import EvaluationRecord
@@ -238,3 +239,13 @@ def test_a_checkpoint_without_data_needs_some(toy_run: RunConfig, tmp_path: Path
     write_run(tmp_path / "run", toy_run.model, vivid(toy_run.model).params(), Path(toy_run.tokenizer.path))
     with pytest.raises(UserError, match="has no validation data of its own"):
         evaluate(tmp_path / "run")
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("one_device")
+def test_documents_without_a_token_to_score_are_refused(
+    student: str, files: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module, "windows_of", lambda *_: iter(()))
+    with pytest.raises(UserError, match="holds no token that is to be scored"):
+        evaluate(student, EvaluationConfig(text=list(files), context=CONTEXT))
