@@ -103,12 +103,14 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.config import UserError, check_place
     from gemma2_jax.evaluation.evaluate import evaluate
     from gemma2_jax.processes.hosts import is_first, join
+    from gemma2_jax.training.packages import check_packages
 
     checkpoints, config, composed = settings(arguments)
     if arguments.json is not None:
         check_place("--json", arguments.json, is_file=True)
         if Path(arguments.json).is_dir():
             raise UserError(f"--json is {arguments.json}, which is a folder; give the name of a file.")
+    check_packages(composed)
     join(composed.hosts)
     with _named_as_options(), use_compilation_cache(composed.compilation_cache):
         record = evaluate(checkpoints, config, show=is_first())
