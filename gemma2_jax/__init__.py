@@ -30,7 +30,9 @@ _MODULES = {
     "attention_maps": "model.lens",
     "logit_lens": "model.lens",
     "count_parameters": "model.counts",
-    "evaluate_run": "evaluation.evaluate",
+    "evaluate": "evaluation.evaluate",  # any checkpoints on any text
+    "EvaluationConfig": "evaluation.config",
+    "evaluate_run": "evaluation.evaluate_run",
     "Sampler": "sampling.sampler",
     "SamplingConfig": "sampling.config",
     "convert": "formats.convert",

@@ -1,147 +1,234 @@
-"""Evaluates a trained run on the whole validation split of its data."""
+"""Evaluates checkpoints of any kind on text or prepared data."""
 
-from dataclasses import dataclass, replace
-from functools import partial
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from gemma2_jax.checkpoints.store import (
-    AVERAGED,
-    CONFIG_FILE,
-    PARAMS,
-    TOKENIZER_FILE,
-    checkpoint_steps,
-    find_params,
-    load_model_config,
-    read_params,
-)
-from gemma2_jax.config import UserError, load_config, read_yaml
+import gemma2_jax
+from gemma2_jax.config import UserError
 from gemma2_jax.data.batch import Batch
-from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.distill.teacher import open_teacher
-from gemma2_jax.formats.adapter import read_adapter
-from gemma2_jax.formats.based import check_base
-from gemma2_jax.formats.load import adapted, load_params, model_of, open_source
-from gemma2_jax.formats.recognise import ADAPTER_CONFIG, enclosing_run
+from gemma2_jax.distill.rows import check_rows
+from gemma2_jax.evaluation.config import EvaluationConfig
+from gemma2_jax.evaluation.domains import Domain, PreparedDomain, open_domains
+from gemma2_jax.evaluation.evaluated_model import (
+    EvaluatedModel,
+    find_run_data,
+    open_models,
+    open_teacher_of,
+    run_data_of,
+)
+from gemma2_jax.evaluation.evaluation_progress import EvaluationProgress
+from gemma2_jax.evaluation.memorisation import Memorisation, long_enough, memorised, result_of
+from gemma2_jax.evaluation.record import (
+    FORMAT,
+    DomainMemorisation,
+    DomainScores,
+    EvaluationRecord,
+    EvaluationRow,
+)
+from gemma2_jax.evaluation.scores import Scoring, add_sums, build_scoring, score, scores_of
+from gemma2_jax.evaluation.windows import DOCUMENT, PACKED, SLIDING, Window, batches_of, windows_of
 from gemma2_jax.methods.distillation import TEACHER
-from gemma2_jax.methods.language_modelling import MODEL, evaluation_sums, head_and_layers
-from gemma2_jax.model.counts import count_parameters
+from gemma2_jax.methods.language_modelling import MODEL
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params, weight_specs
-from gemma2_jax.run import RunConfig
+from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.sharding.feeding import feeding_share
-from gemma2_jax.sharding.layout import laid_out
+from gemma2_jax.sharding.layout import batch_shares, laid_out
 from gemma2_jax.sharding.mesh import build_mesh
-from gemma2_jax.training.start import check_same_data
-from gemma2_jax.training.validation import averages, sum_over
+
+_CONTEXT, _BATCH = 2048, 8  # of evaluations whose input gives none
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The results in one row of a study's table. Comparisons with a teacher are None without one.
-
-    Attributes:
-        parameters: parameter count of the model, its tied embedding counted once.
-        tokens_seen: training tokens, padding included.
-        cross_entropy: mean cross-entropy in nats.
-        perplexity: exp of the cross-entropy.
-        agreement: fraction of positions where the run and the teacher have the same most likely token.
-        kl: mean KL(teacher || run) in nats.
-        entropy: mean entropy of the run's distributions in nats.
-        teacher_entropy: mean entropy of the teacher's distributions in nats.
-    """
-
-    parameters: int
-    tokens_seen: int
-    cross_entropy: float
-    perplexity: float
-    agreement: float | None
-    kl: float | None
-    entropy: float | None = None  # Older files lack this key and the next.
-    teacher_entropy: float | None = None
-
-
-def evaluate_run(
-    run_folder: str | Path,
-    teacher_folder: str | Path | None = None,
-    adapter_folder: str | Path | None = None,
-    averaged: bool = False,
-) -> Evaluation:
-    """Evaluates the newest checkpoint of a run, and compares it with a teacher if one is given.
+def evaluate(
+    checkpoints: str | Path | Sequence[str | Path],
+    config: EvaluationConfig = EvaluationConfig(),
+    show: bool = False,
+) -> EvaluationRecord:
+    """Evaluates checkpoints of any kind on the same text, one after another.
 
     Args:
-        adapter_folder: LoRA adapter to evaluate with the run's weights, a run folder or PEFT's folder.
-        averaged: whether to evaluate the run's average of the weights (`training.ema`).
+        checkpoints: one or several; each is a row of the results.
+        config: what they are evaluated on, and how; by default, the validation split of the first run's own data.
+        show: whether to show progress on standard error.
 
     Raises:
-        UserError: `run_folder` is not a run folder, a folder holds no checkpoint, the data is not what the run was
-            trained on, the teacher has another vocabulary or tokenizer, or the adapter was trained on another base
-            model.
+        UserError: a checkpoint, an adapter or the text cannot be read; a tokenizer is another one than the teacher's or
+            the prepared data's; or the batch does not fit the mesh.
     """
-    config = _config_of(Path(run_folder))
-    check_same_data(run_folder, config.data)
-    tree = AVERAGED if averaged else PARAMS
-    found = find_params(run_folder, tree)
+    several = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
+    models = open_models([str(path) for path in several], config)
     mesh = build_mesh(config.mesh)
     with jax.set_mesh(mesh), laid_out(config.layout):
-        if config.adaptation.has_base:
-            model = model_of(open_source(run_folder, averaged=averaged), "float32", mesh, config.model)
-        else:
-            specs = weight_specs(config.model)
-            model = Gemma2(config.model, read_params(found, abstract_params(specs, mesh=mesh), tree))
-        if adapter_folder is not None:
-            adapter = read_adapter(adapter_folder, config.model)
-            check_base(adapter.path, adapter.identity, open_source(run_folder))
-            model = adapted(model, adapter, mesh)
-        models = {MODEL: model}
-        if teacher_folder is not None:
-            # In the precision of this run, whatever distill.dtype was in training.
-            tokenizer = Tokenizer.load(Path(run_folder) / TOKENIZER_FILE)
-            source, sizes = open_teacher(str(teacher_folder), config.model, tokenizer)
-            models[TEACHER] = Gemma2(sizes, load_params(source, sizes, config.compute.dtype, mesh))
-        compute = replace(config.compute, remat="none")
-
-        @jax.jit
-        def sums(models: dict[str, Gemma2], batch: Batch) -> dict[str, Any]:
-            heads = {name: head_and_layers(model, batch, compute, None)[0] for name, model in models.items()}
-            return evaluation_sums(heads, batch, config.objective.block_tokens)
-
-        batches = validation_batches(config.data, *feeding_share(mesh))
-        metrics = averages(sum_over(partial(sums, models), batches, mesh))
-    return Evaluation(
-        parameters=count_parameters(config.model).total,
-        tokens_seen=found.step * config.data.batch_size * config.data.seq_len,
-        cross_entropy=metrics["cross_entropy"],
-        perplexity=metrics["perplexity"],
-        agreement=metrics.get("agreement"),
-        kl=metrics.get("kl"),
-        entropy=metrics["entropy"],
-        teacher_entropy=metrics.get("teacher_entropy"),
-    )
+        return _Evaluator(models, config, mesh).run(show)
 
 
-def _config_of(folder: Path) -> RunConfig:
-    """Returns the configuration of a run. Raises UserError if the folder is not a run's."""
-    file = folder / CONFIG_FILE
-    if file.is_file() and set(read_yaml(file)) != {"model"}:
-        return load_config(RunConfig, file)
-    if checkpoint_steps(folder) and not file.exists():
-        load_model_config(folder)  # raises
-    wanted = (
-        f"g2.evaluate_run needs a run folder of `gemma2 train`, whose {CONFIG_FILE} names the validation data"
-    )
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; {wanted}.")
-    found = "holds a converted model" if file.is_file() else f"has no {CONFIG_FILE}"
-    if (run := enclosing_run(folder)) is not None:
-        remedy = f"give {run}"
-    elif (folder / ADAPTER_CONFIG).is_file():
-        remedy = f"to measure this adapter, give its base model's run and adapter_folder={folder}"
-    else:
-        remedy = (
-            f"to measure a model's weights, train a run that starts from them (initialise.source={folder})"
+class _Evaluator:
+    """What the rows of one evaluation share."""
+
+    def __init__(self, models: Sequence[EvaluatedModel], config: EvaluationConfig, mesh: Mesh) -> None:
+        self._began = time.monotonic()
+        self._models, self._config, self._mesh = models, config, mesh
+        first = models[0].path
+        owns_data = not config.text and config.data is None
+        run_data = run_data_of(first) if owns_data else find_run_data(first)
+        self._context = config.context or (run_data.seq_len if run_data else _CONTEXT)
+        self._stride = {
+            DOCUMENT: self._context,
+            SLIDING: config.stride or max(1, self._context // 2),
+            PACKED: None,
+        }[config.kind]
+        if self._stride is not None and self._stride > self._context:
+            raise UserError(
+                f"evaluation.stride is {self._stride}; it must be at most evaluation.context ({self._context}), or "
+                "tokens between two windows would not be scored."
+            )
+        self._batch = self._checked_batch()
+        self._share = feeding_share(mesh)
+        if config.memorisation and jax.process_count() > 1:
+            raise UserError("evaluation.memorisation needs a single process; leave it out, or use one host.")
+        self._domains = open_domains(config, run_data, self._context, self._batch)
+        for model in models:
+            for domain in self._domains:
+                domain.check(model.tokenizer, model.name)
+        self._teacher = open_teacher_of(models, config)
+        self._loaded_teacher: Gemma2 | None = None
+
+    def run(self, show: bool) -> EvaluationRecord:
+        config = self._config
+        scoring = build_scoring(config.compute, config.block_tokens)
+        with EvaluationProgress(len(self._models) * len(self._domains), show) as progress:
+            rows = tuple(self._row(model, scoring, progress) for model in self._models)
+            progress.doing("identifying weights")
+            teacher = None if self._teacher is None else self._teacher.describe()
+        devices = self._mesh.devices.flat
+        return EvaluationRecord(
+            format=FORMAT,
+            versions={
+                "gemma2_jax": gemma2_jax.__version__,
+                "jax": version("jax"),
+                "python": platform.python_version(),
+            },
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            devices=f"{self._mesh.size} x {devices[0].device_kind}",
+            mesh={axis: size for axis, size in self._mesh.shape.items() if size > 1},
+            dtype=config.compute.dtype,
+            domains={domain.name: domain.place for domain in self._domains},
+            windows=config.kind,
+            context=self._context,
+            stride=self._stride,
+            batch=self._batch,
+            limit=config.limit,
+            teacher=teacher,
+            seconds=time.monotonic() - self._began,
+            rows=rows,
         )
-    raise UserError(f"{folder} {found}; {wanted}; {remedy}.")
+
+    def _row(self, opened: EvaluatedModel, scoring: Scoring, progress: EvaluationProgress) -> EvaluationRow:
+        began = time.monotonic()
+        progress.doing(f"loading {opened.name}")
+        dtype = self._config.compute.dtype
+        models = {MODEL: opened.load(dtype, self._mesh)}
+        if self._teacher is not None:
+            models[TEACHER] = self._teacher_for(models[MODEL])
+        sums = {
+            domain.name: self._scored(domain, opened, models, scoring, progress) for domain in self._domains
+        }
+        memorisation = self._memorisation(opened, models[MODEL], progress)
+        progress.doing(f"identifying {opened.name}")
+        return EvaluationRow(
+            name=opened.name,
+            checkpoint=opened.describe(),
+            seconds=time.monotonic() - began,
+            scores={
+                self._config.kind: DomainScores(
+                    {name: scores_of(found) for name, found in sums.items()},
+                    scores_of(add_sums(list(sums.values()))),
+                )
+            },
+            memorisation=memorisation,
+        )
+
+    def _scored(
+        self,
+        domain: Domain,
+        opened: EvaluatedModel,
+        models: Mapping[str, Gemma2],
+        scoring: Scoring,
+        progress: EvaluationProgress,
+    ) -> dict[str, Any]:
+        """The sums of the scores on one domain. Raises UserError if it has no token to score."""
+        progress.doing(f"evaluating {opened.name} on {domain.name}")
+        batches = self._batches(domain, opened.tokenizer, progress)
+        first = next(batches, None)
+        if first is None:
+            raise UserError(f"{domain.place} holds no token that is to be scored; give other text or data.")
+        shown = progress.counted(chain([first], batches), self._share[1])
+        sums = score(scoring, models, shown, opened.tokenizer.byte_lengths(), self._mesh)
+        progress.finish_part()
+        return sums
+
+    def _checked_batch(self) -> int:
+        """Rows in a batch, checked against the mesh."""
+        shares = batch_shares(self._mesh)
+        batch = self._config.batch or -(-_BATCH // shares) * shares
+        try:
+            check_rows(batch, self._context, self._mesh, "evaluation.batch")
+        except UserError as error:
+            raise UserError(str(error).replace("data.seq_len", "evaluation.context")) from None
+        return batch
+
+    def _teacher_for(self, model: Gemma2) -> Gemma2:
+        """The teacher with the model's padding of the vocabulary, loaded again only if that has changed."""
+        assert self._teacher is not None
+        padding = model.config.vocab_size, model.config.vocab_padding
+        loaded = self._loaded_teacher
+        if loaded is None or (loaded.config.vocab_size, loaded.config.vocab_padding) != padding:
+            self._loaded_teacher = None  # frees the memory first
+            loaded = self._teacher.load(self._config.compute.dtype, self._mesh, model.config)
+            self._loaded_teacher = loaded
+        return loaded
+
+    def _batches(self, domain: Domain, tokenizer: Tokenizer, progress: EvaluationProgress) -> Iterator[Batch]:
+        limit = self._config.limit
+        if self._stride is None:
+            assert isinstance(domain, PreparedDomain)
+            return domain.batches(*self._share, limit, progress.read)
+        windows = self._windows(domain, tokenizer, progress)
+        return batches_of(windows, self._context, self._batch, *self._share)
+
+    def _windows(
+        self, domain: Domain, tokenizer: Tokenizer, progress: EvaluationProgress
+    ) -> Iterator[Window]:
+        limit, stride = self._config.limit, self._stride
+        assert stride is not None
+        documents = domain.documents(tokenizer, progress.read)
+        for number, (ids, scored) in enumerate(islice(documents, limit), 1):
+            if limit is not None:
+                progress.read(number / limit)
+            yield from windows_of(ids, scored, tokenizer.bos_id, self._context, stride)
+
+    def _memorisation(
+        self, opened: EvaluatedModel, model: Gemma2, progress: EvaluationProgress
+    ) -> DomainMemorisation | None:
+        limit = self._config.memorisation
+        if not limit:
+            return None
+        sampler = Sampler(model, opened.tokenizer, self._config.compute)
+        found: dict[str, Memorisation] = {}
+        for domain in self._domains:
+            progress.doing(f"testing what {opened.name} has memorised of {domain.name}")
+            documents = long_enough(domain.prompts(opened.tokenizer), limit)
+            found[domain.name] = memorised(
+                sampler.generate_tokens, opened.tokenizer.bos_id, documents, self._batch
+            )
+        counts: list[Any] = [(each.documents, each.exact, each.approximate) for each in found.values()]
+        return DomainMemorisation(found, result_of(*map(sum, zip(*counts, strict=True))))

@@ -18,7 +18,7 @@ from gemma2_jax.data.prepare import prepare
 from gemma2_jax.data.shards import find_data_manifest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.distill.teacher_record import read_teacher_record
-from gemma2_jax.evaluation.evaluate import Evaluation, evaluate_run
+from gemma2_jax.evaluation.evaluate_run import Evaluation, evaluate_run
 from gemma2_jax.files import locked, write_text
 from gemma2_jax.formats.load import model_of, open_source
 from gemma2_jax.processes.hosts import first_process_first, is_first

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gemma2_jax.evaluation.evaluate import Evaluation
+from gemma2_jax.evaluation.evaluate_run import Evaluation
 from gemma2_jax.studies.config import StudyConfig
 from gemma2_jax.studies.stages import Measurement
 from gemma2_jax.studies.tables import Table

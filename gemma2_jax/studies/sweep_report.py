@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gemma2_jax.evaluation.evaluate import Evaluation
+from gemma2_jax.evaluation.evaluate_run import Evaluation
 from gemma2_jax.files import write_text
 from gemma2_jax.studies.plots import plot_losses, plot_summary
 from gemma2_jax.studies.stages import read_times

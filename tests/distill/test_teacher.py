@@ -13,7 +13,7 @@ from gemma2_jax.config import UserError, build, save_config, to_dict
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from gemma2_jax.distill.teacher import DistillConfig, load_teacher
-from gemma2_jax.evaluation.evaluate import evaluate_run
+from gemma2_jax.evaluation.evaluate_run import evaluate_run
 from gemma2_jax.methods.choose import build_method
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import dim_sizes, weight_specs

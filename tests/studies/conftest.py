@@ -10,7 +10,7 @@ from gemma2_jax.checkpoints.store import CONFIG_FILE, TOKENIZER_FILE
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.config import save_config
 from gemma2_jax.distill.teacher_record import TEACHER_FILE
-from gemma2_jax.evaluation.evaluate import Evaluation
+from gemma2_jax.evaluation.evaluate_run import Evaluation
 from gemma2_jax.run import RunConfig
 from gemma2_jax.studies import stages
 from gemma2_jax.training import start

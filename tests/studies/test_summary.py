@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from gemma2_jax.config import UserError
-from gemma2_jax.evaluation.evaluate import Evaluation
+from gemma2_jax.evaluation.evaluate_run import Evaluation
 from gemma2_jax.studies.config import StudyConfig, StudyRun
 from gemma2_jax.studies.plots import plot_summary
 from gemma2_jax.studies.stages import Measurement

@@ -11,7 +11,7 @@ from rich.console import Console
 from gemma2_jax import stops
 from gemma2_jax.config import UserError
 from gemma2_jax.distill.teacher_record import TeacherRecord
-from gemma2_jax.evaluation.evaluate import Evaluation
+from gemma2_jax.evaluation.evaluate_run import Evaluation
 from gemma2_jax.files import locked
 from gemma2_jax.studies import stages, sweep_report
 from gemma2_jax.studies.sweep import Combination, run_sweep

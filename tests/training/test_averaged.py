@@ -15,7 +15,7 @@ from gemma2_jax.distill.initialise import InitConfig
 from gemma2_jax.distill.matching import MatchConfig
 from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.distill.teacher import DistillConfig
-from gemma2_jax.evaluation.evaluate import evaluate_run
+from gemma2_jax.evaluation.evaluate_run import evaluate_run
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.load import load, open_source

@@ -13,7 +13,7 @@ import pytest
 from gemma2_jax.config import UserError
 from gemma2_jax.data.pipeline import train_batches
 from gemma2_jax.distill.initialise import InitConfig
-from gemma2_jax.evaluation.evaluate import evaluate_run
+from gemma2_jax.evaluation.evaluate_run import evaluate_run
 from gemma2_jax.formats.base_record import BASE_FILE
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.inspection import inspect
