@@ -30,7 +30,11 @@ from tests.training.stops import stopped_after
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-TIMES = ("tokens_per_second", "mfu")  # all that may differ between two runs of the same configuration
+TIMES = (
+    "tokens_per_second",
+    "seconds",
+    "mfu",
+)  # all that may differ between two runs of the same configuration
 
 
 def without_times(folder: Path) -> list[dict[str, float]]:
