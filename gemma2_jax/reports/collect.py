@@ -11,11 +11,11 @@ from gemma2_jax.checkpoints.store import CONFIG_FILE
 from gemma2_jax.config import UserError, read_json, read_yaml
 from gemma2_jax.reports.evaluations import check_evaluation
 from gemma2_jax.reports.folders import find_runs
-from gemma2_jax.reports.records import Report, Run, Sample, setting
+from gemma2_jax.reports.records import Report, Run, Sample, setting, short_name
 from gemma2_jax.reports.sizes import read_sizes
 from gemma2_jax.studies.sweep import ERROR_FILE
 from gemma2_jax.training.metrics import JSON_LINES, scan_metrics
-from gemma2_jax.training.start import DATA_FILE
+from gemma2_jax.training.start import DATA_FILE, MACHINE_FILE
 
 RESULTS_FILE = "results.json"  # of a study or sweep
 EVALUATION_FILE = "evaluation.json"  # of a run of one
@@ -46,10 +46,13 @@ def collect(paths: Sequence[str | Path]) -> Report:
         if (results := _results(folder, notes)) is not None
     }
     machines = [results["machine"] for results in results.values() if isinstance(results, dict)]
+    for folder in runs:
+        if (folder / MACHINE_FILE).is_file():
+            machines += (folder / MACHINE_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     return Report(
         _title(paths, list(results.values()), len(runs)),
         [str(path) for path in paths],
-        _with_distinct_names(runs),
+        _best_first(_with_distinct_names(runs)),
         list(dict.fromkeys(machine for machine in machines if isinstance(machine, str))),
         evaluations,
         notes,
@@ -113,24 +116,23 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
         rows, damaged = scan_metrics(folder)
         notes += [f"{clause}; it is left out." for clause in damaged]
     name = config.get("name")
+    values = _values(name) if isinstance(name, str) else {}
     evaluation = _evaluation(folder, rows, notes)
     parameters, flops = read_sizes(config, folder)
     scores = {"parameters": parameters, **_last_values(rows), **evaluation.get("evaluation", {})}
     error = folder / ERROR_FILE
     return Run(
-        name if isinstance(name, str) else folder.resolve().name,
+        short_name(values) or (name if isinstance(name, str) else folder.resolve().name),
         folder,
         config,
         rows,
         {key: value for key, value in scores.items() if _is_number(value)},
         "evaluation" in evaluation,
-        _values(name) if isinstance(name, str) else {},
+        values,
         _samples(evaluation),
         flops,
         _data(folder),
-        error.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
-        if error.is_file()
-        else None,
+        _last_line(error) if error.is_file() else None,
     )
 
 
@@ -170,6 +172,11 @@ def _samples(evaluation: Mapping[str, Any]) -> list[Sample]:
     return [Sample(str(prompt), str(text)) for prompt, text in pairs]
 
 
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"{path} is empty"
+
+
 def _data(folder: Path) -> str | None:
     stored = _json(folder / DATA_FILE, [])
     return None if not isinstance(stored, dict) else " ".join(str(value) for value in stored.values())
@@ -184,18 +191,22 @@ def _values(name: str) -> dict[str, str]:
 def _failed_runs(folder: Path, known: Iterable[Run]) -> list[Run]:
     """Returns the runs of a sweep that failed before they wrote a configuration."""
     results = _json(folder / RESULTS_FILE, [])
-    names = {run.name for run in known}
+    found = [run.values for run in known]
     failed = []
     for result in results if isinstance(results, list) else []:
         values, error = (
             (result.get("values"), result.get("error")) if isinstance(result, dict) else (None, None)
         )
         if isinstance(values, dict) and isinstance(error, str):
-            name = ",".join(f"{key}={value}" for key, value in values.items())
-            if name not in names:
-                texts = {str(key): str(value) for key, value in values.items()}
-                failed.append(Run(name, folder / name, values=texts, error=error))
+            texts = {str(key): str(value) for key, value in values.items()}
+            if texts not in found:
+                failed.append(Run(short_name(texts), folder / _folder_name(texts), values=texts, error=error))
     return failed
+
+
+def _folder_name(values: Mapping[str, str]) -> str:
+    """The name that a sweep gives to the folder of a run."""
+    return re.sub(r"[^A-Za-z0-9_.,=+-]", "-", ",".join(f"{key}={value}" for key, value in values.items()))
 
 
 def _results(folder: Path, notes: list[str]) -> Any:
@@ -221,6 +232,13 @@ def _title(paths: Sequence[str | Path], results: Sequence[Any], runs: int) -> st
         return title
     names = [Path(path).resolve().name for path in paths]
     return " and ".join(names) if len(names) <= 2 else f"{runs} runs"
+
+
+def _best_first(runs: list[Run]) -> list[Run]:
+    """Sorts the runs of a sweep by their cross-entropy, those without one last; others keep their order."""
+    if not all(run.values for run in runs):
+        return runs
+    return sorted(runs, key=lambda run: math.inf if run.cross_entropy is None else run.cross_entropy)
 
 
 def _with_distinct_names(runs: Mapping[Path, Run]) -> list[Run]:

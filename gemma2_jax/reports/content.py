@@ -14,6 +14,8 @@ from gemma2_jax.reports.tables import (
     shares_table,
 )
 
+_MOST_NAMES = 5  # in a sentence
+
 
 @dataclass(frozen=True)
 class Content:
@@ -62,7 +64,8 @@ class Content:
         sentences = ["Cross-entropy is in nats per token on the validation split."] if scored else []
         partly = [run.name for run in scored if not run.whole_split]
         if partly:
-            names = "all runs" if len(partly) == len(runs) else ", ".join(partly)
+            names = ", ".join(partly) if len(partly) <= _MOST_NAMES else f"{len(partly)} runs"
+            names = "all runs" if len(partly) == len(scored) else names
             sentences.append(
                 f"Scores of {names} are those of the last validation in training, which uses at most "
                 "training.eval_batches batches."

@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from gemma2_jax.reports.records import Run, flat, setting
+from gemma2_jax.reports.records import Run, flat, setting, short_name
 
 SEEDS = ("seed", "data.seed")
 # Keys for names, places, execution and reporting, which leave a run's result as it is.
@@ -114,9 +114,9 @@ def _common_name(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return runs[0].name
     if runs[0].values:
-        rest = [f"{key}={value}" for key, value in runs[0].values.items() if key not in SEEDS]
+        rest = {key: value for key, value in runs[0].values.items() if key not in SEEDS}
         if rest:
-            return ",".join(rest)
+            return short_name(rest)
     own = {run.config.get("name", run.name) for run in runs}
     if len(own) == 1:
         return str(own.pop())

@@ -12,7 +12,6 @@ from gemma2_jax.reports.plots import Axis, axis, dots, line, plot, point, time_a
 from gemma2_jax.reports.scales import Scale, spanning
 
 _SPLITS = {"validation": "validation", "train": "training batches"}
-_MOST_LABELS = 14  # beside the plot
 
 
 class LossChart:
@@ -99,7 +98,7 @@ class LossChart:
         y = axis(self.title, _vertical(drawn))
         lines = [self._line(curve, x, y, name, self.curves.index(curve)) for curve in drawn]
         ordered = sorted(zip(drawn, lines, strict=True), key=lambda pair: self._depth(pair[0]))
-        labels = self._labels(drawn) if len(self._groups) <= _MOST_LABELS else []
+        labels = self._labels(drawn)
         shown = plot(
             f"{self.title} against {AXES[name]}", x, y, together(*(each for _, each in ordered)), labels
         )
@@ -131,8 +130,9 @@ class LossChart:
             ends = [curve.y[-1] for curve in own if curve.split == "validation"] or [
                 curve.y[-1] for curve in own
             ]
-            if ends:
-                labels.append((fmean(ends), group.name, self._styles[group.runs[0].name]))
+            style = self._styles[group.runs[0].name]
+            if ends and style != REST:
+                labels.append((fmean(ends), group.name, style))
         return labels
 
     def _caption(self, axes: Sequence[str]) -> list[str]:
@@ -174,7 +174,7 @@ def _vertical(drawn: Sequence[Curve]) -> Scale:
     if best is None:
         found = sorted(value for curve in drawn for value in curve.y)
         return spanning(found[: max(2, math.ceil(0.95 * len(found)))])
-    held = [values for values in validations if values[-1] <= 2 * abs(best) + 1e-9] or validations
+    held = [values for values in validations if values[-1] <= max(1.5 * best, best + 1)] or validations
     high = max(max(values) for values in held)
     training = [value for curve in drawn if curve.split == "train" for value in curve.y if value <= high]
     return spanning([high, best, *training])

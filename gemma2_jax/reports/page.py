@@ -22,6 +22,7 @@ from gemma2_jax.reports.sweep_section import sweep_section
 
 _HERE = Path(__file__).parent
 _MOST_FOR_A_FILTER = 5  # rows that need none
+_MOST_DETAILS = 6  # below one another
 
 
 def page(content: Content, made: datetime) -> str:
@@ -115,8 +116,11 @@ def _shares(content: Content) -> Markup | None:
     closed = [(share.student, share.closed) for share in content.shares if share.closed is not None]
     kept = [(share.student, share.kept) for share in content.shares if share.kept is not None]
     return together(
+        element("h3", "Share of the gap between scratch and teacher that each student closes")
+        if closed
+        else None,
         share_chart(closed, "scratch", "teacher") if closed else None,
-        element("h3", "Of the gain of online distillation") if kept else None,
+        element("h3", "Share of the gain of online distillation that each source keeps") if kept else None,
         share_chart(kept, "scratch", "online") if kept else None,
         html_table(content.shares_table, "shares"),
         element("p", " ".join(content.shares_sentences), class_="quiet"),

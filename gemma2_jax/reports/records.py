@@ -102,3 +102,10 @@ def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         else:
             found[f"{above}{name}"] = value
     return found
+
+
+def short_name(values: Mapping[str, str]) -> str:
+    """Returns values on one line as KEY=VALUE, with the last part of each key where that is unambiguous."""
+    ends = [key.split(".")[-1] for key in values]
+    short = [end if ends.count(end) == 1 else key for key, end in zip(values, ends, strict=True)]
+    return " ".join(f"{key}={value}" for key, value in zip(short, values.values(), strict=True))

@@ -101,7 +101,7 @@ def _key_plot(key: str, runs: Sequence[Run], styles: Mapping[str, str]) -> Marku
     x, place = _across(key, values)
     losses = sorted(run.cross_entropy or 0.0 for run in runs)
     best = losses[0]
-    held = [loss for loss in losses if loss <= 2 * abs(best)] or losses
+    held = [loss for loss in losses if loss <= max(1.5 * best, best + 1)] or losses
     y = axis("cross-entropy (nats per token)", spanning(held, 0.08), 4)
     means, marks = [], []
     for value in values:

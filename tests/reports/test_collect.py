@@ -51,6 +51,13 @@ def test_folders_above_hold_their_runs_and_each_counts_once(study: Path, sweep: 
     assert len(names(tmp_path, sweep)) == 22
 
 
+def test_machines_of_runs_are_listed_once(write_run: WriteRun) -> None:
+    folders = [write_run("a"), write_run("b")]
+    (folders[0] / "machine.txt").write_text("one\ntwo\n")
+    (folders[1] / "machine.txt").write_text("two\n")
+    assert collect(folders).machines == ["one", "two"]
+
+
 def test_a_sweep_has_its_values_and_its_failed_run(sweep: Path) -> None:
     runs = collect([sweep]).runs
     (failed,) = [run for run in runs if run.error is not None]
