@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,9 @@ from typing import Any
 from gemma2_jax.checkpoints.store import CONFIG_FILE
 from gemma2_jax.config import UserError, read_json, read_yaml
 from gemma2_jax.reports.evaluations import check_evaluation
-from gemma2_jax.reports.folders import find_runs
+from gemma2_jax.reports.folders import failure, find_runs
 from gemma2_jax.reports.records import Report, Run, Sample, setting, short_name
 from gemma2_jax.reports.sizes import read_sizes
-from gemma2_jax.studies.sweep import ERROR_FILE
 from gemma2_jax.training.metrics import JSON_LINES, scan_metrics
 from gemma2_jax.training.start import DATA_FILE, MACHINE_FILE
 
@@ -62,12 +61,20 @@ def collect(paths: Sequence[str | Path]) -> Report:
 def _runs_below(path: Path, notes: list[str]) -> dict[Path, Run]:
     """Returns the runs at or below a path by their absolute folder, with the failed runs of sweeps."""
     folders = _as_in_results(find_runs(path))
+    sweeps = {
+        parent: _sweep_results(parent) for parent in dict.fromkeys([path, *(each.parent for each in folders)])
+    }
     found = {}
     for folder in folders:
-        found[folder.resolve()] = _read_run(folder, notes)
-    for parent in dict.fromkeys([path, *(folder.parent for folder in folders if folder != path)]):
-        for failed in _failed_runs(parent, found.values()):
-            found[failed.folder.resolve()] = failed
+        found[folder.resolve()] = _read_run(folder, sweeps[folder.parent].get(folder.name, {}), notes)
+    for parent, results in sweeps.items():
+        for name, result in results.items():
+            folder = parent / name
+            if result["error"] is not None and folder.resolve() not in found:
+                values = result["values"]
+                found[folder.resolve()] = Run(
+                    short_name(values), folder, values=values, error=result["error"]
+                )
     return found
 
 
@@ -102,7 +109,12 @@ def _no_run(path: Path) -> UserError:
     )
 
 
-def _read_run(folder: Path, notes: list[str]) -> Run:
+def _read_run(folder: Path, result: Mapping[str, Any], notes: list[str]) -> Run:
+    """Reads a run folder.
+
+    Args:
+        result: the run's entry in the results of its sweep; empty for other runs.
+    """
     config: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     if (folder / CONFIG_FILE).is_file():
@@ -116,11 +128,10 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
         rows, damaged = scan_metrics(folder)
         notes += [f"{clause}; it is left out." for clause in damaged]
     name = config.get("name")
-    values = _values(name) if isinstance(name, str) else {}
+    values = result.get("values") or (_values(name) if isinstance(name, str) else {})
     evaluation = _evaluation(folder, rows, notes)
     parameters, flops = read_sizes(config, folder)
     scores = {"parameters": parameters, **_last_values(rows), **evaluation.get("evaluation", {})}
-    error = folder / ERROR_FILE
     return Run(
         short_name(values) or (name if isinstance(name, str) else folder.resolve().name),
         folder,
@@ -132,7 +143,7 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
         _samples(evaluation),
         flops,
         _data(folder),
-        _last_line(error) if error.is_file() else None,
+        failure(folder) or result.get("error"),
     )
 
 
@@ -172,40 +183,33 @@ def _samples(evaluation: Mapping[str, Any]) -> list[Sample]:
     return [Sample(str(prompt), str(text)) for prompt, text in pairs]
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"{path} is empty"
-
-
 def _data(folder: Path) -> str | None:
     stored = _json(folder / DATA_FILE, [])
     return None if not isinstance(stored, dict) else " ".join(str(value) for value in stored.values())
 
 
 def _values(name: str) -> dict[str, str]:
-    """Returns the values in the name that a sweep gives its run: KEY=VALUE,KEY=VALUE; empty for other names."""
+    """Returns the values in the name that a sweep gives its run, KEY=VALUE,KEY=VALUE; empty for other names."""
     parts = re.split(r"(?:^|,)([A-Za-z_][\w.]*)=", name)
-    return dict(zip(parts[1::2], parts[2::2], strict=True)) if not parts[0] else {}
+    is_sweep = not parts[0] or parts[0].isdigit()  # numbered trials
+    return dict(zip(parts[1::2], parts[2::2], strict=True)) if is_sweep else {}
 
 
-def _failed_runs(folder: Path, known: Iterable[Run]) -> list[Run]:
-    """Returns the runs of a sweep that failed before they wrote a configuration."""
+def _sweep_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns the values of each run of a sweep, and why it failed or None, by the name of its folder."""
     results = _json(folder / RESULTS_FILE, [])
-    found = [run.values for run in known]
-    failed = []
+    found = {}
     for result in results if isinstance(results, list) else []:
-        values, error = (
-            (result.get("values"), result.get("error")) if isinstance(result, dict) else (None, None)
-        )
-        if isinstance(values, dict) and isinstance(error, str):
-            texts = {str(key): str(value) for key, value in values.items()}
-            if texts not in found:
-                failed.append(Run(short_name(texts), folder / _folder_name(texts), values=texts, error=error))
-    return failed
+        if isinstance(result, dict) and isinstance(result.get("values"), dict):
+            values = {str(key): str(value) for key, value in result["values"].items()}
+            error = result.get("error")
+            name = result.get("run") or _folder_name(values)  # older sweeps do not name it
+            found[str(name)] = {"values": values, "error": None if error is None else str(error)}
+    return found
 
 
 def _folder_name(values: Mapping[str, str]) -> str:
-    """The name that a sweep gives to the folder of a run."""
+    """The name that older sweeps gave to the folder of a run."""
     return re.sub(r"[^A-Za-z0-9_.,=+-]", "-", ",".join(f"{key}={value}" for key, value in values.items()))
 
 

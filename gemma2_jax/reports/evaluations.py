@@ -1,10 +1,11 @@
 """Tables of the files that `gemma2 eval --json` writes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma2_jax.config import UserError
+from gemma2_jax.reports.records import setting
 from gemma2_jax.reports.tables import Cell, Column, text_cell
 from gemma2_jax.training.metrics import format_number
 
@@ -35,18 +36,20 @@ def evaluation_tables(evaluations: Mapping[str, Any]) -> Iterator[tuple[str, lis
     """
     for path, content in evaluations.items():
         rows = content["rows"]
+        teacher = setting(content, "teacher.path")
+        beside = "" if teacher is None else f", compared with {teacher}"
         for kind in dict.fromkeys(kind for row in rows for kind in row.get("scores") or {}):
-            parts = {row["name"]: row["scores"][kind] for row in rows if kind in (row.get("scores") or {})}
-            yield f"{path}: {kind} windows of {content.get('context')} tokens", _table(parts)
-        tested = {row["name"]: row["memorisation"] for row in rows if row.get("memorisation")}
+            parts = [(row["name"], row["scores"][kind]) for row in rows if kind in (row.get("scores") or {})]
+            yield f"{path}: {kind} windows of {content.get('context')} tokens{beside}", _table(parts)
+        tested = [(row["name"], row["memorisation"]) for row in rows if row.get("memorisation")]
         if tested:
             yield f"{path}: memorisation", _table(tested)
 
 
-def _table(parts: Mapping[str, Mapping[str, Any]]) -> list[Column]:
+def _table(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Column]:
     """A table with a row for each checkpoint and domain, and the totals if there are several domains."""
     lines: list[tuple[str, str, dict[str, Any]]] = []
-    for name, part in parts.items():
+    for name, part in parts:
         domains = dict(part.get("domains") or {})
         if len(domains) != 1 and part.get("total"):
             domains[_ALL] = part["total"]

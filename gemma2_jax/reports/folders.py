@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE
 from gemma2_jax.config import UserError, read_yaml
+from gemma2_jax.studies.sweep import ERROR_FILE
 from gemma2_jax.training.metrics import JSON_LINES
 
 _DEEPEST = 6  # levels below a given folder, as in runs/sweeps/NAME/KEYS/RUN
@@ -24,6 +25,15 @@ def is_run(folder: Path) -> bool:
         return (folder / CONFIG_FILE).is_file() and "training" in read_yaml(folder / CONFIG_FILE)
     except UserError:
         return False
+
+
+def failure(folder: Path) -> str | None:
+    """Returns why a run of a sweep failed, in one line; None if it has not failed."""
+    path = folder / ERROR_FILE
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"{path} is empty"
 
 
 def _find(folder: Path, levels: int) -> Iterator[Path]:

@@ -34,6 +34,12 @@ class Group:
     runs: tuple[Run, ...]
 
     @property
+    def label(self) -> str:
+        """A short name: of several values of a sweep, the values without their keys."""
+        values = [value for key, value in self.runs[0].values.items() if key not in SEEDS]
+        return ", ".join(values) if len(values) > 1 else self.name
+
+    @property
     def losses(self) -> list[float]:
         """The cross-entropies of the runs that have one, in nats."""
         return [run.cross_entropy for run in self.runs if run.cross_entropy is not None]

@@ -17,7 +17,12 @@ def html_table(
         wrap: whether cells break their lines.
     """
     headings = [
-        element("th", element("button", column.name, type="button"), scope="col", class_=_style(column))
+        element(
+            "th",
+            element("button", _breakable(column.name), type="button"),
+            scope="col",
+            class_=_style(column),
+        )
         for column in columns
     ]
     best = [column.best_rows() for column in columns]
@@ -48,3 +53,8 @@ def _cell(column: Column, cell: Cell, is_name: bool, is_best: bool) -> Markup:
 
 def _style(column: Column) -> str | None:
     return "text" if column.is_text else None
+
+
+def _breakable(key: str) -> str:
+    """A dotted key that may break after its dots."""
+    return key.replace(".", ".\u200b")

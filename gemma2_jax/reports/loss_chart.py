@@ -132,7 +132,7 @@ class LossChart:
             ]
             style = self._styles[group.runs[0].name]
             if ends and style != REST:
-                labels.append((fmean(ends), group.name, style))
+                labels.append((fmean(ends), group.label, style))
         return labels
 
     def _caption(self, axes: Sequence[str]) -> list[str]:

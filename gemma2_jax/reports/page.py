@@ -173,12 +173,15 @@ def _settings(content: Content) -> Markup | None:
             if columns
             else element("p", "All runs have the same settings.")
         )
-    for run in configured:
-        text = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
-        parts.append(
-            element("details", element("summary", f"All settings of {run.name}"), element("pre", text))
-        )
-    return together(*parts)
+    complete = [_complete_settings(run) for run in configured]
+    if len(complete) > _MOST_DETAILS:
+        complete = [element("details", element("summary", "All settings of each run"), *complete)]
+    return together(*parts, *complete)
+
+
+def _complete_settings(run: Run) -> Markup:
+    text = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
+    return element("details", element("summary", f"All settings of {run.name}"), element("pre", text))
 
 
 def _machine(content: Content) -> Markup:

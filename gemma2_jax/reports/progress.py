@@ -10,8 +10,8 @@ from typing import Any
 from gemma2_jax.checkpoints.store import CONFIG_FILE
 from gemma2_jax.config import UserError, read_yaml
 from gemma2_jax.files import is_locked
+from gemma2_jax.reports.folders import failure
 from gemma2_jax.reports.records import setting
-from gemma2_jax.studies.sweep import ERROR_FILE
 from gemma2_jax.training.metrics import JSON_LINES, scan_metrics
 
 _SILENCE = (
@@ -92,7 +92,7 @@ def _state(folder: Path, silence: float | None, usual: float) -> str:
         if silence is None:
             return STARTING
         return STALLED if silence > max(_SILENCE, _ROWS * usual) else RUNNING
-    if (folder / ERROR_FILE).is_file():
+    if failure(folder) is not None:
         return FAILED
     # On some file systems the locks of other hosts do not show, but new rows do.
     return RUNNING if silence is not None and silence < 2 * usual else STOPPED

@@ -57,6 +57,11 @@ class Run:
         return max((row["step"] for row in self.rows), default=0)
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the run has reached its last step."""
+        return self.error is None and self.steps is not None and self.step >= self.steps
+
+    @property
     def cross_entropy(self) -> float | None:
         """Cross-entropy on the validation split in nats; None if the run has no validation."""
         return self.scores.get("cross_entropy")

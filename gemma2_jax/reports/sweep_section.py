@@ -1,7 +1,7 @@
 """The part of a page about a sweep: importance of its keys, results over two keys, and over each key by itself."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import median
 
 from gemma2_jax.reports.groups import SEEDS, Group
 from gemma2_jax.reports.markup import Markup, element, together
@@ -13,8 +13,8 @@ from gemma2_jax.training.metrics import format_number
 
 IMPORTANCE_SENTENCE = (
     "Share of the variance of the results that the values of a key explain by themselves: epsilon squared on the ranks "
-    "of the cross-entropies. A key with many numbers is divided into quarters of the runs. What keys explain only "
-    "together is in none of the shares."
+    "of the cross-entropies, unfinished runs below finished ones. A key with many numbers is divided into quarters of "
+    "the runs. What keys explain only together is in none of the shares."
 )
 _MOST_KEYS = 8
 _WIDE = 8.0  # ratio of the largest to the smallest number from which a scale is logarithmic
@@ -27,6 +27,8 @@ def sweep_section(runs: Sequence[Run], groups: Sequence[Group], styles: Mapping[
     if not keys or not all(run.values for run in scored):
         return None
     parts: list[Markup] = []
+    if not all(run.is_finished for run in scored):
+        parts.append(element("p", "Runs that have not finished count with their last validation."))
     if shares := importance(scored):
         parts += [
             element("h3", "Importance of the keys"),
@@ -43,7 +45,7 @@ def sweep_section(runs: Sequence[Run], groups: Sequence[Group], styles: Mapping[
     parts += [
         element("h3", "Cross-entropy over each key"),
         element("div", *plots, class_="tiles"),
-        element("p", "Dots: runs; line: means over the runs of each value.", class_="quiet"),
+        element("p", "Dots: runs; line: medians over the runs of each value.", class_="quiet"),
     ]
     return together(*parts)
 
@@ -103,16 +105,16 @@ def _key_plot(key: str, runs: Sequence[Run], styles: Mapping[str, str]) -> Marku
     best = losses[0]
     held = [loss for loss in losses if loss <= max(1.5 * best, best + 1)] or losses
     y = axis("cross-entropy (nats per token)", spanning(held, 0.08), 4)
-    means, marks = [], []
+    medians, marks = [], []
     for value in values:
         own = [run for run in runs if run.values.get(key, "") == value]
-        means.append(point(x, y, place[value], fmean(run.cross_entropy or 0.0 for run in own)))
+        medians.append(point(x, y, place[value], median(run.cross_entropy or 0.0 for run in own)))
         for run in own:
             spot = dots([point(x, y, place[value], run.cross_entropy or 0.0)])
             title = element("title", f"{run.name}: {format_number(run.cross_entropy, 4)}")
             marks.append(element("g", title, spot, class_="series validation c0 faint"))
-    mean = element("g", line(means), class_="series validation c0")
-    inner = plot(f"cross-entropy over {key}", x, y, together(mean, *marks))
+    middle = element("g", line(medians), class_="series validation c0")
+    inner = plot(f"cross-entropy over {key}", x, y, together(middle, *marks))
     return element("div", inner, class_="frame bare small")
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from gemma2_jax.reports.groups import SEEDS
 from gemma2_jax.reports.records import Run
@@ -36,14 +37,15 @@ def swept_keys(runs: Sequence[Run]) -> list[str]:
 def importance(runs: Sequence[Run]) -> dict[str, float]:
     """Returns the share of the variance of the results that each key of a sweep explains by itself, largest first.
 
-    The results are the ranks of the cross-entropies, so that a diverged run counts no more than any other bad one. The
+    The results are the ranks of the cross-entropies, so that a diverged run counts no more than any other bad one.
+    Unfinished runs rank below finished ones, those that stopped earlier lower, as when a sweep stops bad runs. The
     share is epsilon squared (Kelley 1935): 1 - (variance within the values) / (total variance), each variance divided
     by its degrees of freedom, so that a key does not gain from having many values; at least 0. Interactions between
     keys are in none of the shares. Empty with fewer than two keys, or where the runs are too few.
     """
     scored = [run for run in runs if run.cross_entropy is not None]
     keys = swept_keys(scored)
-    ranks = _ranks([run.cross_entropy or 0.0 for run in scored])
+    ranks = _ranks([_standing(run) for run in scored])
     if len(keys) < 2 or len(set(ranks)) < 2:
         return {}
     shares = {}
@@ -99,8 +101,13 @@ def _parts(values: Sequence[str]) -> list[int]:
     return [min(int(_QUARTERS * (rank - 0.5) / len(values)), _QUARTERS - 1) for rank in ranks]
 
 
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Returns the ranks from 1; equal values share the mean of their ranks."""
+def _standing(run: Run) -> tuple[bool, int, float]:
+    """Something that is smaller for a better run."""
+    return not run.is_finished, 0 if run.is_finished else -run.step, run.cross_entropy or 0.0
+
+
+def _ranks(values: Sequence[Any]) -> list[float]:
+    """Returns the ranks of comparable values from 1; equal values share the mean of their ranks."""
     ordered = sorted(values)
     first = {value: ordered.index(value) for value in set(values)}
     return [first[value] + (ordered.count(value) + 1) / 2 for value in values]

@@ -56,22 +56,21 @@ class Column:
 def runs_table(runs: Sequence[Run]) -> list[Column]:
     """Returns the columns of a table with a row for each run, without columns that are empty for all."""
     columns = [Column("run", [text_cell(run.name) for run in runs], True)]
-    for key in swept_keys(runs):
-        columns.append(_settings_column(key, [run.values.get(key) for run in runs]))
     if any(state(run) != "finished" for run in runs):
         columns.append(Column("state", [text_cell(state(run)) for run in runs], True))
     columns += [
-        Column("parameters", [_whole(run.scores.get("parameters")) for run in runs]),
-        Column("tokens seen", [_whole(run.scores.get("tokens_seen")) for run in runs]),
-        Column("training FLOPs", [_flops(training_flops(run)) for run in runs]),
-        Column("training time", [_time(training_seconds(run)) for run in runs]),
-        Column("tokens/s", [_whole(_speed(run)) for run in runs]),
         Column("validation cross-entropy", [_score(run, "cross_entropy", 4) for run in runs], best="lowest"),
         Column("perplexity", [_score(run, "perplexity", 2) for run in runs], best="lowest"),
         Column("KL from teacher", [_score(run, "kl", 4) for run in runs], best="lowest"),
         Column(
             "agrees with teacher", [_percentage(run.scores.get("agreement")) for run in runs], best="highest"
         ),
+        *(_settings_column(key, [run.values.get(key) for run in runs]) for key in swept_keys(runs)),
+        Column("parameters", [_whole(run.scores.get("parameters")) for run in runs]),
+        Column("tokens seen", [_whole(run.scores.get("tokens_seen")) for run in runs]),
+        Column("training FLOPs", [_flops(training_flops(run)) for run in runs]),
+        Column("training time", [_time(training_seconds(run)) for run in runs]),
+        Column("tokens/s", [_whole(_speed(run)) for run in runs]),
     ]
     return [column for column in columns if any(cell.value is not None for cell in column.cells)]
 
@@ -150,7 +149,7 @@ def state(run: Run) -> str:
     """Returns how far a run is: finished, failed, or its steps."""
     if run.error is not None:
         return "failed"
-    if run.steps is not None and run.step >= run.steps:
+    if run.is_finished:
         return "finished"
     return f"{run.step:,} of {run.steps:,} steps" if run.steps else f"{run.step:,} steps"
 

@@ -71,6 +71,26 @@ def test_a_sweep_has_its_values_and_its_failed_run(sweep: Path) -> None:
     }
 
 
+def test_results_name_the_runs_of_a_sweep_whatever_their_folders_are(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    write_run("sweep/000,wide-1234abcd", name="000,wide-1234abcd")
+    results = [
+        {"run": "000,wide-1234abcd", "values": {"model": "wide", "seed": "1"}, "cross_entropy": 4.0},
+        {"run": "001,narrow", "values": {"model": "narrow"}, "error": "too small"},
+    ]
+    (tmp_path / "sweep/results.json").write_text(json.dumps(results))
+    one, two = collect([tmp_path / "sweep"]).runs
+    assert (one.name, one.values, one.error) == ("model=wide seed=1", {"model": "wide", "seed": "1"}, None)
+    assert (two.name, two.folder, two.error) == ("model=narrow", tmp_path / "sweep/001,narrow", "too small")
+
+
+def test_a_sweep_in_progress_has_the_values_of_its_names(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("sweep/a", name="optimizer.learning_rate=0.1,seed=1")
+    write_run("sweep/b", name="007,optimizer.learning_rate=0.2,data.mixture=[x,y]")
+    assert sorted(names(tmp_path)) == ["learning_rate=0.1 seed=1", "learning_rate=0.2 mixture=[x,y]"]
+
+
 def test_runs_of_one_name_are_named_by_their_folders(write_run: WriteRun) -> None:
     folders = [write_run(folder, name="same") for folder in ("a/x/run", "b/x/run", "b/y/run")]
     assert names(*folders, write_run("c/other")) == ["a/x/run", "b/x/run", "b/y/run", "other"]

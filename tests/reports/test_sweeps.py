@@ -1,5 +1,6 @@
 """Importance of a sweep's keys, and the grid over two of them."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -29,6 +30,21 @@ def test_a_diverged_run_counts_as_its_rank() -> None:
     ]
     diverged = [*runs[:3], run(1e9, a="y", b="1")]
     assert importance(diverged) == importance(runs)
+
+
+def test_runs_that_were_stopped_rank_below_the_others() -> None:
+    def at(step: int, loss: float, **values: str) -> Run:
+        rows = [{"step": step, "split": "train"}]
+        return dataclasses.replace(run(loss, **values), config={"training": {"steps": 40}}, rows=rows)
+
+    stopped = [
+        at(40, 3.0, a="x", b="0"),
+        at(40, 3.1, a="x", b="1"),
+        at(20, 2.0, a="y", b="0"),
+        at(10, 1.0, a="y", b="1"),
+    ]
+    whole = [run(loss, **each.values) for loss, each in zip((1, 2, 3, 4), stopped, strict=True)]
+    assert importance(stopped) == importance(whole)
 
 
 def test_many_numbers_are_divided_into_quarters() -> None:
