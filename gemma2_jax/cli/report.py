@@ -35,15 +35,14 @@ def add_parser(verbs: Verbs) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import sys
 
+    from gemma2_jax.reports.records import counted
     from gemma2_jax.reports.write import write_report
 
     target, content = write_report(arguments.paths, arguments.output, arguments.csv, arguments.markdown)
     for note in content.report.notes:
         print(f"gemma2: {note}", file=sys.stderr)
     others = [file for file in (arguments.csv, arguments.markdown) if file is not None]
-    what = [f"{len(content.report.runs)} runs"] if content.report.runs else []
-    what += [f"{len(content.report.evaluations)} evaluations"] if content.report.evaluations else []
-    print(f"report of {' and '.join(what)} in {' and '.join([str(target), *others])}")
+    print(f"report of {counted(content.report)} in {' and '.join([str(target), *others])}")
     if arguments.open:
         import webbrowser
 

@@ -45,6 +45,7 @@ def collect(paths: Sequence[str | Path]) -> Report:
         if (results := _results(folder, notes)) is not None
     }
     machines = [results["machine"] for results in results.values() if isinstance(results, dict)]
+    machines += [content.get("devices") for content in evaluations.values()]
     for folder in runs:
         if (folder / MACHINE_FILE).is_file():
             machines += (folder / MACHINE_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -59,22 +60,22 @@ def collect(paths: Sequence[str | Path]) -> Report:
 
 
 def _runs_below(path: Path, notes: list[str]) -> dict[Path, Run]:
-    """Returns the runs at or below a path by their absolute folder, with the failed runs of sweeps."""
-    folders = _as_in_results(find_runs(path))
+    """Returns the runs at or below a path by their absolute folder, with the failed runs of sweeps there."""
+    folders = _as_in_results([folder.resolve() for folder in find_runs(path)])
+    below = path.resolve()
     sweeps = {
-        parent: _sweep_results(parent) for parent in dict.fromkeys([path, *(each.parent for each in folders)])
+        parent: _sweep_results(parent)
+        for parent in dict.fromkeys([below, *(folder.parent for folder in folders)])
     }
     found = {}
     for folder in folders:
-        found[folder.resolve()] = _read_run(folder, sweeps[folder.parent].get(folder.name, {}), notes)
+        shown = path / folder.relative_to(below)
+        found[folder] = _read_run(shown, sweeps[folder.parent].get(folder.name, {}), notes)
     for parent, results in sweeps.items():
         for name, result in results.items():
-            folder = parent / name
-            if result["error"] is not None and folder.resolve() not in found:
-                values = result["values"]
-                found[folder.resolve()] = Run(
-                    short_name(values), folder, values=values, error=result["error"]
-                )
+            if result["error"] is not None and parent / name not in found and parent.is_relative_to(below):
+                values, shown = result["values"], path / parent.relative_to(below) / name
+                found[parent / name] = Run(short_name(values), shown, values=values, error=result["error"])
     return found
 
 

@@ -70,7 +70,7 @@ class Content:
                 f"Scores of {names} are those of the last validation in training, which uses at most "
                 "training.eval_batches batches."
             )
-        if len({run.data for run in scored}) > 1:
+        if len({run.data for run in scored if run.data is not None}) > 1:
             sentences.append(
                 "The runs have different data or tokenizers, so their cross-entropies cannot be compared."
             )

@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_jax.reports.records import Run, flat, setting, short_name
+from gemma2_jax.training.resume import MAY_CHANGE
 
 SEEDS = ("seed", "data.seed")
-# Keys for names, places, execution and reporting, which leave a run's result as it is.
-NO_RESULT = {
-    "name", "output", "hosts", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "profile",
-    "compilation_cache", "training.log_every", "training.eval_every", "training.eval_batches", "training.profile_steps",
-    "data.source", "data.workers", "data.shard_characters", "data.skip_invalid", "tokenizer.path", "distill.model",
-    "compute.remat", "compute.unroll_layers", "compute.attention", "objective.block_tokens",
-}  # fmt: skip
-_PLACES = ("data.folder", "distill.teacher", "distill.cache")  # compared by what they hold
+_PLACES = ("distill.teacher", "distill.cache")  # compared by what they hold
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ def has_teacher(run: Run) -> bool:
 
 def result_settings(run: Run) -> dict[str, Any]:
     """Returns the settings by dotted key that a run's result depends on, without its seeds and without places."""
-    left_out = NO_RESULT | set(SEEDS) | set(_PLACES)
+    left_out = {*MAY_CHANGE, *SEEDS, *_PLACES}
     return {
         key: value
         for key, value in flat(run.config).items()

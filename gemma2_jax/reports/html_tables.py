@@ -12,7 +12,7 @@ def html_table(
     """Returns a table whose first column names its rows.
 
     Args:
-        identity: its id in the page.
+        identity: its name, unique in the page.
         runs: the name of each row's run, whose curves the filter hides together with the row.
         wrap: whether cells break their lines.
     """
@@ -38,7 +38,7 @@ def html_table(
         element("thead", element("tr", *headings)),
         element("tbody", *lines),
         class_="sortable wrap" if wrap else "sortable",
-        id=identity,
+        id=f"{identity}-table",
     )
     return element("div", table, class_="scroll")
 

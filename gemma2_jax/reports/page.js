@@ -65,8 +65,7 @@ function follow(chart, frame) {
     return { group, curve, x: numbers.filter((_, at) => at % 2 === 0), y: numbers.filter((_, at) => at % 2) };
   });
   const leave = () => { tip.hidden = true; cursor.setAttribute("visibility", "hidden"); };
-  plot.addEventListener("pointerleave", leave);
-  plot.addEventListener("pointermove", (event) => {
+  const show = (event) => {
     const box = plot.getBoundingClientRect();
     const across = (1000 * (event.clientX - box.left)) / box.width;
     const up = (1000 * (event.clientY - box.top)) / box.height;
@@ -97,7 +96,10 @@ function follow(chart, frame) {
     const room = outer.width - tip.offsetWidth - 4;
     tip.style.left = `${Math.max(4, left + 16 > room ? Math.min(room, left - tip.offsetWidth - 16) : left + 16)}px`;
     tip.style.top = `${Math.max(4, event.clientY - outer.top - tip.offsetHeight - 12)}px`;
-  });
+  };
+  plot.addEventListener("pointerdown", show);
+  plot.addEventListener("pointermove", show);
+  plot.addEventListener("pointerleave", leave);
 }
 
 function row(name, value, style) {

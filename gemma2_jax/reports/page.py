@@ -17,7 +17,7 @@ from gemma2_jax.reports.evaluations import evaluation_tables
 from gemma2_jax.reports.html_tables import html_table
 from gemma2_jax.reports.loss_chart import LossChart
 from gemma2_jax.reports.markup import Markup, element, together
-from gemma2_jax.reports.records import Run
+from gemma2_jax.reports.records import Run, counted
 from gemma2_jax.reports.sweep_section import sweep_section
 
 _HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ def page(content: Content, made: datetime) -> str:
         "Evaluations": _evaluations(content),
         "Samples": _samples(report.runs, styles),
         "Settings": _settings(content),
-        "Machine": _machine(content),
+        "Machine": _machine(content) if report.runs or report.machines else None,
     }
     shown = {title: section for title, section in sections.items() if section is not None}
     links = [element("a", title, href=f"#{_anchor(title)}") for title in shown]
@@ -51,7 +51,7 @@ def page(content: Content, made: datetime) -> str:
         element("h1", report.title),
         element(
             "p",
-            f"{_counted(len(report.runs), 'run')} in {', '.join(map(str, report.sources))}",
+            f"{counted(report)} in {', '.join(map(str, report.sources))}",
             class_="quiet",
         ),
         _notes(report.notes),
@@ -68,7 +68,7 @@ def page(content: Content, made: datetime) -> str:
     ]
     values = {chart.identity: chart.values() for chart in charts}
     # In a script, only < could end it or begin a comment.
-    data = Markup(json.dumps(values, ensure_ascii=False).replace("<", "\\u003c"))
+    data = Markup(json.dumps(values).replace("<", "\\u003c"))
     head = [
         Markup('<meta charset="utf-8"/>'),
         Markup('<meta name="viewport" content="width=device-width, initial-scale=1"/>'),
@@ -90,7 +90,9 @@ def _runs(content: Content) -> Markup | None:
     if len(content.report.runs) > _MOST_FOR_A_FILTER:
         parts.append(
             element(
-                "label", "Filter ", Markup('<input type="search" data-filters="runs" placeholder="words"/>')
+                "label",
+                "Filter ",
+                Markup('<input type="search" data-filters="runs-table" placeholder="words"/>'),
             )
         )
     parts.append(html_table(content.runs_table, "runs", [run.name for run in content.report.runs]))
@@ -197,10 +199,6 @@ def _machine(content: Content) -> Markup:
 
 def _notes(notes: Sequence[str]) -> Markup | None:
     return element("ul", *(element("li", note) for note in notes), class_="notes") if notes else None
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _anchor(title: str) -> str:

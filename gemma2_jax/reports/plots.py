@@ -45,7 +45,6 @@ def plot(
     y: Axis,
     marks: Markup,
     labels: Sequence[tuple[float, str, str]] = (),
-    kind: str = "plot",
 ) -> Markup:
     """Returns a plot as an SVG.
 
@@ -53,7 +52,6 @@ def plot(
         title: description for readers who do not see it.
         marks: SVG in coordinates from `point`.
         labels: value on the vertical axis, text and class of labels to the right of the plot.
-        kind: its class.
     """
     parts = [element("title", title)]
     for value, text in y.marks:
@@ -87,7 +85,7 @@ def plot(
                 "text", shown, class_=f"label {style}", x="100%", y=_percent(1 - place), dx="8", dy="0.32em"
             )
         )
-    return element("svg", *parts, class_=kind, role="img", xmlns="http://www.w3.org/2000/svg")
+    return element("svg", *parts, class_="plot", role="img", xmlns="http://www.w3.org/2000/svg")
 
 
 def point(x: Axis, y: Axis, across: float, up: float) -> tuple[float, float]:

@@ -88,6 +88,12 @@ class Report:
     notes: Sequence[str] = ()
 
 
+def counted(report: Report) -> str:
+    """Returns how many runs and evaluations a report has: 3 runs and 1 evaluation."""
+    counts = {"run": len(report.runs), "evaluation": len(report.evaluations)}
+    return " and ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
+
+
 def setting(config: Mapping[str, Any], key: str) -> Any:
     """Returns the value of a dotted key in plain data; None if it is absent."""
     found: Any = config

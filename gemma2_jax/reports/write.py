@@ -51,7 +51,7 @@ def write_report(
         path = files[option][0]
         assert path is not None
         with usable(option, path):
-            write_text(path, text)
+            write_text(path, text.encode("utf-8", "replace").decode())  # a name may hold half of a character
     return target, content
 
 

@@ -71,6 +71,13 @@ def test_a_sweep_has_its_values_and_its_failed_run(sweep: Path) -> None:
     }
 
 
+def test_one_run_of_a_sweep_comes_alone(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sweep / "optimizer.learning_rate=0.1,optimizer.weight_decay=0.0,seed=0"
+    assert names(folder) == ["learning_rate=0.1 weight_decay=0.0 seed=0"]
+    monkeypatch.chdir(folder)
+    assert names(Path(".")) == ["learning_rate=0.1 weight_decay=0.0 seed=0"]
+
+
 def test_results_name_the_runs_of_a_sweep_whatever_their_folders_are(
     write_run: WriteRun, tmp_path: Path
 ) -> None:
@@ -184,6 +191,7 @@ def test_evaluations_have_tables(tmp_path: Path) -> None:
     }
     (tmp_path / "eval.json").write_text(json.dumps(content))
     report = collect([tmp_path / "eval.json"])
+    assert report.machines == ["8 x cpu"]
     ((title, columns),) = evaluation_tables(report.evaluations)
     assert title == f"{tmp_path / 'eval.json'}: document windows of 64 tokens"
     assert {column.name: [cell.text for cell in column.cells] for column in columns} == {

@@ -106,6 +106,22 @@ def test_the_page_of_a_sweep(sweep: Path) -> None:
     assert "the loss is &lt;nan&gt;" in text
 
 
+def test_identities_are_unique(study: Path, sweep: Path) -> None:
+    found = [each.get("id") for each in parsed(written(collect([study, sweep]))).iter() if each.get("id")]
+    assert len(found) == len(set(found))
+    assert {f"#{name}" for name in found} >= {
+        each.get("href") for each in parsed(written(collect([study]))).iter("a")
+    }
+
+
+def test_a_page_of_evaluations_alone() -> None:
+    content = {"format": 1, "rows": [{"name": "a", "scores": {"document": {"domains": {"d": {"kl": 0.5}}}}}]}
+    text = written(Report("a", ["a.json"], [], evaluations={"a.json": content}))
+    assert headings(text) == ["Evaluations"]
+    assert "1 evaluation in a.json" in text
+    assert "0.5000" in text
+
+
 def test_all_text_is_escaped(write_run: WriteRun) -> None:
     report = collect([write_run("a"), write_run("b", 3.0, {"optimizer.kind": HOSTILE})])
     runs = [
