@@ -55,16 +55,16 @@ class Column:
 
 def runs_table(runs: Sequence[Run]) -> list[Column]:
     """Returns the columns of a table with a row for each run, without columns that are empty for all."""
-    columns = [Column("run", [text_cell(run.name) for run in runs], True)]
-    if any(state(run) != "finished" for run in runs):
-        columns.append(Column("state", [text_cell(state(run)) for run in runs], True))
-    columns += [
+    states = [text_cell(state(run)) for run in runs]
+    columns = [
+        Column("run", [text_cell(run.name) for run in runs], True),
         Column("validation cross-entropy", [_score(run, "cross_entropy", 4) for run in runs], best="lowest"),
         Column("perplexity", [_score(run, "perplexity", 2) for run in runs], best="lowest"),
         Column("KL from teacher", [_score(run, "kl", 4) for run in runs], best="lowest"),
         Column(
             "agrees with teacher", [_percentage(run.scores.get("agreement")) for run in runs], best="highest"
         ),
+        *([Column("state", states, True)] if any(cell.text != "finished" for cell in states) else []),
         *(_settings_column(key, [run.values.get(key) for run in runs]) for key in swept_keys(runs)),
         Column("parameters", [_whole(run.scores.get("parameters")) for run in runs]),
         Column("tokens seen", [_whole(run.scores.get("tokens_seen")) for run in runs]),

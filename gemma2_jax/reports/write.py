@@ -14,6 +14,7 @@ from gemma2_jax.reports.page import page
 from gemma2_jax.reports.tables import runs_csv
 
 _PAGE = "report.html"
+_ENDINGS = {"--output": (".html", ".htm"), "--csv": (".csv",), "--markdown": (".md",)}
 
 
 def write_report(
@@ -32,26 +33,20 @@ def write_report(
     Raises:
         UserError: a path holds neither a run nor an evaluation, or a file cannot be written.
     """
-    target = default_output(paths) if output is None else Path(output)
-    files = {
-        "--output": (target, (".html", ".htm")),
-        "--csv": (csv, (".csv",)),
-        "--markdown": (markdown_file, (".md",)),
-    }
-    for option, (path, endings) in files.items():
-        if path is not None:
-            _check_file(option, Path(path), endings)
     content = Content(collect(paths))
+    target = default_output(paths) if output is None else Path(output)
+    files = {"--output": target}
     texts = {"--output": page(content, datetime.now())}
     if csv is not None:
-        texts["--csv"] = runs_csv(content.report.runs, content.groups)
+        files["--csv"], texts["--csv"] = Path(csv), runs_csv(content.report.runs, content.groups)
     if markdown_file is not None:
-        texts["--markdown"] = markdown(content)
-    for option, text in texts.items():
-        path = files[option][0]
-        assert path is not None
+        files["--markdown"], texts["--markdown"] = Path(markdown_file), markdown(content)
+    for option, path in files.items():
+        _check_file(option, path)
+    for option, path in files.items():
         with usable(option, path):
-            write_text(path, text.encode("utf-8", "replace").decode())  # a name may hold half of a character
+            # The name of a run may hold half of a character.
+            write_text(path, texts[option].encode("utf-8", "replace").decode())
     return target, content
 
 
@@ -64,7 +59,8 @@ def default_output(paths: Sequence[str]) -> Path:
     return Path(os.path.relpath(common)) / _PAGE
 
 
-def _check_file(option: str, path: Path, endings: Sequence[str]) -> None:
+def _check_file(option: str, path: Path) -> None:
+    endings = _ENDINGS[option]
     if path.suffix not in endings:
         raise UserError(f"{option} is {path}; accepted: a file that ends in {' or '.join(endings)}.")
     if path.is_dir():
