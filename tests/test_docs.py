@@ -147,7 +147,7 @@ def test_there_are_commands() -> None:
     verbs = {command.words[1] for command in COMMANDS if command.words[0] == "gemma2"}
     assert verbs == {
         "run", "train", "train-together", "teacher-cache", "sweep", "plan", "launch", "generate", "convert", "inspect",
-        "data", "tokenizer", "config", "merge", "eval",
+        "data", "tokenizer", "config", "merge", "eval", "report", "watch",
     }  # fmt: skip
     assert {command.words[0] for command in COMMANDS} == OURS | OTHERS
 

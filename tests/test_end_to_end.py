@@ -1,5 +1,6 @@
 """The whole slice at toy size, through the command line: corpus to report, skipped when done, resumed when killed."""
 
+import csv
 import json
 import os
 import signal
@@ -67,6 +68,26 @@ def test_everything_is_there(study: Path) -> None:
     assert all(f"| {run} |" in report for run in RUNS)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert losses(study, "distilled")[0][2] != losses(study, "scratch")[0][2]
+
+
+@pytest.mark.thorough
+def test_the_page_of_the_study(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(study)
+    assert main(["report", "runs/quickstart", "--csv", "runs.csv"]) == 0
+    assert capsys.readouterr() == ("report of 3 runs in runs/quickstart/report.html and runs.csv\n", "")
+    with Path("runs.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert list(rows) == list(RUNS)
+    # The online teacher's forward pass counts too.
+    assert float(rows["distilled"]["training_flops"]) > float(rows["scratch"]["training_flops"]) > 0
+    assert all(float(row["training_seconds"]) > 0 for row in rows.values())
+    page = Path("runs/quickstart/report.html").read_text()
+    assert "No folder records the machine" not in page
+    assert page.count('class="card ') == 2 * len(RUNS)  # two prompts
+    assert main(["watch"]) == 0
+    assert capsys.readouterr().out.count("finished") == len(RUNS)
 
 
 @pytest.mark.thorough

@@ -65,10 +65,11 @@ ALLOWED["methods"] = set(ALLOWED) - BOTTOM
 ALLOWED["training"] = set(ALLOWED) - BOTTOM
 ALLOWED["evaluation"] = ALLOWED["training"] | {"training"}
 ALLOWED["studies"] = ALLOWED["evaluation"] | {"evaluation"}
+ALLOWED["reports"] = ALLOWED["studies"] | {"studies"}
 ALLOWED["planning"] = ALLOWED["training"] | {"training"} - {"distill"}  # it asks the method about teachers
 ALLOWED["launching"] = {"run", "training"}
 ALLOWED["__main__"] = {"cli"}
-ALLOWED["cli"] = ALLOWED["studies"] | {"studies", "planning", "launching"}
+ALLOWED["cli"] = ALLOWED["studies"] | {"studies", "reports", "planning", "launching"}
 
 # Libraries that only one package may import.
 ONLY_IN = {

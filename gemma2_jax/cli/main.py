@@ -21,12 +21,14 @@ from gemma2_jax.cli import (
     launch,
     merge,
     plan,
+    report,
     run,
     sweep,
     teacher_cache,
     tokenizer,
     train,
     train_together,
+    watch,
 )
 from gemma2_jax.cli.mistakes import unknown_options
 from gemma2_jax.cli.standard_streams import prepare_output, silence_libraries
@@ -47,6 +49,8 @@ VERBS = (
     train_together,
     teacher_cache,
     sweep,
+    report,
+    watch,
     plan,
     launch,
     evaluate,

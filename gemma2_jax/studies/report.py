@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from gemma2_jax.studies.costs import costs_by_run, costs_table
 from gemma2_jax.studies.plots import plot_losses, plot_summary
 from gemma2_jax.studies.stages import Measurement, read_times
 from gemma2_jax.studies.summary import group_by_run, summary_table
-from gemma2_jax.studies.tables import Table, print_line
+from gemma2_jax.studies.tables import Table, code, print_line
 from gemma2_jax.training.metrics import format_number
 from gemma2_jax.training.progress import duration
 
@@ -110,9 +109,9 @@ def _markdown(
     parts.append(" ".join(notes))
     for number, prompt in enumerate(study.prompts):
         samples = [
-            f"- {name}: {_code(measurement.samples[number])}" for name, measurement in measurements.items()
+            f"- {name}: {code(measurement.samples[number])}" for name, measurement in measurements.items()
         ]
-        parts.append("\n".join([f"## Completions of {_code(prompt)}", "", *samples]))
+        parts.append("\n".join([f"## Completions of {code(prompt)}", "", *samples]))
     stages = Table(["stage", "time"], [[stage, duration(spent)] for stage, spent in seconds.items()])
     total = duration(sum(seconds.values()))
     parts += [
@@ -123,10 +122,3 @@ def _markdown(
         stages.markdown(),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _code(text: str) -> str:
-    """Formats any text as Markdown code on one line."""
-    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    return f"{fence} {text.replace(chr(10), '⏎')} {fence}"

@@ -130,9 +130,10 @@ def _evaluation(result: Result) -> Evaluation:
 
 
 def _record(result: Result) -> dict[str, object]:
+    found: dict[str, object] = {"run": Path(result.folder).name, "values": dict(result.values)}
     if result.evaluation is None:
-        return {"values": dict(result.values), "error": result.error}
-    return {"values": dict(result.values), **dataclasses.asdict(result.evaluation)}
+        return {**found, "error": result.error}
+    return {**found, **dataclasses.asdict(result.evaluation)}
 
 
 def _cells(result: Result, keys: Sequence[str]) -> list[str]:

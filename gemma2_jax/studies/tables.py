@@ -1,5 +1,6 @@
 """Plain lines on a terminal, and tables for the terminal and for Markdown."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,3 +46,10 @@ class Table:
         rule = ["---" if position < self.left else "---:" for position in range(len(self.columns))]
         lines = [self.columns, rule, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def code(text: str) -> str:
+    """Formats any text as Markdown code on one line."""
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {text.replace(chr(10), '⏎')} {fence}"

@@ -142,25 +142,45 @@ def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:
     """Reads the rows of a run's metrics.jsonl, without a truncated last line.
 
     Names in files of older versions are converted to the current ones, see `_renamed`.
+
+    Raises:
+        UserError: the file does not exist, or a line of it is damaged.
+    """
+    rows, damaged = scan_metrics(run_folder)
+    if damaged:
+        raise UserError(f"{damaged[0]}; delete that line.")
+    return rows
+
+
+def scan_metrics(run_folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Reads the rows that are intact as `read_metrics` does; also returns a clause for each damaged line.
+
+    Raises:
+        UserError: the file does not exist.
     """
     path = Path(run_folder) / JSON_LINES
     if not path.exists():
         raise UserError(f"{path} does not exist; {run_folder} has not been trained yet.")
-    rows = []
+    rows, damaged = [], []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if line.endswith(b"\n"):
-            rows.append(_renamed(_row(line, f"{path}, line {number},")))
-    return rows
+        if not line.endswith(b"\n"):
+            continue
+        row = _row(line)
+        if row is None:
+            damaged.append(f"{path}, line {number}, is not a row of metrics")
+        else:
+            rows.append(_renamed(row))
+    return rows, damaged
 
 
-def _row(line: bytes, where: str) -> dict[str, Any]:
+def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or not {"step", "split"} <= row.keys():
-        raise UserError(f"{where} is not a row of metrics; delete that line.")
-    return row
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("split"), str):
+        return row
+    return None
 
 
 def _renamed(row: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from gemma2_jax.training.optimizer import learning_rate_schedule
 from gemma2_jax.training.start import with_prepared_vocabulary
 
 # Keys for locations, execution and reporting. Data and tokenizer are compared by content instead.
-_MAY_CHANGE = {
+MAY_CHANGE = {
     "name", "output", "hosts", "mesh", "layout", "distill.layout", "metrics", "checkpoint", "profile",
     "compilation_cache", "training.log_every", "training.eval_every", "training.eval_batches", "training.profile_steps",
     "data.source", "data.folder", "data.workers", "data.shard_characters", "data.skip_invalid", "tokenizer",
@@ -111,7 +111,7 @@ def older_schedule_note(config: RunConfig, step: int) -> str | None:
 
 def _changed_keys(saved: RunConfig, requested: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """Yields the dotted key and both values of every difference, except keys that may change and keys of `_NUMBERS`."""
-    free = {*_MAY_CHANGE, *(key for number in _NUMBERS for key in number.keys)}
+    free = {*MAY_CHANGE, *(key for number in _NUMBERS for key in number.keys)}
     record_file = method_class(requested).record_file
     if record_file is not None:
         free |= record_file.free_keys(requested)

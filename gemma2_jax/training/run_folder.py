@@ -159,6 +159,7 @@ class RunFolder:
 
         `loss` is the objective. `cross_entropy` and `perplexity` are those of text alone. `tokens_seen` counts the
         positions of all batches since the run began, padding included. `tokens_per_second` counts targets of the loss.
+        `seconds` is the time of the steps since the last row.
         The time of an on-policy step includes its rollout, and its targets are the sampled tokens without their
         prompts.
 
@@ -180,6 +181,7 @@ class RunFolder:
             "learning_rate": float(self._learning_rate(step - 1)),
             "tokens_seen": step * self.config.data.batch_size * self.config.data.seq_len,
             "tokens_per_second": speed,
+            "seconds": seconds,
         }
         if "cross_entropy" in found:
             row["perplexity"] = perplexity(found["cross_entropy"])

@@ -28,6 +28,7 @@ from gemma2_jax.formats.base_record import BASE_FILE, BaseRecord, check_same_bas
 from gemma2_jax.formats.identity import source_identity
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.formats.source import files_below
+from gemma2_jax.machine import describe_machine
 from gemma2_jax.messages import written
 from gemma2_jax.methods.choose import method_class, own_name
 from gemma2_jax.methods.method import ModelMethod
@@ -42,6 +43,8 @@ from gemma2_jax.training.prerequisites import sources
 DATA_FILE = (
     "data.json"  # in a run folder: identity of the documents and tokenizer that the run was trained on
 )
+
+MACHINE_FILE = "machine.txt"  # the machines that the run was trained on, one per line
 
 _DATA_PURPOSE = "which identifies the data that the run was trained on"
 
@@ -240,11 +243,12 @@ def _input_files(configs: Sequence[RunConfig]) -> Iterator[tuple[str, list[Path]
 
 
 def write_inputs(config: RunConfig, base: BaseRecord | None) -> None:
-    """Writes the configuration, the tokenizer, and the identities of data and base into the run folder."""
+    """Writes configuration, tokenizer, machine, and the identities of data and base into the run folder."""
     folder = Path(config.output)
     save_config(config, folder / CONFIG_FILE)
     write_bytes(folder / TOKENIZER_FILE, Path(config.tokenizer.path).read_bytes())
     write_text(folder / DATA_FILE, json.dumps(data_identity(config.data)))
+    _add_machine(folder / MACHINE_FILE)
     if base is not None:
         base.save(folder)
     # The end-of-text token and the chat format are those of the initial model, or else of the teacher.
@@ -254,3 +258,11 @@ def write_inputs(config: RunConfig, base: BaseRecord | None) -> None:
         if config.data.with_conversations:
             metadata = metadata.of_chats(Tokenizer.load(config.tokenizer.path).end_of_turn_id)
         metadata.save(folder)
+
+
+def _add_machine(path: Path) -> None:
+    """Adds the machine of this process to those that the run was trained on before."""
+    machine = describe_machine(jax.devices())
+    known = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    if machine not in known:
+        write_text(path, "".join(f"{each}\n" for each in [*known, machine]))

@@ -24,6 +24,8 @@ COMMANDS = [
     ["run"],
     ["train"],
     ["sweep"],
+    ["report"],
+    ["watch"],
     ["plan"],
     ["launch"],
     ["launch", "slurm"],

@@ -77,7 +77,8 @@ def trained(run: RunConfig) -> RunConfig:
 def rows(run: RunConfig, split: str) -> list[dict[str, float]]:
     found = [row for row in read_metrics(run.output) if row["split"] == split]
     return [
-        {key: value for key, value in row.items() if key not in ("tokens_per_second", "mfu")} for row in found
+        {key: value for key, value in row.items() if key not in ("tokens_per_second", "seconds", "mfu")}
+        for row in found
     ]
 
 

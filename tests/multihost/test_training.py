@@ -20,7 +20,7 @@ from gemma2_jax.training.metrics import read_metrics
 from gemma2_jax.training.together import train_together
 from tests.multihost.job import GEMMA2, Ended, run_job
 
-TIMES = ("tokens_per_second", "mfu")
+TIMES = ("tokens_per_second", "seconds", "mfu")
 
 
 @pytest.fixture(scope="module")

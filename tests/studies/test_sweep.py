@@ -41,6 +41,7 @@ def test_the_table_is_sorted_by_loss(stage, combinations):
     results = json.loads(Path("out/results.json").read_text())
     assert [result["values"] for result in results] == [{"rate": "0.1"}, {"rate": "0.2"}, {"rate": "0.3"}]
     assert results[0]["cross_entropy"] == 0.1
+    assert results[0]["run"] == "rate=0.1"
 
 
 @pytest.mark.parametrize("error", [UserError("too hot."), RuntimeError("out of memory")])

@@ -85,6 +85,6 @@ def with_method(run: RunConfig, method: str, teacher: str, folder: Path) -> RunC
 def rows(output: str) -> list[dict[str, Any]]:
     """The rows of a run's metrics without its speed."""
     return [
-        {name: value for name, value in row.items() if name not in ("tokens_per_second", "mfu")}
+        {name: value for name, value in row.items() if name not in ("tokens_per_second", "seconds", "mfu")}
         for row in read_metrics(output)
     ]

@@ -18,6 +18,7 @@ from gemma2_jax.data.prepare import prepare
 from gemma2_jax.distill.rollouts import OnPolicyConfig, on_policy_steps
 from gemma2_jax.distill.teacher import DistillConfig
 from gemma2_jax.files import locked
+from gemma2_jax.machine import describe_machine
 from gemma2_jax.methods import language_modelling
 from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.run import RunConfig
@@ -30,7 +31,11 @@ from tests.training.stops import stopped_after
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-TIMES = ("tokens_per_second", "mfu")  # all that may differ between two runs of the same configuration
+TIMES = (
+    "tokens_per_second",
+    "seconds",
+    "mfu",
+)  # all that may differ between two runs of the same configuration
 
 
 def without_times(folder: Path) -> list[dict[str, float]]:
@@ -55,13 +60,15 @@ def finished(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Ru
 def test_what_a_run_leaves(finished: RunConfig) -> None:
     folder = Path(finished.output)
     assert {path.name for path in folder.iterdir()} == {
-        ".lock", "config.yaml", "data.json", "tokenizer.model", "metrics.jsonl", "checkpoints"
+        ".lock", "config.yaml", "data.json", "tokenizer.model", "machine.txt", "metrics.jsonl", "checkpoints"
     }  # fmt: skip
+    assert (folder / "machine.txt").read_text() == f"{describe_machine(jax.devices()[:1])}\n"
     assert load_config(RunConfig, folder / "config.yaml") == finished
     assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir()) == [6, 8]  # the newest two
     rows = read_metrics(folder)
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 9))
     assert [row["step"] for row in rows if row["split"] == "validation"] == [8]
+    assert all(row["seconds"] > 0 for row in rows if row["split"] == "train")
     first, last = rows[0], rows[-1]
     assert first["perplexity"] == pytest.approx(np.exp(first["cross_entropy"]))
     assert first["learning_rate"] == pytest.approx(5e-3)

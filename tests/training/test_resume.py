@@ -152,7 +152,11 @@ def pretend(folder: Path, *steps: int) -> None:
         write_checkpoint_manifest(checkpoint)
 
 
-TIMES = ("tokens_per_second", "mfu")  # all that may differ between two runs of the same configuration
+TIMES = (
+    "tokens_per_second",
+    "seconds",
+    "mfu",
+)  # all that may differ between two runs of the same configuration
 CONSTANT = {"schedule": "constant", "final_fraction": 1.0}
 WSD = {"schedule": "wsd", "decay_steps": 2}
 COSINE = ScheduleConfig("cosine", peak=2.0, end=1.0)

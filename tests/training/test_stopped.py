@@ -32,7 +32,7 @@ from tests.distill.test_cache import content, write_teacher
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-TIMES = ("tokens_per_second", "mfu")
+TIMES = ("tokens_per_second", "seconds", "mfu")
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from gemma2_jax.training.together import Updates, train_together
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
 
-SPEEDS = ("tokens_per_second", "mfu")
+SPEEDS = ("tokens_per_second", "seconds", "mfu")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Reports of runs, sweeps and studies, and the state of runs in progress."""

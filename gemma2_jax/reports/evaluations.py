@@ -1,0 +1,75 @@
+"""Tables of the files that `gemma2 eval --json` writes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma2_jax.config import UserError
+from gemma2_jax.reports.records import setting
+from gemma2_jax.reports.tables import Cell, Column, text_cell
+from gemma2_jax.training.metrics import format_number
+
+_FORMAT = 1
+_ALL = "all domains"
+
+
+def check_evaluation(path: Path, content: Any) -> dict[str, Any]:
+    """Returns the content of a file of `gemma2 eval`. Raises UserError if it is another file."""
+    rows = content.get("rows") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
+        raise UserError(
+            f"{path} is not a file of gemma2 eval; accepted: run folders, folders above them, such files."
+        )
+    if content.get("format") != _FORMAT:
+        raise UserError(
+            f"{path} has the format {content.get('format')}, and this version reads format {_FORMAT}; run gemma2 eval "
+            "again."
+        )
+    found: dict[str, Any] = content
+    return found
+
+
+def evaluation_tables(evaluations: Mapping[str, Any]) -> Iterator[tuple[str, list[Column]]]:
+    """Yields a title and a table for each file, each kind of windows, and the memorisation test.
+
+    A table has a row for each checkpoint and domain; numbers of different kinds of windows are not comparable.
+    """
+    for path, content in evaluations.items():
+        rows = content["rows"]
+        teacher = setting(content, "teacher.path")
+        beside = "" if teacher is None else f", compared with {teacher}"
+        for kind in dict.fromkeys(kind for row in rows for kind in row.get("scores") or {}):
+            parts = [(row["name"], row["scores"][kind]) for row in rows if kind in (row.get("scores") or {})]
+            yield f"{path}: {kind} windows of {content.get('context')} tokens{beside}", _table(parts)
+        tested = [(row["name"], row["memorisation"]) for row in rows if row.get("memorisation")]
+        if tested:
+            yield f"{path}: memorisation", _table(tested)
+
+
+def _table(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Column]:
+    """A table with a row for each checkpoint and domain, and the totals if there are several domains."""
+    lines: list[tuple[str, str, dict[str, Any]]] = []
+    for name, part in parts:
+        domains = dict(part.get("domains") or {})
+        if len(domains) != 1 and part.get("total"):
+            domains[_ALL] = part["total"]
+        lines += [(name, domain, dict(_numbers(values))) for domain, values in domains.items()]
+    columns = [
+        Column("checkpoint", [text_cell(name) for name, _, _ in lines], True),
+        Column("domain", [text_cell(domain) for _, domain, _ in lines], True),
+    ]
+    for key in dict.fromkeys(key for _, _, values in lines for key in values):
+        columns.append(Column(key.replace("_", " "), [_cell(values.get(key)) for _, _, values in lines]))
+    return columns
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, value
+
+
+def _cell(value: float | None) -> Cell:
+    if value is None:
+        return Cell()
+    return Cell(f"{value:,}" if isinstance(value, int) else format_number(value, 4), value)
