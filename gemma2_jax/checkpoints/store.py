@@ -28,12 +28,12 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from gemma2_jax.checkpoints.checkpoint_metadata import Unreported, metadata_of, metadata_of_run, read_method
 from gemma2_jax.checkpoints.chunks import storage_options
 from gemma2_jax.checkpoints.failures import reading_checkpoint, writing_checkpoint
 from gemma2_jax.checkpoints.integrity import changed, missing, write_checkpoint_manifest
 from gemma2_jax.checkpoints.iterator_state import iterator_state
 from gemma2_jax.checkpoints.paths import check_path
-from gemma2_jax.checkpoints.run_metadata import Unreported, metadata_of, metadata_of_run, read_method
 from gemma2_jax.checkpoints.trees import array_metadata, check_all_trees, check_trees, name_of
 from gemma2_jax.config import UserError, build, read_yaml
 from gemma2_jax.model.config import ModelConfig

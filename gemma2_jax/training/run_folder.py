@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma2_jax.checkpoints.run_metadata import Unreported, read_unreported
+from gemma2_jax.checkpoints.checkpoint_metadata import Unreported, read_unreported
 from gemma2_jax.checkpoints.store import AVERAGED, CheckpointStore, FoundCheckpoint, find
 from gemma2_jax.config import UserError, to_dict
 from gemma2_jax.data.pipeline import train_batches

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from gemma2_jax import stops
-from gemma2_jax.checkpoints.run_metadata import Unreported
+from gemma2_jax.checkpoints.checkpoint_metadata import Unreported
 from gemma2_jax.checkpoints.store import find
 from gemma2_jax.config import UserError, differences, to_dict
 from gemma2_jax.data.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma2_jax.checkpoints.run_metadata import Unreported, read_unreported
+from gemma2_jax.checkpoints.checkpoint_metadata import Unreported, read_unreported
 from gemma2_jax.checkpoints.store import (
     CheckpointConfig,
     CheckpointStore,
