@@ -24,6 +24,7 @@ COMMANDS = [
     ["run"],
     ["train"],
     ["sweep"],
+    ["fit"],
     ["plan"],
     ["launch"],
     ["launch", "slurm"],
