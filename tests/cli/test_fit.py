@@ -20,7 +20,7 @@ def test_a_fit_is_printed_and_written(runs: Runs, capsys):
     assert "left out:" in printed
     assert "stopped: it is not finished (step 3 of 100)" in printed
     assert "95% intervals of 6 sets of resampled runs (seed 2)" in printed
-    assert "the law is extrapolated" in printed
+    assert "caution: the law is extrapolated where D or N is beyond the runs" in printed
     found = json.loads((runs.folder / "fit.json").read_text())
     assert (runs.folder / "fit.png").read_bytes().startswith(b"\x89PNG")
     (law,) = found["laws"]
@@ -28,7 +28,8 @@ def test_a_fit_is_printed_and_written(runs: Runs, capsys):
         assert law["parameters"][name]["value"] == pytest.approx(value, rel=0.02), name
     assert (found["resamples"], found["seed"], found["embedding_counted"]) == (6, 2, True)
     inside, outside = found["predictions"]
-    assert outside["extrapolated"].startswith("beyond the span of the runs: N=1e+09")
+    assert outside["extrapolated"][0].startswith("N=1e+09 is beyond the runs (")
+    assert inside["extrapolated"] == []
     assert inside["interval"][0] <= inside["loss"] <= inside["interval"][1] + 1e-9
     (best,) = found["compute"]
     assert 6 * best["parameters"] * best["tokens"] == pytest.approx(1e12)

@@ -6,10 +6,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from gemma2_jax.studies.plots import write_figure
 from gemma2_jax.studies.scaling.fit import CONFIDENCE, Curve, interval
 from gemma2_jax.studies.scaling.fitted import SCRATCH, Fit, Source
+
+_MOST_TICKS = 6
 
 
 def plot_fit(fit: Fit, target: Path) -> None:
@@ -45,9 +48,11 @@ def _draw(axes: Axes, fit: Fit, source: Source) -> None:
         axes.axhline(source.teacher.loss, color="0.4", linestyle="--", linewidth=1, label="the teacher")
     axes.set_title(name, fontsize=10)
     axes.set_xscale("log")
-    axes.set_yscale("log")
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:.2f}")
+    places = sorted(set(tokens))
+    if len(places) <= _MOST_TICKS:  # powers of ten are too few for runs of similar length
+        axes.set_xticks(places)
+    axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
     axes.set_xlabel("tokens")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

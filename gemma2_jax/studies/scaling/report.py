@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from gemma2_jax.studies.scaling.runs import Collected
 from gemma2_jax.studies.tables import Table, print_line
 
 JSON_FILE, PLOT_FILE = "fit.json", "fit.png"
+_BEYOND = "beyond the runs"
 
 
 @dataclass(frozen=True)
@@ -78,21 +79,25 @@ def write_fit(
     print_line(console, f"numbers in {folder / JSON_FILE}, plot in {folder / PLOT_FILE}")
 
 
-def beyond(fit: Fit, name: str, n: float, d: float) -> str | None:
-    """A sentence if a point is outside the span of the source's runs; None inside it."""
-    runs = fit.sources[name].runs or [
-        run for each in fit.sources.values() if each.teacher for run in each.runs
-    ]
-    spans = {
-        f"N={n:.4g}": (n, [run.parameters for run in runs]),
-        f"D={d:.4g}": (d, [run.tokens for run in runs]),
+def beyond(fit: Fit, name: str, n: float, d: float, teacher_loss: float | None = None) -> dict[str, str]:
+    """The inputs that are outside the span of the source's runs: N, D or T, each with a clause that says so.
+
+    Args:
+        teacher_loss: loss of a teacher that no run had.
+    """
+    students = [run for source in fit.sources.values() if source.teacher is not None for run in source.runs]
+    runs = fit.sources[name].runs if teacher_loss is None else students
+    spans: dict[str, tuple[float, list[float]]] = {
+        "N": (n, [run.parameters for run in runs]),
+        "D": (d, [run.tokens for run in runs]),
     }
-    found = [
-        f"{what} (runs: {min(values):.4g} to {max(values):.4g})"
-        for what, (value, values) in spans.items()
+    if teacher_loss is not None:
+        spans["T"] = teacher_loss, [run.teacher.loss for run in students if run.teacher is not None]
+    return {
+        letter: f"{letter}={value:.4g} is beyond the runs ({min(values):.4g} to {max(values):.4g})"
+        for letter, (value, values) in spans.items()
         if not min(values) * 0.999 <= value <= max(values) * 1.001
-    ]
-    return f"beyond the span of the runs: {' and '.join(found)}" if found else None
+    }
 
 
 def _cautions(collected: Collected) -> Iterator[str]:
@@ -146,83 +151,47 @@ def _runs(fit: Fit) -> list[dict[str, Any]]:
 
 def _predictions(fit: Fit, questions: Sequence[Question], console: Console) -> list[dict[str, Any]]:
     found, rows = [], []
-    notes: dict[str, None] = {}
     for question in questions:
-        if question.teacher_loss is None:
-            asked, names = fit, list(fit.sources)
-        else:
-            name = f"a teacher of loss {question.teacher_loss:g}"
+        n, d, teacher_loss = question.parameters, question.tokens, question.teacher_loss
+        asked, names = fit, list(fit.sources)
+        if teacher_loss is not None:
             if fit.law != "distillation":
                 raise UserError(
-                    f"--predict has T={question.teacher_loss:g}, but no law of the fit depends on the teacher's loss; "
-                    "leave T out, or fit runs of several teachers with --law distillation."
+                    f"--predict has T={teacher_loss:g}, but no law of the fit depends on the teacher's loss; leave T "
+                    "out, or fit runs of several teachers with --law distillation."
                 )
-            asked, names = fit.with_teacher(name, question.teacher_loss), [name]
+            names = [f"a teacher of loss {teacher_loss:g}"]
+            asked = fit.with_teacher(names[0], teacher_loss)
         for name in names:
-            loss, around = asked.loss(name, question.parameters, question.tokens)
-            outside = beyond(asked, name, question.parameters, question.tokens)
-            if question.teacher_loss is not None:
-                outside = _beyond_teachers(fit, question.teacher_loss) or outside
-            if outside is not None:
-                notes[outside] = None
+            loss, around = asked.loss(name, n, d)
+            outside = beyond(asked, name, n, d, teacher_loss)
             rows.append(
-                [
-                    name,
-                    _number(question.parameters),
-                    _number(question.tokens),
-                    f"{loss:.4f}",
-                    *_range(around, ".4f"),
-                ]
+                [name, _number(n), _number(d), f"{loss:.4f}", *_range(around, ".4f"), ", ".join(outside)]
             )
-            found.append(
-                {
-                    "source": name,
-                    **dataclasses.asdict(question),
-                    "loss": loss,
-                    "interval": around,
-                    "extrapolated": outside,
-                }
-            )
-    Table(["source", "N", "D", "loss", "from", "to"], rows).print(
-        console, "Predicted validation cross-entropy"
-    )
-    _print_notes(notes, console)
+            answer = {"loss": loss, "interval": around, "extrapolated": list(outside.values())}
+            found.append({"source": name, **dataclasses.asdict(question), **answer})
+    columns = ["source", "N", "D", "loss", "from", "to", _BEYOND]
+    Table(columns, rows).print(console, "Predicted validation cross-entropy")
+    _warn_if_beyond(rows, console)
     return found
-
-
-def _beyond_teachers(fit: Fit, loss: float) -> str | None:
-    known = [source.teacher.loss for source in fit.sources.values() if source.teacher is not None]
-    if min(known) <= loss <= max(known):
-        return None
-    return f"beyond the span of the runs: T={loss:.4g} (teachers: {min(known):.4g} to {max(known):.4g})"
 
 
 def _budgets(fit: Fit, budgets: Sequence[float], console: Console) -> list[dict[str, Any]]:
     found, rows = [], []
-    notes: dict[str, None] = {}
     for flops in budgets:
         for name, label, cost in _ways(fit):
             best = best_model(fit, name, cost, flops)
             if best is None:
-                rows.append([label, _number(flops), "–", "–", "the teacher alone costs more", "–", "–"])
+                rows.append([f"{label}: costs more", _number(flops), *["–"] * 5, ""])
                 continue
             outside = beyond(fit, name, best.parameters, best.tokens)
-            if outside is not None:
-                notes[f"{label}: {outside}"] = None
-            numbers = [_number(flops), _number(best.parameters), _number(best.tokens)]
-            rows.append([label, *numbers, f"{best.loss:.4f}", *_range(best.interval, ".4f")])
-            found.append(
-                {
-                    "flops": flops,
-                    "source": name,
-                    "cost": label,
-                    **dataclasses.asdict(best),
-                    "extrapolated": outside,
-                }
-            )
-    columns = ["source", "FLOPs", "N", "D", "loss", "from", "to"]
+            numbers = [_number(flops), _number(best.parameters), _number(best.tokens), f"{best.loss:.4f}"]
+            rows.append([label, *numbers, *_range(best.interval, ".4f"), ", ".join(outside)])
+            answer = {**dataclasses.asdict(best), "extrapolated": list(outside.values())}
+            found.append({"flops": flops, "source": name, "cost": label, **answer})
+    columns = ["source", "FLOPs", "N", "D", "loss", "from", "to", _BEYOND]
     Table(columns, rows).print(console, "The best model for each number of FLOPs")
-    _print_notes(notes, console)
+    _warn_if_beyond(rows, console)
     return found
 
 
@@ -261,9 +230,14 @@ def _ways(fit: Fit) -> Iterator[tuple[str, str, Cost]]:
             yield name, f"{name}, {way}" if way else name, cost
 
 
-def _print_notes(notes: Mapping[str, None], console: Console) -> None:
-    for note in notes:
-        print_line(console, f"caution: {note}; the law is extrapolated", "yellow")
+def _warn_if_beyond(rows: Sequence[Sequence[str]], console: Console) -> None:
+    letters = sorted({letter for row in rows for letter in row[-1].split(", ") if letter})
+    if letters:
+        print_line(
+            console,
+            f"caution: the law is extrapolated where {' or '.join(letters)} is beyond the runs",
+            "yellow",
+        )
 
 
 def _number(value: float) -> str:

@@ -32,7 +32,7 @@ def test_an_outlier_changes_little():
     clean = sample(0.0)
     losses = clean.losses.copy()
     losses[5] *= 1.5
-    assert fit_supervised(Sample(N, D, losses)) == pytest.approx(TRUE, rel=0.02)
+    assert fit_supervised(Sample(N, D, losses)) == pytest.approx(TRUE, rel=0.04)
 
 
 def test_noisy_losses_give_intervals_that_hold_the_parameters():

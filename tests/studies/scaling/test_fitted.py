@@ -100,9 +100,11 @@ def test_each_teacher_may_have_its_own_law():
 
 def test_points_beyond_the_span_are_found():
     fit = fit_runs(points(), "chinchilla", 0, seed=0)
-    assert beyond(fit, SCRATCH, 2e5, 2e6) is None
-    assert beyond(fit, SCRATCH, 1e9, 2e6) == "beyond the span of the runs: N=1e+09 (runs: 1e+05 to 6.4e+06)"
-    assert "D=1e+12 (runs: 1e+06 to 6.4e+07)" in (beyond(fit, SCRATCH, 2e5, 1e12) or "")
+    assert beyond(fit, SCRATCH, 2e5, 2e6) == {}
+    assert beyond(fit, SCRATCH, 1e9, 2e6) == {"N": "N=1e+09 is beyond the runs (1e+05 to 6.4e+06)"}
+    assert list(beyond(fit, SCRATCH, 1e2, 1e12)) == ["N", "D"]
+    taught = known(TRUE, Teacher("t", 2.5, 10**5, 10**6))
+    assert beyond(taught, "another", 2e5, 2e6, 2.9) == {"T": "T=2.9 is beyond the runs (2.5 to 2.5)"}
 
 
 def known(student: dict[str, float], teacher: Teacher) -> Fit:
