@@ -18,7 +18,7 @@ from gemma2_jax.studies.scaling.laws import SUPERVISED, distillation_law
 from gemma2_jax.training.start import DATA_FILE
 
 TRUE = {"E": 1.7, "A": 40.0, "B": 300.0, "alpha": 0.3, "beta": 0.45}
-WIDTHS = (32, 64, 128, 256)
+WIDTHS = (32, 256, 2048, 16384)
 STEPS = (100, 300, 1000, 3000)
 
 
@@ -102,7 +102,7 @@ def taught(
     made = Runs(tmp_path_factory.mktemp("taught") / "study", toy_run)
     made.grid("scratch")
     curve, _ = true_student
-    for width, steps in ((256, 3000), (64, 1000)):
+    for width, steps in ((16384, 3000), (256, 1000)):
         teacher = made.folder / f"scratch-{width}-{steps}"
         known = float(
             Curve(SUPERVISED, TRUE).loss(np.array(made.parameters(width)), np.array(made.tokens(steps)))

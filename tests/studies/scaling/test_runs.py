@@ -39,7 +39,7 @@ def test_runs_that_are_no_points_are_left_out(runs):
         str(tuned): "it started from the weights of runs/base",
     }
     shutil.rmtree(runs.folder / "done")
-    with pytest.raises(UserError, match=r"no run can be used for a fit:\n.*stopped: it is not finished"):
+    with pytest.raises(UserError, match=r"(?s)no run can be used for a fit:\n.*stopped: it is not finished"):
         collect_runs([str(runs.folder)], embedding=True)
 
 
