@@ -101,12 +101,8 @@ def best_model(fit: Fit, name: str, cost: Cost, flops: float) -> Optimum | None:
 def payoff(fit: Fit, name: str, cost: Cost) -> Payoff | None:
     """Compares the students of a teacher with models from scratch; None if no FLOPs are in the span of both."""
     scratch, students = fit.sources[SCRATCH], fit.sources[name]
-    low, high = (
-        choose(each)
-        for choose, each in zip(
-            (max, min), zip(_span(scratch, Cost()), _span(students, cost), strict=True), strict=True
-        )
-    )
+    spans = _span(scratch, Cost()), _span(students, cost)
+    low, high = max(span[0] for span in spans), min(span[1] for span in spans)
     if not low < high:
         return None
     flops = np.geomspace(low, high, _GRID)

@@ -81,12 +81,14 @@ class Runs:
     def tokens(self, steps: int) -> int:
         return steps * self._like.data.batch_size * self._like.data.seq_len
 
-    def grid(self, prefix: str, loss: Callable[[int, int], float] | None = None, **settings: str) -> None:
+    def grid(
+        self, prefix: str, loss: Callable[[int, int], float] | None = None, teacher: str | None = None
+    ) -> None:
         """Writes a run for each of `WIDTHS` and `STEPS`; `loss` is a function of parameters and tokens."""
         for width in WIDTHS:
             for steps in STEPS:
                 value = None if loss is None else loss(self.parameters(width), self.tokens(steps))
-                self.write(f"{prefix}-{width}-{steps}", width, steps, value, **settings)
+                self.write(f"{prefix}-{width}-{steps}", width, steps, value, teacher)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 from gemma2_jax.studies.scaling.laws import SUPERVISED, Law, Points, distillation_law, log_values
 from tests.studies.scaling.conftest import TRUE
 
-POINTS = Points(np.log([1e5, 1e6, 3e7]), np.log([1e6, 5e7, 2e8]), np.log([2.9, 2.4, 3.3]))
+TEACHERS = np.array([2.9, 2.4, 3.3])
+POINTS = Points(np.log([1e5, 1e6, 3e7]), np.log([1e6, 5e7, 2e8]), np.log(TEACHERS))
 
 
 def test_the_supervised_law_is_its_formula():
@@ -17,7 +18,7 @@ def test_the_supervised_law_is_its_formula():
 
 def test_the_distillation_law_is_its_formula(true_student):
     curve, values = true_student
-    n, d, teacher = np.exp(POINTS.log_n), np.exp(POINTS.log_d), np.exp(POINTS.log_teacher)
+    n, d, teacher = np.exp(POINTS.log_n), np.exp(POINTS.log_d), TEACHERS
     c0, c1, d1, f1, a, b, alpha, beta, gamma = values.values()
     student = SUPERVISED.loss(TRUE, POINTS)
     broken = (1 + (teacher / (student * d1)) ** (1 / f1)) ** (-c1 * f1)

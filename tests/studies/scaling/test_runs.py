@@ -55,7 +55,9 @@ def test_the_teacher_of_a_run(runs):
 def test_the_teacher_of_a_study_that_was_moved(runs):
     runs.write("teacher", loss=2.0)
     student = runs.write("student", teacher="elsewhere/teacher")
-    assert collect_runs([str(student)], embedding=True).runs[0].teacher.loss == 2.0
+    found = collect_runs([str(student)], embedding=True).runs[0].teacher
+    assert found is not None
+    assert found.loss == 2.0
 
 
 def test_a_teacher_that_is_no_run(runs):

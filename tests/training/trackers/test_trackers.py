@@ -197,7 +197,8 @@ def test_a_package_that_is_not_installed(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    config = replace(NONE, **{f"{package}_project": "study"})
+    project: dict[str, Any] = {f"{package}_project": "study"}
+    config = replace(NONE, **project)
     with pytest.raises(
         UserError, match=rf"^metrics.{package}_project .* pip install 'gemma2_jax\[{package}\]'.$"
     ):
