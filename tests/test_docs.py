@@ -48,6 +48,7 @@ OTHERS = {
     ".",
     "python3",
     "tensorboard",
+    "trackio",
     "xprof",
     "jupyter",
     "gcloud",
@@ -147,7 +148,7 @@ def test_there_are_commands() -> None:
     verbs = {command.words[1] for command in COMMANDS if command.words[0] == "gemma2"}
     assert verbs == {
         "run", "train", "train-together", "teacher-cache", "sweep", "plan", "launch", "generate", "convert", "inspect",
-        "data", "tokenizer", "config", "merge", "eval", "report", "watch",
+        "data", "tokenizer", "config", "merge", "eval", "report", "watch", "fit",
     }  # fmt: skip
     assert {command.words[0] for command in COMMANDS} == OURS | OTHERS
 

@@ -96,7 +96,8 @@ def compose_study(
             values["distill.cache"] = str(Path(output) / "caches" / folder)
         if seed is not None:
             values |= {"seed": seed, "data.seed": seed}
-        given = [f"experiment={run.experiment}", *run.overrides, *shared, *own[run_name]]
+        group = f"metrics.group={output}"  # a given one comes later and takes precedence
+        given = [f"experiment={run.experiment}", group, *run.overrides, *shared, *own[run_name]]
         runs[folder] = compose(given, config_dir, values)
     return runs, output
 

@@ -80,7 +80,8 @@ def compose_sweep(overrides: list[str], config_dir: str | None) -> tuple[list["C
         folder = str(Path(output) / re.sub(r"[^A-Za-z0-9_.,=+-]", "-", name))
         chosen = [f"{key}={value}" for key, value in values.items()]
         try:
-            config = compose([*shared, *chosen], config_dir, {"name": name, "output": folder})
+            group = f"metrics.group={output}"  # a given one comes later and takes precedence
+            config = compose([group, *shared, *chosen], config_dir, {"name": name, "output": folder})
         except UserError as error:
             refused.append((name, str(error)))
         else:

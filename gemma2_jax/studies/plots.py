@@ -52,7 +52,7 @@ def plot_losses(runs: Mapping[str, str], target: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    _write(figure, target)
+    write_figure(figure, target)
 
 
 def plot_summary(groups: Sequence[Group], target: Path, axis: str = "parameters") -> None:
@@ -79,7 +79,7 @@ def plot_summary(groups: Sequence[Group], target: Path, axis: str = "parameters"
         axes.set_title("crosses: the seeds; dots: their mean", fontsize=9, loc="left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    _write(figure, target)
+    write_figure(figure, target)
 
 
 def _draw_lines(axes: Axes, groups: Sequence[Group]) -> None:
@@ -129,7 +129,8 @@ def _mean(group: Group) -> float:
     return statistics.mean(found.perplexity for found in group.evaluations)
 
 
-def _write(figure: Figure, target: Path) -> None:
+def write_figure(figure: Figure, target: Path) -> None:
+    """Writes a figure to `target` as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_bytes(target, buffer.getvalue())

@@ -1,47 +1,54 @@
-"""Writers for a run's metrics: JSON lines always, TensorBoard by default, Weights & Biases on request."""
+"""A run's metrics: written as JSON lines always, and to trackers as configured; and read again."""
 
 import json
 import math
-import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gemma2_jax.config import UserError
 from gemma2_jax.files import write_text
 from gemma2_jax.machine import is_installed
+from gemma2_jax.training.trackers.tensorboard import TensorBoard
+from gemma2_jax.training.trackers.tracker import Guarded, TrackedRun, Tracker
+from gemma2_jax.training.trackers.trackio import Trackio
+from gemma2_jax.training.trackers.wandb import Wandb
 
 JSON_LINES = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Metrics writers in addition to the JSON lines.
+    """Trackers that get the metrics in addition to the JSON lines; several may be used at once.
+
+    A tracker that fails, for example without a network, does not end the run.
 
     Attributes:
         tensorboard: write event files into RUN/tensorboard.
         wandb_project: also log to this Weights & Biases project; null for none. Needs the extra `wandb`.
+        trackio_project: also log to this trackio project; null for none. Needs the extra `trackio`.
+        group: name that the trackers group the run by; a sweep or study sets it to its folder. null: no group.
+        tags: labels of the run at Weights & Biases.
     """
 
     tensorboard: bool
     wandb_project: str | None
+    # Older runs lack these keys.
+    trackio_project: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
 
 
-def check_wandb(config: MetricsConfig) -> None:
-    """Raises UserError if metrics.wandb_project is set but wandb is not installed."""
-    if config.wandb_project is not None and not is_installed("wandb"):
-        raise UserError(
-            "metrics.wandb_project is set but wandb is not installed; install the extra gemma2_jax[wandb]."
-        )
-
-
-class Writer(Protocol):
-    """Writes rows of metrics, each for one step and split."""
-
-    def write(self, step: int, split: str, row: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+def check_trackers(config: MetricsConfig) -> None:
+    """Raises UserError if a tracker's package is not installed."""
+    for package, project in (("wandb", config.wandb_project), ("trackio", config.trackio_project)):
+        if project is not None and not is_installed(package):
+            raise UserError(
+                f"metrics.{package}_project is set but {package} is not installed; install the extra: "
+                f"pip install 'gemma2_jax[{package}]'."
+            )
 
 
 class JsonLinesWriter:
@@ -70,72 +77,31 @@ class JsonLinesWriter:
         self._file.close()
 
 
-class TensorBoardWriter:
-    """Writes event files into RUN/tensorboard, with tags such as `train/loss`."""
-
-    def __init__(self, run_folder: Path, last_step: int):
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(run_folder / "tensorboard"), purge_step=last_step + 1)
-
-    def write(self, step: int, split: str, row: Mapping[str, float]) -> None:
-        for name, value in row.items():
-            self._writer.add_scalar(f"{split}/{name}", value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbWriter:
-    """Writes to a Weights & Biases run, resumed by the id in RUN/wandb.id. Runs trained together each have their own.
-
-    wandb ignores a step that it already has. That is harmless: the rows that an interrupted run sent after its last
-    checkpoint equal those that the resumed run sends again.
-    """
-
-    def __init__(self, run_folder: Path, project: str, config: Mapping[str, Any]):
-        import wandb
-
-        file = run_folder / "wandb.id"  # random, since runs on other machines may have the same path
-        if not file.exists():
-            write_text(file, secrets.token_hex(8))
-        self._run = wandb.init(
-            project=project,
-            id=file.read_text(encoding="utf-8"),
-            name=run_folder.name,
-            dir=run_folder,
-            resume="allow",
-            reinit="create_new",  # by default, a second run of one process ends the first
-            config=dict(config),
-        )
-
-    def write(self, step: int, split: str, row: Mapping[str, float]) -> None:
-        self._run.log({f"{split}/{name}": value for name, value in row.items()}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 def open_writers(
     config: MetricsConfig,
-    run_folder: Path,
-    last_step: int,
-    run_config: Mapping[str, Any],
+    run: TrackedRun,
     evaluated: bool = True,
-) -> list[Writer]:
-    """Opens the configured writers, each of which appends after `last_step`; arguments as in `JsonLinesWriter`.
+    show: Callable[[str], None] = print,
+) -> list[Tracker]:
+    """Opens the JSON lines and the configured trackers, each of which appends after `run.last_step`.
+
+    Args:
+        evaluated: as in `JsonLinesWriter`.
+        show: shows the line about a tracker that fails.
 
     Raises:
-        UserError: a writer's package is not installed.
+        UserError: a tracker's package is not installed.
     """
-    check_wandb(config)
-    writers: list[Writer] = []
-    if config.wandb_project is not None:  # first, since only this one can fail
-        writers.append(WandbWriter(run_folder, config.wandb_project, run_config))
+    check_trackers(config)
+    trackers: dict[str, Callable[[], Tracker]] = {}
     if config.tensorboard:
-        writers.append(TensorBoardWriter(run_folder, last_step))
-    writers.append(JsonLinesWriter(run_folder, last_step, evaluated))
-    return writers
+        trackers["TensorBoard"] = partial(TensorBoard, run)
+    if config.wandb_project is not None:
+        trackers["wandb"] = partial(Wandb, run, config.wandb_project)
+    if config.trackio_project is not None:
+        trackers["trackio"] = partial(Trackio, run, config.trackio_project)
+    guarded = [Guarded(name, open_tracker, show) for name, open_tracker in trackers.items()]
+    return [*guarded, JsonLinesWriter(run.folder, run.last_step, evaluated)]
 
 
 def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from gemma2_jax.compilation import check_compilation_cache
 from gemma2_jax.formats import hub
 from gemma2_jax.kernels import tokamax_attention
 from gemma2_jax.run import RunConfig
-from gemma2_jax.training.metrics import check_wandb
+from gemma2_jax.training.metrics import check_trackers
 
 
 def check_packages(config: RunConfig) -> None:
@@ -12,7 +12,7 @@ def check_packages(config: RunConfig) -> None:
 
     (The package for Parquet files is checked later, when the files of `data.source` are listed.)
     """
-    check_wandb(config.metrics)
+    check_trackers(config.metrics)
     if config.compilation_cache is not None:
         check_compilation_cache(config.compilation_cache)
     if config.compute.attention.kernel == "tokamax":

@@ -22,12 +22,13 @@ from gemma2_jax.processes.hosts import is_first
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import on_mesh
-from gemma2_jax.training.metrics import Writer, open_writers, perplexity
+from gemma2_jax.training.metrics import open_writers, perplexity
 from gemma2_jax.training.optimizer import learning_rate_schedule
 from gemma2_jax.training.progress import TrainingProgress
 from gemma2_jax.training.resume import older_schedule_note
 from gemma2_jax.training.state import TrainState, Update, UpdateRule, initial_dtypes, initial_state
 from gemma2_jax.training.throughput import peak_flops
+from gemma2_jax.training.trackers.tracker import TrackedRun, Tracker
 from gemma2_jax.training.validation import averages
 
 Rows = Sequence[Mapping[str, Any]]  # the metrics of some steps, one mapping per step
@@ -96,15 +97,17 @@ class RunFolder:
         self._evaluated = self.unreported.evaluated and self.step < config.training.steps
         self._learning_rate = learning_rate_schedule(config.optimizer, config.training.steps)
         self._peak_flops = peak_flops(jax.devices()[0])
-        self._writers: list[Writer] = []
+        self._writers: list[Tracker] = []
 
     def open_writers(self, stack: ExitStack) -> None:
         """Opens the metrics writers. Call it after all checks have passed."""
         config = self.config
         if is_first():
-            self._writers = open_writers(
-                config.metrics, Path(config.output), self.step, to_dict(config), self._evaluated
+            metrics = config.metrics
+            run = TrackedRun(
+                Path(config.output), config.name, to_dict(config), self.step, metrics.group, metrics.tags
             )
+            self._writers = open_writers(metrics, run, self._evaluated, self._progress.print_line)
             for writer in self._writers:
                 stack.callback(writer.close)
 

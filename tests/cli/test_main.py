@@ -26,6 +26,7 @@ COMMANDS = [
     ["sweep"],
     ["report"],
     ["watch"],
+    ["fit"],
     ["plan"],
     ["launch"],
     ["launch", "slurm"],

@@ -182,3 +182,20 @@ def test_an_invalid_sweep_is_reported(overrides, sentence):
 def test_a_sweep_with_a_failure_exits_with_1(monkeypatch, succeeds, code):
     monkeypatch.setattr("gemma2_jax.studies.sweep.run_sweep", lambda combinations, output, console: succeeds)
     assert main(["sweep", "seed=1,2"]) == code
+
+
+def test_trackers_group_the_runs_of_a_sweep_or_study(quickstart):
+    found, output = compose_sweep(["seed=1,2"], None)
+    assert {combination.config.metrics.group for combination in found} == {output}
+    given, _ = compose_sweep(["seed=1,2", "metrics.group=mine", "metrics=wandb"], None)
+    assert {combination.config.metrics.group for combination in given} == {"mine"}
+    odd, _ = compose_sweep(["seed=1,2", "output='out, of {all}'"], None)
+    assert {combination.config.metrics.group for combination in odd} == {"out, of {all}"}
+    runs, _ = compose_study("quickstart", quickstart, ["output=out/q"], None)
+    assert {run.metrics.group for run in runs.values()} == {"out/q"}
+    runs, _ = compose_study("quickstart", quickstart, ["scratch.metrics.group=mine"], None)
+    assert {name: run.metrics.group for name, run in runs.items()} == {
+        "teacher": "runs/quickstart",
+        "scratch": "mine",
+        "distilled": "runs/quickstart",
+    }

@@ -1,27 +1,24 @@
 """Writers, perplexity and throughput."""
 
 import json
-import struct
-import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from tensorboardX.proto import event_pb2
 
 from gemma2_jax.config import UserError
 from gemma2_jax.training import throughput
 from gemma2_jax.training.metrics import MetricsConfig, open_writers, perplexity, read_metrics
+from gemma2_jax.training.trackers.tracker import TrackedRun
 
 
 def test_json_lines_continue_after_the_last_checkpoint(tmp_path: Path) -> None:
     config = MetricsConfig(tensorboard=False, wandb_project=None)
-    (writer,) = open_writers(config, tmp_path, 0, {})
+    (writer,) = open_writers(config, TrackedRun(tmp_path, "toy", {}))
     for step in (1, 2, 3):
         writer.write(step, "train", {"loss": float(step)})
     writer.close()
-    (writer,) = open_writers(config, tmp_path, 2, {})
+    (writer,) = open_writers(config, TrackedRun(tmp_path, "toy", {}, last_step=2))
     writer.write(3, "train", {"loss": 30.0})
     writer.close()
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
@@ -38,81 +35,6 @@ def test_rows_of_older_versions_have_the_names_of_today(tmp_path: Path) -> None:
         {"step": 1, "split": "validation", "cross_entropy": 3.5, "targets": 20},
     ]
     assert read_metrics(tmp_path) == now
-
-
-def test_tensorboard_events(tmp_path: Path) -> None:
-    writers = open_writers(MetricsConfig(tensorboard=True, wandb_project=None), tmp_path, 0, {})
-    for writer in writers:
-        writer.write(7, "validation", {"perplexity": 12.5})
-        writer.close()
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    values = [value for event in _events(path) for value in event.summary.value if event.step == 7]
-    assert [(value.tag, value.simple_value) for value in values] == [("validation/perplexity", 12.5)]
-
-
-def _events(path: Path) -> Any:
-    """The records of an event file: length, its checksum, content, its checksum."""
-    content = path.read_bytes()
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        yield event_pb2.Event.FromString(content[12 : 12 + length])
-        content = content[16 + length :]
-
-
-def test_wandb_is_logged_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[Any] = []
-    run = SimpleNamespace(
-        log=lambda row, step: logged.append((step, row)), finish=lambda: logged.append("finished")
-    )
-    settings: dict[str, Any] = {}
-
-    def init(**given: Any) -> Any:
-        settings.update(given)
-        return run
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    writers = open_writers(MetricsConfig(tensorboard=False, wandb_project="study"), tmp_path, 0, {"seed": 1})
-    for writer in writers:
-        writer.write(1, "train", {"loss": 2.0})
-        writer.close()
-    assert logged == [(1, {"train/loss": 2.0}), "finished"]
-    assert settings["project"] == "study"
-    assert settings["resume"] == "allow"
-    assert settings["config"] == {"seed": 1}
-
-
-def test_wandb_is_logged_to_by_several_runs_of_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Uses a fake wandb that ends the previous run, as wandb does unless `reinit` requests a concurrent one."""
-    runs: list[Any] = []
-
-    def init(*, name: str, reinit: str = "finish_previous", **_: Any) -> Any:
-        if reinit != "create_new":
-            for run in runs:
-                run.rows = None
-        run = SimpleNamespace(name=name, rows=[], finish=lambda: None)
-        run.log = lambda row, step: run.rows.append((step, row))
-        runs.append(run)
-        return run
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    config = MetricsConfig(tensorboard=False, wandb_project="study")
-    for name in ("wide", "deep"):
-        (tmp_path / name).mkdir()
-    both = [open_writers(config, tmp_path / name, 0, {}) for name in ("wide", "deep")]
-    for loss, writers in enumerate(both):
-        for writer in writers:
-            writer.write(1, "train", {"loss": float(loss)})
-            writer.close()
-    logged = {run.name: run.rows for run in runs}
-    assert logged == {"wide": [(1, {"train/loss": 0.0})], "deep": [(1, {"train/loss": 1.0})]}
-
-
-def test_wandb_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"install the extra gemma2_jax\[wandb\]"):
-        open_writers(MetricsConfig(tensorboard=False, wandb_project="study"), tmp_path, 0, {})
 
 
 def test_no_metrics_yet(tmp_path: Path) -> None:

@@ -18,9 +18,12 @@ from gemma2_jax.objectives.objective import ObjectiveConfig
 from gemma2_jax.training.metrics import MetricsConfig
 from gemma2_jax.training.packages import check_packages
 
-MISSING = {"wandb", "gcsfs", "tokamax", "huggingface_hub", "pyarrow"}
+MISSING = {"wandb", "trackio", "gcsfs", "tokamax", "huggingface_hub", "pyarrow"}
 NEEDS: dict[str, dict[str, Any]] = {
     "wandb": {"metrics": MetricsConfig(tensorboard=False, wandb_project="study")},
+    "pip install 'gemma2_jax.trackio.'": {
+        "metrics": MetricsConfig(tensorboard=False, wandb_project=None, trackio_project="study")
+    },
     "gcsfs": {"compilation_cache": "gs://bucket/programs"},
     "tokamax": {"compute": ComputeConfig(attention=AttentionConfig(kernel="tokamax"))},
     "is not a local folder; to download it from the Hugging Face hub": {
