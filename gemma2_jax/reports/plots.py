@@ -78,12 +78,10 @@ def plot(
         )
     )
     parts.append(element("line", class_="cursor", x1="0", x2="0", y1="0", y2="100%", visibility="hidden"))
-    for place, text, style in _apart([(y.scale.place(value), text, style) for value, text, style in labels]):
+    for up, text, style in _apart([(y.scale.place(value), text, style) for value, text, style in labels]):
         shown = text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
         parts.append(
-            element(
-                "text", shown, class_=f"label {style}", x="100%", y=_percent(1 - place), dx="8", dy="0.32em"
-            )
+            element("text", shown, class_=f"label {style}", x="100%", y=_percent(1 - up), dx="8", dy="0.32em")
         )
     return element("svg", *parts, class_="plot", role="img", xmlns="http://www.w3.org/2000/svg")
 
