@@ -30,6 +30,8 @@ _MODULES = {
     "attention_maps": "model.lens",
     "logit_lens": "model.lens",
     "count_parameters": "model.counts",
+    "evaluate": "evaluation.evaluate",  # any checkpoints on any text
+    "EvaluationConfig": "evaluation.config",
     "evaluate_run": "evaluation.evaluate",
     "Sampler": "sampling.sampler",
     "SamplingConfig": "sampling.config",

@@ -15,6 +15,7 @@ from gemma2_jax.cli import (
     config,
     convert,
     data,
+    evaluate,
     generate,
     inspect,
     launch,
@@ -35,6 +36,7 @@ Train, distil and inspect Gemma 2 in JAX.
 
   gemma2 run quickstart                    start here: a teacher, a student and a report, in minutes
   gemma2 train model=small_6m name=mine    one run, composed from config files and key=value
+  gemma2 eval runs/mine                    perplexity and bits per byte of checkpoints, also beside a teacher
   gemma2 generate --checkpoint runs/mine --prompt "The function returns"
   gemma2 convert google/gemma-2-2b-it weights/2b-it     import released weights; also exports
   gemma2 VERB --help                       what a verb does, with examples
@@ -47,6 +49,7 @@ VERBS = (
     sweep,
     plan,
     launch,
+    evaluate,
     generate,
     convert,
     merge,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import grain
 import numpy as np
@@ -102,12 +103,7 @@ def validation_batches(
         return _Chained(list(_mixed_validation(data, share, shares, limit)))
     own_rows = _rows_of_share(data, share, shares)
     manifest = _manifest(data)
-    if not manifest.validation_shards:
-        raise UserError(
-            f"data.folder {data.folder} has no validation documents; prepare another folder with "
-            "data.validation_fraction above 0."
-        )
-    documents = _documents(data, manifest, manifest.validation_shards)
+    documents = stored_documents(data, "validation")
     held_out = manifest.validation
     rows = -(-(held_out.tokens - held_out.documents) // data.seq_len)
     if manifest.conversations is not None:
@@ -119,6 +115,26 @@ def validation_batches(
     fill = partial(grain.experimental.batch_and_pad, batch_size=data.batch_size)
     batches = packed.batch(data.batch_size, batch_fn=fill).map(partial(to_batch, own_rows=own_rows))
     return grain.experimental.LimitIterDataset(batches, limit) if bounded else batches
+
+
+def stored_documents(data: DataConfig, split: Literal["train", "validation"]) -> grain.MapDataset:
+    """Returns the documents of a split in the order of the source: token ids or, of conversations, `MaskedTokens`.
+
+    Args:
+        data: no mixture; `components` returns the parts of one.
+
+    Raises:
+        UserError: the data is not prepared, or no document was held out.
+    """
+    manifest = _manifest(data)
+    if split == "train":
+        return _documents(data, manifest, manifest.train_shards)
+    if not manifest.validation_shards:
+        raise UserError(
+            f"data.folder {data.folder} has no validation documents; prepare another folder with "
+            "data.validation_fraction above 0."
+        )
+    return _documents(data, manifest, manifest.validation_shards)
 
 
 class _Chained:

@@ -21,6 +21,7 @@ from gemma2_jax.files import reason, write_bytes
 
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
+_TURNS = (START_OF_TURN, END_OF_TURN)
 
 _SPACE = "▁"  # U+2581, which SentencePiece writes for a space
 _NEWLINES = ["\n" * length for length in range(1, 5)]
@@ -153,6 +154,22 @@ class Tokenizer:
         """Returns the id of the control token with this name, such as `<eos>`, which decodes to no text; else None."""
         number = int(self._pieces.piece_to_id(text))
         return number if self._pieces.is_control(number) else None
+
+    def byte_lengths(self) -> list[int]:
+        """Returns the number of UTF-8 bytes of text that each id stands for; 0 for control and turn tokens.
+
+        The lengths of a text's ids add up to its length, for model files with Gemma's settings.
+        """
+        return [self._byte_length(number) for number in range(self.vocab_size)]
+
+    def _byte_length(self, number: int) -> int:
+        pieces = self._pieces
+        if pieces.is_control(number) or pieces.is_unknown(number) or pieces.is_unused(number):
+            return 0
+        if pieces.is_byte(number):
+            return 1
+        piece = str(pieces.id_to_piece(number))
+        return 0 if piece in _TURNS else len(piece.replace(_SPACE, " ").encode())
 
     def _checked(self, number: int) -> int:
         if not 0 <= number < self.vocab_size:

@@ -1,12 +1,19 @@
-"""Evaluates a trained run on the whole validation split of its data."""
+"""Evaluates checkpoints on text or prepared data, and a run on the validation split of its own data for studies."""
 
-from dataclasses import dataclass, replace
-from functools import partial
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+import gemma2_jax
 from gemma2_jax.checkpoints.store import (
     AVERAGED,
     CONFIG_FILE,
@@ -15,25 +22,49 @@ from gemma2_jax.checkpoints.store import (
     find_params,
     read_params,
 )
-from gemma2_jax.config import load_config
+from gemma2_jax.config import UserError, load_config
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import validation_batches
 from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.rows import check_rows
 from gemma2_jax.distill.teacher import open_teacher
+from gemma2_jax.evaluation.config import EvaluationConfig
+from gemma2_jax.evaluation.domains import Domain, PreparedDomain, open_domains
+from gemma2_jax.evaluation.evaluated_model import (
+    EvaluatedModel,
+    find_run_data,
+    open_models,
+    open_teacher_of,
+    run_data_of,
+)
+from gemma2_jax.evaluation.evaluation_progress import EvaluationProgress
+from gemma2_jax.evaluation.memorisation import Memorisation, counted, long_enough, memorised
+from gemma2_jax.evaluation.record import (
+    FORMAT,
+    DomainMemorisation,
+    DomainScores,
+    EvaluationRecord,
+    EvaluationRow,
+)
+from gemma2_jax.evaluation.scores import Scoring, add_sums, build_scoring, score, scores_of
+from gemma2_jax.evaluation.windows import DOCUMENT, PACKED, SLIDING, Window, batches_of, windows_of
 from gemma2_jax.formats.adapter import read_adapter
 from gemma2_jax.formats.based import check_base
 from gemma2_jax.formats.load import adapted, load_params, model_of, open_source
 from gemma2_jax.methods.distillation import TEACHER
-from gemma2_jax.methods.language_modelling import MODEL, evaluation_sums, head_and_layers
+from gemma2_jax.methods.language_modelling import MODEL
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.run import RunConfig
+from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.sharding.feeding import feeding_share
-from gemma2_jax.sharding.layout import laid_out
+from gemma2_jax.sharding.layout import batch_shares, laid_out
 from gemma2_jax.sharding.mesh import build_mesh
 from gemma2_jax.training.start import check_same_data
-from gemma2_jax.training.validation import averages, sum_over
+from gemma2_jax.training.validation import averages
+
+_CONTEXT, _BATCH = 2048, 8  # of evaluations whose input gives none
 
 
 @dataclass(frozen=True)
@@ -67,9 +98,10 @@ def evaluate_run(
     adapter_folder: str | Path | None = None,
     averaged: bool = False,
 ) -> Evaluation:
-    """Evaluates the newest checkpoint of a run, and compares it with a teacher if one is given.
+    """Evaluates the newest checkpoint of a run on the validation split of its data, with the run's own settings.
 
     Args:
+        teacher_folder: checkpoint of a teacher to compare with.
         adapter_folder: LoRA adapter to evaluate with the run's weights, a run folder or PEFT's folder.
         averaged: whether to evaluate the run's average of the weights (`training.ema`).
 
@@ -93,20 +125,15 @@ def evaluate_run(
             check_base(adapter.path, adapter.identity, open_source(run_folder))
             model = adapted(model, adapter, mesh)
         models = {MODEL: model}
+        tokenizer = Tokenizer.load(Path(run_folder) / TOKENIZER_FILE)
         if teacher_folder is not None:
             # In the precision of this run, whatever distill.dtype was in training.
-            tokenizer = Tokenizer.load(Path(run_folder) / TOKENIZER_FILE)
             source, sizes = open_teacher(str(teacher_folder), config.model, tokenizer)
             models[TEACHER] = Gemma2(sizes, load_params(source, sizes, config.compute.dtype, mesh))
-        compute = replace(config.compute, remat="none")
-
-        @jax.jit
-        def sums(models: dict[str, Gemma2], batch: Batch) -> dict[str, Any]:
-            heads = {name: head_and_layers(model, batch, compute, None)[0] for name, model in models.items()}
-            return evaluation_sums(heads, batch, config.objective.block_tokens)
-
+        scoring = build_scoring(config.compute, config.objective.block_tokens)
         batches = validation_batches(config.data, *feeding_share(mesh))
-        metrics = averages(sum_over(partial(sums, models), batches, mesh))
+        sums = score(scoring, models, batches, tokenizer.byte_lengths(), mesh)
+    metrics = averages({name: total for name, total in sums.items() if name not in ("bins", "bytes")})
     return Evaluation(
         parameters=count_parameters(config.model).total,
         tokens_seen=found.step * config.data.batch_size * config.data.seq_len,
@@ -117,3 +144,176 @@ def evaluate_run(
         entropy=metrics["entropy"],
         teacher_entropy=metrics.get("teacher_entropy"),
     )
+
+
+def evaluate(
+    checkpoints: str | Path | Sequence[str | Path],
+    config: EvaluationConfig = EvaluationConfig(),
+    show: bool = False,
+) -> EvaluationRecord:
+    """Evaluates checkpoints of any kind on the same text, one after another.
+
+    Args:
+        checkpoints: one or several; each is a row of the results.
+        config: what they are evaluated on, and how; by default, the validation split of the first run's own data.
+        show: whether to show progress on standard error.
+
+    Raises:
+        UserError: a checkpoint, an adapter or the text cannot be read; a tokenizer is another one than the teacher's or
+            the prepared data's; or the batch does not fit the mesh.
+    """
+    several = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
+    models = open_models([str(path) for path in several], config)
+    mesh = build_mesh(config.mesh)
+    with jax.set_mesh(mesh), laid_out(config.layout):
+        return _Evaluator(models, config, mesh).run(show)
+
+
+class _Evaluator:
+    """What the rows of one evaluation share."""
+
+    def __init__(self, models: Sequence[EvaluatedModel], config: EvaluationConfig, mesh: Mesh) -> None:
+        self._began = time.monotonic()
+        self._models, self._config, self._mesh = models, config, mesh
+        first = models[0].path
+        owns_data = not config.text and config.data is None
+        run_data = run_data_of(first) if owns_data else find_run_data(first)
+        self._context = config.context or (run_data.seq_len if run_data else _CONTEXT)
+        self._stride = {
+            DOCUMENT: self._context,
+            SLIDING: config.stride or max(1, self._context // 2),
+            PACKED: None,
+        }[config.kind]
+        if self._stride is not None and self._stride > self._context:
+            raise UserError(
+                f"evaluation.stride is {self._stride}; it must be at most evaluation.context ({self._context}), or "
+                "tokens between two windows would not be scored."
+            )
+        self._batch = self._checked_batch()
+        self._share = feeding_share(mesh)
+        if config.memorisation and jax.process_count() > 1:
+            raise UserError("evaluation.memorisation needs a single process; leave it out, or use one host.")
+        self._domains = open_domains(config, run_data, self._context, self._batch)
+        for model in models:
+            for domain in self._domains:
+                domain.check(model.tokenizer, model.name)
+        self._teacher = open_teacher_of(models, config)
+        self._loaded_teacher: Gemma2 | None = None
+
+    def run(self, show: bool) -> EvaluationRecord:
+        config = self._config
+        scoring = build_scoring(config.compute, config.block_tokens)
+        with EvaluationProgress(len(self._models) * len(self._domains), show) as progress:
+            rows = tuple(self._row(model, scoring, progress) for model in self._models)
+            progress.doing("identifying weights")
+            teacher = None if self._teacher is None else self._teacher.describe()
+        devices = self._mesh.devices.flat
+        return EvaluationRecord(
+            format=FORMAT,
+            versions={
+                "gemma2_jax": gemma2_jax.__version__,
+                "jax": version("jax"),
+                "python": platform.python_version(),
+            },
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            devices=f"{self._mesh.size} x {devices[0].device_kind}",
+            mesh={axis: size for axis, size in self._mesh.shape.items() if size > 1},
+            dtype=config.compute.dtype,
+            domains={domain.name: domain.place for domain in self._domains},
+            windows=config.kind,
+            context=self._context,
+            stride=self._stride,
+            batch=self._batch,
+            limit=config.limit,
+            teacher=teacher,
+            seconds=time.monotonic() - self._began,
+            rows=rows,
+        )
+
+    def _row(self, opened: EvaluatedModel, scoring: Scoring, progress: EvaluationProgress) -> EvaluationRow:
+        began = time.monotonic()
+        progress.doing(f"loading {opened.name}")
+        dtype = self._config.compute.dtype
+        models = {MODEL: opened.load(dtype, self._mesh)}
+        if self._teacher is not None:
+            models[TEACHER] = self._teacher_for(models[MODEL])
+        lengths = opened.tokenizer.byte_lengths()
+        sums = {}
+        for domain in self._domains:
+            progress.doing(f"evaluating {opened.name} on {domain.name}")
+            batches = progress.counted(self._batches(domain, opened.tokenizer, progress), self._share[1])
+            sums[domain.name] = score(scoring, models, batches, lengths, self._mesh)
+            if not sums[domain.name]["targets"]:
+                raise UserError(f"{domain.place} has no token to score.")
+            progress.finish_part()
+        memorisation = self._memorisation(opened, models[MODEL], progress)
+        progress.doing(f"identifying {opened.name}")
+        return EvaluationRow(
+            name=opened.name,
+            checkpoint=opened.describe(),
+            seconds=time.monotonic() - began,
+            scores={
+                self._config.kind: DomainScores(
+                    {name: scores_of(found) for name, found in sums.items()},
+                    scores_of(add_sums(list(sums.values()))),
+                )
+            },
+            memorisation=memorisation,
+        )
+
+    def _checked_batch(self) -> int:
+        """Rows in a batch, checked against the mesh."""
+        shares = batch_shares(self._mesh)
+        batch = self._config.batch or -(-_BATCH // shares) * shares
+        try:
+            check_rows(batch, self._context, self._mesh, "evaluation.batch")
+        except UserError as error:
+            raise UserError(str(error).replace("data.seq_len", "evaluation.context")) from None
+        return batch
+
+    def _teacher_for(self, model: Gemma2) -> Gemma2:
+        """The teacher with the model's padding of the vocabulary, loaded again only if that has changed."""
+        assert self._teacher is not None
+        padding = model.config.vocab_size, model.config.vocab_padding
+        loaded = self._loaded_teacher
+        if loaded is None or (loaded.config.vocab_size, loaded.config.vocab_padding) != padding:
+            self._loaded_teacher = None  # frees the memory first
+            loaded = self._teacher.load(self._config.compute.dtype, self._mesh, model.config)
+            self._loaded_teacher = loaded
+        return loaded
+
+    def _batches(self, domain: Domain, tokenizer: Tokenizer, progress: EvaluationProgress) -> Iterator[Batch]:
+        limit = self._config.limit
+        if self._stride is None:
+            assert isinstance(domain, PreparedDomain)
+            return domain.batches(*self._share, limit, progress.read)
+        windows = self._windows(domain, tokenizer, progress)
+        return batches_of(windows, self._context, self._batch, *self._share)
+
+    def _windows(
+        self, domain: Domain, tokenizer: Tokenizer, progress: EvaluationProgress
+    ) -> Iterator[Window]:
+        limit, stride = self._config.limit, self._stride
+        assert stride is not None
+        documents = domain.documents(tokenizer, progress.read)
+        for number, (ids, scored) in enumerate(islice(documents, limit), 1):
+            if limit is not None:
+                progress.read(number / limit)
+            yield from windows_of(ids, scored, tokenizer.bos_id, self._context, stride)
+
+    def _memorisation(
+        self, opened: EvaluatedModel, model: Gemma2, progress: EvaluationProgress
+    ) -> DomainMemorisation | None:
+        limit = self._config.memorisation
+        if not limit:
+            return None
+        sampler = Sampler(model, opened.tokenizer, self._config.compute)
+        found: dict[str, Memorisation] = {}
+        for domain in self._domains:
+            progress.doing(f"testing what {opened.name} has memorised of {domain.name}")
+            documents = long_enough(domain.prompts(opened.tokenizer), limit)
+            found[domain.name] = memorised(
+                sampler.generate_tokens, opened.tokenizer.bos_id, documents, self._batch
+            )
+        counts: list[Any] = [(each.documents, each.exact, each.approximate) for each in found.values()]
+        return DomainMemorisation(found, counted(*map(sum, zip(*counts, strict=True))))

@@ -230,7 +230,7 @@ def load_tokenizer(source: WeightSource) -> Tokenizer:
         hint = "; its tokenizer.json is not enough" if other.exists() else ""
         raise UserError(
             f"{source.path} has no tokenizer.model, the SentencePiece file of Gemma's tokenizer{hint}; put it there, "
-            "or give it to `gemma2 convert`, `generate` or `merge` as --tokenizer FILE."
+            "or give it to `gemma2 convert`, `eval`, `generate` or `merge` as --tokenizer FILE."
         )
     tokenizer = Tokenizer.load(path, source.metadata.stop_ids)
     if isinstance(source, RunSource):

@@ -123,6 +123,13 @@ def agreement(student: jax.Array, teacher: jax.Array) -> jax.Array:
     return (jnp.argmax(student, axis=-1) == jnp.argmax(teacher, axis=-1)).astype(jnp.float32)
 
 
+def acceptance(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """sum_v min(S_v, T_v) = 1 - total variation: the probability that speculative decoding with the student as draft
+    accepts its token (Leviathan et al., arXiv 2211.17192, corollary 3.6).
+    """
+    return jnp.sum(jnp.minimum(jax.nn.softmax(student, axis=-1), jax.nn.softmax(teacher, axis=-1)), axis=-1)
+
+
 def _softened(
     student: jax.Array, teacher: jax.Array, temperature: Number
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from gemma2_jax.data.batch import Batch
@@ -15,14 +16,19 @@ _AHEAD = 2
 
 
 def sum_over(step: Callable[[Batch], Any], batches: Iterable[Batch], mesh: Mesh) -> Any:
-    """Sums the outputs of `step` over the batches: a pytree of floats."""
+    """Sums the outputs of `step` over the batches: a pytree of floats, and of nested lists where outputs are arrays."""
     sums: list[Any] = []
     for batch in batches:
         sums.append(step(on_mesh(batch, mesh)))
         if len(sums) > _AHEAD:
             jax.block_until_ready(sums[-1 - _AHEAD])
     # Fetched only once: the devices would be idle while the numbers of each batch are fetched.
-    return jax.tree.map(lambda *each: sum(map(float, each)), *jax.device_get(sums))
+    return jax.tree.map(_total, *jax.device_get(sums))
+
+
+def _total(*each: Any) -> Any:
+    total: Any = sum(np.asarray(value, np.float64) for value in each)
+    return total.tolist()
 
 
 def averages(sums: Mapping[str, float]) -> dict[str, float]:

@@ -1,0 +1,173 @@
+"""`gemma2 eval`: evaluates checkpoints on text or prepared data."""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma2_jax.cli.parsers import Verbs, add_config_dir, add_verb
+
+if TYPE_CHECKING:
+    from gemma2_jax.evaluation.config import EvaluationConfig
+    from gemma2_jax.run import RunConfig
+
+DESCRIPTION = """\
+Evaluates checkpoints of any kind: perplexity, bits per byte and calibration; with --teacher also KL, agreement and
+acceptance; with --memorisation how many documents are continued as they were written. Several checkpoints are rows of
+one table.
+
+  gemma2 eval runs/student                                   its run's validation split, as in training
+  gemma2 eval runs/a runs/b google/gemma-2-2b --text books='books/*.txt' code='src/*.md'
+  gemma2 eval runs/student --teacher runs/teacher --text notes.jsonl --windows sliding --stride 256
+  gemma2 eval weights/2b --adapter runs/lora --adapter hub/adapter --data data/chats --json evaluation.json
+  gemma2 eval runs/student --memorisation 1000
+  gemma2 eval weights/9b --text 'books/*.txt' compute=bfloat16 mesh.fsdp=8 mesh.data=1
+
+  --windows document   whole documents, cut into windows of --context tokens that do not overlap; each begins with bos
+  --windows sliding    windows that overlap: each token is scored once, with at least context - stride tokens before it
+  --windows packed     the validation split of prepared data, in rows as in training
+Numbers of different kinds of windows, contexts or strides are not comparable. Perplexity is not comparable between
+tokenizers, bits per byte is.
+"""
+EPILOG = """\
+keys: mesh, layout and compute (as in gemma2 train; the default is all devices along mesh.data, and float32), hosts,
+compilation_cache, data.text_field=NAME and data.skip_invalid=N for files of records.
+"""
+
+_SECTIONS = ("mesh", "layout", "compute", "hosts", "compilation_cache")
+_DATA_KEYS = ("data.text_field", "data.skip_invalid")
+_OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs, "eval", run, "evaluate checkpoints on text or prepared data", DESCRIPTION, EPILOG
+    )
+    add = parser.add_argument
+    add(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="a run folder, a Hugging Face folder or its name on the hub, DeepMind's checkpoint, or an adapter",
+    )
+    _add_text_options(parser)
+    add("--teacher", metavar="CHECKPOINT", help="compare each model with this one")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a LoRA adapter for the one CHECKPOINT; may be repeated, and each is a row",
+    )
+    add(
+        "--averaged",
+        action="store_true",
+        help="take the runs' average of the weights, or each adapter's (training.ema)",
+    )
+    add("--tokenizer", metavar="FILE", help="a SentencePiece model, for checkpoints that come without one")
+    add(
+        "--memorisation",
+        type=int,
+        default=0,
+        metavar="N",
+        help="give the model the first 50 tokens of up to N documents of each domain, and compare the next 50",
+    )
+    add("--json", metavar="FILE", help="write everything to FILE as JSON")
+    add_config_dir(parser)
+    parser.set_defaults(overrides=[])
+
+
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--text",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="GLOB",
+        help="files of text, as data.source; each GLOB, or NAME=GLOB, has a row of its own",
+    )
+    add("--data", metavar="FOLDER", help="prepared data, whose held-out documents are scored")
+    add("--windows", metavar="KIND", help="document (with --text), packed (otherwise) or sliding")
+    add("--context", type=int, metavar="N", help="tokens in a window (the run's data.seq_len, or 2048)")
+    add("--stride", type=int, metavar="N", help="tokens between two sliding windows (half of --context)")
+    add("--batch", type=int, metavar="N", help="rows computed at a time (8)")
+    add("--limit", type=int, metavar="N", help="score at most N documents of each domain (packed: N batches)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from gemma2_jax.cli.score_tables import print_scores
+    from gemma2_jax.compilation import use_compilation_cache
+    from gemma2_jax.config import check_place
+    from gemma2_jax.evaluation.evaluate import evaluate
+    from gemma2_jax.processes.hosts import is_first, join
+
+    given = [*arguments.checkpoints, *arguments.overrides]
+    overrides = [text for text in given if _OVERRIDE.match(text) and not Path(text).exists()]
+    checkpoints = [text for text in given if text not in overrides]
+    composed = _compose(overrides, arguments.config_dir)
+    with _named_as_options():
+        config = _config(arguments, composed)
+    if arguments.json is not None:
+        check_place("--json", arguments.json, is_file=True)
+    join(composed.hosts)
+    with _named_as_options(), use_compilation_cache(composed.compilation_cache):
+        record = evaluate(checkpoints, config, show=is_first())
+    if is_first():
+        print_scores(record)
+        if arguments.json is not None:
+            record.save(arguments.json)
+
+
+def _compose(overrides: Sequence[str], config_dir: str | None) -> "RunConfig":
+    """Composes the sections that an evaluation uses. Raises UserError for keys that it does not use."""
+    from gemma2_jax.cli.compose import compose, pairs
+    from gemma2_jax.config import UserError
+
+    for key, value in pairs(overrides):
+        if key.split(".")[0] not in _SECTIONS and key not in _DATA_KEYS:
+            raise UserError(
+                f"{key}={value} has no effect on an evaluation; accepted: keys of {', '.join(_SECTIONS)}, and "
+                f"{', '.join(_DATA_KEYS)}."
+            )
+    return compose(overrides, config_dir)
+
+
+def _config(arguments: argparse.Namespace, composed: "RunConfig") -> "EvaluationConfig":
+    from gemma2_jax.evaluation.config import EvaluationConfig
+
+    return EvaluationConfig(
+        text=tuple(arguments.text),
+        data=arguments.data,
+        windows=arguments.windows,
+        context=arguments.context,
+        stride=arguments.stride,
+        batch=arguments.batch,
+        limit=arguments.limit,
+        teacher=arguments.teacher,
+        adapters=tuple(arguments.adapter),
+        averaged=arguments.averaged,
+        tokenizer=arguments.tokenizer,
+        memorisation=arguments.memorisation,
+        text_field=composed.data.text_field,
+        skip_invalid=composed.data.skip_invalid,
+        compute=composed.compute,
+        mesh=composed.mesh,
+        layout=composed.layout,
+        block_tokens=composed.objective.block_tokens,
+    )
+
+
+@contextmanager
+def _named_as_options() -> Iterator[None]:
+    """Replaces the fields in messages of `EvaluationConfig` by the options that set them."""
+    from gemma2_jax.config import UserError
+
+    try:
+        yield
+    except UserError as error:
+        message = re.sub(r"evaluation\.(\w+)=(\w+)", r"--\1 \2", str(error))
+        message = message.replace("evaluation.adapters", "evaluation.adapter")
+        raise UserError(re.sub(r"evaluation\.(\w+)", r"--\1", message)) from None
