@@ -53,7 +53,7 @@ def continuation_window(context: Sequence[int], continuation: Sequence[int], max
     """
     if len(continuation) > max_length:
         raise UserError(
-            f"An answer has {len(continuation)} tokens, but the context has {max_length}; give a larger --max-length."
+            f"an answer has {len(continuation)} tokens, but the context only {max_length}; give a larger context"
         )
     room = max_length + 1 - len(continuation)
     kept = [*context[:1], *context[1:][max(0, len(context) - room) :]] if len(context) > room else context
@@ -136,7 +136,7 @@ class ContinuationScorer:
         scored[1, : len(targets)] = targets
         placed = tokens if self._mesh is None else on_mesh(tokens, self._mesh)
         log_probs, is_greedy = jax.device_get(
-            _scores(self._model, placed, scored[0], scored[1], np.int32(len(targets)), self._compute)
+            scores_of_tokens(self._model, placed, scored[0], scored[1], np.int32(len(targets)), self._compute)
         )
         if np.isnan(log_probs[: len(targets)]).any():
             raise UserError(
@@ -177,7 +177,7 @@ def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[_Row]]
 
 
 @partial(jax.jit, static_argnames="compute")
-def _scores(
+def scores_of_tokens(
     model: Gemma2,
     tokens: jax.Array,
     places: jax.Array,

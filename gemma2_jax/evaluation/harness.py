@@ -1,269 +1,289 @@
-"""Runs tasks of the language-model evaluation harness (lm-eval, extra `eval`) on a model, in this process."""
+"""Runs tasks of the language-model evaluation harness (lm-eval, extra `eval`) on checkpoints, in this process."""
 
-import logging
-import os
-import re
+import json
+import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 import gemma2_jax
-from gemma2_jax.config import UserError, suggest
-from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.evaluation.suites import SUITES, SuiteTask, expand
+from gemma2_jax.config import UserError, to_dict
+from gemma2_jax.evaluation.config import EvaluationConfig
+from gemma2_jax.evaluation.evaluated_model import EvaluatedModel, open_models
+from gemma2_jax.evaluation.evaluation_progress import EvaluationProgress
+from gemma2_jax.evaluation.harness_tasks import Tasks, TaskSettings, needs_harness, quiet
+from gemma2_jax.evaluation.record import EvaluatedCheckpoint
+from gemma2_jax.evaluation.suites import SuiteTask
+from gemma2_jax.files import write_text
 from gemma2_jax.messages import one_line
-from gemma2_jax.model.config import ComputeConfig
-from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.sharding.layout import laid_out
+from gemma2_jax.sharding.mesh import build_mesh
 
-if TYPE_CHECKING:
-    from gemma2_jax.evaluation.harness_model import Show
+FORMAT = 1
 
-SHIPPED = Path(__file__).with_name("tasks")  # the folder of the tasks that come with the project
+_CONTEXT, _BATCH = 8192, 8
 _BOOTSTRAPS = 100  # resamplings for the standard errors that have no formula
+_PACKAGES = ("jax", "lm_eval", "datasets")  # whose versions may change results
 
 
 @dataclass(frozen=True)
-class HarnessSettings:
-    """How tasks are run.
+class Metric:
+    """A metric's value over a task's documents, and its standard error; None if the harness estimates none."""
 
-    Attributes:
-        shots: examples in each prompt; None for the number that each suite or task sets.
-        limit: number of documents per task, the first ones; None for all.
-        chat: whether prompts are put into Gemma 2's chat format, for instruction-tuned models.
-        batch_size: texts that are computed at a time.
-        max_length: the model's context in tokens.
-        tasks_folder: a folder with further tasks, in the harness's YAML format.
-        run_code: whether to run programs that the model writes, as humaneval and mbpp need.
-    """
-
-    shots: int | None = None
-    limit: int | None = None
-    chat: bool = False
-    batch_size: int = 8
-    max_length: int = 8192
-    tasks_folder: str | None = None
-    run_code: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("shots", 0), ("limit", 1), ("batch_size", 1), ("max_length", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                option = {"batch_size": "batch", "max_length": "max-length"}.get(name, name)
-                raise UserError(f"--{option} is {value}; it must be at least {least}.")
-        if self.tasks_folder is not None and not Path(self.tasks_folder).is_dir():
-            raise UserError(
-                f"--tasks-folder is {self.tasks_folder}, which is not a folder; give one with tasks in YAML files."
-            )
+    value: float
+    stderr: float | None
 
 
 @dataclass(frozen=True)
-class HarnessResults:
-    """The results of tasks.
+class TaskScores:
+    """The scores of one task, or of a group.
 
     Attributes:
-        tasks: by name of a task or group: its metrics, each with `value` and `stderr` (None if unknown), its version,
-            its number of shots, and its number of documents (None for a group).
-        left_out: by name of a task, why it did not run.
-        samples: by task, one record per document: prompts, the model's answers, and metrics.
-        versions: of the packages that determine the results.
+        metrics: by name, with the filter of the answers in parentheses, if there is one.
+        version: of the task's definition.
+        shots: examples in each prompt; None for a group.
+        documents: number of documents; None for a group.
     """
 
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, Metric]
+    version: str | None
+    shots: int | None
+    documents: int | None
 
 
-class Tasks:
-    """Tasks by name: those shipped with the project, the harness's own, and those of the user's folder.
+@dataclass(frozen=True)
+class TaskRow:
+    """The results of one checkpoint, or of one adapter.
 
-    Raises:
-        UserError: lm-eval is not installed, or the user's folder cannot be read as tasks; or, for each wrong name, the
-            nearest right one.
+    Attributes:
+        name: its name in tables.
+        seconds: time of its tasks, with loading and compilation.
+        tasks: scores by the name of the task or group.
+        left_out: by the name of a task that did not run, why.
     """
 
-    def __init__(self, names: Sequence[str], tasks_folder: str | None = None) -> None:
-        if not names or not all(names):
-            raise UserError(
-                "--tasks has an empty name; give names separated by commas, as in --tasks arc_easy,gsm8k."
-            )
-        with _harness():
-            from lm_eval.tasks import TaskManager
-        folders = [str(SHIPPED), *([] if tasks_folder is None else [tasks_folder])]
-        self.chosen = expand(names)
-        wanted = {task.name for task in self.chosen}
-        # The harness's own tasks are thousands of files, so its index is built only if it is needed.
-        self._manager = _indexed(tasks_folder, lambda: TaskManager(include_path=folders, include_defaults=False))
-        if not wanted <= set(self._manager.all_tasks):
-            self._manager = _indexed(tasks_folder, lambda: TaskManager(include_path=folders))
-        wrong = sorted(wanted - set(self._manager.all_tasks))
-        if wrong:
-            raise UserError("\n".join(map(self._correction, wrong)))
-
-    def load(self, task: SuiteTask) -> list[Any]:
-        """The task with its data, or the group with its tasks. Raises anything if the data cannot be fetched."""
-        loaded = self._manager.load([task.name])
-        group = loaded["groups"].get(task.name)
-        return [group] if group is not None else list(loaded["tasks"].values())
-
-    def runs_code(self, task: SuiteTask) -> bool:
-        """Whether the task runs programs that a model writes, which loading it may try already."""
-        path = self._manager.task_index[task.name].yaml_path
-        return path is not None and bool(re.search(r"^unsafe_code: *true", path.read_text(), re.MULTILINE | re.I))
-
-    @property
-    def manager(self) -> Any:
-        return self._manager
-
-    def _correction(self, name: str) -> str:
-        accepted = [*SUITES, *self._manager.all_tasks]
-        near = suggest(name, accepted).partition(" (")[0]
-        hint = near if near.startswith("did you mean") else "`lm-eval ls tasks` lists the harness's tasks"
-        return f"--tasks has {name}, which is no task or suite; {hint} (suites: {', '.join(SUITES)})."
+    name: str
+    checkpoint: EvaluatedCheckpoint
+    seconds: float
+    tasks: Mapping[str, TaskScores]
+    left_out: Mapping[str, str]
 
 
-def run_harness(
-    model: Gemma2,
-    tokenizer: Tokenizer,
-    tasks: Tasks,
-    settings: HarnessSettings,
-    compute: ComputeConfig,
-    mesh: Mesh | None = None,
-    show: "Show" = lambda kind, done, total: None,
-) -> HarnessResults:
-    """Runs the tasks one after another; one that cannot run is left out with the reason, and the others go on.
+@dataclass(frozen=True)
+class TaskRecord:
+    """An evaluation of one or several checkpoints on the same tasks; `gemma2 eval --tasks … --json` writes it.
+
+    Attributes:
+        format: version of this record.
+        versions: of gemma2_jax, Python, and the packages that may change results.
+        created: time of the end, in UTC, as in ISO 8601.
+        devices: number and kind of the devices; mesh: sizes of the mesh axes above 1.
+        dtype: dtype of weights and activations.
+        chat: whether prompts were chats.
+        context: tokens that a model processes at a time.
+        batch: texts computed at a time.
+        limit: maximum number of documents per task; None for all.
+        rows: results of each checkpoint.
+    """
+
+    format: int
+    versions: Mapping[str, str]
+    created: str
+    devices: str
+    mesh: Mapping[str, int]
+    dtype: str
+    chat: bool
+    context: int
+    batch: int
+    limit: int | None
+    rows: tuple[TaskRow, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the record as JSON, replacing an older file."""
+        write_text(path, json.dumps(to_dict(self), indent=1, ensure_ascii=False) + "\n")
+
+
+# One document of a task: the row's name, the task, its document, prompts, answers and metrics, as plain data.
+Sample = dict[str, Any]
+
+
+def evaluate_tasks(
+    checkpoints: str | Path | Sequence[str | Path],
+    tasks: TaskSettings,
+    config: EvaluationConfig = EvaluationConfig(),
+    show: bool = False,
+) -> tuple[TaskRecord, list[Sample]]:
+    """Runs the harness's tasks on checkpoints of any kind, one after another.
+
+    A task that cannot run is left out, with the reason, and the others go on.
 
     Args:
-        mesh: the mesh that the weights are on, which is in context; None for one device.
-        show: called with the progress of each kind of request.
+        checkpoints: one or several; each is a row of the results.
+        config: adapters, averaged, tokenizer, compute, mesh, layout, batch (8), context (8192) and limit; its other
+            settings are about text.
+        show: whether to show progress on standard error.
+
+    Raises:
+        UserError: lm-eval is not installed, a task is unknown, a checkpoint cannot be read, or there are several
+            processes.
     """
-    with _harness():
+    if jax.process_count() > 1:
+        raise UserError("evaluation.tasks needs a single process; run it on one host.")
+    several = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
+    models = open_models([str(path) for path in several], config)
+    with EvaluationProgress(1, show) as progress:
+        progress.doing("reading tasks")
+        found = Tasks(tasks)
+    mesh = build_mesh(config.mesh)
+    samples: list[Sample] = []
+    with (
+        jax.set_mesh(mesh),
+        laid_out(config.layout),
+        EvaluationProgress(len(models) * len(found.chosen), show) as progress,
+    ):
+        runner = _Runner(found, tasks, config, mesh, progress)
+        rows = tuple(runner.row(model, samples) for model in models)
+    return runner.record(rows), samples
+
+
+class _Runner:
+    """What the rows of one evaluation share."""
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        settings: TaskSettings,
+        config: EvaluationConfig,
+        mesh: Mesh,
+        progress: EvaluationProgress,
+    ) -> None:
+        self._tasks, self._settings, self._config, self._mesh = tasks, settings, config, mesh
+        self._progress = progress
+        self._context, self._batch = config.context or _CONTEXT, config.batch or _BATCH
+
+    def row(self, opened: EvaluatedModel, samples: list[Sample]) -> TaskRow:
+        """Runs all tasks on a checkpoint, and appends their samples."""
+        with needs_harness():
+            from gemma2_jax.evaluation.harness_model import HarnessModel
+        began = time.monotonic()
+        self._progress.doing(f"loading {opened.name}")
+        compute = self._config.compute
+        model = HarnessModel(
+            opened.load(compute.dtype, self._mesh),
+            opened.tokenizer,
+            compute,
+            self._batch,
+            self._context,
+            self._settings.chat,
+            self._mesh,
+            self._progress.reached,
+        )
+        scores: dict[str, TaskScores] = {}
+        left_out: dict[str, str] = {}
+        for task in self._tasks.chosen:
+            self._progress.doing(f"running {task.name} on {opened.name}")
+            found = self._run(task, model)
+            if isinstance(found, str):
+                left_out[task.name] = found
+            else:
+                scores |= _scores(found)
+                samples += _samples(opened.name, found)
+            self._progress.finish_part()
+        return TaskRow(opened.name, opened.describe(), time.monotonic() - began, scores, left_out)
+
+    def record(self, rows: tuple[TaskRow, ...]) -> TaskRecord:
+        return TaskRecord(
+            format=FORMAT,
+            versions={
+                "gemma2_jax": gemma2_jax.__version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in _PACKAGES},
+            },
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            devices=f"{self._mesh.size} x {self._mesh.devices.flat[0].device_kind}",
+            mesh={axis: size for axis, size in self._mesh.shape.items() if size > 1},
+            dtype=self._config.compute.dtype,
+            chat=self._settings.chat,
+            context=self._context,
+            batch=self._batch,
+            limit=self._config.limit,
+            rows=rows,
+        )
+
+    def _run(self, task: SuiteTask, model: Any) -> Mapping[str, Any] | str:
+        """The harness's results of a task, or why it cannot run."""
         from lm_eval.evaluator import simple_evaluate
 
-        from gemma2_jax.evaluation.harness_model import HarnessModel
-    adapter = HarnessModel(
-        model, tokenizer, compute, settings.batch_size, settings.max_length, settings.chat, mesh, show
-    )
-    results = HarnessResults(
-        versions={
-            "gemma2_jax": gemma2_jax.__version__,
-            **{name: version(name) for name in ("jax", "lm_eval")},
-        }
-    )
-    for task in tasks.chosen:
-        if tasks.runs_code(task) and not settings.run_code:
-            results.left_out[task.name] = (
-                f"{task.name} runs programs that the model writes; add --run-code to allow that."
-            )
-            continue
+        settings = self._settings
+        if self._tasks.runs_code(task) and not settings.run_code:
+            return f"{task.name} runs programs that the model writes; add --run-code to allow that."
         try:
-            with _quiet(settings.run_code):
-                loaded = tasks.load(task)
+            loaded = self._tasks.load(task)
         except Exception as error:  # each kind of data set has errors of its own
-            results.left_out[task.name] = _unfetched(task.name, error)
-            continue
+            return _unloaded(task.name, error)
         try:
-            with _quiet(settings.run_code):
-                found = simple_evaluate(
-                    model=adapter,
+            with quiet(settings.run_code):
+                found: Mapping[str, Any] = simple_evaluate(
+                    model=model,
                     tasks=loaded,
                     num_fewshot=task.shots if settings.shots is None else settings.shots,
-                    limit=settings.limit,
-                    task_manager=tasks.manager,
+                    limit=self._config.limit,
+                    task_manager=self._tasks.manager,
                     bootstrap_iters=_BOOTSTRAPS,
                     apply_chat_template=settings.chat,
                     confirm_run_unsafe_code=settings.run_code,
                 )
-        except (ValueError, AssertionError, LookupError, ImportError) as error:  # what the harness raises, and UserError
-            results.left_out[task.name] = f"{task.name} cannot be run: {one_line(error)}."
-            continue
-        _add(results, found)
-    return results
+        except (
+            ValueError,
+            AssertionError,
+            LookupError,
+            ImportError,
+        ) as error:  # the harness's, and UserError
+            return f"{task.name} cannot be run: {one_line(error)}."
+        return found
 
 
-def _add(results: HarnessResults, found: Mapping[str, Any]) -> None:
-    counted, shots = found.get("n-samples", {}), found.get("n-shot", {})
-    for name, values in found["results"].items():
-        results.tasks[name] = {
-            "metrics": _metrics(values),
-            "version": found["versions"].get(name),
-            "shots": shots.get(name),
-            "documents": counted.get(name, {}).get("effective"),
-        }
-    results.samples.update(found["samples"])
-
-
-def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Metrics by name; the harness writes `acc,none` and `acc_stderr,none`, where the second part names a filter."""
-    metrics = {}
-    for key, value in values.items():
-        name, comma, filtered = key.partition(",")
-        if not comma or name.endswith("_stderr"):
-            continue
-        stderr = values.get(f"{name}_stderr,{filtered}")
-        metrics[name if filtered == "none" else f"{name} ({filtered})"] = {
-            "value": value,
-            "stderr": None if isinstance(stderr, str) else stderr,  # "N/A"
-        }
-    return metrics
-
-
-def _unfetched(name: str, error: Exception) -> str:
+def _unloaded(name: str, error: Exception) -> str:
     if isinstance(error, ImportError) and error.name:
-        return f"{name} needs the package {error.name}: pip install {error.name}."
+        return f"{name} needs the package {error.name}, which is not installed: pip install {error.name}."
     return (
-        f"{name} cannot be loaded: {one_line(error)}; its data comes from the Hugging Face hub, so run it once with a "
-        "network connection (HF_HOME names the folder that keeps the data)."
+        f"{name} cannot be loaded: {one_line(error)}. If its data is on the Hugging Face hub, run it once with a "
+        "network connection; HF_HOME is the folder that keeps the data."
     )
 
 
-def _indexed(tasks_folder: str | None, index: Any) -> Any:
-    try:
-        with _quiet():
-            return index()
-    except Exception as error:  # YAML's errors, and the harness's
-        raise UserError(
-            f"--tasks-folder {tasks_folder} cannot be read as tasks: {one_line(error)}."
-            if tasks_folder
-            else f"the harness's tasks cannot be read: {one_line(error)}."
-        ) from None
+def _scores(found: Mapping[str, Any]) -> dict[str, TaskScores]:
+    counted, shots = found.get("n-samples", {}), found.get("n-shot", {})
+    return {
+        name: TaskScores(
+            metrics=dict(_metrics(values)),
+            version=None if found["versions"].get(name) is None else str(found["versions"][name]),
+            shots=shots.get(name),
+            documents=counted.get(name, {}).get("effective"),
+        )
+        for name, values in found["results"].items()
+    }
 
 
-@contextmanager
-def _harness() -> Iterator[None]:
-    """Raises UserError if an import inside finds no lm-eval."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--tasks needs the extra eval ({error.name} is not installed): pip install 'gemma2_jax[eval]'."
-        ) from None
+def _metrics(values: Mapping[str, Any]) -> Iterator[tuple[str, Metric]]:
+    """Metrics by name; the harness writes `acc,none` and `acc_stderr,none`, where the second part names a filter."""
+    for key, value in values.items():
+        name, comma, filtered = key.partition(",")
+        if comma and not name.endswith("_stderr"):
+            stderr = values.get(f"{name}_stderr,{filtered}")
+            label = name if filtered == "none" else f"{name} ({filtered})"
+            yield label, Metric(float(value), stderr if isinstance(stderr, float) else None)  # else "N/A"
 
 
-@contextmanager
-def _quiet(run_code: bool = False) -> Iterator[None]:
-    """Silences the harness's log, and keeps it from forking this process, in which JAX has threads.
-
-    Args:
-        run_code: whether to allow Hugging Face's metric for programs to run them.
-    """
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    wanted = {"DISABLE_MULTIPROC": "1", **({"HF_ALLOW_CODE_EVAL": "1"} if run_code else {})}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def _samples(row: str, found: Mapping[str, Any]) -> Iterator[Sample]:
+    """The documents of all tasks, as plain data: values that JSON does not have become text."""
+    for task, samples in found["samples"].items():
+        for sample in samples:
+            yield json.loads(json.dumps({"name": row, "task": task, **sample}, default=str))

@@ -24,7 +24,12 @@ from gemma2_jax.sampling.sampler import Sampler
 Show = Callable[[str, int, int], None]  # (kind of request, number done, total)
 
 _MAX_NEW_TOKENS = 256  # of tasks that give no number, as in the harness's own models
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first given one counts
+_LENGTHS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # the first given one counts
 
 
 class HarnessModel(TemplateLM):
@@ -89,9 +94,7 @@ class HarnessModel(TemplateLM):
         text = string.removeprefix(self._pieces.piece(self._pieces.bos_id)) if bos else string
         return self._pieces.encode(text, bos=bos, control=self._chat)
 
-    def loglikelihood(
-        self, requests: Sequence[Any], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
@@ -157,8 +160,8 @@ class HarnessModel(TemplateLM):
         room = self._max_length - config.max_new_tokens
         if room < 2:
             raise UserError(
-                f"A task generates up to {config.max_new_tokens} tokens, which leaves no room for a prompt in a context "
-                f"of {self._max_length}; give a larger --max-length."
+                f"it generates up to {config.max_new_tokens} tokens, which leaves no room for a prompt in a context of "
+                f"{self._max_length}; give a larger context"
             )
         ids = self.tok_encode(text)
         return ids if len(ids) <= room else [ids[0], *ids[1 - room :]]
@@ -173,19 +176,19 @@ class HarnessModel(TemplateLM):
         unknown = sorted(set(options) - known)
         if unknown:
             raise UserError(
-                f"The task's generation_kwargs have {', '.join(unknown)}; accepted: {', '.join(sorted(known))}."
+                f"its generation_kwargs have {', '.join(unknown)}; accepted: {', '.join(sorted(known))}."
             )
         until = options.get("until") or []
         lengths = [options[name] for name in _LENGTHS if options.get(name) is not None]
-        temperature = float(options.get("temperature") or 0.0)
-        samples = options.get("do_sample", temperature > 0)
+        temperature, samples = options.get("temperature"), options.get("do_sample")
+        if samples is None:
+            samples = bool(temperature)
         stop = set(self._pieces.stop_ids) | ({self._pieces.end_of_turn_id} if self._chat else set())
         return SamplingConfig(
             max_new_tokens=int(lengths[0]) if lengths else _MAX_NEW_TOKENS,
-            temperature=temperature if samples else 0.0,
-            top_k=options.get("top_k") or None if samples else None,
+            temperature=float(1.0 if temperature is None else temperature) if samples else 0.0,
+            top_k=(options.get("top_k") or None) if samples else None,
             top_p=options.get("top_p") if samples else None,
             stop_tokens=tuple(sorted(stop)),
             stop_texts=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
         )
-

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """A task of the harness, and its number of examples in the prompt; None for the number that the task itself sets."""
+    """A task of the harness, and its number of examples in the prompt; None for the number that the task sets."""
 
     name: str
     shots: int | None = None
