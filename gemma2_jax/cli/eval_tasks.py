@@ -81,6 +81,7 @@ def _print(record: "TaskRecord") -> None:
     from rich.console import Console
 
     from gemma2_jax.studies.tables import Table, print_line
+    from gemma2_jax.training.metrics import format_number
 
     console = Console()
     several = len(record.rows) > 1
@@ -91,9 +92,9 @@ def _print(record: "TaskRecord") -> None:
                 shots = "–" if scores.shots is None else str(scores.shots)
                 documents = "–" if scores.documents is None else f"{scores.documents:,}"
                 for name, metric in scores.metrics.items():
-                    stderr = "–" if metric.stderr is None else f"{metric.stderr:.4f}"
+                    numbers = [format_number(number, 4) for number in (metric.value, metric.stderr)]
                     named = [row.name, task] if several else [task]
-                    yield [*named, shots, documents, name, f"{metric.value:.4f}", stderr]
+                    yield [*named, shots, documents, name, *numbers]
 
     left = ["checkpoint", "task"] if several else ["task"]
     columns = [*left, "shots", "documents", "metric", "value", "standard error"]

@@ -1,12 +1,14 @@
 """Runs tasks of the language-model evaluation harness (lm-eval, extra `eval`) on checkpoints, in this process."""
 
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,14 @@ _PACKAGES = ("jax", "lm_eval", "datasets")  # whose versions may change results
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's value over a task's documents, and its standard error; None if the harness estimates none."""
+    """A metric of a task.
 
-    value: float
+    Attributes:
+        value: over the task's documents; None if it is infinite or not a number.
+        stderr: its standard error; None if the harness estimates none.
+    """
+
+    value: float | None
     stderr: float | None
 
 
@@ -107,7 +114,7 @@ class TaskRecord:
 
     def save(self, path: str | Path) -> None:
         """Writes the record as JSON, replacing an older file."""
-        write_text(path, json.dumps(to_dict(self), indent=1, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(to_dict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 # One document of a task: the row's name, the task, its document, prompts, answers and metrics, as plain data.
@@ -242,10 +249,11 @@ class _Runner:
                 )
         except (
             ValueError,
+            ArithmeticError,
             AssertionError,
             LookupError,
             ImportError,
-        ) as error:  # the harness's, and UserError
+        ) as error:  # the harness's
             return f"{task.name} cannot be run: {one_line(error)}."
         return found
 
@@ -279,7 +287,12 @@ def _metrics(values: Mapping[str, Any]) -> Iterator[tuple[str, Metric]]:
         if comma and not name.endswith("_stderr"):
             stderr = values.get(f"{name}_stderr,{filtered}")
             label = name if filtered == "none" else f"{name} ({filtered})"
-            yield label, Metric(float(value), stderr if isinstance(stderr, float) else None)  # else "N/A"
+            yield label, Metric(_finite(value), _finite(stderr))
+
+
+def _finite(value: Any) -> float | None:
+    """None for infinite numbers, NaN, and what is no number, such as the harness's "N/A"."""
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 def _samples(row: str, found: Mapping[str, Any]) -> Iterator[Sample]:
