@@ -21,6 +21,7 @@ import yaml
 
 import gemma2_jax as g2
 from gemma2_jax.chips import CHIPS
+from gemma2_jax.cli import evaluate
 from gemma2_jax.cli.compose import compose, compose_file
 from gemma2_jax.cli.main import parse_arguments
 from gemma2_jax.cli.roots import find_study
@@ -146,7 +147,7 @@ def test_there_are_commands() -> None:
     verbs = {command.words[1] for command in COMMANDS if command.words[0] == "gemma2"}
     assert verbs == {
         "run", "train", "train-together", "teacher-cache", "sweep", "plan", "launch", "generate", "convert", "inspect",
-        "data", "tokenizer", "config", "merge",
+        "data", "tokenizer", "config", "merge", "eval",
     }  # fmt: skip
     assert {command.words[0] for command in COMMANDS} == OURS | OTHERS
 
@@ -214,6 +215,7 @@ CHECKS: dict[str, Any] = {
     "teacher-cache": check_overrides,
     "sweep": lambda arguments: compose_sweep(arguments.overrides, arguments.config_dir),
     "plan": check_plan,
+    "eval": evaluate.settings,
     "launch slurm": check_launch(SlurmSettings),
     "launch tpu-vm": check_launch(TpuVmSettings),
     "launch gke": check_launch(GkeSettings),

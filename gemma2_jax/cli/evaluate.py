@@ -114,19 +114,16 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from gemma2_jax.cli.score_tables import print_scores
     from gemma2_jax.compilation import use_compilation_cache
-    from gemma2_jax.config import check_place
+    from gemma2_jax.config import UserError, check_place
     from gemma2_jax.evaluation.evaluate import evaluate
     from gemma2_jax.processes.hosts import is_first, join
 
-    given = [*arguments.checkpoints, *arguments.overrides]
-    overrides = [text for text in given if _OVERRIDE.match(text) and not Path(text).exists()]
-    checkpoints = [text for text in given if text not in overrides]
-    composed = _compose(overrides, arguments.config_dir)
     eval_tasks.check_arguments(arguments)
-    with _named_as_options():
-        config = _config(arguments, composed)
+    checkpoints, config, composed = settings(arguments)
     if arguments.json is not None:
         check_place("--json", arguments.json, is_file=True)
+        if Path(arguments.json).is_dir():
+            raise UserError(f"--json is {arguments.json}, which is a folder; give the name of a file.")
     join(composed.hosts)
     with _named_as_options(), use_compilation_cache(composed.compilation_cache):
         if arguments.tasks is not None:
@@ -137,6 +134,28 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json is not None:
             record.save(arguments.json)
     return 0
+
+
+def settings(arguments: argparse.Namespace) -> tuple[list[str], "EvaluationConfig", "RunConfig"]:
+    """Returns the checkpoints, the settings of their evaluation, and the configuration that key=value composes.
+
+    Raises:
+        UserError: an option or a key has a value that is not accepted.
+    """
+    given = [*arguments.checkpoints, *arguments.overrides]
+    keys = [text for text in given if _OVERRIDE.match(text) and not Path(text).exists()]
+    # argparse takes the keys after --text for further globs.
+    swallowed = [text for text in arguments.text if _is_key(text) and not Path(text).exists()]
+    composed = _compose([*keys, *swallowed], arguments.config_dir)
+    texts = [text for text in arguments.text if text not in swallowed]
+    with _named_as_options():
+        return [text for text in given if text not in keys], _config(arguments, composed, texts), composed
+
+
+def _is_key(text: str) -> bool:
+    """Whether a text is key=value and not NAME=GLOB; names of domains have no dots."""
+    key, equals, _ = text.partition("=")
+    return bool(equals) and (key in _SECTIONS or re.fullmatch(r"[a-z_]+(\.\w+)+", key) is not None)
 
 
 def _compose(overrides: Sequence[str], config_dir: str | None) -> "RunConfig":
@@ -153,11 +172,11 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> "RunConfig":
     return compose(overrides, config_dir)
 
 
-def _config(arguments: argparse.Namespace, composed: "RunConfig") -> "EvaluationConfig":
+def _config(arguments: argparse.Namespace, composed: "RunConfig", texts: Sequence[str]) -> "EvaluationConfig":
     from gemma2_jax.evaluation.config import EvaluationConfig
 
     return EvaluationConfig(
-        text=tuple(arguments.text),
+        text=tuple(texts),
         data=arguments.data,
         windows=arguments.windows,
         context=arguments.context,

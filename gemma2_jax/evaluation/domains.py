@@ -21,7 +21,7 @@ from gemma2_jax.data.sources import DocumentSource, open_documents
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.evaluation.config import EvaluationConfig
 
-_NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
+_NAMED = re.compile(r"([\w-]+)=(.+)", re.DOTALL)
 Advance = Callable[[float], None]  # takes the fraction of a domain that has been read
 
 

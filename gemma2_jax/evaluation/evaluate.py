@@ -14,14 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 import gemma2_jax
-from gemma2_jax.checkpoints.store import (
-    AVERAGED,
-    CONFIG_FILE,
-    PARAMS,
-    TOKENIZER_FILE,
-    find_params,
-    read_params,
-)
+from gemma2_jax.checkpoints.store import AVERAGED, CONFIG_FILE, PARAMS, find_params
 from gemma2_jax.config import UserError, load_config
 from gemma2_jax.data.batch import Batch
 from gemma2_jax.data.pipeline import validation_batches
@@ -32,7 +25,9 @@ from gemma2_jax.evaluation.config import EvaluationConfig
 from gemma2_jax.evaluation.domains import Domain, PreparedDomain, open_domains
 from gemma2_jax.evaluation.evaluated_model import (
     EvaluatedModel,
+    add_adapter,
     find_run_data,
+    open_model,
     open_models,
     open_teacher_of,
     run_data_of,
@@ -48,14 +43,11 @@ from gemma2_jax.evaluation.record import (
 )
 from gemma2_jax.evaluation.scores import Scoring, add_sums, build_scoring, score, scores_of
 from gemma2_jax.evaluation.windows import DOCUMENT, PACKED, SLIDING, Window, batches_of, windows_of
-from gemma2_jax.formats.adapter import read_adapter
-from gemma2_jax.formats.based import check_base
-from gemma2_jax.formats.load import adapted, load_params, model_of, open_source
+from gemma2_jax.formats.load import load_params
 from gemma2_jax.methods.distillation import TEACHER
 from gemma2_jax.methods.language_modelling import MODEL
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.sharding.feeding import feeding_share
@@ -111,21 +103,14 @@ def evaluate_run(
     """
     config = load_config(RunConfig, Path(run_folder) / CONFIG_FILE)
     check_same_data(run_folder, config.data)
-    tree = AVERAGED if averaged else PARAMS
-    found = find_params(run_folder, tree)
+    found = find_params(run_folder, AVERAGED if averaged else PARAMS)
     mesh = build_mesh(config.mesh)
     with jax.set_mesh(mesh), laid_out(config.layout):
-        if config.adaptation.has_base:
-            model = model_of(open_source(run_folder, averaged=averaged), "float32", mesh, config.model)
-        else:
-            specs = weight_specs(config.model)
-            model = Gemma2(config.model, read_params(found, abstract_params(specs, mesh=mesh), tree))
+        opened = open_model(str(run_folder), None, averaged)
         if adapter_folder is not None:
-            adapter = read_adapter(adapter_folder, config.model)
-            check_base(adapter.path, adapter.identity, open_source(run_folder))
-            model = adapted(model, adapter, mesh)
-        models = {MODEL: model}
-        tokenizer = Tokenizer.load(Path(run_folder) / TOKENIZER_FILE)
+            opened = add_adapter(opened, str(adapter_folder))
+        models = {MODEL: opened.load("float32", mesh, config.model)}
+        tokenizer = opened.tokenizer
         if teacher_folder is not None:
             # In the precision of this run, whatever distill.dtype was in training.
             source, sizes = open_teacher(str(teacher_folder), config.model, tokenizer)

@@ -99,7 +99,7 @@ def open_models(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Ev
     opened = [open_model(path, config.tokenizer, of_run) for path in checkpoints]
     if not config.adapters:
         return opened
-    return [_with_adapter(opened[0], folder, config.averaged) for folder in config.adapters]
+    return [add_adapter(opened[0], folder, config.averaged) for folder in config.adapters]
 
 
 def open_model(path: str, tokenizer: str | None, averaged: bool = False) -> EvaluatedModel:
@@ -107,6 +107,17 @@ def open_model(path: str, tokenizer: str | None, averaged: bool = False) -> Eval
     source = open_source(path, tokenizer, averaged=averaged)
     source.check()
     return EvaluatedModel(path, path, source, load_tokenizer(source), averaged)
+
+
+def add_adapter(model: EvaluatedModel, folder: str, averaged: bool = False) -> EvaluatedModel:
+    """The model with the adapter in a folder, or the average of that over a run's steps (`training.ema`).
+
+    Raises:
+        UserError: there is no such adapter, or it was trained on another base model.
+    """
+    adapter = read_adapter(folder, model.source.config, averaged)
+    check_base(adapter.path, adapter.identity, model.source)
+    return replace(model, name=f"{model.path} + {folder}", adapter=adapter, averaged=averaged)
 
 
 def open_teacher_of(models: Sequence[EvaluatedModel], config: EvaluationConfig) -> EvaluatedModel | None:
@@ -146,9 +157,3 @@ def run_data_of(path: str) -> DataConfig:
         )
     check_same_data(path, data)
     return data
-
-
-def _with_adapter(model: EvaluatedModel, folder: str, averaged: bool) -> EvaluatedModel:
-    adapter = read_adapter(folder, model.source.config, averaged)
-    check_base(adapter.path, adapter.identity, model.source)
-    return replace(model, name=f"{model.path} + {folder}", adapter=adapter, averaged=averaged)

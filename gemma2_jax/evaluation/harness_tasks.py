@@ -4,12 +4,14 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import yaml
 
 from gemma2_jax.config import UserError, refuse, suggest
 from gemma2_jax.evaluation.suites import SUITES, SuiteTask, expand
@@ -65,24 +67,27 @@ class Tasks:
         manager: lm-eval's `TaskManager`.
 
     Raises:
-        UserError: lm-eval is not installed; the user's folder cannot be read as tasks; or, for each wrong name, the
+        UserError: lm-eval is not installed; a file of the user's folder is not YAML; or, for each wrong name, the
             nearest right one.
     """
 
     def __init__(self, settings: TaskSettings) -> None:
         self.chosen = expand(settings.tasks)
-        self._folder, self._run_code = settings.tasks_folder, settings.run_code
+        self._run_code = settings.run_code
+        if settings.tasks_folder is not None:
+            _check_yaml(Path(settings.tasks_folder))
         wanted = {task.name for task in self.chosen}
         if not wanted <= {task.name for task in SUITES[OFFLINE]} and not _reaches_hub():
             # Otherwise each data set is tried for half a minute. These are read at the import below.
             os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
         with needs_harness():
             from lm_eval.tasks import TaskManager
-        folders = [str(SHIPPED), *([] if self._folder is None else [self._folder])]
-        # The harness's own tasks are thousands of files, which take seconds, so they are read only if needed.
-        self.manager = self._read(lambda: TaskManager(include_path=folders, include_defaults=False))
-        if not wanted <= set(self.manager.all_tasks):
-            self.manager = self._read(lambda: TaskManager(include_path=folders))
+        folders = [str(SHIPPED), *([] if settings.tasks_folder is None else [settings.tasks_folder])]
+        with quiet():
+            # The harness's own tasks are thousands of files, which take seconds, so they are read only if needed.
+            self.manager = TaskManager(include_path=folders, include_defaults=False)
+            if not wanted <= set(self.manager.all_tasks):
+                self.manager = TaskManager(include_path=folders)
         known = set(self.manager.all_tasks)
         refuse(self._correction(name) for name in sorted(wanted - known))
 
@@ -100,23 +105,23 @@ class Tasks:
             return False
         return bool(re.search(r"^unsafe_code: *true", path.read_text(encoding="utf-8"), re.MULTILINE))
 
-    def _read(self, read: Callable[[], Any]) -> Any:
-        try:
-            with quiet():
-                return read()
-        except Exception as error:  # YAML's errors, and the harness's
-            if self._folder is None:
-                raise
-            raise UserError(
-                f"evaluation.tasks_folder {self._folder} cannot be read as tasks: {one_line(error)}."
-            ) from None
-
     def _correction(self, name: str) -> str:
         near = suggest(name, [*SUITES, *self.manager.all_tasks]).partition(" (")[0]
         hint = near if near.startswith("did you mean") else "`lm-eval ls tasks` lists the harness's tasks"
         return (
             f"evaluation.tasks has {name}, which is no task or suite; {hint} (suites: {', '.join(SUITES)})."
         )
+
+
+def _check_yaml(folder: Path) -> None:
+    """Raises UserError for files that are not YAML; the harness would pass over them without a word."""
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(
+                f"evaluation.tasks_folder has {path}, which cannot be read as YAML: {one_line(error)}."
+            ) from None
 
 
 @contextmanager

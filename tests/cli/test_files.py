@@ -75,6 +75,8 @@ def test_the_folder_of_a_study(place: str, tmp_path, capsys, monkeypatch):
         ["convert", "SOURCE", "FILE/x"],
         ["convert", "FILE/x", "target"],
         ["inspect", "FILE/x"],
+        ["eval", "FILE/x"],
+        ["eval", "SOURCE", "--text", "a.txt", "--json", "FILE/x"],
         ["generate", "--checkpoint", "FILE/x", "--prompt", "a"],
         ["generate", "--checkpoint", "SOURCE", "--prompts", "FILE/x"],
         ["convert", "SOURCE", "target", "--tokenizer", "FILE/x"],

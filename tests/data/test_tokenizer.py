@@ -71,6 +71,16 @@ def test_turns_are_control_tokens_on_demand(tokenizer: Tokenizer):
     assert ids == [4, *inner, tokenizer.end_of_turn_id, *tokenizer.encode("\n")]
 
 
+@given(st.lists(pieces, max_size=8).map("".join))
+def test_lengths_of_tokens_add_up_to_that_of_the_text(tokenizer: Tokenizer, text: str):
+    lengths = tokenizer.byte_lengths()
+    assert len(lengths) == tokenizer.vocab_size
+    ids = tokenizer.encode(text, bos=True, eos=True)
+    assert sum(lengths[number] for number in ids) == len(text.encode())
+    turns = tokenizer.encode("<start_of_turn><end_of_turn>", control=True)
+    assert [lengths[number] for number in turns] == [0, 0]
+
+
 def test_digits_are_split_and_runs_are_kept_whole(tokenizer: Tokenizer):
     assert [tokenizer.decode([number]) for number in tokenizer.encode("2024")] == ["2", "0", "2", "4"]
     assert len(tokenizer.encode("\n\n\n\n")) == 1

@@ -61,6 +61,15 @@ def test_agreement() -> None:
     np.testing.assert_array_equal(terms.agreement(student, teacher), [1.0, 0.0])
 
 
+@settings(max_examples=30, deadline=None)
+@given(student=LOGITS, teacher=LOGITS)
+def test_acceptance_is_1_less_the_total_variation(student: np.ndarray, teacher: np.ndarray) -> None:
+    expected = 1 - np.abs(softmax64(student) - softmax64(teacher)).sum(-1) / 2
+    np.testing.assert_allclose(
+        terms.acceptance(jnp.asarray(student), jnp.asarray(teacher)), expected, atol=2e-6
+    )
+
+
 def test_entropy() -> None:
     assert terms.entropy(jnp.zeros(8)) == pytest.approx(np.log(8))
     assert terms.entropy(jnp.array([0.0, 0.0, -1e30])) == pytest.approx(np.log(2))

@@ -38,3 +38,12 @@ def test_numbers_are_fetched_once_and_after_the_last_batch(monkeypatch: pytest.M
     assert fetched_after == [5]
     assert metrics["targets"] == 5 * 8 * 4
     assert metrics["cross_entropy"] == pytest.approx(0.25 * 3)
+
+
+def test_arrays_are_summed_to_lists() -> None:
+    mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    ids = np.ones((8, 4), np.int32)
+    batches = [Batch(ids, ids, ids, ids, np.ones((8, 4), np.float32))] * 3
+    with jax.set_mesh(mesh):
+        found = sum_over(lambda batch: {"a": jnp.sum(batch.tokens), "b": jnp.arange(4.0)}, batches, mesh)
+    assert found == {"a": 96.0, "b": [0.0, 3.0, 6.0, 9.0]}
