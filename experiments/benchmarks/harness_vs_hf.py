@@ -93,9 +93,9 @@ def main() -> None:
         ),
     }
     firsts = {name: check_agreement(name, *pair) for name, pair in sides.items()}
-    print(f"{'':12}{'gemma2_jax':>28}{'hf':>28}{'ratio':>8}{'CPU ratio':>11}  (of each round)")
-    for name, pair in sides.items():
-        print_row(name, *alternate(pair, options.rounds))
+    print(f"{'':24}{'gemma2_jax':>20}{'hf':>20}{'ratio':>8}{'CPU ratio':>11}  (of each round)")
+    for (name, pair), requests in zip(sides.items(), (answers, letters, texts), strict=True):
+        print_row(name, len(requests), *alternate(pair, options.rounds))
     print("first run, with compilation: " + ", ".join(f"{name} {s:.1f} s" for name, s in firsts.items()))
 
 
@@ -190,13 +190,14 @@ def alternate(sides: Sequence[Side], rounds: int) -> tuple[list[list[float]], li
     return elapsed, processor
 
 
-def print_row(name: str, elapsed: list[list[float]], processor: list[list[float]]) -> None:
+def print_row(name: str, requests: int, elapsed: list[list[float]], processor: list[list[float]]) -> None:
     (ours, theirs), (our_cpu, their_cpu) = (
         tuple(map(statistics.median, seconds)) for seconds in (elapsed, processor)
     )
     ratios = [their / our for our, their in zip(*processor, strict=True)]
+    speeds = "".join(f"{requests / seconds:>11.1f} ({seconds:5.2f} s)" for seconds in (ours, theirs))
     print(
-        f"{name:12}{ours:>11.2f} s ({our_cpu:6.2f} s CPU){theirs:>11.2f} s ({their_cpu:6.2f} s CPU)"
+        f"{name + ', requests/s':24}{speeds}"
         f"{theirs / ours:>8.2f}{their_cpu / our_cpu:>11.2f}  ({min(ratios):.2f} .. {max(ratios):.2f})"
     )
 

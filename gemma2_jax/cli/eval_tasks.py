@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             )
     if arguments.samples is not None:
         check_place("--samples", arguments.samples, is_file=True)
+        if Path(arguments.samples).is_dir():
+            raise UserError(f"--samples is {arguments.samples}, which is a folder; give the name of a file.")
 
 
 def run_tasks(
