@@ -1,12 +1,14 @@
 """Log-probabilities of the last tokens of many texts, such as the answers of a multiple-choice task.
 
 Texts are scored in batches sorted by length and padded to few lengths, each of which is compiled once. Only the scored
-tokens go through the LM head, a block of them at a time, so that [tokens, V] never exists; and texts that are the
-beginning of another share its forward pass, as the answers A, B, C and D after one question do.
+tokens go through the LM head, a block of them at a time, so that [tokens, V] never exists. And what texts have in
+common is computed once: a text that is the beginning of another needs no row of its own (the answers A, B, C and D to
+one question share one), and longer answers to one question are branches of it (`model.branches`).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -16,12 +18,14 @@ from jax.sharding import Mesh
 
 from gemma2_jax.config import UserError
 from gemma2_jax.kernels.softcap import negative_log_prob
+from gemma2_jax.model.branches import KeysAndValues, branch_hidden
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sampling.sampler import bucket
 from gemma2_jax.sharding.layout import batch_shares, on_mesh
 
 _BLOCK_TOKENS = 128  # scored tokens whose logits exist at a time
+_LONGEST_BRANCH = 64  # tokens; a branch computes all scores of attention at once
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,16 @@ class Window:
 
     tokens: list[int]
     scored: int
+
+    @property
+    def context(self) -> list[int]:
+        """The tokens before the scored ones."""
+        return self.tokens[: len(self.tokens) - self.scored]
+
+    @property
+    def may_branch(self) -> bool:
+        """Whether the scored tokens suit a branch: there are several of them, but few beside the context."""
+        return 1 < self.scored <= min(_LONGEST_BRANCH, len(self.tokens) - self.scored)
 
 
 @dataclass(frozen=True)
@@ -106,67 +120,69 @@ class ContinuationScorer:
         """
         found: list[Score | None] = [None] * len(windows)
         done = 0
-        for batch in _batches(windows, self._batch_size):
-            log_probs, is_greedy = self._run(windows, batch)
-            start = 0
-            for index in (index for row in batch for index in row.members):
-                span = slice(start, start + windows[index].scored)
+        for rows in _batches(windows, self._batch_size):
+            batch = _Batch(windows, rows, self._batch_size)
+            log_probs, is_greedy = self._run(batch)
+            for index, span in batch.spans.items():
                 found[index] = Score(
                     float(log_probs[span].sum(dtype=np.float64)), bool(is_greedy[span].all())
                 )
-                start = span.stop
-                done += 1
+            done += len(batch.spans)
             show(done)
         return [score for score in found if score is not None]
 
-    def _run(self, windows: Sequence[Window], batch: "Sequence[_Row]") -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities and greediness of the scored tokens of a batch's windows, one after another."""
-        T = bucket(max(len(row.inputs) for row in batch))
-        tokens = np.zeros((self._batch_size, T), np.int32)
-        places: list[np.ndarray] = []
-        targets: list[int] = []
-        for number, row in enumerate(batch):
-            tokens[number, : len(row.inputs)] = row.inputs
-            for window in (windows[index] for index in row.members):
-                last = len(window.tokens) - 1
-                places.append(number * T + np.arange(last - window.scored, last))
-                targets += window.tokens[last + 1 - window.scored :]
-        scored = np.zeros((2, tokens.size), np.int32)
-        scored[0, : len(targets)] = np.concatenate([*places, []])
-        scored[1, : len(targets)] = targets
-        placed = tokens if self._mesh is None else on_mesh(tokens, self._mesh)
+    def _run(self, batch: "_Batch") -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities and greediness of the batch's scored tokens."""
+        count = len(batch.targets)
+        scored = np.zeros((2, batch.tokens.size + batch.branches.size), np.int32)
+        scored[:, :count] = batch.places, batch.targets
+        rows = batch.tokens, batch.branches, batch.branch_rows, batch.branch_starts
+        placed = rows if self._mesh is None else tuple(on_mesh(x, self._mesh) if x.size else x for x in rows)
         log_probs, is_greedy = jax.device_get(
-            scores_of_tokens(self._model, placed, scored[0], scored[1], np.int32(len(targets)), self._compute)
+            scores_of_tokens(self._model, *placed, scored[0], scored[1], np.int32(count), self._compute)
         )
-        if np.isnan(log_probs[: len(targets)]).any():
+        if np.isnan(log_probs[:count]).any():
             raise UserError(
                 "The model's log-probabilities are NaN; its weights hold NaN or infinite numbers, or are too large for "
                 "the dtype that it computes in."
             )
-        return log_probs[: len(targets)], is_greedy[: len(targets)]
+        return log_probs[:count], is_greedy[:count]
 
 
 @dataclass
 class _Row:
-    """Token ids that the model processes, and the indices of the windows that are scored with them."""
+    """Token ids that the model processes, and the windows scored with them, by index.
+
+    Attributes:
+        whole: windows whose tokens, but for the last, are the beginning of `inputs`.
+        branching: windows whose context is the beginning of `inputs`, and whose answer is a branch of it.
+    """
 
     inputs: list[int]
-    members: list[int]
+    whole: list[int] = field(default_factory=list)
+    branching: list[int] = field(default_factory=list)
 
 
 def _rows(windows: Sequence[Window]) -> list[_Row]:
-    """Rows for all windows, the longest first. A window whose tokens begin another's has no row of its own."""
+    """Rows for all windows, the longest first."""
+    asked = Counter(tuple(window.context) for window in windows if window.may_branch)
+    inputs = [
+        window.context if window.may_branch and asked[tuple(window.context)] > 1 else window.tokens[:-1]
+        for window in windows
+    ]
     rows: list[_Row] = []
-    scored = 0  # tokens of the newest row's windows; at most one per position has a place in a batch's arrays
+    scored = 0  # tokens scored in the newest row; at most one per position has a place in a batch's arrays
     # In this order, a list comes directly before those that it is the beginning of, so go backwards.
-    for index in sorted(range(len(windows)), key=lambda index: windows[index].tokens[:-1], reverse=True):
-        inputs = windows[index].tokens[:-1]
-        scored += windows[index].scored
-        if rows and rows[-1].inputs[: len(inputs)] == inputs and scored <= len(rows[-1].inputs):
-            rows[-1].members.append(index)
-        else:
-            rows.append(_Row(inputs, [index]))
-            scored = windows[index].scored
+    for index in sorted(range(len(windows)), key=lambda index: inputs[index], reverse=True):
+        window = windows[index]
+        branches = len(inputs[index]) < len(window.tokens) - 1
+        new = 1 if branches else window.scored
+        scored += new
+        begins_newest = bool(rows) and rows[-1].inputs[: len(inputs[index])] == inputs[index]
+        if not begins_newest or scored > len(rows[-1].inputs):
+            rows.append(_Row(inputs[index]))
+            scored = new
+        (rows[-1].branching if branches else rows[-1].whole).append(index)
     return sorted(rows, key=lambda row: len(row.inputs), reverse=True)
 
 
@@ -176,26 +192,89 @@ def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[_Row]]
         yield rows[first : first + batch_size]
 
 
+class _Batch:
+    """The arrays of a batch of rows.
+
+    Attributes:
+        tokens: int32 [B, T].
+        branches: int32 [A, S], the answers that are branches, without their last tokens; [0, 0] if there are none.
+        branch_rows, branch_starts: int32 [A], as in `branch_hidden`.
+        places, targets: the index of each scored token's predecessor among the tokens of rows and branches, and its id.
+        spans: the part of `places` that belongs to each window, by its index.
+    """
+
+    def __init__(self, windows: Sequence[Window], rows: Sequence[_Row], batch_size: int) -> None:
+        T = bucket(max(len(row.inputs) for row in rows))
+        self.tokens = np.zeros((batch_size, T), np.int32)
+        longest = max((windows[index].scored - 1 for row in rows for index in row.branching), default=0)
+        S = bucket(longest) if longest else 0
+        answers: list[Sequence[int]] = []
+        branch_rows: list[int] = []
+        branch_starts: list[int] = []
+        self.places: list[int] = []
+        self.targets: list[int] = []
+        self.spans: dict[int, slice] = {}
+        for number, row in enumerate(rows):
+            self.tokens[number, : len(row.inputs)] = row.inputs
+            for index in row.whole:
+                last = len(windows[index].tokens) - 1
+                self._add(
+                    index, windows[index], range(number * T + last - windows[index].scored, number * T + last)
+                )
+            for index in row.branching:
+                window = windows[index]
+                start = len(window.context)
+                first = batch_size * T + len(answers) * S
+                self._add(index, window, [number * T + start - 1, *range(first, first + window.scored - 1)])
+                answers.append(window.tokens[start:-1])
+                branch_rows.append(number)
+                branch_starts.append(start)
+        A = batch_size * _power_of_two(-(-len(answers) // batch_size)) if answers else 0
+        self.branches = np.zeros((A, S), np.int32)
+        self.branch_rows, self.branch_starts = np.zeros((2, A), np.int32)
+        for number, answer in enumerate(answers):
+            self.branches[number, : len(answer)] = answer
+        self.branch_rows[: len(answers)] = branch_rows
+        self.branch_starts[: len(answers)] = branch_starts
+
+    def _add(self, index: int, window: Window, places: Sequence[int]) -> None:
+        self.spans[index] = slice(len(self.places), len(self.places) + window.scored)
+        self.places += places
+        self.targets += window.tokens[len(window.tokens) - window.scored :]
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
 @partial(jax.jit, static_argnames="compute")
 def scores_of_tokens(
     model: Gemma2,
     tokens: jax.Array,
+    branches: jax.Array,
+    branch_rows: jax.Array,
+    branch_starts: jax.Array,
     places: jax.Array,
     targets: jax.Array,
     count: jax.Array,
     compute: ComputeConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target, and whether it is the most likely token, both [S]; zeros after `count` targets.
+    """Log-probability of each target, and whether it is the most likely token, both [R]; zeros after `count` targets.
 
     Args:
-        tokens: [B, T]; places, targets: [S], indices into the B * T tokens, and the ids that follow these.
+        tokens: [B, T]; branches: [A, S]; branch_rows, branch_starts: [A], as in `branch_hidden`.
+        places, targets: [R], indices into the B * T tokens followed by the A * S ones, and the ids that follow these.
     """
-    hidden = model.hidden(tokens, compute=compute)
+    collector = KeysAndValues() if branches.size else None
+    hidden, kept = model.collect(collector, tokens, compute=compute)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    (S,) = targets.shape
-    block = min(_BLOCK_TOKENS, S)
-    padded = -(-S // block) * block
-    places, targets = (jnp.pad(x, (0, padded - S)) for x in (places, targets))
+    if branches.size:
+        tails = branch_hidden(model, kept, branches, branch_rows, branch_starts, compute)
+        flat = jnp.concatenate([flat, tails.reshape(-1, hidden.shape[-1])])
+    (R,) = targets.shape
+    block = min(_BLOCK_TOKENS, R)
+    padded = -(-R // block) * block
+    places, targets = (jnp.pad(x, (0, padded - R)) for x in (places, targets))
 
     def body(number: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         start = number * block
@@ -209,4 +288,4 @@ def scores_of_tokens(
 
     zeros = jnp.zeros(padded, jnp.float32), jnp.zeros(padded, bool)
     log_probs, is_greedy = jax.lax.fori_loop(0, -(-count // block), body, zeros)
-    return log_probs[:S], is_greedy[:S]
+    return log_probs[:R], is_greedy[:R]

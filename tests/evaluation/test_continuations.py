@@ -113,6 +113,18 @@ def test_texts_that_begin_another_share_its_row(model: Gemma2) -> None:
     np.testing.assert_allclose([score.log_prob for score in scores], log_probs, rtol=2e-5, atol=2e-5)
 
 
+def test_longer_answers_to_one_question_are_branches_of_its_row(model: Gemma2) -> None:
+    """The question is longer than the sliding window, and one answer needs no branch."""
+    scorer, done = ContinuationScorer(model, ComputeConfig(), batch_size=1), []
+    question = [BOS, *range(10, 23)]
+    answers = [[30, 31], [30, 32, 33], [40, 41, 42, 43, 44], [50]]
+    windows = [Window([*question, *answer], len(answer)) for answer in answers]
+    scores = scorer.score(windows, done.append)
+    assert done == [4]
+    log_probs, _ = expected(model, windows)
+    np.testing.assert_allclose([score.log_prob for score in scores], log_probs, rtol=2e-5, atol=2e-5)
+
+
 def test_many_answers_to_a_short_question(model: Gemma2) -> None:
     """More than a batch has positions."""
     windows = [Window([BOS, answer], 1) for answer in range(5, 97)]
@@ -139,7 +151,8 @@ def test_weights_that_are_not_numbers_are_refused(toy_config: ModelConfig) -> No
 def test_there_is_no_array_over_all_tokens_and_the_vocabulary(model: Gemma2) -> None:
     ids = jnp.zeros(8 * 64, jnp.int32)
     program = partial(scores_of_tokens, compute=ComputeConfig())
-    jaxpr = jax.make_jaxpr(program)(model, ids.reshape(8, 64), ids, ids, jnp.int32(500))
+    branches = jnp.zeros((16, 16), jnp.int32), ids[:16], ids[:16]
+    jaxpr = jax.make_jaxpr(program)(model, ids.reshape(8, 64), *branches, ids, ids, jnp.int32(500))
     D, V = model.config.d_model, model.config.vocab_size
     assert max(size for shape, size in arrays(jaxpr.jaxpr) if V in shape and D not in shape) <= 128 * V
 
