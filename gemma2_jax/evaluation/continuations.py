@@ -29,7 +29,7 @@ _LONGEST_BRANCH = 64  # tokens; a branch computes all scores of attention at onc
 
 
 @dataclass(frozen=True)
-class Window:
+class ScoredText:
     """A text to score: token ids, of which the last `scored` are scored. The first one is never scored."""
 
     tokens: list[int]
@@ -54,7 +54,7 @@ class Score:
     is_greedy: bool
 
 
-def continuation_window(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Window:
+def continuation_window(context: Sequence[int], continuation: Sequence[int], max_length: int) -> ScoredText:
     """The window that scores a continuation.
 
     Args:
@@ -71,10 +71,10 @@ def continuation_window(context: Sequence[int], continuation: Sequence[int], max
         )
     room = max_length + 1 - len(continuation)
     kept = [*context[:1], *context[1:][max(0, len(context) - room) :]] if len(context) > room else context
-    return Window([*kept, *continuation], len(continuation))
+    return ScoredText([*kept, *continuation], len(continuation))
 
 
-def rolling_windows(tokens: Sequence[int], bos: int, max_length: int) -> list[Window]:
+def rolling_windows(tokens: Sequence[int], bos: int, max_length: int) -> list[ScoredText]:
     """Windows that together score each token of a text once.
 
     Each window begins with the beginning-of-text id, without which Gemma's predictions are useless. The first one
@@ -84,11 +84,11 @@ def rolling_windows(tokens: Sequence[int], bos: int, max_length: int) -> list[Wi
     Args:
         max_length: number of tokens that the model processes at a time, at least 2.
     """
-    windows = [Window([bos, *tokens[:max_length]], min(len(tokens), max_length))]
+    windows = [ScoredText([bos, *tokens[:max_length]], min(len(tokens), max_length))]
     end = max_length
     while end < len(tokens):
         start, end = end, min(end + max_length - 1, len(tokens))
-        windows.append(Window([bos, *tokens[end - max_length : end]], end - start))
+        windows.append(ScoredText([bos, *tokens[end - max_length : end]], end - start))
     return windows
 
 
@@ -108,7 +108,7 @@ class ContinuationScorer:
         self._batch_size = -(-batch_size // shares) * shares
 
     def score(
-        self, windows: Sequence[Window], show: Callable[[int], None] = lambda done: None
+        self, windows: Sequence[ScoredText], show: Callable[[int], None] = lambda done: None
     ) -> list[Score]:
         """The score of each window.
 
@@ -163,7 +163,7 @@ class _Row:
     branching: list[int] = field(default_factory=list)
 
 
-def _rows(windows: Sequence[Window]) -> list[_Row]:
+def _rows(windows: Sequence[ScoredText]) -> list[_Row]:
     """Rows for all windows, the longest first."""
     asked = Counter(tuple(window.context) for window in windows if window.may_branch)
     inputs = [
@@ -186,7 +186,7 @@ def _rows(windows: Sequence[Window]) -> list[_Row]:
     return sorted(rows, key=lambda row: len(row.inputs), reverse=True)
 
 
-def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[_Row]]:
+def _batches(windows: Sequence[ScoredText], batch_size: int) -> Iterator[list[_Row]]:
     rows = _rows(windows)
     for first in range(0, len(rows), batch_size):
         yield rows[first : first + batch_size]
@@ -203,7 +203,7 @@ class _Batch:
         spans: the part of `places` that belongs to each window, by its index.
     """
 
-    def __init__(self, windows: Sequence[Window], rows: Sequence[_Row], batch_size: int) -> None:
+    def __init__(self, windows: Sequence[ScoredText], rows: Sequence[_Row], batch_size: int) -> None:
         T = bucket(max(len(row.inputs) for row in rows))
         self.tokens = np.zeros((batch_size, T), np.int32)
         longest = max((windows[index].scored - 1 for row in rows for index in row.branching), default=0)
@@ -237,7 +237,7 @@ class _Batch:
         self.branch_rows[: len(answers)] = branch_rows
         self.branch_starts[: len(answers)] = branch_starts
 
-    def _add(self, index: int, window: Window, places: Sequence[int]) -> None:
+    def _add(self, index: int, window: ScoredText, places: Sequence[int]) -> None:
         self.spans[index] = slice(len(self.places), len(self.places) + window.scored)
         self.places += places
         self.targets += window.tokens[len(window.tokens) - window.scored :]

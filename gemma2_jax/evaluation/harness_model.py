@@ -11,7 +11,7 @@ from gemma2_jax.data.chat_format import chat_template, render
 from gemma2_jax.data.tokenizer import END_OF_TURN, Tokenizer
 from gemma2_jax.evaluation.continuations import (
     ContinuationScorer,
-    Window,
+    ScoredText,
     continuation_window,
     rolling_windows,
 )
@@ -108,7 +108,7 @@ class HarnessModel(TemplateLM):
         return [(score.log_prob, score.is_greedy) for score in self._score("continuations", windows)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        windows: list[Window] = []
+        windows: list[ScoredText] = []
         ends: list[int] = []
         for (text,) in (request.args for request in requests):
             windows += rolling_windows(
@@ -118,7 +118,7 @@ class HarnessModel(TemplateLM):
         scores = [score.log_prob for score in self._score("texts", windows)]
         return [sum(scores[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
-    def _score(self, kind: str, windows: Sequence[Window]) -> Any:
+    def _score(self, kind: str, windows: Sequence[ScoredText]) -> Any:
         return self._scorer.score(windows, lambda done: self._show(kind, done, len(windows)))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:

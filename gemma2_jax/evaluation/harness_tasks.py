@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from gemma2_jax.config import UserError, refuse, suggest
-from gemma2_jax.evaluation.suites import SUITES, SuiteTask, expand
+from gemma2_jax.evaluation.suites import SUITES, SuiteTask, expand_suites
 from gemma2_jax.messages import one_line
 
 SHIPPED = Path(__file__).with_name("tasks")  # the folder of the tasks that come with the project
@@ -72,7 +72,7 @@ class Tasks:
     """
 
     def __init__(self, settings: TaskSettings) -> None:
-        self.chosen = expand(settings.tasks)
+        self.chosen = expand_suites(settings.tasks)
         self._run_code = settings.run_code
         if settings.tasks_folder is not None:
             _check_yaml(Path(settings.tasks_folder))

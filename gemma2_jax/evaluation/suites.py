@@ -52,7 +52,7 @@ SUITES: dict[str, Sequence[SuiteTask]] = {
 }
 
 
-def expand(names: Sequence[str]) -> list[SuiteTask]:
+def expand_suites(names: Sequence[str]) -> list[SuiteTask]:
     """The tasks of a list of names, each once: a suite stands for its tasks, any other name for itself."""
     found: dict[str, SuiteTask] = {}
     for name in names:

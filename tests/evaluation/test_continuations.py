@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gemma2_jax.config import UserError
 from gemma2_jax.evaluation.continuations import (
     ContinuationScorer,
-    Window,
+    ScoredText,
     continuation_window,
     rolling_windows,
     scores_of_tokens,
@@ -44,9 +44,9 @@ def test_rolling_windows_score_each_token_once(length: int, max_length: int) -> 
 def test_a_long_context_loses_its_beginning_but_not_bos() -> None:
     context = [BOS, *range(10, 30)]
     window = continuation_window(context, [50, 51, 52], 8)
-    assert window == Window([BOS, *range(25, 30), 50, 51, 52], 3)
-    assert continuation_window(context, [50], 30) == Window([*context, 50], 1)
-    assert continuation_window([BOS, 10], [50, 51], 2) == Window([BOS, 50, 51], 2)
+    assert window == ScoredText([BOS, *range(25, 30), 50, 51, 52], 3)
+    assert continuation_window(context, [50], 30) == ScoredText([*context, 50], 1)
+    assert continuation_window([BOS, 10], [50, 51], 2) == ScoredText([BOS, 50, 51], 2)
     with pytest.raises(UserError, match="an answer has 4 tokens, but the context only 3"):
         continuation_window(context, [1, 2, 3, 4], 3)
 
@@ -56,15 +56,15 @@ def model(toy_config: ModelConfig) -> Gemma2:
     return vivid(toy_config)
 
 
-def some_windows(count: int, seed: int = 0) -> list[Window]:
+def some_windows(count: int, seed: int = 0) -> list[ScoredText]:
     """Windows of several lengths; the model's own choice is the answer of some, and many share their beginning."""
     draw = random.Random(seed)
     contexts = [[BOS, *draw.choices(range(5, 97), k=draw.choice([1, 6, 14, 22]))] for _ in range(4)]
     answers = [draw.choices(range(5, 97), k=draw.choice([1, 1, 2, 5])) for _ in range(count)]
-    return [Window([*draw.choice(contexts), *answer], len(answer)) for answer in answers]
+    return [ScoredText([*draw.choice(contexts), *answer], len(answer)) for answer in answers]
 
 
-def expected(model: Gemma2, windows: Sequence[Window]) -> tuple[list[float], list[bool]]:
+def expected(model: Gemma2, windows: Sequence[ScoredText]) -> tuple[list[float], list[bool]]:
     """From all logits of each window by itself, without batches or padding after its tokens' bucket."""
     run = jax.jit(model)
     log_probs, greedy = [], []
@@ -80,7 +80,7 @@ def expected(model: Gemma2, windows: Sequence[Window]) -> tuple[list[float], lis
     return log_probs, greedy
 
 
-def with_greedy_answers(model: Gemma2, windows: Sequence[Window]) -> list[Window]:
+def with_greedy_answers(model: Gemma2, windows: Sequence[ScoredText]) -> list[ScoredText]:
     """Each window, and one whose last token is the model's own choice."""
     run = jax.jit(model)
     found = []
@@ -88,7 +88,7 @@ def with_greedy_answers(model: Gemma2, windows: Sequence[Window]) -> list[Window
         inputs = np.zeros((1, 32), np.int32)
         inputs[0, : len(window.tokens) - 1] = window.tokens[:-1]
         choice = int(run(jnp.asarray(inputs))[0, len(window.tokens) - 2].argmax())
-        found += [window, Window([*window.tokens[:-1], choice], 1)]
+        found += [window, ScoredText([*window.tokens[:-1], choice], 1)]
     return found
 
 
@@ -105,8 +105,8 @@ def test_texts_that_begin_another_share_its_row(model: Gemma2) -> None:
     """Answers of one token to one question are scored in one row, and so is a question that another one extends."""
     scorer, done = ContinuationScorer(model, ComputeConfig(), batch_size=1), []
     question = [BOS, *range(10, 20)]
-    windows = [Window([*question, answer], 1) for answer in range(30, 34)]
-    windows += [Window([*question, 33, 34], 1), Window([BOS, 11, 12], 2)]
+    windows = [ScoredText([*question, answer], 1) for answer in range(30, 34)]
+    windows += [ScoredText([*question, 33, 34], 1), ScoredText([BOS, 11, 12], 2)]
     scores = scorer.score(windows, done.append)
     assert done == [5, 6]
     log_probs, _ = expected(model, windows)
@@ -118,7 +118,7 @@ def test_longer_answers_to_one_question_are_branches_of_its_row(model: Gemma2) -
     scorer, done = ContinuationScorer(model, ComputeConfig(), batch_size=1), []
     question = [BOS, *range(10, 23)]
     answers = [[30, 31], [30, 32, 33], [40, 41, 42, 43, 44], [50]]
-    windows = [Window([*question, *answer], len(answer)) for answer in answers]
+    windows = [ScoredText([*question, *answer], len(answer)) for answer in answers]
     scores = scorer.score(windows, done.append)
     assert done == [4]
     log_probs, _ = expected(model, windows)
@@ -127,7 +127,7 @@ def test_longer_answers_to_one_question_are_branches_of_its_row(model: Gemma2) -
 
 def test_many_answers_to_a_short_question(model: Gemma2) -> None:
     """More than a batch has positions."""
-    windows = [Window([BOS, answer], 1) for answer in range(5, 97)]
+    windows = [ScoredText([BOS, answer], 1) for answer in range(5, 97)]
     scores = ContinuationScorer(model, ComputeConfig(), batch_size=2).score(windows)
     log_probs, _ = expected(model, windows)
     np.testing.assert_allclose([score.log_prob for score in scores], log_probs, rtol=2e-5, atol=2e-5)
@@ -145,7 +145,7 @@ def test_weights_that_are_not_numbers_are_refused(toy_config: ModelConfig) -> No
     params["final_norm"]["scale"] = params["final_norm"]["scale"] * jnp.nan
     scorer = ContinuationScorer(Gemma2(toy_config, params), ComputeConfig(), batch_size=2)
     with pytest.raises(UserError, match="log-probabilities are NaN"):
-        scorer.score([Window([BOS, 5], 1)])
+        scorer.score([ScoredText([BOS, 5], 1)])
 
 
 def test_there_is_no_array_over_all_tokens_and_the_vocabulary(model: Gemma2) -> None:

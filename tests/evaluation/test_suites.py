@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from gemma2_jax.evaluation import suites
-from gemma2_jax.evaluation.suites import SUITES, SuiteTask, expand
+from gemma2_jax.evaluation.suites import SUITES, SuiteTask, expand_suites
 
 SHIPPED = Path(suites.__file__).with_name("tasks")
 
 
 def test_suites_are_expanded_and_each_task_runs_once() -> None:
-    found = expand(["arc_easy", "safety", "report", "bbq"])
+    found = expand_suites(["arc_easy", "safety", "report", "bbq"])
     names = [task.name for task in found]
     assert names[:3] == ["arc_easy", "crows_pairs_english", "bbq"]
     assert len(set(names)) == len(names) == 1 + len(SUITES["safety"]) + len(SUITES["report"]) - 1
