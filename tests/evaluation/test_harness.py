@@ -289,6 +289,7 @@ def test_on_a_mesh(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split, _ = evaluate_tasks(
         run_folder, settings, replace(SHORT, limit=4, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     )
+    assert len(whole.rows[0].tasks) == 3
     for name, scores in whole.rows[0].tasks.items():
         for metric, value in scores.metrics.items():
             assert split.rows[0].tasks[name].metrics[metric].value == pytest.approx(value.value, rel=1e-3)

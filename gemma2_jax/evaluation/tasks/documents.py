@@ -4,19 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 
-def functions(**_: Any) -> dict[str, list[dict[str, Any]]]:
+
+def functions(**_: Any) -> dict[str, Dataset]:
     return {"test": _read("pydoc_functions")}
 
 
-def passages(**_: Any) -> dict[str, list[dict[str, Any]]]:
+def passages(**_: Any) -> dict[str, Dataset]:
     return {"test": _read("pydoc_passages")}
 
 
-def modules(**_: Any) -> dict[str, list[dict[str, Any]]]:
+def modules(**_: Any) -> dict[str, Dataset]:
     return {"test": _read("pydoc_modules"), "examples": _read("pydoc_modules_examples")}
 
 
-def _read(name: str) -> list[dict[str, Any]]:
+def _read(name: str) -> Dataset:
     text = Path(__file__).with_name(f"{name}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return Dataset.from_list([json.loads(line) for line in text.splitlines()])
