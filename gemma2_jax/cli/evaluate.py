@@ -117,6 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma2_jax.config import UserError, check_place
     from gemma2_jax.evaluation.evaluate import evaluate
     from gemma2_jax.processes.hosts import is_first, join
+    from gemma2_jax.training.packages import check_packages
 
     eval_tasks.check_arguments(arguments)
     checkpoints, config, composed = settings(arguments)
@@ -124,6 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_place("--json", arguments.json, is_file=True)
         if Path(arguments.json).is_dir():
             raise UserError(f"--json is {arguments.json}, which is a folder; give the name of a file.")
+    check_packages(composed)
     join(composed.hosts)
     with _named_as_options(), use_compilation_cache(composed.compilation_cache):
         if arguments.tasks is not None:

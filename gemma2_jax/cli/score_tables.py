@@ -17,6 +17,8 @@ def print_scores(record: EvaluationRecord) -> None:
     """Prints the scores, the results of the memorisation test if there are any, and what was evaluated how."""
     console = Console()
     _scores(record).print(console, f"{_described(record)}, on {record.devices} in {record.dtype}")
+    if record.teacher is not None:
+        _comparison(record).print(console, f"compared with {record.teacher.path}")
     if any(row.memorisation for row in record.rows):
         title = "memorisation: 50 tokens after a prompt of 50"
         _memorisation(record).print(console, title)
@@ -39,14 +41,21 @@ def _scores(record: EvaluationRecord) -> Table:
         f"{kind} bits/byte": lambda scores: format_number(scores.bits_per_byte, 4),
         "calibration error": lambda scores: format_number(scores.calibration_error, 4),
     }
-    if record.teacher is not None:
-        columns |= {
-            "KL": lambda scores: format_number(scores.kl, 4),
-            "agreement": lambda scores: _percent(scores.agreement),
-            "acceptance": lambda scores: _percent(scores.acceptance),
-            "confidence difference": lambda scores: format_number(scores.confidence_difference, 4),
-        }
-    found = {row.name: row.scores[kind] for row in record.rows}
+    return _table_of_scores(record, columns)
+
+
+def _comparison(record: EvaluationRecord) -> Table:
+    columns: dict[str, Callable[[Scores], str]] = {
+        "KL": lambda scores: format_number(scores.kl, 4),
+        "agreement": lambda scores: _percent(scores.agreement),
+        "acceptance": lambda scores: _percent(scores.acceptance),
+        "confidence difference": lambda scores: format_number(scores.confidence_difference, 4),
+    }
+    return _table_of_scores(record, columns)
+
+
+def _table_of_scores(record: EvaluationRecord, columns: Mapping[str, Callable[[Scores], str]]) -> Table:
+    found = {row.name: row.scores[record.windows] for row in record.rows}
     return _table(record, columns, {name: (each.domains, each.total) for name, each in found.items()})
 
 

@@ -135,8 +135,8 @@ def open_domains(
         for name, count in Counter(domain.name for domain in found).items():
             if count > 1:
                 raise UserError(
-                    f"evaluation.text has {count} domains with the name {name}; give each its own, as in "
-                    f"{name}_2=GLOB."
+                    f"evaluation.text has {count} domains with the name {name}; give each a name of its own, as in "
+                    "NAME=GLOB."
                 )
         return list(found)
     if config.data is not None:

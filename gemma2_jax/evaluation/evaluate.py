@@ -2,11 +2,11 @@
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from gemma2_jax.evaluation.evaluated_model import (
     run_data_of,
 )
 from gemma2_jax.evaluation.evaluation_progress import EvaluationProgress
-from gemma2_jax.evaluation.memorisation import Memorisation, counted, long_enough, memorised
+from gemma2_jax.evaluation.memorisation import Memorisation, long_enough, memorised, result_of
 from gemma2_jax.evaluation.record import (
     FORMAT,
     DomainMemorisation,
@@ -222,15 +222,9 @@ class _Evaluator:
         models = {MODEL: opened.load(dtype, self._mesh)}
         if self._teacher is not None:
             models[TEACHER] = self._teacher_for(models[MODEL])
-        lengths = opened.tokenizer.byte_lengths()
-        sums = {}
-        for domain in self._domains:
-            progress.doing(f"evaluating {opened.name} on {domain.name}")
-            batches = progress.counted(self._batches(domain, opened.tokenizer, progress), self._share[1])
-            sums[domain.name] = score(scoring, models, batches, lengths, self._mesh)
-            if not sums[domain.name]["targets"]:
-                raise UserError(f"{domain.place} has no token to score.")
-            progress.finish_part()
+        sums = {
+            domain.name: self._scored(domain, opened, models, scoring, progress) for domain in self._domains
+        }
         memorisation = self._memorisation(opened, models[MODEL], progress)
         progress.doing(f"identifying {opened.name}")
         return EvaluationRow(
@@ -245,6 +239,25 @@ class _Evaluator:
             },
             memorisation=memorisation,
         )
+
+    def _scored(
+        self,
+        domain: Domain,
+        opened: EvaluatedModel,
+        models: Mapping[str, Gemma2],
+        scoring: Scoring,
+        progress: EvaluationProgress,
+    ) -> dict[str, Any]:
+        """The sums of the scores on one domain. Raises UserError if it has no token to score."""
+        progress.doing(f"evaluating {opened.name} on {domain.name}")
+        batches = self._batches(domain, opened.tokenizer, progress)
+        first = next(batches, None)
+        if first is None:
+            raise UserError(f"{domain.place} holds no token that is to be scored; give other text or data.")
+        shown = progress.counted(chain([first], batches), self._share[1])
+        sums = score(scoring, models, shown, opened.tokenizer.byte_lengths(), self._mesh)
+        progress.finish_part()
+        return sums
 
     def _checked_batch(self) -> int:
         """Rows in a batch, checked against the mesh."""
@@ -301,4 +314,4 @@ class _Evaluator:
                 sampler.generate_tokens, opened.tokenizer.bos_id, documents, self._batch
             )
         counts: list[Any] = [(each.documents, each.exact, each.approximate) for each in found.values()]
-        return DomainMemorisation(found, counted(*map(sum, zip(*counts, strict=True))))
+        return DomainMemorisation(found, result_of(*map(sum, zip(*counts, strict=True))))

@@ -51,11 +51,11 @@ def memorised(generate: Generate, bos: int, documents: Sequence[np.ndarray], bat
         # Always a whole batch, so that one compiled program serves all.
         new = generate(prompts + prompts[:1] * (batch - len(prompts)), greedy)[: len(prompts)]
         distances += edit_distances(np.array(new), np.array([text[PROMPT:] for text in texts])).tolist()
-    return counted(len(distances), distances.count(0), sum(distance <= CLOSE for distance in distances))
+    return result_of(len(distances), distances.count(0), sum(distance <= CLOSE for distance in distances))
 
 
-def counted(documents: int, exact: int, approximate: int) -> Memorisation:
-    """Returns the result with these counts."""
+def result_of(documents: int, exact: int, approximate: int) -> Memorisation:
+    """Returns the result of a test with these counts."""
     rates = (exact / documents, approximate / documents) if documents else (None, None)
     return Memorisation(documents, exact, approximate, *rates)
 

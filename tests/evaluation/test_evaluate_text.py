@@ -18,6 +18,7 @@ from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.pipeline import stored_documents, validation_batches
 from gemma2_jax.data.shards import read_data_manifest
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
+from gemma2_jax.evaluation import evaluate as evaluate_module
 from gemma2_jax.evaluation.config import EvaluationConfig
 from gemma2_jax.evaluation.evaluate import evaluate, evaluate_run
 from gemma2_jax.evaluation.record import EvaluationRecord
@@ -84,13 +85,13 @@ def test_text_equals_a_forward_pass_for_each_token(
         )
         record = evaluate(student, config)
         scores = record.rows[0].scores[windows]
-        totals = [0.0, 0, 0]
+        all_nats, all_tokens, all_bytes = 0.0, 0, 0
         for path, documents in files.items():
             size = sum(len(document.encode()) for document in documents)
             nats, tokens = nats_of(model, tokenizer, documents, stride)
             close(scores.domains[Path(path).stem], nats, tokens, size)
-            totals = [totals[0] + nats, totals[1] + tokens, totals[2] + size]
-        close(scores.total, *totals)
+            all_nats, all_tokens, all_bytes = all_nats + nats, all_tokens + tokens, all_bytes + size
+        close(scores.total, all_nats, all_tokens, all_bytes)
         assert (record.windows, record.context, record.stride) == (windows, CONTEXT, stride)
     record.save(tmp_path / "record.json")
     assert build(EvaluationRecord, read_json(tmp_path / "record.json"), "it") == record
@@ -142,7 +143,8 @@ def test_a_teacher_an_adapter_and_several_checkpoints(
     config = EvaluationConfig(text=list(files), context=CONTEXT, teacher=teacher, memorisation=2)
     record = evaluate([student, teacher], config)
     ours, theirs = (row.scores["document"].total for row in record.rows)
-    assert (theirs.agreement, theirs.acceptance) == (1.0, pytest.approx(1.0))
+    assert theirs.agreement == 1.0
+    assert theirs.acceptance == pytest.approx(1.0)
     assert theirs.kl == pytest.approx(0, abs=1e-6)
     assert ours.kl is not None
     assert ours.kl > 0.01
@@ -220,7 +222,7 @@ def test_mistakes_are_refused_before_weights_are_read(
     refused("There is no checkpoint", [])
     refused("is given 2 times", [student, student])
     refused("belong to one checkpoint", [student, teacher], adapters=["a"])
-    refused("holds no checkpoint", str(tmp_path))
+    refused("no_run does not exist", str(tmp_path / "no_run"))
     refused("holds no adapter", student, adapters=[teacher])
     monkeypatch.undo()
     refused("stride is 9; it must be at most evaluation.context", student, text=[path], windows="sliding",
@@ -238,3 +240,13 @@ def test_a_checkpoint_without_data_needs_some(toy_run: RunConfig, tmp_path: Path
     write_run(tmp_path / "run", toy_run.model, vivid(toy_run.model).params(), Path(toy_run.tokenizer.path))
     with pytest.raises(UserError, match="has no validation data of its own"):
         evaluate(tmp_path / "run")
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("one_device")
+def test_documents_without_a_token_to_score_are_refused(
+    student: str, files: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module, "windows_of", lambda *_: iter(()))
+    with pytest.raises(UserError, match="holds no token that is to be scored"):
+        evaluate(student, EvaluationConfig(text=list(files), context=CONTEXT))

@@ -51,11 +51,15 @@ def batches() -> list[Batch]:
 
 def dense(models: dict[str, Gemma2], batches: list[Batch]) -> dict[str, Any]:
     """The scores from all logits, in float64."""
-    P, Q, y = [], [], []
+    P: list[np.ndarray] = []
+    Q: list[np.ndarray] = []
+    y: list[np.ndarray] = []
     for batch in batches:
         inside = batch.loss_mask > 0
         for name, found in (("student", P), ("teacher", Q)):
-            logits = models[name](*map(jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids)))
+            logits = models[name](
+                jnp.asarray(batch.tokens), jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids)
+            )
             exact = np.asarray(logits, np.float64)[inside]
             exponentials = np.exp(exact - exact.max(-1, keepdims=True))
             found.append(exponentials / exponentials.sum(-1, keepdims=True))
