@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma2_jax.cli import eval_tasks
 from gemma2_jax.cli.parsers import Verbs, add_config_dir, add_verb
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ one table.
   gemma2 eval runs/student --teacher runs/teacher --text notes.jsonl --windows sliding --stride 256
   gemma2 eval weights/2b --adapter runs/lora --adapter hub/adapter --data data/chats --json evaluation.json
   gemma2 eval runs/student --memorisation 1000
+  gemma2 eval runs/student --tasks offline                   benchmarks: tasks of the evaluation harness, in one process
+  gemma2 eval google/gemma-2-2b --tasks arc_easy,gsm8k --limit 100 --samples samples.jsonl
   gemma2 eval weights/9b --text 'books/*.txt' compute=bfloat16 mesh.fsdp=8 mesh.data=1
 
   --windows document   whole documents, cut into windows of --context tokens that do not overlap; each begins with bos
@@ -53,6 +56,7 @@ def add_parser(verbs: Verbs) -> None:
         help="a run folder, a Hugging Face folder or its name on the hub, DeepMind's checkpoint, or an adapter",
     )
     _add_text_options(parser)
+    eval_tasks.add_arguments(parser)
     add("--teacher", metavar="CHECKPOINT", help="compare each model with this one")
     add(
         "--adapter",
@@ -91,13 +95,23 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--data", metavar="FOLDER", help="prepared data, whose held-out documents are scored")
     add("--windows", metavar="KIND", help="document (with --text), packed (otherwise) or sliding")
-    add("--context", type=int, metavar="N", help="tokens in a window (the run's data.seq_len, or 2048)")
+    add(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens in a window (the run's data.seq_len, or 2048; tasks: 8192)",
+    )
     add("--stride", type=int, metavar="N", help="tokens between two sliding windows (half of --context)")
     add("--batch", type=int, metavar="N", help="rows computed at a time (8)")
-    add("--limit", type=int, metavar="N", help="score at most N documents of each domain (packed: N batches)")
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="score at most N documents of each domain or task (packed: N batches)",
+    )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     from gemma2_jax.cli.score_tables import print_scores
     from gemma2_jax.compilation import use_compilation_cache
     from gemma2_jax.config import UserError, check_place
@@ -105,6 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.processes.hosts import is_first, join
     from gemma2_jax.training.packages import check_packages
 
+    eval_tasks.check_arguments(arguments)
     checkpoints, config, composed = settings(arguments)
     if arguments.json is not None:
         check_place("--json", arguments.json, is_file=True)
@@ -113,11 +128,14 @@ def run(arguments: argparse.Namespace) -> None:
     check_packages(composed)
     join(composed.hosts)
     with _named_as_options(), use_compilation_cache(composed.compilation_cache):
+        if arguments.tasks is not None:
+            return eval_tasks.run_tasks(arguments, checkpoints, config, show=is_first())
         record = evaluate(checkpoints, config, show=is_first())
     if is_first():
         print_scores(record)
         if arguments.json is not None:
             record.save(arguments.json)
+    return 0
 
 
 def settings(arguments: argparse.Namespace) -> tuple[list[str], "EvaluationConfig", "RunConfig"]:
@@ -191,4 +209,6 @@ def _named_as_options() -> Iterator[None]:
     except UserError as error:
         message = re.sub(r"evaluation\.(\w+)=(\w+)", r"--\1 \2", str(error))
         message = message.replace("evaluation.adapters", "evaluation.adapter")
-        raise UserError(re.sub(r"evaluation\.(\w+)", r"--\1", message)) from None
+        raise UserError(
+            re.sub(r"evaluation\.(\w+)", lambda found: "--" + found[1].replace("_", "-"), message)
+        ) from None

@@ -59,6 +59,15 @@ class EvaluationProgress:
         """Notes the fraction of the current part that has been read."""
         self._fraction = min(fraction, 1.0)
 
+    def reached(self, what: str, done: int, total: int) -> None:
+        """Shows how many of a part's pieces of work are done, for parts that are not batches of text."""
+        self.read(done / total)
+        status = f"{done}/{total} {what}"
+        self._bar.update(self._task, completed=self._done, status=status)
+        if self._bar.disable and time.monotonic() - self._line_at > _BETWEEN_LINES:
+            self._print_line(f"{self._done / self._parts:.0%}  {status}")
+            self._line_at = time.monotonic()
+
     def finish_part(self) -> None:
         self._finished, self._fraction = self._finished + 1, 0.0
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma2_jax.kernels.cached_attention import cached_attention
-from gemma2_jax.kernels.reference_attention import visible_keys
+from gemma2_jax.kernels.reference_attention import attention, visible_keys
 from gemma2_jax.kernels.self_attention import AttentionConfig, self_attention
 from gemma2_jax.model.cache import EMPTY, LayerCaches
 from gemma2_jax.model.config import ModelConfig
@@ -48,6 +48,36 @@ class Attention(nnx.Module):
         softcap = self.config.attn_logit_softcap
         heads = self_attention(query, key, value, positions, segment_ids, self.window, softcap, kernel)
         return self._mix(heads), {"query": query, "key": key, "value": value, "heads": heads}
+
+    def extend(self, x: jax.Array, positions: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        """Attention of new tokens to the tokens before them, whose keys and values are known, and to themselves.
+
+        Args:
+            x: [B, T, D]; positions: [B, T], ascending from the number of the row's tokens before them.
+            keys, values: [B, S, K, H] of positions 0 .. S-1; those from a row's first new token on are ignored.
+
+        Returns:
+            [B, T, D].
+        """
+        query, key, value = self._project(x, positions)
+        earlier = jnp.broadcast_to(jnp.arange(keys.shape[1]), keys.shape[:2])
+        known = (earlier < positions[:, :1]).astype(jnp.int32)
+        new = jnp.ones_like(positions)
+        visible = visible_keys(
+            positions,
+            jnp.concatenate([earlier, positions], axis=1),
+            new,
+            jnp.concatenate([known, new], axis=1),
+            self.window,
+        )
+        heads = attention(
+            query,
+            jnp.concatenate([keys, key], axis=1),
+            jnp.concatenate([values, value], axis=1),
+            visible,
+            self.config.attn_logit_softcap,
+        )
+        return self._mix(heads)
 
     def decode(
         self, x: jax.Array, position: jax.Array, cache: LayerCaches, pair: jax.Array | int

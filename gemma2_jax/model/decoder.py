@@ -6,16 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gemma2_jax.model.branches import KeysAndValues
 from gemma2_jax.model.cache import Cache, LayerCaches, local_size
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.layers import Embedder, RMSNorm
 from gemma2_jax.model.linear import cast
 from gemma2_jax.model.transformer import (
-    Block,
-    Collector,
     Gemma2,
     Pair,
-    Taps,
     in_iteration,
     over_pairs,
     run_layers,
@@ -58,7 +56,7 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
         x = self.embedder.encode(tokens, self.compute.dtype)
-        x, kept = run_layers(self.pairs, x, positions, segment_ids, self.compute, _KeysAndValues())
+        x, kept = run_layers(self.pairs, x, positions, segment_ids, self.compute, KeysAndValues())
         local, global_ = kept["local_block"], kept["global_block"]
         local_slots = local_size(self.config, cache_size)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
@@ -102,10 +100,3 @@ class Decoder(nnx.Module):
             return Pair(jax.tree.map(lambda weight: weight[index], stacked), self.config)
 
         return nnx.List([pair(index) for index in range(self.config.num_pairs)])
-
-
-class _KeysAndValues(Collector):
-    """The keys and values of every layer, stacked: [P, B, T, K, H] each."""
-
-    def of_block(self, block: Block, taps: Taps) -> tuple[jax.Array, jax.Array]:
-        return taps["key"], taps["value"]

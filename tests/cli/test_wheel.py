@@ -36,8 +36,9 @@ def relative(folder: Path, *patterns: str) -> set[str]:
 
 
 def test_the_wheel_holds_every_module_and_config(installed):
-    files = relative(ROOT / "gemma2_jax", "*.py", "*.jinja", "*.css", "*.js")
-    assert relative(installed / "gemma2_jax", "*.py", "*.jinja", "*.css", "*.js") >= files
+    kinds = ("*.py", "*.jinja", "*.css", "*.js", "*.jsonl", "*.yaml")
+    files = relative(ROOT / "gemma2_jax", *kinds)
+    assert relative(installed / "gemma2_jax", *kinds) >= files
     for name, patterns in (("configs", ["*.yaml"]), ("experiments", ["*.yaml", "README.md"])):
         assert relative(installed / "gemma2_jax" / name, *patterns) == relative(ROOT / name, *patterns)
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"gemma2_jax"}

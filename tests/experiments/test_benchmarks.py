@@ -103,6 +103,16 @@ def test_step_vs_transformers():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "lm_eval")),
+    reason="compares with the extras `eval` and `reference`: pip install -e '.[eval,reference]'",
+)
+def test_harness_vs_hf():
+    figures = rows("harness_vs_hf.py", "--rounds=1", "--questions=2", "--texts=2", "--vocab-size=600")
+    assert list(figures) == ["answers, requests/s", "letters, requests/s", "texts, requests/s"]
+
+
+@pytest.mark.slow
 def test_train_together():
     figures = rows("train_together.py", "--teacher=small_1m", "--student=toy", "--batch=2", "--rounds=1")
     assert list(figures) == ["together", "one by one", "without a teacher"]
