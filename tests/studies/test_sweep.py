@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,14 +200,17 @@ def test_a_signal_that_looks_like_a_failure_stops_the_sweep(stage, combinations,
     assert not Path("out/rate=0.3/error.txt").exists()
 
 
-def tuned(toy, rates, **settings):
+def with_rate(base, name, rate):
+    optimizer = replace(base.optimizer, learning_rate=float(rate))
+    return replace(base, name=name, output=f"out/{name}", optimizer=optimizer)
+
+
+def tuned(toy, rates, *overrides, **settings):
     """A sweep of learning rates, which are also the losses of the stand-in, with rungs at 10 and 20 of 40 steps."""
-    space = {"optimizer.learning_rate": tuple(rates)}
-    trials = [
-        [Combination({"rate": str(rate)}, toy(f"rate={rate}", f"optimizer.learning_rate={rate}"))]
-        for rate in rates
-    ]
-    config = SweepConfig("grid", space=space, rungs=(10, 20), **settings)
+    base = toy("base", *overrides)
+    trials = [[Combination({"rate": str(rate)}, with_rate(base, f"rate={rate}", rate))] for rate in rates]
+    chosen = {"rungs": (10, 20), **settings}
+    config = SweepConfig("grid", space={"optimizer.learning_rate": tuple(rates)}, **chosen)
     return Sweep(config, "out", trials, lambda number, point: trials[number])
 
 
@@ -242,20 +246,14 @@ def test_only_the_best_trials_go_on_beyond_each_rung(stage, no_plots, toy, capsy
 
 def test_the_worst_go_on_where_larger_is_better(stage, no_plots, toy, monkeypatch):
     taught = ["objective=distillation", "distill=online", "distill.teacher=teacher"]
-    rates = [0.5, 0.1, 0.9]
-    trials = [
-        [Combination({"rate": str(rate)}, toy(f"rate={rate}", f"optimizer.learning_rate={rate}", *taught))]
-        for rate in rates
-    ]
-    config = SweepConfig("grid", space={"rate": tuple(rates)}, rungs=(10,), metric="agreement")
-    monkeypatch.setattr(
-        worker,
-        "read_metrics",
-        lambda folder: [
-            {"step": 10, "split": "validation", "agreement": float(Path(folder).name.removeprefix("rate="))}
-        ],
-    )
-    assert sweep.run_sweep(Sweep(config, "out", trials, lambda number, point: trials[number]), Console())
+
+    def rows(folder):
+        rate = float(Path(folder).name.removeprefix("rate="))
+        return [{"step": 10, "split": "validation", "agreement": rate}]
+
+    monkeypatch.setattr(worker, "read_metrics", rows)
+    compared = tuned(toy, [0.5, 0.1, 0.9], *taught, rungs=(10,), metric="agreement")
+    assert sweep.run_sweep(compared, Console())
     assert [call for call in stage.calls if call[0] == "evaluate"] == [("evaluate", "rate=0.9")]
 
 
@@ -320,23 +318,17 @@ def test_a_failed_trial_makes_way_for_the_next_best(stage, no_plots, toy, capsys
 
 
 def test_seeds_of_a_trial_go_on_together(stage, no_plots, toy):
-    rates = (0.1, 0.2, 0.3)
+    rates, base = (0.1, 0.2, 0.3), toy("base")
     trials = [
         [
-            Combination(
-                {"rate": str(rate), "seed": str(seed)},
-                toy(f"rate={rate},seed={seed}", f"optimizer.learning_rate={shown}"),
-            )
-            for seed, shown in enumerate((rate, 1 - 2 * rate))  # mean 0.5 - rate / 2
+            Combination({"rate": str(rate), "seed": str(seed)}, with_rate(base, f"{rate}-{seed}", loss))
+            for seed, loss in enumerate((rate, 1 - 2 * rate))  # their mean is lowest for the rate 0.3
         ]
         for rate in rates
     ]
     config = SweepConfig("grid", space={"rate": rates}, rungs=(10,), seeds=(0, 1))
     assert sweep.run_sweep(Sweep(config, "out", trials, lambda number, point: trials[number]), Console())
-    assert {name for kind, name in stage.calls if kind == "evaluate"} == {
-        "rate=0.3,seed=0",
-        "rate=0.3,seed=1",
-    }
+    assert {name for kind, name in stage.calls if kind == "evaluate"} == {"0.3-0", "0.3-1"}
 
 
 def test_a_folder_that_was_deleted_is_trained_again(stage, no_plots, combinations):
@@ -348,9 +340,8 @@ def test_a_folder_that_was_deleted_is_trained_again(stage, no_plots, combination
 
 
 def test_runs_of_another_sweep_in_the_folder_are_refused_before_any_training(stage, no_plots, toy):
-    others = [
-        Combination({"rate": rate}, toy("same", f"optimizer.learning_rate={rate}")) for rate in ("0.1", "0.2")
-    ]
+    base = toy("base")
+    others = [Combination({"rate": rate}, with_rate(base, "same", rate)) for rate in ("0.1", "0.2")]
     assert run_sweep(others[:1], "out", Console(quiet=True))
     stage.calls.clear()
     with pytest.raises(UserError, match=r"^out/same holds a run with optimizer.learning_rate=0.1, but"):
@@ -364,9 +355,10 @@ def test_points_drawn_from_results_do_not_depend_on_the_workers(stage, no_plots,
     space = {"optimizer.learning_rate": {"uniform": (0.1, 0.9)}}
     config = SweepConfig("tpe", space=space, trials=14, parallel=3, sampler_seed=5)
 
+    base = toy("base")
+
     def build(number, point):
-        rate = point["optimizer.learning_rate"]
-        return [Combination(point, toy(f"{number:03}", f"optimizer.learning_rate={rate}"))]
+        return [Combination(point, with_rate(base, f"{number:03}", point["optimizer.learning_rate"]))]
 
     def begin(_):
         corner = build(0, {"optimizer.learning_rate": "0.1"})
