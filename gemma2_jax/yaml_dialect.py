@@ -1,12 +1,25 @@
 """The YAML of configurations: PyYAML, which follows YAML 1.1, with the numbers and text of YAML 1.2."""
 
 import re
+from typing import Any
 
 import yaml
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and text: 1e-3 is a number (PyYAML requires 1.0e-3), and 2024-01-01 is text."""
+    """YAML 1.2's numbers and text: 1e-3 is a number (PyYAML requires 1.0e-3), and 2024-01-01 is text.
+
+    A key that a mapping has twice is an error; PyYAML would keep the last value.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: list[Any] = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, (key, _) in enumerate(node.value):
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<" and key.value in keys[:number]:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value} is there twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 Loader.yaml_implicit_resolvers = {

@@ -23,11 +23,11 @@ import gemma2_jax as g2
 from gemma2_jax.chips import CHIPS
 from gemma2_jax.cli import evaluate
 from gemma2_jax.cli.compose import compose, compose_file
+from gemma2_jax.cli.compose_sweep import compose_sweep
 from gemma2_jax.cli.main import parse_arguments
 from gemma2_jax.cli.roots import find_study
 from gemma2_jax.cli.run import compose_study
 from gemma2_jax.cli.student_options import compose_students
-from gemma2_jax.cli.sweep import compose_sweep
 from gemma2_jax.config import load_config, save_config
 from gemma2_jax.launching.job import check_config
 from gemma2_jax.launching.settings import GkeSettings, SlurmSettings, TpuVmSettings
@@ -203,6 +203,9 @@ def check_launch(settings_class: Any) -> Any:
         settings = settings_class(
             **{field.name: getattr(arguments, field.name) for field in fields(settings_class)}
         )
+        if getattr(arguments, "sweep", False):
+            compose_sweep(arguments.overrides, arguments.config_dir)
+            return
         config = compose(arguments.overrides, arguments.config_dir)
         check_config(config, getattr(settings, "slices", 1))
 

@@ -82,6 +82,7 @@ ONLY_IN = {
     "safetensors": "formats",
     "gguf": "formats",
     "submitit": "launching",
+    "optuna": "studies",
 }
 
 
@@ -140,6 +141,15 @@ def test_training_asks_the_method_about_teachers():
     assert importing == {"teacher_cache.py"}
 
 
+def test_only_one_file_imports_optuna():
+    knowing = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in FILES
+        if any(module.split(".")[0] == "optuna" for module in imports(path.read_text(encoding="utf-8")))
+    }
+    assert knowing == {"studies/samplers.py"}
+
+
 def test_the_check_sees_what_it_should():
     assert violations("model", "from gemma2_jax.training.loop import train") == ["gemma2_jax.training.loop"]
     assert violations("studies", "def f():\n    from gemma2_jax import cli") == ["gemma2_jax.cli"]
@@ -159,7 +169,7 @@ def test_what_is_imported_is_required_and_the_other_way_round():
     lines = setup["options"]["install_requires"]
     lines += "".join(
         setup["options.extras_require"][extra]
-        for extra in ("parquet", "wandb", "trackio", "hub", "gguf", "cuda12", "slurm", "eval")
+        for extra in ("parquet", "wandb", "trackio", "hub", "gguf", "cuda12", "slurm", "eval", "sweep")
     )
     required = {re.split(r"[^A-Za-z0-9_.-]", line)[0].replace("-", "_") for line in lines.split("\n") if line}
     named_otherwise = {

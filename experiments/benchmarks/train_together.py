@@ -1,12 +1,12 @@
-"""Compares three students trained together with three separate runs: time per step, and memory.
+"""Compares students trained together, as by `gemma2 sweep --together`, with separate runs: time per step, and memory.
 
     python experiments/benchmarks/train_together.py
 
-A teacher (--teacher, small_6m) and three students (--student, small_1m) have random weights; batches are --batch x 128
-random ids. "together" is one compiled step for all three students, with one forward pass of the teacher. "one by one"
-is one compiled step with the teacher in it, executed three times. "without a teacher" is three steps on text. All are
-timed alternately in one process. The table gives medians, median ratios to "one by one", and the memory of a program's
-arguments and temporaries.
+A teacher (--teacher, small_6m) and --students students (--student, small_1m) have random weights; batches are
+--batch x 128 random ids. "together" is one compiled step for all students, with one forward pass of the teacher. "one
+by one" is one compiled step with the teacher in it, executed once for each student. "without a teacher" is as many
+steps on text. All are timed alternately in one process. The table gives medians, median ratios to "one by one", and the
+memory of a program's arguments and temporaries.
 """
 
 import argparse
@@ -34,8 +34,6 @@ from gemma2_jax.training.state import Update, initial_state
 from gemma2_jax.training.step import build_train_step
 from gemma2_jax.training.together import Updates
 
-STUDENTS = 3
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -43,12 +41,13 @@ def main() -> None:
     )
     parser.add_argument("--teacher", default="small_6m", help="model of the teacher (small_6m)")
     parser.add_argument("--student", default="small_1m", help="model of the students (small_1m)")
+    parser.add_argument("--students", type=int, default=3, help="number of students (3)")
     parser.add_argument("--batch", type=int, default=8, help="rows per batch (8)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
     options = parser.parse_args()
     print(
         f"jax {jax.__version__}, {os.cpu_count()} cores, teacher {options.teacher}, "
-        f"{STUDENTS} students of {options.student}"
+        f"{options.students} students of {options.student}"
     )
 
     overrides = [
@@ -69,7 +68,7 @@ def main() -> None:
         student = replace(config, distill=replace(config.distill, model=sizes))
         frozen = {TEACHER: Gemma2.init(sizes, jax.random.key(1))}
         text = compose([f"model={options.student}", f"data.batch_size={options.batch}", "mesh.data=1"])
-        names = [f"student{number}" for number in range(STUDENTS)]
+        names = [f"student{number}" for number in range(options.students)]
         students = Students({name: build_method(student) for name in names})
         updates = Updates({name: Update(student, students.members[name].specs) for name in names})
         abstract = {
@@ -120,7 +119,7 @@ def main() -> None:
                 jax.block_until_ready((joint_states, separate_states, text_states))
                 if number:  # the first round is a warm-up
                     seconds[name].append(time.perf_counter() - start)
-    print(f"{'':24}{'ms for 3 students':>18}{'ratio':>16}{'MiB per program':>18}")
+    print(f"{'':24}{'ms for all':>18}{'ratio':>16}{'MiB per program':>18}")
     for name, durations in seconds.items():
         ratios = [one / other for one, other in zip(durations, seconds["one by one"], strict=True)]
         columns = f"{1e3 * statistics.median(durations):>18.1f}{statistics.median(ratios):>16.2f}"

@@ -80,11 +80,12 @@ def explain(arguments: argparse.Namespace) -> None:
 
 def list_choices(arguments: argparse.Namespace) -> None:
     from gemma2_jax.cli.compose import groups
-    from gemma2_jax.cli.roots import choices, studies
+    from gemma2_jax.cli.roots import choices, studies, sweeps
     from gemma2_jax.config import UserError, suggest
 
     listed = {group: choices(group, arguments.config_dir) for group in groups()}
     listed["study"] = sorted(studies(arguments.config_dir))
+    listed["sweep"] = sorted(sweeps(arguments.config_dir))
     if arguments.group is None:
         for group, names in listed.items():
             print(f"{group + ':':<12} {' '.join(names)}")

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from gemma2_jax.cli.parsers import Verbs, add_actions, add_overrides, add_verb
 from gemma2_jax.launching.settings import FOLDER, PRIORITIES, GkeSettings, SlurmSettings, TpuVmSettings
 
 if TYPE_CHECKING:
-    from gemma2_jax.launching.job import Job, Submission
+    from gemma2_jax.launching.job import Job, Submission, SweepArguments
     from gemma2_jax.run import RunConfig
 
 DESCRIPTION = f"""\
@@ -37,6 +37,7 @@ of the node's GPUs. --folder and --workdir must be on a disk that all nodes shar
 
   gemma2 launch slurm experiment=quickstart/teacher --nodes 4 --gpus-per-node 8 --partition gpus
   gemma2 launch slurm experiment=quickstart/teacher --local        run on this machine, to try it
+  gemma2 launch slurm --sweep learning_rate --workers 8 --gpus-per-node 1     an array of workers of a sweep
 
 {_PINNED}"""
 _TPU_VM = f"""\
@@ -71,6 +72,12 @@ def add_parser(verbs: Verbs) -> None:
     number("--cpus-per-task", "cores for the process on each node")
     number("--minutes", "time limit, after which the job is queued again")
     number("--restarts", "maximum restarts after a time limit or preemption")
+    slurm.add_argument(
+        "--sweep",
+        action="store_true",
+        help="the arguments are those of gemma2 sweep; --workers jobs share its runs",
+    )
+    number("--workers", "jobs of a sweep, as one array")
     for name in ("partition", "account", "qos", "constraint"):
         slurm.add_argument(f"--{name}", help=f"passed to sbatch as --{name}")
     slurm.add_argument("--local", action="store_true", help="run the job on this machine, to try it")
@@ -148,15 +155,21 @@ def _add_engine(engines: Verbs, name: str, run: Any, help: str, description: str
 
 
 def _launch_slurm(arguments: argparse.Namespace) -> None:
+    from gemma2_jax.config import UserError
     from gemma2_jax.launching import slurm
 
     values = _settings(arguments, SlurmSettings)
     settings = SlurmSettings(**{**values, "workdir": str(Path(values["workdir"] or ".").absolute())})
+    if settings.workers > 1 and not arguments.sweep:
+        raise UserError(
+            f"--workers is {settings.workers}, but a single run has one job; add --sweep, or leave it out."
+        )
+    make = _sweep_job if arguments.sweep else _job
     if arguments.dry_run:
-        print(slurm.preview(settings, _job(arguments, workdir=settings.workdir)))
+        print(slurm.preview(settings, make(arguments, workdir=settings.workdir)))
         return
     slurm.check_tools(settings)
-    print(slurm.submit(settings, _job(arguments, workdir=settings.workdir)))
+    print(slurm.submit(settings, make(arguments, workdir=settings.workdir)))
 
 
 def _launch_tpu_vm(arguments: argparse.Namespace) -> None:
@@ -208,29 +221,70 @@ def _job(
         workdir: the run's working directory, if this machine shares that folder.
     """
     from gemma2_jax.cli.compose import compose
-    from gemma2_jax.config import UserError, check_place
-    from gemma2_jax.launching.job import Job, check_config, check_launch_folder
-    from gemma2_jax.launching.pin import find_checkout, job_name, pin, refusal, write_pinned
-    from gemma2_jax.training.prerequisites import check_places_below
+    from gemma2_jax.launching.job import check_config
 
     config: RunConfig = compose(arguments.overrides, arguments.config_dir)
     check_config(config, slices)
     if hosts_timeout is not None and config.hosts.timeout == type(config.hosts).timeout:
         config = dataclasses.replace(config, hosts=dataclasses.replace(config.hosts, timeout=hosts_timeout))
+    return _pinned(arguments, config, config.name, [config], workdir)
+
+
+def _sweep_job(arguments: argparse.Namespace, workdir: str) -> "Job":
+    """Returns the pinned job of a sweep's workers, written to disk except with --dry-run."""
+    from gemma2_jax.cli.compose_sweep import compose_sweep
+    from gemma2_jax.config import UserError
+    from gemma2_jax.launching.job import SweepArguments, check_config
+
+    if arguments.config_dir is not None:
+        raise UserError(
+            f"--config-dir is {arguments.config_dir}, which is not pinned with the code; put the sweep and what it "
+            "uses into configs and experiments of the checkout."
+        )
+    sweep = compose_sweep(arguments.overrides, None)
+    configs = [run.config for trial in sweep.trials for run in trial]
+    for config in configs:
+        check_config(config)
+    job = _pinned(
+        arguments, SweepArguments(tuple(arguments.overrides)), f"sweep-{sweep.output}", configs, workdir
+    )
+    return dataclasses.replace(job, sweep=tuple(arguments.overrides))
+
+
+def _pinned(
+    arguments: argparse.Namespace,
+    pinning: "RunConfig | SweepArguments",
+    name: str,
+    configs: "Sequence[RunConfig]",
+    workdir: str | None,
+) -> "Job":
+    """Returns a job whose code and configuration are pinned, after all checks.
+
+    Args:
+        pinning: what the job runs, beside the code.
+        configs: the configurations of all runs.
+        workdir: as in `_job`.
+    """
+    from gemma2_jax.config import UserError, check_place
+    from gemma2_jax.launching.job import Job, check_launch_folder
+    from gemma2_jax.launching.pin import find_checkout, job_name, pin, refusal, write_pinned
+    from gemma2_jax.training.prerequisites import check_places_below
+
     launches = Path(arguments.folder).absolute()
     check_launch_folder(launches)
     if workdir is not None:
         check_place("--workdir", workdir)
-        check_places_below(workdir, config)
+        for config in configs:
+            check_places_below(workdir, config)
     checkout = find_checkout()
     refused = None if arguments.allow_changes else refusal(checkout, launches)
     if refused is not None:
         if not arguments.dry_run:
             raise UserError(refused)
         print(f"gemma2: without --dry-run, this would be refused: {refused}", file=sys.stderr)
-    pinned = pin(config, checkout, launches, arguments.dry_run)
-    name = job_name(config.name, pinned)
+    pinned = pin(pinning, checkout, launches, arguments.dry_run)
+    name = job_name(name, pinned)
     job = Job(name, launches / name)
     if not arguments.dry_run:
-        write_pinned(job.folder, pinned, config, checkout)
+        write_pinned(job.folder, pinned, pinning, checkout)
     return job

@@ -30,16 +30,12 @@ def choices(group: str, config_dir: str | os.PathLike[str] | None = None) -> lis
         for folder in folders
         for file in folder.rglob("*.yaml")
     }
-    return sorted(name for name in names if Path(name).name != "study")
+    return sorted(name for name in names if Path(name).name not in ("study", "sweep"))
 
 
 def studies(config_dir: str | os.PathLike[str] | None = None) -> dict[str, Path]:
     """Returns the study.yaml of each study, by name; the user's studies take precedence over ours."""
-    found: dict[str, Path] = {}
-    for root in reversed(experiment_roots(config_dir)):
-        folder = root / EXPERIMENTS
-        found |= {file.parent.relative_to(folder).as_posix(): file for file in folder.rglob("study.yaml")}
-    return found
+    return _folders_with("study.yaml", config_dir)
 
 
 def find_study(name: str, config_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -48,6 +44,28 @@ def find_study(name: str, config_dir: str | os.PathLike[str] | None = None) -> P
     if name not in known:
         raise UserError(f"there is no study {name}, {suggest(name, known)}.")
     return known[name]
+
+
+def sweeps(config_dir: str | os.PathLike[str] | None = None) -> dict[str, Path]:
+    """Returns the sweep.yaml of each sweep, by name; the user's sweeps take precedence over ours."""
+    return _folders_with("sweep.yaml", config_dir)
+
+
+def find_sweep(name: str, config_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Returns the sweep.yaml of the sweep `name`. Raises UserError if there is none."""
+    known = sweeps(config_dir)
+    if name not in known:
+        raise UserError(f"there is no sweep {name}, {suggest(name, known)}.")
+    return known[name]
+
+
+def _folders_with(file: str, config_dir: str | os.PathLike[str] | None) -> dict[str, Path]:
+    """Returns the files of that name in folders of experiments, by the names of their folders."""
+    found: dict[str, Path] = {}
+    for root in reversed(experiment_roots(config_dir)):
+        folder = root / EXPERIMENTS
+        found |= {path.parent.relative_to(folder).as_posix(): path for path in folder.rglob(file)}
+    return found
 
 
 def _home() -> Path:

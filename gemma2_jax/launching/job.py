@@ -17,16 +17,25 @@ SCRIPT = "job.sh"
 
 
 @dataclass(frozen=True)
+class SweepArguments:
+    """What a launched sweep is pinned by, beside the code: the arguments of `gemma2 sweep`."""
+
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Job:
-    """A pinned run.
+    """A pinned run, or a pinned sweep.
 
     Attributes:
         name: name of the job, different for any other code or configuration.
         folder: folder of the pinned code and configuration on this machine.
+        sweep: arguments of `gemma2 sweep`, of which the job is a worker; None for a single run.
     """
 
     name: str
     folder: Path
+    sweep: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ def training_lines(
     folder: str,
     hosts: Sequence[str] = (),
     python: str = "python3",
+    sweep: Sequence[str] | None = None,
 ) -> list[str]:
     """Returns the lines of bash that train on each host, under `set -euo pipefail`.
 
@@ -78,16 +88,12 @@ def training_lines(
         folder: folder that all hosts see; the configuration's relative paths start there.
         hosts: `hosts.*` overrides for this process, in bash syntax.
         python: Python interpreter that has the code's requirements installed.
+        sweep: arguments of `gemma2 sweep`, instead of the training of `config`.
     """
-    train = [
-        shlex.quote(python),
-        "-m",
-        "gemma2_jax.cli.main",
-        "train",
-        "--config",
-        shlex.quote(config),
-        *hosts,
-    ]
+    verb = (
+        ["train", "--config", shlex.quote(config)] if sweep is None else ["sweep", *map(shlex.quote, sweep)]
+    )
+    train = [shlex.quote(python), "-m", "gemma2_jax.cli.main", *verb, *hosts]
     return [
         f"mkdir -p {shlex.quote(folder)}",
         f"cd {shlex.quote(folder)}",

@@ -2,7 +2,7 @@
 
 LAUNCH/code/          the code
       /code.tar.gz    the same as an archive
-      /config.yaml    every key and value of the run
+      /config.yaml    every key and value of the run, or the arguments of a sweep
       /pin.json       the commit, and whether the code differs from it
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 import gemma2_jax
 from gemma2_jax.config import UserError, to_yaml
 from gemma2_jax.files import replacing, write_bytes, write_text
+from gemma2_jax.launching.job import SweepArguments
 from gemma2_jax.launching.reasons import error_line
 from gemma2_jax.run import RunConfig
 
@@ -88,7 +89,7 @@ def refusal(checkout: Path, launches: Path) -> str | None:
     )
 
 
-def pin(config: RunConfig, checkout: Path, launches: Path, dry_run: bool = False) -> Pin:
+def pin(config: RunConfig | SweepArguments, checkout: Path, launches: Path, dry_run: bool = False) -> Pin:
     """Pins the code in `checkout`, uncommitted changes included, and the configuration.
 
     Args:
@@ -104,7 +105,7 @@ def pin(config: RunConfig, checkout: Path, launches: Path, dry_run: bool = False
     return Pin(commit, tree, changed, text)
 
 
-def write_pinned(folder: Path, pinned: Pin, config: RunConfig, checkout: Path) -> None:
+def write_pinned(folder: Path, pinned: Pin, config: RunConfig | SweepArguments, checkout: Path) -> None:
     """Writes code and configuration into `folder`. Existing files from an earlier launch have the same content."""
     archive = _git_bytes(checkout, "archive", "--format=tar.gz", f"--prefix={CODE}/", pinned.tree)
     write_bytes(folder / ARCHIVE, archive)

@@ -20,6 +20,7 @@ class SlurmSettings:
         minutes: time limit, after which the job is queued again.
         restarts: maximum restarts after a time limit or preemption.
         local: whether to run the job on this machine, without SLURM, to try it.
+        workers: number of jobs, as one array; several for a sweep.
     """
 
     workdir: str
@@ -33,9 +34,10 @@ class SlurmSettings:
     qos: str | None = None
     constraint: str | None = None
     local: bool = False
+    workers: int = 1
 
     def __post_init__(self) -> None:
-        _check_least(self, nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=1, restarts=0)
+        _check_least(self, nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=1, restarts=0, workers=1)
         if self.local and self.nodes > 1:
             _refuse(f"--nodes is {self.nodes}, but --local runs on this machine only; remove one of the two.")
 

@@ -8,6 +8,7 @@ import importlib.util
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,9 @@ def check_tools(settings: SlurmSettings) -> None:
 def script(settings: SlurmSettings, job: Job) -> str:
     """Returns the script that each node runs."""
     folder = job.folder.absolute()
-    train = training_lines(str(folder / CODE), str(folder / CONFIG), settings.workdir, python=sys.executable)
+    train = training_lines(
+        str(folder / CODE), str(folder / CONFIG), settings.workdir, python=sys.executable, sweep=job.sweep
+    )
     # SLURM sends the signal meant for submitit to all processes; without this trap, it would end the training at once.
     return bash_script(["trap '' USR2", *train])
 
@@ -74,12 +77,14 @@ def preview(settings: SlurmSettings, job: Job) -> str:
     """Returns the node's script and the file that submitit passes to sbatch, for --dry-run."""
     _need_submitit()
     values = {name.removeprefix("slurm_"): value for name, value in _parameters(settings, job).items()}
+    if settings.workers > 1:
+        values["map_count"] = settings.workers
     parts = [f"# {job.folder / SCRIPT}\n{script(settings, job)}"]
     return "\n".join(parts if settings.local else [*parts, sbatch_text(_logs(job), values)])
 
 
 def submit(settings: SlurmSettings, job: Job) -> str:
-    """Writes the script, submits the job, and returns a sentence about the result; waits for a local job to end.
+    """Writes the script, submits the jobs, and returns a sentence about the result; waits for local jobs to end.
 
     Raises:
         UserError: SLURM rejects the job, or a local job fails.
@@ -96,19 +101,27 @@ def submit(settings: SlurmSettings, job: Job) -> str:
     )
     executor.update_parameters(**_parameters(settings, job))
     try:
-        submitted = executor.submit(Training(str(path)))
+        with executor.batch() if settings.workers > 1 else nullcontext():  # a batch becomes an array
+            jobs = [executor.submit(Training(str(path))) for _ in range(settings.workers)]
+        submitted = jobs[0]
+        where = f"its output is in {submitted.paths.folder}"
     except (FailedSubmissionError, UncompletedJobError, OSError) as error:
         raise UserError(f"SLURM rejected the job: {error_line(str(error))}.") from None
-    where = f"its output is in {submitted.paths.folder}"
     if not settings.local:
-        return f"{job.name} was submitted as job {submitted.job_id}; {where}."
+        number = submitted.job_id if settings.workers == 1 else submitted.job_id.split("_")[0]
+        many = "" if settings.workers == 1 else f", an array of {settings.workers}"
+        return f"{job.name} was submitted as job {number}{many}; {where}."
     try:
-        submitted.result()
+        for submitted in jobs:
+            submitted.result()
     except UncompletedJobError:  # or its subclass FailedJobError
+        where = f"its output is in {submitted.paths.folder}"
         raise UserError(f"{job.name} failed{_reason(submitted)}; {where}.") from None
-    except BaseException:  # the job would keep running
-        submitted.cancel()
-        submitted.wait()
+    except BaseException:  # the jobs would keep running
+        for each in jobs:
+            each.cancel()
+        for each in jobs:
+            each.wait()
         raise
     return f"{job.name} is done; {where}."
 

@@ -87,20 +87,24 @@ def cache_teacher(config: RunConfig, console: Console) -> None:
     write_cache(with_prepared_vocabulary(config))
 
 
-def train_run(config: RunConfig, console: Console, teacher: RunConfig | None = None) -> None:
+def train_run(
+    config: RunConfig, console: Console, teacher: RunConfig | None = None, until: int | None = None
+) -> None:
     """Trains a run, or the rest of it.
 
     Args:
         teacher: configuration of the run that it is distilled from.
+        until: as in `train`.
     """
     check_unchanged(config, teacher)
     check_same_data(config.output, config.data)
-    found = find(config.output)
-    if found is not None and found.step == config.training.steps:
+    found, steps = find(config.output), config.training.steps
+    if found is not None and found.step >= (steps if until is None else until):
         _print_stage(console, "train", config.name, "already done, skipped")
         return
-    _print_stage(console, "train", config.name, f"{config.training.steps} steps in {config.output}")
-    train(config)
+    part = f"{steps} steps" if until in (None, steps) else f"to step {until} of {steps}"
+    _print_stage(console, "train", config.name, f"{part} in {config.output}")
+    train(config, until=until)
     # Written after training, so that a rejected run leaves no files. A stopped run records its teacher's weights.
     if teacher is not None and is_first():
         save_config(teacher, Path(config.output) / TEACHER_FILE)

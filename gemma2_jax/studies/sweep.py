@@ -1,88 +1,73 @@
-"""Sweeps: one run for each combination of values, one after another."""
+"""Sweeps: one run for each trial and seed, trained by any number of workers, and reported together."""
 
-import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
-from gemma2_jax import stops
-from gemma2_jax.config import UserError
-from gemma2_jax.files import write_text
+from gemma2_jax.checkpoints.store import latest_step
 from gemma2_jax.processes.hosts import is_first
-from gemma2_jax.run import RunConfig
-from gemma2_jax.studies.stages import (
-    Measurement,
-    exclusive_command,
-    measure_run,
-    prepare_all,
-    timed,
-    train_run,
-)
+from gemma2_jax.studies.journal import Journal
+from gemma2_jax.studies.space import identity
+from gemma2_jax.studies.stages import check_unchanged, measure_run
 from gemma2_jax.studies.sweep_report import Result, write_sweep_report
-from gemma2_jax.studies.tables import print_line
-
-ERROR_FILE = "error.txt"
-
-
-@dataclass(frozen=True)
-class Combination:
-    """One combination of a sweep.
-
-    Attributes:
-        values: values by key.
-        config: the run's configuration with these values.
-    """
-
-    values: Mapping[str, str]
-    config: RunConfig
+from gemma2_jax.studies.trials import Combination, Sweep
+from gemma2_jax.studies.worker import work
 
 
-def run_sweep(combinations: Sequence[Combination], output: str, console: Console) -> bool:
-    """Runs the unfinished combinations of a sweep and reports all of them, lowest validation cross-entropy first.
+def run_sweep(sweep: Sweep, console: Console) -> bool:
+    """Trains the unfinished runs of a sweep as one of its workers, and reports all of them when none is left.
 
-    If a combination fails, its traceback is written to error.txt in its folder and the sweep continues. With several
+    The same call in another process is another worker. If a run fails, its traceback is written to error.txt in its
+    folder and the sweep continues; the next sweep that begins when no worker is left tries it again. With several
     processes, a failure ends the sweep.
 
-    Args:
-        output: the sweep's folder. Receives table.md, summary.png, loss.png, results.json and times.json.
-
     Returns:
-        Whether every combination has a result.
+        Whether no run failed.
 
     Raises:
-        UserError: another command is working in the same folder.
+        UserError: the sweep's folder holds another sweep or other runs, or another command is working there.
     """
-    folder = Path(output)
-    results = []
-    with exclusive_command(folder):
-        for number, combination in enumerate(combinations, 1):
-            shown = " ".join(f"{key}={value}" for key, value in combination.values.items())
-            print_line(console, f"{number} of {len(combinations)}: {shown}", "bold")
-            config, found = combination.config, None
-            try:
-                found = _run(config, folder, console)
-            except Exception as error:  # an error of any type fails this combination only
-                stops.check()  # unless it was caused by a signal, which stops the whole sweep
-                if jax.process_count() > 1:
-                    raise  # the error may be in this process only, and the others cannot continue without it
-                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                write_text(Path(config.output) / ERROR_FILE, traceback.format_exc())
-                print_line(console, f"failed     {reason}", "red")
-                results.append(Result(combination.values, config.output, error=reason))
-            else:
-                results.append(Result(combination.values, config.output, found.evaluation))
+    journal = Journal(Path(sweep.output))
+    with ExitStack() as stack:
+        if is_first() and stack.enter_context(journal.joined(identity(sweep.settings), _changeable(sweep))):
+            _check_runs(sweep, journal)
+        work(sweep, journal, console)
+        progress = journal.read()
+        results = []
+        for trial in sweep.drawn(progress).values():
+            for run in trial:
+                values, key = progress.values.get(run.key, {}), run.key
+                if run.config.training.steps in values:
+                    results.append(_finished(run, progress.seconds[key]))
+                else:
+                    stopped = max(values.items(), default=None)
+                    error = progress.failed.get(key)
+                    results.append(Result(run.values, run.config.output, error=error, stopped=stopped))
         if is_first():
-            write_sweep_report(results, folder, console)
-    return all(result.error is None for result in results)
+            write_sweep_report(results, sweep.settings, Path(sweep.output), console)
+    return not progress.failed
 
 
-def _run(config: RunConfig, folder: Path, console: Console) -> Measurement:
-    prepare_all([config], console)
-    with timed(folder, f"train {config.output}"):
-        train_run(config, console)
-    measurement = measure_run(config, console, teacher=config.distill.teacher)
-    (Path(config.output) / ERROR_FILE).unlink(missing_ok=True)  # from an earlier try
-    return measurement
+def _changeable(sweep: Sweep) -> tuple[str, ...]:
+    """The settings that another sweep in the same folder may have: those that change no run, but add or remove some."""
+    if sweep.settings.rungs:
+        return ()  # which trials go on depends on all of them
+    return ("trials", "seeds") if sweep.is_drawn else ("space", "runs", "seeds")
+
+
+def _check_runs(sweep: Sweep, journal: Journal) -> None:
+    """Checks the folders of runs that were begun earlier, before any worker trains; notes those that were deleted."""
+    progress = journal.read()
+    for trial in sweep.drawn(progress).values():
+        for run in trial:
+            check_unchanged(run.config)
+            steps = progress.values.get(run.key)
+            if steps and (latest_step(run.config.output) or 0) < max(steps):
+                journal.append({"missing": run.key})
+
+
+def _finished(run: Combination, seconds: float) -> Result:
+    quiet = Console(quiet=True)
+    found = measure_run(run.config, quiet, teacher=run.config.distill.teacher)  # stored by the worker
+    return Result(run.values, run.config.output, found.evaluation, seconds=seconds)

@@ -49,7 +49,7 @@ from gemma2_jax.training.trainer import Trainer
 OpenFolder = Callable[[Mesh, TrainingProgress, ExitStack], Folder]
 
 
-def train(config: RunConfig, method: ModelMethod | None = None) -> None:
+def train(config: RunConfig, method: ModelMethod | None = None, until: int | None = None) -> None:
     """Trains to `config.training.steps`, resuming from the newest checkpoint in the run folder if there is one.
 
     Writes config.yaml, tokenizer.model, data.json, the method's record (such as teacher.json), metadata.json (if
@@ -58,6 +58,8 @@ def train(config: RunConfig, method: ModelMethod | None = None) -> None:
 
     Args:
         method: training method; the one that the configuration selects by default (`build_method`).
+        until: an earlier step to stop at, with a checkpoint. Schedules stay those of all steps, so a later call
+            continues as if there had been no stop.
 
     Raises:
         UserError: data, teacher, mesh, checkpoint or method do not fit the configuration, or the loss is not finite.
@@ -72,7 +74,8 @@ def train(config: RunConfig, method: ModelMethod | None = None) -> None:
             return
         check_same_inputs([config])
         chosen: ModelMethod = build_method(config) if method is None else method
-        train_method(chosen, [config], partial(RunFolder, config, chosen), config.training.steps)
+        last = config.training.steps if until is None else min(until, config.training.steps)
+        train_method(chosen, [config], partial(RunFolder, config, chosen), last)
 
 
 def prepare_configs(configs: Sequence[RunConfig]) -> list[RunConfig]:

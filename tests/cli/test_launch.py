@@ -137,6 +137,33 @@ def test_a_missing_tool_is_one_sentence(
     assert capsys.readouterr().err.startswith("gemma2: xpk, which makes jobs for GKE, is not installed")
 
 
+def test_a_sweep_is_checked_and_shown_as_an_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    command = ["launch", "slurm", "--sweep", "learning_rate", "model=toy", "--workers", "4", "--dry-run"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "gemma2_jax.cli.main sweep learning_rate model=toy" in printed
+    assert "#SBATCH --array=0-3%4" in printed
+    assert list(tmp_path.iterdir()) == []
+    for wrong, sentence in (
+        (
+            ["--sweep", "learning_rat", "--workers", "2"],
+            "there is no sweep learning_rat, did you mean learning_rate",
+        ),
+        (["model=toy", "--workers", "2"], "--workers is 2, but a single run has one job; add --sweep"),
+        (["--sweep", "learning_rate", "--workers", "0"], "--workers is 0; it must be at least 1."),
+        (
+            ["--sweep", "learning_rate", "--config-dir", "."],
+            "--config-dir is ., which is not pinned with the code",
+        ),
+    ):
+        assert main(["launch", "slurm", *wrong, "--dry-run"]) == 1
+        assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.thorough
 def test_a_run_on_this_machine(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gemma2_jax.data.config import DataConfig, TokenizerConfig
 from gemma2_jax.machine import cores
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,20 @@ def test_step_vs_transformers():
     )
     assert list(figures) == ["training, tokens/s", "decoding, tokens/s"]
     assert min(figures.values()) > 0
+
+
+@pytest.mark.thorough
+def test_asha_vs_grid(data: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path):
+    keys = [
+        *("data=files", f"data.source={data.source}", f"data.folder={data.folder}", "data.workers=1"),
+        *("data.batch_size=4", "data.seq_len=16", "data.validation_fraction=0.2", "training.eval_batches=1"),
+        *(f"data.shard_characters={data.shard_characters}", "tokenizer.vocab_size=400"),
+        f"tokenizer.path={tokenizer_config.path}",
+    ]
+    table = lines("asha_vs_grid.py", f"--output={tmp_path}", "--rates=1", "--steps=9", *keys)
+    assert [line[:12].strip() for line in table] == ["grid", "with rungs"]
+    tokens = [int(line.split()[-2].replace(",", "")) for line in table]
+    assert tokens == [4 * 9 * 64, (4 + 2 + 6) * 64]  # four trials to step 1, one of them to 3, and to 9
 
 
 @pytest.mark.slow

@@ -43,6 +43,18 @@ def test_the_script_and_sbatch_file_of_a_slurm_job(tmp_path: Path) -> None:
         assert "PYTHONPATH=/launches/toy-0123abcd/code${PYTHONPATH:+:$PYTHONPATH}\n" in text
 
 
+def test_a_sweep_is_an_array_of_workers(cluster: Path) -> None:
+    settings = SlurmSettings(str(cluster), workers=3)
+    job = Job("sweep", cluster / "sweep", sweep=("rates", "training.steps=20", "name='a b'"))
+    preview = slurm.preview(settings, job)
+    assert "-m gemma2_jax.cli.main sweep rates training.steps=20 'name='\"'\"'a b'\"'\"''\n" in preview
+    assert "#SBATCH --array=0-2%3" in preview.splitlines()
+    write_program(cluster / "bin" / "sbatch", f'cp "$1" {cluster}/sent; echo Submitted batch job 17')
+    sentence = slurm.submit(settings, job)
+    assert sentence.startswith("sweep was submitted as job 17, an array of 3; its output is in ")
+    assert "#SBATCH --array=0-2%3" in (cluster / "sent").read_text().splitlines()
+
+
 def test_a_job_is_submitted_as_previewed(cluster: Path) -> None:
     write_program(cluster / "bin" / "sbatch", f'cp "$1" {cluster}/sent; echo Submitted batch job 17')
     settings, job = SlurmSettings(str(cluster), nodes=2), Job("toy", cluster / "toy")

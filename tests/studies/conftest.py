@@ -30,13 +30,14 @@ class Stage:
     def prepare(self, data, tokenizer):
         self.calls.append(("prepare", data.folder))
 
-    def train(self, config: RunConfig) -> None:
+    def train(self, config: RunConfig, until: int | None = None) -> None:
         self.calls.append(("train", config.name))
+        last = config.training.steps if until is None else until
         folder = Path(config.output)
         save_config(config, folder / CONFIG_FILE)
         if config.name in self.fails:
             raise self.fails[config.name]
-        checkpoint = folder / "checkpoints" / str(config.training.steps)
+        checkpoint = folder / "checkpoints" / str(last)
         for file in (folder / TOKENIZER_FILE, folder / DATA_FILE, checkpoint / "params" / "_METADATA"):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"documents": config.data.folder}) if file.name == DATA_FILE else "{}")
@@ -50,7 +51,7 @@ class Stage:
                 "cross_entropy": config.optimizer.learning_rate + 1 / step,
                 **({"tokens_per_second": 1000 + step} if split == "train" else {}),
             }
-            for step in range(10, config.training.steps + 1, 10)
+            for step in range(10, last + 1, 10)
             for split in ("train", "validation")
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

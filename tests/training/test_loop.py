@@ -99,6 +99,18 @@ def test_a_resumed_run_is_bit_identical(finished: RunConfig, cut_after: int, tmp
     chex.assert_trees_all_equal(resumed.params(), whole.params())
 
 
+def test_a_run_that_was_trained_to_a_rung_goes_on_bit_exactly(finished: RunConfig, tmp_path: Path) -> None:
+    config = replace(finished, output=str(tmp_path / "promoted"))
+    for step in (4, 6):  # between two checkpoints, and at one
+        train(config, until=step)
+        assert latest_step(config.output) == step
+        # The learning rates are those of all eight steps, and the last step's evaluation is not yet made.
+        assert without_times(Path(config.output)) == without_times(Path(finished.output))[:step]
+    train(config)
+    assert without_times(Path(config.output)) == without_times(Path(finished.output))
+    chex.assert_trees_all_equal(load_model(config.output).params(), load_model(finished.output).params())
+
+
 @pytest.mark.thorough
 def test_a_run_goes_on_from_the_one_before_a_broken_checkpoint(
     finished: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]

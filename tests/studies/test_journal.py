@@ -1,0 +1,104 @@
+"""The journal of a sweep: what a killed worker leaves, and who may join."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gemma2_jax.config import UserError
+from gemma2_jax.studies.journal import JOURNAL, Journal
+
+SWEEP = {"method": "grid", "space": {"seed": [0, 1]}, "trials": None}
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return Journal(tmp_path / "sweep")
+
+
+def test_entries_are_read_back(journal):
+    with journal.joined(SWEEP) as first:
+        assert first
+        journal.append({"run": "a", "step": 10, "value": 2.0, "seconds": 1.5})
+        journal.append({"run": "a", "step": 20, "value": 1.0, "seconds": 2.0})
+        journal.append({"run": "b", "failed": "too hot"})
+        journal.add_point(0, {"rate": "0.1"})
+        journal.add_point(0, {"rate": "0.2"})  # of a worker that drew at the same time
+    found = journal.read()
+    assert found.values == {"a": {10: 2.0, 20: 1.0}}
+    assert found.seconds == {"a": 3.5}
+    assert found.failed == {"b": "too hot"}
+    assert found.points == {0: {"rate": "0.1"}}
+
+
+def test_failures_are_tried_again_by_the_next_sweep_and_not_by_a_worker_that_joins(journal):
+    with journal.joined(SWEEP):
+        journal.append({"run": "b", "failed": "too hot"})
+        with Journal(journal._folder).joined(SWEEP) as first:
+            assert not first
+            assert journal.read().failed
+    with journal.joined(SWEEP) as first:
+        assert first
+        assert not journal.read().failed
+
+
+def test_a_line_that_a_killed_worker_cut_off_is_replaced(journal):
+    with journal.joined(SWEEP):
+        journal.append({"run": "a", "step": 10, "value": 2.0, "seconds": 1.0})
+        path = journal._folder / JOURNAL
+        with path.open("a") as file:
+            file.write('{"run": "b", "st')
+        assert journal.read().values == {"a": {10: 2.0}}
+        journal.append({"run": "c", "step": 10, "value": 3.0, "seconds": 1.0})
+    assert journal.read().values == {"a": {10: 2.0}, "c": {10: 3.0}}
+    path.write_text("nonsense\n")
+    with pytest.raises(UserError, match=r"journal.jsonl is damaged: 'nonsense' is not JSON; restore it, or"):
+        journal.read()
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"method": "random"}, "whose method is grid, but method is now random; give another output="),
+        ({"trials": 4}, "whose trials is null, but trials is now 4"),
+        ({"space": {"seed": [0, 2]}}, "whose space.seed is [0, 1], but space.seed is now [0, 2]"),
+        ({"space": {"rate": [1]}}, "whose space.rate is null, but space.rate is now [1]"),
+    ],
+)
+def test_the_journal_of_another_sweep_is_refused(journal, other, sentence):
+    with journal.joined(SWEEP):
+        pass
+    with pytest.raises(UserError) as caught, journal.joined({**SWEEP, **other}):
+        pass
+    assert str(caught.value).startswith(f"{journal._folder}/{JOURNAL} is the journal of another sweep, ")
+    assert sentence in str(caught.value)
+
+
+def test_a_grid_may_grow(journal):
+    for seeds in ([0, 1], [0, 1, 2]):
+        with journal.joined({**SWEEP, "space": {"seed": seeds}}, may_change=["space"]) as first:
+            assert first
+
+
+def test_a_claim_ends_with_its_process(journal):
+    """Without anything that the process could do about it."""
+    with journal.joined(SWEEP), journal.claim("b") as own:
+        assert own
+        with journal.claim("b") as again:
+            assert not again
+    claims = journal._folder / ".claims"
+    holding = (
+        f"import fcntl, time; f = open({str(claims / 'a')!r}, 'a'); fcntl.flock(f, 2); print(1, flush=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", f"{holding}; time.sleep(600)"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    with journal.claim("a") as own:
+        assert not own
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    with journal.claim("a") as own:
+        assert own
