@@ -164,10 +164,11 @@ class _Composer:
             name = _name(shown, number)
             folder = str(Path(self.output) / re.sub(r"[^A-Za-z0-9_.,=+-]", "-", name))
             settings: dict[str, Any] = {"name": name, "output": folder}
+            if not any(text.startswith("metrics.group=") for text in (*self._base, *own)):
+                settings["metrics.group"] = self.output
             if seed is not None:
                 settings |= {"seed": seed, "data.seed": seed}
-            group = f"metrics.group={self.output}"  # a given one comes later and takes precedence
-            runs.append(Combination(shown, compose([group, *self._base, *own], self._config_dir, settings)))
+            runs.append(Combination(shown, compose([*self._base, *own], self._config_dir, settings)))
         return tuple(runs)
 
 

@@ -4,14 +4,21 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemma2_jax.evaluation.config import EvaluationConfig
     from gemma2_jax.evaluation.harness import Sample, TaskRecord
 
 # Options that are about text, which tasks bring themselves, and their defaults.
-_OF_TEXT = {"text": [], "data": None, "windows": None, "stride": None, "teacher": None, "memorisation": 0}
+_OF_TEXT: dict[str, Any] = {
+    "text": [],
+    "data": None,
+    "windows": None,
+    "stride": None,
+    "teacher": None,
+    "memorisation": 0,
+}
 # Options that are about tasks.
 _OF_TASKS = ("shots", "apply_chat_template", "tasks_folder", "run_code", "samples")
 

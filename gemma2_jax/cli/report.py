@@ -35,10 +35,10 @@ def add_parser(verbs: Verbs) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import sys
 
-    from gemma2_jax.reports.records import counted
-    from gemma2_jax.reports.write import write_report
+    from gemma2_jax.reports.reported_runs import counted
+    from gemma2_jax.reports.write import write_page
 
-    target, content = write_report(arguments.paths, arguments.output, arguments.csv, arguments.markdown)
+    target, content = write_page(arguments.paths, arguments.output, arguments.csv, arguments.markdown)
     for note in content.report.notes:
         print(f"gemma2: {note}", file=sys.stderr)
     others = [file for file in (arguments.csv, arguments.markdown) if file is not None]

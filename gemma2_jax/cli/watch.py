@@ -30,6 +30,6 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gemma2_jax.reports.watch import watch
+    from gemma2_jax.reports.watch import watch_runs
 
-    watch(arguments.folders, arguments.once)
+    watch_runs(arguments.folders, arguments.once)

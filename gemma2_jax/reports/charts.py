@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from gemma2_jax.reports.groups import Group
-from gemma2_jax.reports.intervals import Interval
+from gemma2_jax.reports.groups import RunGroup
+from gemma2_jax.reports.intervals import SeedInterval
 from gemma2_jax.reports.loss_chart import LossChart
 from gemma2_jax.reports.markup import Markup, element
+from gemma2_jax.reports.report_tables import percent, range_text
 from gemma2_jax.reports.scales import spanning
-from gemma2_jax.reports.tables import percent, range_text
 
 _METRICS = (
     ("cross_entropy", "cross-entropy (nats per token)"),
@@ -16,14 +16,14 @@ _METRICS = (
 _OWN_LOSS = ("loss", "loss")
 
 
-def loss_charts(groups: Sequence[Group], styles: Mapping[str, str]) -> list[LossChart]:
+def loss_charts(groups: Sequence[RunGroup], styles: Mapping[str, str]) -> list[LossChart]:
     """Returns a chart for each metric that has curves: cross-entropy and KL, or else the runs' own loss."""
     charts = [LossChart(metric, title, metric, groups, styles) for metric, title in (*_METRICS, _OWN_LOSS)]
     *common, own = charts
     return [chart for chart in common if chart.curves] or ([own] if own.curves else [])
 
 
-def share_chart(rows: Sequence[tuple[str, Interval]], low_name: str, high_name: str) -> Markup:
+def share_chart(rows: Sequence[tuple[str, SeedInterval]], low_name: str, high_name: str) -> Markup:
     """A row for each student, highest first: a dot for its mean share, and its interval.
 
     Args:
@@ -60,7 +60,7 @@ def share_chart(rows: Sequence[tuple[str, Interval]], low_name: str, high_name: 
     return element("div", *lines, class_="shares")
 
 
-def _ends(found: Interval) -> tuple[float, float]:
+def _ends(found: SeedInterval) -> tuple[float, float]:
     if found.low is None or found.high is None:
         return found.mean, found.mean
     return found.low, found.high

@@ -11,7 +11,7 @@ from gemma2_jax.checkpoints.store import CONFIG_FILE
 from gemma2_jax.config import UserError, read_json, read_yaml
 from gemma2_jax.reports.evaluations import check_evaluation
 from gemma2_jax.reports.folders import failure, find_runs
-from gemma2_jax.reports.records import Report, Run, Sample, setting, short_name
+from gemma2_jax.reports.reported_runs import Report, Run, TextSample, setting, short_name
 from gemma2_jax.reports.sizes import read_sizes
 from gemma2_jax.training.metrics import JSON_LINES, scan_metrics
 from gemma2_jax.training.start import DATA_FILE, MACHINE_FILE
@@ -178,10 +178,10 @@ def _last_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _samples(evaluation: Mapping[str, Any]) -> list[Sample]:
+def _samples(evaluation: Mapping[str, Any]) -> list[TextSample]:
     prompts, texts = setting(evaluation, "conditions.prompts") or [], evaluation.get("samples") or []
     pairs = zip(prompts, texts, strict=False)
-    return [Sample(str(prompt), str(text)) for prompt, text in pairs]
+    return [TextSample(str(prompt), str(text)) for prompt, text in pairs]
 
 
 def _data(folder: Path) -> str | None:

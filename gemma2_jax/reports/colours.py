@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from gemma2_jax.reports.groups import Group
+from gemma2_jax.reports.groups import RunGroup
 
 COLOURS = 7
 _DASHES = 2
 REST = "rest"  # class of the groups beyond those
 
 
-def colours(groups: Sequence[Group]) -> dict[str, str]:
+def colours(groups: Sequence[RunGroup]) -> dict[str, str]:
     """Returns the classes of each run by its name. If the groups outnumber the colours, the best are coloured.
 
     The many runs of a sweep have no dashes: all but the best are grey.

@@ -3,22 +3,22 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from gemma2_jax.reports.groups import Group, group
-from gemma2_jax.reports.records import Report
-from gemma2_jax.reports.shares import Share, shares
-from gemma2_jax.reports.tables import (
+from gemma2_jax.reports.groups import RunGroup, grouped_runs
+from gemma2_jax.reports.report_tables import (
     Column,
     differences_table,
     groups_table,
     runs_table,
     shares_table,
 )
+from gemma2_jax.reports.reported_runs import Report
+from gemma2_jax.reports.shares import Share, gap_shares
 
 _MOST_NAMES = 5  # in a sentence
 
 
 @dataclass(frozen=True)
-class Content:
+class ReportContent:
     """The tables of a report and the sentences below them.
 
     Attributes:
@@ -28,12 +28,12 @@ class Content:
     report: Report
 
     @cached_property
-    def groups(self) -> list[Group]:
-        return group(self.report.runs)
+    def groups(self) -> list[RunGroup]:
+        return grouped_runs(self.report.runs)
 
     @cached_property
     def shares(self) -> list[Share]:
-        return shares(self.report.runs)
+        return gap_shares(self.report.runs)
 
     @property
     def has_seeds(self) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma2_jax.reports.records import Run, setting
+from gemma2_jax.reports.reported_runs import Run, setting
 
 AXES = {
     "steps": "optimizer steps",
@@ -17,7 +17,7 @@ _MOST_POINTS = 240  # of a curve; longer ones are averaged over neighbouring row
 
 
 @dataclass(frozen=True)
-class Curve:
+class LossCurve:
     """A metric of one run on one split.
 
     Attributes:
@@ -35,7 +35,7 @@ class Curve:
     averaged: int = 1
 
 
-def curves(run: Run, metric: str) -> list[Curve]:
+def curves(run: Run, metric: str) -> list[LossCurve]:
     """Returns the curves of a metric, one for each split that has it."""
     places = _places(run)
     found = []
@@ -50,7 +50,7 @@ def curves(run: Run, metric: str) -> list[Curve]:
                 if all(part[-1]["step"] in at for part in parts)
             }
             y = [sum(row[metric] for row in part) / len(part) for part in parts]
-            found.append(Curve(run.name, split, x, y, averaged))
+            found.append(LossCurve(run.name, split, x, y, averaged))
     return found
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from gemma2_jax.messages import written
-from gemma2_jax.reports.records import Run, flat
+from gemma2_jax.reports.reported_runs import Run, flat
 
 MISSING = "–"  # a key that a run's configuration lacks
 _OWN = {"name", "output"}  # keys that differ for all runs
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+def differing_keys(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Returns each dotted key whose value is not the same for all runs, with the value of each run as it is typed.
 
     Runs without a configuration are left out of the comparison and have no values.

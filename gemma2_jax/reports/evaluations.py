@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_jax.config import UserError
-from gemma2_jax.reports.records import setting
-from gemma2_jax.reports.tables import Cell, Column, text_cell
+from gemma2_jax.reports.report_tables import Cell, Column, text_cell
+from gemma2_jax.reports.reported_runs import setting
 from gemma2_jax.training.metrics import format_number
 
 _FORMAT = 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gemma2_jax.checkpoints.store import CONFIG_FILE
 from gemma2_jax.config import UserError, read_yaml
-from gemma2_jax.studies.sweep import ERROR_FILE
+from gemma2_jax.studies.worker import ERROR_FILE
 from gemma2_jax.training.metrics import JSON_LINES
 
 _DEEPEST = 6  # levels below a given folder, as in runs/sweeps/NAME/KEYS/RUN

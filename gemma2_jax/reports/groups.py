@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from gemma2_jax.reports.records import Run, flat, setting, short_name
+from gemma2_jax.reports.reported_runs import Run, flat, setting, short_name
 from gemma2_jax.training.resume import MAY_CHANGE
 
 SEEDS = ("seed", "data.seed")
@@ -16,7 +16,7 @@ _PLACES = ("distill.teacher", "distill.cache")  # compared by what they hold
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs that differ only in their seeds.
 
     Attributes:
@@ -39,14 +39,14 @@ class Group:
         return [run.cross_entropy for run in self.runs if run.cross_entropy is not None]
 
 
-def group(runs: Sequence[Run]) -> list[Group]:
+def grouped_runs(runs: Sequence[Run]) -> list[RunGroup]:
     """Returns the groups in the order of their first runs, with distinct names."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(_key(run, runs), []).append(run)
     names = [_common_name(members) for members in found.values()]
     return [
-        Group(name if names.count(name) == 1 else members[0].name, tuple(members))
+        RunGroup(name if names.count(name) == 1 else members[0].name, tuple(members))
         for name, members in zip(names, found.values(), strict=True)
     ]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from gemma2_jax.reports.markup import Markup, element
-from gemma2_jax.reports.tables import Cell, Column
+from gemma2_jax.reports.report_tables import Cell, Column
 
 
 def html_table(

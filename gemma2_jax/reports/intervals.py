@@ -14,7 +14,7 @@ _NORMAL = 1.960
 
 
 @dataclass(frozen=True)
-class Interval:
+class SeedInterval:
     """A mean over seeds.
 
     Attributes:
@@ -32,7 +32,7 @@ class Interval:
     count: int
 
 
-def interval(values: Sequence[float]) -> Interval:
+def seed_interval(values: Sequence[float]) -> SeedInterval:
     """Returns the mean with its 95 % t interval from three values on, and with minimum and maximum for two.
 
     With two values a t interval is wider than any finding: 12.7 standard errors.
@@ -40,9 +40,9 @@ def interval(values: Sequence[float]) -> Interval:
     count = len(values)
     mean = statistics.fmean(values)
     if count == 1:
-        return Interval(mean, None, None, "", count)
+        return SeedInterval(mean, None, None, "", count)
     if count == 2:
-        return Interval(mean, min(values), max(values), "minimum to maximum of 2 seeds", count)
+        return SeedInterval(mean, min(values), max(values), "minimum to maximum of 2 seeds", count)
     quantile = _T[count - 3] if count - 3 < len(_T) else _NORMAL
     reach = quantile * statistics.stdev(values) / math.sqrt(count)
-    return Interval(mean, mean - reach, mean + reach, f"95 % t interval over {count} seeds", count)
+    return SeedInterval(mean, mean - reach, mean + reach, f"95 % t interval over {count} seeds", count)

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from gemma2_jax.reports.colours import REST
-from gemma2_jax.reports.curves import AXES, Curve, curves
-from gemma2_jax.reports.groups import Group
+from gemma2_jax.reports.curves import AXES, LossCurve, curves
+from gemma2_jax.reports.groups import RunGroup
 from gemma2_jax.reports.markup import Markup, element, together
-from gemma2_jax.reports.plots import Axis, axis, dots, line, plot, point, time_axis
 from gemma2_jax.reports.scales import Scale, spanning
+from gemma2_jax.reports.svg import Axis, axis, dots, line, plot, point, time_axis
 
 _SPLITS = {"validation": "validation", "train": "training batches"}
 
@@ -29,7 +29,7 @@ class LossChart:
     """
 
     def __init__(
-        self, identity: str, title: str, metric: str, groups: Sequence[Group], styles: Mapping[str, str]
+        self, identity: str, title: str, metric: str, groups: Sequence[RunGroup], styles: Mapping[str, str]
     ) -> None:
         self.identity, self.title = identity, title
         self._styles = styles
@@ -107,7 +107,7 @@ class LossChart:
             "div", shown, class_="frame", data_axis=name, data_log=str(log).lower(), hidden=not first
         )
 
-    def _line(self, curve: Curve, x: Axis, y: Axis, name: str, number: int) -> Markup:
+    def _line(self, curve: LossCurve, x: Axis, y: Axis, name: str, number: int) -> Markup:
         points = [point(x, y, across, up) for across, up in zip(curve.x[name], curve.y, strict=True)]
         style = f"series {curve.split} {self._styles[curve.run]}"
         parts = [line(points)] if len(points) > 1 else []
@@ -117,11 +117,11 @@ class LossChart:
             "g", *parts, class_=style, data_run=curve.run, data_split=curve.split, data_curve=number
         )
 
-    def _depth(self, curve: Curve) -> tuple[bool, bool]:
+    def _depth(self, curve: LossCurve) -> tuple[bool, bool]:
         """Training below validation, and grey below colours."""
         return curve.split == "validation", self._styles[curve.run] != REST
 
-    def _labels(self, drawn: Sequence[Curve]) -> list[tuple[float, str, str]]:
+    def _labels(self, drawn: Sequence[LossCurve]) -> list[tuple[float, str, str]]:
         """A label for each group, at the mean of its runs' last values."""
         labels = []
         for group in self._groups:
@@ -164,7 +164,7 @@ def _legend_entry(style: str, text: str, runs: Sequence[str]) -> Markup:
     )
 
 
-def _vertical(drawn: Sequence[Curve]) -> Scale:
+def _vertical(drawn: Sequence[LossCurve]) -> Scale:
     """A scale that holds the validations of the runs that did not diverge, and the lower part of the training curves.
 
     Training curves begin at the loss of random guesses, which would flatten everything else.

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-from gemma2_jax.reports.content import Content
+from gemma2_jax.reports.content import ReportContent
 from gemma2_jax.reports.evaluations import evaluation_tables
-from gemma2_jax.reports.records import Run
+from gemma2_jax.reports.report_tables import Column, percent
+from gemma2_jax.reports.reported_runs import Run
 from gemma2_jax.reports.sweep_section import IMPORTANCE_SENTENCE
 from gemma2_jax.reports.sweeps import importance
-from gemma2_jax.reports.tables import Column, percent
 from gemma2_jax.studies.tables import Table, code
 
 
-def markdown(content: Content) -> str:
+def markdown(content: ReportContent) -> str:
     """Returns the report as Markdown."""
     report = content.report
     parts = [f"# {_plain(report.title)}"]

@@ -11,13 +11,13 @@ import yaml
 import gemma2_jax
 from gemma2_jax.reports.charts import loss_charts, share_chart
 from gemma2_jax.reports.colours import colours
-from gemma2_jax.reports.content import Content
+from gemma2_jax.reports.content import ReportContent
 from gemma2_jax.reports.curves import has_estimated_time
 from gemma2_jax.reports.evaluations import evaluation_tables
 from gemma2_jax.reports.html_tables import html_table
 from gemma2_jax.reports.loss_chart import LossChart
 from gemma2_jax.reports.markup import Markup, element, together
-from gemma2_jax.reports.records import Run, counted
+from gemma2_jax.reports.reported_runs import Run, counted
 from gemma2_jax.reports.sweep_section import sweep_section
 
 _HERE = Path(__file__).parent
@@ -25,7 +25,7 @@ _MOST_FOR_A_FILTER = 5  # rows that need none
 _MOST_DETAILS = 6  # below one another
 
 
-def page(content: Content, made: datetime) -> str:
+def page(content: ReportContent, made: datetime) -> str:
     """Returns the report as the text of an HTML file.
 
     Args:
@@ -83,7 +83,7 @@ def page(content: Content, made: datetime) -> str:
     return f"<!doctype html>\n{root}\n"
 
 
-def _runs(content: Content) -> Markup | None:
+def _runs(content: ReportContent) -> Markup | None:
     if not content.report.runs:
         return None
     parts: list[Markup] = []
@@ -106,13 +106,13 @@ def _runs(content: Content) -> Markup | None:
     return together(*parts, element("p", " ".join(content.scores_sentences), class_="quiet"))
 
 
-def _seeds(content: Content) -> Markup | None:
+def _seeds(content: ReportContent) -> Markup | None:
     if not content.has_seeds:
         return None
     return together(html_table(content.groups_table, "seeds"))
 
 
-def _shares(content: Content) -> Markup | None:
+def _shares(content: ReportContent) -> Markup | None:
     if not content.shares:
         return None
     closed = [(share.student, share.closed) for share in content.shares if share.closed is not None]
@@ -133,7 +133,7 @@ def _curves(charts: Sequence[LossChart]) -> Markup | None:
     return together(*(chart.figure() for chart in charts)) if charts else None
 
 
-def _evaluations(content: Content) -> Markup | None:
+def _evaluations(content: ReportContent) -> Markup | None:
     if not content.report.evaluations:
         return None
     parts = []
@@ -163,7 +163,7 @@ def _samples(runs: Sequence[Run], styles: Mapping[str, str]) -> Markup | None:
     return together(*parts)
 
 
-def _settings(content: Content) -> Markup | None:
+def _settings(content: ReportContent) -> Markup | None:
     configured = [run for run in content.report.runs if run.config]
     if not configured:
         return None
@@ -186,7 +186,7 @@ def _complete_settings(run: Run) -> Markup:
     return element("details", element("summary", f"All settings of {run.name}"), element("pre", text))
 
 
-def _machine(content: Content) -> Markup:
+def _machine(content: ReportContent) -> Markup:
     machines = content.report.machines
     lines = [element("p", machine) for machine in machines]
     if not machines:

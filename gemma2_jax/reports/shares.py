@@ -10,16 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from gemma2_jax.reports.groups import (
-    Group,
+    RunGroup,
     by_seed,
-    group,
     has_teacher,
     result_settings,
     seed_of,
     teacher_of,
 )
-from gemma2_jax.reports.intervals import Interval, interval
-from gemma2_jax.reports.records import Run, setting
+from gemma2_jax.reports.intervals import SeedInterval, seed_interval
+from gemma2_jax.reports.reported_runs import Run, setting
 
 # Settings in which a student may differ from the run from scratch that it is compared with.
 _TRAINED_BY = ("objective.", "distill.", "optimizer.")
@@ -40,16 +39,16 @@ class Share:
     """
 
     student: str
-    closed: Interval | None
-    kept: Interval | None
+    closed: SeedInterval | None
+    kept: SeedInterval | None
     scratch: str
     teacher: str | None
     full: str | None
 
 
-def shares(runs: Sequence[Run]) -> list[Share]:
+def gap_shares(runs: Sequence[Run]) -> list[Share]:
     """Returns the shares of all students that have a run from scratch of the same sizes, data and tokens."""
-    groups = [found for found in group(runs) if found.losses]
+    groups = [found for found in grouped_runs(runs) if found.losses]
     teachers = {id(teacher) for run in runs if (teacher := teacher_of(run, runs)) is not None}
     students = [found for found in groups if has_teacher(found.runs[0])]
     plain = [
@@ -74,7 +73,7 @@ def shares(runs: Sequence[Run]) -> list[Share]:
     return found
 
 
-def _paired(student: Group, scratch: Group, goal: Callable[[Run], Run | None]) -> Interval | None:
+def _paired(student: RunGroup, scratch: RunGroup, goal: Callable[[Run], Run | None]) -> SeedInterval | None:
     """Returns (scratch - student) / (scratch - goal) over the seeds; None if a seed has no positive denominator."""
     partner = _partner(scratch)
     values = []
@@ -85,10 +84,10 @@ def _paired(student: Group, scratch: Group, goal: Callable[[Run], Run | None]) -
         if base.cross_entropy is None or base.cross_entropy <= best.cross_entropy:
             return None
         values.append((base.cross_entropy - run.cross_entropy) / (base.cross_entropy - best.cross_entropy))
-    return interval(values) if values else None
+    return seed_interval(values) if values else None
 
 
-def _partner(other: Group) -> Callable[[Run], Run | None]:
+def _partner(other: RunGroup) -> Callable[[Run], Run | None]:
     """Returns a function from a run to the run of `other` with its seed, or to its only run."""
     seeds = by_seed(other.runs)
     return lambda run: seeds.get(seed_of(run), other.runs[0] if len(other.runs) == 1 else None)
@@ -103,7 +102,7 @@ def _comparable(student: Run, scratch: Run) -> bool:
     return settings[0] == settings[1] and student.data == scratch.data
 
 
-def _online_student(student: Group, students: Sequence[Group], runs: Sequence[Run]) -> Group | None:
+def _online_student(student: RunGroup, students: Sequence[RunGroup], runs: Sequence[Run]) -> RunGroup | None:
     teacher = teacher_of(student.runs[0], runs)
     return _best(
         other
@@ -124,10 +123,10 @@ def _is_online(run: Run) -> bool:
     return has_teacher(run) and settings == [None, None, None]
 
 
-def _best(groups: Iterable[Group]) -> Group | None:
+def _best(groups: Iterable[RunGroup]) -> RunGroup | None:
     """Returns the group with the lowest mean cross-entropy; None without groups."""
     return min(groups, key=lambda found: statistics.fmean(found.losses), default=None)
 
 
-def _name_of(run: Run, groups: Sequence[Group]) -> str:
+def _name_of(run: Run, groups: Sequence[RunGroup]) -> str:
     return next((found.name for found in groups if any(member is run for member in found.runs)), run.name)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from gemma2_jax.reports.groups import SEEDS, Group
+from gemma2_jax.reports.groups import SEEDS, RunGroup
 from gemma2_jax.reports.markup import Markup, element, together
-from gemma2_jax.reports.plots import Axis, axis, dots, line, plot, point
-from gemma2_jax.reports.records import Run
+from gemma2_jax.reports.reported_runs import Run
 from gemma2_jax.reports.scales import Scale, spanning
-from gemma2_jax.reports.sweeps import Grid, grid, importance, number, ordered, swept_keys
+from gemma2_jax.reports.svg import Axis, axis, dots, line, plot, point
+from gemma2_jax.reports.sweeps import Grid, heat_grid, importance, numeric_value, ordered, swept_keys
 from gemma2_jax.training.metrics import format_number
 
 IMPORTANCE_SENTENCE = (
@@ -20,7 +20,9 @@ _MOST_KEYS = 8
 _WIDE = 8.0  # ratio of the largest to the smallest number from which a scale is logarithmic
 
 
-def sweep_section(runs: Sequence[Run], groups: Sequence[Group], styles: Mapping[str, str]) -> Markup | None:
+def sweep_section(
+    runs: Sequence[Run], groups: Sequence[RunGroup], styles: Mapping[str, str]
+) -> Markup | None:
     """Returns the part of the page; None if the runs are of no sweep or have no results."""
     scored = [run for run in runs if run.cross_entropy is not None]
     keys = [key for key in swept_keys(scored) if key not in SEEDS]
@@ -35,7 +37,7 @@ def sweep_section(runs: Sequence[Run], groups: Sequence[Group], styles: Mapping[
             _bars(shares),
             element("p", IMPORTANCE_SENTENCE, class_="quiet"),
         ]
-    if (found := grid(scored)) is not None:
+    if (found := heat_grid(scored)) is not None:
         parts += [
             element("h3", f"Cross-entropy over {found.rows[0]} and {found.columns[0]}"),
             _heat_map(found),
@@ -120,7 +122,7 @@ def _key_plot(key: str, runs: Sequence[Run], styles: Mapping[str, str]) -> Marku
 
 def _across(key: str, values: Sequence[str]) -> tuple[Axis, dict[str, float]]:
     """Returns the axis of a key, and the position of each value: of numbers to scale, of others in order."""
-    numbers = {value: number(value) for value in values}
+    numbers = {value: numeric_value(value) for value in values}
     known = [each for each in numbers.values() if each is not None]
     if len(known) < len(values):
         place = {value: float(number) for number, value in enumerate(values)}

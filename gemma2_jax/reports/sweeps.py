@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from gemma2_jax.reports.groups import SEEDS
-from gemma2_jax.reports.records import Run
+from gemma2_jax.reports.reported_runs import Run
 
 _MOST_VALUES = 6  # a number with more distinct values is divided into quarters of the runs
 _QUARTERS = 4
@@ -57,7 +57,7 @@ def importance(runs: Sequence[Run]) -> dict[str, float]:
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def grid(runs: Sequence[Run]) -> Grid | None:
+def heat_grid(runs: Sequence[Run]) -> Grid | None:
     """Returns the grid of a sweep over exactly two keys besides the seed; None for other sweeps."""
     scored = [run for run in runs if run.cross_entropy is not None]
     keys = [key for key in swept_keys(scored) if key not in SEEDS]
@@ -76,7 +76,7 @@ def grid(runs: Sequence[Run]) -> Grid | None:
     return Grid(rows, columns, {place: fmean(losses) for place, losses in found.items()})
 
 
-def number(text: str) -> float | None:
+def numeric_value(text: str) -> float | None:
     """Returns the finite number that a value is; None for other values."""
     try:
         found = float(text)
@@ -86,7 +86,7 @@ def number(text: str) -> float | None:
 
 
 def ordered(values: set[str]) -> list[str]:
-    numbers = {value: number(value) for value in values}
+    numbers = {value: numeric_value(value) for value in values}
     if None in numbers.values():
         return sorted(values)
     return sorted(values, key=lambda value: numbers[value] or 0.0)
@@ -95,9 +95,9 @@ def ordered(values: set[str]) -> list[str]:
 def _parts(values: Sequence[str]) -> list[int]:
     """Returns the number of the part that each run falls into: its value, or its quarter of many numbers."""
     distinct = ordered(set(values))
-    if len(distinct) <= _MOST_VALUES or any(number(value) is None for value in distinct):
+    if len(distinct) <= _MOST_VALUES or any(numeric_value(value) is None for value in distinct):
         return [distinct.index(value) for value in values]
-    ranks = _ranks([number(value) or 0.0 for value in values])
+    ranks = _ranks([numeric_value(value) or 0.0 for value in values])
     return [min(int(_QUARTERS * (rank - 0.5) / len(values)), _QUARTERS - 1) for rank in ranks]
 
 

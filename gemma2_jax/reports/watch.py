@@ -13,14 +13,14 @@ from rich.text import Text
 
 from gemma2_jax.config import UserError
 from gemma2_jax.reports.folders import find_runs
-from gemma2_jax.reports.progress import (
+from gemma2_jax.reports.run_progress import (
     FAILED,
     FINISHED,
     RUNNING,
     STALLED,
     STARTING,
     STOPPED,
-    Progress,
+    RunProgress,
     progress_of,
 )
 from gemma2_jax.training.metrics import format_number
@@ -39,7 +39,7 @@ _HEAD = 4  # lines around the rows
 _WIDE = 200  # columns of a pipe, which has no width
 
 
-def watch(folders: Sequence[str], once: bool) -> None:
+def watch_runs(folders: Sequence[str], once: bool) -> None:
     """Shows a table of the runs at or below the folders until the process is stopped.
 
     Args:
@@ -66,7 +66,7 @@ def watch(folders: Sequence[str], once: bool) -> None:
             time.sleep(_EVERY)
 
 
-def look(folders: Sequence[str]) -> list[Progress]:
+def look(folders: Sequence[str]) -> list[RunProgress]:
     """Returns how far each run is: those in progress first, then the others, the last one changed first."""
     runs = dict.fromkeys(run for folder in folders for run in find_runs(Path(folder)))
     found = [progress_of(run) for run in runs]
@@ -77,7 +77,7 @@ def look(folders: Sequence[str]) -> list[Progress]:
     )
 
 
-def table(found: Sequence[Progress], most: int) -> Table:
+def table(found: Sequence[RunProgress], most: int) -> Table:
     """Returns a table with a row for each run, at most `most` of them."""
     shown = found[: max(most, 1)]
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -95,7 +95,7 @@ def table(found: Sequence[Progress], most: int) -> Table:
     return grid
 
 
-def _cells(run: Progress, above: str) -> list[Text]:
+def _cells(run: RunProgress, above: str) -> list[Text]:
     state = run.state
     if state == STALLED and run.silence is not None:
         state = f"{state}, no row for {duration(run.silence)}"

@@ -8,18 +8,18 @@ from pathlib import Path
 from gemma2_jax.config import UserError, check_place, usable
 from gemma2_jax.files import write_text
 from gemma2_jax.reports.collect import collect
-from gemma2_jax.reports.content import Content
+from gemma2_jax.reports.content import ReportContent
 from gemma2_jax.reports.markdown import markdown
 from gemma2_jax.reports.page import page
-from gemma2_jax.reports.tables import runs_csv
+from gemma2_jax.reports.report_tables import runs_csv
 
 _PAGE = "report.html"
 _ENDINGS = {"--output": (".html", ".htm"), "--csv": (".csv",), "--markdown": (".md",)}
 
 
-def write_report(
+def write_page(
     paths: Sequence[str], output: str | None = None, csv: str | None = None, markdown_file: str | None = None
-) -> tuple[Path, Content]:
+) -> tuple[Path, ReportContent]:
     """Writes the report of runs, sweeps, studies and evaluations.
 
     Args:
@@ -33,7 +33,7 @@ def write_report(
     Raises:
         UserError: a path holds neither a run nor an evaluation, or a file cannot be written.
     """
-    content = Content(collect(paths))
+    content = ReportContent(collect(paths))
     target = default_output(paths) if output is None else Path(output)
     files = {"--output": target}
     texts = {"--output": page(content, datetime.now())}

@@ -16,7 +16,7 @@ from gemma2_jax.training.progress import duration
 
 
 @dataclass(frozen=True)
-class Cost:
+class SweepCost:
     """The cost of a sweep if no run fails.
 
     Attributes:
@@ -30,7 +30,7 @@ class Cost:
     work: float
 
 
-def sweep_cost(sweep: Sweep) -> Cost:
+def sweep_cost(sweep: Sweep) -> SweepCost:
     """Returns the cost of the whole sweep.
 
     With rungs, it is not known which trials are trained further, so their mean is taken; for a method that draws from
@@ -39,7 +39,7 @@ def sweep_cost(sweep: Sweep) -> Cost:
     runs = [run.config for trial in sweep.trials for run in trial]
     seeds = len(sweep.trials[0])
     if not sweep.is_adaptive and not sweep.settings.rungs:
-        return Cost(
+        return SweepCost(
             len(runs),
             sum(config.training.steps * _tokens(config) for config in runs),
             sum(config.training.steps * _tokens(config) * _parameters(config) for config in runs),
@@ -48,7 +48,7 @@ def sweep_cost(sweep: Sweep) -> Cost:
     steps = planned_steps(sweep.halving, ends) * seeds
     tokens = statistics.mean(map(_tokens, runs))
     work = statistics.mean(_tokens(config) * _parameters(config) for config in runs)
-    return Cost(sweep.total * seeds, round(steps * tokens), steps * work)
+    return SweepCost(sweep.total * seeds, round(steps * tokens), steps * work)
 
 
 def describe_cost(sweep: Sweep, workers: int) -> str:

@@ -18,7 +18,7 @@ def test_two_runs_become_a_page_in_the_browser(
     write_run("runs/a")
     write_run("runs/b", 3.0)
     opened: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", lambda address: opened.append(address) or True)
+    monkeypatch.setattr(webbrowser, "open", opened.append)
     assert main(["report", "runs/a", "runs/b", "--open"]) == 0
     assert opened == [(tmp_path / "runs/report.html").as_uri()]
     assert capsys.readouterr().out == "report of 2 runs in runs/report.html\n"

@@ -188,12 +188,13 @@ def test_a_sweep_with_a_failure_exits_with_1(monkeypatch, succeeds, code):
 
 
 def test_trackers_group_the_runs_of_a_sweep_or_study(quickstart):
-    found, output = compose_sweep(["seed=1,2"], None)
-    assert {combination.config.metrics.group for combination in found} == {output}
-    given, _ = compose_sweep(["seed=1,2", "metrics.group=mine", "metrics=wandb"], None)
-    assert {combination.config.metrics.group for combination in given} == {"mine"}
-    odd, _ = compose_sweep(["seed=1,2", "output='out, of {all}'"], None)
-    assert {combination.config.metrics.group for combination in odd} == {"out, of {all}"}
+    def groups(*overrides):
+        sweep = compose_sweep(["seed=1,2", *overrides], None)
+        return {each.config.metrics.group for trial in sweep.trials for each in trial}
+
+    assert groups() == {compose_sweep(["seed=1,2"], None).output}
+    assert groups("metrics.group=mine", "metrics=wandb") == {"mine"}
+    assert groups("output='out, of {all}'") == {"out, of {all}"}
     runs, _ = compose_study("quickstart", quickstart, ["output=out/q"], None)
     assert {run.metrics.group for run in runs.values()} == {"out/q"}
     runs, _ = compose_study("quickstart", quickstart, ["scratch.metrics.group=mine"], None)

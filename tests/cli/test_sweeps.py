@@ -274,10 +274,17 @@ def test_what_cannot_be_trained_together_is_refused(described):
 def test_a_group_is_trained_in_one_program(students, monkeypatch):
     grouped, alone = [], []
     together, train = worker.train_together, stages.train
-    monkeypatch.setattr(
-        worker, "train_together", lambda runs: (grouped.append([run.name for run in runs]), together(runs))
-    )
-    monkeypatch.setattr(stages, "train", lambda run, until: (alone.append(run.name), train(run, until=until)))
+
+    def train_group(runs):
+        grouped.append([run.name for run in runs])
+        together(runs)
+
+    def train_alone(run, until):
+        alone.append(run.name)
+        train(run, until=until)
+
+    monkeypatch.setattr(worker, "train_together", train_group)
+    monkeypatch.setattr(stages, "train", train_alone)
     monkeypatch.setattr(worker, "prepare_all", lambda configs, console: None)
     assert run_sweep(with_groups(students), Console(quiet=True))
     assert (grouped, alone) == ([["0.01", "0.003", "0.001"]], ["longer"])

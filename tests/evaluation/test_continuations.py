@@ -103,7 +103,7 @@ def test_scores_equal_those_of_all_logits(model: Gemma2) -> None:
 
 def test_texts_that_begin_another_share_its_row(model: Gemma2) -> None:
     """Answers of one token to one question are scored in one row, and so is a question that another one extends."""
-    scorer, done = ContinuationScorer(model, ComputeConfig(), batch_size=1), []
+    scorer, done = ContinuationScorer(model, ComputeConfig(), batch_size=1), list[int]()
     question = [BOS, *range(10, 20)]
     windows = [ScoredText([*question, answer], 1) for answer in range(30, 34)]
     windows += [ScoredText([*question, 33, 34], 1), ScoredText([BOS, 11, 12], 2)]
@@ -115,7 +115,7 @@ def test_texts_that_begin_another_share_its_row(model: Gemma2) -> None:
 
 def test_longer_answers_to_one_question_are_branches_of_its_row(model: Gemma2) -> None:
     """The question is longer than the sliding window, and one answer needs no branch."""
-    scorer, done = ContinuationScorer(model, ComputeConfig(), batch_size=1), []
+    scorer, done = ContinuationScorer(model, ComputeConfig(), batch_size=1), list[int]()
     question = [BOS, *range(10, 23)]
     answers = [[30, 31], [30, 32, 33], [40, 41, 42, 43, 44], [50]]
     windows = [ScoredText([*question, *answer], len(answer)) for answer in answers]

@@ -151,7 +151,7 @@ def requests(*arguments: tuple[Any, ...]) -> list[Any]:
 def test_every_window_begins_with_one_bos(
     ours: Gemma2, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, seen = adapter(ours, tokenizer, max_length=24), []
+    model, seen = adapter(ours, tokenizer, max_length=24), list[Any]()
 
     def score(_: Any, windows: Sequence[Any], show: Any) -> list[Any]:
         seen.extend(window.tokens for window in windows)

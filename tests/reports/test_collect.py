@@ -8,8 +8,8 @@ import pytest
 
 from gemma2_jax.config import UserError
 from gemma2_jax.reports.collect import collect
-from gemma2_jax.reports.differences import differences
-from gemma2_jax.reports.tables import state
+from gemma2_jax.reports.differences import differing_keys
+from gemma2_jax.reports.report_tables import state
 from tests.reports.conftest import WriteRun
 
 
@@ -154,7 +154,7 @@ def test_an_evaluation_counts_until_the_run_goes_on(write_run: WriteRun) -> None
 
 def test_differences_are_only_the_keys_that_differ(write_run: WriteRun) -> None:
     folders = [write_run("a", changes={"seed": 3}), write_run("b", changes={"optimizer.kind": "muon"})]
-    assert differences(collect(folders).runs) == {"seed": ["3", "0"], "optimizer.kind": ["adamw", "muon"]}
+    assert differing_keys(collect(folders).runs) == {"seed": ["3", "0"], "optimizer.kind": ["adamw", "muon"]}
 
 
 def test_what_holds_no_run_is_refused(tmp_path: Path) -> None:

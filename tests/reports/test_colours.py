@@ -9,8 +9,8 @@ import pytest
 
 import gemma2_jax
 from gemma2_jax.reports.colours import COLOURS, REST, colours
-from gemma2_jax.reports.groups import Group
-from gemma2_jax.reports.records import Run
+from gemma2_jax.reports.groups import RunGroup
+from gemma2_jax.reports.reported_runs import Run
 
 # Machado, Oliveira and Fernandes, A physiologically-based model for simulation of color vision deficiency, 2009,
 # severity 1.0, for linear RGB.
@@ -63,12 +63,12 @@ def test_colours_stand_out_from_the_page() -> None:
         assert all(max(level, levels[0]) / min(level, levels[0]) >= 3 for level in levels[1:])  # WCAG 1.4.11
 
 
-def groups(count: int, **values: str) -> list[Group]:
+def groups(count: int, **values: str) -> list[RunGroup]:
     """Groups of one run each, the last one best."""
     runs = [
         Run(str(place), Path("."), scores={"cross_entropy": -place}, values=values) for place in range(count)
     ]
-    return [Group(run.name, (run,)) for run in runs]
+    return [RunGroup(run.name, (run,)) for run in runs]
 
 
 def test_after_the_colours_come_dashes_and_then_grey() -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from gemma2_jax.reports.collect import collect
-from gemma2_jax.reports.content import Content
+from gemma2_jax.reports.content import ReportContent
 from gemma2_jax.reports.curves import training_seconds
 from gemma2_jax.reports.markdown import markdown
 from gemma2_jax.reports.page import page
-from gemma2_jax.reports.records import Report, Sample
-from gemma2_jax.reports.tables import runs_csv
+from gemma2_jax.reports.report_tables import runs_csv
+from gemma2_jax.reports.reported_runs import Report, TextSample
 from tests.reports.conftest import WriteRun
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&|\x00"
@@ -25,7 +25,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def written(report: Report) -> str:
-    return page(Content(report), datetime(2026, 1, 2, 3, 4))
+    return page(ReportContent(report), datetime(2026, 1, 2, 3, 4))
 
 
 def parsed(text: str) -> ET.Element:
@@ -125,7 +125,9 @@ def test_a_page_of_evaluations_alone() -> None:
 def test_all_text_is_escaped(write_run: WriteRun) -> None:
     report = collect([write_run("a"), write_run("b", 3.0, {"optimizer.kind": HOSTILE})])
     runs = [
-        dataclasses.replace(run, name=f"{HOSTILE}{place}", samples=[Sample(HOSTILE, HOSTILE)], error=HOSTILE)
+        dataclasses.replace(
+            run, name=f"{HOSTILE}{place}", samples=[TextSample(HOSTILE, HOSTILE)], error=HOSTILE
+        )
         for place, run in enumerate(report.runs)
     ]
     evaluation = {
@@ -140,7 +142,7 @@ def test_all_text_is_escaped(write_run: WriteRun) -> None:
     assert not list(root.iter("img"))
     assert not [each for each in root.iter() if any(name.startswith("on") for name in each.attrib)]
     assert data(text)["cross_entropy"][0]["run"] == f"{HOSTILE}0"
-    assert "<script" not in re.sub(r"`[^`]*`", "", markdown(Content(hostile)))
+    assert "<script" not in re.sub(r"`[^`]*`", "", markdown(ReportContent(hostile)))
 
 
 @pytest.mark.parametrize("losses", [[None], [4.0], [None, 4.0]])
@@ -187,7 +189,7 @@ def test_time_is_that_of_the_rows_or_estimated(write_run: WriteRun) -> None:
 
 
 def test_the_csv_has_plain_numbers(study: Path) -> None:
-    content = Content(collect([study]))
+    content = ReportContent(collect([study]))
     rows = list(csv.DictReader(io.StringIO(runs_csv(content.report.runs, content.groups))))
     row = next(row for row in rows if row["run"] == "cached-1")
     assert (row["group"], row["seed"], row["distill.cache"]) == ("cached", "1", "elsewhere/caches/1")
@@ -197,9 +199,9 @@ def test_the_csv_has_plain_numbers(study: Path) -> None:
 
 
 def test_the_markdown_has_the_tables(study: Path, sweep: Path) -> None:
-    text = markdown(Content(collect([study])))
+    text = markdown(ReportContent(collect([study])))
     assert text.startswith("# Which &lt;source>?\n")
     assert "| online | 50.0 % | 50.0 % to 50.0 % |" in text.replace("50.0 to", "50.0 % to")
     assert "95 % t interval over 3 seeds" in text
     assert "- A machine, 2 cores" in text
-    assert "| optimizer.learning_rate |" in markdown(Content(collect([sweep])))
+    assert "| optimizer.learning_rate |" in markdown(ReportContent(collect([sweep])))

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from gemma2_jax.reports.plots import time_axis
 from gemma2_jax.reports.scales import Scale, spanning, tick_labels, ticks
+from gemma2_jax.reports.svg import time_axis
 
 
 @pytest.mark.parametrize("low", [0.0, 1e-6, 3.0, -5.0, 1e12])

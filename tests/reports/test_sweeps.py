@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gemma2_jax.reports.collect import collect
-from gemma2_jax.reports.records import Run
-from gemma2_jax.reports.sweeps import grid, importance, swept_keys
+from gemma2_jax.reports.reported_runs import Run
+from gemma2_jax.reports.sweeps import heat_grid, importance, swept_keys
 
 
 def run(loss: float | None, **values: str) -> Run:
@@ -68,7 +68,7 @@ def test_a_key_without_repeated_values_has_no_share() -> None:
 def test_the_grid_over_two_keys_averages_seeds(sweep: Path) -> None:
     runs = collect([sweep]).runs
     assert swept_keys(runs) == ["optimizer.learning_rate", "optimizer.weight_decay", "seed"]
-    found = grid(runs)
+    found = heat_grid(runs)
     assert found is not None
     assert found.rows == ("optimizer.weight_decay", ("0.0", "0.3"))
     assert found.columns == ("optimizer.learning_rate", ("0.001", "0.01", "0.1"))
@@ -77,7 +77,7 @@ def test_the_grid_over_two_keys_averages_seeds(sweep: Path) -> None:
 
 
 def test_a_sweep_over_other_numbers_of_keys_has_no_grid() -> None:
-    assert grid([run(1.0, a="x"), run(2.0, a="y")]) is None
-    assert grid([run(1.0, a="x", b="p", c="1"), run(2.0, a="y", b="q", c="2")]) is None
+    assert heat_grid([run(1.0, a="x"), run(2.0, a="y")]) is None
+    assert heat_grid([run(1.0, a="x", b="p", c="1"), run(2.0, a="y", b="q", c="2")]) is None
     scattered = [run(float(place), a=str(place), b=str(-place)) for place in range(10)]
-    assert grid(scattered) is None
+    assert heat_grid(scattered) is None

@@ -7,7 +7,7 @@ from gemma2_jax.studies import samplers
 from gemma2_jax.studies.samplers import check_optuna, quasi_random_points, tpe_point
 from gemma2_jax.studies.space import Choices, Interval
 
-SPACE = {
+SPACE: dict[str, Choices | Interval] = {
     "rate": Interval("log_uniform", 1e-4, 1e-1),
     "layers": Interval("int", 2, 8),
     "model": Choices(("toy", "null")),

@@ -353,7 +353,7 @@ def test_runs_of_another_sweep_in_the_folder_are_refused_before_any_training(sta
 @pytest.mark.parametrize("workers", [1, 3])
 def test_points_drawn_from_results_do_not_depend_on_the_workers(stage, no_plots, toy, workers, monkeypatch):
     pytest.importorskip("optuna")
-    space = {"optimizer.learning_rate": {"uniform": (0.1, 0.9)}}
+    space: Any = {"optimizer.learning_rate": {"uniform": (0.1, 0.9)}}
     config = SweepConfig("tpe", space=space, trials=14, parallel=3, sampler_seed=5)
 
     base = toy("base")

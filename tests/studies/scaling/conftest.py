@@ -110,9 +110,9 @@ def taught(
             Curve(SUPERVISED, TRUE).loss(np.array(made.parameters(width)), np.array(made.tokens(steps)))
         )
         students = Curve(curve.law, curve.parameters, known)
-        made.grid(
-            f"from-{width}",
-            lambda n, d, at=students: float(at.loss(np.array(n), np.array(d))),
-            teacher=str(teacher),
-        )
+
+        def loss(n: float, d: float, at: Curve = students) -> float:
+            return float(at.loss(np.array(n), np.array(d)))
+
+        made.grid(f"from-{width}", loss, teacher=str(teacher))
     return made

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Sample:
+class TextSample:
     """A completion of a prompt."""
 
     prompt: str
@@ -41,7 +41,7 @@ class Run:
     scores: Mapping[str, float] = field(default_factory=dict)
     whole_split: bool = False
     values: Mapping[str, str] = field(default_factory=dict)
-    samples: Sequence[Sample] = ()
+    samples: Sequence[TextSample] = ()
     flops_per_token: float | None = None
     data: str | None = None
     error: str | None = None

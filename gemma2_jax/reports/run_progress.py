@@ -11,7 +11,7 @@ from gemma2_jax.checkpoints.store import CONFIG_FILE
 from gemma2_jax.config import UserError, read_yaml
 from gemma2_jax.files import is_locked
 from gemma2_jax.reports.folders import failure
-from gemma2_jax.reports.records import setting
+from gemma2_jax.reports.reported_runs import setting
 from gemma2_jax.training.metrics import JSON_LINES, scan_metrics
 
 _SILENCE = (
@@ -25,7 +25,7 @@ RUNNING, STARTING, STALLED, STOPPED, FAILED, FINISHED = (
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """How far a run is.
 
     Attributes:
@@ -52,7 +52,7 @@ class Progress:
     silence: float | None = None
 
 
-def progress_of(folder: Path, now: float | None = None) -> Progress:
+def progress_of(folder: Path, now: float | None = None) -> RunProgress:
     """Returns how far the run in a folder is.
 
     Args:
@@ -68,7 +68,7 @@ def progress_of(folder: Path, now: float | None = None) -> Progress:
     silence = None if changed is None else max(0.0, (time.time() if now is None else now) - changed)
     is_done = steps is not None and bool(validations) and validations[-1]["step"] >= steps
     usual = 0.0 if each is None else each * (setting(config, "training.log_every") or 1)
-    return Progress(
+    return RunProgress(
         folder,
         FINISHED if is_done else _state(folder, silence, usual),
         step,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gemma2_jax.files import is_locked, locked
-from gemma2_jax.reports.progress import progress_of
+from gemma2_jax.reports.run_progress import progress_of
 from tests.reports.conftest import WriteRun
 
 LAST = 1_000_000.0  # when the last row was written, in seconds since the epoch
@@ -24,7 +24,7 @@ def test_a_run_in_progress(folder: Path) -> None:
     with locked(folder, wait=False):
         found = progress_of(folder, LAST + 5)
     assert (found.state, found.step, found.steps) == ("running", 20, 40)
-    assert (found.loss, found.validation) == (pytest.approx(4.0), pytest.approx(4.0))
+    assert [found.loss, found.validation] == pytest.approx([4.0, 4.0])
     assert (found.tokens_per_second, found.left, found.silence) == (64.0, 40.0, 5.0)
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from statistics import median
 
 from gemma2_jax.reports.curves import training_flops, training_seconds
-from gemma2_jax.reports.differences import differences
-from gemma2_jax.reports.groups import Group
-from gemma2_jax.reports.intervals import Interval, interval
-from gemma2_jax.reports.records import Run
+from gemma2_jax.reports.differences import differing_keys
+from gemma2_jax.reports.groups import RunGroup
+from gemma2_jax.reports.intervals import SeedInterval, seed_interval
+from gemma2_jax.reports.reported_runs import Run
 from gemma2_jax.reports.scales import power_text
 from gemma2_jax.reports.shares import Share
-from gemma2_jax.reports.sweeps import number, swept_keys
+from gemma2_jax.reports.sweeps import numeric_value, swept_keys
 from gemma2_jax.training.metrics import format_number
 from gemma2_jax.training.progress import duration
 
@@ -75,10 +75,10 @@ def runs_table(runs: Sequence[Run]) -> list[Column]:
     return [column for column in columns if any(cell.value is not None for cell in column.cells)]
 
 
-def groups_table(groups: Sequence[Group]) -> list[Column]:
+def groups_table(groups: Sequence[RunGroup]) -> list[Column]:
     """Returns the columns of a table of means over seeds, with a row for each group that has a loss."""
     scored = [group for group in groups if group.losses]
-    found = [interval(group.losses) for group in scored]
+    found = [seed_interval(group.losses) for group in scored]
     return [
         Column("runs", [text_cell(group.name) for group in scored], True),
         Column("seeds", [_whole(each.count) for each in found]),
@@ -108,7 +108,7 @@ def shares_table(found: Sequence[Share]) -> list[Column]:
 
 def differences_table(runs: Sequence[Run]) -> list[Column]:
     """Returns the columns of a table of settings that differ: a row for each key, or for each run if those are many."""
-    found = differences(runs)
+    found = differing_keys(runs)
     if not found:
         return []
     names = [run.name for run in runs]
@@ -123,16 +123,16 @@ def differences_table(runs: Sequence[Run]) -> list[Column]:
     return columns + [_settings_column(key, values) for key, values in found.items()]
 
 
-def runs_csv(runs: Sequence[Run], groups: Sequence[Group]) -> str:
+def runs_csv(runs: Sequence[Run], groups: Sequence[RunGroup]) -> str:
     """Returns a CSV file with a row for each run: its settings that differ, and its results in plain numbers."""
     group_of = {run.name: group.name for group in groups for run in group.runs}
-    table: dict[str, list[object]] = {
+    table: dict[str, Sequence[object]] = {
         "run": [run.name for run in runs],
         "group": [group_of[run.name] for run in runs],
         "folder": [str(run.folder) for run in runs],
         "state": [state(run) for run in runs],
         "step": [run.step for run in runs],
-        **differences(runs),
+        **differing_keys(runs),
         "training_flops": [training_flops(run) for run in runs],
         "training_seconds": [training_seconds(run) for run in runs],
     }
@@ -159,7 +159,7 @@ def text_cell(text: str) -> Cell:
     return Cell(text, text) if text else Cell()
 
 
-def range_text(found: Interval, places: int, factor: float = 1.0) -> str:
+def range_text(found: SeedInterval, places: int, factor: float = 1.0) -> str:
     """Returns the ends of an interval."""
     if found.low is None or found.high is None:
         return NOTHING
@@ -173,7 +173,7 @@ def percent(value: float) -> str:
 
 def _settings_column(key: str, values: Sequence[str | None]) -> Column:
     """A column of settings: of numbers if all are numbers."""
-    numbers = [None if value is None else number(value) for value in values]
+    numbers = [None if value is None else numeric_value(value) for value in values]
     if None in numbers:
         return Column(key, [text_cell(value or "") for value in values], True)
     return Column(key, [Cell(str(value), each) for value, each in zip(values, numbers, strict=True)])
@@ -205,11 +205,11 @@ def _percentage(value: float | None) -> Cell:
     return Cell() if value is None else Cell(percent(value), value)
 
 
-def _share(found: Interval | None) -> Cell:
+def _share(found: SeedInterval | None) -> Cell:
     return Cell() if found is None else _percentage(found.mean)
 
 
-def _share_range(found: Interval | None) -> Cell:
+def _share_range(found: SeedInterval | None) -> Cell:
     if found is None or found.low is None:
         return Cell()
     return Cell(f"{range_text(found, 1, 100.0)} %", found.low)
