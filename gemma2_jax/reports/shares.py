@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from gemma2_jax.reports.groups import (
     RunGroup,
     by_seed,
+    grouped_runs,
     has_teacher,
     result_settings,
     seed_of,
