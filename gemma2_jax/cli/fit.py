@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from gemma2_jax.cli.parsers import Verbs, add_verb
 
 if TYPE_CHECKING:
-    from gemma2_jax.studies.scaling.report import Question
+    from gemma2_jax.studies.scaling.fit_report import Question
 
 DESCRIPTION = """\
 Fits a scaling law to the final validation losses of finished runs: the loss as a function of N parameters and D tokens.
@@ -94,8 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
         output = arguments.paths[0]
     check_place("--output", output)
 
+    from gemma2_jax.studies.scaling.fit_report import write_fit
     from gemma2_jax.studies.scaling.fitted import fit_runs
-    from gemma2_jax.studies.scaling.report import write_fit
     from gemma2_jax.studies.scaling.runs import collect_runs
 
     embedding = not arguments.non_embedding
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _question(text: str) -> "Question":
     from gemma2_jax.config import UserError
-    from gemma2_jax.studies.scaling.report import Question
+    from gemma2_jax.studies.scaling.fit_report import Question
 
     values: dict[str, float] = {}
     for part in text.split(","):

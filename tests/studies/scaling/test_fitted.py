@@ -6,9 +6,9 @@ import pytest
 from gemma2_jax.config import UserError
 from gemma2_jax.studies.scaling.compute import Cost, best_model, costs, payoff
 from gemma2_jax.studies.scaling.fit import Curve
+from gemma2_jax.studies.scaling.fit_report import beyond
 from gemma2_jax.studies.scaling.fitted import SCRATCH, Fit, Source, fit_runs
 from gemma2_jax.studies.scaling.laws import SUPERVISED
-from gemma2_jax.studies.scaling.report import beyond
 from gemma2_jax.studies.scaling.runs import ScalingRun, Teacher
 from tests.studies.scaling.conftest import TRUE
 
