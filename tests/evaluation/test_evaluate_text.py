@@ -21,6 +21,7 @@ from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from gemma2_jax.evaluation import evaluate as evaluate_module
 from gemma2_jax.evaluation.config import EvaluationConfig
 from gemma2_jax.evaluation.evaluate import evaluate, evaluate_run
+from gemma2_jax.evaluation.evaluated_model import EvaluatedModel
 from gemma2_jax.evaluation.record import EvaluationRecord
 from gemma2_jax.evaluation.scores import Scores
 from gemma2_jax.formats.native import write_run
@@ -204,7 +205,7 @@ def test_mistakes_are_refused_before_weights_are_read(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("weights are about to be read"))
+    monkeypatch.setattr(EvaluatedModel, "load", lambda *_: pytest.fail("weights are read"))
     blank = tmp_path / "blank.txt"
     blank.write_text("\n\n")
     path = next(iter(files))
@@ -224,7 +225,6 @@ def test_mistakes_are_refused_before_weights_are_read(
     refused("belong to one checkpoint", [student, teacher], adapters=["a"])
     refused("no_run does not exist", str(tmp_path / "no_run"))
     refused("holds no adapter", student, adapters=[teacher])
-    monkeypatch.undo()
     refused("stride is 9; it must be at most evaluation.context", student, text=[path], windows="sliding",
             stride=9, context=8)  # fmt: skip
     refused("evaluation.text 'no/such' matches no file", student, text=["no/such"])
