@@ -28,7 +28,6 @@ from gemma2_jax.evaluation.scores import Scores
 from gemma2_jax.formats.native import write_run
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.run import RunConfig
-from gemma2_jax.sharding.mesh import MeshConfig
 from tests.model.models import vivid
 
 CONTEXT, STRIDE = 24, 7
@@ -163,28 +162,6 @@ def test_a_teacher_an_adapter_and_several_checkpoints(
     assert on_chats.rows[0].scores["document"].total.tokens == lengths.loss_tokens
 
 
-@pytest.mark.thorough
-def test_any_mesh_gives_the_scores_of_one_device(
-    student: str, teacher: str, files: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = EvaluationConfig(
-        text=list(files),
-        context=CONTEXT,
-        teacher=teacher,
-        batch=8,
-        memorisation=2,
-        mesh=MeshConfig(2, 2, 2),
-    )
-    sharded = evaluate(student, config).rows[0]
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: first)
-    single = evaluate(student, replace(config, mesh=MeshConfig())).rows[0]
-    assert sharded.memorisation == single.memorisation
-    for name in ("nats", "kl", "acceptance", "entropy", "confidence_difference", "bits_per_byte"):
-        expected = getattr(single.scores["document"].total, name)
-        assert getattr(sharded.scores["document"].total, name) == pytest.approx(expected, rel=1e-4)
-
-
 @pytest.fixture
 def other_tokenizer(
     toy_run: RunConfig, write_toy_run: Callable[[Path, Gemma2], str], texts: list[str], tmp_path: Path
@@ -235,7 +212,6 @@ def test_mistakes_are_refused_before_weights_are_read(
     refused("2 domains with the name a", student, text=[f"a={path}", f"a={blank}"])
     refused("has the tokenizer .* was prepared", other_tokenizer, data=toy_run.data.folder)
     refused("only models with the same tokenizer", other_tokenizer, text=[path], teacher=teacher)
-    refused("batch is 3 rows, which", student, text=[path], batch=3)
     refused("is not prepared", student, data=str(tmp_path))
 
 
