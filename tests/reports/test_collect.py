@@ -64,11 +64,7 @@ def test_a_sweep_has_its_values_and_its_failed_run(sweep: Path) -> None:
     assert failed.error == "the loss is <nan>"
     assert state(failed) == "failed"
     assert failed.values["seed"] == "1"
-    assert runs[0].values == {
-        "optimizer.learning_rate": "0.001",
-        "optimizer.weight_decay": "0.0",
-        "seed": "0",
-    }
+    assert runs[0].values == {"optimizer.learning_rate": "0.01", "optimizer.weight_decay": "0.0", "seed": "0"}
 
 
 def test_one_run_of_a_sweep_comes_alone(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +183,7 @@ def test_evaluations_have_tables(tmp_path: Path) -> None:
     content = {
         "format": 1,
         "context": 64,
+        "devices": "8 x cpu",
         "rows": [{"name": "a", "scores": {"document": part}, "memorisation": None}],
     }
     (tmp_path / "eval.json").write_text(json.dumps(content))
