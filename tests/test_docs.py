@@ -406,7 +406,7 @@ def test_the_example_is_an_engine(defined: dict[str, Any], tmp_path: Path) -> No
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_yaml_names_its_file(page: Path) -> None:
     for block in code_blocks(page, "yaml"):
-        assert re.fullmatch(r"# my_configs/[\w/]+\.yaml", block.splitlines()[0])
+        assert re.fullmatch(r"# (my_configs|tasks)/[\w/]+\.yaml", block.splitlines()[0])
         assert isinstance(yaml.safe_load(block), dict)
 
 

@@ -108,10 +108,10 @@ def test_keys_that_do_not_affect_results_may_change(stage, runs, console, change
 
 
 def test_a_run_that_is_refused_leaves_nothing(stage, runs, console, monkeypatch):
-    def refuse(config):
+    def refuse(config, until):
         if config.name == "distilled":
             raise UserError("it does not fit.")
-        stage.train(config)
+        stage.train(config, until)
 
     monkeypatch.setattr(stages, "train", refuse)
     with pytest.raises(UserError, match=r"it does not fit"):

@@ -236,8 +236,8 @@ def test_only_the_best_trials_go_on_beyond_each_rung(stage, no_plots, toy, capsy
     results = json.loads(Path("out/results.json").read_text())
     assert results[0]["values"] == {"rate": "0.1"}
     assert results[1:3] == [
-        {"values": {"rate": "0.2"}, "stopped": 20, "metric": pytest.approx(0.25)},
-        {"values": {"rate": "0.3"}, "stopped": 20, "metric": pytest.approx(0.35)},
+        {"run": "rate=0.2", "values": {"rate": "0.2"}, "stopped": 20, "metric": pytest.approx(0.25)},
+        {"run": "rate=0.3", "values": {"rate": "0.3"}, "stopped": 20, "metric": pytest.approx(0.35)},
     ]
     assert [result["stopped"] for result in results[3:]] == [10] * 6
     stage.calls.clear()
