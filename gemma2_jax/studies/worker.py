@@ -44,10 +44,7 @@ def work(sweep: Sweep, journal: Journal, console: Console) -> None:
                 return
             if choice:
                 tasks, point = [Task(**values) for values in choice["tasks"]], choice["point"]
-                trials = (
-                    sweep.trials if point is None else {tasks[0].trial: sweep.build(tasks[0].trial, point)}
-                )
-                runs = [trials[task.trial][task.run] for task in tasks]
+                runs = [_run_of(sweep, task, point) for task in tasks]
                 spent = _train_group(journal, runs, console) if len(runs) > 1 else 0.0
                 for task, run in zip(tasks, runs, strict=True):
                     _announce(sweep, task, run, console)
@@ -57,6 +54,12 @@ def work(sweep: Sweep, journal: Journal, console: Console) -> None:
                 continue
         time.sleep(_POLL)
         stops.check()
+
+
+def _run_of(sweep: Sweep, task: Task, point: Mapping[str, str] | None) -> Combination:
+    """The run of a task; `point` is that of a trial that is drawn from results."""
+    trial = sweep.trials[task.trial] if point is None else sweep.build(task.trial, point)
+    return trial[task.run]
 
 
 def _choose(sweep: Sweep, journal: Journal, claim: ExitStack) -> dict[str, Any] | None:
