@@ -137,7 +137,7 @@ class HarnessModel(TemplateLM):
                 filled = batch + batch[:1] * (size - len(batch))
                 rows = self._complete([prompts[index] for index in filled], filled, config)
                 for index, row in zip(batch, rows, strict=False):
-                    texts[index] = row.text
+                    texts[index] = self._text(row.tokens, config)
                 done += len(batch)
                 self._show("generations", done, len(requests))
         return texts
@@ -155,6 +155,14 @@ class HarnessModel(TemplateLM):
             if all(row.stop_reason is not None for row in rows):
                 break
         return rows
+
+    def _text(self, tokens: Sequence[int], config: SamplingConfig) -> str:
+        """The text of a completion up to its first stop text, without turn tokens, which the harness leaves out."""
+        lengths = self._pieces.byte_lengths()
+        text = self._pieces.decode(token for token in tokens if lengths[token])
+        for stop in config.stop_texts:
+            text = text.split(stop)[0]
+        return text
 
     def _prompt(self, text: str, config: SamplingConfig) -> list[int]:
         room = self._max_length - config.max_new_tokens
