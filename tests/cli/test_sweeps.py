@@ -47,6 +47,7 @@ def runs_of(sweep):
     return [run for trial in sweep.trials for run in trial]
 
 
+@pytest.mark.thorough
 def test_every_sweep_composes():
     assert "learning_rate" in sweeps()
     for name in sweeps():

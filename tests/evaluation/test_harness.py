@@ -113,7 +113,7 @@ def samples(model: Any, task: str, chat: bool = False, limit: int = 12) -> list[
     return list(found["samples"][task])
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_answers_have_the_log_likelihoods_of_the_hf_backend(
     ours: Gemma2, theirs: Any, tokenizer: Tokenizer, chat: bool
 ) -> None:
@@ -130,6 +130,7 @@ def test_answers_have_the_log_likelihoods_of_the_hf_backend(
         assert one["acc"] == other["acc"]
 
 
+@pytest.mark.slow
 def test_texts_have_the_log_likelihoods_of_the_hf_backend(
     ours: Gemma2, theirs: Any, tokenizer: Tokenizer
 ) -> None:
@@ -140,7 +141,7 @@ def test_texts_have_the_log_likelihoods_of_the_hf_backend(
         assert one["filtered_resps"][0] == pytest.approx(other["filtered_resps"][0], rel=1e-4)
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_generated_texts_are_those_of_the_hf_backend(
     ours: Gemma2, theirs: Any, tokenizer: Tokenizer, chat: bool
 ) -> None:
@@ -288,6 +289,7 @@ def test_an_unknown_task_gets_the_nearest_names(monkeypatch: pytest.MonkeyPatch)
     ]
 
 
+@pytest.mark.slow
 def test_on_a_mesh(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TaskSettings(["offline"])
     whole, _ = evaluate_tasks(run_folder, settings, replace(SHORT, limit=4))

@@ -35,6 +35,7 @@ def test_an_outlier_changes_little():
     assert fit_supervised(Sample(N, D, losses)) == pytest.approx(TRUE, rel=0.04)
 
 
+@pytest.mark.thorough
 def test_noisy_losses_give_intervals_that_hold_the_parameters():
     noisy = sample(0.004, seed=1)
     fitted = fit_supervised(noisy)
@@ -49,7 +50,7 @@ def test_noisy_losses_give_intervals_that_hold_the_parameters():
     assert other != again
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_about_as_many_intervals_hold_the_loss_as_they_should():
     """Of nominal 95 % intervals of an extrapolated loss, from 16 runs: resampled pairs of so few runs are rough."""
     true = float(Curve(SUPERVISED, TRUE).loss(np.array(1e9), np.array(1e10)))
@@ -76,6 +77,7 @@ def test_a_resampled_set_determines_the_law():
         assert min(len(set(drawn.n)), len(set(drawn.d))) >= 3
 
 
+@pytest.mark.slow
 def test_the_distillation_law_predicts_what_it_was_fitted_to(true_student):
     """Nine parameters are not determined one by one, but the losses are, also for a teacher that no run had."""
     curve, values = true_student

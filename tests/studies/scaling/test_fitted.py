@@ -87,6 +87,7 @@ def test_runs_that_do_not_determine_a_law_are_refused(runs, law, words):
         fit_runs(runs, law, 0, seed=0)
 
 
+@pytest.mark.thorough
 def test_each_teacher_may_have_its_own_law():
     few, many = Teacher("few", 2.5, 10**6, 10**8), Teacher("many", 2.6, 10**6, 10**8)
     fit = fit_runs([*points(), *points(few, 4), *points(many)], "chinchilla", 0, seed=0)
@@ -98,6 +99,7 @@ def test_each_teacher_may_have_its_own_law():
     assert taught == pytest.approx(0.97 * scratch, rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_points_beyond_the_span_are_found():
     fit = fit_runs(points(), "chinchilla", 0, seed=0)
     assert beyond(fit, SCRATCH, 2e5, 2e6) == {}
