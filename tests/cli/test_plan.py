@@ -64,6 +64,7 @@ def test_placement_needs_no_compiler(monkeypatch, capsys):
     assert student["weights"][0]["axes"] == {"V": ["tensor"], "D": ["fsdp"]}
 
 
+@pytest.mark.thorough
 def test_a_search_prints_what_to_type(capsys):
     assert main([*TOY, "topology=cpu:8", "--search", "--budget", "0"]) == 0
     output = capsys.readouterr().out

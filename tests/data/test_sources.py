@@ -299,6 +299,7 @@ def python_docs() -> list[str]:
     return [text for text, _ in PythonDocs()]
 
 
+@pytest.mark.thorough
 def test_python_docs_are_several_megabytes_of_different_text(python_docs: list[str]):
     assert sum(map(len, python_docs)) > 1_500_000
     assert len(set(python_docs)) == len(python_docs) > 2000

@@ -176,6 +176,7 @@ def dense_attention(layer: Any, config: ModelConfig, index: int, batch: Batch) -
 
 @pytest.mark.parametrize("distance", [pytest.param("mse", marks=pytest.mark.thorough), "cosine"])
 @pytest.mark.parametrize("kind", ["hidden", pytest.param("attention", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
 def test_gradients_are_those_of_the_dense_form(
     case: Case, apart: tuple[Any, Any], kind: str, distance: str
 ) -> None:
@@ -227,6 +228,7 @@ def test_a_layer_of_the_teacher_may_serve_twice(case: Case) -> None:
     assert total(both, case.projections) == pytest.approx(sum(alone) / 2, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_masked_tokens_and_other_segments_do_not_count(case: Case) -> None:
     """The last segment has no targets, so that its tokens change neither distance, nor the gradient."""
     match = MatchConfig(LAYERS, hidden=1.0, attention=1.0)

@@ -143,6 +143,7 @@ def test_another_vocabulary_is_refused(distilled: RunConfig, toy_run: RunConfig)
         )
 
 
+@pytest.mark.thorough
 def test_another_tokenizer_is_refused(
     teacher: RunConfig, toy_run: RunConfig, texts: list[str], tmp_path: Path
 ) -> None:

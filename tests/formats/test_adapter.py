@@ -67,6 +67,7 @@ def logits(model: Any) -> jax.Array:
     return jax.jit(model)(TOKENS)
 
 
+@pytest.mark.thorough
 def test_an_adapter_run_is_loaded_with_its_base(adapter: Path, exported: Path, tokenizer: Tokenizer) -> None:
     model, found = load(adapter)
     assert found.fingerprint == tokenizer.fingerprint

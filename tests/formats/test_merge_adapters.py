@@ -31,6 +31,7 @@ def adapters(toy_run, tokenizer_config, tmp_path_factory) -> tuple[Path, Path, P
 @pytest.mark.parametrize(
     ("method", "weights", "factors"), [("linear", [1, 3], [0.25, 0.75]), ("task", None, [1, 1])]
 )
+@pytest.mark.thorough
 def test_the_changes_are_summed(adapters, method, weights, factors, tmp_path):
     base, *both = adapters
     done = merge(both, tmp_path / "adapter", method, weights, kind="peft")

@@ -94,6 +94,7 @@ def as_sums(config: ModelConfig, params: Params, share: float) -> Params:
     ("remat", "unroll_layers"),
     [("none", False), ("full", False), pytest.param("dots", True, marks=pytest.mark.thorough)],
 )
+@pytest.mark.thorough
 def test_weights_of_two_arrays_pass_through_a_model(
     toy_config: ModelConfig, params: Params, remat: Any, unroll_layers: bool
 ) -> None:

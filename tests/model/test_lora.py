@@ -91,6 +91,7 @@ def test_merged_of_numpy_is_merged_of_jax() -> None:
         ComputeConfig(dtype="bfloat16", remat="full"),
     ],
 )
+@pytest.mark.thorough
 def test_no_array_in_a_step_is_a_gradient_or_a_sum_of_whole_weights(
     toy_config: ModelConfig, toy_model: Gemma2, compute: ComputeConfig
 ) -> None:

@@ -311,6 +311,7 @@ def compiled_gradient(config: ModelConfig, compute: ComputeConfig) -> Any:
         ),
     ],
 )
+@pytest.mark.thorough
 def test_a_program_never_dequantises_all_layers(dtype: Any, remat: Any) -> None:
     """In the forward and the backward pass, no array has half the size of a matrix of all layers."""
     program = str(compiled_gradient(SMALL, ComputeConfig(dtype=dtype, remat=remat)).as_text())

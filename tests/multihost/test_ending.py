@@ -90,6 +90,7 @@ def test_one_that_was_started_otherwise(command: list[str]) -> None:
     assert (second.output, second.errors) == ("", "")
 
 
+@pytest.mark.thorough
 def test_an_error_of_all_processes_is_printed_once(command: list[str], tmp_path: Path) -> None:
     first, second = run_job([[*GEMMA2, *command, "data.batch_size=5", f"output={tmp_path}/run"]] * 2)
     assert (first.code, second.code) == (1, 1)

@@ -336,6 +336,7 @@ def test_a_plan_for_a_tpu_without_having_one(planned_run):
     assert plan.cost.flops > 0
 
 
+@pytest.mark.thorough
 def test_averaged_weights_are_planned(planned_run, cpus):
     averaging = replace(planned_run, training=replace(planned_run.training, ema=0.999))
     plan = make_plan([averaging], cpus)

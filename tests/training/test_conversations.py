@@ -67,6 +67,7 @@ def one_by_one(batch: Batch) -> list[Batch]:
     return found
 
 
+@pytest.mark.thorough
 def test_the_gradient_of_packed_conversations_is_that_of_each_alone(tuned: RunConfig) -> None:
     batch = next(train_batches(tuned.data))
     method = build_method(tuned)
@@ -149,6 +150,7 @@ def test_fine_tuning_starts_from_deepminds_checkpoint(
     assert losses[given] == losses[converted]
 
 
+@pytest.mark.thorough
 def test_the_run_folder_of_a_base_model_gets_the_turn_token(
     base: RunConfig, tuned: RunConfig, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:

@@ -73,6 +73,7 @@ def test_a_teacher_of_another_kind(sharded, released, tmp_path):
     assert abs(read_metrics(config.output)[0]["kl"]) < 1e-6
 
 
+@pytest.mark.thorough
 def test_another_model_or_tokenizer_is_refused(sharded, released, texts, tmp_path):
     given = InitConfig(str(released / "hf"))
     with pytest.raises(

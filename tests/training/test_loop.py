@@ -99,6 +99,7 @@ def test_a_resumed_run_is_bit_identical(finished: RunConfig, cut_after: int, tmp
     chex.assert_trees_all_equal(resumed.params(), whole.params())
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_trained_to_a_rung_goes_on_bit_exactly(finished: RunConfig, tmp_path: Path) -> None:
     config = replace(finished, output=str(tmp_path / "promoted"))
     for step in (4, 6):  # between two checkpoints, and at one

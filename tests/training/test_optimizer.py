@@ -124,6 +124,7 @@ def test_muon_orthogonalises_each_layers_matrix(
     np.testing.assert_allclose(updates["w"], -0.5 * (direction + 0.1 * weight), rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.thorough
 def test_muon_leaves_embedding_and_norms_to_adamw(toy_run: RunConfig) -> None:
     specs = weight_specs(toy_run.model)
     params = init_params(specs, jax.random.key(0))

@@ -62,6 +62,7 @@ def distilled_from(config: RunConfig, teacher: str | Path) -> RunConfig:
     return replace(config, distill=replace(config.distill, teacher=str(teacher)))
 
 
+@pytest.mark.thorough
 def test_one_that_is_done_was_distilled_from_the_same(
     done: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,7 @@ def alone(batches: list[Batch]) -> Alone:
         pytest.param(True, id="distillation"),
     ],
 )
+@pytest.mark.thorough
 def test_same_losses_on_one_device_and_on_eight(
     run: RunConfig, batches: list[Batch], alone: Alone, mesh: MeshConfig, distilled: bool
 ) -> None:
@@ -136,6 +137,7 @@ def test_tensor_axis_alone(run: RunConfig, batches: list[Batch]) -> None:
     ("kind", "momentum", "moments_of_matrices"),
     [("adamw", None, 2), pytest.param("muon", 0.95, 1, marks=pytest.mark.thorough)],
 )
+@pytest.mark.thorough
 def test_moments_are_sharded_like_their_parameters(
     run: RunConfig,
     batches: list[Batch],
@@ -264,6 +266,7 @@ def test_parameters_stay_float32_when_computing_in_bfloat16(
     assert [row["loss"] for row in rounded] != [row["loss"] for row in exact]
 
 
+@pytest.mark.thorough
 def test_distillation_lowers_the_divergence(run: RunConfig, batches: list[Batch]) -> None:
     """Pure forward KL on one repeated batch."""
     run = with_teacher(run, ObjectiveConfig(0.0, 1.0, 1.0, 48))

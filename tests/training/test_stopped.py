@@ -83,6 +83,7 @@ def assert_same(config: RunConfig, whole: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.thorough
 def test_it_saves_its_step_and_goes_on(whole: RunConfig, tmp_path: Path, step: int) -> None:
     """The checkpoint holds metrics that are not reported yet, so averages equal those of an uninterrupted run."""
     config = replace(whole, output=str(tmp_path / "run"))

@@ -124,6 +124,7 @@ def test_each_is_as_it_would_be_alone(together: list[RunConfig], tmp_path: Path)
 
 
 @pytest.mark.parametrize("names", [("first", "second", "third", "text"), ("text", "third", "first")])
+@pytest.mark.thorough
 def test_the_teacher_is_in_the_step_once(
     students: list[RunConfig], monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
