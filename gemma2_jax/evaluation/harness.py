@@ -16,14 +16,13 @@ import jax
 from jax.sharding import Mesh
 
 import gemma2_jax
-from gemma2_jax.config import UserError, to_dict
+from gemma2_jax.config import UserError
 from gemma2_jax.evaluation.config import EvaluationConfig
 from gemma2_jax.evaluation.evaluated_model import EvaluatedModel, open_models
 from gemma2_jax.evaluation.evaluation_progress import EvaluationProgress
 from gemma2_jax.evaluation.harness_tasks import Tasks, TaskSettings, needs_harness, quiet
-from gemma2_jax.evaluation.record import EvaluatedCheckpoint
+from gemma2_jax.evaluation.record import EvaluatedCheckpoint, save_record
 from gemma2_jax.evaluation.suites import SuiteTask
-from gemma2_jax.files import write_text
 from gemma2_jax.messages import one_line
 from gemma2_jax.sharding.layout import laid_out
 from gemma2_jax.sharding.mesh import build_mesh
@@ -114,7 +113,7 @@ class TaskRecord:
 
     def save(self, path: str | Path) -> None:
         """Writes the record as JSON, replacing an older file."""
-        write_text(path, json.dumps(to_dict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        save_record(self, path)
 
 
 # One document of a task: the row's name, the task, its document, prompts, answers and metrics, as plain data.

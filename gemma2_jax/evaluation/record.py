@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gemma2_jax.config import to_dict
 from gemma2_jax.evaluation.memorisation import Memorisation
@@ -122,4 +123,9 @@ class EvaluationRecord:
 
     def save(self, path: str | Path) -> None:
         """Writes the record as JSON, replacing an older file."""
-        write_text(path, json.dumps(to_dict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        save_record(self, path)
+
+
+def save_record(record: Any, path: str | Path) -> None:
+    """Writes a record, a dataclass of numbers that are finite or None, as JSON, replacing an older file."""
+    write_text(path, json.dumps(to_dict(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
