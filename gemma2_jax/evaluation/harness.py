@@ -225,7 +225,7 @@ class _Runner:
 
     def _run(self, task: SuiteTask, model: Any) -> Mapping[str, Any] | str:
         """The harness's results of a task, or why it cannot run."""
-        from lm_eval.evaluator import simple_evaluate
+        from lm_eval import evaluator
 
         settings = self._settings
         if self._tasks.runs_code(task) and not settings.run_code:
@@ -236,7 +236,7 @@ class _Runner:
             return _unloaded(task.name, error)
         try:
             with quiet(settings.run_code):
-                found: Mapping[str, Any] = simple_evaluate(
+                found: Mapping[str, Any] = evaluator.simple_evaluate(
                     model=model,
                     tasks=loaded,
                     num_fewshot=task.shots if settings.shots is None else settings.shots,

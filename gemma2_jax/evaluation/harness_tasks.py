@@ -139,9 +139,14 @@ def needs_harness() -> Iterator[None]:
 def quiet(run_code: bool = False) -> Iterator[None]:
     """Silences the harness's log, and keeps it from forking this process, in which JAX has threads.
 
+    The harness notes the commit of the working directory, and git complains on standard error where there is none.
+
     Args:
         run_code: whether Hugging Face's metric for programs may run them.
     """
+    from lm_eval import evaluator
+
+    commit, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -151,6 +156,7 @@ def quiet(run_code: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        evaluator.get_git_commit_hash = commit
         logger.setLevel(level)
         for name, value in before.items():
             if value is None:

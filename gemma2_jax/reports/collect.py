@@ -236,7 +236,7 @@ def _title(paths: Sequence[str | Path], results: Sequence[Any], runs: int) -> st
     if isinstance(title, str):
         return title
     names = [Path(path).resolve().name for path in paths]
-    return " and ".join(names) if len(names) <= 2 else f"{runs} runs"
+    return " and ".join(names) if len(names) <= 2 or not runs else f"{runs} run{'s' * (runs > 1)}"
 
 
 def _best_first(runs: list[Run]) -> list[Run]:

@@ -30,9 +30,9 @@ def check_evaluation(path: Path, content: Any) -> dict[str, Any]:
 
 
 def evaluation_tables(evaluations: Mapping[str, Any]) -> Iterator[tuple[str, list[Column]]]:
-    """Yields a title and a table for each file, each kind of windows, and the memorisation test.
+    """Yields a title and a table for each file, each kind of windows, the memorisation test, and the harness's tasks.
 
-    A table has a row for each checkpoint and domain; numbers of different kinds of windows are not comparable.
+    A table of text has a row for each checkpoint and domain; numbers of different kinds of windows are not comparable.
     """
     for path, content in evaluations.items():
         rows = content["rows"]
@@ -44,6 +44,8 @@ def evaluation_tables(evaluations: Mapping[str, Any]) -> Iterator[tuple[str, lis
         tested = [(row["name"], row["memorisation"]) for row in rows if row.get("memorisation")]
         if tested:
             yield f"{path}: memorisation", _table(tested)
+        if any(row.get("tasks") or row.get("left_out") for row in rows):
+            yield f"{path}: tasks of the evaluation harness", _tasks_table(rows)
 
 
 def _table(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Column]:
@@ -61,6 +63,26 @@ def _table(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Column]:
     for key in dict.fromkeys(key for _, _, values in lines for key in values):
         columns.append(Column(key.replace("_", " "), [_cell(values.get(key)) for _, _, values in lines]))
     return columns
+
+
+def _tasks_table(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """A table with a row for each checkpoint, task and metric, and for each task that was left out."""
+    lines: list[tuple[str, str, Mapping[str, Any], str, Mapping[str, Any], str]] = []
+    for row in rows:
+        for task, scores in (row.get("tasks") or {}).items():
+            for metric, found in (scores.get("metrics") or {}).items():
+                lines.append((row["name"], task, scores, metric, found or {}, ""))
+        lines += [(row["name"], task, {}, "", {}, why) for task, why in (row.get("left_out") or {}).items()]
+    columns = [
+        Column("checkpoint", [text_cell(line[0]) for line in lines], True),
+        Column("task", [text_cell(line[1]) for line in lines], True),
+        Column("metric", [text_cell(line[3]) for line in lines], True),
+        Column("value", [_cell(line[4].get("value")) for line in lines]),
+        Column("standard error", [_cell(line[4].get("stderr")) for line in lines]),
+        *(Column(key, [_cell(line[2].get(key)) for line in lines]) for key in ("shots", "documents")),
+        Column("left out", [text_cell(line[5]) for line in lines], True),
+    ]
+    return [column for column in columns if any(cell.value is not None for cell in column.cells)]
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -200,3 +200,27 @@ def test_evaluations_have_tables(tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text(json.dumps({**content, "format": 7}))
     with pytest.raises(UserError, match="has the format 7, and this version reads format 1"):
         collect([tmp_path / "eval.json"])
+
+
+def test_evaluations_by_tasks_have_a_table(tmp_path: Path) -> None:
+    from gemma2_jax.reports.evaluations import evaluation_tables
+
+    metrics = {"acc": {"value": 0.25, "stderr": 0.125}, "perplexity": {"value": None, "stderr": None}}
+    row = {
+        "name": "a",
+        "tasks": {"quiz": {"metrics": metrics, "version": "1", "shots": 5, "documents": 12}},
+        "left_out": {"lost": "lost cannot be loaded"},
+    }
+    (tmp_path / "tasks.json").write_text(json.dumps({"format": 1, "context": 64, "rows": [row]}))
+    ((title, columns),) = evaluation_tables(collect([tmp_path / "tasks.json"]).evaluations)
+    assert title == f"{tmp_path / 'tasks.json'}: tasks of the evaluation harness"
+    assert {column.name: [cell.text for cell in column.cells] for column in columns} == {
+        "checkpoint": ["a", "a", "a"],
+        "task": ["quiz", "quiz", "lost"],
+        "metric": ["acc", "perplexity", "–"],
+        "value": ["0.2500", "–", "–"],
+        "standard error": ["0.1250", "–", "–"],
+        "shots": ["5", "5", "–"],
+        "documents": ["12", "12", "–"],
+        "left out": ["–", "–", "lost cannot be loaded"],
+    }

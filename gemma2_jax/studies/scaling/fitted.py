@@ -182,8 +182,8 @@ def _check_enough(runs: Sequence[ScalingRun], parameters: int, name: str, hint: 
     which = name if name in (SCRATCH, "with a teacher") else f"of the teacher {name}"
     if len(runs) <= parameters:
         raise UserError(
-            f"there are {len(runs)} runs {which}, but a law of {parameters} parameters needs at least "
-            f"{parameters + 1}{hint}."
+            f"a law of {parameters} parameters needs at least {parameters + 1} runs {which}, and there "
+            f"{'is' if len(runs) == 1 else 'are'} {len(runs)}{hint}."
         )
     values = {
         "numbers of parameters": {run.parameters for run in runs},

@@ -53,7 +53,7 @@ def test_runs_from_scratch_have_the_supervised_law():
         (
             points(count=5),
             "chinchilla",
-            "there are 5 runs from scratch, but a law of 5 parameters needs at least 6.",
+            "a law of 5 parameters needs at least 6 runs from scratch, and there are 5.",
         ),
         (
             points(sizes=1, lengths=8),
@@ -73,12 +73,12 @@ def test_runs_from_scratch_have_the_supervised_law():
         (
             [*points(), *points(Teacher("t", 2.5), 5), *points(Teacher("u", 2.7), 4)],
             "distillation",
-            "there are 9 runs with a teacher, but a law of 9 parameters needs at least 10; --law chinchilla",
+            "a law of 9 parameters needs at least 10 runs with a teacher, and there are 9; --law chinchilla",
         ),
         (
             [*points(Teacher("t", 2.5)), *points(Teacher("u", 2.7))],
             "distillation",
-            "there are 0 runs from scratch, but a law of 5 parameters needs at least 6; --law chinchilla",
+            "a law of 5 parameters needs at least 6 runs from scratch, and there are 0; --law chinchilla",
         ),
     ],
 )
@@ -93,7 +93,7 @@ def test_each_teacher_may_have_its_own_law():
     fit = fit_runs([*points(), *points(few, 4), *points(many)], "chinchilla", 0, seed=0)
     assert list(fit.curves) == [SCRATCH, "many"]
     assert fit.left_out == {
-        "few": "there are 4 runs of the teacher few, but a law of 5 parameters needs at least 6."
+        "few": "a law of 5 parameters needs at least 6 runs of the teacher few, and there are 4."
     }
     scratch, taught = (fit.loss(name, 1e6, 1e7)[0] for name in (SCRATCH, "many"))
     assert taught == pytest.approx(0.97 * scratch, rel=1e-3)
