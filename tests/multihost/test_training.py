@@ -1,5 +1,6 @@
 """A toy run by several processes: it is that of one process, and its checkpoints move between them."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -152,6 +153,24 @@ def test_runs_that_save_at_the_same_time(tmp_path: Path) -> None:
     assert [process.code for process in ended] == [0, 0], ended
     for run in ("one", "other"):
         assert sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) == ["11", "12"]
+
+
+@pytest.mark.thorough
+def test_two_processes_evaluate_as_one(alone: Path, tmp_path: Path) -> None:
+    totals = []
+    for processes in (1, 2):
+        file = tmp_path / f"{processes}.json"
+        command = [*GEMMA2, "eval", str(alone), "--teacher", str(alone), "--json", str(file), "mesh.fsdp=2"]
+        ended = run_job([command] * processes, devices=2 // processes)
+        assert [process.code for process in ended] == [0] * processes, ended
+        assert [bool(process.output) for process in ended] == [True, False][:processes]
+        record = json.loads(file.read_text())
+        assert record["devices"].startswith("2 x")
+        totals.append(record["rows"][0]["scores"]["packed"]["total"])
+    one, two = totals
+    assert one["tokens"] == two["tokens"] > 0
+    assert two["cross_entropy"] == pytest.approx(one["cross_entropy"], rel=1e-5)
+    assert two["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.thorough
