@@ -28,6 +28,7 @@ if threading.current_thread() is threading.main_thread():
         if signal.getsignal(_number) == signal.SIG_IGN:
             signal.signal(_number, _usual)
 
+import hypothesis
 import jax
 import pytest
 
@@ -44,6 +45,10 @@ from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.config import TrainingConfig
 from gemma2_jax.training.metrics import MetricsConfig
 from gemma2_jax.training.optimizer import OptimizerConfig
+
+# On a busy machine, an example may take any time.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 WORDS = """the a model teacher student learns from probability of every token in its context and then forgets
 nothing that was said before 42 2024 attention window layer gradient""".split()  # noqa: SIM905

@@ -61,9 +61,10 @@ def wide_loss(B: int, T: int) -> tuple[jax.Array, Any]:
 
 
 @DTYPES
-@mostly_thorough(("B", "T"), [(2, 11), (1, 1), (8, 32)])
-@mostly_thorough("block_tokens", [512, 4])
-@mostly_thorough("narrow_embedding", [False, True])
+@mostly_thorough(
+    ("B", "T", "block_tokens", "narrow_embedding"),
+    [(2, 11, 512, False), (1, 1, 512, True), (8, 32, 512, False), (2, 11, 4, False), (8, 32, 4, True)],
+)
 def test_the_loss(dtype: Any, B: int, T: int, block_tokens: int, narrow_embedding: bool) -> None:
     hidden, embedding, taught = loss_inputs(B, T)
     narrow = hidden.astype(dtype), embedding.astype(dtype) if narrow_embedding else embedding, taught
@@ -107,14 +108,13 @@ def wide_attention(B: int, T: int, N: int, K: int, scale: float) -> Any:
 
 
 @DTYPES
-@mostly_thorough("kernel", [reference, blockwise, looped])
 @mostly_thorough(
-    ("B", "T", "N", "K"),
+    ("kernel", "B", "T", "N", "K"),
     [
-        (2, 11, 4, 2),
-        (2, 32, 4, 1),
-        (1, 9, 1, 1),
-        (1, 140, 2, 1),
+        *((kernel, 2, 11, 4, 2) for kernel in (reference, blockwise, looped)),
+        *((kernel, 1, 140, 2, 1) for kernel in (blockwise, looped)),
+        (blockwise, 2, 32, 4, 1),
+        (looped, 1, 9, 1, 1),
     ],
 )
 def test_attention(dtype: Any, kernel: Callable[..., jax.Array], B: int, T: int, N: int, K: int) -> None:

@@ -35,6 +35,7 @@ from gemma2_jax.training.state import initial_state
 from gemma2_jax.training.together import method_of, train_together
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
+from tests.parameters import partly_slow
 from tests.steps import take_steps
 from tests.training.methods import KL, METHODS, beside_frozen, resumed_and_whole, rows
 
@@ -55,7 +56,7 @@ def finished(lora: RunConfig) -> RunConfig:
     return lora
 
 
-@pytest.mark.parametrize("method", METHODS)
+@partly_slow("method", METHODS, kept=("text", "online", "on-policy"))
 def test_an_adapter_is_trained_and_resumed_with_every_method(
     finished: RunConfig, method: str, wide_teacher: str, tmp_path: Path
 ) -> None:
@@ -105,7 +106,7 @@ def test_another_rank_is_refused(finished: RunConfig) -> None:
         train(replace(finished, adaptation=replace(LORA, rank=2)))
 
 
-@pytest.mark.parametrize(
+@partly_slow(
     "mesh",
     [
         MeshConfig(2, 2, 2),
@@ -113,6 +114,7 @@ def test_another_rank_is_refused(finished: RunConfig) -> None:
         MeshConfig(1, 8, 1),
         MeshConfig(data=1, replica=2, fsdp=2, sequence=2),
     ],
+    kept=[MeshConfig(2, 2, 2)],
 )
 def test_every_mesh_gives_the_same_numbers(lora: RunConfig, mesh: MeshConfig) -> None:
     run = replace(lora, training=replace(lora.training, accumulation=1))

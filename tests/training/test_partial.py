@@ -32,6 +32,7 @@ from gemma2_jax.training.loop import train
 from gemma2_jax.training.overview import describe_runs
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
+from tests.parameters import partly_slow
 from tests.steps import take_steps
 from tests.training.methods import METHODS, beside_frozen, resumed_and_whole, rows
 
@@ -55,7 +56,7 @@ def finished(run: RunConfig) -> RunConfig:
     return run
 
 
-@pytest.mark.parametrize("method", METHODS)
+@partly_slow("method", METHODS, kept=("text", "matched", "cached"))
 def test_a_part_is_trained_and_resumed_with_every_method(
     finished: RunConfig, method: str, wide_teacher: str, tmp_path: Path
 ) -> None:
