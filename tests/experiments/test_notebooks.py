@@ -1,7 +1,7 @@
 """Notebooks run from top to bottom, their text is supported by their output, and the stored output is a fresh one.
 
 A cell's tags state what of its text is compared with a fresh run: with `exact`, everything; with `varies` (texts that a
-model writes, or lists that small differences reorder), nothing; by default, words, and numbers within `TOLERANCE`.
+model writes, or lists that small differences reorder), nothing; by default, words, and numbers within tolerances.
 Words and numbers depend on the documentation in the running Python and on rounding, so those of cells without `exact`
 are compared only with the versions of Python and JAX that the notebook's metadata records.
 """
@@ -25,7 +25,7 @@ import gemma2_jax as g2
 NOTEBOOKS = Path(__file__).parents[2] / "experiments" / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 STORED = [path for path in PATHS if path.stem != "build_and_distil"]  # which has no stored outputs yet
-TOLERANCE = {"rel": 0.05, "abs": 0.02}
+RELATIVE, ABSOLUTE = 0.05, 0.02  # tolerances of numbers
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 LARGEST = 400_000  # bytes of a notebook
 
@@ -124,11 +124,11 @@ def compare(stored: Any, fresh: Any, alike: bool) -> None:
             assert old == new
         elif alike and "varies" not in tags:
             assert NUMBER.sub("#", old) == NUMBER.sub("#", new)
-            assert numbers(new) == pytest.approx(numbers(old), **TOLERANCE)
+            assert numbers(new) == pytest.approx(numbers(old), rel=RELATIVE, abs=ABSOLUTE)
 
 
-def found_in(pattern: str, cells: list[str]) -> list[tuple[float, ...]]:
-    """The numbers in the groups of a pattern, for each place where the text of the cells has it."""
+def found_in(pattern: str, cells: list[str]) -> list[Any]:
+    """Tuples of the numbers in the groups of a pattern, for each place where the text of the cells has it."""
     matches = re.findall(pattern, "".join(cells))
     assert matches, pattern
     rows = [match if isinstance(match, tuple) else (match,) for match in matches]
