@@ -24,8 +24,10 @@ _MODULES = {
     "train_batches": "data.pipeline",
     "build_method": "methods.choose",  # a configuration's training method: its loss and validation as functions
     "train": "training.loop",
+    "read_metrics": "training.metrics",  # the rows of a run's metrics.jsonl
     "load": "formats.load",  # a model and its tokenizer from a checkpoint of any format
     "Gemma2": "model.transformer",  # logits, hidden states
+    "Collector": "model.transformer",  # keeps any activations of a forward pass
     "layer_states": "model.lens",  # hidden states after any layer
     "attention_maps": "model.lens",
     "logit_lens": "model.lens",
@@ -37,7 +39,14 @@ _MODULES = {
     "SamplingConfig": "sampling.config",
     "convert": "formats.convert",
     "merge": "formats.merge",  # several models into one
+    "compose_sweep": "cli.compose_sweep",  # a sweep from key=value,value overrides, or from sweep.yaml
+    "run_sweep": "studies.sweep",
+    "collect_runs": "studies.scaling.runs",  # the points of a scaling law from run folders
+    "fit_runs": "studies.scaling.fitted",  # a scaling law
+    "write_page": "reports.write",  # an HTML page about runs
     "plan": "planning.plan",  # memory, communication and minimum time of a step, also for absent hardware
+    "estimate": "planning.search",  # memory and time by formula, for every mesh; compiles nothing
+    "CHIPS": "chips",  # peaks, memory and bandwidths of accelerators
     "UserError": "config",
 }
 __all__ = ["__version__", *_MODULES]

@@ -17,11 +17,12 @@ _SHOWN = 10  # maximum number of invalid combinations in the error message
 _LONGEST = 180  # characters of a run's name, which is that of its folder
 
 
-def compose_sweep(arguments: Sequence[str], config_dir: str | None) -> Sweep:
+def compose_sweep(arguments: Sequence[str], config_dir: str | None = None) -> Sweep:
     """Returns a sweep with all of its trials composed, those of a sampled space's corners too.
 
     Args:
         arguments: name of the sweep, if it is described by sweep.yaml, and overrides.
+        config_dir: folder of your own configs, as `--config-dir`.
 
     Raises:
         UserError: neither a sweep is named nor does a key list several values, the sweep itself sets a given key, or a

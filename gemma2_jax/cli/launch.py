@@ -241,7 +241,7 @@ def _sweep_job(arguments: argparse.Namespace, workdir: str) -> "Job":
             f"--config-dir is {arguments.config_dir}, which is not pinned with the code; put the sweep and what it "
             "uses into configs and experiments of the checkout."
         )
-    sweep = compose_sweep(arguments.overrides, None)
+    sweep = compose_sweep(arguments.overrides)
     configs = [run.config for trial in sweep.trials for run in trial]
     for config in configs:
         check_config(config)

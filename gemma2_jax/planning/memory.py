@@ -40,6 +40,20 @@ class Parts:
     activations: int
     logits: int
 
+    @property
+    def total(self) -> int:
+        """Their sum, an estimate of the memory that the step needs."""
+        return (
+            self.parameters
+            + self.moments
+            + self.averaged
+            + self.gradients
+            + self.base
+            + self.teacher
+            + self.activations
+            + self.logits
+        )
+
 
 def memory_parts(runs: Sequence[RunConfig], inputs: Inputs, mesh_shape: dict[str, int]) -> Parts:
     """Returns the memory of one device by content, for a step that trains all `runs`."""

@@ -15,12 +15,13 @@ from gemma2_jax.model.counts import (
     forward_flops_per_token,
     training_flops_per_token,
 )
-from gemma2_jax.planning.memory import frozen_bytes, head_blocks, saved_activations, shares, width_of
+from gemma2_jax.planning.memory import Parts, frozen_bytes, head_blocks, saved_activations, shares, width_of
 from gemma2_jax.planning.plan import Plan, make_plan
 from gemma2_jax.planning.program import models_in_step, planned_method
-from gemma2_jax.planning.topologies import Topology
+from gemma2_jax.planning.topologies import Machines, Topology, find_machines
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import AXES, MeshConfig
+from gemma2_jax.training.start import with_prepared_vocabulary
 
 # The most devices that a sequence is split over, since each layer gathers keys and values.
 _WIDEST_SEQUENCE = 8
@@ -36,14 +37,22 @@ class Candidate:
     Attributes:
         runs: configurations of the program's runs with this setting.
         overrides: the setting as `key=value` overrides.
-        seconds: seconds per step, estimated by formula.
-        memory: bytes per device, estimated by formula.
+        compute, network: seconds per step of the products and of the communication, estimated by formula.
+        parts: memory per device by content, estimated by formula.
+        fits: whether the estimate is within the memory of a device.
     """
 
     runs: list[RunConfig]
     overrides: str
-    seconds: float
-    memory: float
+    compute: float
+    network: float
+    parts: Parts
+    fits: bool
+
+    @property
+    def seconds(self) -> float:
+        """Seconds per step if nothing overlaps, which is pessimistic but ranks settings well."""
+        return self.compute + self.network
 
 
 @dataclass(frozen=True)
@@ -75,14 +84,7 @@ def search(
     Raises:
         UserError: no mesh of these devices divides model and batch, or none of the candidates tried can be compiled.
     """
-    config = runs[0]
-    waiting = candidates(runs, planned_method(runs), topology)
-    if not waiting:
-        raise UserError(
-            f"no mesh of the {len(topology.devices)} devices of {topology.name} divides both the heads of the model "
-            f"(and its teacher) and data.batch_size, which is {config.data.batch_size}; set data.batch_size to a "
-            f"multiple of {len(topology.devices)}."
-        )
+    waiting = _all_candidates(runs, topology.machines)
     started = time.perf_counter()
     plans: list[tuple[Candidate, Plan]] = []
     failure: UserError | None = None
@@ -101,13 +103,39 @@ def search(
     return SearchResult(sorted(plans, key=lambda pair: _rank(pair[1])), len(waiting))
 
 
-def candidates(runs: Sequence[RunConfig], method: Method, topology: Topology) -> list[Candidate]:
+def estimate(config: RunConfig, topology: str) -> list[Candidate]:
+    """Estimates memory and time of a step by formula, for every mesh, remat policy and number of microbatches.
+
+    Compiles nothing, so it needs no compiler for the devices. These are the candidates of `gemma2 plan --search`, in
+    the order in which it tries them: those that should fit first, the fastest first. `plan` gives exact figures.
+
+    Args:
+        topology: a name such as `v5e:4x4`, `h100:8` or `cpu:1`.
+
+    Raises:
+        UserError: the topology is unknown, or no mesh of its devices divides model and batch.
+    """
+    return _all_candidates([with_prepared_vocabulary(config)], find_machines(topology))
+
+
+def _all_candidates(runs: Sequence[RunConfig], machines: Machines) -> list[Candidate]:
+    found = candidates(runs, planned_method(runs), machines)
+    if not found:
+        raise UserError(
+            f"no mesh of the {machines.devices} devices of {machines.name} divides both the heads of the model "
+            f"(and its teacher) and data.batch_size, which is {runs[0].data.batch_size}; set data.batch_size to a "
+            f"multiple of {machines.devices}."
+        )
+    return found
+
+
+def candidates(runs: Sequence[RunConfig], method: Method, machines: Machines) -> list[Candidate]:
     """Lists all candidates whose sizes divide evenly.
 
     Those that should fit come first, the fastest by formula first; the rest follow in order of their memory.
     """
     config, models, found = runs[0], models_in_step(method), []
-    for mesh in _meshes(runs, method.frozen_models.values(), topology):
+    for mesh in _meshes(runs, method.frozen_models.values(), machines):
         shape = {axis: getattr(mesh, axis) for axis in AXES}
         rows, parts = shares(config, shape)
         if config.data.seq_len % parts:
@@ -127,41 +155,46 @@ def candidates(runs: Sequence[RunConfig], method: Method, topology: Topology) ->
                 ]
                 settings = {f"mesh.{axis}": size for axis, size in shape.items()}
                 settings |= {"compute.remat": remat, "training.accumulation": accumulation}
+                content = estimated_parts(changed, models, shape)
                 found.append(
                     Candidate(
                         changed,
                         " ".join(f"{key}={value}" for key, value in settings.items()),
-                        estimated_seconds(changed, models, topology, shape),
-                        estimated_memory(changed, models, shape),
+                        *estimated_seconds(changed, models, machines, shape),
+                        content,
+                        content.total <= machines.capacity,
                     )
                 )
-    capacity = topology.capacity
 
     def order(candidate: Candidate) -> tuple[bool, float, float]:
-        fits = candidate.memory <= capacity
-        return (
-            (False, candidate.seconds, candidate.memory)
-            if fits
-            else (True, candidate.memory, candidate.seconds)
-        )
+        seconds, memory = candidate.seconds, candidate.parts.total
+        return (False, seconds, memory) if candidate.fits else (True, memory, seconds)
 
     return sorted(found, key=order)
 
 
-def estimated_memory(
+def estimated_parts(
     runs: Sequence[RunConfig], models: Collection[FrozenModel], shape: dict[str, int]
-) -> float:
-    """Estimates the bytes per device by formula: state, gradients, saved activations, logits and frozen `models`."""
-    config = runs[0]
+) -> Parts:
+    """Estimates the memory per device by formula: all weights are split evenly over fsdp and tensor.
+
+    Gradients include their sum over microbatches.
+    """
     split = shape["fsdp"] * shape["tensor"]
-    counts = [_count_divided(run)[0] for run in runs]
-    trained = sum(counts)
-    state = 4 * 4 * trained + sum(map(frozen_bytes, runs))
-    state += sum(4 * count for run, count in zip(runs, counts, strict=True) if run.training.ema is not None)
-    if config.training.accumulation > 1:
-        state += 4 * trained
-    state += sum(width_of(model.dtype) * count_parameters(model.config).total for model in models)
-    return state / split + sum(saved_activations(run, shape) for run in runs) + head_blocks(runs, shape)
+    by_run = {run.name: 4 * _count_divided(run)[0] // split for run in runs}
+    parameters = sum(by_run.values())
+    teacher = sum(width_of(model.dtype) * count_parameters(model.config).total for model in models)
+    return Parts(
+        parameters=parameters,
+        parameters_by_run=by_run,
+        moments=2 * parameters,
+        averaged=sum(by_run[run.name] for run in runs if run.training.ema is not None),
+        gradients=parameters * (2 if runs[0].training.accumulation > 1 else 1),
+        base=sum(map(frozen_bytes, runs)) // split,
+        teacher=teacher // split,
+        activations=sum(saved_activations(run, shape) for run in runs),
+        logits=head_blocks(runs, shape),
+    )
 
 
 def _count_divided(run: RunConfig) -> tuple[int, int]:
@@ -171,16 +204,15 @@ def _count_divided(run: RunConfig) -> tuple[int, int]:
 
 
 def estimated_seconds(
-    runs: Sequence[RunConfig], models: Collection[FrozenModel], topology: Topology, shape: dict[str, int]
-) -> float:
-    """Estimates the seconds per step by formula: time of the products plus time of the communication.
+    runs: Sequence[RunConfig], models: Collection[FrozenModel], machines: Machines, shape: dict[str, int]
+) -> tuple[float, float]:
+    """Estimates the seconds per step of the products, and of the communication, by formula.
 
-    Adding them without overlap is pessimistic, but ranks candidates well. Weights are gathered over fsdp for the
-    forward and the backward pass of each microbatch, and gradients are summed there; activations are summed over
-    tensor four times per layer; keys and values are gathered over sequence.
+    Weights are gathered over fsdp for the forward and the backward pass of each microbatch, and gradients are summed
+    there; activations are summed over tensor four times per layer; keys and values are gathered over sequence.
     """
-    chip, config = topology.chip, runs[0]
-    devices, width = len(topology.devices), width_of(config.compute.dtype)
+    chip, config = machines.chip, runs[0]
+    devices, width = machines.devices, width_of(config.compute.dtype)
     tokens = config.data.batch_size * config.data.seq_len
     flops = sum(forward_flops_per_token(model.config, config.data.seq_len) for model in models)
     for run in runs:
@@ -209,20 +241,21 @@ def estimated_seconds(
             * shape["sequence"]
         )
         sent += 3 * model.num_layers * keys_and_values * _ring_share(shape["sequence"])
-    return flops / devices / chip.peak_flops + sent / (chip.link_bandwidth * (2 if chip.dimensions else 1))
+    links = chip.link_bandwidth * (2 if chip.dimensions else 1)
+    return flops / devices / chip.peak_flops, sent / links
 
 
 def _meshes(
-    runs: Sequence[RunConfig], frozen: Iterable[FrozenModel], topology: Topology
+    runs: Sequence[RunConfig], frozen: Iterable[FrozenModel], machines: Machines
 ) -> Iterator[MeshConfig]:
     """Yields every mesh of the devices that divides all models, the frozen ones with the runs' layout included.
 
     mesh.replica stays as configured, unless it does not divide over the slices of a TPU; then it is one per slice.
     """
     config = runs[0]
-    replica, devices = max(1, config.mesh.replica), len(topology.devices)
-    if topology.platform == "tpu" and replica % topology.slices:
-        replica = topology.slices
+    replica, devices = max(1, config.mesh.replica), machines.devices
+    if machines.platform == "tpu" and replica % machines.slices:
+        replica = machines.slices
     models = [run.model for run in runs]
     models += [model.config for model in frozen if not model.has_own_layout]
     for tensor in _divisors(math.gcd(*(model.num_kv_heads for model in models))):

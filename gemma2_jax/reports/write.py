@@ -18,7 +18,10 @@ _ENDINGS = {"--output": (".html", ".htm"), "--csv": (".csv",), "--markdown": (".
 
 
 def write_page(
-    paths: Sequence[str], output: str | None = None, csv: str | None = None, markdown_file: str | None = None
+    paths: Sequence[str | Path],
+    output: str | None = None,
+    csv: str | None = None,
+    markdown_file: str | None = None,
 ) -> tuple[Path, ReportContent]:
     """Writes the report of runs, sweeps, studies and evaluations.
 
@@ -50,7 +53,7 @@ def write_page(
     return target, content
 
 
-def default_output(paths: Sequence[str]) -> Path:
+def default_output(paths: Sequence[str | Path]) -> Path:
     """Returns the file of the page in the folder that was given, or in the deepest one that holds all paths."""
     folders = [Path(path).parent if Path(path).is_file() else Path(path) for path in paths]
     if len(folders) == 1:

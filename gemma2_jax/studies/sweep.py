@@ -15,12 +15,15 @@ from gemma2_jax.studies.trials import Combination, Sweep
 from gemma2_jax.studies.worker import work
 
 
-def run_sweep(sweep: Sweep, console: Console) -> bool:
+def run_sweep(sweep: Sweep, console: Console | None = None) -> bool:
     """Trains the unfinished runs of a sweep as one of its workers, and reports all of them when none is left.
 
     The same call in another process is another worker. If a run fails, its traceback is written to error.txt in its
     folder and the sweep continues; the next sweep that begins when no worker is left tries it again. With several
     processes, a failure ends the sweep.
+
+    Args:
+        console: prints the progress and the tables; None prints neither.
 
     Returns:
         Whether no run failed.
@@ -28,6 +31,7 @@ def run_sweep(sweep: Sweep, console: Console) -> bool:
     Raises:
         UserError: the sweep's folder holds another sweep or other runs, or another command is working there.
     """
+    console = Console(quiet=True) if console is None else console
     journal = Journal(Path(sweep.output))
     with ExitStack() as stack:
         if is_first() and stack.enter_context(journal.joined(identity(sweep.settings), _changeable(sweep))):

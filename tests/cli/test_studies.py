@@ -118,7 +118,7 @@ def test_a_sweep_is_the_product_with_a_folder_for_each():
         "seed=range(0,2)",
         "model=toy",
     ]
-    sweep = compose_sweep(overrides, None)
+    sweep = compose_sweep(overrides)
     found, output = runs_of(sweep), sweep.output
     assert output == "runs/sweeps/quickstart/scratch/optimizer.learning_rate+seed"
     assert [combination.config.output for combination in found] == [
@@ -134,7 +134,7 @@ def test_a_sweep_is_the_product_with_a_folder_for_each():
 
 def test_a_sweep_over_experiments_and_groups():
     overrides = ["experiment=quickstart/teacher,quickstart/scratch", "model=toy,small_1m", "output=out"]
-    sweep = compose_sweep(overrides, None)
+    sweep = compose_sweep(overrides)
     found = runs_of(sweep)
     assert sweep.output == "out"
     assert found[0].config.output == "out/experiment=quickstart-teacher,model=toy"
@@ -142,13 +142,13 @@ def test_a_sweep_over_experiments_and_groups():
 
 
 def test_sweeps_over_other_keys_have_other_folders():
-    assert compose_sweep(["seed=1,2"], None).output == "runs/sweeps/train/seed"
-    assert compose_sweep(["model=toy,small_1m"], None).output == "runs/sweeps/train/model"
+    assert compose_sweep(["seed=1,2"]).output == "runs/sweeps/train/seed"
+    assert compose_sweep(["model=toy,small_1m"]).output == "runs/sweeps/train/model"
 
 
 def test_nothing_is_run_where_a_combination_cannot_be_composed():
     with pytest.raises(UserError) as caught:
-        compose_sweep(["optimizer.learning_rate=1e-3,x,-1", "seed=0,1"], None)
+        compose_sweep(["optimizer.learning_rate=1e-3,x,-1", "seed=0,1"])
     lines = str(caught.value).splitlines()
     assert lines[0] == "4 of 6 combinations are invalid, so no run was started:"
     assert 'optimizer.learning_rate=x,seed=0: the configuration: optimizer.learning_rate is "x"' in lines[1]
@@ -159,7 +159,7 @@ def test_nothing_is_run_where_a_combination_cannot_be_composed():
 @pytest.mark.thorough
 def test_only_the_first_of_many_refusals_are_listed():
     with pytest.raises(UserError) as caught:
-        compose_sweep(["seed=range(0,30)", "model.num_layers=3,4"], None)
+        compose_sweep(["seed=range(0,30)", "model.num_layers=3,4"])
     assert str(caught.value).splitlines()[-1] == "  and 20 more."
 
 
@@ -177,7 +177,7 @@ def test_only_the_first_of_many_refusals_are_listed():
 )
 def test_an_invalid_sweep_is_reported(overrides, sentence):
     with pytest.raises(UserError) as caught:
-        compose_sweep(overrides, None)
+        compose_sweep(overrides)
     assert sentence in str(caught.value)
 
 
@@ -189,10 +189,10 @@ def test_a_sweep_with_a_failure_exits_with_1(monkeypatch, succeeds, code):
 
 def test_trackers_group_the_runs_of_a_sweep_or_study(quickstart):
     def groups(*overrides):
-        sweep = compose_sweep(["seed=1,2", *overrides], None)
+        sweep = compose_sweep(["seed=1,2", *overrides])
         return {each.config.metrics.group for trial in sweep.trials for each in trial}
 
-    assert groups() == {compose_sweep(["seed=1,2"], None).output}
+    assert groups() == {compose_sweep(["seed=1,2"]).output}
     assert groups("metrics.group=mine", "metrics=wandb") == {"mine"}
     assert groups("output='out, of {all}'") == {"out, of {all}"}
     runs, _ = compose_study("quickstart", quickstart, ["output=out/q"], None)

@@ -51,7 +51,7 @@ def runs_of(sweep):
 def test_every_sweep_composes():
     assert "learning_rate" in sweeps()
     for name in sweeps():
-        assert compose_sweep([name], None).output == f"runs/sweeps/{name}"
+        assert compose_sweep([name]).output == f"runs/sweeps/{name}"
 
 
 def test_a_grid_in_a_file_with_seeds(described):
@@ -267,7 +267,7 @@ def test_what_cannot_be_trained_together_is_refused(described):
     with pytest.raises(
         UserError, match=r"^--together shares a teacher's forward pass, but no run has distill.teach"
     ):
-        check_groups(compose_sweep(["seed=1,2"], None))
+        check_groups(compose_sweep(["seed=1,2"]))
 
 
 @pytest.mark.thorough

@@ -25,8 +25,8 @@ from gemma2_jax.planning.plan import make_plan
 from gemma2_jax.planning.printing import print_plan
 from gemma2_jax.planning.program import Inputs, _peak, abstract_inputs, mesh_of, required_bytes
 from gemma2_jax.planning.roofline import bandwidth_along, bounds
-from gemma2_jax.planning.search import candidates, search
-from gemma2_jax.planning.topologies import Topology, find_topology
+from gemma2_jax.planning.search import candidates, estimate, search
+from gemma2_jax.planning.topologies import Topology, find_machines, find_topology
 from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import MeshConfig
 from gemma2_jax.training.state import Update
@@ -142,9 +142,10 @@ def test_students_are_searched_and_placed_together(students, cpus):
     assert roles == ["student deep", "student toy", "student text", "teacher"]
     odd = replace(students[1], model=replace(students[1].model, d_ff=63))
     assert any(
-        candidate.runs[0].mesh.tensor > 1 for candidate in candidates(students, method_of(students), cpus)
+        candidate.runs[0].mesh.tensor > 1
+        for candidate in candidates(students, method_of(students), cpus.machines)
     )
-    for candidate in candidates([students[0], odd], method_of([students[0], odd]), cpus):
+    for candidate in candidates([students[0], odd], method_of([students[0], odd]), cpus.machines):
         assert {run.mesh.tensor for run in candidate.runs} == {1}  # more would not divide 63
 
 
@@ -158,7 +159,7 @@ def test_candidates_divide_the_vocabulary_in_the_head(planned_run, cpus):
         distill=replace(planned_run.distill, model=teacher),
         data=replace(planned_run.data, batch_size=8),
     )
-    found = [candidate.runs[0] for candidate in candidates([odd], build_method(odd), cpus)]
+    found = [candidate.runs[0] for candidate in candidates([odd], build_method(odd), cpus.machines)]
     for run in found:
         mesh_of([run], cpus)  # refuses what does not divide
     assert {run.mesh.data for run in found} == {8}  # 303 is odd, so no axis can split the vocabulary
@@ -301,9 +302,31 @@ def test_each_network_has_its_own_bandwidth():
     assert (found.binding, found.seconds) == ("network along replica", 4.0)
 
 
+def test_an_estimate_agrees_with_the_plan(planned_run, plan, monkeypatch):
+    """State and teacher up to the scales of the norms, which are not split; it needs no compiler for the chips."""
+    found = estimate(planned_run, "cpu:8")
+    assert [each.fits for each in found] == sorted((each.fits for each in found), reverse=True)
+    (same,) = [
+        each
+        for each in found
+        if (each.runs[0].mesh, each.runs[0].compute, each.runs[0].training)
+        == (replace(planned_run.mesh, replica=1), planned_run.compute, planned_run.training)
+    ]
+    for name in ("parameters", "moments", "gradients", "teacher"):
+        assert getattr(same.parts, name) == pytest.approx(getattr(plan.parts, name), rel=0.02)
+    assert (same.parts.activations, same.parts.logits) == (plan.parts.activations, plan.parts.logits)
+    assert same.parts.total == sum(
+        value for name, value in asdict(same.parts).items() if name != "parameters_by_run"
+    )
+    assert same.compute == pytest.approx(plan.model_flops / 8 / plan.topology.chip.peak_flops)
+    absent = estimate(planned_run, "v5e:2x4")
+    assert {each.overrides for each in absent} == {each.overrides for each in found}
+    assert absent[0].compute < found[0].compute
+
+
 @pytest.mark.thorough
 def test_candidates_divide_and_the_search_keeps_its_budget(planned_run, cpus):
-    waiting = candidates([planned_run], build_method(planned_run), cpus)
+    waiting = candidates([planned_run], build_method(planned_run), cpus.machines)
     assert len({candidate.overrides for candidate in waiting}) == len(waiting) > 10
     for candidate in waiting:
         mesh = mesh_of(candidate.runs, cpus)
@@ -329,7 +352,9 @@ def test_a_plan_for_a_tpu_without_having_one(planned_run):
         data=replace(planned_run.data, batch_size=16, seq_len=256),
         compute=ComputeConfig(dtype="bfloat16", remat="full"),
     )
-    plan = make_plan([config], find_topology("v5e:4x4"))
+    topology = find_topology("v5e:4x4")
+    assert find_machines("v5e:4x4") == topology.machines
+    plan = make_plan([config], topology)
     assert plan.fits
     assert plan.cost is not None
     assert plan.cost.uncounted == 0

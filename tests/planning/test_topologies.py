@@ -7,7 +7,7 @@ import pytest
 from gemma2_jax.chips import CHIPS, chip_of_kind
 from gemma2_jax.config import UserError
 from gemma2_jax.planning.gpus import target_config
-from gemma2_jax.planning.topologies import find_topology
+from gemma2_jax.planning.topologies import find_machines, find_topology
 
 
 def test_the_devices_of_this_process():
@@ -33,6 +33,29 @@ def test_mistakes_are_reported(name, message):
     with pytest.raises(UserError, match=rf"^topology={name.replace('*', '.')} ") as error:
         find_topology(name)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "slices"),
+    [
+        ("v5e:4x4", 16, 1),
+        ("v5e:4x4*2", 32, 2),
+        ("tpu7x:2x2x1", 8, 1),  # a chip is two devices
+        ("h100:4", 4, 1),
+        ("h100:16", 16, 2),
+        ("cpu:8", 8, 1),
+    ],
+)
+def test_machines_need_no_compiler(name, devices, slices):
+    machines = find_machines(name)
+    assert (machines.devices, machines.slices) == (devices, slices)
+    assert machines.capacity == machines.chip.memory * (0.75 if name.startswith("h100") else 1)
+
+
+@pytest.mark.parametrize("find", [find_topology, find_machines])
+def test_gpus_fill_their_nodes(find):
+    with pytest.raises(UserError, match="topology=h100:12 has 12 GPUs; accepted: 1 to 8, or a multiple of 8"):
+        find("h100:12")
 
 
 @pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h100:8", "cuda12")])

@@ -25,7 +25,7 @@ from gemma2_jax.model.lora import TARGETS
 from gemma2_jax.model.weights import abstract_params, specs_by_path
 from gemma2_jax.planning.placement import find_placement
 from gemma2_jax.planning.plan import make_plan
-from gemma2_jax.planning.search import estimated_memory
+from gemma2_jax.planning.search import estimated_parts
 from gemma2_jax.planning.topologies import find_topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import AXES, MeshConfig, build_mesh
@@ -160,9 +160,8 @@ def test_an_adapter_is_planned(lora: RunConfig) -> None:
     assert plan.model_flops == pytest.approx(full.model_flops - saved)
     assert plan.to_dict()["trained_parameters"] == {run.name: count}
     shape = dict.fromkeys(AXES, 1)
-    assert estimated_memory([run], [], shape) < estimated_memory(
-        [replace(run, adaptation=AdaptationConfig())], [], shape
-    )
+    whole = replace(run, adaptation=AdaptationConfig())
+    assert estimated_parts([run], [], shape).total < estimated_parts([whole], [], shape).total
     placed = {model.role: model for model in find_placement([run], topology).models}
     assert set(placed) == {"adapter", "base"}
     assert sum(weight.device_bytes for weight in placed["adapter"].weights) == BYTES * count

@@ -24,7 +24,7 @@ from gemma2_jax.model.partial import Partial
 from gemma2_jax.model.weights import specs_by_path
 from gemma2_jax.planning.placement import find_placement
 from gemma2_jax.planning.plan import make_plan
-from gemma2_jax.planning.search import estimated_memory
+from gemma2_jax.planning.search import estimated_parts
 from gemma2_jax.planning.topologies import find_topology
 from gemma2_jax.run import RunConfig
 from gemma2_jax.sharding.mesh import AXES, MeshConfig, build_mesh
@@ -131,7 +131,7 @@ def test_a_part_is_planned_and_described(run: RunConfig) -> None:
     assert other.argument - memory.argument == pytest.approx(8 * (total - count), rel=0.01)
     assert memory.peak < other.peak
     shape = dict.fromkeys(AXES, 1)
-    assert estimated_memory([one], [], shape) < estimated_memory([full], [], shape)
+    assert estimated_parts([one], [], shape).total < estimated_parts([full], [], shape).total
     placed = {model.role: model for model in find_placement([one], topology).models}
     assert set(placed) == {"student", "base"}
     assert sum(weight.device_bytes for weight in placed["student"].weights) == 4 * count

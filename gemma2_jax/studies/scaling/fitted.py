@@ -109,7 +109,9 @@ def sample_of(runs: Sequence[ScalingRun], teacher_losses: Array | None = None) -
     )
 
 
-def fit_runs(runs: Sequence[ScalingRun], law: LawName, resamples: int, seed: int) -> Fit:
+def fit_runs(
+    runs: Sequence[ScalingRun], law: LawName = "distillation", resamples: int = 200, seed: int = 0
+) -> Fit:
     """Fits the laws and resamples the runs.
 
     With `law` chinchilla, each source has a law `SUPERVISED` of its own, and a source of too few runs is left out. With

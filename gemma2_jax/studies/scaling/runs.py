@@ -66,7 +66,9 @@ class Collected:
     left_out: dict[str, str]
 
 
-def collect_runs(paths: Sequence[str], embedding: bool, teacher_loss: float | None = None) -> Collected:
+def collect_runs(
+    paths: Sequence[str | Path], embedding: bool = True, teacher_loss: float | None = None
+) -> Collected:
     """Reads the finished runs at and below `paths`: run folders, sweeps, studies.
 
     A run that is not finished, or that did not start from random weights, is left out.
