@@ -1,5 +1,6 @@
 """The plot of a fit: losses over tokens, a line for each size, a panel for each source."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from gemma2_jax.studies.scaling.fit import CONFIDENCE, Curve, interval
 from gemma2_jax.studies.scaling.fitted import SCRATCH, Fit, Source
 
 _MOST_TICKS = 6
+_CLOSE = 1.35  # ratio of two ticks
 
 
 def plot_fit(fit: Fit, target: Path) -> None:
@@ -49,7 +51,7 @@ def _draw(axes: Axes, fit: Fit, source: Source) -> None:
     axes.set_title(name, fontsize=10)
     axes.set_xscale("log")
     axes.minorticks_off()
-    places = sorted(set(tokens))
+    places = _apart(sorted(set(tokens)))
     if len(places) <= _MOST_TICKS:  # powers of ten are too few for runs of similar length
         axes.set_xticks(places)
     axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
@@ -57,6 +59,15 @@ def _draw(axes: Axes, fit: Fit, source: Source) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, title="parameters", title_fontsize=8)
+
+
+def _apart(places: Sequence[int]) -> list[int]:
+    """Leaves out places so close to the one before that their labels would overlap."""
+    found: list[int] = []
+    for place in places:
+        if not found or place >= _CLOSE * found[-1]:
+            found.append(place)
+    return found
 
 
 def _write_title(figure: Figure, fit: Fit) -> None:
