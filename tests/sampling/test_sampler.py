@@ -9,7 +9,7 @@ import pytest
 from gemma2_jax.config import UserError
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.sampling import sampler as sampler_module
+from gemma2_jax.sampling import generation
 from gemma2_jax.sampling.choice import TokenChoice
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler, bucket
@@ -123,7 +123,7 @@ def test_rows_end_at_texts(sampler, tokenizer, greedy, monkeypatch):
 def test_it_stops_when_all_rows_have(sampler, greedy, monkeypatch):
     """And no token is computed after the dispatch that ended the last row."""
     calls = []
-    monkeypatch.setattr(sampler_module, "_advance", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(generation, "_advance", lambda *args, **kwargs: calls.append(args))
     stop = greedy[0][0]
     assert sampler.generate_tokens(PROMPTS[:1], replace(GREEDY, stop_tokens=(stop, 900))) == [[stop]]
     assert calls == []
