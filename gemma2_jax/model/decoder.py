@@ -58,7 +58,12 @@ class Decoder(nnx.Module):
         chunk = min(T, CHUNK)
         tokens = jnp.pad(tokens, ((0, 0), (0, -T % chunk)))
         cache = Cache.empty(self.config, B, cache_size, revocable, self.compute.dtype)
-        final = jnp.zeros((B, 1, self.config.d_model), self.compute.dtype)
+
+        def update(final: jax.Array, hidden: jax.Array, left: jax.Array) -> jax.Array:
+            """`final` with the hidden states [B, 1, D] of the prompts that end in the chunk, after `left` tokens."""
+            place = jnp.clip(left - 1, 0, chunk - 1)[:, None, None]
+            ends_here = ((left >= 1) & (left <= chunk))[:, None, None]
+            return jnp.where(ends_here, jnp.take_along_axis(hidden, place, axis=1), final)
 
         def body(number: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
             final, cache = carry
@@ -66,12 +71,13 @@ class Decoder(nnx.Module):
             these = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
             left = lengths - start
             hidden, cache = self.extend(these, jnp.broadcast_to(start, (B,)), cache, left)
-            place = jnp.clip(left - 1, 0, chunk - 1)[:, None, None]
-            ends_here = ((left >= 1) & (left <= chunk))[:, None, None]
-            return jnp.where(ends_here, jnp.take_along_axis(hidden, place, axis=1), final), cache
+            return update(final, hidden, left), cache
 
-        chunks = (jnp.max(lengths) + chunk - 1) // chunk if chunk < T else 1
-        final, cache = jax.lax.fori_loop(0, chunks, body, (final, cache))
+        hidden, cache = self._begin(tokens[:, :chunk], lengths, cache)
+        final = update(jnp.zeros_like(hidden[:, :1]), hidden, lengths)
+        if chunk < T:
+            chunks = (jnp.max(lengths) + chunk - 1) // chunk
+            final, cache = jax.lax.fori_loop(1, chunks, body, (final, cache))
         return self.logits(final)[:, 0], cache
 
     def extend(
@@ -98,6 +104,20 @@ class Decoder(nnx.Module):
             return layer.extend_cache(x, positions, used, cache, pair)
 
         x, cache = self._run(tokens, jnp.max(start), cache, attend)
+        return x, cache.map(lambda layers: layers.occupy(positions, used))
+
+    def _begin(self, tokens: jax.Array, count: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """`extend` of an empty cache, which attention need not read."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        used = positions < count[:, None]
+
+        def attend(
+            layer: Attention, x: jax.Array, cache: LayerCaches, pair: Any
+        ) -> tuple[jax.Array, LayerCaches]:
+            mixed, taps = layer(x, positions, used.astype(jnp.int32), self.compute.attention)
+            return mixed, cache.write(pair, positions, taps["key"], taps["value"], used)
+
+        x, cache = self._run(tokens, jnp.max(count), cache, attend)
         return x, cache.map(lambda layers: layers.occupy(positions, used))
 
     def decode(self, tokens: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

@@ -66,8 +66,8 @@ class Batch:
 
     @property
     def positions(self) -> int:
-        """The number of positions of the longest prompt and its new tokens."""
-        return int(self.lengths.max()) + self.max_new_tokens
+        """The number of positions of padded prompts and their new tokens."""
+        return self.prompts.shape[1] + self.max_new_tokens
 
 
 class Generation(ABC):

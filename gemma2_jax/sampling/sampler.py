@@ -144,20 +144,8 @@ class Sampler:
         if not prompts:
             return
         self._check(prompts)
-        lengths = [len(prompt) for prompt in prompts]
-        padded = np.zeros((len(prompts), bucket(max(lengths))), np.int32)
-        for row, prompt in zip(padded, prompts, strict=True):
-            row[: len(prompt)] = prompt
         stop = self._stop_tokens(config)
-        batch = Batch(
-            padded,
-            np.array(lengths, np.int32),
-            _keys(config.seed, draws or [Draw(prompt) for prompt in range(len(prompts))]),
-            jnp.array(sorted(stop), jnp.int32),
-            config.max_new_tokens,
-            TokenChoice(config.temperature, config.top_k, config.top_p),
-        )
-        generation = self._generation(batch)
+        generation = self._generation(self._batch(prompts, config, draws))
         left = [config.max_new_tokens] * len(prompts)  # tokens until a row has finished
         new, steps = generation.first(), _FIRST_STEPS
         while True:
@@ -174,6 +162,22 @@ class Sampler:
             start = time.perf_counter()
             new = generation.more(steps)
             steps = _pace(steps, time.perf_counter() - start)
+
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], config: SamplingConfig, draws: Sequence[Draw] | None = None
+    ) -> Batch:
+        lengths = [len(prompt) for prompt in prompts]
+        padded = np.zeros((len(prompts), bucket(max(lengths))), np.int32)
+        for row, prompt in zip(padded, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        return Batch(
+            padded,
+            np.array(lengths, np.int32),
+            _keys(config.seed, draws or [Draw(prompt) for prompt in range(len(prompts))]),
+            jnp.array(sorted(self._stop_tokens(config)), jnp.int32),
+            config.max_new_tokens,
+            TokenChoice(config.temperature, config.top_k, config.top_p),
+        )
 
     def _generation(self, batch: Batch) -> Generation:
         if self._draft is None:
@@ -211,8 +215,13 @@ class Sampler:
 def _keys(seed: int, draws: Sequence[Draw]) -> jax.Array:
     """A random key for each row [B], determined by the seed and its draw alone, whatever the other rows are."""
     seeds = np.array([(seed + draw.sample) % 2**32 for draw in draws], np.uint32)
-    prompts = np.array([draw.prompt for draw in draws], np.uint32)
-    return jax.vmap(lambda seed, prompt: jax.random.fold_in(jax.random.key(seed), prompt))(seeds, prompts)
+    return _row_keys(seeds, np.array([draw.prompt for draw in draws], np.uint32))
+
+
+@jax.jit
+@jax.vmap
+def _row_keys(seed: jax.Array, prompt: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), prompt)
 
 
 def check_draft(model: ModelConfig, draft: ModelConfig, draft_tokens: int) -> None:

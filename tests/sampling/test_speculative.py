@@ -180,7 +180,7 @@ def test_equal_distributions_and_impossible_proposals():
 
 @pytest.fixture(scope="module")
 def greedy(model, tokenizer):
-    return Sampler(model, tokenizer, ComputeConfig(unroll_layers=True)).generate_tokens(PROMPTS, GREEDY)
+    return Sampler(model, tokenizer).generate_tokens(PROMPTS, GREEDY)
 
 
 def drafts(model):
@@ -202,7 +202,7 @@ def drafts(model):
 def test_greedy_tokens_are_the_models(model, tokenizer, greedy, name, number):
     """A batch of prompts of different lengths, continued across the windows of both models."""
     draft = drafts(model)[name]
-    sampler = Sampler(model, tokenizer, ComputeConfig(unroll_layers=True), draft, number)
+    sampler = Sampler(model, tokenizer, draft=draft, draft_tokens=number)
     assert sampler.generate_tokens(PROMPTS, GREEDY) == greedy
     found = sampler.draft_statistics
     assert found.tokens == 3 * 54
@@ -217,7 +217,7 @@ def test_greedy_tokens_are_the_models(model, tokenizer, greedy, name, number):
 @pytest.mark.thorough
 def test_rows_stop_at_their_own_tokens(model, tokenizer, greedy):
     draft = drafts(model)["itself"]
-    sampler = Sampler(model, tokenizer, ComputeConfig(unroll_layers=True), draft, 4)
+    sampler = Sampler(model, tokenizer, draft=draft, draft_tokens=4)
     stop = next(token for token in greedy[0] if token not in greedy[1] + greedy[2])
     found = sampler.generate_tokens(PROMPTS, replace(GREEDY, stop_tokens=(stop, 900)))
     assert found == [greedy[0][: greedy[0].index(stop) + 1], *greedy[1:]]
@@ -227,7 +227,7 @@ def test_rows_stop_at_their_own_tokens(model, tokenizer, greedy):
 
 @pytest.mark.thorough
 def test_a_row_samples_the_same_alone_and_in_a_batch(model, tokenizer):
-    sampler = Sampler(model, tokenizer, ComputeConfig(unroll_layers=True), drafts(model)["smaller"], 3)
+    sampler = Sampler(model, tokenizer, draft=drafts(model)["smaller"], draft_tokens=3)
     config = replace(GREEDY, temperature=1.0, top_p=0.9, seed=3)
     together = sampler.generate_tokens(PROMPTS, config)
     assert sampler.generate_tokens(PROMPTS[:1], config) == together[:1]
