@@ -76,21 +76,18 @@ class Transformers(Engine):
         from transformers import Gemma2Config, Gemma2ForCausalLM
 
         sizes = model.config
-        with torch.device("meta"):
-            theirs: Any = Gemma2ForCausalLM(
-                Gemma2Config(
-                    vocab_size=sizes.vocab_size, num_hidden_layers=sizes.num_layers, hidden_size=sizes.d_model,
-                    num_attention_heads=sizes.num_heads, num_key_value_heads=sizes.num_kv_heads,
-                    head_dim=sizes.head_dim, intermediate_size=sizes.d_ff, sliding_window=sizes.sliding_window,
-                    query_pre_attn_scalar=sizes.query_pre_attn_scalar, attn_implementation="eager",
-                    pad_token_id=0, eos_token_id=None, bos_token_id=1,
-                )
-            )  # fmt: skip
+        config = Gemma2Config(
+            vocab_size=sizes.vocab_size, num_hidden_layers=sizes.num_layers, hidden_size=sizes.d_model,
+            num_attention_heads=sizes.num_heads, num_key_value_heads=sizes.num_kv_heads,
+            head_dim=sizes.head_dim, intermediate_size=sizes.d_ff, sliding_window=sizes.sliding_window,
+            query_pre_attn_scalar=sizes.query_pre_attn_scalar, attn_implementation="eager",
+            pad_token_id=0, eos_token_id=None, bos_token_id=1,
+        )  # fmt: skip
         state = {name: torch.from_numpy(array) for name, array in tensors.items()}
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        theirs.to_empty(device="cpu").load_state_dict(state)
-        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)  # has no weights to load
-        self._model = theirs.tie_weights() or theirs.eval()
+        self._model: Any = Gemma2ForCausalLM(config)
+        self._model.load_state_dict(state)
+        self._model.eval()
 
     def decode(self, new_tokens: int) -> list[int]:
         import torch
@@ -171,7 +168,7 @@ def build_engines(sizes: dict[str, Any], threads: int) -> list[Engine]:
     from gemma2_jax.model.transformer import Gemma2
 
     config = ModelConfig(**sizes)
-    model = jax.jit(Gemma2.init, static_argnums=0)(config, jax.random.key(0))
+    model = Gemma2.init(config, jax.random.key(0))
     engines: list[Engine] = [Ours(model), Transformers(model, tensors_of(model, HUGGINGFACE))]
     try:
         import llama_cpp  # noqa: F401
@@ -207,7 +204,7 @@ def tensors_of(model: Any, layout: Any) -> dict[str, np.ndarray]:
 
     entries = expand(layout, weight_specs(model.config))
     return {
-        name: np.ascontiguousarray(entry.join([part(place) for place in entry.places]))
+        name: np.array(entry.join([part(place) for place in entry.places]))  # a copy that torch may write to
         for name, entry in entries.items()
     }
 

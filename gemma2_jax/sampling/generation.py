@@ -48,7 +48,7 @@ class DraftStatistics:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """Prompts to continue.
 
     Attributes:
@@ -88,7 +88,7 @@ class Generation(ABC):
 class Plain(Generation):
     """Each step is one token of each row."""
 
-    def __init__(self, decoder: Decoder, batch: Batch, cache_size: int) -> None:
+    def __init__(self, decoder: Decoder, batch: PromptBatch, cache_size: int) -> None:
         self._decoder, self._batch, self._size = decoder, batch, cache_size
 
     def first(self) -> list[list[int]]:
@@ -126,7 +126,9 @@ class Speculative(Generation):
         statistics: gets what becomes of them.
     """
 
-    def __init__(self, models: Models, batch: Batch, cache_size: int, statistics: DraftStatistics) -> None:
+    def __init__(
+        self, models: Models, batch: PromptBatch, cache_size: int, statistics: DraftStatistics
+    ) -> None:
         self._models, self._batch, self._size = models, batch, cache_size
         self._limits = (batch.lengths + batch.max_new_tokens - 1).astype(np.int32)
         self._statistics = statistics

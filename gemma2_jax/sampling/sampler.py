@@ -18,10 +18,10 @@ from gemma2_jax.sampling.completion import Completion, Draw
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.generation import (
     MAX_STEPS,
-    Batch,
     DraftStatistics,
     Generation,
     Plain,
+    PromptBatch,
     Speculative,
 )
 from gemma2_jax.sampling.speculative import Models
@@ -165,12 +165,12 @@ class Sampler:
 
     def _batch(
         self, prompts: Sequence[Sequence[int]], config: SamplingConfig, draws: Sequence[Draw] | None = None
-    ) -> Batch:
+    ) -> PromptBatch:
         lengths = [len(prompt) for prompt in prompts]
         padded = np.zeros((len(prompts), bucket(max(lengths))), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
-        return Batch(
+        return PromptBatch(
             padded,
             np.array(lengths, np.int32),
             _keys(config.seed, draws or [Draw(prompt) for prompt in range(len(prompts))]),
@@ -179,7 +179,7 @@ class Sampler:
             TokenChoice(config.temperature, config.top_k, config.top_p),
         )
 
-    def _generation(self, batch: Batch) -> Generation:
+    def _generation(self, batch: PromptBatch) -> Generation:
         if self._draft is None:
             return Plain(self._decoder, batch, bucket(batch.positions))
         models = Models(self._decoder, self._draft, self._draft_tokens)

@@ -160,7 +160,7 @@ def _pass(
         jnp.concatenate([progress.tokens[:, 1:], proposed], axis=1), progress.positions, progress.target
     )
     logits = models.target.logits(hidden)
-    accepted, drawn = verify(choice, logits, draft_logits, proposed, place_keys)
+    accepted, drawn = rejection_test(choice, logits, draft_logits, proposed, place_keys)
 
     new = jnp.where(index < accepted[:, None], jnp.pad(proposed, ((0, 0), (0, 1))), drawn[:, None])
     ends = (is_stop(new, stop) | (places >= limits[:, None])) & (index <= accepted[:, None])
@@ -212,7 +212,7 @@ def _propose(
     )
 
 
-def verify(
+def rejection_test(
     choice: TokenChoice, logits: jax.Array, draft_logits: jax.Array, proposed: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The rejection test of g proposed tokens per row.
@@ -234,14 +234,14 @@ def verify(
     of_proposed = [jnp.take_along_axis(each, proposed[..., None], axis=-1)[..., 0] for each in (p[:, :g], q)]
     test_keys, draw_keys = (jax.vmap(jax.vmap(partial(_fold_in, number)))(keys) for number in (1, 2))
     uniform = jax.vmap(jax.vmap(jax.random.uniform))(test_keys[:, :g])
-    accepted = _leading(uniform < acceptance(*of_proposed))
+    accepted = _leading(uniform < acceptance_probability(*of_proposed))
     # After g accepted tokens there is no proposal to correct, and the draft's share is 0.
     left = residual(_at(p, accepted), _at(jnp.pad(q, ((0, 0), (0, 1), (0, 0))), accepted))
     noise = jax.vmap(lambda key: jax.random.gumbel(key, left.shape[1:]))(_at(draw_keys, accepted))
     return accepted, largest(jnp.log(left) + noise)
 
 
-def acceptance(p: jax.Array, q: jax.Array) -> jax.Array:
+def acceptance_probability(p: jax.Array, q: jax.Array) -> jax.Array:
     """min(1, P / Q): the probability of keeping a token that the target gives probability P, and the draft Q."""
     return jnp.minimum(1.0, p / q)
 

@@ -21,11 +21,11 @@ from gemma2_jax.sampling.decoding import row_keys
 from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.sampling.speculative import (
     Models,
-    acceptance,
+    acceptance_probability,
     advance_speculation,
     begin_speculation,
     residual,
-    verify,
+    rejection_test,
 )
 from tests.model.models import vivid
 from tests.parameters import mostly_thorough
@@ -67,7 +67,7 @@ def outcomes(
         yield text, 1.0
         return
     of_p, of_q = p[text], q[text] if left else np.zeros(V)
-    kept = of_q * np.where(of_q > 0, acceptance(of_p, np.where(of_q > 0, of_q, 1.0)), 0.0)
+    kept = of_q * np.where(of_q > 0, acceptance_probability(of_p, np.where(of_q > 0, of_q, 1.0)), 0.0)
     correction = np.asarray(residual(of_p, of_q), np.float64)
     corrected = (1 - kept.sum()) * correction / correction.sum()
     for token in range(V):
@@ -167,14 +167,16 @@ def test_equal_distributions_and_impossible_proposals():
     keys = jax.random.split(jax.random.key(0), (200, 3))
     logits = jnp.broadcast_to(jnp.array([0.0, 1.0, -jnp.inf, 2.0]), (200, 3, 4))
     proposed = jnp.broadcast_to(jnp.array([1, 3]), (200, 2))
-    accepted, drawn = verify(TokenChoice(1.0), logits, logits[:, :2], proposed, keys)
+    accepted, drawn = rejection_test(TokenChoice(1.0), logits, logits[:, :2], proposed, keys)
     assert accepted.tolist() == [2] * 200
     assert set(drawn.tolist()) == {0, 1, 3}
     uniform = jnp.zeros((200, 2, 4))
-    accepted, drawn = verify(TokenChoice(1.0), logits, uniform, jnp.full((200, 2), 2), keys)
+    accepted, drawn = rejection_test(TokenChoice(1.0), logits, uniform, jnp.full((200, 2), 2), keys)
     assert accepted.tolist() == [0] * 200
     assert set(drawn.tolist()) <= {1, 3}  # those with more probability than the draft gives
-    accepted, drawn = verify(TokenChoice(1.0), logits.at[:, 0, 0].set(jnp.nan), uniform, proposed, keys)
+    accepted, drawn = rejection_test(
+        TokenChoice(1.0), logits.at[:, 0, 0].set(jnp.nan), uniform, proposed, keys
+    )
     assert (accepted.tolist(), drawn.tolist()) == ([0] * 200, [4] * 200)
 
 
