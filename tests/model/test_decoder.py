@@ -141,6 +141,7 @@ def test_several_tokens_at_once_replace_rejected_ones(toy_model, full, unroll_la
     np.testing.assert_allclose(logits, full[rows, position], atol=2e-5)
 
 
+@pytest.mark.thorough
 def test_memory_of_a_long_prompt_is_that_of_a_chunk(toy_config):
     """Temporaries of 4096 tokens, compiled: those of one chunk of them, and none that grow with the text's length."""
     config = replace(toy_config, sliding_window=64)

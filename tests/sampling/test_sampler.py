@@ -234,6 +234,7 @@ def test_few_sizes_to_compile_for():
     assert all(length <= bucket(length) <= max(16, length * 1.5) for length in range(1, 8193))
 
 
+@pytest.mark.thorough
 def test_prompts_of_a_session_share_compiled_programs(model, tokenizer, monkeypatch):
     """Prompts of 33 to 48 tokens, in two or three chunks, compile nothing after the first; one of 49 does."""
     monkeypatch.setattr(decoder, "CHUNK", 20)

@@ -24,8 +24,8 @@ from gemma2_jax.sampling.speculative import (
     acceptance_probability,
     advance_speculation,
     begin_speculation,
-    residual,
     rejection_test,
+    residual,
 )
 from tests.model.models import vivid
 from tests.parameters import mostly_thorough
@@ -198,7 +198,8 @@ def drafts(model):
     }
 
 
-@mostly_thorough(
+@pytest.mark.thorough
+@pytest.mark.parametrize(
     ("name", "number"), [("smaller", 3), ("itself", 4), ("constant", 1), ("itself", 7), ("smaller", 1)]
 )
 def test_greedy_tokens_are_the_models(model, tokenizer, greedy, name, number):
