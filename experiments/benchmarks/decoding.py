@@ -76,7 +76,7 @@ class Transformers(Engine):
         from transformers import Gemma2Config, Gemma2ForCausalLM
 
         sizes = model.config
-        config = Gemma2Config(
+        values: dict[str, Any] = dict(
             vocab_size=sizes.vocab_size, num_hidden_layers=sizes.num_layers, hidden_size=sizes.d_model,
             num_attention_heads=sizes.num_heads, num_key_value_heads=sizes.num_kv_heads,
             head_dim=sizes.head_dim, intermediate_size=sizes.d_ff, sliding_window=sizes.sliding_window,
@@ -85,7 +85,7 @@ class Transformers(Engine):
         )  # fmt: skip
         state = {name: torch.from_numpy(array) for name, array in tensors.items()}
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        self._model: Any = Gemma2ForCausalLM(config)
+        self._model: Any = Gemma2ForCausalLM(Gemma2Config(**values))
         self._model.load_state_dict(state)
         self._model.eval()
 

@@ -111,7 +111,7 @@ def test_prompts_run_in_chunks(toy_model, full, monkeypatch, chunk):
     monkeypatch.setattr(decoder_module, "CHUNK", chunk)
     decoder = Decoder(toy_model, ComputeConfig(unroll_layers=True))
     rows = np.arange(3)
-    in_chunks = jax.jit(lambda *arguments: Decoder.prefill(*arguments, cache_size=48))
+    in_chunks = jax.jit(lambda decoder, tokens, lengths: decoder.prefill(tokens, lengths, cache_size=48))
     logits, cache = in_chunks(decoder, right_padded(TOKENS, LENGTHS, filler=50), LENGTHS)
     np.testing.assert_allclose(logits, full[rows, LENGTHS - 1], atol=2e-5)
     held = [sorted(int(p) for p in row if p != EMPTY) for row in cache.local_block.positions]
@@ -151,7 +151,9 @@ def test_memory_of_a_long_prompt_is_that_of_a_chunk(toy_config):
     def temporaries(tokens):
         arguments = (decoder, jax.ShapeDtypeStruct((1, tokens), np.int32), np.array([tokens], np.int32))
         compiled = jax.jit(Decoder.prefill, static_argnames="cache_size").lower(*arguments, cache_size=4096)
-        return compiled.compile().memory_analysis().temp_size_in_bytes
+        memory = compiled.compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     scores = 4 * config.num_heads * decoder_module.CHUNK * (4096 + decoder_module.CHUNK)
     assert temporaries(4096) < 4 * scores

@@ -8,6 +8,7 @@ import pytest
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import abstract_params, weight_specs
 from gemma2_jax.sampling.config import SamplingConfig
+from gemma2_jax.sampling.generation import Plain
 from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from tests.model.models import vivid
@@ -56,6 +57,7 @@ def test_a_batch_is_split_over_the_devices(model, tokenizer):
     with jax.set_mesh(mesh):
         sampler = Sampler(on(mesh, model), tokenizer)
         generation = sampler._generation(sampler._batch([[2, 40]] * 8, GREEDY))
+        assert isinstance(generation, Plain)
         generation.first()
         keys = generation._progress.cache.global_block.keys
     P, B, K, S, H = keys.shape

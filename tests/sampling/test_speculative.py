@@ -66,8 +66,8 @@ def outcomes(
     if len(text) == length:
         yield text, 1.0
         return
-    of_p, of_q = p[text], q[text] if left else np.zeros(V)
-    kept = of_q * np.where(of_q > 0, acceptance_probability(of_p, np.where(of_q > 0, of_q, 1.0)), 0.0)
+    of_p, of_q = jnp.array(p[text]), jnp.array(q[text] if left else np.zeros(V))
+    kept = np.where(of_q > 0, of_q * acceptance_probability(of_p, jnp.where(of_q > 0, of_q, 1.0)), 0.0)
     correction = np.asarray(residual(of_p, of_q), np.float64)
     corrected = (1 - kept.sum()) * correction / correction.sum()
     for token in range(V):
@@ -104,7 +104,7 @@ def test_all_outcomes_add_up_to_the_targets_distribution(tiny, choice):
 def sampled(tiny):
     """Calls return what the compiled programs give after a prompt of one token: passes, and texts [4096, 8]."""
     make = jax.jit(partial(Decoder, compute=ComputeConfig()))
-    models = Models(*map(make, tiny), draft_tokens=2)
+    models = Models(make(tiny[0]), make(tiny[1]), draft_tokens=2)
     rows, new = 4096, 8
 
     @cache
