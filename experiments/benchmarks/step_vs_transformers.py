@@ -1,4 +1,4 @@
-"""Times one training step and greedy decoding in gemma2_jax and in Hugging Face transformers, on a CPU.
+"""Times one training step in gemma2_jax and in Hugging Face transformers, on a CPU.
 
     pip install -e '.[reference]'
     python experiments/benchmarks/step_vs_transformers.py --threads 1
@@ -6,10 +6,9 @@
 
 Both sides use the same float32 weights of a small Gemma 2 and the same 4 x 512 tokens. A step is forward,
 backward and AdamW. Ours is the trainer's own step with its default configuration for CPUs, so it also clips by
-the global norm and computes metrics. Decoding generates 128 new tokens for one prompt, with our sampler and with
-transformers' `generate`, each with its cache. Both sides run alternately in one process, on the same cores; the
-table shows medians over the rounds. Compilation (ours) and the first step and generation (both) are not timed.
-Before timing, the script checks that both sides compute the same loss and generate the same tokens.
+the global norm and computes metrics. Both sides run alternately in one process, on the same cores; the table
+shows medians over the rounds. Compilation (ours) and the first step (both) are not timed. Before timing, the
+script checks that both sides compute the same loss. `decoding.py` times generation.
 
 transformers uses its eager attention: its "sdpa" drops Gemma 2's soft cap and thus computes a different model. Its
 optimizer is torch.optim.AdamW with fused=True.
@@ -22,12 +21,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-PROMPT = 32
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
 # Two float32 implementations of ~10^10 operations: their mean losses differ by rounding, some 1e-7 of 9.
 LOSS_TOLERANCE = 1e-5
@@ -39,11 +36,10 @@ SIZES: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class Work:
-    """The work of both sides: train on `batch` x `length` tokens, and generate `new_tokens` after a prompt."""
+    """The work of both sides: train on `batch` x `length` tokens."""
 
     batch: int
     length: int
-    new_tokens: int
 
     def tokens(self) -> Any:
         """Returns random ids, int32 [batch, length + 1]; speed does not depend on their values."""
@@ -59,10 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
     parser.add_argument("--steps", type=int, default=2, help="training steps per round (2)")
     parser.add_argument("--batch", type=int, default=4, help="sequences per step (4)")
-    parser.add_argument(
-        "--length", type=int, default=512, help=f"tokens per sequence, at least {PROMPT} (512)"
-    )
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens to generate (128)")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence (512)")
     options = parser.parse_args()
 
     # XLA sizes its thread pool at start by the cores that it may use, so set them before the imports.
@@ -77,7 +70,7 @@ def main() -> None:
         sys.exit(f"This benchmark compares with {error.name}: pip install -e '.[reference]'.")
     torch.set_num_threads(options.threads)
 
-    work = Work(options.batch, options.length, options.new_tokens)
+    work = Work(options.batch, options.length)
     theirs = TheirSide(work)
     ours = OurSide(work, theirs.model.state_dict())
     print(
@@ -87,10 +80,8 @@ def main() -> None:
     check_agreement(ours, theirs)
 
     steps = alternate([ours.step, theirs.step], options.rounds, options.steps)
-    decodes = alternate([ours.decode, theirs.decode], options.rounds, 1)
     print(f"{'':24}{'gemma2_jax':>20}{'transformers':>20}{'ratio':>8}  (of each round)")
     print_row("training, tokens/s", work.batch * work.length, steps)
-    print_row("decoding, tokens/s", work.new_tokens, decodes)
 
 
 def alternate(sides: list[Callable[[], Any]], rounds: int, repeats: int) -> list[list[float]]:
@@ -118,17 +109,13 @@ def print_row(name: str, tokens: int, seconds: list[list[float]]) -> None:
 
 
 def check_agreement(ours: "OurSide", theirs: "TheirSide") -> None:
-    """Exits unless both sides compute the same loss and the same tokens."""
+    """Exits unless both sides compute the same loss."""
     our_loss, their_loss = ours.loss(), theirs.loss()
     print(
         f"loss before training: {our_loss:.6f} and {their_loss:.6f} (tolerance {LOSS_TOLERANCE:g}, relative)"
     )
     if abs(our_loss - their_loss) > LOSS_TOLERANCE * their_loss:
         sys.exit("The two sides compute different losses.")
-    continuation = ours.decode()
-    if continuation != theirs.decode():
-        sys.exit("The two sides generate different tokens.")
-    print(f"greedy continuation: the same {len(continuation)} tokens on both sides")
 
 
 class TheirSide:
@@ -152,7 +139,6 @@ class TheirSide:
         )
         tokens = torch.from_numpy(work.tokens()).long()
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        self.new_tokens = work.new_tokens
 
     def _loss(self) -> Any:
         # The targets are already shifted (shift_labels), so all positions count, as on our side.
@@ -169,18 +155,6 @@ class TheirSide:
         self.optimizer.zero_grad(set_to_none=True)
         self._loss().backward()
         self.optimizer.step()
-
-    def decode(self) -> list[int]:
-        import torch
-
-        self.model.eval()
-        with torch.inference_mode():
-            prompt = self.inputs[:1, :PROMPT]
-            out = self.model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens,
-            )  # fmt: skip
-        return out[0, PROMPT:].tolist()
 
 
 def our_params(state: Any, config: Any) -> dict[str, Any]:
@@ -200,7 +174,7 @@ def our_params(state: Any, config: Any) -> dict[str, Any]:
 
 
 class OurSide:
-    """gemma2_jax, with its default training and sampling on a CPU."""
+    """gemma2_jax, with its default training on a CPU."""
 
     def __init__(self, work: Work, state: Any) -> None:
         import jax
@@ -208,10 +182,7 @@ class OurSide:
         from gemma2_jax.cli.compose import compose
         from gemma2_jax.data.batch import Batch
         from gemma2_jax.methods.language_modelling import LanguageModelling
-        from gemma2_jax.methods.method import BASE, PARAMS
-        from gemma2_jax.model.transformer import Gemma2
-        from gemma2_jax.sampling.config import SamplingConfig
-        from gemma2_jax.sampling.sampler import Sampler
+        from gemma2_jax.methods.method import BASE
         from gemma2_jax.sharding.mesh import build_mesh
         from gemma2_jax.training.state import Update, initial_state
         from gemma2_jax.training.step import build_evaluation_step, build_train_step
@@ -236,11 +207,6 @@ class OurSide:
         )
         self._step = build_train_step(method, update, update.abstract_state(mesh), config.layout)
         self._evaluate = build_evaluation_step(method)
-        self._model = lambda: Gemma2(config.model, self.state.trainable[PARAMS])
-        # The sampler takes and returns ids here, so it needs only the vocabulary size of a tokenizer.
-        ids_only: Any = SimpleNamespace(vocab_size=SIZES["vocab_size"])
-        self._sampler = Sampler(self._model(), ids_only, config.compute)
-        self._greedy = SamplingConfig(max_new_tokens=work.new_tokens, temperature=0.0, stop_tokens=())
 
     def loss(self) -> float:
         sums = self._evaluate(self.state.trainable, self._frozen, self.batch)
@@ -249,9 +215,6 @@ class OurSide:
     def step(self) -> None:
         self.state, metrics = self._step(self.state, self._frozen, self.batch)
         metrics["loss"].block_until_ready()
-
-    def decode(self) -> list[int]:
-        return self._sampler.generate_tokens([self.batch.tokens[0, :PROMPT].tolist()], self._greedy)[0]
 
 
 if __name__ == "__main__":

@@ -144,11 +144,15 @@ def settings(arguments: argparse.Namespace) -> tuple[list[str], "EvaluationConfi
     Raises:
         UserError: an option or a key has a value that is not accepted.
     """
+    from gemma2_jax.cli.sections import compose_sections
+
     given = [*arguments.checkpoints, *arguments.overrides]
     keys = [text for text in given if _OVERRIDE.match(text) and not Path(text).exists()]
     # argparse takes the keys after --text for further globs.
     swallowed = [text for text in arguments.text if _is_key(text) and not Path(text).exists()]
-    composed = _compose([*keys, *swallowed], arguments.config_dir)
+    composed = compose_sections(
+        [*keys, *swallowed], arguments.config_dir, "an evaluation", _SECTIONS, _DATA_KEYS
+    )
     texts = [text for text in arguments.text if text not in swallowed]
     with _named_as_options():
         return [text for text in given if text not in keys], _config(arguments, composed, texts), composed
@@ -158,20 +162,6 @@ def _is_key(text: str) -> bool:
     """Whether a text is key=value and not NAME=GLOB; names of domains have no dots."""
     key, equals, _ = text.partition("=")
     return bool(equals) and (key in _SECTIONS or re.fullmatch(r"[a-z_]+(\.\w+)+", key) is not None)
-
-
-def _compose(overrides: Sequence[str], config_dir: str | None) -> "RunConfig":
-    """Composes the sections that an evaluation uses. Raises UserError for keys that it does not use."""
-    from gemma2_jax.cli.compose import compose, pairs
-    from gemma2_jax.config import UserError
-
-    for key, value in pairs(overrides):
-        if key.split(".")[0] not in _SECTIONS and key not in _DATA_KEYS:
-            raise UserError(
-                f"{key}={value} has no effect on an evaluation; accepted: keys of {', '.join(_SECTIONS)}, and "
-                f"{', '.join(_DATA_KEYS)}."
-            )
-    return compose(overrides, config_dir)
 
 
 def _config(arguments: argparse.Namespace, composed: "RunConfig", texts: Sequence[str]) -> "EvaluationConfig":

@@ -2,18 +2,25 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma2_jax.cli.chat import chat, check_turns, with_compile_message
-from gemma2_jax.cli.parsers import Verbs, add_verb
+from gemma2_jax.cli.parsers import Verbs, add_overrides, add_verb
 from gemma2_jax.cli.prompts import read_prompts
 from gemma2_jax.cli.standard_streams import as_utf8, utf8_output
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from gemma2_jax.data.tokenizer import Tokenizer
+    from gemma2_jax.formats.source import WeightSource
+    from gemma2_jax.run import RunConfig
     from gemma2_jax.sampling.completion import Completion, Draw
     from gemma2_jax.sampling.config import SamplingConfig
+    from gemma2_jax.sampling.generation import DraftStatistics
     from gemma2_jax.sampling.sampler import Sampler
 
 DESCRIPTION = """\
@@ -26,7 +33,7 @@ Completes prompts with a trained run or released weights, and prints tokens as t
   gemma2 generate --checkpoint runs/quickstart/teacher --prompt "1." --stop "2." --stop 107
   gemma2 generate --checkpoint google/gemma-2-2b-it --dtype bfloat16 --chat --prompt "Why is the sky blue?"
   gemma2 generate --checkpoint google/gemma-2-2b-it --dtype bfloat16 --interactive    a conversation
-
+  gemma2 generate --checkpoint runs/quickstart/teacher --draft runs/quickstart/distilled --prompt "The file"
   gemma2 generate --checkpoint google/gemma-2-2b --adapter runs/lora --adapter hub/adapter --prompt "Q: "
 
 RUN is a run folder, a Hugging Face folder or its name on the hub (extra `hub`), or DeepMind's Orbax checkpoint.
@@ -34,11 +41,20 @@ A file or the standard input holds one prompt per line, or lines of JSON: {"prom
 completion is a line of JSON: prompt, sample (counted from 0), completion, tokens (ids), stop_reason (`stop` for a stop
 token, `length` for --max-new-tokens), and adapter if one is given. Several adapters complete the prompts in turn.
 Sample k of --seed N equals the first sample of --seed N + k.
+
+A draft is a smaller model with the same tokenizer: it proposes tokens, which RUN verifies several at a time. The
+samples have RUN's own distribution, and greedy tokens are RUN's own. At the end, the standard error gets the fraction
+of proposed tokens that were accepted, and the number of tokens that each pass of RUN gave.
 """
+EPILOG = """\
+keys: mesh and layout, as in gemma2 train; without any, generation takes one device.
+"""
+_SECTIONS = ("mesh", "layout")
 
 
 def add_parser(verbs: Verbs) -> None:
-    parser = add_verb(verbs, "generate", run, "complete prompts with a trained run", DESCRIPTION)
+    parser = add_verb(verbs, "generate", run, "complete prompts with a trained run", DESCRIPTION, EPILOG)
+    add_overrides(parser)
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -59,6 +75,8 @@ def add_parser(verbs: Verbs) -> None:
         metavar="FOLDER",
         help="a LoRA adapter for RUN: a run folder, or PEFT's folder; may be repeated",
     )
+    add("--draft", metavar="RUN", help="a smaller model with the same tokenizer, for speculative decoding")
+    add("--draft-tokens", type=int, metavar="N", help="tokens that the draft proposes at a time (4)")
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
         "--prompt",
@@ -123,13 +141,18 @@ def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.screen import activity
 
     _check(arguments)
-    settings = {name: getattr(arguments, name) for name in _SETTINGS}
+    composed = None
+    if arguments.overrides:
+        from gemma2_jax.cli.sections import compose_sections
+
+        composed = compose_sections(arguments.overrides, arguments.config_dir, "generation", _SECTIONS)
+    given = {name: getattr(arguments, name) for name in _SETTINGS}
     with _named_as_options():
-        config = SamplingConfig(**{name: value for name, value in settings.items() if value is not None})
+        config = SamplingConfig(**{name: value for name, value in given.items() if value is not None})
     prompts: list[str] = []
     if not arguments.interactive:  # refuse bad prompts before loading the checkpoint
         prompts = [as_utf8(text) for text in arguments.prompt or read_prompts(arguments.prompts)]
-    with activity(f"loading {arguments.checkpoint}"):
+    with activity(f"opening {arguments.checkpoint}"):
         source = open_source(
             arguments.checkpoint, arguments.tokenizer, averaged=arguments.averaged and not arguments.adapter
         )
@@ -143,16 +166,67 @@ def run(arguments: argparse.Namespace) -> None:
         adapters = [read_adapter(folder, source.config, arguments.averaged) for folder in arguments.adapter]
         for adapter in adapters:
             check_base(adapter.path, adapter.identity, source)
-        model = model_of(source, arguments.dtype)
-    compute = ComputeConfig(dtype=arguments.dtype, unroll_layers=True)
-    if not adapters:
-        sampler = Sampler(model, tokenizer, compute)
-        del model  # the sampler keeps the weights
-        _sample(sampler, prompts, config, arguments)
-    for folder, adapter in zip(arguments.adapter, adapters, strict=True):
-        if len(adapters) > 1 and not arguments.json:
-            print(f"=== {folder}", flush=True)
-        _sample(Sampler(adapted(model, adapter), tokenizer, compute), prompts, config, arguments, folder)
+        draft_source = _open_draft(arguments, tokenizer)
+    with _on_devices(composed, source, draft_source) as mesh:
+        with activity(f"loading {arguments.checkpoint}"):
+            model = model_of(source, arguments.dtype, mesh)
+            draft = None if draft_source is None else model_of(draft_source, arguments.dtype, mesh)
+        settings: dict[str, Any] = {
+            "compute": ComputeConfig(dtype=arguments.dtype, unroll_layers=True),
+            "draft": draft,
+            "draft_tokens": arguments.draft_tokens or 4,
+        }
+        if not adapters:
+            sampler = Sampler(model, tokenizer, **settings)
+            del model  # the sampler keeps the weights
+            _sample(sampler, prompts, config, arguments)
+        for folder, adapter in zip(arguments.adapter, adapters, strict=True):
+            if len(adapters) > 1 and not arguments.json:
+                print(f"=== {folder}", flush=True)
+            sampler = Sampler(adapted(model, adapter, mesh), tokenizer, **settings)
+            _sample(sampler, prompts, config, arguments, folder)
+
+
+def _open_draft(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "WeightSource | None":
+    """Opens the draft, if one is given. Raises UserError if it has another tokenizer than the model."""
+    from gemma2_jax.config import UserError
+    from gemma2_jax.formats.load import load_tokenizer, open_source
+
+    if arguments.draft is None:
+        return None
+    source = open_source(arguments.draft, arguments.tokenizer)
+    found = load_tokenizer(source)
+    if found.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"--draft {arguments.draft} has the tokenizer {found.fingerprint[:12]} of {found.vocab_size} tokens, but "
+            f"--checkpoint {arguments.checkpoint} has {tokenizer.fingerprint[:12]} of {tokenizer.vocab_size} tokens; "
+            "give a draft that was trained with the same tokenizer."
+        )
+    return source
+
+
+@contextmanager
+def _on_devices(composed: "RunConfig | None", *sources: "WeightSource | None") -> Iterator["Mesh | None"]:
+    """Applies the mesh and the layout of key=value to the block; yields the mesh, None for one device.
+
+    Raises:
+        UserError: the mesh has another number of devices, or does not divide the models of `sources`.
+    """
+    import jax
+
+    from gemma2_jax.model.weights import dim_sizes
+    from gemma2_jax.sharding.layout import check_activations, laid_out
+    from gemma2_jax.sharding.mesh import build_mesh
+
+    if composed is None:
+        yield None
+        return
+    mesh = build_mesh(composed.mesh)
+    with jax.set_mesh(mesh), laid_out(composed.layout):
+        for source in sources:
+            if source is not None:
+                check_activations(mesh, dim_sizes(source.config))
+        yield mesh
 
 
 @contextmanager
@@ -175,6 +249,10 @@ def _check(arguments: argparse.Namespace) -> None:
     for option, number in (("--num-samples", arguments.num_samples), ("--batch-size", arguments.batch_size)):
         if number < 1:
             raise UserError(f"{option} is {number}; it must be at least 1.")
+    if arguments.draft_tokens is not None and arguments.draft_tokens < 1:
+        raise UserError(f"--draft-tokens is {arguments.draft_tokens}; it must be at least 1.")
+    if arguments.draft_tokens is not None and arguments.draft is None:
+        raise UserError("--draft-tokens has no effect without a draft; add --draft RUN, or leave it out.")
     if arguments.interactive and (arguments.json or arguments.num_samples > 1):
         raise UserError(
             "--interactive prints one reply per message, as text; leave out --json and --num-samples."
@@ -190,10 +268,27 @@ def _sample(
     arguments: argparse.Namespace,
     adapter: str | None = None,
 ) -> None:
-    """Chats, or prints the completions in order, batch by batch; `adapter` is the folder of the model's adapter."""
+    """Chats, or prints the completions in order; then what became of the draft's tokens, if there is a draft.
+
+    Args:
+        adapter: the folder of the model's adapter.
+    """
     if arguments.interactive:
         chat(sampler, config)
-        return
+    else:
+        _complete(sampler, prompts, config, arguments, adapter)
+    if arguments.draft is not None:
+        _print_draft_statistics(sampler.draft_statistics)
+
+
+def _complete(
+    sampler: "Sampler",
+    prompts: Sequence[str],
+    config: "SamplingConfig",
+    arguments: argparse.Namespace,
+    adapter: str | None,
+) -> None:
+    """Prints the completions in order, batch by batch."""
     from gemma2_jax.data.chat_format import render
     from gemma2_jax.sampling.completion import Draw
 
@@ -212,6 +307,15 @@ def _sample(
             _print_json(completions, prompts, batch, adapter)
         else:
             _print_text(completions, prompts, batch, arguments)
+
+
+def _print_draft_statistics(found: "DraftStatistics") -> None:
+    if found.acceptance is not None and found.tokens_per_pass is not None:
+        print(
+            f"draft: {found.acceptance:.1%} of {found.tested} tested tokens accepted, "
+            f"{found.tokens_per_pass:.2f} tokens per pass of the model",
+            file=sys.stderr,
+        )
 
 
 def _print_json(

@@ -196,7 +196,6 @@ def _token_scores(
     found["bins"] = tuple([weight * each for each in inside] for weight in (1.0, confidence, hit))
     if TEACHER in logits:
         teacher = logits[TEACHER]
-        found["acceptance"] = terms.acceptance(model, teacher)
         probability = jnp.exp(-terms.cross_entropy(teacher, top))
         found["confidence_difference"] = jnp.abs(confidence - probability)
     return loss, found

@@ -1,9 +1,11 @@
-"""Soft-capped, grouped-query attention from one new token per row to a cache."""
+"""Soft-capped, grouped-query attention from new tokens to a cache."""
 
 import jax
 import jax.numpy as jnp
 
 from gemma2_jax.kernels.softcap import softcap as apply_softcap
+
+_HEADS = ((0, 1), (0, 1))  # batch axes of the products: B and K
 
 
 def cached_attention(
@@ -25,11 +27,52 @@ def cached_attention(
     """
     B, N, H = query.shape
     K = key.shape[1]
-    heads = ((0, 1), (0, 1))
-    scores = jax.lax.dot_general(
-        query.reshape(B, K, N // K, H), key, (((3,), (3,)), heads), preferred_element_type=jnp.float32
-    )
-    scores = apply_softcap(scores, softcap)
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = _scores(query.reshape(B, K, N // K, H), key, visible[:, None, None], softcap)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    return jax.lax.dot_general(weights, value, (((3,), (2,)), heads)).reshape(B, N, H)
+    return _mix(weights, value).reshape(B, N, H)
+
+
+def extended_attention(
+    query: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
+    visible: jax.Array,
+    new: tuple[jax.Array, jax.Array],
+    visible_new: jax.Array,
+    softcap: float,
+) -> jax.Array:
+    """Attention of T new tokens per row to a cache that does not hold them yet, and to each other.
+
+    The scores of both parts enter one softmax; their keys and values are not copied together.
+
+    Args:
+        query: [B, T, N, H], already scaled; heads as in `cached_attention`.
+        cached: keys and values [B, K, S, H]; visible: bool [B, T, S].
+        new: keys and values [B, T, K, H] of the new tokens; visible_new: bool [B, T, T].
+
+    Returns:
+        [B, T, N, H] in query's dtype.
+    """
+    B, T, N, H = query.shape
+    K, S = cached[0].shape[1:3]
+    G = N // K
+    grouped = query.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    own_key, own_value = (part.swapaxes(1, 2) for part in new)
+
+    def masked(key: jax.Array, visible: jax.Array) -> jax.Array:
+        return _scores(grouped, key, jnp.tile(visible[:, None], (1, 1, G, 1)), softcap)
+
+    scores = jnp.concatenate([masked(cached[0], visible), masked(own_key, visible_new)], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    mixed = _mix(weights[..., :S], cached[1]) + _mix(weights[..., S:], own_value)
+    return mixed.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _scores(query: jax.Array, key: jax.Array, visible: jax.Array, softcap: float) -> jax.Array:
+    """Soft-capped, masked float32 scores [B, K, Q, S] of queries [B, K, Q, H]; `visible` broadcasts to them."""
+    scores = jax.lax.dot_general(query, key, (((3,), (3,)), _HEADS), preferred_element_type=jnp.float32)
+    return jnp.where(visible, apply_softcap(scores, softcap), jnp.finfo(jnp.float32).min)
+
+
+def _mix(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """[B, K, Q, S] and values [B, K, S, H] to [B, K, Q, H]."""
+    return jax.lax.dot_general(weights, value, (((3,), (2,)), _HEADS))

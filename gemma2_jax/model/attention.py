@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma2_jax.kernels.cached_attention import cached_attention
+from gemma2_jax.kernels.cached_attention import cached_attention, extended_attention
 from gemma2_jax.kernels.reference_attention import attention, visible_keys
 from gemma2_jax.kernels.self_attention import AttentionConfig, self_attention
 from gemma2_jax.model.cache import EMPTY, LayerCaches
@@ -79,22 +79,51 @@ class Attention(nnx.Module):
         )
         return self._mix(heads)
 
+    def extend_cache(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        used: jax.Array | None,
+        cache: LayerCaches,
+        pair: jax.Array | int,
+    ) -> tuple[jax.Array, LayerCaches]:
+        """Attention of new tokens to the cache and to themselves.
+
+        Args:
+            x: [B, T, D]; positions: [B, T], consecutive. What the cache holds at these or later positions is ignored.
+            used: as in `LayerCaches.occupy`; pair: index of this layer's pair in the stack.
+
+        Returns:
+            [B, T, D], and the cache with this layer's new keys and values; `occupy` is yet to be called.
+        """
+        query, key, value = self._project(x, positions)
+        before = ((cache.positions != EMPTY) & (cache.positions < positions[:, :1])).astype(jnp.int32)
+        new = jnp.ones_like(positions)
+        mixed = extended_attention(
+            query,
+            (cache.keys[pair], cache.values[pair]),
+            visible_keys(positions, cache.positions, new, before, self.window),
+            (key, value),
+            visible_keys(positions, positions, new, new, self.window),
+            self.config.attn_logit_softcap,
+        )
+        return self._mix(mixed), cache.write(pair, positions, key, value, used)
+
     def decode(
         self, x: jax.Array, position: jax.Array, cache: LayerCaches, pair: jax.Array | int
     ) -> tuple[jax.Array, LayerCaches]:
         """Attention of one new token per row to the cache, where it already has a slot (`LayerCaches.occupy`).
 
         Args:
-            x: [B, 1, D]; position: [B]; pair: index of this layer's pair in the stack.
+            x: [B, 1, D]; position: [B, 1]; pair: index of this layer's pair in the stack.
 
         Returns:
             [B, 1, D], and the cache with this layer's new key and value.
         """
-        query, key, value = self._project(x, position[:, None])
-        cache = cache.write(pair, position, key[:, 0], value[:, 0])
+        query, key, value = self._project(x, position)
+        cache = cache.write(pair, position, key, value)
         filled = (cache.positions != EMPTY).astype(jnp.int32)
-        segment = jnp.ones_like(position)
-        visible = visible_keys(position[:, None], cache.positions, segment[:, None], filled, self.window)
+        visible = visible_keys(position, cache.positions, jnp.ones_like(position), filled, self.window)
         mixed = cached_attention(
             query[:, 0], cache.keys[pair], cache.values[pair], visible[:, 0], self.config.attn_logit_softcap
         )

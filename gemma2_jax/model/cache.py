@@ -1,12 +1,15 @@
-"""The key/value cache: all past tokens for a global layer, only those of the window for a local layer."""
+"""The key/value cache: all past tokens for a global layer, only the most recent ones for a local layer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.sharding.layout import constrain
 
 EMPTY = -1  # the position of a slot that holds nothing
 
@@ -26,43 +29,48 @@ class LayerCaches:
     positions: jax.Array
 
     @classmethod
-    def from_prompt(cls, keys: jax.Array, values: jax.Array, lengths: jax.Array, size: int) -> "LayerCaches":
-        """Stores right-padded prompts: the last `size` tokens of each row, without padding.
+    def empty(cls, config: ModelConfig, rows: int, slots: int, dtype: Any) -> "LayerCaches":
+        """Caches of `rows` rows, with S = `slots`."""
+        shape = (config.num_pairs, rows, config.num_kv_heads, slots, config.head_dim)
+        keys, values = (constrain(jnp.zeros(shape, dtype), "PBKSH") for _ in range(2))
+        return cls(keys, values, constrain(jnp.full((rows, slots), EMPTY, jnp.int32), "BS"))
+
+    def occupy(self, positions: jax.Array, used: jax.Array | None = None) -> "LayerCaches":
+        """Assigns slots to new tokens, whose keys and values `write` then stores.
 
         Args:
-            keys, values: [P, B, T, K, H]; lengths: [B], number of tokens of each row without padding.
+            positions: [B, T], consecutive. Of more than S tokens of a row, only the last S get a slot.
+            used: bool [B, T], true for a row's first tokens; its other tokens are padding and get no slot.
         """
-        P, B, T, K, H = keys.shape
-        position = jnp.broadcast_to(jnp.arange(T), (B, T))
-        kept = (position < lengths[:, None]) & (position >= lengths[:, None] - size)
-        slot = jnp.where(kept, position % size, size)  # slot `size` does not exist: the write is dropped
-        row = jnp.arange(B)[:, None]
-        empty = jnp.zeros((P, B, size, K, H), keys.dtype)
-        return cls(
-            keys=empty.at[:, row, slot].set(keys, mode="drop").swapaxes(2, 3),
-            values=empty.at[:, row, slot].set(values, mode="drop").swapaxes(2, 3),
-            positions=jnp.full((B, size), EMPTY, jnp.int32).at[row, slot].set(position, mode="drop"),
-        )
-
-    def occupy(self, position: jax.Array) -> "LayerCaches":
-        """Assigns the slot of `position` [B] to a new token, whose key and value `write` then stores."""
-        rows, slot = self._slot(position)
-        return replace(self, positions=self.positions.at[rows, slot].set(position))
+        rows, slots = self._slots(positions, used)
+        return replace(self, positions=self.positions.at[rows, slots].set(positions, mode="drop"))
 
     def write(
-        self, pair: jax.Array | int, position: jax.Array, key: jax.Array, value: jax.Array
+        self,
+        pair: jax.Array | int,
+        positions: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        used: jax.Array | None = None,
     ) -> "LayerCaches":
-        """Stores the new token's key and value [B, K, H] of one layer."""
-        rows, slot = self._slot(position)
+        """Stores the new tokens' keys and values [B, T, K, H] of one layer; other arguments as in `occupy`."""
+        rows, slots = self._slots(positions, used)
         return replace(
             self,
-            keys=self.keys.at[pair, rows, :, slot].set(key),
-            values=self.values.at[pair, rows, :, slot].set(value),
+            keys=self.keys.at[pair, rows, :, slots].set(key, mode="drop"),
+            values=self.values.at[pair, rows, :, slots].set(value, mode="drop"),
         )
 
-    def _slot(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        B, S = self.positions.shape
-        return jnp.arange(B), position % S
+    def _slots(self, positions: jax.Array, used: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Rows [B, 1] and slots [B, T] of tokens; slot S does not exist, so that writes to it are dropped."""
+        (B, S), T = self.positions.shape, positions.shape[1]
+        slots = positions % S
+        if used is not None:
+            slots = jnp.where(used, slots, S)
+        if T > S:
+            count = T if used is None else jnp.sum(used, axis=1, keepdims=True)
+            slots = jnp.where(jnp.arange(T) >= count - S, slots, S)
+        return jnp.arange(B)[:, None], slots
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["local_block", "global_block"], meta_fields=[])
@@ -73,7 +81,22 @@ class Cache:
     local_block: LayerCaches
     global_block: LayerCaches
 
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, size: int, revocable: int, dtype: Any) -> "Cache":
+        """An empty cache.
 
-def local_size(config: ModelConfig, size: int) -> int:
-    """The number of slots that a local layer needs if a global one has `size`."""
-    return size if config.sliding_window is None else min(size, config.sliding_window)
+        Args:
+            size: number of positions that it must hold.
+            revocable: number of newest tokens of a row that can be replaced by others at the same positions, as
+                rejected drafts are; a local layer keeps as many older tokens in addition to its window.
+        """
+        local = local_size(config, size, revocable)
+        return cls(*(LayerCaches.empty(config, rows, slots, dtype) for slots in (local, size)))
+
+    def map(self, function: Callable[[LayerCaches], LayerCaches]) -> "Cache":
+        return Cache(function(self.local_block), function(self.global_block))
+
+
+def local_size(config: ModelConfig, size: int, revocable: int = 0) -> int:
+    """The number of slots that a local layer needs if a global one has `size`; `revocable` as in `Cache.empty`."""
+    return size if config.sliding_window is None else min(size, config.sliding_window + revocable)

@@ -1,24 +1,21 @@
-"""The forward pass of generation: whole prompts at once, then one token per row at a time, with a cache."""
+"""The forward pass of generation with a cache: prompts in chunks, then one or several tokens per row at a time."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma2_jax.model.branches import KeysAndValues
-from gemma2_jax.model.cache import Cache, LayerCaches, local_size
+from gemma2_jax.model.attention import Attention
+from gemma2_jax.model.cache import Cache, LayerCaches
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.layers import Embedder, RMSNorm
 from gemma2_jax.model.linear import cast
-from gemma2_jax.model.transformer import (
-    Gemma2,
-    Pair,
-    in_iteration,
-    over_pairs,
-    run_layers,
-)
+from gemma2_jax.model.transformer import Gemma2, Pair, in_iteration, over_pairs
 from gemma2_jax.model.weights import map_specs, weight_specs
+
+CHUNK = 256  # tokens of a prompt that are run at a time
 
 
 class Decoder(nnx.Module):
@@ -44,29 +41,87 @@ class Decoder(nnx.Module):
         self.pairs = self._pairs(params["pairs"])
         self.final_norm = RMSNorm(params["final_norm"], self.config)
 
-    def prefill(self, tokens: jax.Array, lengths: jax.Array, cache_size: int) -> tuple[jax.Array, Cache]:
-        """Runs right-padded prompts of different lengths.
+    def prefill(
+        self, tokens: jax.Array, lengths: jax.Array, cache_size: int, revocable: int = 0
+    ) -> tuple[jax.Array, Cache]:
+        """Runs right-padded prompts of different lengths, CHUNK tokens at a time.
+
+        Temporaries are those of one chunk, and no chunk beyond the longest prompt is run.
 
         Args:
-            tokens: [B, T]; lengths: [B], at least 1; cache_size: number of positions that the cache must hold.
+            tokens: [B, T]; lengths: [B], at least 1; cache_size, revocable: see `Cache.empty`.
 
         Returns:
             Soft-capped float32 logits [B, V] after each prompt's last token, and the cache.
         """
+        B, T = tokens.shape
+        chunk = min(T, CHUNK)
+        tokens = jnp.pad(tokens, ((0, 0), (0, -T % chunk)))
+        cache = Cache.empty(self.config, B, cache_size, revocable, self.compute.dtype)
+
+        def update(final: jax.Array, hidden: jax.Array, left: jax.Array) -> jax.Array:
+            """`final` with the hidden states [B, 1, D] of the prompts that end in the chunk, after `left` tokens."""
+            place = jnp.clip(left - 1, 0, chunk - 1)[:, None, None]
+            ends_here = ((left >= 1) & (left <= chunk))[:, None, None]
+            return jnp.where(ends_here, jnp.take_along_axis(hidden, place, axis=1), final)
+
+        def body(number: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
+            final, cache = carry
+            start = number * chunk
+            these = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
+            left = lengths - start
+            hidden, cache = self.extend(these, jnp.broadcast_to(start, (B,)), cache, left)
+            return update(final, hidden, left), cache
+
+        hidden, cache = self._begin(tokens[:, :chunk], lengths, cache)
+        final = update(jnp.zeros_like(hidden[:, :1]), hidden, lengths)
+        if chunk < T:
+            chunks = (jnp.max(lengths) + chunk - 1) // chunk
+            final, cache = jax.lax.fori_loop(1, chunks, body, (final, cache))
+        return self.logits(final)[:, 0], cache
+
+    def extend(
+        self, tokens: jax.Array, start: jax.Array, cache: Cache, count: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Runs several more tokens per row.
+
+        Args:
+            tokens: [B, T]; start: [B], position of each row's first token.
+            cache: keys and values of positions 0 .. start - 1 of each row; what it holds at later positions is
+                replaced.
+            count: [B], number of a row's tokens; those after them are padding. All T by default.
+
+        Returns:
+            The last layer's hidden states [B, T, D], for `logits`, and the cache with the tokens added.
+        """
+        index = jnp.arange(tokens.shape[1])
+        positions = start[:, None] + index
+        used = None if count is None else index < count[:, None]
+
+        def attend(
+            layer: Attention, x: jax.Array, cache: LayerCaches, pair: Any
+        ) -> tuple[jax.Array, LayerCaches]:
+            return layer.extend_cache(x, positions, used, cache, pair)
+
+        x, cache = self._run(tokens, jnp.max(start), cache, attend)
+        return x, cache.map(lambda layers: layers.occupy(positions, used))
+
+    def _begin(self, tokens: jax.Array, count: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """`extend` of an empty cache, which attention need not read."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-        x = self.embedder.encode(tokens, self.compute.dtype)
-        x, kept = run_layers(self.pairs, x, positions, segment_ids, self.compute, KeysAndValues())
-        local, global_ = kept["local_block"], kept["global_block"]
-        local_slots = local_size(self.config, cache_size)
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-        return self._logits(last), Cache(
-            local_block=LayerCaches.from_prompt(local[0], local[1], lengths, local_slots),
-            global_block=LayerCaches.from_prompt(global_[0], global_[1], lengths, cache_size),
-        )
+        used = positions < count[:, None]
+
+        def attend(
+            layer: Attention, x: jax.Array, cache: LayerCaches, pair: Any
+        ) -> tuple[jax.Array, LayerCaches]:
+            mixed, taps = layer(x, positions, used.astype(jnp.int32), self.compute.attention)
+            return mixed, cache.write(pair, positions, taps["key"], taps["value"], used)
+
+        x, cache = self._run(tokens, jnp.max(count), cache, attend)
+        return x, cache.map(lambda layers: layers.occupy(positions, used))
 
     def decode(self, tokens: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Runs one more token per row.
+        """Runs one more token per row, faster than `extend`.
 
         Args:
             tokens, position: [B]; cache: keys and values of positions 0 .. position - 1 of each row.
@@ -74,23 +129,37 @@ class Decoder(nnx.Module):
         Returns:
             Soft-capped float32 logits [B, V] for the next token, and the cache with this token added.
         """
+        positions = position[:, None]
+
+        def attend(
+            layer: Attention, x: jax.Array, cache: LayerCaches, pair: Any
+        ) -> tuple[jax.Array, LayerCaches]:
+            return layer.decode(x, positions, cache, pair)
+
+        cache = cache.map(lambda layers: layers.occupy(positions))
+        x, cache = self._run(tokens[:, None], jnp.max(position), cache, attend)
+        return self.logits(x)[:, 0], cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Soft-capped float32 logits [B, T, V] of the last layer's hidden states [B, T, D]."""
+        return self.embedder.decode(self.final_norm(hidden))
+
+    def _run(
+        self, tokens: jax.Array, newest: jax.Array, cache: Cache, attend: Callable[..., Any]
+    ) -> tuple[jax.Array, Cache]:
+        """Embeds tokens [B, T] and runs them through all layers; `newest` is a number that differs between calls."""
 
         def body(carry: Any, pair: Pair) -> tuple[Any, None]:
             x, index, local, global_ = carry
             pair = in_iteration(pair, index + newest)
-            x, _, local = pair.local_block(x, lambda layer, x: layer.decode(x, position, local, index))
-            x, _, global_ = pair.global_block(x, lambda layer, x: layer.decode(x, position, global_, index))
+            x, _, local = pair.local_block(x, lambda layer, x: attend(layer, x, local, index))
+            x, _, global_ = pair.global_block(x, lambda layer, x: attend(layer, x, global_, index))
             return (x, index + 1, local, global_), None
 
-        newest = jnp.max(position)  # differs between tokens
-        x = self.embedder.encode(tokens[:, None], self.compute.dtype)
-        carry = (x, 0, cache.local_block.occupy(position), cache.global_block.occupy(position))
+        x = self.embedder.encode(tokens, self.compute.dtype)
+        carry = (x, 0, cache.local_block, cache.global_block)
         (x, _, local, global_), _ = over_pairs(body, carry, self.pairs, self.compute)
-        return self._logits(x), Cache(local_block=local, global_block=global_)
-
-    def _logits(self, x: jax.Array) -> jax.Array:
-        """[B, 1, D] to [B, V]."""
-        return self.embedder.decode(self.final_norm(x)[:, 0])
+        return x, Cache(local, global_)
 
     def _pairs(self, stacked: Any) -> Pair | nnx.List[Pair]:
         if not self.compute.unroll_layers:

@@ -177,7 +177,7 @@ def evaluation_loss(
     logits: Logits, per_token: Mapping[str, Any], coefficients: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The evaluation metrics of each token, at temperature 1: `cross_entropy` and `entropy`, and with a teacher `kl`
-    (forward), `agreement` and `teacher_entropy`.
+    (forward), `agreement`, `acceptance` and `teacher_entropy`.
 
     Arguments are as in `token_loss`, except that `teacher_targets` are not allowed.
     """
@@ -189,6 +189,7 @@ def evaluation_loss(
         teacher = logits["teacher"]
         metrics["kl"] = terms.forward_kl(model, teacher, temperature=1.0)
         metrics["agreement"] = terms.agreement(model, teacher)
+        metrics["acceptance"] = terms.acceptance(model, teacher)
         metrics["teacher_entropy"] = terms.entropy(teacher)
     return metrics["cross_entropy"], metrics
 

@@ -32,14 +32,14 @@ class TokenChoice:
             logits: float32 [B, V]; keys: random keys [B], one per row.
         """
         if self.temperature == 0:
-            return _argmax(logits)
+            return largest(logits)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
         scaled = self.distribution(logits)
         # Relative to the largest logit, or else rounding loses the noise at a low temperature.
-        return _argmax(scaled - jnp.max(scaled, axis=-1, keepdims=True) + noise)
+        return largest(scaled - jnp.max(scaled, axis=-1, keepdims=True) + noise)
 
     def distribution(self, logits: jax.Array) -> jax.Array:
-        """Logits [B, V] after temperature (above 0), top-k and top-p; -inf for tokens that are cut, and for padding.
+        """Logits [..., V] after temperature (above 0), top-k and top-p; -inf for tokens that are cut, and for padding.
 
         Equal logits are kept or cut together, so that the result does not depend on their order.
         """
@@ -71,7 +71,7 @@ def _within(p: jax.Array, top_p: float) -> Callable[[jax.Array], jax.Array]:
 
 
 def _keep_best(logits: jax.Array, keeps: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Keeps each logit whose better logits, bool [B, V], satisfy `keeps`, bool [B, 1]; others become -inf, except NaN.
+    """Keeps each logit whose better logits, bool [..., V], satisfy `keeps`, bool [..., 1]; others become -inf, not NaN.
 
     The least logit to keep is found by bisection: 32 sums over V. Sorting V takes a CPU 20 times as long.
     """
@@ -84,14 +84,14 @@ def _keep_best(logits: jax.Array, keeps: Callable[[jax.Array], jax.Array]) -> ja
         kept = keeps(order > middle)
         return jnp.where(kept, low, middle + 1), jnp.where(kept, middle, high)
 
-    column = jnp.zeros_like(order[:, :1])
+    column = jnp.zeros_like(order[..., :1])
     bounds = (column + jnp.iinfo(jnp.int32).min, column + jnp.iinfo(jnp.int32).max)
     least, _ = jax.lax.fori_loop(0, 32, halve, bounds)
     return jnp.where((order < least) & ~jnp.isnan(logits), -jnp.inf, logits)
 
 
-def _argmax(logits: jax.Array) -> jax.Array:
-    """`jnp.argmax` over the last axis, as two reductions that a CPU runs several times faster; V where one is NaN."""
+def largest(logits: jax.Array) -> jax.Array:
+    """`jnp.argmax` over the last axis V, as two reductions that a CPU runs several times faster; V where one is NaN."""
     best = jnp.max(logits, axis=-1, keepdims=True)
     ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     return jnp.min(jnp.where(logits == best, ids, logits.shape[-1]), axis=-1).astype(jnp.int32)

@@ -46,6 +46,7 @@ def begin(
     stop: jax.Array,
     cache_size: int,
     choice: TokenChoice,
+    revocable: int = 0,
 ) -> Progress:
     """Runs the prompts and chooses each row's first token.
 
@@ -53,8 +54,9 @@ def begin(
         prompts: int [B, T], right-padded; lengths: [B], at least 1; keys: [B], see `row_keys`.
         stop: ids of the tokens that finish a row, [any number].
         cache_size: at least the length of the longest prompt plus its new tokens.
+        revocable: see `Cache.empty`.
     """
-    logits, cache = decoder.prefill(prompts, lengths, cache_size)
+    logits, cache = decoder.prefill(prompts, lengths, cache_size, revocable)
     return _choose(logits, cache, lengths, jnp.zeros(lengths.shape, bool), keys, stop, choice)
 
 
@@ -102,8 +104,9 @@ def _choose(
 ) -> Progress:
     """Chooses the tokens at `positions`; their randomness depends on each row's key and position alone."""
     tokens = choice(logits, jax.vmap(jax.random.fold_in)(keys, positions))
-    return Progress(cache, tokens, positions, finished | _is_stop(tokens, stop))
+    return Progress(cache, tokens, positions, finished | is_stop(tokens, stop))
 
 
-def _is_stop(tokens: jax.Array, stop: jax.Array) -> jax.Array:
+def is_stop(tokens: jax.Array, stop: jax.Array) -> jax.Array:
+    """Whether each token is one of `stop`, [any number]: the shape of `tokens`, bool."""
     return jnp.any(tokens[..., None] == stop, axis=-1)

@@ -1,4 +1,4 @@
-"""From prompts to text: batching, padding and streaming around the functions of `decoding`."""
+"""From prompts to text: batching, padding and streaming around the programs of `generation`."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -9,22 +9,27 @@ import numpy as np
 
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.model.config import ComputeConfig
+from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.decoder import Decoder
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens
 from gemma2_jax.sampling.choice import TokenChoice
 from gemma2_jax.sampling.completion import Completion, Draw
 from gemma2_jax.sampling.config import SamplingConfig
-from gemma2_jax.sampling.decoding import advance, begin
+from gemma2_jax.sampling.generation import (
+    MAX_STEPS,
+    DraftStatistics,
+    Generation,
+    Plain,
+    PromptBatch,
+    Speculative,
+)
+from gemma2_jax.sampling.speculative import Models
 
-_MAX_STEPS = 64  # tokens per row that one dispatch can give
-_FIRST_STEPS = 8  # tokens per row in the first dispatch, before their speed is known
-_SECONDS = 0.1  # between two pieces of streamed text, unless one token takes longer
+_FIRST_STEPS = 8  # steps of the first dispatch, before their speed is known
+_SECONDS = 0.1  # between two pieces of streamed text, unless one step takes longer
 
 _make_decoder = jax.jit(Decoder, static_argnums=1)
-_begin = jax.jit(begin, static_argnames=("cache_size", "choice"))
-_advance = jax.jit(advance, static_argnames=("max_steps", "choice"), donate_argnames="progress")
 
 
 class Sampler:
@@ -34,15 +39,32 @@ class Sampler:
 
     Args:
         compute: its dtype is that of the weights and the cache; `unroll_layers` is twice as fast on CPU.
+        draft: a smaller model with the same tokenizer, for speculative decoding: it proposes `draft_tokens` tokens at a
+            time, which the model verifies in one pass. The distribution of the samples stays the model's own.
+
+    Attributes:
+        draft_statistics: what has become of the draft's tokens so far.
 
     Raises:
-        UserError: the tokenizer and the model have different numbers of tokens.
+        UserError: the tokenizer and a model have different numbers of tokens, or `draft_tokens` is below 1.
     """
 
-    def __init__(self, model: Gemma2, tokenizer: Tokenizer, compute: ComputeConfig = ComputeConfig()):
+    def __init__(
+        self,
+        model: Gemma2,
+        tokenizer: Tokenizer,
+        compute: ComputeConfig = ComputeConfig(),
+        draft: Gemma2 | None = None,
+        draft_tokens: int = 4,
+    ):
         check_tokens(model.config, tokenizer.vocab_size, "The tokenizer")
+        if draft is not None:
+            check_draft(model.config, draft.config, draft_tokens)
         self._decoder: Decoder = _make_decoder(model, compute)
+        self._draft: Decoder | None = None if draft is None else _make_decoder(draft, compute)
+        self._draft_tokens = draft_tokens
         self._tokenizer = tokenizer
+        self.draft_statistics = DraftStatistics()
 
     def generate(self, prompts: Sequence[str], config: SamplingConfig) -> list[str]:
         """The completion of each prompt, without the prompt.
@@ -122,55 +144,55 @@ class Sampler:
         if not prompts:
             return
         self._check(prompts)
+        stop = self._stop_tokens(config)
+        generation = self._generation(self._batch(prompts, config, draws))
+        left = [config.max_new_tokens] * len(prompts)  # tokens until a row has finished
+        new, steps = generation.first(), _FIRST_STEPS
+        while True:
+            rows = [row if more else [] for row, more in zip(new, left, strict=True)]
+            self._check_chosen(rows)
+            yield rows
+            left = [
+                0 if row and row[-1] in stop else more - len(row)
+                for row, more in zip(rows, left, strict=True)
+            ]
+            if not any(left):
+                return
+            steps = min(steps, max(left))
+            start = time.perf_counter()
+            new = generation.more(steps)
+            steps = _pace(steps, time.perf_counter() - start)
+
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], config: SamplingConfig, draws: Sequence[Draw] | None = None
+    ) -> PromptBatch:
         lengths = [len(prompt) for prompt in prompts]
         padded = np.zeros((len(prompts), bucket(max(lengths))), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
-        stop = self._stop_tokens(config)
-        choice = TokenChoice(config.temperature, config.top_k, config.top_p)
-        keys = _keys(config.seed, draws or [Draw(prompt) for prompt in range(len(prompts))])
-        stop_ids = jnp.array(sorted(stop), jnp.int32)
-
-        size = bucket(max(lengths) + config.max_new_tokens)
-        progress = _begin(
-            self._decoder, padded, np.array(lengths, np.int32), keys, stop_ids, cache_size=size, choice=choice
+        return PromptBatch(
+            padded,
+            np.array(lengths, np.int32),
+            _keys(config.seed, draws or [Draw(prompt) for prompt in range(len(prompts))]),
+            jnp.array(sorted(self._stop_tokens(config)), jnp.int32),
+            config.max_new_tokens,
+            TokenChoice(config.temperature, config.top_k, config.top_p),
         )
-        new = self._checked(progress.tokens)[:, None]
-        finished = np.zeros(len(prompts), bool)
-        left, steps = config.max_new_tokens, _FIRST_STEPS
-        while True:
-            rows = [
-                [] if done else _until_stop(row, stop)
-                for row, done in zip(new.tolist(), finished, strict=True)
-            ]
-            yield rows
-            left -= new.shape[1]
-            finished |= np.isin(new, list(stop)).any(axis=1)
-            if left == 0 or finished.all():
-                return
-            steps = min(steps, left)
-            start = time.perf_counter()
-            progress, written = _advance(
-                self._decoder,
-                progress,
-                keys,
-                stop_ids,
-                steps=np.int32(steps),
-                max_steps=_MAX_STEPS,
-                choice=choice,
-            )
-            new = self._checked(written)[:, :steps]
-            steps = _pace(steps, time.perf_counter() - start)
 
-    def _checked(self, new: jax.Array) -> np.ndarray:
-        """The chosen ids as a NumPy array. Raises UserError if one of them is V, which stands for NaN logits."""
-        ids = np.asarray(new)
-        if ids.max(initial=0) >= self._decoder.config.vocab_size:
+    def _generation(self, batch: PromptBatch) -> Generation:
+        if self._draft is None:
+            return Plain(self._decoder, batch, bucket(batch.positions))
+        models = Models(self._decoder, self._draft, self._draft_tokens)
+        size = bucket(batch.positions + self._draft_tokens)
+        return Speculative(models, batch, size, self.draft_statistics)
+
+    def _check_chosen(self, rows: Sequence[Sequence[int]]) -> None:
+        """Raises UserError if a chosen id is V, which stands for NaN logits."""
+        if max(map(max, filter(None, rows)), default=0) >= self._decoder.config.vocab_size:
             raise UserError(
                 "The model's logits are NaN, so no token can be chosen; its weights hold NaN or infinite numbers, "
                 "or are too large for the dtype that it computes in."
             )
-        return ids
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         tokens = self._decoder.config.num_tokens
@@ -193,8 +215,24 @@ class Sampler:
 def _keys(seed: int, draws: Sequence[Draw]) -> jax.Array:
     """A random key for each row [B], determined by the seed and its draw alone, whatever the other rows are."""
     seeds = np.array([(seed + draw.sample) % 2**32 for draw in draws], np.uint32)
-    prompts = np.array([draw.prompt for draw in draws], np.uint32)
-    return jax.vmap(lambda seed, prompt: jax.random.fold_in(jax.random.key(seed), prompt))(seeds, prompts)
+    return _row_keys(seeds, np.array([draw.prompt for draw in draws], np.uint32))
+
+
+@jax.jit
+@jax.vmap
+def _row_keys(seed: jax.Array, prompt: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), prompt)
+
+
+def check_draft(model: ModelConfig, draft: ModelConfig, draft_tokens: int) -> None:
+    """Raises UserError if a draft has another number of tokens than the model, or `draft_tokens` is below 1."""
+    if draft.num_tokens != model.num_tokens:
+        raise UserError(
+            f"The draft has {draft.num_tokens} tokens and the model {model.num_tokens}; a draft must have the model's "
+            "tokenizer."
+        )
+    if draft_tokens < 1:
+        raise UserError(f"draft_tokens is {draft_tokens}; it must be at least 1.")
 
 
 def bucket(length: int) -> int:
@@ -206,12 +244,7 @@ def bucket(length: int) -> int:
 
 
 def _pace(steps: int, seconds: float) -> int:
-    """The number of tokens for the next dispatch, given the number and the time of the last one."""
+    """The number of steps for the next dispatch, given the number and the time of the last one."""
     if seconds > _SECONDS:
         return max(1, steps // 2)
-    return min(_MAX_STEPS, steps * 2) if seconds < _SECONDS / 2 else steps
-
-
-def _until_stop(ids: list[int], stop: frozenset[int]) -> list[int]:
-    end = next((index for index, token in enumerate(ids) if token in stop), len(ids))
-    return ids[: end + 1]
+    return min(MAX_STEPS, steps * 2) if seconds < _SECONDS / 2 else steps

@@ -134,6 +134,7 @@ def _evaluation(row: Mapping[str, float]) -> list[str]:
     found.append(f"perplexity {format_number(row['perplexity'], 2)}")
     found += [f"kl {row['kl']:.4f}"] if "kl" in row else []
     found += [f"agreement with the teacher {row['agreement']:.1%}"] if "agreement" in row else []
+    found += [f"acceptance {row['acceptance']:.1%}"] if "acceptance" in row else []
     return found
 
 

@@ -35,7 +35,7 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
     """Averages of all metrics over the targets, and `targets`, the number of targets.
 
     A method on text reports `cross_entropy` (nats) and `entropy`, to which `perplexity` is added; with a teacher also
-    `kl`, `agreement` and `teacher_entropy`.
+    `kl`, `agreement`, `acceptance` and `teacher_entropy`.
 
     Args:
         sums: sums of a method's metrics over the targets, and `targets`.

@@ -14,6 +14,7 @@ from gemma2_jax.cli import generate
 from gemma2_jax.cli.main import main
 from gemma2_jax.config import UserError
 from gemma2_jax.sampling.config import SamplingConfig
+from gemma2_jax.sampling.generation import DraftStatistics
 
 
 @pytest.fixture
@@ -22,9 +23,11 @@ def asked(monkeypatch):
     calls: list[tuple[list[str], SamplingConfig]] = []
 
     class Sampler:
-        def __init__(self, model, tokenizer, compute):
+        def __init__(self, model, tokenizer, compute, draft, draft_tokens):
             assert model == "bfloat16 model of RUN"
             assert compute.dtype == "bfloat16"
+            assert (draft, draft_tokens) in ((None, 4), ("bfloat16 model of SMALL", 2))
+            self.draft_statistics = DraftStatistics(tested=80, accepted=60, passes=40, tokens=100)
 
         def complete(self, prompts, config, draws=None):
             calls.append((list(prompts), config))
@@ -37,24 +40,28 @@ def asked(monkeypatch):
                     row.stop_reason = "stop" if shown >= len(text) else None
                 yield rows
 
-    def open_source(folder, tokenizer, averaged):
+    def open_source(folder, tokenizer, averaged=False):
         calls.extend([] if tokenizer is None else [([tokenizer], SamplingConfig())])
         return folder
 
-    def model_of(source, dtype):
+    def model_of(source, dtype, mesh):
+        assert mesh is None
         return f"{dtype} model of {source}"
 
     monkeypatch.setattr("gemma2_jax.sampling.sampler.Sampler", Sampler)
     monkeypatch.setattr("gemma2_jax.formats.load.open_source", open_source)
-    monkeypatch.setattr("gemma2_jax.formats.load.load_tokenizer", lambda source: Turns())
+    monkeypatch.setattr("gemma2_jax.formats.load.load_tokenizer", lambda source: Turns(source))
     monkeypatch.setattr("gemma2_jax.formats.load.model_of", model_of)
     return calls
 
 
 class Turns:
-    """A tokenizer that may lack turn tokens; texts end at id 1, and turns at 5."""
+    """A tokenizer that may lack turn tokens; texts end at id 1, and turns at 5. That of OTHER is another one."""
 
     stop_ids, end_of_turn_id, vocab_size = frozenset([1]), 5, 9
+
+    def __init__(self, source):
+        self.fingerprint = "b" * 64 if source == "OTHER" else "a" * 64
 
     def control_id(self, text):
         return {"<bos>": 2}.get(text)
@@ -188,6 +195,14 @@ def test_another_tokenizer_may_be_given(asked):
     assert asked[0][0] == ["my.model"]
 
 
+@pytest.mark.parametrize("options", [["--prompt", "a"], ["--interactive"]])
+def test_a_drafts_statistics_are_printed_at_the_end(asked, monkeypatch, capsys, options):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+    assert main([*COMMAND, *options, "--draft", "SMALL", "--draft-tokens", "2"]) == 0
+    expected = "draft: 75.0% of 80 tested tokens accepted, 2.50 tokens per pass of the model"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
 USER, MODEL, END = "<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>\n"
 
 
@@ -271,6 +286,23 @@ def test_a_bad_tokenizer_file_is_reported_before_a_checkpoint_is_downloaded(
         (["--interactive", "--num-samples", "2"], "leave out --json and --num-samples"),
         (["--prompt", "a", "--num-samples", "0"], "--num-samples is 0; it must be at least 1."),
         (["--prompt", "a", "--batch-size", "-1"], "--batch-size is -1; it must be at least 1."),
+        (
+            ["--prompt", "a", "--draft", "SMALL", "--draft-tokens", "0"],
+            "--draft-tokens is 0; it must be at least 1.",
+        ),
+        (
+            ["--prompt", "a", "--draft-tokens", "2"],
+            "--draft-tokens has no effect without a draft; add --draft RUN",
+        ),
+        (
+            ["--prompt", "a", "--draft", "OTHER"],
+            "--draft OTHER has the tokenizer bbbbbbbbbbbb of 9 tokens, but --checkpoint RUN has aaaaaaaaaaaa of 9 "
+            "tokens; give a draft that was trained with the same tokenizer.",
+        ),
+        (
+            ["--prompt", "a", "training.steps=3"],
+            "training.steps=3 has no effect on generation; accepted: keys of mesh, layout.",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(asked, capsys, options, sentence):

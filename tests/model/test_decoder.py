@@ -1,4 +1,4 @@
-"""Reading token by token through the cache equals reading everything at once."""
+"""The cached forward pass, token by token or several at once, equals the forward pass over the whole text."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma2_jax.model import decoder as decoder_module
 from gemma2_jax.model.cache import EMPTY, LayerCaches, local_size
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.decoder import Decoder
 from gemma2_jax.model.transformer import Gemma2
+from tests.parameters import mostly_thorough
 
 LENGTHS = np.array([3, 21, 8])  # shorter than the window of 8, far longer, and exactly it
 STEPS = 20
 TOKENS = np.asarray(jax.random.randint(jax.random.key(2), (3, 48), 0, 97))
 
-prefill = jax.jit(Decoder.prefill, static_argnames="cache_size")
+prefill = jax.jit(Decoder.prefill, static_argnames=("cache_size", "revocable"))
+extend = jax.jit(Decoder.extend)
 decode = jax.jit(Decoder.decode)
 
 
@@ -102,8 +105,68 @@ def test_the_model_is_unchanged(toy_model):
     chex.assert_trees_all_equal(before, toy_model.params())
 
 
-def test_a_prompt_longer_than_the_cache_keeps_its_end():
-    keys = jnp.arange(10.0).reshape(1, 1, 10, 1, 1)
-    cache = LayerCaches.from_prompt(keys, keys, jnp.array([9]), size=4)
+@mostly_thorough("chunk", [7, 5, 21])
+def test_prompts_run_in_chunks(toy_model, full, monkeypatch, chunk):
+    """Chunks that are shorter than the window or cross it, and a last one that is full or not; rows that end early."""
+    monkeypatch.setattr(decoder_module, "CHUNK", chunk)
+    decoder = Decoder(toy_model, ComputeConfig(unroll_layers=True))
+    rows = np.arange(3)
+    in_chunks = jax.jit(lambda decoder, tokens, lengths: decoder.prefill(tokens, lengths, cache_size=48))
+    logits, cache = in_chunks(decoder, right_padded(TOKENS, LENGTHS, filler=50), LENGTHS)
+    np.testing.assert_allclose(logits, full[rows, LENGTHS - 1], atol=2e-5)
+    held = [sorted(int(p) for p in row if p != EMPTY) for row in cache.local_block.positions]
+    assert held == [[0, 1, 2], list(range(13, 21)), list(range(8))]
+    logits, cache = decode(decoder, TOKENS[rows, LENGTHS], LENGTHS, cache)
+    np.testing.assert_allclose(logits, full[rows, LENGTHS], atol=2e-5)
+
+
+@mostly_thorough("unroll_layers", [True, False])
+def test_several_tokens_at_once_replace_rejected_ones(toy_model, full, unroll_layers):
+    """Each row keeps 0 to 4 of every 4 tokens, across the window; the others were of another text."""
+    decoder = Decoder(toy_model, ComputeConfig(unroll_layers=unroll_layers))
+    rows = np.arange(3)
+    _, cache = prefill(decoder, right_padded(TOKENS, LENGTHS), LENGTHS, cache_size=48, revocable=4)
+    assert cache.local_block.keys.shape[3] == 12
+    position = LENGTHS.copy()
+    for kept in ([1, 4, 2], [3, 1, 1], [1, 1, 4], [4, 2, 3], [2, 1, 1]):
+        index = position[:, None] + np.arange(4)
+        tokens = np.where(np.arange(4) < np.array(kept)[:, None], TOKENS[rows[:, None], index], 90)
+        hidden, cache = extend(decoder, tokens, position, cache)
+        logits = decoder.logits(hidden)
+        for row, number in enumerate(kept):
+            expected = full[row, position[row] : position[row] + number]
+            np.testing.assert_allclose(logits[row, :number], expected, atol=2e-5)
+        position += kept
+    logits, cache = decode(decoder, TOKENS[rows, position], position, cache)
+    np.testing.assert_allclose(logits, full[rows, position], atol=2e-5)
+
+
+@pytest.mark.thorough
+def test_memory_of_a_long_prompt_is_that_of_a_chunk(toy_config):
+    """Temporaries of 4096 tokens, compiled: those of one chunk of them, and none that grow with the text's length."""
+    config = replace(toy_config, sliding_window=64)
+    model = jax.eval_shape(lambda: Gemma2.init(config, jax.random.key(0)))
+    decoder = jax.eval_shape(partial(Decoder, compute=ComputeConfig()), model)
+
+    def temporaries(tokens):
+        arguments = (decoder, jax.ShapeDtypeStruct((1, tokens), np.int32), np.array([tokens], np.int32))
+        compiled = jax.jit(Decoder.prefill, static_argnames="cache_size").lower(*arguments, cache_size=4096)
+        memory = compiled.compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    scores = 4 * config.num_heads * decoder_module.CHUNK * (4096 + decoder_module.CHUNK)
+    assert temporaries(4096) < 4 * scores
+    assert temporaries(4096) - temporaries(2048) < 100_000
+
+
+def test_of_more_tokens_than_slots_the_last_are_kept(toy_config):
+    cache = LayerCaches.empty(
+        replace(toy_config, num_kv_heads=1, head_dim=2), rows=1, slots=4, dtype="float32"
+    )
+    keys = jnp.broadcast_to(jnp.arange(10.0)[None, :, None, None], (1, 10, 1, 2))
+    used = jnp.arange(10)[None] < 9
+    positions = jnp.arange(10)[None]
+    cache = cache.occupy(positions, used).write(0, positions, keys, keys, used)
     assert cache.positions.tolist() == [[8, 5, 6, 7]]
-    assert cache.keys.ravel().tolist() == [8.0, 5.0, 6.0, 7.0]
+    assert cache.keys[0, 0, 0, :, 0].tolist() == [8.0, 5.0, 6.0, 7.0]

@@ -106,7 +106,8 @@ def test_evaluation_compares_at_temperature_one() -> None:
     np.testing.assert_array_equal(loss, terms.cross_entropy(STUDENT, TARGETS))
     np.testing.assert_array_equal(metrics["kl"], terms.forward_kl(STUDENT, TEACHER, 1.0))
     np.testing.assert_array_equal(metrics["teacher_entropy"], terms.entropy(TEACHER))
-    assert set(metrics) == {"cross_entropy", "kl", "agreement", "entropy", "teacher_entropy"}
+    np.testing.assert_array_equal(metrics["acceptance"], terms.acceptance(STUDENT, TEACHER))
+    assert set(metrics) == {"cross_entropy", "kl", "agreement", "acceptance", "entropy", "teacher_entropy"}
     _, alone = evaluation_loss(*named(None), {})
     assert set(alone) == {"cross_entropy", "entropy"}
     with pytest.raises(ValueError, match="not sparse targets"):

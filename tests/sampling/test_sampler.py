@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from gemma2_jax.config import UserError
+from gemma2_jax.model import decoder
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.sampling import sampler as sampler_module
+from gemma2_jax.sampling import generation
 from gemma2_jax.sampling.choice import TokenChoice
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler, bucket
@@ -123,7 +124,7 @@ def test_rows_end_at_texts(sampler, tokenizer, greedy, monkeypatch):
 def test_it_stops_when_all_rows_have(sampler, greedy, monkeypatch):
     """And no token is computed after the dispatch that ended the last row."""
     calls = []
-    monkeypatch.setattr(sampler_module, "_advance", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(generation, "_advance", lambda *args, **kwargs: calls.append(args))
     stop = greedy[0][0]
     assert sampler.generate_tokens(PROMPTS[:1], replace(GREEDY, stop_tokens=(stop, 900))) == [[stop]]
     assert calls == []
@@ -231,3 +232,23 @@ def test_few_sizes_to_compile_for():
         8192,
     }
     assert all(length <= bucket(length) <= max(16, length * 1.5) for length in range(1, 8193))
+
+
+@pytest.mark.thorough
+def test_prompts_of_a_session_share_compiled_programs(model, tokenizer, monkeypatch):
+    """Prompts of 33 to 48 tokens, in two or three chunks, compile nothing after the first; one of 49 does."""
+    monkeypatch.setattr(decoder, "CHUNK", 20)
+    sampler = Sampler(model, tokenizer)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+
+    def compilations(length, seed):
+        compiled.clear()
+        sampler.generate_tokens([[2, *range(30, 29 + length)]], replace(GREEDY, max_new_tokens=12, seed=seed))
+        return len(compiled)
+
+    assert compilations(41, 0) > 0
+    assert [compilations(length, seed) for seed, length in enumerate((33, 48, 40))] == [0, 0, 0]
+    assert compilations(49, 0) > 0

@@ -81,7 +81,7 @@ def test_validations_use_the_teacher_itself(online: RunConfig, full: RunConfig) 
         next(row for row in read_metrics(run.output) if row["split"] == "validation")
         for run in (full, online)
     )
-    for name in ("kl", "agreement", "entropy", "teacher_entropy"):
+    for name in ("kl", "agreement", "acceptance", "entropy", "teacher_entropy"):
         assert by_cache[name] == pytest.approx(by_teacher[name], rel=0.05)
 
 

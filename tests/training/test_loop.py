@@ -183,7 +183,7 @@ def test_a_scheduled_run_logs_its_values_and_resumes_with_them(finished: RunConf
         expected = row["mix"] * row["jsd"] + (1 - row["mix"]) * row["cross_entropy"]
         assert row["loss"] == pytest.approx(expected, rel=1e-5)
         assert "kl" not in row
-    assert {"kl", "agreement", "entropy", "teacher_entropy"} <= set(rows[8])
+    assert {"kl", "agreement", "acceptance", "entropy", "teacher_entropy"} <= set(rows[8])
 
     cut = replace(whole, output=str(tmp_path / "cut"))
     with stopped_after(5):

@@ -18,7 +18,7 @@ ROW = {
     "gradient_norm": 1.0,
     "tokens_per_second": 1234.5,
 }
-VALIDATION = {"cross_entropy": 4.0, "perplexity": 54.6, "kl": 0.5, "agreement": 0.6}
+VALIDATION = {"cross_entropy": 4.0, "perplexity": 54.6, "kl": 0.5, "agreement": 0.6, "acceptance": 0.7}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_log_has_plain_lines_with_all_terms_and_the_time_left(clock, capsys):
         "run  step 10/40  loss 4.5000  kl 4.2500  cross_entropy 5.0000  match_hidden 0.2500  1,234 tokens/s  "
         "1 min 00 s left",
         "run  step 10/40  validation cross-entropy 4.0000  perplexity 54.60  kl 0.5000  "
-        "agreement with the teacher 60.0%  2 min 00 s left",
+        "agreement with the teacher 60.0%  acceptance 70.0%  2 min 00 s left",
     ]
     assert "\x1b" not in captured.err
 
