@@ -127,7 +127,17 @@ BLOCKS = [
 
 
 def of(program: str) -> list[Any]:
-    return [pytest.param(command, id=str(command)) for command in COMMANDS if command.words[0] == program]
+    return [
+        pytest.param(command, id=str(command), marks=[pytest.mark.thorough] if is_of_many_runs(command) else [])
+        for command in COMMANDS
+        if command.words[0] == program
+    ]
+
+
+def is_of_many_runs(command: Command) -> bool:
+    """Whether a command composes dozens of configurations, which takes seconds."""
+    words = command.words[1:]
+    return words[0] in ("run", "sweep") or "--sweep" in words
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,7 @@ def run(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_a_sweep_that_trains_a_tokenizer(corpus: Path, tmp_path: Path) -> None:
     """SentencePiece reads the documents from C++, which turns our exception into another type."""
     command = [*SWEEP, f"data.source={corpus}", "data.folder=data"]
