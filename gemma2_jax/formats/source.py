@@ -39,9 +39,9 @@ class WeightSource(ABC):
 
     Attributes:
         kind: name of this kind of checkpoint.
-        path: folder of the checkpoint.
+        path: folder of the checkpoint, or its only file.
         config: config of its model.
-        tokenizer: its SentencePiece model file, or None if it has none.
+        tokenizer: its SentencePiece model file, or a GGUF file that holds its tokenizer; None if it has none.
         metadata: its metadata for generation and other tools.
         tensors: tensors in its files, by their names there.
     """
