@@ -34,7 +34,9 @@ _TOGETHER = (
 )
 _SPACINGS = 12  # tried for each sub-block
 _LEAST = 1e-3  # importance of an input that never occurs, as a fraction of the mean
-_DETERMINED = 1e-5  # determinant of the normal equations, as a fraction of its first term, above rounding errors
+_DETERMINED = (
+    1e-5  # determinant of the normal equations, as a fraction of its first term, above rounding errors
+)
 _TINY = 1e-30  # divisor in place of 0
 
 

@@ -218,7 +218,9 @@ def test_queries_are_scaled_by_the_rule_of_llama_cpp():
 
 
 def test_an_unknown_encoding_is_refused(path, model_file):
-    with pytest.raises(UserError, match="The encoding is 'q4_k'; accepted: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0"):
+    with pytest.raises(
+        UserError, match="The encoding is 'q4_k'; accepted: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0"
+    ):
         write_gguf(path, CONFIG, arrays().items(), model_file, "q4_k", "toy")
 
 

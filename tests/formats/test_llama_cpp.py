@@ -214,7 +214,9 @@ def test_coarser_encodings_predict_alike(model, tokenizer_file, documents, tmp_p
 
 
 @pytest.mark.parametrize("encoding", QUANTISED)
-def test_quantised_weights_predict_as_we_dequantise_them(model, tokenizer_file, documents, tmp_path, encoding):
+def test_quantised_weights_predict_as_we_dequantise_them(
+    model, tokenizer_file, documents, tmp_path, encoding
+):
     """The file as a source of ours, against llama.cpp: KL divergence and greedy text, also against the original."""
     path = written(model, tmp_path / "model.gguf", tokenizer_file, encoding)
     llama, (ours, tokenizer) = loaded(path), load(path)
