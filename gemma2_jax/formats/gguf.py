@@ -1,4 +1,4 @@
-"""Writes and verifies GGUF, the single-file format of a model for llama.cpp; `gguf_encodings.py` encodes its tensors."""
+"""Writes and verifies GGUF, the single-file format of a model for llama.cpp; `gguf_encodings.py` encodes tensors."""
 
 import math
 from collections.abc import Iterable, Mapping

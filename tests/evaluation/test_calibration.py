@@ -1,4 +1,4 @@
-"""The importance of inputs on data: the mean squares of activations, and what they do to the files that they calibrate."""
+"""The importance of inputs on data: the mean squares of activations, and their effect on calibrated files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.evaluation.calibration import Calibration
 from gemma2_jax.formats.convert import convert
+from gemma2_jax.formats.gguf_source import GGUFSource
 from gemma2_jax.formats.load import open_source
 from gemma2_jax.formats.native import write_run
 from gemma2_jax.model.config import ModelConfig
@@ -67,12 +68,14 @@ def test_it_is_the_mean_square_of_what_enters_each_matrix(run_folder, wide, toke
         np.testing.assert_allclose(found[f"{name}.weight"], squares, rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_prepared_data_gives_its_training_split(run_folder, data: DataConfig):
     found = Calibration(data.folder)(open_source(run_folder))
     assert found["blk.1.ffn_down.weight"].shape == (512,)
     assert found["token_embd.weight"].min() > 0
 
 
+@pytest.mark.thorough
 def test_important_inputs_are_more_exact_in_the_file(run_folder, corpus, tmp_path):
     pytest.importorskip("gguf", reason="the extra gguf is not installed")
     calibration = Calibration(str(corpus))
@@ -80,7 +83,7 @@ def test_important_inputs_are_more_exact_in_the_file(run_folder, corpus, tmp_pat
     importance = calibration(source)
     convert(run_folder, tmp_path / "plain.gguf", dtype="q4_k_m")
     convert(run_folder, tmp_path / "calibrated.gguf", dtype="q4_k_m", calibrate=calibration)
-    plain, calibrated = (open_source(tmp_path / f"{name}.gguf") for name in ("plain", "calibrated"))
+    plain, calibrated = (GGUFSource(tmp_path / f"{name}.gguf") for name in ("plain", "calibrated"))
     for name in ("blk.0.ffn_down.weight", "blk.1.attn_q.weight"):
         entry = plain.entries[name]
         original = entry.join([source.weight(place) for place in entry.places])
@@ -92,7 +95,7 @@ def test_important_inputs_are_more_exact_in_the_file(run_folder, corpus, tmp_pat
 
 
 def test_data_that_is_missing_is_refused(run_folder, tmp_path, data: DataConfig):
-    with pytest.raises(UserError, match="--calibrate .*none.txt"):
+    with pytest.raises(UserError, match=r"--calibrate .*none.txt"):
         Calibration(str(tmp_path / "none.txt"))
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="folder"):

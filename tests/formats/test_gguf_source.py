@@ -1,4 +1,4 @@
-"""GGUF files as a source: our own come back bit for bit, quantised ones dequantised, other tools' with their tokenizer."""
+"""GGUF files as a source: our own bit for bit, quantised ones dequantised, other tools' with their tokenizer."""
 
 from pathlib import Path
 
@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_used_is_refused(file, tmp_path, change, message):
 def test_a_truncated_file_is_refused(file, tmp_path):
     content = file.read_bytes()
     (tmp_path / "a.gguf").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="a.gguf is not a GGUF file, or is truncated or damaged"):
+    with pytest.raises(UserError, match=r"a.gguf is not a GGUF file, or is truncated or damaged"):
         open_source(tmp_path / "a.gguf")
 
 
@@ -163,7 +163,7 @@ def test_a_damaged_copy_of_the_tokenizer_is_refused(file, tmp_path):
     content = file.read_bytes()
     place = content.index(b"gemma2_jax.tokenizer_model") + 60
     (tmp_path / "a.gguf").write_bytes(content[:place] + b"\0" + content[place + 1 :])
-    with pytest.raises(UserError, match="a.gguf has a damaged gemma2_jax.tokenizer_model"):
+    with pytest.raises(UserError, match=r"a.gguf has a damaged gemma2_jax.tokenizer_model"):
         read_model(tmp_path / "a.gguf")
 
 

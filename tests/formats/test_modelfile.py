@@ -59,7 +59,7 @@ def test_it_is_written_beside_the_file(run_folder, content, tmp_path):
     (tmp_path / "student.gguf").unlink()
     beside.write_text("FROM elsewhere\n")
     with pytest.raises(
-        UserError, match="student.Modelfile exists already with other content; choose another"
+        UserError, match=r"student.Modelfile exists already with other content; choose another"
     ):
         convert(run_folder, tmp_path / "student.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["student.Modelfile"]
