@@ -37,17 +37,15 @@ def main() -> None:
             if dtype in CALIBRATED:
                 files[f"{dtype}, calibrated"] = Path(name, f"{dtype}-calibrated.gguf")
                 calibration = Calibration(arguments.calibrate)
-                convert(
-                    arguments.model, files[f"{dtype}, calibrated"], dtype=dtype, calibrate=calibration
-                )
-        config = EvaluationConfig(
-            text=(arguments.text,), teacher=arguments.model, context=arguments.context
-        )
+                convert(arguments.model, files[f"{dtype}, calibrated"], dtype=dtype, calibrate=calibration)
+        config = EvaluationConfig(text=(arguments.text,), teacher=arguments.model, context=arguments.context)
         record = evaluate(list(files.values()), config)
         print(f"{'':20}{'bytes':>12}{'perplexity':>12}{'KL':>12}{'agreement':>12}")
         for (label, file), row in zip(files.items(), record.rows, strict=True):
             scores = row.scores[config.kind].total
-            assert scores.perplexity is not None and scores.kl is not None and scores.agreement is not None
+            assert scores.perplexity is not None
+            assert scores.kl is not None
+            assert scores.agreement is not None
             print(
                 f"{label:20}{file.stat().st_size:>12,}{scores.perplexity:>12.3f}{scores.kl:>12.6f}"
                 f"{scores.agreement:>12.2%}"

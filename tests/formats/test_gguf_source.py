@@ -65,7 +65,7 @@ def test_our_own_files_come_back_bit_for_bit(run_folder, tmp_path, dtype):
 
 
 def test_a_file_is_a_checkpoint_like_any_other(file, run_folder, params):
-    source = open_source(file)
+    source = GGUFSource(file)
     assert (source.kind, source.dtypes, source.note) == ("GGUF", ("bfloat16", "float32"), None)
     model, tokenizer = load(file, "bfloat16")
     jax.tree.map(np.testing.assert_array_equal, model.params(), params)
