@@ -15,7 +15,6 @@ from gemma2_jax.files import reason, replacing, sole_writer, write_text
 from gemma2_jax.formats import gguf, huggingface, modelfile, peft
 from gemma2_jax.formats.adapter import AdaptedSource
 from gemma2_jax.formats.gguf_encodings import CALIBRATED, QUANTISED, Blocks
-from gemma2_jax.formats.gguf_source import GGUFSource
 from gemma2_jax.formats.gguf_tokenizer import read_model
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE, config_json
@@ -126,7 +125,8 @@ def write_checkpoint(
             is_ours = isinstance(source, RunSource) or (source.path / store.CONFIG_FILE).exists()
             kind = kind or ("huggingface" if is_ours else "run")
             dtype = dtype or source.dtype
-            notes = () if kind == "run" else _notes(source)  # `load_params` prints them
+            is_told = kind == "run" or source.note is None  # `load_params` prints it
+            notes = () if is_told else (source.note,)
             if kind == "run":
                 _write_run(source, temporary, dtype, progress)
                 _compare(source, RunSource(temporary), dtype, progress)
@@ -150,11 +150,6 @@ def write_checkpoint(
         raise UserError(f"{target} cannot be written: {reason(error, target)}.") from None
     weights = sum(1 for _ in all_places(weight_specs(source.config)))
     return Conversion(source.kind, kind, dtype, source.dtypes, weights, notes)
-
-
-def _notes(source: WeightSource) -> tuple[str, ...]:
-    note = source.note if isinstance(source, GGUFSource) else None
-    return () if note is None else (note,)
 
 
 def _check_adapter(source: WeightSource, kind: str | None, merge: bool) -> None:

@@ -46,10 +46,9 @@ class GGUFSource(ForeignSource):
 
     @property
     def note(self) -> str | None:
-        """A clause on the types that are dequantised; None if there are none."""
         if not self.quantised:
             return None
-        return f"the weights of {self.path} in {' and '.join(self.quantised)} were dequantised"
+        return f"the weights of {self.path} in {', '.join(self.quantised)} were dequantised"
 
     def problems(self) -> list[str]:
         shapes = {name: entry.shape for name, entry in self.entries.items()}

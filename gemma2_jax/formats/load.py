@@ -318,7 +318,7 @@ def load_params(
     """
     source.check()
     _check_same_model(source, config)
-    if isinstance(source, GGUFSource) and source.note is not None:
+    if source.note is not None:
         print(f"gemma2: {source.note}.", file=sys.stderr, flush=True)
     if mesh is None:
         mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])

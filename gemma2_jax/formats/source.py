@@ -68,6 +68,11 @@ class WeightSource(ABC):
         """A dtype that holds every weight exactly: the tensors' dtype, or float32 if they have several."""
         return self.dtypes[0] if len(self.dtypes) == 1 else "float32"
 
+    @property
+    def note(self) -> str | None:
+        """What reading the weights changes, one clause; None if nothing."""
+        return None
+
     @abstractmethod
     def problems(self) -> list[str]:
         """Returns what is wrong with the tensors, one sentence each, without reading the weights."""

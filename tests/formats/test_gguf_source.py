@@ -80,7 +80,7 @@ def test_quantised_files_are_dequantised_and_described(run_folder, tmp_path, cap
     convert(run_folder, tmp_path / "a.gguf", dtype=encoding)
     done = convert(tmp_path / "a.gguf", tmp_path / "hf", "huggingface")
     source = GGUFSource(tmp_path / "a.gguf")
-    types = " and ".join(source.quantised)
+    types = ", ".join(source.quantised)
     assert done.notes == (f"the weights of {tmp_path}/a.gguf in {types} were dequantised",)
     assert done.dtype == "float32"
     capsys.readouterr()
