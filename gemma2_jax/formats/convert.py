@@ -12,7 +12,7 @@ from gemma2_jax.checkpoints import store
 from gemma2_jax.config import UserError
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import reason, replacing, sole_writer, write_text
-from gemma2_jax.formats import gguf, huggingface, modelfile, peft
+from gemma2_jax.formats import gguf, huggingface, peft
 from gemma2_jax.formats.adapter import AdaptedSource
 from gemma2_jax.formats.gguf_encodings import CALIBRATED, QUANTISED, Blocks
 from gemma2_jax.formats.gguf_tokenizer import read_model
@@ -21,6 +21,7 @@ from gemma2_jax.formats.huggingface_config import CONFIG_FILE, config_json
 from gemma2_jax.formats.layouts import EMBEDDING, GGUF, HUGGINGFACE, Entry, WeightPlace, expand
 from gemma2_jax.formats.load import load_params, load_tokenizer, open_source
 from gemma2_jax.formats.metadata import GENERATION_FILE
+from gemma2_jax.formats.modelfile import Modelfile
 from gemma2_jax.formats.native import RunSource, write_run
 from gemma2_jax.formats.source import DTYPES, WeightSource, all_places, row_blocks
 from gemma2_jax.formats.tokenizer_files import write_tokenizer_files
@@ -125,8 +126,9 @@ def write_checkpoint(
             is_ours = isinstance(source, RunSource) or (source.path / store.CONFIG_FILE).exists()
             kind = kind or ("huggingface" if is_ours else "run")
             dtype = dtype or source.dtype
-            is_told = kind == "run" or source.note is None  # `load_params` prints it
-            notes = () if is_told else (source.note,)
+            notes: tuple[str, ...] = ()
+            if source.note is not None and kind != "run":  # for a run, `load_params` prints it
+                notes = (source.note,)
             if kind == "run":
                 _write_run(source, temporary, dtype, progress)
                 _compare(source, RunSource(temporary), dtype, progress)
@@ -134,14 +136,14 @@ def write_checkpoint(
                 _write_huggingface(source, temporary, dtype, tokenizer, progress)
                 _compare(source, HuggingFaceSource(temporary), dtype, progress)
             else:
-                beside = modelfile.modelfile(target, tokenizer, source.metadata)
+                beside = Modelfile.of(target, tokenizer, source.metadata)
                 if beside is not None:
-                    modelfile.check_modelfile(modelfile.modelfile_path(target), beside)
+                    beside.check()
                 importance = gguf.NO_IMPORTANCE if calibrate is None else calibrate(source)
                 notes += _write_gguf(source, temporary, dtype, target.stem, importance, progress)
         if kind == "gguf" and beside is not None:
-            write_text(modelfile.modelfile_path(target), beside)
-            notes += (f"{modelfile.modelfile_path(target)} describes it for Ollama",)
+            write_text(beside.path, beside.content)
+            notes += (f"{beside.path} describes it for Ollama",)
     except BlockingIOError:
         raise UserError(f"{target} is being written by another process; choose another target.") from None
     except BrokenPipeError:  # from printing progress, not from writing the target

@@ -4,6 +4,7 @@ Ollama does not take these from the file alone. It puts a text before the first 
 into the user's turn, since Gemma 2 has no system turn.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2_jax.config import UserError
@@ -13,35 +14,43 @@ from gemma2_jax.files import reason
 from gemma2_jax.formats.metadata import Metadata
 
 
-def modelfile_path(gguf_file: Path) -> Path:
-    """Returns the path of the Modelfile of a GGUF file: STEM.Modelfile beside it."""
-    return gguf_file.with_name(f"{gguf_file.stem}.Modelfile")
+@dataclass(frozen=True)
+class Modelfile:
+    """The Modelfile of a GGUF file: STEM.Modelfile beside it.
 
-
-def modelfile(gguf_file: Path, tokenizer: Tokenizer, metadata: Metadata) -> str | None:
-    """Returns the content of the Modelfile of a GGUF file; None if its tokenizer has no turn tokens.
-
-    A model with a chat template of its own gets no TEMPLATE, since Ollama's language is another one.
+    Attributes:
+        content: its text.
     """
-    if tokenizer.end_of_turn_id == tokenizer.eos_id:
-        return None
-    lines = [f"FROM ./{gguf_file.name}"]
-    if metadata.chat_template in (None, chat_template()):
-        lines.append(f'TEMPLATE """{_template()}"""')
-    lines += [f"PARAMETER stop {token}" for token in (START_OF_TURN, END_OF_TURN)]
-    return "\n".join(lines) + "\n"
 
+    path: Path
+    content: str
 
-def check_modelfile(path: Path, content: str) -> None:
-    """Raises UserError if another file is at `path`."""
-    try:
-        if path.read_bytes() == content.encode():
+    @classmethod
+    def of(cls, gguf_file: Path, tokenizer: Tokenizer, metadata: Metadata) -> "Modelfile | None":
+        """Returns the Modelfile of a GGUF file; None if its tokenizer has no turn tokens.
+
+        A model with a chat template of its own gets no TEMPLATE, since Ollama's language is another one.
+        """
+        if tokenizer.end_of_turn_id == tokenizer.eos_id:
+            return None
+        lines = [f"FROM ./{gguf_file.name}"]
+        if metadata.chat_template in (None, chat_template()):
+            lines.append(f'TEMPLATE """{_template()}"""')
+        lines += [f"PARAMETER stop {token}" for token in (START_OF_TURN, END_OF_TURN)]
+        return cls(gguf_file.with_name(f"{gguf_file.stem}.Modelfile"), "\n".join(lines) + "\n")
+
+    def check(self) -> None:
+        """Raises UserError if another file is in its place."""
+        try:
+            if self.path.read_bytes() == self.content.encode():
+                return
+        except FileNotFoundError:
             return
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {reason(error, path)}.") from None
-    raise UserError(f"{path} exists already with other content; choose another target, or delete it.")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {reason(error, self.path)}.") from None
+        raise UserError(
+            f"{self.path} exists already with other content; choose another target, or delete it."
+        )
 
 
 def _template() -> str:

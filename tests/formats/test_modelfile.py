@@ -10,14 +10,15 @@ from gemma2_jax.data.chat_format import render
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.metadata import Metadata
-from gemma2_jax.formats.modelfile import modelfile
+from gemma2_jax.formats.modelfile import Modelfile
 
 
 @pytest.fixture
 def content(tokenizer: Tokenizer) -> str:
-    found = modelfile(Path("some/student.gguf"), tokenizer, Metadata())
+    found = Modelfile.of(Path("some/student.gguf"), tokenizer, Metadata())
     assert found is not None
-    return found
+    assert found.path == Path("some/student.Modelfile")
+    return found.content
 
 
 def filled(template: str, system: str, prompt: str, response: str) -> str:
@@ -42,10 +43,10 @@ def test_the_template_gives_gemma_2s_turns(content: str, system: str):
 
 
 def test_a_template_of_its_own_is_left_to_the_file(tokenizer: Tokenizer):
-    found = modelfile(Path("a.gguf"), tokenizer, Metadata(chat_template="{{ messages }}"))
+    found = Modelfile.of(Path("a.gguf"), tokenizer, Metadata(chat_template="{{ messages }}"))
     assert found is not None
-    assert "TEMPLATE" not in found
-    assert "PARAMETER stop <end_of_turn>" in found
+    assert "TEMPLATE" not in found.content
+    assert "PARAMETER stop <end_of_turn>" in found.content
 
 
 def test_it_is_written_beside_the_file(run_folder, content, tmp_path):
