@@ -14,16 +14,17 @@ from gemma2_jax.formats.gguf_encodings import (
     ENCODINGS,
     Blocks,
     Storage,
-    encode,
+    encode_tensor,
     fallback_note,
-    kind_of,
+    ggml_type,
+    plan_storage,
     size_of,
-    storage_of,
 )
 from gemma2_jax.formats.gguf_header import ARCHITECTURE, open_reader, package, query_pre_attn_scalar
 from gemma2_jax.formats.gguf_tokenizer import add_tokenizer
 from gemma2_jax.formats.layouts import CONTEXT, GGUF, expand
 from gemma2_jax.formats.metadata import Metadata
+from gemma2_jax.formats.source import row_blocks
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.vocabulary import without_padding
 from gemma2_jax.model.weights import weight_specs
@@ -77,7 +78,7 @@ def write_gguf(
             _add_model(gguf, writer, config, encoding, name, context)
             add_tokenizer(gguf, writer, config, tokenizer_model, metadata)
             for tensor, stored in storage.items():
-                size, kind = size_of(gguf, stored), kind_of(gguf, stored.type)
+                size, kind = size_of(gguf, stored), ggml_type(gguf, stored.type)
                 writer.add_tensor_info(tensor, stored.shape, np.dtype(np.float32), size, raw_dtype=kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -85,7 +86,7 @@ def write_gguf(
             for (tensor, stored), (given, blocks) in zip(storage.items(), tensors, strict=True):
                 if given != tensor:
                     raise ValueError(f"expected tensor {tensor}, got {given}")
-                writer.write_tensor_data(encode(gguf, tensor, blocks, stored, importance.get(tensor)))
+                writer.write_tensor_data(encode_tensor(gguf, tensor, blocks, stored, importance.get(tensor)))
         finally:
             writer.close()
     return fallback_note(gguf, storage)
@@ -103,8 +104,13 @@ def compare_gguf(
     storage = _plan(gguf, config, encoding)
     found = {tensor.name: tensor for tensor in open_reader(path).tensors}
     for name, blocks in tensors:
-        expected = encode(gguf, name, blocks, storage[name], importance.get(name))
-        if not np.array_equal(found[name].data.view(np.uint8), expected.view(np.uint8)):
+        expected = encode_tensor(gguf, name, blocks, storage[name], importance.get(name))
+        stored = found[name].data
+        # In blocks: the result of a comparison is an array, too.
+        if stored.shape != expected.shape or not all(
+            np.array_equal(stored[rows].view(np.uint8), expected[rows].view(np.uint8))
+            for rows in row_blocks(expected.shape)
+        ):
             raise UserError(
                 f"{path} does not hold {name} as it was written; check the disk and convert again."
             )
@@ -112,7 +118,7 @@ def compare_gguf(
 
 def _plan(gguf: Any, config: ModelConfig, encoding: str) -> dict[str, Storage]:
     entries = expand(GGUF, weight_specs(without_padding(config)))
-    return storage_of(gguf, {name: entry.shape for name, entry in entries.items()}, encoding)
+    return plan_storage(gguf, {name: entry.shape for name, entry in entries.items()}, encoding)
 
 
 def check_expressible(config: ModelConfig) -> None:

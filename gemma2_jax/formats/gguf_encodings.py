@@ -58,7 +58,7 @@ class Storage:
     usual: str
 
 
-def storage_of(gguf: Any, shapes: Mapping[str, tuple[int, ...]], encoding: str) -> dict[str, Storage]:
+def plan_storage(gguf: Any, shapes: Mapping[str, tuple[int, ...]], encoding: str) -> dict[str, Storage]:
     """Returns how each tensor of a file is stored; see the top of this file.
 
     Args:
@@ -102,12 +102,12 @@ def size_of(gguf: Any, storage: Storage) -> int:
     return math.prod(storage.shape) // block * size
 
 
-def kind_of(gguf: Any, kind: str) -> "GGMLQuantizationType":
+def ggml_type(gguf: Any, kind: str) -> "GGMLQuantizationType":
     found: GGMLQuantizationType = gguf.GGMLQuantizationType[kind.upper()]
     return found
 
 
-def encode(
+def encode_tensor(
     gguf: Any, name: str, tensor: Blocks, storage: Storage, importance: np.ndarray | None = None
 ) -> np.ndarray:
     """Returns a tensor as it is stored in the file: float32, float16, or bytes.
@@ -121,7 +121,7 @@ def encode(
         ValueError: the tensor has another shape.
     """
     dtype = {"f32": np.float32, "f16": np.float16}.get(storage.type)
-    kind = kind_of(gguf, storage.type)
+    kind = ggml_type(gguf, storage.type)
     shape = storage.shape if dtype else gguf.quant_shape_to_byte_shape(storage.shape, kind)
     encoded = np.empty(shape, dtype or np.uint8)
     done = 0
@@ -167,7 +167,7 @@ def _has_more_bits(layer: int, layers: int) -> bool:
 
 def _block(gguf: Any, kind: str) -> tuple[int, int]:
     """Returns the numbers and the bytes of a type's block."""
-    found: tuple[int, int] = gguf.GGML_QUANT_SIZES[kind_of(gguf, kind)]
+    found: tuple[int, int] = gguf.GGML_QUANT_SIZES[ggml_type(gguf, kind)]
     return found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from gemma2_jax.config import UserError
 from gemma2_jax.formats.gguf_header import ARCHITECTURE, header_of, open_reader, package, read_values
-from gemma2_jax.formats.gguf_tokenizer import read_metadata
+from gemma2_jax.formats.gguf_tokenizer import gguf_metadata
 from gemma2_jax.formats.layouts import EMBEDDING, GGUF, WeightPlace
 from gemma2_jax.formats.source import DTYPES, ForeignSource, mismatches
 
@@ -31,7 +31,7 @@ class GGUFSource(ForeignSource):
         header = header_of(self.path, reader)
         self.config, self.tensors = header.config, header.tensors
         self.tokenizer = self.path
-        self.metadata = read_metadata(path, read_values(reader), ARCHITECTURE)
+        self.metadata = gguf_metadata(path, read_values(reader), ARCHITECTURE)
         self._stored = {tensor.name: tensor for tensor in reader.tensors}
         super().__init__(GGUF)
 

@@ -132,7 +132,7 @@ def _rebuilt(kinds: Any, values: dict[str, Any], tokens: Any, scores: Any, types
     return content
 
 
-def read_metadata(path: str | Path, values: dict[str, Any], architecture: str) -> Metadata:
+def gguf_metadata(path: str | Path, values: dict[str, Any], architecture: str) -> Metadata:
     """Returns the metadata of a GGUF file, given its keys and values."""
     ends = [values.get(f"{_KEYS}{key}_token_id") for key in ("eos", "eot", "eom")]
     stops = sorted({number for number in ends if number is not None})

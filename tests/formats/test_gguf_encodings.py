@@ -9,9 +9,9 @@ from gemma2_jax.formats.gguf_encodings import (
     ENCODINGS,
     QUANTISED,
     Storage,
-    encode,
+    encode_tensor,
     fallback_note,
-    storage_of,
+    plan_storage,
 )
 from gemma2_jax.formats.layouts import GGUF, expand
 from gemma2_jax.model.config import ModelConfig
@@ -38,7 +38,7 @@ def shapes(num_layers: int, d_ff: int = 512) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize(("encoding", "kind"), [("q4_k_m", "q4_k"), ("q5_k_m", "q5_k")])
 def test_half_of_the_value_and_down_projections_and_the_embedding_have_more_bits(encoding, kind):
-    storage = storage_of(gguf, shapes(26), encoding)
+    storage = plan_storage(gguf, shapes(26), encoding)
     finer = {name for name, found in storage.items() if found.type == "q6_k"}
     # The first three of 26 layers (26 // 8), the last four, and every third one in between.
     layers = [0, 1, 2, 5, 8, 11, 14, 17, 20, 22, 23, 24, 25]
@@ -54,7 +54,7 @@ def test_half_of_the_value_and_down_projections_and_the_embedding_have_more_bits
 
 
 def test_all_matrices_of_q6_k_are_alike():
-    storage = storage_of(gguf, shapes(2), "q6_k")
+    storage = plan_storage(gguf, shapes(2), "q6_k")
     assert {found.type for found in storage.values()} == {"f32", "q6_k"}
 
 
@@ -69,7 +69,7 @@ def test_all_matrices_of_q6_k_are_alike():
     ],
 )
 def test_rows_that_do_not_fit_get_another_type_and_a_note(encoding, d_ff, kind):
-    storage = storage_of(gguf, shapes(4, d_ff), encoding)
+    storage = plan_storage(gguf, shapes(4, d_ff), encoding)
     first = storage["blk.0.ffn_down.weight"]
     assert (first.type, first.shape) == (kind, (256, d_ff))
     others = {name: found for name, found in storage.items() if "ffn_down" not in name}
@@ -87,11 +87,11 @@ def test_blocks_of_rows_are_the_whole_tensor(encoding):
     kind = {"q4_k_m": "q4_k", "q5_k_m": "q5_k"}.get(encoding, encoding)
     values = np.random.default_rng(0).normal(size=(50, 512)).astype(np.float32)
     storage = Storage(values.shape, kind, kind)
-    whole = encode(gguf, "a", values, storage)
-    np.testing.assert_array_equal(encode(gguf, "a", iter((values[:7], values[7:])), storage), whole)
+    whole = encode_tensor(gguf, "a", values, storage)
+    np.testing.assert_array_equal(encode_tensor(gguf, "a", iter((values[:7], values[7:])), storage), whole)
     for wrong in (iter((values[:7],)), iter((values, values[:1])), values[:, :256]):
         with pytest.raises(ValueError, match="expected tensor a"):
-            encode(gguf, "a", wrong, storage)
+            encode_tensor(gguf, "a", wrong, storage)
 
 
 @mostly_thorough("kind", ["q4_k", "q5_k", "q6_k", "q5_0", "q5_1", "q8_0", "q4_0"])
@@ -100,7 +100,7 @@ def test_what_a_type_cannot_hold_is_refused(kind, value):
     values = np.ones((2, 256), np.float32)
     values[1, 77] = value
     with pytest.raises(UserError, match=f"a holds a value that is not finite in {kind}; accepted: f32, bf16"):
-        encode(gguf, "a", values, Storage(values.shape, kind, kind))
+        encode_tensor(gguf, "a", values, Storage(values.shape, kind, kind))
 
 
 def test_the_names_are_those_of_llama_cpp():
