@@ -225,7 +225,8 @@ def test_quantised_weights_predict_as_we_dequantise_them(
     own = jax.nn.log_softmax(ours(tokens)[0])
     original = jax.nn.log_softmax(model(tokens)[0])
     assert kl(own, theirs) < 1e-3
-    assert abs(kl(original, theirs) - kl(original, own)) < 1e-3
+    # llama.cpp also rounds what enters a product, to 8 bits.
+    assert kl(original, theirs) == pytest.approx(kl(original, own), rel=0.1, abs=1e-3)
     prompt = tokens[0, :10].tolist()
     (continuation,) = Sampler(ours, tokenizer).generate_tokens(
         [prompt], SamplingConfig(max_new_tokens=NEW, temperature=0.0, stop_tokens=())
