@@ -10,8 +10,8 @@ Converts a checkpoint to another format, reads the result back, compares every w
 TARGET.
 
 SOURCE is a Hugging Face folder (or its name on the hub, with the extra `hub`), DeepMind's Orbax checkpoint, a run
-folder, or a LoRA adapter: a run folder of adaptation=lora or PEFT's folder. The format of TARGET is
-  GGUF            if TARGET ends in .gguf: one file for llama.cpp (extra `gguf`)
+folder, a GGUF file, or a LoRA adapter: a run folder of adaptation=lora or PEFT's folder. The format of TARGET is
+  GGUF            if TARGET ends in .gguf: one file for llama.cpp (extra `gguf`), and a Modelfile for Ollama beside it
   Hugging Face    if SOURCE is a run folder: a folder for transformers' AutoModelForCausalLM and AutoTokenizer
   run folder      otherwise: for train (initialise.source), distill.teacher and generate
 unless --to chooses another. Weights are copied bit for bit unless --dtype names another dtype; a SOURCE with several
@@ -22,6 +22,8 @@ complete model, in the dtype of its base model.
   gemma2 convert downloads/gemma2-9b weights/9b --tokenizer downloads/tokenizer.model
   gemma2 convert runs/student exported/student --dtype bfloat16
   gemma2 convert runs/student student.gguf --dtype q8_0
+  gemma2 convert runs/student small.gguf --dtype q4_k_m --calibrate 'notes/**/*.md'
+  gemma2 convert small.gguf weights/small
   gemma2 convert runs/student exported/averaged --averaged
   gemma2 convert runs/lora exported/adapter --to peft
   gemma2 convert runs/lora exported/merged --merge
@@ -36,11 +38,17 @@ def add_parser(verbs: Verbs) -> None:
     add_format(parser, ", instead of the default above", "default: as in SOURCE")
     add("--merge", action="store_true", help="write a complete model from an adapter and its base model")
     add("--base", metavar="RUN", help="an adapter's base model, instead of the one that the adapter names")
+    add(
+        "--calibrate",
+        metavar="DATA",
+        help="text files or prepared data on which the K types measure the importance of weights",
+    )
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, for a source that comes without one")
     add("--averaged", action="store_true", help="take a run's average of the weights (training.ema)")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from gemma2_jax.evaluation.calibration import Calibration
     from gemma2_jax.formats.convert import convert
 
     with conversion_bar() as show:
@@ -53,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.merge,
             arguments.base,
             arguments.averaged,
+            None if arguments.calibrate is None else Calibration(arguments.calibrate),
             show,
         )
     several = f" (from {' and '.join(done.source_dtypes)})" if len(done.source_dtypes) > 1 else ""
@@ -60,3 +69,4 @@ def run(arguments: argparse.Namespace) -> None:
         f"{arguments.target}: {done.weights} weights from {arguments.source} ({done.source}) as {done.target}, "
         f"{done.dtype}{several}; read back and compared."
     )
+    print("".join(f"{note}.\n" for note in done.notes), end="")

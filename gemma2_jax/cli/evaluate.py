@@ -53,7 +53,7 @@ def add_parser(verbs: Verbs) -> None:
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="a run folder, a Hugging Face folder or its name on the hub, DeepMind's checkpoint, or an adapter",
+        help="a run folder, a Hugging Face folder or its name on the hub, DeepMind's checkpoint, GGUF, or an adapter",
     )
     _add_text_options(parser)
     eval_tasks.add_arguments(parser)

@@ -36,7 +36,8 @@ Completes prompts with a trained run or released weights, and prints tokens as t
   gemma2 generate --checkpoint runs/quickstart/teacher --draft runs/quickstart/distilled --prompt "The file"
   gemma2 generate --checkpoint google/gemma-2-2b --adapter runs/lora --adapter hub/adapter --prompt "Q: "
 
-RUN is a run folder, a Hugging Face folder or its name on the hub (extra `hub`), or DeepMind's Orbax checkpoint.
+RUN is a run folder, a Hugging Face folder or its name on the hub (extra `hub`), DeepMind's Orbax checkpoint, or a GGUF
+file.
 A file or the standard input holds one prompt per line, or lines of JSON: {"prompt": "text"}. With --json each
 completion is a line of JSON: prompt, sample (counted from 0), completion, tokens (ids), stop_reason (`stop` for a stop
 token, `length` for --max-new-tokens), and adapter if one is given. Several adapters complete the prompts in turn.

@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"{arguments.target}: {done.weights} weights, {arguments.method} merge of {models}, as {done.target}, "
         f"{done.dtype}; read back and compared."
     )
+    print("".join(f"{note}.\n" for note in done.notes), end="")
 
 
 def _numbers(texts: list[str]) -> list[float]:

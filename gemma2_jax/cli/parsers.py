@@ -71,6 +71,6 @@ def add_format(parser: argparse.ArgumentParser, to: str, dtype: str) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16", "q8_0", "q4_0"),
-        help=f"dtype of the weights in TARGET ({dtype}); q8_0 and q4_0 are for GGUF",
+        choices=("float32", "bfloat16", "float16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"),
+        help=f"dtype of the weights in TARGET ({dtype}); those that begin with q are for GGUF",
     )

@@ -42,6 +42,10 @@ class BasedSource(WeightSource):
     def files(self) -> list[Path]:
         return sorted({*self.base.files, *self._own_files})
 
+    @property
+    def note(self) -> str | None:
+        return self.base.note
+
     def problems(self) -> list[str]:
         return self.base.problems()
 

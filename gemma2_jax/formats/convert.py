@@ -14,11 +14,14 @@ from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import reason, replacing, sole_writer, write_text
 from gemma2_jax.formats import gguf, huggingface, peft
 from gemma2_jax.formats.adapter import AdaptedSource
+from gemma2_jax.formats.gguf_encodings import CALIBRATED, QUANTISED, Blocks
+from gemma2_jax.formats.gguf_tokenizer import read_model
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE, config_json
 from gemma2_jax.formats.layouts import EMBEDDING, GGUF, HUGGINGFACE, Entry, WeightPlace, expand
 from gemma2_jax.formats.load import load_params, load_tokenizer, open_source
 from gemma2_jax.formats.metadata import GENERATION_FILE
+from gemma2_jax.formats.modelfile import Modelfile
 from gemma2_jax.formats.native import RunSource, write_run
 from gemma2_jax.formats.source import DTYPES, WeightSource, all_places, row_blocks
 from gemma2_jax.formats.tokenizer_files import write_tokenizer_files
@@ -29,23 +32,28 @@ from gemma2_jax.model.weights import weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 KINDS = ("run", "huggingface", "gguf", "peft")
-QUANTISED = ("q8_0", "q4_0")  # encodings that GGUF has besides DTYPES
 SHARD_BYTES = 2 * 10**9  # bytes of a safetensors shard
 
 _ENCODINGS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # GGUF's names
 
 Progress = Callable[[str, int, int], None]  # called with the stage, the number of items done, and their total
+Calibrate = Callable[[WeightSource], gguf.Importance]  # measures the importance of inputs on data
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of a conversion: kinds of source and target, dtypes, and the number of weights compared."""
+    """The result of a conversion: kinds of source and target, dtypes, and the number of weights compared.
+
+    Attributes:
+        notes: what else to know about the result, one clause each.
+    """
 
     source: str
     target: str
     dtype: str
     source_dtypes: tuple[str, ...]
     weights: int
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -57,6 +65,7 @@ def convert(
     merge: bool = False,
     base: str | Path | None = None,
     averaged: bool = False,
+    calibrate: Calibrate | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Conversion:
     """Writes the checkpoint at `source_path` as another kind at `target_path`, and verifies the result.
@@ -72,6 +81,7 @@ def convert(
             only become PEFT's.
         base: checkpoint of an adapter's base model, in place of the one that the adapter names.
         averaged: whether to take a run's average of the weights (`training.ema`).
+        calibrate: for the dtypes `CALIBRATED`, such as `evaluation.calibration.Calibration(DATA)`.
 
     Raises:
         UserError: an argument is invalid (raised before anything is downloaded); the source is incomplete; the target
@@ -79,17 +89,27 @@ def convert(
     """
     target = Path(target_path)
     kind = check_arguments(target, kind, dtype, tokenizer_path)
+    if calibrate is not None and dtype not in CALIBRATED:
+        raise UserError(
+            f"--calibrate chooses the grids of {', '.join(CALIBRATED)}, but the dtype is "
+            f"{dtype or 'that of the source'}; leave it out, or add --dtype q4_k_m."
+        )
 
     def open_it() -> WeightSource:
         source = open_source(source_path, tokenizer_path, base, averaged)
         _check_adapter(source, kind, merge)
         return source
 
-    return write_checkpoint(open_it, target, kind, dtype, progress)
+    return write_checkpoint(open_it, target, kind, dtype, progress, calibrate)
 
 
 def write_checkpoint(
-    open_it: Callable[[], WeightSource], target: Path, kind: str | None, dtype: str | None, progress: Progress
+    open_it: Callable[[], WeightSource],
+    target: Path,
+    kind: str | None,
+    dtype: str | None,
+    progress: Progress,
+    calibrate: Calibrate | None = None,
 ) -> Conversion:
     """Writes the checkpoint that `open_it` returns; other arguments and errors as in `convert`."""
     try:
@@ -103,18 +123,27 @@ def write_checkpoint(
             if isinstance(source, AdaptedSource) and kind == "peft":
                 return _write_peft(source, temporary, dtype or "float32")
             tokenizer = load_tokenizer(source)
-            file = Path(source.tokenizer or "")
             is_ours = isinstance(source, RunSource) or (source.path / store.CONFIG_FILE).exists()
             kind = kind or ("huggingface" if is_ours else "run")
             dtype = dtype or source.dtype
+            notes: tuple[str, ...] = ()
+            if source.note is not None and kind != "run":  # for a run, `load_params` prints it
+                notes = (source.note,)
             if kind == "run":
-                _write_run(source, temporary, dtype, file, progress)
+                _write_run(source, temporary, dtype, progress)
                 _compare(source, RunSource(temporary), dtype, progress)
             elif kind == "huggingface":
-                _write_huggingface(source, temporary, dtype, tokenizer, file, progress)
+                _write_huggingface(source, temporary, dtype, tokenizer, progress)
                 _compare(source, HuggingFaceSource(temporary), dtype, progress)
             else:
-                _write_gguf(source, temporary, dtype, file, target.stem, progress)
+                beside = Modelfile.of(target, tokenizer, source.metadata)
+                if beside is not None:
+                    beside.check()
+                importance = gguf.NO_IMPORTANCE if calibrate is None else calibrate(source)
+                notes += _write_gguf(source, temporary, dtype, target.stem, importance, progress)
+        if kind == "gguf" and beside is not None:
+            write_text(beside.path, beside.content)
+            notes += (f"{beside.path} describes it for Ollama",)
     except BlockingIOError:
         raise UserError(f"{target} is being written by another process; choose another target.") from None
     except BrokenPipeError:  # from printing progress, not from writing the target
@@ -122,7 +151,7 @@ def write_checkpoint(
     except OSError as error:
         raise UserError(f"{target} cannot be written: {reason(error, target)}.") from None
     weights = sum(1 for _ in all_places(weight_specs(source.config)))
-    return Conversion(source.kind, kind, dtype, source.dtypes, weights)
+    return Conversion(source.kind, kind, dtype, source.dtypes, weights, notes)
 
 
 def _check_adapter(source: WeightSource, kind: str | None, merge: bool) -> None:
@@ -179,17 +208,17 @@ def check_arguments(
     return kind
 
 
-def _write_run(source: WeightSource, folder: Path, dtype: str, tokenizer: Path, progress: Progress) -> None:
+def _write_run(source: WeightSource, folder: Path, dtype: str, progress: Progress) -> None:
     mesh = build_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
     params = load_params(
         source, source.config, dtype, mesh, lambda done, total: progress("reading", done, total)
     )
     progress("writing", 0, 1)
-    write_run(folder, source.config, params, tokenizer, source.metadata)
+    write_run(folder, source.config, params, _tokenizer_file(source), source.metadata)
 
 
 def _write_huggingface(
-    source: WeightSource, folder: Path, dtype: str, tokenizer: Tokenizer, file: Path, progress: Progress
+    source: WeightSource, folder: Path, dtype: str, tokenizer: Tokenizer, progress: Progress
 ) -> None:
     config = without_padding(source.config)
     entries = expand(HUGGINGFACE, weight_specs(config))
@@ -202,7 +231,7 @@ def _write_huggingface(
         (GENERATION_FILE, {**named, **metadata.generation_json(tokens)}),
     ):
         write_text(folder / name, json.dumps(content, indent=2) + "\n")
-    write_tokenizer_files(folder, file.read_bytes(), metadata)
+    write_tokenizer_files(folder, read_model(_tokenizer_file(source)), metadata)
 
     def tensors() -> Iterator[tuple[str, Iterator[np.ndarray]]]:
         for done, (name, entry) in enumerate(entries.items(), 1):
@@ -221,35 +250,39 @@ def _blocks(source: WeightSource, config: ModelConfig, entry: Entry) -> Iterator
         yield entry.join([_weight(source, place, config) for place in entry.places])
 
 
+def _tokenizer_file(source: WeightSource) -> Path:
+    assert source.tokenizer is not None  # `load_tokenizer` has read it
+    return source.tokenizer
+
+
 def _write_gguf(
-    source: WeightSource, path: Path, dtype: str, tokenizer: Path, name: str, progress: Progress
-) -> None:
+    source: WeightSource, path: Path, dtype: str, name: str, importance: gguf.Importance, progress: Progress
+) -> tuple[str, ...]:
+    """Writes and compares a GGUF file; returns notes."""
     config = without_padding(source.config)
     entries = expand(GGUF, weight_specs(config))
     encoding = _ENCODINGS.get(dtype, dtype)
-    gguf.write_gguf(
+    note = gguf.write_gguf(
         path,
         config,
-        _tensors(source, config, entries, progress),
-        tokenizer.read_bytes(),
+        _tensors(source, config, entries, progress, "writing"),
+        read_model(_tokenizer_file(source)),
         encoding,
         name,
         source.metadata,
+        importance,
     )
-    gguf.compare_gguf(path, config, _tensors(source, config, entries, progress, "verifying"), encoding)
+    written = _tensors(source, config, entries, progress, "verifying")
+    gguf.compare_gguf(path, config, written, encoding, importance)
+    return () if note is None else (note,)
 
 
 def _tensors(
-    source: WeightSource,
-    config: ModelConfig,
-    entries: dict[str, Entry],
-    progress: Progress,
-    stage: str = "writing",
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of another layout, made of the source's weights, one at a time."""
+    source: WeightSource, config: ModelConfig, entries: dict[str, Entry], progress: Progress, stage: str
+) -> Iterator[tuple[str, Blocks]]:
+    """Yields the tensors of another layout, made of the source's weights, in blocks of rows, one at a time."""
     for done, (name, entry) in enumerate(entries.items(), 1):
-        parts = [_weight(source, place, config) for place in entry.places]
-        yield name, entry.join(parts)
+        yield name, _blocks(source, config, entry)
         progress(stage, done, len(entries))
 
 

@@ -1,67 +1,66 @@
-"""Writes and verifies GGUF, the single-file format of a model for llama.cpp.
-
-Matrices are stored in the requested encoding, with three exceptions, the first two as in llama.cpp's own tools: norms
-stay float32; a matrix whose rows are not a multiple of the encoding's blocks of 32 is stored as f16; and a `q4_0` file
-holds the embedding as q8_0, since it is also the LM head, where 4 bits cost the most.
-"""
+"""Writes and verifies GGUF, the single-file format of a model for llama.cpp; `gguf_encodings.py` encodes tensors."""
 
 import math
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemma2_jax.config import UserError
-from gemma2_jax.data.chat_format import chat_template
-from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import replacing
-from gemma2_jax.formats.gguf_header import (
-    ARCHITECTURE,
-    EMBEDDING,
-    open_reader,
-    package,
-    query_pre_attn_scalar,
+from gemma2_jax.formats.gguf_encodings import (
+    ENCODINGS,
+    Blocks,
+    Storage,
+    encode_tensor,
+    fallback_note,
+    ggml_type,
+    plan_storage,
+    size_of,
 )
+from gemma2_jax.formats.gguf_header import ARCHITECTURE, open_reader, package, query_pre_attn_scalar
+from gemma2_jax.formats.gguf_tokenizer import add_tokenizer
 from gemma2_jax.formats.layouts import CONTEXT, GGUF, expand
-from gemma2_jax.formats.metadata import Metadata, templates_json
-from gemma2_jax.formats.tokenizer_files import parse_model
+from gemma2_jax.formats.metadata import Metadata
+from gemma2_jax.formats.source import row_blocks
 from gemma2_jax.model.config import ModelConfig
-from gemma2_jax.model.narrowing import check_range
-from gemma2_jax.model.vocabulary import check_tokens, without_padding
+from gemma2_jax.model.vocabulary import without_padding
 from gemma2_jax.model.weights import weight_specs
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGUFWriter
 
-ENCODINGS = ("f32", "f16", "bf16", "q8_0", "q4_0")
-
-_ROWS = 4096  # encoded at a time, to save memory: quantisation makes several float32 copies
-# User-defined pieces of the model file that llama.cpp treats as control tokens, not as text.
-_CONTROL_PIECE = re.compile(r"<(?:start|end)_of_turn>|<unused\d+>|<mask>|<2mass>|\[@BOS@\]")
 _MOST_LAYERS = 512  # llama.cpp's limit
-_NEVER_MERGED = -1000.0  # score of pieces that are only matched as a whole, never merged from smaller ones
+
+Importance = Mapping[str, np.ndarray]  # of each input of a matrix, by the tensor's name
+NO_IMPORTANCE: Importance = MappingProxyType({})  # all inputs are equally important
 
 
 def write_gguf(
     path: str | Path,
     config: ModelConfig,
-    tensors: Iterable[tuple[str, np.ndarray]],
+    tensors: Iterable[tuple[str, Blocks]],
     tokenizer_model: bytes,
     encoding: str,
     name: str,
     metadata: Metadata = Metadata(),
-) -> None:
+    importance: Importance = NO_IMPORTANCE,
+) -> str | None:
     """Writes a model to one file, holding one tensor at a time; readers never see a partial file.
 
     Args:
-        tensors: all tensors of `layouts.GGUF` by name, in its order; float32, float16 or bfloat16, the embedding
-            without padding.
+        tensors: all tensors of `layouts.GGUF` by name, in its order, each whole or in blocks of rows; float32, float16
+            or bfloat16, the embedding without padding.
         tokenizer_model: content of the SentencePiece model file.
         encoding: one of `ENCODINGS`.
         name: name of the model, which programs display.
         metadata: metadata of the original checkpoint.
+        importance: used by the K types; see `k_quants.pack`.
+
+    Returns:
+        A clause on the tensors whose rows do not fit the encoding, and how they are stored; None if there are none.
 
     Raises:
         UserError: the extra `gguf` is missing; GGUF cannot express the model or its tokenizer; or a value is too
@@ -71,51 +70,55 @@ def write_gguf(
     if encoding not in ENCODINGS:
         raise UserError(f"The encoding is {encoding!r}; accepted: {', '.join(ENCODINGS)}.")
     check_expressible(config)
-    shapes, kinds = _plan(config, encoding)
+    storage = _plan(gguf, config, encoding)
     with replacing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
         try:
             context = metadata.model.get("max_position_embeddings", CONTEXT)
             _add_model(gguf, writer, config, encoding, name, context)
-            _add_tokenizer(gguf, writer, config, tokenizer_model, metadata)
-            for tensor, shape in shapes.items():
-                block, bytes_a_block = gguf.GGML_QUANT_SIZES[kinds[tensor]]
-                size = math.prod(shape) // block * bytes_a_block
-                writer.add_tensor_info(tensor, shape, np.dtype(np.float32), size, raw_dtype=kinds[tensor])
+            add_tokenizer(gguf, writer, config, tokenizer_model, metadata)
+            for tensor, stored in storage.items():
+                size, kind = size_of(gguf, stored), ggml_type(gguf, stored.type)
+                writer.add_tensor_info(tensor, stored.shape, np.dtype(np.float32), size, raw_dtype=kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for (tensor, shape), (given, array) in zip(shapes.items(), tensors, strict=True):
-                if (given, array.shape) != (tensor, shape):
-                    raise ValueError(f"expected tensor {tensor} {shape}, got {given} {array.shape}")
-                writer.write_tensor_data(_encode(gguf, tensor, array, kinds[tensor]))
+            for (tensor, stored), (given, blocks) in zip(storage.items(), tensors, strict=True):
+                if given != tensor:
+                    raise ValueError(f"expected tensor {tensor}, got {given}")
+                writer.write_tensor_data(encode_tensor(gguf, tensor, blocks, stored, importance.get(tensor)))
         finally:
             writer.close()
+    return fallback_note(gguf, storage)
 
 
 def compare_gguf(
-    path: str | Path, config: ModelConfig, tensors: Iterable[tuple[str, np.ndarray]], encoding: str
+    path: str | Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Blocks]],
+    encoding: str,
+    importance: Importance = NO_IMPORTANCE,
 ) -> None:
     """Raises UserError unless the file holds these tensors byte for byte as `write_gguf` encodes them."""
     gguf = package()
-    _, kinds = _plan(config, encoding)
+    storage = _plan(gguf, config, encoding)
     found = {tensor.name: tensor for tensor in open_reader(path).tensors}
-    for name, array in tensors:
-        expected = _encode(gguf, name, array, kinds[name])
-        if not np.array_equal(found[name].data.view(np.uint8), expected.view(np.uint8)):
+    for name, blocks in tensors:
+        expected = encode_tensor(gguf, name, blocks, storage[name], importance.get(name))
+        stored = found[name].data
+        # In blocks: the result of a comparison is an array, too.
+        if stored.shape != expected.shape or not all(
+            np.array_equal(stored[rows].view(np.uint8), expected[rows].view(np.uint8))
+            for rows in row_blocks(expected.shape)
+        ):
             raise UserError(
                 f"{path} does not hold {name} as it was written; check the disk and convert again."
             )
 
 
-def _plan(
-    config: ModelConfig, encoding: str
-) -> tuple[dict[str, tuple[int, ...]], "dict[str, GGMLQuantizationType]"]:
-    """Returns the shape and the encoding of each tensor of a file."""
-    shapes = {
-        tensor: entry.shape for tensor, entry in expand(GGUF, weight_specs(without_padding(config))).items()
-    }
-    return shapes, {tensor: _kind(package(), tensor, shape, encoding) for tensor, shape in shapes.items()}
+def _plan(gguf: Any, config: ModelConfig, encoding: str) -> dict[str, Storage]:
+    entries = expand(GGUF, weight_specs(without_padding(config)))
+    return plan_storage(gguf, {name: entry.shape for name, entry in entries.items()}, encoding)
 
 
 def check_expressible(config: ModelConfig) -> None:
@@ -141,54 +144,6 @@ def check_expressible(config: ModelConfig) -> None:
         )
 
 
-def _kind(gguf: Any, tensor: str, shape: tuple[int, ...], encoding: str) -> "GGMLQuantizationType":
-    """Returns the encoding of one tensor; see the top of this file."""
-    kinds = gguf.GGMLQuantizationType
-    if len(shape) == 1:
-        return kinds.F32
-    if encoding == "q4_0" and tensor == EMBEDDING:
-        encoding = "q8_0"
-    kind = kinds[encoding.upper()]
-    block, _ = gguf.GGML_QUANT_SIZES[kind]
-    return kinds.F16 if shape[-1] % block else kind
-
-
-def _encode(gguf: Any, tensor: str, array: np.ndarray, kind: "GGMLQuantizationType") -> np.ndarray:
-    """Returns the tensor as it is stored in the file: float32, float16, or bytes."""
-    kinds = gguf.GGMLQuantizationType
-    if kind == kinds.BF16:
-        check_range(array, "bfloat16", tensor)
-    dtype = {kinds.F32: np.float32, kinds.F16: np.float16}.get(kind)
-    shape = array.shape if dtype else gguf.quant_shape_to_byte_shape(array.shape, kind)
-    encoded = np.empty(shape, dtype or np.uint8)
-    with np.errstate(over="ignore", invalid="ignore"):  # checked below
-        for start in range(0, len(array), _ROWS):
-            rows = slice(start, start + _ROWS)
-            encoded[rows] = gguf.quants.quantize(array[rows].astype(np.float32), kind)
-    if not _is_finite(gguf, encoded, kind):
-        largest = ", whose largest number is 65504" if kind == kinds.F16 else ""
-        raise UserError(
-            f"{tensor} holds a value that is not finite in {kind.name.lower()}{largest}; accepted: f32, bf16."
-        )
-    return encoded
-
-
-def _is_finite(gguf: Any, encoded: np.ndarray, kind: "GGMLQuantizationType") -> bool:
-    """Whether all numbers of an encoded tensor are finite.
-
-    A block of 8-bit or 4-bit numbers is finite if its scale is. Always True for f32 and bf16, which keep non-finite
-    numbers unchanged.
-    """
-    kinds = gguf.GGMLQuantizationType
-    if kind in (kinds.F32, kinds.BF16):
-        return True
-    if kind == kinds.F16:
-        return bool(np.isfinite(encoded).all())
-    _, size = gguf.GGML_QUANT_SIZES[kind]
-    scales = np.ascontiguousarray(encoded.reshape(-1, size)[:, :2]).view(np.float16)
-    return bool(np.isfinite(scales).all())
-
-
 def _add_model(
     gguf: Any, writer: "GGUFWriter", config: ModelConfig, encoding: str, name: str, context: int
 ) -> None:
@@ -211,74 +166,3 @@ def _add_model(
     writer.add_attn_logit_softcapping(config.attn_logit_softcap)
     writer.add_final_logit_softcapping(config.final_logit_softcap)
     writer.add_sliding_window(config.sliding_window)
-
-
-def _add_tokenizer(
-    gguf: Any, writer: "GGUFWriter", config: ModelConfig, model: bytes, metadata: Metadata
-) -> None:
-    tokenizer = Tokenizer(model, "The tokenizer", metadata.stop_ids)
-    check_tokens(config, tokenizer.vocab_size, "The tokenizer")
-    tokens, scores, types = _vocabulary(gguf.TokenType, model)
-    writer.add_tokenizer_model("llama")  # llama.cpp's name for SentencePiece's BPE
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_scores(scores)
-    writer.add_token_types(types)
-    writer.add_bos_token_id(tokenizer.bos_id)
-    ends = _ends(tokenizer)
-    writer.add_eos_token_id(ends[0])
-    writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_unk_token_id(types.index(gguf.TokenType.UNKNOWN))
-    writer.add_add_bos_token(bool(metadata.tokenizer.get("add_bos_token", True)))
-    writer.add_add_eos_token(bool(metadata.tokenizer.get("add_eos_token", False)))
-    writer.add_add_space_prefix(False)
-    for add, number in zip((writer.add_eot_token_id, writer.add_eom_token_id), ends[1:], strict=False):
-        add(number)
-    if metadata.chat_template is not None:
-        writer.add_chat_template(templates_json(metadata.chat_template))
-    elif tokenizer.end_of_turn_id != tokenizer.eos_id:
-        writer.add_chat_template(chat_template())
-
-
-def _ends(tokenizer: Tokenizer) -> list[int]:
-    """Returns the stop ids, starting with the tokenizer's end of text and end of turn.
-
-    llama.cpp has keys for three: the ends of a text, of a turn and of a message. It stops at all of them, and always
-    at `<end_of_turn>`, which it recognises by name.
-
-    Raises:
-        UserError: there are more than three.
-    """
-    usual = [tokenizer.eos_id, tokenizer.end_of_turn_id]
-    stop = [number for number in tokenizer.stop_ids if number < tokenizer.vocab_size] or usual[:1]
-    ends = sorted(stop, key=lambda number: (usual.index(number) if number in usual else len(usual), number))
-    if tokenizer.end_of_turn_id not in (tokenizer.eos_id, *ends):
-        ends.insert(1, tokenizer.end_of_turn_id)
-    if len(ends) > 3:
-        raise UserError(
-            f"The stop ids are {', '.join(map(str, ends))}, but GGUF can store only 3; remove some from eos_token_id "
-            "in the source's generation_config.json (metadata.json in a run folder)."
-        )
-    return ends
-
-
-def _vocabulary(kinds: Any, model: bytes) -> tuple[list[str], list[float], list[int]]:
-    """Returns the text, score and type of every piece, like llama.cpp's own converter.
-
-    Raises:
-        UserError: the tokenizer has a setting that llama.cpp does not support, so that it would encode differently.
-    """
-    proto = parse_model(model, "llama.cpp")
-    tokens, scores, types = [], [], []
-    for piece in proto.pieces:
-        text, score, kind = piece.piece, piece.score, kinds(piece.type)  # the numbers are SentencePiece's
-        if kind == kinds.USER_DEFINED and _CONTROL_PIECE.fullmatch(text):
-            kind = kinds.CONTROL
-        if kind == kinds.USER_DEFINED:
-            text = text.replace("▁", " ")  # llama.cpp matches these pieces before it replaces spaces
-        if kind in (kinds.USER_DEFINED, kinds.CONTROL, kinds.UNKNOWN):
-            score = _NEVER_MERGED
-        tokens.append(text)
-        scores.append(score)
-        types.append(kind)
-    return tokens, scores, types

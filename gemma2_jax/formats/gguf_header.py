@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file, without its weights or the pieces of its tokenizer."""
+"""Reads the header of a GGUF file, without its weights; the lists in its metadata only on demand."""
 
 import os
 import re
@@ -63,7 +63,7 @@ def read_header(path: str | Path) -> Header:
         UserError: the extra `gguf` is missing; the file is missing, truncated or not GGUF; or its model is not a
             Gemma 2.
     """
-    return _header(package(), Path(path), open_reader(path))
+    return header_of(Path(path), open_reader(path))
 
 
 def open_reader(path: str | Path) -> "GGUFReader":
@@ -72,8 +72,9 @@ def open_reader(path: str | Path) -> "GGUFReader":
     Raises:
         UserError: the extra `gguf` is missing, or the file is missing, truncated or not GGUF.
     """
+    reader_class = header_reader(package())
     try:
-        reader: GGUFReader = header_reader(package())(path)
+        reader: GGUFReader = reader_class(path)
         return reader
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
@@ -96,8 +97,9 @@ def query_pre_attn_scalar(num_layers: int, d_model: int, num_heads: int, head_di
     return d_model // num_heads if num_layers == 46 else head_dim
 
 
-def _header(gguf: Any, path: Path, reader: "GGUFReader") -> Header:
-    values = {key: _value(field) for key, field in reader.fields.items()}
+def header_of(path: Path, reader: "GGUFReader") -> Header:
+    """Returns the header of an open file; errors as in `read_header`."""
+    values = read_values(reader)
     architecture = values.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise UserError(f"{path} holds a model with architecture {architecture}; accepted: {ARCHITECTURE}.")
@@ -111,7 +113,9 @@ def _header(gguf: Any, path: Path, reader: "GGUFReader") -> Header:
     }
     if EMBEDDING not in tensors:
         raise UserError(f"{path} lacks the tensor {EMBEDDING}.")
-    encodings = {kind.value: re.sub("^(MOSTLY|ALL)_", "", kind.name).lower() for kind in gguf.LlamaFileType}
+    encodings = {
+        kind.value: re.sub("^(MOSTLY|ALL)_", "", kind.name).lower() for kind in package().LlamaFileType
+    }
     return Header(
         name=values.get("general.name", ""),
         encoding=encodings.get(values.get("general.file_type"), "unknown"),
@@ -119,6 +123,31 @@ def _header(gguf: Any, path: Path, reader: "GGUFReader") -> Header:
         num_tokens=values.get("tokenizer.ggml.tokens", 0),
         tensors=tensors,
     )
+
+
+def read_values(reader: "GGUFReader") -> dict[str, Any]:
+    """Returns the keys and values of a file; of a list its length."""
+    return {key: _value(field) for key, field in reader.fields.items()}
+
+
+def read_list(reader: "GGUFReader", key: str) -> list[str] | np.ndarray | None:
+    """Returns a list of texts or numbers in a little-endian file's metadata; None if there is no such list."""
+    gguf, field = package(), reader.fields.get(key)
+    if field is None or field.parts[2][0] != gguf.GGUFValueType.ARRAY:
+        return None
+    place = field.offset + sum(part.nbytes for part in field.parts[:3])  # behind the key and the value's type
+    data = reader.data.data
+    item, length = struct.unpack_from("<IQ", data, place)
+    place += struct.calcsize("<IQ")
+    if item != gguf.GGUFValueType.STRING:
+        return np.frombuffer(data, reader.gguf_scalar_to_np[gguf.GGUFValueType(item)], length, place)
+    texts = []
+    for _ in range(length):
+        (size,) = struct.unpack_from("<Q", data, place)
+        place += 8
+        texts.append(str(data[place : place + size], "utf-8"))
+        place += size
+    return texts
 
 
 def _value(field: "ReaderField") -> Any:

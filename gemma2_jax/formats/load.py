@@ -1,5 +1,6 @@
 """Loads a checkpoint of any kind into a model on devices, one weight of one layer at a time."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,6 +18,9 @@ from gemma2_jax.formats import hub
 from gemma2_jax.formats.adapter import AdaptedSource, Adapter, base_of, has_base, read_adapter
 from gemma2_jax.formats.based import BasedSource, settings_of_run
 from gemma2_jax.formats.deepmind import DeepMindSource, is_orbax
+from gemma2_jax.formats.gguf_header import is_gguf
+from gemma2_jax.formats.gguf_source import GGUFSource
+from gemma2_jax.formats.gguf_tokenizer import read_model
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE
 from gemma2_jax.formats.native import RunSource
@@ -113,6 +117,8 @@ def _open_on_base(
 
 
 def _reader_of(folder: Path) -> Callable[[Path], WeightSource] | None:
+    if is_gguf(folder):
+        return GGUFSource
     is_run = (folder / store.CONFIG_FILE).exists()
     if is_run and (folder / store.FOLDER).exists():  # other tools have a config.yaml too
         return RunSource
@@ -142,8 +148,8 @@ def _describe(path: Path) -> str:
     unknown = "is a file of unknown type" if path.is_file() else "holds no checkpoint of a known kind"
     return (
         f"{found or unknown}; accepted: a run folder, a Hugging Face folder with config.json "
-        "and *.safetensors or its name on the hub, PEFT's folder of a LoRA adapter, and DeepMind's Orbax checkpoint "
-        "(`gemma2 inspect` also accepts GGUF)"
+        "and *.safetensors or its name on the hub, PEFT's folder of a LoRA adapter, DeepMind's Orbax checkpoint, and a "
+        "GGUF file"
     )
 
 
@@ -155,7 +161,7 @@ def _find_padding(source: WeightSource) -> None:
     if source.tokenizer is None or isinstance(source, RunSource):  # a run's config gives the padding
         return
     try:
-        tokens = Tokenizer.load(source.tokenizer).vocab_size
+        tokens = Tokenizer(read_model(source.tokenizer), str(source.tokenizer)).vocab_size
     except UserError:  # raised again where a tokenizer is needed
         return
     padding = source.config.vocab_size - tokens
@@ -232,7 +238,7 @@ def load_tokenizer(source: WeightSource) -> Tokenizer:
             f"{source.path} has no tokenizer.model, the SentencePiece file of Gemma's tokenizer{hint}; put it there, "
             "or give it to `gemma2 convert`, `eval`, `generate` or `merge` as --tokenizer FILE."
         )
-    tokenizer = Tokenizer.load(path, source.metadata.stop_ids)
+    tokenizer = Tokenizer(read_model(path), str(path), source.metadata.stop_ids)
     if isinstance(source, RunSource):
         check_tokens(source.config, tokenizer.vocab_size, str(path))
     elif tokenizer.vocab_size != source.config.num_tokens:
@@ -312,6 +318,8 @@ def load_params(
     """
     source.check()
     _check_same_model(source, config)
+    if source.note is not None:
+        print(f"gemma2: {source.note}.", file=sys.stderr, flush=True)
     if mesh is None:
         mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
     target = abstract_params(weight_specs(source.config), dtype, mesh)

@@ -58,6 +58,10 @@ class MergedSource(WeightSource):
     def dtype(self) -> str:
         return common_dtype(self._sources)
 
+    @property
+    def note(self) -> str | None:
+        return "; ".join(source.note for source in self._sources if source.note is not None) or None
+
     def problems(self) -> list[str]:
         return [problem for source in self._sources for problem in source.problems()]
 

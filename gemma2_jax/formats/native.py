@@ -1,6 +1,5 @@
 """Reads and writes our own run folders like other formats: the newest parameters, without the optimizer's state."""
 
-import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ import numpy as np
 
 from gemma2_jax.checkpoints import store
 from gemma2_jax.config import to_dict, to_yaml
-from gemma2_jax.files import write_text
+from gemma2_jax.files import write_bytes, write_text
+from gemma2_jax.formats.gguf_tokenizer import read_model
 from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.metadata import Metadata, load_metadata
 from gemma2_jax.formats.orbax_arrays import OrbaxArrays
@@ -88,9 +88,13 @@ class RunSource(WeightSource):
 def write_run(
     folder: Path, config: ModelConfig, params: Params, tokenizer: Path, metadata: Metadata | None = None
 ) -> None:
-    """Writes a run folder with a model but no training state; `load_model` reads it, and training can start from it."""
+    """Writes a run folder with a model but no training state; `load_model` reads it, and training can start from it.
+
+    Args:
+        tokenizer: SentencePiece model file, or a GGUF file that holds its tokenizer.
+    """
     store.save_params(folder, params, {"model": to_dict(config)})
-    shutil.copyfile(tokenizer, folder / store.TOKENIZER_FILE)
+    write_bytes(folder / store.TOKENIZER_FILE, read_model(tokenizer))
     if metadata is not None:
         metadata.save(folder)
     write_text(folder / store.CONFIG_FILE, "model:\n" + _indented(to_yaml(config)))

@@ -11,7 +11,6 @@ from gemma2_jax.checkpoints import store
 from gemma2_jax.config import UserError
 from gemma2_jax.data.shards import MANIFEST
 from gemma2_jax.files import in_the_way
-from gemma2_jax.formats.gguf_header import is_gguf
 from gemma2_jax.formats.json_file import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
@@ -35,7 +34,7 @@ _ENDINGS = {
     ".ckpt": _PICKLES,
     ".h5": _KERAS,
     ".keras": _KERAS,
-    ".gguf": ("GGUF, which can only be written, not read", _OTHER),
+    ".gguf": ("GGUF", "give that file"),
     ".npz": ("NumPy or MLX arrays", _SAVE),
     ".msgpack": ("Flax weights", _SAVE),
     ".onnx": ("an ONNX model", _OTHER),
@@ -106,8 +105,6 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def _describe_file(path: Path) -> str | None:
-    if is_gguf(path):
-        return "is a GGUF file, a format that can only be written, not read"
     with path.open("rb") as file:
         begin = file.read(64)
     if begin.startswith(_LFS):

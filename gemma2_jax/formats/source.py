@@ -39,9 +39,9 @@ class WeightSource(ABC):
 
     Attributes:
         kind: name of this kind of checkpoint.
-        path: folder of the checkpoint.
+        path: folder of the checkpoint, or its only file.
         config: config of its model.
-        tokenizer: its SentencePiece model file, or None if it has none.
+        tokenizer: its SentencePiece model file, or a GGUF file that holds its tokenizer; None if it has none.
         metadata: its metadata for generation and other tools.
         tensors: tensors in its files, by their names there.
     """
@@ -67,6 +67,11 @@ class WeightSource(ABC):
     def dtype(self) -> str:
         """A dtype that holds every weight exactly: the tensors' dtype, or float32 if they have several."""
         return self.dtypes[0] if len(self.dtypes) == 1 else "float32"
+
+    @property
+    def note(self) -> str | None:
+        """What reading the weights changes, one clause; None if nothing."""
+        return None
 
     @abstractmethod
     def problems(self) -> list[str]:

@@ -77,3 +77,26 @@ def test_without_the_extra_for_gguf(run_folder, tmp_path, monkeypatch, capsys):
     assert main(["convert", str(run_folder), str(tmp_path / "a.gguf")]) == 1
     assert "needs the extra gguf" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.thorough
+def test_gguf_there_and_back(run_folder, corpus, tmp_path, capsys):
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    file = tmp_path / "a.gguf"
+    convert = ["convert", str(run_folder), str(file), "--dtype", "q4_k_m"]
+    assert main([*convert, "--calibrate", str(corpus)]) == 0
+    first, stored, beside = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{file}: 24 weights from {run_folder} (run folder) as gguf, q4_k_m; read back")
+    assert stored.startswith("stored ")
+    assert "since rows of" in stored
+    assert beside == f"{tmp_path}/a.Modelfile describes it for Ollama."
+    assert (
+        main(["generate", "--checkpoint", str(file), "--prompt", "the model", "--max-new-tokens", "4"]) == 0
+    )
+    shown = capsys.readouterr()
+    assert shown.out.startswith("the model")
+    assert f"the weights of {file} in " in shown.err
+    assert main(["convert", str(file), str(tmp_path / "run")]) == 0
+    assert f"{tmp_path}/run: 24 weights from {file} (GGUF) as run, float32" in capsys.readouterr().out
+    assert main(["convert", str(run_folder), str(tmp_path / "b.gguf"), "--calibrate", str(corpus)]) == 1
+    assert "add --dtype q4_k_m" in capsys.readouterr().err

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from gemma2_jax.data.config import DataConfig, TokenizerConfig
+from gemma2_jax.formats.native import write_run
 from gemma2_jax.machine import cores
+from gemma2_jax.run import RunConfig
+from tests.model.models import vivid
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +69,27 @@ def test_merge_memory():
     }
     assert list(peaks) == ["linear", "slerp", "ties"]
     assert max(peaks.values()) < 2
+
+
+@pytest.mark.slow
+def test_gguf_packing():
+    pytest.importorskip("gguf", reason="needs the extra `gguf`")
+    table = [line.split() for line in lines("gguf_packing.py", "--shrink=64", "--rows=128", "--rounds=1")]
+    errors = {row[0]: float(row[2].removesuffix("%")) for row in table[:4]}
+    assert errors["q4_k"] < 7.3 < errors["q4_0"]
+    assert errors["q6_k"] < 1.85 < errors["q5_k"]
+    assert [row[0] for row in table[6:]] == ["q6_k", "q4_k_m"]
+    assert max(float(row[1]) for row in table[6:]) < 2
+
+
+@pytest.mark.slow
+def test_gguf_quality(toy_run: RunConfig, tokenizer_config: TokenizerConfig, corpus: Path, tmp_path: Path):
+    pytest.importorskip("gguf", reason="needs the extra `gguf`")
+    write_run(tmp_path / "run", toy_run.model, vivid(toy_run.model).params(), Path(tokenizer_config.path))
+    table = lines("gguf_quality.py", str(tmp_path / "run"), f"--text={corpus}", f"--calibrate={corpus}")
+    kl = {line[:20].strip(): float(line.split()[-2]) for line in table}
+    assert len(kl) == 9
+    assert kl["float16"] < kl["q8_0"] < kl["q4_0"]
 
 
 @pytest.mark.slow

@@ -78,7 +78,8 @@ def test_a_source_without_tokenizer(hf_folder, tokenizer_config, tmp_path):
         ({"kind": "gguff"}, "kind is 'gguff'; accepted: run, huggingface, gguf, peft."),
         (
             {"kind": "gguf", "dtype": "q4_k"},
-            "dtype is 'q4_k'; accepted for a gguf target: float32, bfloat16, float16, q8_0, q4_0.",
+            "dtype is 'q4_k'; accepted for a gguf target: float32, bfloat16, float16, q8_0, q6_k, q5_k_m, q4_k_m, "
+            "q4_0.",
         ),
         ({"source_path": "taken"}, "taken holds no checkpoint of a known kind; accepted: "),
         ({"target_path": "dangling"}, "dangling exists already; choose another target, or delete it."),

@@ -1,3 +1,4 @@
+import base64
 import random
 import sys
 import weakref
@@ -14,7 +15,8 @@ from sentencepiece import SentencePieceTrainer
 from gemma2_jax.config import UserError
 from gemma2_jax.data.chat_format import chat_template
 from gemma2_jax.data.tokenizer import Tokenizer, train_tokenizer
-from gemma2_jax.formats.gguf import ENCODINGS, check_expressible, write_gguf
+from gemma2_jax.formats.gguf import check_expressible, write_gguf
+from gemma2_jax.formats.gguf_encodings import CALIBRATED, ENCODINGS
 from gemma2_jax.formats.gguf_header import read_header
 from gemma2_jax.formats.layouts import GGUF, expand
 from gemma2_jax.model.config import ModelConfig
@@ -72,10 +74,11 @@ def contents(path: Path) -> dict[str, Any]:
     return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
 
 
-def test_metadata_is_what_llama_cpp_needs(written: Path):
+def test_metadata_is_what_llama_cpp_needs(written: Path, model_file: bytes):
     found = contents(written)
     lists = {key: found.pop(key) for key in list(found) if isinstance(found[key], list)}
     assert found.pop("tokenizer.chat_template") == chat_template()
+    assert base64.b64decode(found.pop("gemma2_jax.tokenizer_model")) == model_file
     assert {key: value for key, value in found.items() if not key.startswith("GGUF.")} == {
         "general.architecture": "gemma2",
         "general.type": "model",
@@ -129,7 +132,7 @@ def test_pieces_have_the_text_the_score_and_the_type_that_llama_cpp_expects(writ
     assert scores[281:284] == [0.0, -1.0, -2.0]  # merged in this order
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", [encoding for encoding in ENCODINGS if encoding not in CALIBRATED])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_tensors_are_those_of_the_package_itself(path, model_file, encoding, dtype):
     kinds = gguf.GGMLQuantizationType
@@ -155,7 +158,7 @@ def test_tensors_are_those_of_the_package_itself(path, model_file, encoding, dty
 
 
 def test_long_tensors_are_encoded_in_pieces(path, model_file, monkeypatch):
-    monkeypatch.setattr("gemma2_jax.formats.gguf._ROWS", 7)
+    monkeypatch.setattr("gemma2_jax.formats.gguf_encodings._ROWS", 7)
     given = arrays()
     write_gguf(path, CONFIG, given.items(), model_file, "q8_0", "toy")
     kind = gguf.GGMLQuantizationType.Q8_0
@@ -215,8 +218,10 @@ def test_queries_are_scaled_by_the_rule_of_llama_cpp():
 
 
 def test_an_unknown_encoding_is_refused(path, model_file):
-    with pytest.raises(UserError, match="The encoding is 'q4_k_m'; accepted: f32, f16, bf16, q8_0, q4_0"):
-        write_gguf(path, CONFIG, arrays().items(), model_file, "q4_k_m", "toy")
+    with pytest.raises(
+        UserError, match="The encoding is 'q4_k'; accepted: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0"
+    ):
+        write_gguf(path, CONFIG, arrays().items(), model_file, "q4_k", "toy")
 
 
 @pytest.mark.parametrize("value", [1e5, np.nan])
@@ -324,7 +329,8 @@ def test_the_header_describes_what_was_written(path, model_file, encoding):
     assert {name: info.shape for name, info in header.tensors.items()} == {
         name: entry.shape for name, entry in expand(GGUF, weight_specs(NO_PADDING)).items()
     }
-    dtype = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(encoding, encoding)
+    short = {"q6_k": "q8_0", "q5_k_m": "q5_1", "q4_k_m": "q5_0"}  # rows of 64
+    dtype = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", **short}.get(encoding, encoding)
     assert header.tensors["blk.0.attn_q.weight"].dtype == dtype
     assert header.tensors["blk.0.attn_norm.weight"].dtype == "float32"
     assert header.tensors["blk.0.attn_norm.weight"].file == path

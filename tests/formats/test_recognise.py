@@ -118,7 +118,7 @@ def test_other_files(tmp_path, name, content, message):
         (["model.weights.h5", "task.json"], "holds Keras weights (model.weights.h5); export them"),
         (
             ["a.gguf", "README.md"],
-            "holds GGUF, which can only be written, not read (a.gguf); give the checkpoint",
+            "holds GGUF (a.gguf); give that file.",
         ),
         (["model.safetensors"], "holds safetensors without their config.json; copy it"),
         (["tokenizer.model", "README.md"], "holds a tokenizer and no weights; give the folder of a model."),
