@@ -137,7 +137,7 @@ def of(program: str) -> list[Any]:
 def is_of_many_runs(command: Command) -> bool:
     """Whether a command composes dozens of configurations, which takes seconds."""
     words = command.words[1:]
-    return words[0] in ("run", "sweep") or "--sweep" in words
+    return words[:1] in (("run",), ("sweep",)) or "--sweep" in words
 
 
 @pytest.fixture(scope="module")
