@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ Completes prompts with a trained run or released weights, and prints tokens as t
   gemma2 generate --checkpoint google/gemma-2-2b-it --dtype bfloat16 --chat --prompt "Why is the sky blue?"
   gemma2 generate --checkpoint google/gemma-2-2b-it --dtype bfloat16 --interactive    a conversation
 
+  gemma2 generate --checkpoint google/gemma-2-9b --dtype bfloat16 --quantize int4 --prompt "Why"    5.2 GB of weights
   gemma2 generate --checkpoint google/gemma-2-2b --adapter runs/lora --adapter hub/adapter --prompt "Q: "
 
 RUN is a run folder, a Hugging Face folder or its name on the hub (extra `hub`), or DeepMind's Orbax checkpoint.
@@ -96,6 +98,11 @@ def add_parser(verbs: Verbs) -> None:
         default="float32",
         help="dtype of weights and activations (float32)",
     )
+    add(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="hold the matrices in this format; they are dequantised to --dtype layer by layer",
+    )
 
 
 _INTERACTIVE = "chat on the terminal: /reset, /quit or Ctrl-D; Ctrl-C stops a reply"
@@ -115,8 +122,9 @@ OPTIONS = {
 def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.formats.adapter import read_adapter
     from gemma2_jax.formats.based import check_base
-    from gemma2_jax.formats.load import adapted, load_tokenizer, model_of, open_source
+    from gemma2_jax.formats.load import adapted, load_tokenizer, model_of, open_source, weight_format
     from gemma2_jax.model.config import ComputeConfig
+    from gemma2_jax.model.weights import fallbacks, weight_specs
     from gemma2_jax.sampling.config import SamplingConfig
     from gemma2_jax.sampling.sampler import Sampler
     from gemma2_jax.sampling.stop_conditions import with_stops
@@ -143,7 +151,10 @@ def run(arguments: argparse.Namespace) -> None:
         adapters = [read_adapter(folder, source.config, arguments.averaged) for folder in arguments.adapter]
         for adapter in adapters:
             check_base(adapter.path, adapter.identity, source)
-        model = model_of(source, arguments.dtype)
+        format_ = weight_format(arguments.quantize, "--quantize")
+        model = model_of(source, arguments.dtype, format_=format_)
+    if format_ is not None and (others := fallbacks(weight_specs(source.config), format_)):
+        print(f"{', '.join(others)} in int8: {format_.name} holds no rows of odd length", file=sys.stderr)
     compute = ComputeConfig(dtype=arguments.dtype, unroll_layers=True)
     if not adapters:
         sampler = Sampler(model, tokenizer, compute)
