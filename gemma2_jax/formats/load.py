@@ -335,7 +335,7 @@ def load_params(
         mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
     target = abstract_params(weight_specs(source.config), dtype, mesh)
     is_dense = not any(map(is_quantised, jax.tree.leaves(target, is_leaf=is_quantised)))
-    if isinstance(source, RunSource) and is_dense:
+    if isinstance(source, RunSource) and source.quantize is None and is_dense:
         params = store.restore_params(source.path, target, source.tree)  # Orbax reads each device's part
     else:
         params = read_onto_devices(source, target, progress)

@@ -1,6 +1,6 @@
 """Products of activations and weights: the only file that depends on how a weight is represented.
 
-A weight is an array, a `QuantisedWeight`, or an `AdaptedWeight` of an array or a quantised weight.
+A weight is an array, a `RoundedWeight`, a `QuantisedWeight`, or an `AdaptedWeight` of an array or a quantised weight.
 Another tree in its place passes through models unchanged, and is interpreted by a branch in `for_use`, or in
 `_base_product` if the product itself differs.
 """
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gemma2_jax.kernels.lm_head import capped, head_logits
+from gemma2_jax.model.qat import RoundedWeight
 from gemma2_jax.model.quantised import QuantisedWeight, dequantise, gathered_parts, rows_of
 from gemma2_jax.sharding.layout import constrain, constrain_in_lookup, is_split
 
@@ -119,7 +120,7 @@ def dense(weight: Any, dtype: Any) -> jax.Array:
     """The array of a weight that has no adapter: in `dtype` if it is quantised, else in its own dtype."""
     if isinstance(weight, QuantisedWeight):
         return dequantise(weight, dtype)
-    array: jax.Array = weight
+    array: jax.Array = weight.values() if isinstance(weight, RoundedWeight) else weight
     return array
 
 
