@@ -41,8 +41,8 @@ def asked(monkeypatch):
         calls.extend([] if tokenizer is None else [([tokenizer], SamplingConfig())])
         return folder
 
-    def model_of(source, dtype):
-        return f"{dtype} model of {source}"
+    def model_of(source, dtype, format_=None):
+        return f"{dtype} model of {source}" + (f" in {format_.name}" if format_ else "")
 
     monkeypatch.setattr("gemma2_jax.sampling.sampler.Sampler", Sampler)
     monkeypatch.setattr("gemma2_jax.formats.load.open_source", open_source)
