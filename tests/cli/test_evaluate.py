@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,12 +72,13 @@ def test_formats_are_rows_with_their_bytes(run_folder, text, tmp_path, capsys):
     record = build(EvaluationRecord, read_json(target), str(target))
     assert [row.checkpoint.quantize for row in record.rows] == [None, "int8", "int4"]
     assert [row.name for row in record.rows][1:] == [f"{run_folder} in int8", f"{run_folder} in int4"]
-    kls = [row.scores["document"].total.kl for row in record.rows]
+    kls: list[Any] = [row.scores["document"].total.kl for row in record.rows]
     assert kls[0] == 0
     assert kls[0] < kls[1] < kls[2]
-    sizes = [row.weight_bytes for row in record.rows]
+    sizes: list[Any] = [row.weight_bytes for row in record.rows]
+    read: list[Any] = [row.bytes_per_token for row in record.rows]
     assert sizes[0] > 3 * sizes[1] > 4.5 * sizes[2]
-    assert len({row.bytes_per_token - row.weight_bytes for row in record.rows}) == 1
+    assert len({token - size for token, size in zip(read, sizes, strict=True)}) == 1
 
 
 @pytest.mark.parametrize(
