@@ -171,7 +171,7 @@ def _decode(
     from rich.console import Console
 
     from gemma2_jax.formats.load import weight_format
-    from gemma2_jax.planning.decoding import plan_decoding
+    from gemma2_jax.planning.decoding_plan import plan_decoding
     from gemma2_jax.planning.printing import print_decoding
     from gemma2_jax.screen import activity
 

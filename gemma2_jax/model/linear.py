@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gemma2_jax.kernels.lm_head import capped, head_logits
+from gemma2_jax.kernels.lm_head import capped_logits, head_logits
 from gemma2_jax.model.qat import RoundedWeight
 from gemma2_jax.model.quantised import QuantisedWeight, dequantise, gathered_parts, rows_of
 from gemma2_jax.sharding.layout import constrain, constrain_in_lookup, is_split
@@ -84,7 +84,7 @@ def lookup(tokens: jax.Array, table: Any, dtype: Any) -> jax.Array:
 def logits(x: jax.Array, table: Any, cap: float, vocab_padding: int) -> jax.Array:
     """Soft-capped float32 logits [..., V] of final hidden states [..., D] and a table [V, D]; -1e30 for padding."""
     if isinstance(table, QuantisedWeight) and not is_split("V"):
-        return capped(_products_by_rows(x, table), cap, vocab_padding)
+        return capped_logits(_products_by_rows(x, table), cap, vocab_padding)
     return head_logits(x, for_use(table, "VD", x.dtype), cap, vocab_padding)
 
 
@@ -94,7 +94,7 @@ def _products_by_rows(x: jax.Array, table: QuantisedWeight) -> jax.Array:
     count = min(_ROWS, V)
 
     def add(number: jax.Array, products: jax.Array) -> jax.Array:
-        first = jnp.minimum(number * count, V - count)  # the last rows may overlap with those before
+        first = number * count  # JAX moves the last slices so that they fit; they overlap with those before
         rows = rows_of(table, lambda part: jax.lax.dynamic_slice_in_dim(part, first, count))
         some = linear_in_float32("...D,VD->...V", x, rows, "VD")
         return jax.lax.dynamic_update_slice_in_dim(products, some, first, axis=-1)

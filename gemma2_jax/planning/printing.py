@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gemma2_jax.planning.count import ProgramCost
-from gemma2_jax.planning.decoding import DecodingPlan, Phase
+from gemma2_jax.planning.decoding_plan import DecodingPlan, Phase
 from gemma2_jax.planning.memory import in_units
 from gemma2_jax.planning.placement import PlacedModel, Placement
 from gemma2_jax.planning.plan import Plan

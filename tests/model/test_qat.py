@@ -1,6 +1,7 @@
 """Quantisation-aware training: the values are those of the exported format, and gradients pass straight through."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import chex
@@ -36,13 +37,16 @@ UNEVEN = ModelConfig(
 )
 
 
+round_ = jax.jit(rounded, static_argnums=(1, 2))
+
+
 def qat(model: ModelConfig, format_: Any) -> Any:
     return build_adaptation(AdaptationConfig("qat", quantize=format_), model)
 
 
 def values_of(model: ModelConfig, params: Params, format_: str) -> Params:
     return map_specs(
-        lambda _, spec, weight: rounded(weight, spec.dims, format_) if spec.fan_in else weight,
+        lambda _, spec, weight: round_(weight, spec.dims, format_) if spec.fan_in else weight,
         weight_specs(model),
         params,
     )
@@ -50,14 +54,15 @@ def values_of(model: ModelConfig, params: Params, format_: str) -> Params:
 
 @mostly_thorough("format_", TRAINED_FORMATS)
 def test_a_model_has_the_values_of_the_format_and_their_gradients(format_: str) -> None:
-    params = init_params(weight_specs(UNEVEN), jax.random.key(0))
+    params = jax.jit(partial(init_params, weight_specs(UNEVEN)))(jax.random.key(0))
     values, adaptation = values_of(UNEVEN, params, format_), qat(UNEVEN, format_)
 
     def loss(params: Params, join: Any) -> jax.Array:
         return jnp.sum(jnp.sin(Gemma2(UNEVEN, join(params))(TOKENS)))
 
-    found = jax.value_and_grad(loss)(params, lambda params: adaptation.join(params, {}))
-    expected = jax.value_and_grad(loss)(values, lambda params: params)
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    found = gradient(params, lambda params: adaptation.join(params, {}))
+    expected = gradient(values, lambda params: params)
     chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
     assert jnp.abs(values["embedder"]["embedding"] - params["embedder"]["embedding"]).max() > 0
     model = Gemma2(UNEVEN, adaptation.join(params, {}))
@@ -66,12 +71,12 @@ def test_a_model_has_the_values_of_the_format_and_their_gradients(format_: str) 
     np.testing.assert_array_equal(decoder.embedder.embedding.get_value(), values["embedder"]["embedding"])
 
 
-@pytest.mark.parametrize("model", [UNEVEN, replace(UNEVEN, d_model=48, d_ff=96, head_dim=32)])
+@mostly_thorough("model", [UNEVEN, replace(UNEVEN, d_model=48, d_ff=96, head_dim=32)])
 def test_q4_0_is_what_gguf_holds(model: ModelConfig) -> None:
     """Both for a weight and for its values, so that the export of a trained model changes none of them."""
     gguf = pytest.importorskip("gguf")
     specs = weight_specs(model)
-    params = init_params(specs, jax.random.key(0))
+    params = jax.jit(partial(init_params, specs))(jax.random.key(0))
     _, kinds = gguf_module._plan(model, "q4_0")
     for name, entry in expand(GGUF, specs).items():
         (place,) = entry.places
@@ -80,7 +85,7 @@ def test_q4_0_is_what_gguf_holds(model: ModelConfig) -> None:
             continue
         whole = value_at(params, place.path)
         weight = whole if place.pair is None else whole[place.pair]
-        values = np.asarray(rounded(weight, spec.dims.removeprefix("P"), "q4_0"))
+        values = np.asarray(round_(weight, spec.dims.removeprefix("P"), "q4_0"))
         for given in (np.asarray(weight), values):
             encoded = gguf_module._encode(gguf, name, entry.join([given]), kinds[name])
             decoded = gguf.quants.dequantize(encoded, kinds[name]).reshape(entry.shape)
@@ -89,9 +94,9 @@ def test_q4_0_is_what_gguf_holds(model: ModelConfig) -> None:
 
 def test_int4_is_idempotent_and_that_of_the_sampler() -> None:
     weight = jax.random.normal(jax.random.key(0), (3, 4, 24, 64))
-    values = rounded(weight, "PNHD", "int4")
+    values = round_(weight, "PNHD", "int4")
     np.testing.assert_array_equal(values, dequantise(quantise(weight, "PNHD", INT4), jnp.float32))
-    np.testing.assert_array_equal(values, rounded(values, "PNHD", "int4"))
+    np.testing.assert_array_equal(values, round_(values, "PNHD", "int4"))
     assert jnp.abs(values - weight).max() > 0.01
 
 

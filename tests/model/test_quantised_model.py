@@ -151,7 +151,7 @@ def test_rows_of_odd_length_fall_back_to_int8(toy_config: ModelConfig) -> None:
     assert kinds["pairs"]["local_block"]["mlp"] == {"gate": INT4, "up": INT4, "down": INT8}
 
 
-@pytest.mark.parametrize("format_", FORMATS, ids=WEIGHT_FORMATS)
+@mostly_thorough("format_", FORMATS, ids=WEIGHT_FORMATS)
 def test_rows_of_padding_can_be_added_and_cut(toy_config: ModelConfig, format_: Format) -> None:
     table = quantise(jax.random.normal(jax.random.key(0), (97, 32)), "VD", format_)
     longer, config = resize_rows({"embedder": {"embedding": table}}, toy_config, 104)
@@ -182,6 +182,7 @@ def test_all_matrices_are_sharded_like_the_arrays_in_their_place(format_: Format
     np.testing.assert_allclose(logits, Gemma2(SMALL, expected)(TOKENS), atol=2e-5)
 
 
+@pytest.mark.thorough
 def test_bytes() -> None:
     matrices = 2 * SMALL.num_pairs * SMALL.d_model * (3 * SMALL.d_ff + 4 * 64) + 96 * SMALL.d_model
     norms = 4 * SMALL.d_model * (4 * SMALL.num_layers + 1)

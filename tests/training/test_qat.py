@@ -138,6 +138,7 @@ def test_a_quantised_teacher_teaches_nearly_the_same(qat: RunConfig, source: str
     run = replace(
         qat, adaptation=AdaptationConfig(), distill=DistillConfig(source, "float32", quantize=format_)
     )
+    run = replace(run, mesh=MeshConfig(1, 1, 1))
     mesh = build_mesh(run.mesh, jax.devices()[:1])
     teacher = build_method(run).load_frozen(_tokenizer(run), mesh)["teacher"]
     expected = build_method(run).abstract_frozen(mesh)["teacher"]
