@@ -128,7 +128,9 @@ BLOCKS = [
 
 def of(program: str) -> list[Any]:
     return [
-        pytest.param(command, id=str(command), marks=[pytest.mark.thorough] if is_of_many_runs(command) else [])
+        pytest.param(
+            command, id=str(command), marks=[pytest.mark.thorough] if is_of_many_runs(command) else []
+        )
         for command in COMMANDS
         if command.words[0] == program
     ]

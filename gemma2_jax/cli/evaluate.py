@@ -23,6 +23,7 @@ one table.
   gemma2 eval runs/a runs/b google/gemma-2-2b --text books='books/*.txt' code='src/*.md'
   gemma2 eval runs/student --teacher runs/teacher --text notes.jsonl --windows sliding --stride 256
   gemma2 eval weights/2b --adapter runs/lora --adapter hub/adapter --data data/chats --json evaluation.json
+  gemma2 eval runs/student --quantize none,int8,int4 --teacher runs/student    what a model loses in fewer bits
   gemma2 eval runs/student --memorisation 1000
   gemma2 eval runs/student --tasks offline                   benchmarks: tasks of the evaluation harness, in one process
   gemma2 eval google/gemma-2-2b --tasks arc_easy,gsm8k --limit 100 --samples samples.jsonl
@@ -69,6 +70,11 @@ def add_parser(verbs: Verbs) -> None:
         "--averaged",
         action="store_true",
         help="take the runs' average of the weights, or each adapter's (training.ema)",
+    )
+    add(
+        "--quantize",
+        metavar="FORMAT,…",
+        help="formats of the weights: none, int8, int4; each is a row of every checkpoint (not of the teacher)",
     )
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, for checkpoints that come without one")
     add(
@@ -178,6 +184,7 @@ def _config(arguments: argparse.Namespace, composed: "RunConfig", texts: Sequenc
         teacher=arguments.teacher,
         adapters=tuple(arguments.adapter),
         averaged=arguments.averaged,
+        quantize=_listed(arguments.quantize),
         tokenizer=arguments.tokenizer,
         memorisation=arguments.memorisation,
         text_field=composed.data.text_field,
@@ -187,6 +194,10 @@ def _config(arguments: argparse.Namespace, composed: "RunConfig", texts: Sequenc
         layout=composed.layout,
         block_tokens=composed.objective.block_tokens,
     )
+
+
+def _listed(text: str | None) -> tuple[str, ...]:
+    return () if text is None else tuple(name.strip() for name in text.split(","))
 
 
 @contextmanager

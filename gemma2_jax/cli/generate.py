@@ -34,6 +34,7 @@ Completes prompts with a trained run or released weights, and prints tokens as t
   gemma2 generate --checkpoint google/gemma-2-2b-it --dtype bfloat16 --chat --prompt "Why is the sky blue?"
   gemma2 generate --checkpoint google/gemma-2-2b-it --dtype bfloat16 --interactive    a conversation
   gemma2 generate --checkpoint runs/quickstart/teacher --draft runs/quickstart/distilled --prompt "The file"
+  gemma2 generate --checkpoint google/gemma-2-9b --dtype bfloat16 --quantize int4 --prompt "Why"    5.2 GB of weights
   gemma2 generate --checkpoint google/gemma-2-2b --adapter runs/lora --adapter hub/adapter --prompt "Q: "
 
 RUN is a run folder, a Hugging Face folder or its name on the hub (extra `hub`), DeepMind's Orbax checkpoint, or a GGUF
@@ -115,6 +116,11 @@ def add_parser(verbs: Verbs) -> None:
         default="float32",
         help="dtype of weights and activations (float32)",
     )
+    add(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="hold the matrices in this format; they are dequantised to --dtype layer by layer",
+    )
 
 
 _INTERACTIVE = "chat on the terminal: /reset, /quit or Ctrl-D; Ctrl-C stops a reply"
@@ -134,8 +140,9 @@ OPTIONS = {
 def run(arguments: argparse.Namespace) -> None:
     from gemma2_jax.formats.adapter import read_adapter
     from gemma2_jax.formats.based import check_base
-    from gemma2_jax.formats.load import adapted, load_tokenizer, model_of, open_source
+    from gemma2_jax.formats.load import adapted, load_tokenizer, model_of, open_source, weight_format
     from gemma2_jax.model.config import ComputeConfig
+    from gemma2_jax.model.weights import fallbacks, weight_specs
     from gemma2_jax.sampling.config import SamplingConfig
     from gemma2_jax.sampling.sampler import Sampler
     from gemma2_jax.sampling.stop_conditions import with_stops
@@ -168,10 +175,13 @@ def run(arguments: argparse.Namespace) -> None:
         for adapter in adapters:
             check_base(adapter.path, adapter.identity, source)
         draft_source = _open_draft(arguments, tokenizer)
+        format_ = weight_format(arguments.quantize, "--quantize")
     with _on_devices(composed, source, draft_source) as mesh:
         with activity(f"loading {arguments.checkpoint}"):
-            model = model_of(source, arguments.dtype, mesh)
+            model = model_of(source, arguments.dtype, mesh, format_=format_)
             draft = None if draft_source is None else model_of(draft_source, arguments.dtype, mesh)
+        if format_ is not None and (others := fallbacks(weight_specs(source.config), format_)):
+            print(f"{', '.join(others)} in int8: {format_.name} holds no rows of odd length", file=sys.stderr)
         settings: dict[str, Any] = {
             "compute": ComputeConfig(dtype=arguments.dtype, unroll_layers=True),
             "draft": draft,

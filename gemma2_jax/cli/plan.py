@@ -25,6 +25,8 @@ bound on its time. Needs no data, no tokenizer and no teacher weights (distill.m
   gemma2 plan experiment=pretrain_2b topology=v5e:4x4 --search --budget 600     tries meshes, remat and microbatches
   gemma2 plan experiment=distill_2b_from_9b topology=v5e:4x4 --placement        how arrays are split; compiles nothing
 
+  gemma2 plan --decode model=gemma2_9b compute=bfloat16 topology=v5e:1x1 --quantize int4     generation, not a step
+
 With --student, as in train-together, the step is the one that all students share.
 
   gemma2 plan objective=distillation distill=online distill.teacher=runs/teacher topology=cpu:1 \\
@@ -55,6 +57,15 @@ def add_parser(verbs: Verbs) -> None:
         action="store_true",
         help="print how weights and activations are split, and compile nothing",
     )
+    instead.add_argument(
+        "--decode",
+        action="store_true",
+        help="plan generation with the model instead of a step: prefill, and decoding of a token",
+    )
+    add = parser.add_argument
+    add("--batch", type=int, metavar="N", help="rows of --decode (1)")
+    add("--context", type=int, metavar="N", help="positions of each row of --decode (8192)")
+    add("--quantize", choices=("int8", "int4"), help="format of all matrices of --decode (compute.dtype)")
     parser.add_argument(
         "--budget", type=float, default=300.0, metavar="SECONDS", help="time for --search, in seconds (300)"
     )
@@ -75,6 +86,14 @@ def run(arguments: argparse.Namespace) -> int:
     if not names:
         raise UserError(f"topology is missing; set it, as in topology=v5e:4x4; {ACCEPTED}.")
     rest = [text for text, key, _ in overrides if key != "topology"]
+    if not arguments.decode:
+        for option in ("batch", "context", "quantize"):
+            if getattr(arguments, option) is not None:
+                raise UserError(
+                    f"--{option} belongs to --decode, which plans generation; give both, or neither."
+                )
+    elif arguments.student:
+        raise UserError("--decode plans generation with one model; leave out --student.")
     if arguments.student:
         configs = compose_students(rest, arguments.student, arguments.config_dir)
         check_alike(configs)
@@ -82,7 +101,9 @@ def run(arguments: argparse.Namespace) -> int:
         configs = [compose(rest, arguments.config_dir)]
     programs = programs_of([with_prepared_vocabulary(config) for config in configs])
     topology = find_topology(names[-1], _gpu_memory_fraction())
-    plan = _search if arguments.search else _placement if arguments.placement else _plan
+    plan = _plan
+    for option, function in (("search", _search), ("placement", _placement), ("decode", _decode)):
+        plan = function if getattr(arguments, option) else plan
     planned = [plan(runs, topology, arguments) for runs in programs]
     if arguments.json:
         found = [values for _, values in planned]
@@ -142,6 +163,29 @@ def _placement(
         console.width = max(console.width, 120)  # a narrower table would lose a column
         print_placement(found, console)
     return True, found.to_dict()
+
+
+def _decode(
+    runs: Sequence["RunConfig"], topology: "Topology", arguments: argparse.Namespace
+) -> tuple[bool, dict[str, Any]]:
+    from rich.console import Console
+
+    from gemma2_jax.formats.load import weight_format
+    from gemma2_jax.planning.decoding_plan import plan_decoding
+    from gemma2_jax.planning.printing import print_decoding
+    from gemma2_jax.screen import activity
+
+    batch, context = (
+        default if given is None else given
+        for given, default in ((arguments.batch, 1), (arguments.context, 8192))
+    )
+    with activity(f"compiling prefill and decoding for {topology.name}"):
+        found = plan_decoding(
+            runs[0], topology, batch, context, weight_format(arguments.quantize, "--quantize")
+        )
+    if not arguments.json:
+        print_decoding(found, Console())
+    return found.fits, found.to_dict()
 
 
 def _gpu_memory_fraction() -> float:

@@ -22,6 +22,15 @@ def print_scores(record: EvaluationRecord) -> None:
     if any(row.memorisation for row in record.rows):
         title = "memorisation: 50 tokens after a prompt of 50"
         _memorisation(record).print(console, title)
+    if any(row.checkpoint.quantize for row in record.rows):
+        _sizes(record).print(
+            console, f"read a token: all weights, keys and values of {record.context:,} tokens"
+        )
+        for row in record.rows:
+            if row.fallbacks:
+                print_line(
+                    console, f"{row.name}: odd rows cannot be halved, so {', '.join(row.fallbacks)} in int8"
+                )
     print_line(console, f"calibration error: {BINS} bins of equal width, against the text", "dim")
 
 
@@ -52,6 +61,22 @@ def _comparison(record: EvaluationRecord) -> Table:
         "confidence difference": lambda scores: format_number(scores.confidence_difference, 4),
     }
     return _table_of_scores(record, columns)
+
+
+def _sizes(record: EvaluationRecord) -> Table:
+    rows = [
+        [
+            row.name,
+            row.checkpoint.quantize or record.dtype,
+            *map(_megabytes, (row.weight_bytes, row.bytes_per_token)),
+        ]
+        for row in record.rows
+    ]
+    return Table(["checkpoint", "matrices in", "weights MB", "read a token MB"], rows, left=2)
+
+
+def _megabytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 1e6:,.3f}"
 
 
 def _table_of_scores(record: EvaluationRecord, columns: Mapping[str, Callable[[Scores], str]]) -> Table:

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -15,8 +15,9 @@ from gemma2_jax.distill.rollouts import OnPolicyConfig
 from gemma2_jax.formats.load import load_params, open_for, open_source
 from gemma2_jax.formats.source import WeightSource
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.quantised import WEIGHT_FORMATS
 from gemma2_jax.model.transformer import Gemma2
-from gemma2_jax.model.weights import abstract_params, dim_sizes, weight_specs
+from gemma2_jax.model.weights import abstract_params, dim_sizes, frozen_dtypes, weight_specs
 from gemma2_jax.sharding.layout import (
     LayoutConfig,
     check_activations,
@@ -44,6 +45,8 @@ class DistillConfig:
         model: sizes of the teacher, so that `gemma2 plan` needs no checkpoint; null to take them from the checkpoint. A
             checkpoint of other sizes is an error.
         layout: layout of the teacher on the mesh; null for the student's layout.
+        quantize: format that the teacher's matrices are held in, `int8` or `int4`, for memory; its outputs then differ
+            a little. Null for arrays of `dtype`. Only for a teacher that runs in the training step, not with a cache.
     """
 
     teacher: str | None
@@ -54,10 +57,21 @@ class DistillConfig:
     match: MatchConfig | None = None
     model: ModelConfig | None = None
     layout: LayoutConfig | None = None
+    quantize: Literal["int8", "int4"] | None = None
 
     def __post_init__(self) -> None:
         if self.encoding is not None and self.cache is None:
             raise UserError("distill.encoding is set, but distill.cache is null; set both, or neither.")
+        if self.quantize is not None and (self.teacher is None or self.cache is not None):
+            found = (
+                "distill.teacher is null"
+                if self.teacher is None
+                else "distill.cache holds a teacher's outputs"
+            )
+            raise UserError(
+                f"distill.quantize is {self.quantize}, but {found}; only a teacher that runs in the training step is "
+                "quantised: set distill.quantize to null, or set distill.teacher alone."
+            )
         if self.match is not None and self.teacher is None:
             raise UserError(
                 "distill.match is set, but distill.teacher is null; set distill.teacher to a checkpoint, or "
@@ -88,7 +102,7 @@ def load_teacher(config: DistillConfig, student: ModelConfig, tokenizer: Tokeniz
         _check_sizes(config.model, sizes, config.teacher)
     with as_teacher(config):
         check_activations(mesh, dim_sizes(sizes))
-        return Gemma2(sizes, load_params(source, sizes, config.dtype, mesh))
+        return Gemma2(sizes, load_params(source, sizes, _dtypes(config, sizes), mesh))
 
 
 def open_teacher(path: str, student: ModelConfig, tokenizer: Tokenizer) -> tuple[WeightSource, ModelConfig]:
@@ -126,7 +140,14 @@ def abstract_teacher(config: DistillConfig, sizes: ModelConfig, mesh: Mesh) -> G
     """
     with as_teacher(config):
         check_activations(mesh, dim_sizes(sizes))
-        return Gemma2(sizes, abstract_params(weight_specs(sizes), jnp.dtype(config.dtype), mesh))
+        return Gemma2(sizes, abstract_params(weight_specs(sizes), _dtypes(config, sizes), mesh))
+
+
+def _dtypes(config: DistillConfig, sizes: ModelConfig) -> Any:
+    """The dtype of the teacher's weights, or those of each weight if they are quantised."""
+    if config.quantize is None:
+        return jnp.dtype(config.dtype)
+    return frozen_dtypes(weight_specs(sizes), config.dtype, WEIGHT_FORMATS[config.quantize], whole=True)
 
 
 def as_teacher(config: DistillConfig) -> AbstractContextManager[None]:

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from gemma2_jax.config import refuse, suggest
 from gemma2_jax.evaluation.windows import DOCUMENT, KINDS, PACKED, SLIDING
 from gemma2_jax.model.config import ComputeConfig
+from gemma2_jax.model.quantised import WEIGHT_FORMATS
 from gemma2_jax.sharding.layout import LayoutConfig
 from gemma2_jax.sharding.mesh import MeshConfig
+
+UNQUANTISED = "none"  # in a list of formats
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class EvaluationConfig:
         teacher: checkpoint to compare each model with.
         adapters: LoRA adapters of the one checkpoint; each is evaluated in place of the checkpoint alone.
         averaged: evaluate the average of a run's weights, or of each adapter's (`training.ema`).
+        quantize: formats of the weights, each of which is a row of every checkpoint: none (arrays of compute.dtype),
+            int8 or int4. Empty for none alone. The teacher is not quantised.
         tokenizer: SentencePiece model file, for checkpoints without one.
         memorisation: maximum number of documents of each domain whose continuations are tested for memorisation; 0 for
             no test. Of prepared data, documents of the training split are tested.
@@ -46,6 +51,7 @@ class EvaluationConfig:
     teacher: str | None = None
     adapters: Sequence[str] = ()
     averaged: bool = False
+    quantize: Sequence[str] = ()
     tokenizer: str | None = None
     memorisation: int = 0
     text_field: str = "text"
@@ -59,8 +65,11 @@ class EvaluationConfig:
         refuse(self._complaints())
 
     def _complaints(self) -> Iterator[str]:
-        if isinstance(self.text, str) or isinstance(self.adapters, str):  # its letters would be the items
-            yield "evaluation.text and evaluation.adapters must be lists, as in ['notes/*.txt']."
+        if any(
+            isinstance(each, str) for each in (self.text, self.adapters, self.quantize)
+        ):  # not its letters
+            yield "evaluation.text, adapters and quantize must be lists, as in ['notes/*.txt']."
+            return
         if self.text and self.data is not None:
             yield "evaluation.text and evaluation.data are both set; give one of them."
         if self.windows is not None and self.windows not in KINDS:
@@ -80,6 +89,11 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"evaluation.{name} is {value}; it must be at least 1."
+        for name in self.quantize:
+            if name not in (UNQUANTISED, *WEIGHT_FORMATS):
+                yield f"evaluation.quantize has {name!r}, {suggest(name, (UNQUANTISED, *WEIGHT_FORMATS))}."
+        if len(set(self.quantize)) != len(self.quantize):
+            yield f"evaluation.quantize is {','.join(self.quantize)}; it must be a list of different formats."
         if self.memorisation < 0:
             yield f"evaluation.memorisation is {self.memorisation}; it must be a number of documents, 0 for no test."
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import gemma2_jax
@@ -39,7 +40,10 @@ from gemma2_jax.evaluation.scores import Scoring, add_sums, build_scoring, score
 from gemma2_jax.evaluation.windows import DOCUMENT, PACKED, SLIDING, Window, batches_of, windows_of
 from gemma2_jax.methods.distillation import TEACHER
 from gemma2_jax.methods.language_modelling import MODEL
+from gemma2_jax.model.counts import bytes_per_token
+from gemma2_jax.model.quantised import weight_bytes
 from gemma2_jax.model.transformer import Gemma2
+from gemma2_jax.model.weights import fallbacks, weight_specs
 from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.sharding.feeding import feeding_share
 from gemma2_jax.sharding.layout import batch_shares, laid_out
@@ -144,6 +148,7 @@ class _Evaluator:
         }
         memorisation = self._memorisation(opened, models[MODEL], progress)
         progress.doing(f"identifying {opened.name}")
+        config, size = models[MODEL].config, weight_bytes(models[MODEL].params())
         return EvaluationRow(
             name=opened.name,
             checkpoint=opened.describe(),
@@ -155,6 +160,9 @@ class _Evaluator:
                 )
             },
             memorisation=memorisation,
+            weight_bytes=size,
+            bytes_per_token=bytes_per_token(config, size, self._context, jnp.dtype(dtype).itemsize),
+            fallbacks=tuple(fallbacks(weight_specs(config), opened.format)) if opened.format else (),
         )
 
     def _scored(

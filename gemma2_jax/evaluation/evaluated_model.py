@@ -12,7 +12,7 @@ from gemma2_jax.checkpoints.store import CONFIG_FILE
 from gemma2_jax.config import UserError, load_config, read_yaml
 from gemma2_jax.data.config import DataConfig
 from gemma2_jax.data.tokenizer import Tokenizer
-from gemma2_jax.evaluation.config import EvaluationConfig
+from gemma2_jax.evaluation.config import UNQUANTISED, EvaluationConfig
 from gemma2_jax.evaluation.record import EvaluatedCheckpoint
 from gemma2_jax.formats.adapter import AdaptedSource, Adapter, read_adapter
 from gemma2_jax.formats.based import check_base, settings_of_run
@@ -22,6 +22,7 @@ from gemma2_jax.formats.native import RunSource
 from gemma2_jax.formats.source import WeightSource
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.counts import count_parameters
+from gemma2_jax.model.quantised import WEIGHT_FORMATS, Format
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import dim_sizes
 from gemma2_jax.run import RunConfig
@@ -36,6 +37,7 @@ class EvaluatedModel:
     Attributes:
         name: its name in tables.
         path: the checkpoint, as given.
+        format: format of its matrices; None for arrays.
     """
 
     name: str
@@ -44,6 +46,7 @@ class EvaluatedModel:
     tokenizer: Tokenizer
     averaged: bool = False
     adapter: Adapter | None = None
+    format: Format | None = None
 
     def load(self, dtype: Any, mesh: Mesh, padded_like: ModelConfig | None = None) -> Gemma2:
         """Loads the weights.
@@ -60,7 +63,7 @@ class EvaluatedModel:
                 config, vocab_size=padded_like.vocab_size, vocab_padding=padded_like.vocab_padding
             )
         check_activations(mesh, dim_sizes(config))
-        model = model_of(self.source, dtype, mesh, config)
+        model = model_of(self.source, dtype, mesh, config, self.format)
         return model if self.adapter is None else adapted(model, self.adapter, mesh)
 
     def describe(self) -> EvaluatedCheckpoint:
@@ -76,11 +79,12 @@ class EvaluatedModel:
             adapter=None if self.adapter is None else str(self.adapter.path),
             parameters=count_parameters(source.config).total,
             tokenizer=self.tokenizer.fingerprint,
+            quantize=None if self.format is None else self.format.name,
         )
 
 
 def open_models(checkpoints: Sequence[str], config: EvaluationConfig) -> list[EvaluatedModel]:
-    """Opens the checkpoints, or the adapters of the one checkpoint.
+    """Opens the checkpoints, or the adapters of the one checkpoint; each in every format that `config.quantize` lists.
 
     Raises:
         UserError: one cannot be opened or has no tokenizer, an adapter has another base, or a name is given twice.
@@ -97,9 +101,15 @@ def open_models(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Ev
             raise UserError(f"{path} is given {count} times; give it once.")
     of_run = config.averaged and not config.adapters
     opened = [open_model(path, config.tokenizer, of_run) for path in checkpoints]
-    if not config.adapters:
-        return opened
-    return [add_adapter(opened[0], folder, config.averaged) for folder in config.adapters]
+    if config.adapters:
+        opened = [add_adapter(opened[0], folder, config.averaged) for folder in config.adapters]
+    return [_in_format(model, name) for model in opened for name in config.quantize or (UNQUANTISED,)]
+
+
+def _in_format(model: EvaluatedModel, name: str) -> EvaluatedModel:
+    if name == UNQUANTISED:
+        return model
+    return replace(model, name=f"{model.name} in {name}", format=WEIGHT_FORMATS[name])
 
 
 def open_model(path: str, tokenizer: str | None, averaged: bool = False) -> EvaluatedModel:

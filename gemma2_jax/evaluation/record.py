@@ -39,6 +39,7 @@ class EvaluatedCheckpoint:
         adapter: folder of the adapter beside the checkpoint; None without one.
         parameters: number of parameters of the model, its tied embedding counted once, without adapters.
         tokenizer: sha256 of its SentencePiece model file.
+        quantize: format that its matrices were evaluated in; None for arrays of the record's dtype.
     """
 
     path: str
@@ -49,6 +50,7 @@ class EvaluatedCheckpoint:
     adapter: str | None
     parameters: int
     tokenizer: str
+    quantize: str | None = None  # Older files lack this key.
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class EvaluationRow:
         seconds: time of the evaluation, with loading and compilation.
         scores: by the kind of windows.
         memorisation: None if it was not tested.
+        weight_bytes: bytes of the weights as they were evaluated.
+        bytes_per_token: bytes that are read for one new token after `context` tokens (`model.counts`).
+        fallbacks: names of weights that the format cannot hold, which were in int8.
     """
 
     name: str
@@ -83,6 +88,10 @@ class EvaluationRow:
     seconds: float
     scores: Mapping[str, DomainScores]
     memorisation: DomainMemorisation | None
+    # Older files lack these keys.
+    weight_bytes: int | None = None
+    bytes_per_token: int | None = None
+    fallbacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gemma2_jax.checkpoints import store
-from gemma2_jax.config import UserError
+from gemma2_jax.config import UserError, suggest
 from gemma2_jax.data.tokenizer import Tokenizer
 from gemma2_jax.files import reason
 from gemma2_jax.formats import hub
@@ -30,10 +30,10 @@ from gemma2_jax.formats.recognise import describe, enclosing_run
 from gemma2_jax.formats.source import DTYPES, WeightSource
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.lora import with_adapter
-from gemma2_jax.model.quantised import is_quantised
+from gemma2_jax.model.quantised import WEIGHT_FORMATS, Format, is_quantised
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.vocabulary import check_tokens, resize_rows, without_padding
-from gemma2_jax.model.weights import Params, abstract_params, weight_specs
+from gemma2_jax.model.weights import Params, abstract_params, frozen_dtypes, weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
 _DEEPEST = 4  # folders above a file to search for its checkpoint
@@ -175,6 +175,7 @@ def load(
     mesh: Mesh | None = None,
     tokenizer: str | Path | None = None,
     averaged: bool = False,
+    quantize: str | None = None,
 ) -> tuple[Gemma2, Tokenizer]:
     """Loads the model and the tokenizer of a checkpoint of any kind.
 
@@ -184,19 +185,34 @@ def load(
         mesh: mesh to place the weights on; by default only the first device of this process.
         tokenizer: SentencePiece model file, for a checkpoint without one.
         averaged: whether to take a run's average of the weights (`training.ema`).
+        quantize: format that all matrices are held in, int8 or int4; a model with them cannot be trained.
 
     Raises:
         UserError: the checkpoint is incomplete, is not a Gemma 2, or has no matching tokenizer.
     """
     if not _is_accepted(dtype):
         raise UserError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}.")
+    format_ = weight_format(quantize, "quantize")
     source = open_source(path, tokenizer, averaged=averaged)
     found = load_tokenizer(source)
-    return model_of(source, dtype, mesh), found
+    return model_of(source, dtype, mesh, format_=format_), found
+
+
+def weight_format(name: str | None, key: str) -> Format | None:
+    """The format of a whole model with this name; None without one. Raises UserError if there is none of that name."""
+    if name is None:
+        return None
+    if name not in WEIGHT_FORMATS:
+        raise UserError(f"{key} is {name!r}, {suggest(name, WEIGHT_FORMATS)}.")
+    return WEIGHT_FORMATS[name]
 
 
 def model_of(
-    source: WeightSource, dtype: Any, mesh: Mesh | None = None, config: ModelConfig | None = None
+    source: WeightSource,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    config: ModelConfig | None = None,
+    format_: Format | None = None,
 ) -> Gemma2:
     """Loads the model of an open checkpoint; arguments and errors as in `load_params`.
 
@@ -204,11 +220,14 @@ def model_of(
 
     Args:
         config: the source's own by default.
+        format_: format of all matrices, except those of an adapter; None for arrays of `dtype`.
     """
     config = source.config if config is None else config
     if isinstance(source, AdaptedSource):
         source.check_base()
-        return adapted(model_of(source.base, dtype, mesh, config), source.adapter, mesh)
+        return adapted(model_of(source.base, dtype, mesh, config, format_), source.adapter, mesh)
+    if format_ is not None:
+        dtype = frozen_dtypes(weight_specs(config), dtype, format_, whole=True)
     return Gemma2(config, load_params(source, config, dtype, mesh))
 
 
@@ -324,7 +343,7 @@ def load_params(
         mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
     target = abstract_params(weight_specs(source.config), dtype, mesh)
     is_dense = not any(map(is_quantised, jax.tree.leaves(target, is_leaf=is_quantised)))
-    if isinstance(source, RunSource) and is_dense:
+    if isinstance(source, RunSource) and source.quantize is None and is_dense:
         params = store.restore_params(source.path, target, source.tree)  # Orbax reads each device's part
     else:
         params = read_onto_devices(source, target, progress)

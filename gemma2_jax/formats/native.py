@@ -4,22 +4,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from gemma2_jax.checkpoints import store
 from gemma2_jax.config import to_dict, to_yaml
 from gemma2_jax.files import write_bytes, write_text
+from gemma2_jax.formats.based import settings_of_run
 from gemma2_jax.formats.gguf_tokenizer import read_model
-from gemma2_jax.formats.layouts import WeightPlace
+from gemma2_jax.formats.layouts import EMBEDDING, WeightPlace
 from gemma2_jax.formats.metadata import Metadata, load_metadata
 from gemma2_jax.formats.orbax_arrays import OrbaxArrays
 from gemma2_jax.formats.source import TensorInfo, WeightSource, files_below, mismatches, wrong_dtypes
 from gemma2_jax.model.config import ModelConfig
+from gemma2_jax.model.qat import rounded
 from gemma2_jax.model.weights import Params, specs_by_path, weight_specs
 
 
 class RunSource(WeightSource):
     """A run's newest checkpoint with intact parameters, which are read one at a time.
+
+    The matrices of a run of adaptation=qat are read as their format rounds them, as they were in training.
 
     Older versions stored the layers of a stack in one chunk; such a stack is read at once and kept.
 
@@ -29,6 +34,7 @@ class RunSource(WeightSource):
     Attributes:
         tree: name of the parameters' tree in the checkpoint.
         step: step of the checkpoint.
+        quantize: the format of adaptation=qat; None for other runs.
         skipped: the defect of each newer checkpoint, one clause each.
 
     Raises:
@@ -44,6 +50,9 @@ class RunSource(WeightSource):
         tokenizer = self.path / store.TOKENIZER_FILE
         self.tokenizer = tokenizer if tokenizer.exists() else None
         self.metadata = load_metadata(self.path)
+        settings = settings_of_run(self.path)
+        self.quantize = None if settings is None else settings.quantize
+        self._specs = specs_by_path(weight_specs(self.config))
         self._whole: dict[str, np.ndarray] = {}
         found, params = store.describe_params(self.path, self.tree)
         self.step, self.skipped = found.step, found.skipped
@@ -58,14 +67,25 @@ class RunSource(WeightSource):
         return files_below([step / self.tree])
 
     def problems(self) -> list[str]:
-        shapes = {path: spec.shape for path, spec in specs_by_path(weight_specs(self.config)).items()}
+        shapes = {path: spec.shape for path, spec in self._specs.items()}
         return mismatches(self.path, shapes, self.tensors) + wrong_dtypes(self.tensors)
 
     def weight(self, place: WeightPlace) -> np.ndarray:
-        return self._read(place.path, ... if place.pair is None else place.pair)
+        return self._rounded(place, self._read(place.path, ... if place.pair is None else place.pair))
 
     def rows(self, place: WeightPlace, rows: slice) -> np.ndarray:
-        return self._read(place.path, rows if place.pair is None else (place.pair, rows))
+        if self.quantize is not None and place.path != EMBEDDING:  # blocks may run along these rows
+            return self.weight(place)[rows]
+        return self._rounded(
+            place, self._read(place.path, rows if place.pair is None else (place.pair, rows))
+        )
+
+    def _rounded(self, place: WeightPlace, weight: np.ndarray) -> np.ndarray:
+        spec = self._specs[place.path]
+        if self.quantize is None or not spec.fan_in:
+            return weight
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return np.asarray(_round(weight, spec.dims.removeprefix("P"), self.quantize))
 
     def _read(self, path: str, part: Any) -> np.ndarray:
         """Reads a part of a stored array alone if its chunks allow that, else the whole array once."""
@@ -83,6 +103,9 @@ class RunSource(WeightSource):
     @cached_property
     def _arrays(self) -> OrbaxArrays:
         return OrbaxArrays(store.find_params(self.path, self.tree).path / self.tree)
+
+
+_round = jax.jit(rounded, static_argnums=(1, 2))
 
 
 def write_run(

@@ -33,15 +33,15 @@ def read_onto_devices(source: WeightSource, target: Any, progress: Callable[[int
         leaf, branch, name = _find(target, params, place.path)
         part = source.weight(place)
         _check_part(part, leaf, f"{source.path}: {place.path}")
+        shardings, dims = jax.tree.map(lambda array: array.sharding, leaf), letters[place.path].dims
+        whole = shardings.codes if is_quantised(leaf) else shardings
         if place.pair is None:
-            branch[name] = _converter(leaf.dtype, leaf.sharding)(put(part, leaf.sharding))
+            branch[name] = _converter(storage_of(leaf), dims, shardings)(put(part, whole))
         else:
-            shardings = jax.tree.map(lambda array: array.sharding, leaf)
             if name not in branch:
                 branch[name] = _zeros(leaf, shardings)
-            stacked = shardings.codes if is_quantised(leaf) else shardings
-            sharding = NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
-            write = _setter(storage_of(leaf), letters[place.path].dims[1:], shardings)
+            sharding = NamedSharding(whole.mesh, PartitionSpec(*whole.spec[1:]))
+            write = _setter(storage_of(leaf), dims[1:], shardings)
             branch[name] = write(branch[name], put(part, sharding), place.pair)
         progress(done, len(places))
     return params
@@ -53,7 +53,8 @@ def _check_part(part: np.ndarray, leaf: Any, name: str) -> None:
         check_range(part, leaf.dtype, name)
     elif leaf.format.overflows(part):
         raise UserError(
-            f"{name} has values beyond what the scales of {leaf.format.name} can hold; choose adaptation.base=nf4."
+            f"{name} has values beyond what the scales of {leaf.format.name} can hold; choose another "
+            "format: adaptation.base=nf4, or int8 of a model that is not trained."
         )
 
 
@@ -78,8 +79,9 @@ def _zeros(leaf: Any, shardings: Any) -> Any:
 
 
 @cache
-def _converter(dtype: Any, sharding: NamedSharding) -> Any:
-    return jax.jit(lambda array: array.astype(dtype), out_shardings=sharding)
+def _converter(kind: Any, dims: str, shardings: Any) -> Any:
+    """Returns a function from an array to the weight in a dtype or `Format`; arguments as in `_setter`."""
+    return jax.jit(lambda array: stored(array, dims, kind), out_shardings=shardings)
 
 
 @cache

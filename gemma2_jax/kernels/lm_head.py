@@ -62,7 +62,12 @@ def head_logits(hidden: jax.Array, embedding: jax.Array, cap: float, vocab_paddi
     Args:
         embedding: [V, D], in hidden's dtype and with the layout of its use.
     """
-    return _cap(_products(hidden, embedding), cap, vocab_padding)
+    return capped_logits(_products(hidden, embedding), cap, vocab_padding)
+
+
+def capped_logits(products: jax.Array, cap: float, vocab_padding: int) -> jax.Array:
+    """Soft-capped logits [..., V] of the products of hidden states and embedding; -1e30 for padding."""
+    return mask_padding(softcap(products, cap), vocab_padding)
 
 
 def dense_sums(
@@ -346,11 +351,9 @@ def _logits(
 
 
 def _caps(heads: Heads, products: Mapping[str, jax.Array]) -> Logits:
-    return {name: _cap(products[name], head.softcap, head.vocab_padding) for name, head in heads.items()}
-
-
-def _cap(products: jax.Array, cap: float, vocab_padding: int) -> jax.Array:
-    return mask_padding(softcap(products, cap), vocab_padding)
+    return {
+        name: capped_logits(products[name], head.softcap, head.vocab_padding) for name, head in heads.items()
+    }
 
 
 def _zero_sums(token_loss: TokenLoss, heads: Heads, per_token: Any, coefficients: Any) -> Sums:

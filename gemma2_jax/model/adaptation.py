@@ -11,6 +11,7 @@ from gemma2_jax.config import UserError, refuse, suggest
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.model.lora import TARGETS, Lora
 from gemma2_jax.model.partial import Partial
+from gemma2_jax.model.qat import TRAINED_FORMATS, Qat
 from gemma2_jax.model.quantised import FORMATS, Format
 from gemma2_jax.model.weights import Params, Specs, weight_specs
 
@@ -19,6 +20,7 @@ _KINDS_OF = {
     "layers": ("partial", *_ADAPTERS),
     "weights": ("partial",),
     "base": ("qlora",),
+    "quantize": ("qat",),
 }  # others: of adapters
 
 
@@ -30,7 +32,9 @@ class AdaptationConfig:
         kind: `full` trains all weights. `partial` trains some weights of the model in initialise.source and freezes the
             others. `lora` freezes that model and trains two narrow matrices A and B beside each adapted weight (LoRA,
             arXiv 2106.09685). `qlora` is the same with the frozen matrices of the layers in four bits (QLoRA, arXiv
-            2305.14314). With all but `full`, checkpoints hold what is trained alone.
+            2305.14314). With these three, checkpoints hold what is trained alone. `qat` trains all weights, the
+            matrices as the format `quantize` rounds them (straight-through estimator, arXiv 1308.3432); its run folder
+            is read as the rounded model.
         weights: for `partial`, patterns of the trained weights' names, in which `*` stands for any text: `mlp/gate`,
             `attention/*`, `*norm/scale`, `embedder/embedding`.
         layers: numbers of the layers with trained weights, counted from 0; null for all layers. With a list, `partial`
@@ -41,9 +45,10 @@ class AdaptationConfig:
         rslora: whether the scale is alpha / sqrt(rank) instead (arXiv 2312.03732), so that it suits all ranks.
         dropout: fraction of the elements of A's input that are dropped in training, from 0 to below 1.
         targets: adapted weights, among q, k, v, o (attention) and gate, up, down (MLP).
+        quantize: for `qat`, the format to train for: `q4_0`, of GGUF, or `int4`, of our own sampler.
     """
 
-    kind: Literal["full", "partial", "lora", "qlora"] = "full"
+    kind: Literal["full", "partial", "lora", "qlora", "qat"] = "full"
     rank: int | None = None
     alpha: float | None = None
     rslora: bool = False
@@ -52,6 +57,7 @@ class AdaptationConfig:
     layers: tuple[int, ...] | None = None
     weights: tuple[str, ...] = ()
     base: Literal["nf4", "int4"] | None = None
+    quantize: Literal["q4_0", "int4"] | None = None
 
     def __post_init__(self) -> None:
         refuse(self._complaints())
@@ -69,7 +75,7 @@ class AdaptationConfig:
     @property
     def has_base(self) -> bool:
         """Whether checkpoints lack the frozen weights, which are those of initialise.source."""
-        return self.kind != "full"
+        return self.kind not in ("full", "qat")
 
     @property
     def scale(self) -> float:
@@ -100,6 +106,11 @@ class AdaptationConfig:
             )
         if self.kind == "qlora" and self.base is None:
             yield f"adaptation.base is null with adaptation.kind qlora; it must be {' or '.join(FORMATS)}."
+        if self.kind == "qat" and self.quantize is None:
+            yield (
+                "adaptation.quantize is null with adaptation.kind qat; it must be the format to train for, "
+                f"{' or '.join(TRAINED_FORMATS)}."
+            )
         if self.is_adapter:
             yield from self._about_adapter()
 
@@ -167,6 +178,9 @@ def build_adaptation(config: AdaptationConfig, model: ModelConfig) -> Adaptation
         return FULL
     if config.kind == "partial":
         return Partial(model, config.weights, config.layers)
+    if config.kind == "qat":
+        assert config.quantize is not None
+        return Qat(model, config.quantize)
     assert config.rank is not None
     for name in ("d_model", "d_ff") if config.base is not None else ():
         if getattr(model, name) % 2:

@@ -1,7 +1,8 @@
 """Products of activations and weights: the only file that depends on how a weight is represented.
 
-A weight is an array, a `QuantisedWeight`, or an `AdaptedWeight` of either. Another tree in its place passes through
-models unchanged, and is interpreted by a branch in `for_use`, or in `_base_product` if the product itself differs.
+A weight is an array, a `RoundedWeight`, a `QuantisedWeight`, or an `AdaptedWeight` of an array or a quantised weight.
+Another tree in its place passes through models unchanged, and is interpreted by a branch in `for_use`, or in
+`_base_product` if the product itself differs.
 """
 
 from dataclasses import dataclass, replace
@@ -12,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gemma2_jax.kernels.lm_head import head_logits
-from gemma2_jax.model.quantised import QuantisedWeight, dequantise, gathered_parts
-from gemma2_jax.sharding.layout import constrain, constrain_in_lookup
+from gemma2_jax.kernels.lm_head import capped_logits, head_logits
+from gemma2_jax.model.qat import RoundedWeight
+from gemma2_jax.model.quantised import QuantisedWeight, dequantise, gathered_parts, rows_of
+from gemma2_jax.sharding.layout import constrain, constrain_in_lookup, is_split
 
+_ROWS = 8192  # of a quantised table that are dequantised at a time for logits
 WEIGHT_PRODUCT = "weight_product"  # name of the results of `linear` in remat policies
 
 
@@ -68,13 +71,35 @@ def linear_in_float32(spec: str, x: jax.Array, weight: Any, dims: str) -> jax.Ar
 
 def lookup(tokens: jax.Array, table: Any, dtype: Any) -> jax.Array:
     """Rows of a table [V, D] for tokens [B, T]: [B, T, D], in `dtype`."""
-    table = constrain_in_lookup(table, "VD")
-    return constrain_in_lookup(table[constrain_in_lookup(tokens, "BT")].astype(dtype), "BTD")
+    tokens = constrain_in_lookup(tokens, "BT")
+
+    def take(part: jax.Array) -> jax.Array:
+        return constrain_in_lookup(part, "VD")[tokens]
+
+    if isinstance(table, QuantisedWeight):  # only the rows that are looked up are dequantised
+        return constrain_in_lookup(dequantise(rows_of(table, take), dtype), "BTD")
+    return constrain_in_lookup(take(dense(table, dtype)).astype(dtype), "BTD")
 
 
 def logits(x: jax.Array, table: Any, cap: float, vocab_padding: int) -> jax.Array:
     """Soft-capped float32 logits [..., V] of final hidden states [..., D] and a table [V, D]; -1e30 for padding."""
+    if isinstance(table, QuantisedWeight) and not is_split("V"):
+        return capped_logits(_products_by_rows(x, table), cap, vocab_padding)
     return head_logits(x, for_use(table, "VD", x.dtype), cap, vocab_padding)
+
+
+def _products_by_rows(x: jax.Array, table: QuantisedWeight) -> jax.Array:
+    """The float32 products [..., V] with a table [V, D], some rows of which are dequantised at a time."""
+    V = table.codes.shape[0]
+    count = min(_ROWS, V)
+
+    def add(number: jax.Array, products: jax.Array) -> jax.Array:
+        first = number * count  # JAX moves the last slices so that they fit; they overlap with those before
+        rows = rows_of(table, lambda part: jax.lax.dynamic_slice_in_dim(part, first, count))
+        some = linear_in_float32("...D,VD->...V", x, rows, "VD")
+        return jax.lax.dynamic_update_slice_in_dim(products, some, first, axis=-1)
+
+    return jax.lax.fori_loop(0, -(-V // count), add, jnp.zeros((*x.shape[:-1], V), jnp.float32))
 
 
 def for_use(weight: Any, dims: str, dtype: Any) -> jax.Array:
@@ -86,9 +111,17 @@ def for_use(weight: Any, dims: str, dtype: Any) -> jax.Array:
         base = weight.base
         base = for_use(base, dims, jnp.float32) if isinstance(base, QuantisedWeight) else base
         weight = merged(base, weight.a, weight.b, weight.scale, stacked=dims.startswith("P"))
-    if isinstance(weight, QuantisedWeight):  # is gathered in four bits
+    if isinstance(weight, QuantisedWeight):  # is gathered in its few bits
         weight = dequantise(gathered_parts(weight, dims), dtype)
     return constrain(cast(weight, dtype), dims)
+
+
+def dense(weight: Any, dtype: Any) -> jax.Array:
+    """The array of a weight that has no adapter: in `dtype` if it is quantised, else in its own dtype."""
+    if isinstance(weight, QuantisedWeight):
+        return dequantise(weight, dtype)
+    array: jax.Array = weight.values() if isinstance(weight, RoundedWeight) else weight
+    return array
 
 
 def gathered(weight: Any, dims: str, dtype: Any) -> Any:
@@ -116,7 +149,7 @@ def cast(weight: Any, dtype: Any) -> Any:
     if isinstance(weight, AdaptedWeight):
         base, a, b = (cast(part, dtype) for part in (weight.base, weight.a, weight.b))
         return replace(weight, base=base, a=a, b=b)
-    return weight.astype(dtype)
+    return dense(weight, dtype).astype(dtype)
 
 
 def merged(base: Any, a: Any, b: Any, scale: float, stacked: bool = False) -> Any:

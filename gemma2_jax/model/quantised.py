@@ -1,9 +1,9 @@
-"""Matrices in four bits, for a frozen model that must be small: quantised once, dequantised wherever they are used.
+"""Matrices in four or eight bits, for a frozen model that must be small: quantised once, dequantised wherever used.
 
-A block of neighbouring numbers shares one constant, and each number is a code of four bits. Blocks run along the last
-axis that a product sums over, within a head: D of query, key, value, gate and up, H of the attention's output, F of
-down. These are the blocks of bitsandbytes in Hugging Face's layout. They have 64 (nf4) or 32 (int4) numbers, or, where
-that does not divide the axis, its largest even divisor below.
+In four bits, a block of neighbouring numbers shares one constant, and each number is a code. Blocks run along the last
+axis that a product sums over, within a head: D of query, key, value, gate, up and the embedding, H of the attention's
+output, F of down. These are the blocks of bitsandbytes in Hugging Face's layout. They have 64 (nf4) or 32 (int4)
+numbers, or, where that does not divide the axis, its largest even divisor below.
 
 `nf4` (QLoRA, arXiv 2305.14314, section 3): a code stands for one of 16 levels, quantiles of a normal distribution,
 times the block's largest magnitude c. The constants c are quantised in turn (double quantisation): their mean over the
@@ -12,10 +12,13 @@ weight is subtracted, and a code of eight bits stands for one of 256 levels (the
 
 `int4`: a code stands for an integer from -8 to 7, times the block's scale in float16, with which the number of largest
 magnitude is -8. (The grid of llama.cpp's Q4_0.) 4.5 bits per number.
+
+`int8`: a code stands for an integer from -127 to 127, times a float32 scale that all numbers share which a product sums
+over, such as a row of the embedding. It holds axes of any length.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,28 +40,34 @@ NF4_LEVELS = (
 _GROUP = 256  # constants that share one scale
 _EXPONENTS = 7  # of the dynamic map
 _INT4_LOWEST = -8
+_INT8_HIGHEST = 127
 
 
 @dataclass(frozen=True)
 class Format:
-    """A representation of weights in four bits.
+    """A representation of weights in four or eight bits.
 
     Attributes:
         name: its name in configurations.
-        block: numbers that share one constant.
+        block: numbers that share one constant; None for all that a product sums over.
     """
 
     name: str
-    block: int
+    block: int | None
 
     def overflows(self, weight: np.ndarray) -> bool:
         """Whether numbers of the weight are too large for this format's constants."""
         largest = float(np.max(np.abs(weight), initial=0.0))
         return self == INT4 and largest > -_INT4_LOWEST * float(np.finfo(np.float16).max)
 
+    def holding(self, dims: str, shape: tuple[int, ...]) -> "Format":
+        """This format, or int8 if it cannot hold a weight of these letters: two codes of a block share a byte."""
+        return INT8 if self.block is not None and shape[len(dims) + block_axis(dims)] % 2 else self
 
-NF4, INT4 = Format("nf4", 64), Format("int4", 32)
-FORMATS = {format_.name: format_ for format_ in (NF4, INT4)}
+
+NF4, INT4, INT8 = Format("nf4", 64), Format("int4", 32), Format("int8", None)
+FORMATS = {format_.name: format_ for format_ in (NF4, INT4)}  # of the base of an adapter
+WEIGHT_FORMATS = {format_.name: format_ for format_ in (INT8, INT4)}  # of a whole model that is not trained
 
 
 @partial(
@@ -68,16 +77,18 @@ FORMATS = {format_.name: format_ for format_ in (NF4, INT4)}
 )
 @dataclass(frozen=True)
 class QuantisedWeight:
-    """A matrix of the layers in four bits, in place of its array; its axes have the same letters.
+    """A matrix in four or eight bits, in place of its array; its axes have the same letters.
 
     Attributes:
-        codes: uint8, shaped like the weight, but half as long along the blocks. A byte holds two numbers of a block:
-            number i in its lower half, and number i + block / 2 in its upper half.
-        scales: one entry per block: float16, or with nf4 uint8, the code of a constant.
+        codes: int8, shaped like the weight. In four bits uint8, and half as long along the blocks. A byte then holds
+            two numbers of a block: number i in its lower half, and number i + block / 2 in its upper half.
+        scales: one entry per block: float16, or with nf4 uint8, the code of a constant. With int8 float32, shaped like
+            the weight with 1 in place of the axes that a product sums over.
         group_scales: with nf4, float32: the scale of each group of neighbours in `scales` along the last axis.
         offset: with nf4, float32: the mean of the constants, a scalar or [P].
         format: how numbers are represented.
-        axis: the axis that blocks run along, counted from the end, so that it is the same without a leading P.
+        axis: the axis that blocks run along (the last one of those with int8), counted from the end, so that it is
+            the same without a leading P.
         iteration: int32, the number of the loop's iteration that uses the weight: `dequantise` depends on it, so that
             the compiler cannot dequantise the weights of all iterations before the loop. None outside of loops.
     """
@@ -96,13 +107,20 @@ def is_quantised(node: Any) -> bool:
     return isinstance(node, QuantisedWeight)
 
 
+def block_axis(dims: str) -> int:
+    """The last axis that a product with a weight of these letters sums over, counted from the end."""
+    return _summed_axes(dims)[-1]
+
+
 def quantise(weight: jax.Array, dims: str, format_: Format) -> QuantisedWeight:
-    """The weight in four bits. Each block gets the nearest levels.
+    """The weight in a format. Each number gets the nearest level.
 
     Args:
-        weight: a matrix of the layers, of any dtype, with or without a leading axis P; dims: its letters.
+        weight: a matrix of any dtype, with or without a leading axis P; dims: its letters.
     """
-    axis = _block_axis(dims)
+    axis = block_axis(dims)
+    if format_.block is None:
+        return _in_int8(weight.astype(jnp.float32), _summed_axes(dims), axis)
     block = _largest_divisor(weight.shape[axis], format_.block, step=2)
     x = _split(weight.astype(jnp.float32), axis, block)
     high, low = jnp.max(x, axis, keepdims=True), jnp.min(x, axis, keepdims=True)
@@ -125,12 +143,25 @@ def dequantise(weight: QuantisedWeight, dtype: Any) -> jax.Array:
     codes, axis = weight.codes, weight.axis
     if weight.iteration is not None:
         codes = stays_in_loop(codes, jnp.asarray(weight.iteration))
+    if weight.format == INT8:
+        product: jax.Array = codes.astype(jnp.float32) * weight.scales
+        return product.astype(dtype)
     packed = _split(codes, axis, codes.shape[axis] // weight.scales.shape[axis])
     numbers = jnp.concatenate([packed & 15, packed >> 4], axis)
     levels = _nf4_levels(numbers) if weight.format == NF4 else numbers.astype(jnp.float32) + _INT4_LOWEST
     # Behind a barrier, the compiler computes each constant once, and not for every number of its block.
     constants = jax.lax.optimization_barrier(_constants(weight))
     return _joined((levels * jnp.expand_dims(constants, axis)).astype(dtype), axis)
+
+
+def weight_bytes(params: Any) -> int:
+    """Bytes of all arrays of a model's parameters, also of quantised ones."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def rows_of(table: QuantisedWeight, take: Callable[[Any], Any]) -> QuantisedWeight:
+    """Rows of a table [V, D]; `take` selects the rows of each part."""
+    return replace(table, codes=take(table.codes), scales=take(table.scales))
 
 
 def gathered_parts(weight: QuantisedWeight, dims: str) -> QuantisedWeight:
@@ -172,7 +203,9 @@ def abstract_quantised(
 
     blocks = f"{path}, in {format_.name}"
     axis = len(dims) + found.axis
-    if dims[axis] != "D":  # stays split in use, so a block must be whole on one device
+    if (
+        dims[axis] != "D" and format_.block is not None
+    ):  # stays split in use: a block must be whole on one device
         weight_sharding(mesh, f"{blocks}, by blocks", dims[axis], (found.scales.shape[axis],))
     whole = even_weight_sharding(mesh, "", ())
     return replace(
@@ -184,9 +217,16 @@ def abstract_quantised(
     )
 
 
-def _block_axis(dims: str) -> int:
-    """The axis of the last letter that a product sums over, counted from the end."""
-    return -2 if dims.endswith("D") else dims.index("D") - len(dims)
+def _summed_axes(dims: str) -> tuple[int, ...]:
+    """The axes that a product sums over, counted from the end: D, or the others of a weight whose result has D."""
+    summed = [d for d in dims if d not in "PD"] if dims.endswith("D") and "V" not in dims else "D"
+    return tuple(dims.index(d) - len(dims) for d in summed)
+
+
+def _in_int8(weight: jax.Array, summed: tuple[int, ...], axis: int) -> QuantisedWeight:
+    scales = jnp.max(jnp.abs(weight), summed, keepdims=True) / _INT8_HIGHEST
+    codes = jnp.round(weight / _above_zero(scales)).astype(jnp.int8)
+    return QuantisedWeight(codes, scales, None, None, INT8, axis)
 
 
 def _largest_divisor(size: int, limit: int, step: int = 1) -> int:

@@ -19,7 +19,7 @@ from gemma2_jax.kernels.tuning import stays_in_loop
 from gemma2_jax.model.attention import Attention
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.layers import MLP, Embedder, RMSNorm
-from gemma2_jax.model.linear import WEIGHT_PRODUCT
+from gemma2_jax.model.linear import WEIGHT_PRODUCT, dense
 from gemma2_jax.model.quantised import is_quantised
 from gemma2_jax.model.stack import parts_of
 from gemma2_jax.model.weights import Params, init_params, map_specs, weight_specs
@@ -153,8 +153,8 @@ class Gemma2(nnx.Module):
             return self.final_norm(x), collected
 
     def head(self, hidden: jax.Array) -> LMHead:
-        """The LM head on final hidden states [B, T, D]."""
-        config, embedding = self.config, self.embedder.embedding.get_value()
+        """The LM head on final hidden states [B, T, D]. A quantised embedding is dequantised as a whole."""
+        config, embedding = self.config, dense(self.embedder.embedding.get_value(), hidden.dtype)
         return LMHead(hidden, embedding, config.final_logit_softcap, config.vocab_padding)
 
 

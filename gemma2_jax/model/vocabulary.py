@@ -1,6 +1,7 @@
 """Tokens and rows: an embedding may have more rows than there are tokens (`ModelConfig.vocab_padding`)."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ def resize_rows(params: Params, config: ModelConfig, rows: int) -> tuple[Params,
     """The same model with `rows` rows in its embedding: padding is cut off, or rows of zeros are appended.
 
     Args:
-        params: laid out like `weight_specs(config)`; the embedding stays on its devices, with the same sharding.
+        params: laid out like `weight_specs(config)`; the embedding, an array or quantised, stays on its devices, with
+            the same sharding.
         rows: a multiple of the mesh's tensor axis, if there is a mesh.
 
     Returns:
@@ -48,6 +50,7 @@ def resize_rows(params: Params, config: ModelConfig, rows: int) -> tuple[Params,
         return jnp.pad(kept, ((0, rows - kept.shape[0]), (0, 0)))
 
     if rows != config.vocab_size:
-        embedding = jax.jit(resize, out_shardings=embedding.sharding)(embedding)
+        shardings = jax.tree.map(lambda part: part.sharding, embedding)
+        embedding = jax.jit(partial(jax.tree.map, resize), out_shardings=shardings)(embedding)
     resized = replace(config, vocab_size=rows, vocab_padding=rows - config.num_tokens)
     return {**params, "embedder": {"embedding": embedding}}, resized

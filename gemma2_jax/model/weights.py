@@ -138,21 +138,34 @@ def abstract_params(specs: Any, dtype: Any = jnp.float32, mesh: Mesh | None = No
     )
 
 
-def frozen_dtypes(specs: Any, dtype: Any, format_: Format | None = None) -> Any:
+def frozen_dtypes(specs: Any, dtype: Any, format_: Format | None = None, whole: bool = False) -> Any:
     """Dtypes of frozen weights, laid out like `specs`: that of their products, but float32 for the norms' scales.
 
     Training results are the same as with float32, since `linear` converts weights to that dtype anyway.
 
     Args:
-        format_: format of the layers' matrices in place of a dtype; the embedding keeps its dtype.
+        format_: format of the layers' matrices in place of a dtype; one that it cannot hold gets `Format.holding`.
+        whole: whether the embedding has that format, too; otherwise it keeps its dtype.
     """
 
     def choose(_: str, spec: Weight) -> Any:
         if not spec.fan_in:
             return jnp.dtype(jnp.float32)
-        return jnp.dtype(dtype) if format_ is None or not spec.dims.startswith("P") else format_
+        if format_ is None or not (whole or spec.dims.startswith("P")):
+            return jnp.dtype(dtype)
+        return format_.holding(spec.dims, spec.shape)
 
     return map_specs(choose, specs)
+
+
+def fallbacks(specs: Any, format_: Format) -> list[str]:
+    """The names of the weights that a format cannot hold, which are in another (`Format.holding`); for messages."""
+    found = {
+        path.split("/", 2)[-1] if path.startswith("pairs/") else path: None
+        for path, spec in specs_by_path(specs).items()
+        if spec.fan_in and format_.holding(spec.dims, spec.shape) != format_
+    }
+    return list(found)
 
 
 def init_params(specs: Any, key: jax.Array, prefix: str = "") -> Any:

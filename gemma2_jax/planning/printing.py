@@ -1,12 +1,17 @@
 """Tables for the terminal: plans, searches and placements."""
 
+from collections.abc import Callable
+
 from rich import box, table
 from rich.console import Console
 from rich.text import Text
 
+from gemma2_jax.planning.count import ProgramCost
+from gemma2_jax.planning.decoding_plan import DecodingPlan, Phase
 from gemma2_jax.planning.memory import in_units
 from gemma2_jax.planning.placement import PlacedModel, Placement
 from gemma2_jax.planning.plan import Plan
+from gemma2_jax.planning.roofline import Bounds
 from gemma2_jax.planning.search import SearchResult
 from gemma2_jax.planning.topologies import Topology
 
@@ -125,6 +130,50 @@ def _estimated(plan: Plan) -> list[tuple[str, str]]:
             f"MFU {plan.utilisation:.0%} (estimate)",
         ),
     ]
+
+
+def print_decoding(plan: DecodingPlan, console: Console) -> None:
+    """Prints the plan of generation; times are marked as estimates."""
+    verdict, style = ("fits", "bold green") if plan.fits else ("does not fit", "bold red")
+    rows = f"{plan.batch:,} x {plan.context:,} positions"
+    _print_line(
+        console, f"{plan.name} in {plan.weights_in} on {plan.topology.name}, {rows}, {verdict}.", style
+    )
+    grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("per device", "prefill", "decoding of a token"):
+        grid.add_column(name, justify="left" if name == "per device" else "right")
+    capacity, phases = plan.topology.capacity, (plan.prefill, plan.decode)
+    grid.add_row("weights", *[in_units(plan.weights)] * 2)
+    grid.add_row("keys and values", *[in_units(plan.cache)] * 2)
+    grid.add_row(
+        "temporaries",
+        *("unknown" if phase.memory.temp is None else in_units(phase.memory.temp) for phase in phases),
+    )
+    grid.add_row(
+        f"memory, of {in_units(capacity)}",
+        *(f"{in_units(phase.memory.peak)} ({phase.memory.peak / capacity:.0%})" for phase in phases),
+    )
+    for name, cell in _DECODING_CELLS.items():
+        grid.add_row(name, *(_cell(phase, cell) for phase in phases))
+    console.print(grid)
+    _print_line(
+        console, f"A token reads at least {in_units(plan.ideal)}: all weights, keys and values once.", "dim"
+    )
+    _print_line(
+        console, "Times are estimates: bounds from data-sheet peaks, which no real step reaches.", "dim"
+    )
+
+
+_DECODING_CELLS: dict[str, Callable[[Phase, ProgramCost, Bounds], str]] = {
+    "FLOPs of products": lambda phase, cost, least: f"{cost.flops:.3e}",
+    "memory traffic": lambda phase, cost, least: in_units(round(cost.bytes)),
+    "minimum time": lambda phase, cost, least: f"{1000 * least.seconds:,.2f} ms, by {least.binding}",
+    "tokens/s at most": lambda phase, cost, least: f"{phase.tokens / least.seconds:,.0f}",
+}
+
+
+def _cell(phase: Phase, cell: Callable[[Phase, ProgramCost, Bounds], str]) -> str:
+    return "" if phase.cost is None or phase.bounds is None else cell(phase, phase.cost, phase.bounds)
 
 
 def _print_line(console: Console, line: str, style: str = "") -> None:

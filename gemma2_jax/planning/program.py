@@ -136,30 +136,48 @@ def compile_step(runs: Sequence[RunConfig], topology: Topology, method: Method) 
     inputs = abstract_inputs(method, update, config, mesh)
     argument = device_bytes((inputs.state, inputs.frozen, inputs.batch))
     started = time.perf_counter()
+    with for_topology(config, mesh, topology):
+        step = build_train_step(method, update, inputs.state, config.layout, config.training.accumulation)
+        lowered = step.lower(inputs.state, inputs.frozen, inputs.batch)
+        memory, text = compiled(lowered, argument, topology, "the step")
+    return Program(mesh, inputs, time.perf_counter() - started, memory, text)
+
+
+@contextmanager
+def for_topology(config: RunConfig, mesh: Mesh, topology: Topology) -> Iterator[None]:
+    """Lowers and compiles everything inside for a topology, with the run's layout and compilation cache."""
     # Kernel libraries such as tokamax look at the default device, not at the mesh, to find the kind of device.
     device = jax.default_device(topology.devices[0])
     with jax.set_mesh(mesh), device, laid_out(config.layout), _compilation_cache(config):
-        step = build_train_step(method, update, inputs.state, config.layout, config.training.accumulation)
-        lowered = step.lower(inputs.state, inputs.frozen, inputs.batch)
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            required = required_bytes(str(error))
-            if required is None:
-                raise UserError(
-                    f"the step cannot be compiled for {topology.name}: {one_line(error)}."
-                ) from None
-            seconds = time.perf_counter() - started
-            return Program(mesh, inputs, seconds, Memory(argument, None, required), None)
-    seconds = time.perf_counter() - started
-    found: Any = compiled.memory_analysis()
+        yield
+
+
+def compiled(
+    lowered: jax.stages.Lowered, argument: int, topology: Topology, what: str
+) -> tuple[Memory, str | None]:
+    """Compiles a program; returns its memory and its optimised text, None if it does not fit.
+
+    Args:
+        argument: bytes of its arguments on one device; what: its name in messages.
+
+    Raises:
+        UserError: compilation fails for a reason other than memory.
+    """
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        required = required_bytes(str(error))
+        if required is None:
+            raise UserError(f"{what} cannot be compiled for {topology.name}: {one_line(error)}.") from None
+        return Memory(argument, None, required), None
+    found: Any = program.memory_analysis()
     memory = Memory(
         found.argument_size_in_bytes,
         found.temp_size_in_bytes,
         _peak(found, topology.platform),
         found.host_temp_size_in_bytes,
     )
-    return Program(mesh, inputs, seconds, memory, compiled.as_text())
+    return memory, program.as_text()
 
 
 @contextmanager

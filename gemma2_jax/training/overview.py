@@ -8,12 +8,19 @@ from gemma2_jax.data.prepared_settings import cut_note
 from gemma2_jax.data.shards import read_data_manifest
 from gemma2_jax.model.adaptation import divided_specs
 from gemma2_jax.model.counts import count_parameters, count_weights
+from gemma2_jax.model.qat import told_fallbacks
 from gemma2_jax.run import RunConfig
 
 
 def describe_adaptation(config: RunConfig) -> list[str]:
-    """A line about the trained part of a model; none if all weights are trained."""
+    """Lines about the trained part of a model, and about rounding; none if all weights are trained without it."""
     settings = config.adaptation
+    if settings.quantize is not None:
+        notes = [
+            f"trained as {settings.quantize} rounds it",
+            *told_fallbacks(config.model, settings.quantize),
+        ]
+        return [f"{config.name}: {note}" for note in notes]
     if not settings.has_base:
         return []
     trained = count_weights(divided_specs(settings, config.model)[0])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,9 +54,37 @@ def test_checkpoints_are_compared_by_domain(run_folder, text, tmp_path, capsys):
     assert row.memorisation is not None
 
 
+def test_formats_are_rows_with_their_bytes(run_folder, text, tmp_path, capsys):
+    target = tmp_path / "evaluation.json"
+    command = ["eval", str(run_folder), "--teacher", str(run_folder), "--context", "24", "--batch", "2"]
+    command += [
+        "--text",
+        f"{text}/*.txt",
+        "--quantize",
+        "none,int8,int4",
+        "--json",
+        str(target),
+        "mesh.data=1",
+    ]
+    assert main(command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "read a token: all weights, keys and values of 24 tokens" in shown
+    record = build(EvaluationRecord, read_json(target), str(target))
+    assert [row.checkpoint.quantize for row in record.rows] == [None, "int8", "int4"]
+    assert [row.name for row in record.rows][1:] == [f"{run_folder} in int8", f"{run_folder} in int4"]
+    kls: list[Any] = [row.scores["document"].total.kl for row in record.rows]
+    assert kls[0] == 0
+    assert kls[0] < kls[1] < kls[2]
+    sizes: list[Any] = [row.weight_bytes for row in record.rows]
+    read: list[Any] = [row.bytes_per_token for row in record.rows]
+    assert sizes[0] > 3 * sizes[1] > 4.5 * sizes[2]
+    assert len({token - size for token, size in zip(read, sizes, strict=True)}) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        (["--quantize", "int8,int5"], "--quantize has 'int5', did you mean"),
         (["--windows", "slding"], "--windows is 'slding', did you mean sliding (accepted:"),
         (
             ["--text", "x", "--stride", "3"],

@@ -5,14 +5,17 @@ import json
 import os
 import re
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from gemma2_jax.cli import generate
 from gemma2_jax.cli.main import main
 from gemma2_jax.config import UserError
+from gemma2_jax.formats.native import write_run
+from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.generation import DraftStatistics
 
@@ -44,9 +47,9 @@ def asked(monkeypatch):
         calls.extend([] if tokenizer is None else [([tokenizer], SamplingConfig())])
         return folder
 
-    def model_of(source, dtype, mesh):
+    def model_of(source, dtype, mesh, format_=None):
         assert mesh is None
-        return f"{dtype} model of {source}"
+        return f"{dtype} model of {source}" + (f" in {format_.name}" if format_ else "")
 
     monkeypatch.setattr("gemma2_jax.sampling.sampler.Sampler", Sampler)
     monkeypatch.setattr("gemma2_jax.formats.load.open_source", open_source)
@@ -83,6 +86,16 @@ def test_one_prompt_is_continued_where_it_ends(asked, capsys):
     assert asked == [
         (["The file"], SamplingConfig(max_new_tokens=9, temperature=0, top_k=3, top_p=0.5, seed=4))
     ]
+
+
+def test_weights_that_a_format_cannot_hold_are_told(toy_run, tokenizer, tmp_path, capsys):
+    model = replace(toy_run.model, d_ff=65)
+    write_run(tmp_path / "run", model, Gemma2.init(model, jax.random.key(0)).params(), toy_run.tokenizer.path)
+    asked = ["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "the", "--max-new-tokens", "2"]
+    assert main([*asked, "--quantize", "int4", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert 1 <= len(json.loads(shown.out)["tokens"]) <= 2
+    assert "mlp/down in int8: int4 holds no rows of odd length" in shown.err
 
 
 def test_several_prompts_are_numbered(asked, capsys):

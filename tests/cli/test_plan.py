@@ -42,6 +42,45 @@ def test_what_does_not_fit_has_an_exit_code_of_its_own(monkeypatch, capsys):
     assert "What would help:" in output
 
 
+def test_generation_is_planned_in_a_format(capsys):
+    asked = ["plan", "--decode", "model=toy", "tokenizer.vocab_size=512", "topology=cpu:1", "mesh.data=1"]
+    asked += ["--batch", "2", "--context", "32", "--quantize", "int4"]
+    assert main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["fits"], found["weights_in"], found["batch"], found["context"]) == (True, "int4", 2, 32)
+    assert (
+        4 * count_parameters(compose(["model=toy", "tokenizer.vocab_size=512"]).model).total
+        > 6 * found["weights"]
+    )
+    assert found["prefill"]["tokens"] == 64
+    assert found["decode"]["tokens"] == 2
+    assert found["prefill"]["flops"] > 8 * found["decode"]["flops"] > 0
+    assert found["decode"]["memory_per_device"]["argument_bytes"] >= found["weights"] + found["cache"]
+    assert found["weights"] < found["ideal"] <= found["weights"] + found["cache"]
+
+
+def test_a_plan_of_generation_is_printed(capsys):
+    asked = ["plan", "--decode", "model=toy", "tokenizer.vocab_size=512", "topology=cpu:1", "mesh.data=1"]
+    assert main([*asked, "--context", "32"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "run in float32 on cpu:1, 1 x 32 positions, fits." in shown
+    assert "A token reads at least" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--batch", "2"], "--batch belongs to --decode"),
+        (["--decode", "--context", "0"], "--context is 0; both must be at least 1"),
+        (["--decode", "--batch", "3", "mesh.data=8"], "--batch is 3 rows, which"),
+    ],
+)
+def test_options_of_generation_are_checked(options, sentence, capsys):
+    topology = "topology=cpu:8" if "mesh.data=8" in options else "topology=cpu:1"
+    assert main(["plan", "model=toy", topology, *options]) == 1
+    assert sentence in capsys.readouterr().err
+
+
 def test_placement_needs_no_compiler(monkeypatch, capsys):
     monkeypatch.setattr("gemma2_jax.planning.program.compile_step", None)
     monkeypatch.setenv("COLUMNS", "120")
