@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gemma2_jax.config import UserError, build
-from gemma2_jax.formats import gguf as gguf_module
+from gemma2_jax.formats.gguf_encodings import encode_tensor, ggml_type, plan_storage
 from gemma2_jax.formats.layouts import GGUF, expand
 from gemma2_jax.model.adaptation import AdaptationConfig, build_adaptation
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
@@ -77,8 +77,9 @@ def test_q4_0_is_what_gguf_holds(model: ModelConfig) -> None:
     gguf = pytest.importorskip("gguf")
     specs = weight_specs(model)
     params = jax.jit(partial(init_params, specs))(jax.random.key(0))
-    _, kinds = gguf_module._plan(model, "q4_0")
-    for name, entry in expand(GGUF, specs).items():
+    entries = expand(GGUF, specs)
+    storage = plan_storage(gguf, {name: entry.shape for name, entry in entries.items()}, "q4_0")
+    for name, entry in entries.items():
         (place,) = entry.places
         spec = specs_by_path(specs)[place.path]
         if not spec.fan_in:
@@ -87,8 +88,9 @@ def test_q4_0_is_what_gguf_holds(model: ModelConfig) -> None:
         weight = whole if place.pair is None else whole[place.pair]
         values = np.asarray(round_(weight, spec.dims.removeprefix("P"), "q4_0"))
         for given in (np.asarray(weight), values):
-            encoded = gguf_module._encode(gguf, name, entry.join([given]), kinds[name])
-            decoded = gguf.quants.dequantize(encoded, kinds[name]).reshape(entry.shape)
+            encoded = encode_tensor(gguf, name, entry.join([given]), storage[name])
+            kind = ggml_type(gguf, storage[name].type)
+            decoded = gguf.quants.dequantize(encoded, kind).reshape(entry.shape)
             np.testing.assert_array_equal(decoded, entry.join([values]), err_msg=name)
 
 
