@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma2_jax.model.config import ModelConfig
 
@@ -68,10 +70,22 @@ class LayerCaches:
 @partial(jax.tree_util.register_dataclass, data_fields=["local_block", "global_block"], meta_fields=[])
 @dataclass(frozen=True)
 class Cache:
-    """The caches of both kinds of layer, named as their weights are."""
+    """The caches of local and of global layers, each in the order of `by_window`."""
 
     local_block: LayerCaches
     global_block: LayerCaches
+
+
+def by_window(config: ModelConfig, first: Any, second: Any) -> tuple[Any, Any]:
+    """Stacks of the local and of the global layers, from trees of stacks [P, …] of each pair's first and second layer.
+
+    With `global_every` above 1, the second layers that are local follow all first ones.
+    """
+    if config.global_every == 1:
+        return first, second
+    local = np.array([window is not None for window in config.windows[1::2]])
+    joined = jax.tree.map(lambda one, other: jnp.concatenate([one, other[local]]), first, second)
+    return joined, jax.tree.map(lambda stack: stack[~local], second)
 
 
 def local_size(config: ModelConfig, size: int) -> int:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma2_jax.model.branches import KeysAndValues
-from gemma2_jax.model.cache import Cache, LayerCaches, local_size
+from gemma2_jax.model.cache import Cache, LayerCaches, by_window, local_size
 from gemma2_jax.model.config import ComputeConfig
 from gemma2_jax.model.layers import Embedder, RMSNorm
 from gemma2_jax.model.linear import cast
@@ -57,7 +57,7 @@ class Decoder(nnx.Module):
         segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
         x = self.embedder.encode(tokens, self.compute.dtype)
         x, kept = run_layers(self.pairs, x, positions, segment_ids, self.compute, KeysAndValues())
-        local, global_ = kept["local_block"], kept["global_block"]
+        local, global_ = by_window(self.config, kept["local_block"], kept["global_block"])
         local_slots = local_size(self.config, cache_size)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
         return self._logits(last), Cache(
@@ -79,9 +79,17 @@ class Decoder(nnx.Module):
             x, index, local, global_ = carry
             pair = in_iteration(pair, index + newest)
             x, _, local = pair.local_block(x, lambda layer, x: layer.decode(x, position, local, index))
-            x, _, global_ = pair.global_block(x, lambda layer, x: layer.decode(x, position, global_, index))
+            earlier = index if every == 1 else index // every  # global layers before this pair
+            if pair.global_block.attention.window is not None:
+                place = self.config.num_pairs + index - earlier
+                x, _, local = pair.global_block(x, lambda layer, x: layer.decode(x, position, local, place))
+            else:
+                x, _, global_ = pair.global_block(
+                    x, lambda layer, x: layer.decode(x, position, global_, earlier)
+                )
             return (x, index + 1, local, global_), None
 
+        every = self.config.global_every
         newest = jnp.max(position)  # differs between tokens
         x = self.embedder.encode(tokens[:, None], self.compute.dtype)
         carry = (x, 0, cache.local_block.occupy(position), cache.global_block.occupy(position))
@@ -97,6 +105,6 @@ class Decoder(nnx.Module):
             return Pair(stacked, self.config)
 
         def pair(index: int) -> Pair:
-            return Pair(jax.tree.map(lambda weight: weight[index], stacked), self.config)
+            return Pair(jax.tree.map(lambda weight: weight[index], stacked), self.config, index)
 
         return nnx.List([pair(index) for index in range(self.config.num_pairs)])
