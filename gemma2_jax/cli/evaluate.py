@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,11 +37,12 @@ tokenizers, bits per byte is.
 """
 EPILOG = """\
 keys: mesh, layout and compute (as in gemma2 train; the default is all devices along mesh.data, and float32), hosts,
-compilation_cache, data.text_field=NAME and data.skip_invalid=N for files of records.
+compilation_cache, data.text_field=NAME and data.skip_invalid=N for files of records; model.sliding_window=N replaces
+the window of the models' local layers (null: all layers are global).
 """
 
 _SECTIONS = ("mesh", "layout", "compute", "hosts", "compilation_cache")
-_DATA_KEYS = ("data.text_field", "data.skip_invalid")
+_KEYS = ("data.text_field", "data.skip_invalid", "model.sliding_window")
 _OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")
 
 
@@ -151,7 +153,10 @@ def settings(arguments: argparse.Namespace) -> tuple[list[str], "EvaluationConfi
     composed = _compose([*keys, *swallowed], arguments.config_dir)
     texts = [text for text in arguments.text if text not in swallowed]
     with _named_as_options():
-        return [text for text in given if text not in keys], _config(arguments, composed, texts), composed
+        config = _config(arguments, composed, texts)
+    if any(text.startswith("model.sliding_window=") for text in [*keys, *swallowed]):
+        config = replace(config, sliding_window=composed.model.sliding_window)
+    return [text for text in given if text not in keys], config, composed
 
 
 def _is_key(text: str) -> bool:
@@ -166,10 +171,10 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> "RunConfig":
     from gemma2_jax.config import UserError
 
     for key, value in pairs(overrides):
-        if key.split(".")[0] not in _SECTIONS and key not in _DATA_KEYS:
+        if key.split(".")[0] not in _SECTIONS and key not in _KEYS:
             raise UserError(
                 f"{key}={value} has no effect on an evaluation; accepted: keys of {', '.join(_SECTIONS)}, and "
-                f"{', '.join(_DATA_KEYS)}."
+                f"{', '.join(_KEYS)}."
             )
     return compose(overrides, config_dir)
 

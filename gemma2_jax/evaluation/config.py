@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from gemma2_jax.config import refuse, suggest
 from gemma2_jax.evaluation.windows import DOCUMENT, KINDS, PACKED, SLIDING
@@ -27,6 +28,8 @@ class EvaluationConfig:
         limit: maximum number of documents of each domain; with packed windows, of batches. Null for all.
         teacher: checkpoint to compare each model with.
         adapters: LoRA adapters of the one checkpoint; each is evaluated in place of the checkpoint alone.
+        sliding_window: tokens that a query of the models' local layers attends to, null for all before it, or
+            "checkpoint" for what the checkpoint has. A teacher keeps its own.
         averaged: evaluate the average of a run's weights, or of each adapter's (`training.ema`).
         tokenizer: SentencePiece model file, for checkpoints without one.
         memorisation: maximum number of documents of each domain whose continuations are tested for memorisation; 0 for
@@ -45,6 +48,7 @@ class EvaluationConfig:
     limit: int | None = None
     teacher: str | None = None
     adapters: Sequence[str] = ()
+    sliding_window: int | Literal["checkpoint"] | None = "checkpoint"
     averaged: bool = False
     tokenizer: str | None = None
     memorisation: int = 0
@@ -80,6 +84,11 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"evaluation.{name} is {value}; it must be at least 1."
+        if isinstance(self.sliding_window, str) and self.sliding_window != "checkpoint":
+            yield (
+                f"evaluation.sliding_window is {self.sliding_window!r}; accepted: a number of tokens, null, or "
+                "checkpoint."
+            )
         if self.memorisation < 0:
             yield f"evaluation.memorisation is {self.memorisation}; it must be a number of documents, 0 for no test."
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
@@ -36,6 +36,7 @@ class EvaluatedModel:
     Attributes:
         name: its name in tables.
         path: the checkpoint, as given.
+        sliding_window: as in `EvaluationConfig`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class EvaluatedModel:
     tokenizer: Tokenizer
     averaged: bool = False
     adapter: Adapter | None = None
+    sliding_window: int | Literal["checkpoint"] | None = "checkpoint"
 
     def load(self, dtype: Any, mesh: Mesh, padded_like: ModelConfig | None = None) -> Gemma2:
         """Loads the weights.
@@ -61,7 +63,12 @@ class EvaluatedModel:
             )
         check_activations(mesh, dim_sizes(config))
         model = model_of(self.source, dtype, mesh, config)
-        return model if self.adapter is None else adapted(model, self.adapter, mesh)
+        if self.adapter is not None:
+            model = adapted(model, self.adapter, mesh)
+        if self.sliding_window == "checkpoint":
+            return model
+        every = config.global_every if self.sliding_window else 1
+        return Gemma2(replace(config, sliding_window=self.sliding_window, global_every=every), model.params())
 
     def describe(self) -> EvaluatedCheckpoint:
         """Identifies the checkpoint. Reads all weights once."""
@@ -76,6 +83,7 @@ class EvaluatedModel:
             adapter=None if self.adapter is None else str(self.adapter.path),
             parameters=count_parameters(source.config).total,
             tokenizer=self.tokenizer.fingerprint,
+            sliding_window=self.sliding_window,
         )
 
 
@@ -97,9 +105,17 @@ def open_models(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Ev
             raise UserError(f"{path} is given {count} times; give it once.")
     of_run = config.averaged and not config.adapters
     opened = [open_model(path, config.tokenizer, of_run) for path in checkpoints]
-    if not config.adapters:
-        return opened
-    return [add_adapter(opened[0], folder, config.averaged) for folder in config.adapters]
+    if config.adapters:
+        opened = [add_adapter(opened[0], folder, config.averaged) for folder in config.adapters]
+    return [_with_window(model, config.sliding_window) for model in opened]
+
+
+def _with_window(model: EvaluatedModel, window: int | Literal["checkpoint"] | None) -> EvaluatedModel:
+    """The model with another window in its local layers, which its name then tells."""
+    if window == "checkpoint":
+        return model
+    named = "without windows" if window is None else f"with windows of {window}"
+    return replace(model, name=f"{model.name} {named}", sliding_window=window)
 
 
 def open_model(path: str, tokenizer: str | None, averaged: bool = False) -> EvaluatedModel:

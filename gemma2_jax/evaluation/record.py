@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gemma2_jax.config import to_dict
 from gemma2_jax.evaluation.memorisation import Memorisation
@@ -39,6 +39,8 @@ class EvaluatedCheckpoint:
         adapter: folder of the adapter beside the checkpoint; None without one.
         parameters: number of parameters of the model, its tied embedding counted once, without adapters.
         tokenizer: sha256 of its SentencePiece model file.
+        sliding_window: window of the local layers that the evaluation set (None: all layers were global);
+            "checkpoint" if it set none.
     """
 
     path: str
@@ -49,6 +51,7 @@ class EvaluatedCheckpoint:
     adapter: str | None
     parameters: int
     tokenizer: str
+    sliding_window: int | Literal["checkpoint"] | None = "checkpoint"  # Older records lack this key.
 
 
 @dataclass(frozen=True)
