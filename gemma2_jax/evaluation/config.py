@@ -84,11 +84,6 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"evaluation.{name} is {value}; it must be at least 1."
-        if isinstance(self.sliding_window, str) and self.sliding_window != "checkpoint":
-            yield (
-                f"evaluation.sliding_window is {self.sliding_window!r}; accepted: a number of tokens, null, or "
-                "checkpoint."
-            )
         if self.memorisation < 0:
             yield f"evaluation.memorisation is {self.memorisation}; it must be a number of documents, 0 for no test."
 
