@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,11 +38,12 @@ tokenizers, bits per byte is.
 """
 EPILOG = """\
 keys: mesh, layout and compute (as in gemma2 train; the default is all devices along mesh.data, and float32), hosts,
-compilation_cache, data.text_field=NAME and data.skip_invalid=N for files of records.
+compilation_cache, data.text_field=NAME and data.skip_invalid=N for files of records; model.sliding_window=N replaces
+the window of the models' local layers (null: all layers are global).
 """
 
 _SECTIONS = ("mesh", "layout", "compute", "hosts", "compilation_cache")
-_DATA_KEYS = ("data.text_field", "data.skip_invalid")
+_KEYS = ("data.text_field", "data.skip_invalid", "model.sliding_window")
 _OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")
 
 
@@ -156,12 +158,13 @@ def settings(arguments: argparse.Namespace) -> tuple[list[str], "EvaluationConfi
     keys = [text for text in given if _OVERRIDE.match(text) and not Path(text).exists()]
     # argparse takes the keys after --text for further globs.
     swallowed = [text for text in arguments.text if _is_key(text) and not Path(text).exists()]
-    composed = compose_sections(
-        [*keys, *swallowed], arguments.config_dir, "an evaluation", _SECTIONS, _DATA_KEYS
-    )
+    composed = compose_sections([*keys, *swallowed], arguments.config_dir, "an evaluation", _SECTIONS, _KEYS)
     texts = [text for text in arguments.text if text not in swallowed]
     with _named_as_options():
-        return [text for text in given if text not in keys], _config(arguments, composed, texts), composed
+        config = _config(arguments, composed, texts)
+    if any(text.startswith("model.sliding_window=") for text in [*keys, *swallowed]):
+        config = replace(config, sliding_window=composed.model.sliding_window)
+    return [text for text in given if text not in keys], config, composed
 
 
 def _is_key(text: str) -> bool:

@@ -41,8 +41,8 @@ BLOCKS = ("local_block", "global_block")
 
 # Settings that must be equal in teacher and student: with another value, the same weights compute something else.
 _CONSTANTS = (
-    "vocab_size", "vocab_padding", "head_dim", "sliding_window", "query_pre_attn_scalar", "attn_logit_softcap",
-    "final_logit_softcap", "rope_base", "norm_eps",
+    "vocab_size", "vocab_padding", "head_dim", "sliding_window", "global_every", "query_pre_attn_scalar",
+    "attn_logit_softcap", "final_logit_softcap", "rope_base", "norm_eps",
 )  # fmt: skip
 _WIDTHS = ("d_model", "d_ff", "num_heads", "num_kv_heads")
 

@@ -61,11 +61,6 @@ class MatchConfig:
                     f"distill.match.layers has the student's layer {student} more than once; it can match only one "
                     "layer of the teacher."
                 )
-            if self.attention > 0 and (student - teacher) % 2:
-                raise UserError(
-                    f"distill.match.layers holds {[student, teacher]}, a local and a global layer, whose attention has "
-                    "different keys; with distill.match.attention above 0, both must be even (local) or odd (global)."
-                )
 
     @property
     def student_capture(self) -> Capture:
@@ -85,15 +80,19 @@ class MatchConfig:
         _check_layers(self.student_capture, model, "student")
 
     def check_teacher(self, student: ModelConfig, teacher: ModelConfig) -> None:
-        """Raises UserError if the teacher lacks a layer, or if attention in local layers has another window."""
+        """Raises UserError if the teacher lacks a layer, or if attention is matched between layers of other windows."""
         _check_layers(self.teacher_capture, teacher, "teacher")
-        local = any(layer % 2 == 0 for layer in self.student_capture.layers)
-        if self.attention > 0 and local and student.sliding_window != teacher.sliding_window:
-            raise UserError(
-                f"distill.match.attention is above 0 and distill.match.layers holds local layers, but "
-                f"model.sliding_window is {student.sliding_window} and the teacher's is {teacher.sliding_window}; "
-                "match global layers (odd numbers), or give the student the teacher's window."
-            )
+        if self.attention == 0:
+            return
+        for pair in self.layers:
+            windows = student.windows[pair[0]], teacher.windows[pair[1]]
+            if windows[0] != windows[1]:
+                own, other = ("is global" if each is None else f"has a window of {each}" for each in windows)
+                raise UserError(
+                    f"distill.match.layers holds {list(pair)}, but the student's layer {pair[0]} {own} and the "
+                    f"teacher's layer {pair[1]} {other}; with distill.match.attention above 0, both must be global or "
+                    "have the same window."
+                )
 
     def projection_specs(self, student: ModelConfig, teacher: ModelConfig) -> Specs | None:
         """Specs of `projections` [M, D, E]: one for each of M pairs of layers, from the student's width D to the

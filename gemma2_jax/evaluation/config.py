@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from gemma2_jax.config import refuse, suggest
 from gemma2_jax.evaluation.windows import DOCUMENT, KINDS, PACKED, SLIDING
@@ -30,6 +31,8 @@ class EvaluationConfig:
         limit: maximum number of documents of each domain; with packed windows, of batches. Null for all.
         teacher: checkpoint to compare each model with.
         adapters: LoRA adapters of the one checkpoint; each is evaluated in place of the checkpoint alone.
+        sliding_window: tokens that a query of the models' local layers attends to, null for all before it, or
+            "checkpoint" for what the checkpoint has. A teacher keeps its own.
         averaged: evaluate the average of a run's weights, or of each adapter's (`training.ema`).
         quantize: formats of the weights, each of which is a row of every checkpoint: none (arrays of compute.dtype),
             int8 or int4. Empty for none alone. The teacher is not quantised.
@@ -50,6 +53,7 @@ class EvaluationConfig:
     limit: int | None = None
     teacher: str | None = None
     adapters: Sequence[str] = ()
+    sliding_window: int | Literal["checkpoint"] | None = "checkpoint"
     averaged: bool = False
     quantize: Sequence[str] = ()
     tokenizer: str | None = None

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
@@ -38,6 +38,7 @@ class EvaluatedModel:
         name: its name in tables.
         path: the checkpoint, as given.
         format: format of its matrices; None for arrays.
+        sliding_window: as in `EvaluationConfig`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class EvaluatedModel:
     averaged: bool = False
     adapter: Adapter | None = None
     format: Format | None = None
+    sliding_window: int | Literal["checkpoint"] | None = "checkpoint"
 
     def load(self, dtype: Any, mesh: Mesh, padded_like: ModelConfig | None = None) -> Gemma2:
         """Loads the weights.
@@ -64,7 +66,12 @@ class EvaluatedModel:
             )
         check_activations(mesh, dim_sizes(config))
         model = model_of(self.source, dtype, mesh, config, self.format)
-        return model if self.adapter is None else adapted(model, self.adapter, mesh)
+        if self.adapter is not None:
+            model = adapted(model, self.adapter, mesh)
+        if self.sliding_window == "checkpoint":
+            return model
+        every = config.global_every if self.sliding_window else 1
+        return Gemma2(replace(config, sliding_window=self.sliding_window, global_every=every), model.params())
 
     def describe(self) -> EvaluatedCheckpoint:
         """Identifies the checkpoint. Reads all weights once."""
@@ -80,6 +87,7 @@ class EvaluatedModel:
             parameters=count_parameters(source.config).total,
             tokenizer=self.tokenizer.fingerprint,
             quantize=None if self.format is None else self.format.name,
+            sliding_window=self.sliding_window,
         )
 
 
@@ -103,13 +111,22 @@ def open_models(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Ev
     opened = [open_model(path, config.tokenizer, of_run) for path in checkpoints]
     if config.adapters:
         opened = [add_adapter(opened[0], folder, config.averaged) for folder in config.adapters]
-    return [_in_format(model, name) for model in opened for name in config.quantize or (UNQUANTISED,)]
+    shown = [_with_window(model, config.sliding_window) for model in opened]
+    return [_in_format(model, name) for model in shown for name in config.quantize or (UNQUANTISED,)]
 
 
 def _in_format(model: EvaluatedModel, name: str) -> EvaluatedModel:
     if name == UNQUANTISED:
         return model
     return replace(model, name=f"{model.name} in {name}", format=WEIGHT_FORMATS[name])
+
+
+def _with_window(model: EvaluatedModel, window: int | Literal["checkpoint"] | None) -> EvaluatedModel:
+    """The model with another window in its local layers, which its name then tells."""
+    if window == "checkpoint":
+        return model
+    named = "without windows" if window is None else f"with windows of {window}"
+    return replace(model, name=f"{model.name} {named}", sliding_window=window)
 
 
 def open_model(path: str, tokenizer: str | None, averaged: bool = False) -> EvaluatedModel:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gemma2_jax.config import to_dict
 from gemma2_jax.evaluation.memorisation import Memorisation
@@ -40,6 +40,8 @@ class EvaluatedCheckpoint:
         parameters: number of parameters of the model, its tied embedding counted once, without adapters.
         tokenizer: sha256 of its SentencePiece model file.
         quantize: format that its matrices were evaluated in; None for arrays of the record's dtype.
+        sliding_window: window of the local layers that the evaluation set (None: all layers were global);
+            "checkpoint" if it set none.
     """
 
     path: str
@@ -51,6 +53,7 @@ class EvaluatedCheckpoint:
     parameters: int
     tokenizer: str
     quantize: str | None = None  # Older files lack this key.
+    sliding_window: int | Literal["checkpoint"] | None = "checkpoint"  # Older records lack this key.
 
 
 @dataclass(frozen=True)

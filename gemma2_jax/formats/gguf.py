@@ -142,6 +142,11 @@ def check_expressible(config: ModelConfig) -> None:
         raise UserError(
             "model.sliding_window is null, which GGUF cannot express; llama.cpp needs a number of tokens."
         )
+    if config.global_every != 1:
+        raise UserError(
+            f"model.global_every is {config.global_every}, which GGUF cannot express; llama.cpp makes every second "
+            "layer of a Gemma 2 global."
+        )
 
 
 def _add_model(

@@ -69,7 +69,7 @@ def read_config(path: Path) -> ModelConfig:
     for ours, (theirs, constant) in _CONSTANTS.items():
         values[ours] = _number(path, theirs, data.get(theirs, constant))
     values["rope_base"] = _rope_base(path, data)
-    values["sliding_window"] = _window(path, data, values["num_layers"])
+    values["sliding_window"], values["global_every"] = _windows(path, data, values["num_layers"])
     try:
         return ModelConfig(**values)
     except UserError as error:
@@ -100,7 +100,6 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     values: dict[str, Any] = {theirs: int(getattr(config, ours)) for ours, (theirs, _) in _SIZES.items()}
     values |= {theirs: float(getattr(config, ours)) for ours, (theirs, _) in _CONSTANTS.items()}
     values["query_pre_attn_scalar"] = int(config.query_pre_attn_scalar)
-    kinds = (_GLOBAL if config.sliding_window is None else _LOCAL, _GLOBAL)
     return {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
@@ -111,7 +110,7 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "hidden_act": _ACTIVATION,
         "hidden_activation": _ACTIVATION,
         "initializer_range": 0.02,
-        "layer_types": list(kinds) * config.num_pairs,
+        "layer_types": [_GLOBAL if window is None else _LOCAL for window in config.windows],
         "max_position_embeddings": CONTEXT,
         "rope_theta": float(config.rope_base),
         "sliding_window": config.sliding_window or CONTEXT,
@@ -162,18 +161,21 @@ def _rope_base(path: Path, data: Mapping[str, Any]) -> float:
     return _number(path, "rope_theta", rope.get("rope_theta", data.get("rope_theta", 10_000.0)))
 
 
-def _window(path: Path, data: Mapping[str, Any], layers: int) -> int | None:
+def _windows(path: Path, data: Mapping[str, Any], layers: int) -> tuple[int | None, int]:
+    """Returns `sliding_window` and `global_every`."""
     kinds = data.get("layer_types")
     if isinstance(kinds, list):
         kinds = [_RENAMED.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
     if kinds == [_GLOBAL] * layers:
-        return None
-    if kinds not in (None, [_LOCAL, _GLOBAL] * (layers // 2)):
+        return None, 1
+    # The first global layer determines the pattern; without layer_types, every second layer is global.
+    period = kinds.index(_GLOBAL) + 1 if isinstance(kinds, list) and _GLOBAL in kinds else 2
+    if kinds not in (None, ([_LOCAL] * (period - 1) + [_GLOBAL]) * (layers // period)) or period % 2:
         raise UserError(
             f"{path} has layer_types {shown(kinds)}; accepted for {layers} layers: {_LOCAL} and {_GLOBAL} alternating, "
-            f"or {_GLOBAL} alone."
+            f"the same odd number of {_LOCAL} before each {_GLOBAL}, or {_GLOBAL} alone."
         )
-    return _whole_number(path, "sliding_window", data.get("sliding_window", 4096))
+    return _whole_number(path, "sliding_window", data.get("sliding_window", 4096)), period // 2
 
 
 def _whole_number(path: Path, key: str, value: Any) -> int:

@@ -66,8 +66,10 @@ def weights_identity(
         found = _sums_on_host(weight[:rows], first) if isinstance(weight, np.ndarray) else _sums(weight, rows)
         # All sums are dispatched to the devices before the code below waits for the first one.
         sums.setdefault(place.path, []).extend(found)
-    without_padding = to_dict(replace(config, vocab_size=tokens, vocab_padding=0))
-    digest = hashlib.sha256(json.dumps(without_padding, sort_keys=True).encode())
+    settings = to_dict(replace(config, vocab_size=tokens, vocab_padding=0))
+    if config.global_every == 1:
+        del settings["global_every"]  # Digests of models without the key stay valid.
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path, parts in sorted(sums.items()):
         totals = (sum(map(int, parts[number::2])) % 2**32 for number in range(2))
         digest.update("{} {:08x} {:08x}\n".format(path, *totals).encode())

@@ -144,9 +144,11 @@ def _compared(config: ModelConfig, other: ModelConfig) -> str:
 
 def _sizes(config: ModelConfig) -> str:
     padding = f" of which {config.vocab_padding} padding" if config.vocab_padding else ""
+    period = 2 * config.global_every
+    ratio = f" in {period - 1} of {period} layers" if period > 2 else ""
     return (
         f"{config.num_layers} layers of width {config.d_model}, {config.num_heads}/{config.num_kv_heads} heads of "
-        f"{config.head_dim}, feed-forward {config.d_ff}, window {config.sliding_window}, "
+        f"{config.head_dim}, feed-forward {config.d_ff}, window {config.sliding_window}{ratio}, "
         f"{config.vocab_size:,} rows{padding}"
     )
 

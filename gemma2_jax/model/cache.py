@@ -29,9 +29,9 @@ class LayerCaches:
     positions: jax.Array
 
     @classmethod
-    def empty(cls, config: ModelConfig, rows: int, slots: int, dtype: Any) -> "LayerCaches":
-        """Caches of `rows` rows, with S = `slots`."""
-        shape = (config.num_pairs, rows, config.num_kv_heads, slots, config.head_dim)
+    def empty(cls, config: ModelConfig, layers: int, rows: int, slots: int, dtype: Any) -> "LayerCaches":
+        """Caches of `layers` layers and `rows` rows, with S = `slots`."""
+        shape = (layers, rows, config.num_kv_heads, slots, config.head_dim)
         keys, values = (constrain(jnp.zeros(shape, dtype), "PBKSH") for _ in range(2))
         return cls(keys, values, constrain(jnp.full((rows, slots), EMPTY, jnp.int32), "BS"))
 
@@ -76,7 +76,7 @@ class LayerCaches:
 @partial(jax.tree_util.register_dataclass, data_fields=["local_block", "global_block"], meta_fields=[])
 @dataclass(frozen=True)
 class Cache:
-    """The caches of both kinds of layer, named as their weights are."""
+    """The caches of local and of global layers. Second layers of pairs that are local follow all first ones."""
 
     local_block: LayerCaches
     global_block: LayerCaches
@@ -90,8 +90,12 @@ class Cache:
             revocable: number of newest tokens of a row that can be replaced by others at the same positions, as
                 rejected drafts are; a local layer keeps as many older tokens in addition to its window.
         """
-        local = local_size(config, size, revocable)
-        return cls(*(LayerCaches.empty(config, rows, slots, dtype) for slots in (local, size)))
+        global_layers = config.num_pairs // config.global_every
+        parts = (
+            (config.num_layers - global_layers, local_size(config, size, revocable)),
+            (global_layers, size),
+        )
+        return cls(*(LayerCaches.empty(config, layers, rows, slots, dtype) for layers, slots in parts))
 
     def map(self, function: Callable[[LayerCaches], LayerCaches]) -> "Cache":
         return Cache(function(self.local_block), function(self.global_block))

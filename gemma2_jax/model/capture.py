@@ -111,8 +111,7 @@ class _Capturing(Collector):
         layers = {}
         for slot, layer in enumerate(self.capture.layers):
             values = {name: buffer[slot] for name, buffer in carry.items()}
-            window = None if layer % 2 else config.sliding_window
-            layers[layer] = CapturedLayer(window, config.attn_logit_softcap, **values)
+            layers[layer] = CapturedLayer(config.windows[layer], config.attn_logit_softcap, **values)
         return layers
 
 

@@ -14,11 +14,12 @@ class ModelConfig:
     """Sizes and constants of one model (Gemma 2 report, arXiv 2408.00118, table 1).
 
     `d_ff` is the width of each of the gate, up and down matrices; the report quotes gate + up together, which is twice
-    this. Layers alternate strictly between local and global; layer 0 is local.
+    this. Layers alternate strictly between local and global, and layer 0 is local, unless `global_every` makes fewer
+    layers global.
 
     Attributes:
         vocab_size: V, the rows of the embedding.
-        num_layers: L, an even number: half of them local, half global.
+        num_layers: L, an even number: layers come in pairs of a local and a global one.
         d_model: D, the width of the residual stream.
         num_heads: N, query heads of a layer.
         num_kv_heads: K, key/value heads of a layer, a divisor of the number of query heads.
@@ -34,6 +35,8 @@ class ModelConfig:
         vocab_padding: number of rows at the end of the embedding that belong to no token: they give no logit, loss or
             sample. Gemma 2's weights as DeepMind published them, and the report's parameter counts, have 256,128 rows
             for 256,000 tokens.
+        global_every: n, a divisor of the number of pairs: only every n-th pair has a global layer, in the others both
+            layers are local. There are 2n - 1 local layers for each global one: 1 in Gemma 2, 5 (n = 3) in Gemma 3.
     """
 
     vocab_size: int
@@ -50,6 +53,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
     vocab_padding: int = 0
+    global_every: int = 1  # Older checkpoints lack this key.
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
@@ -72,6 +76,16 @@ class ModelConfig:
         if self.num_layers % 2:
             raise UserError(
                 f"model.num_layers is {self.num_layers}; it must be even, since layers come in (local, global) pairs."
+            )
+        if self.sliding_window is None and self.global_every != 1:
+            raise UserError(
+                f"model.global_every is {self.global_every}, but model.sliding_window is null, so every layer is "
+                "global; set model.global_every=1, or a window."
+            )
+        if self.global_every < 1 or self.num_pairs % self.global_every:
+            raise UserError(
+                f"model.global_every is {self.global_every}; it must be a divisor of the number of pairs of layers "
+                f"({self.num_pairs}), so that the last layer is global."
             )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
@@ -96,6 +110,12 @@ class ModelConfig:
     def num_pairs(self) -> int:
         """P, the (local, global) pairs of layers that the forward pass scans over."""
         return self.num_layers // 2
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer, [L]; None for a global one."""
+        local = (self.sliding_window,) * (2 * self.global_every - 1)
+        return (*local, None) * (self.num_pairs // self.global_every)
 
     @property
     def query_scale(self) -> float:

@@ -44,7 +44,8 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     window = min(config.sliding_window or seq_len, seq_len)
     global_keys = (seq_len + 1) / 2
     local_keys = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
-    pairs_of_scores = config.num_pairs * (global_keys + local_keys)
+    num_global = config.num_pairs // config.global_every
+    pairs_of_scores = num_global * global_keys + (config.num_layers - num_global) * local_keys
     return 2.0 * weights + 4.0 * config.num_heads * config.head_dim * pairs_of_scores
 
 
@@ -57,7 +58,7 @@ def bytes_per_token(config: ModelConfig, weight_bytes: int, context: int, width:
         context: number of tokens before.
         width: bytes of a number in the key/value cache.
     """
-    slots = config.num_pairs * (context + min(context, config.sliding_window or context))
+    slots = sum(min(context, window or context) for window in config.windows)
     return weight_bytes + 2 * slots * config.num_kv_heads * config.head_dim * width
 
 

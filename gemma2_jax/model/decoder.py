@@ -153,9 +153,15 @@ class Decoder(nnx.Module):
             x, index, local, global_ = carry
             pair = in_iteration(pair, index + newest)
             x, _, local = pair.local_block(x, lambda layer, x: attend(layer, x, local, index))
-            x, _, global_ = pair.global_block(x, lambda layer, x: attend(layer, x, global_, index))
+            earlier = index if every == 1 else index // every  # global layers before this pair
+            if pair.global_block.attention.window is not None:
+                place = self.config.num_pairs + index - earlier
+                x, _, local = pair.global_block(x, lambda layer, x: attend(layer, x, local, place))
+            else:
+                x, _, global_ = pair.global_block(x, lambda layer, x: attend(layer, x, global_, earlier))
             return (x, index + 1, local, global_), None
 
+        every = self.config.global_every
         x = self.embedder.encode(tokens, self.compute.dtype)
         carry = (x, 0, cache.local_block, cache.global_block)
         (x, _, local, global_), _ = over_pairs(body, carry, self.pairs, self.compute)
@@ -166,6 +172,6 @@ class Decoder(nnx.Module):
             return Pair(stacked, self.config)
 
         def pair(index: int) -> Pair:
-            return Pair(jax.tree.map(lambda weight: weight[index], stacked), self.config)
+            return Pair(jax.tree.map(lambda weight: weight[index], stacked), self.config, index)
 
         return nnx.List([pair(index) for index in range(self.config.num_pairs)])

@@ -74,11 +74,27 @@ class Block(nnx.Module):
 
 
 class Pair(nnx.Module):
-    """A local block and the global block after it; in a stack of pairs, each weight has a leading axis P."""
+    """A local block and the global block after it; in a stack of pairs, each weight has a leading axis P.
 
-    def __init__(self, weights: Mapping[str, Any], config: ModelConfig):
+    With `global_every` above 1, most of the second blocks are local, too. In a stack, `over_pairs` then takes out one
+    pair at a time and gives its second block the window.
+    """
+
+    def __init__(self, weights: Mapping[str, Any], config: ModelConfig, number: int | None = None):
+        """`number` is that of a single pair; None for a stack."""
         self.local_block = Block(weights["local_block"], config, config.sliding_window)
-        self.global_block = Block(weights["global_block"], config, None)
+        window = None if number is None else config.windows[2 * number + 1]
+        self.global_block = Block(weights["global_block"], config, window)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.local_block.attention.config
+
+    def taken(self, index: int, number: int) -> "Pair":
+        """The pair at an index of a stack, which is that of a `number` in the model."""
+        pair: Pair = jax.tree.map(lambda weight: weight[index], self)
+        pair.global_block.attention.window = self.config.windows[2 * number + 1]
+        return pair
 
 
 class Gemma2(nnx.Module):
@@ -229,7 +245,7 @@ def run_layers(
             kept[name] = collector.of_block(block, taps | heads)
         return x, kept
 
-    rematerialised = _rematerialised(run_pair, compute)
+    rematerialised = _rematerialised(run_pair, pairs, compute)
 
     def body(carry: Any, pair: Pair) -> tuple[Any, Any]:
         x, index, collecting = carry
@@ -242,7 +258,9 @@ def run_layers(
 
 
 def _rematerialised(
-    run_pair: Callable[[jax.Array, Pair], tuple[jax.Array, Any]], compute: ComputeConfig
+    run_pair: Callable[[jax.Array, Pair], tuple[jax.Array, Any]],
+    pairs: Pair | Sequence[Pair],
+    compute: ComputeConfig,
 ) -> Callable[[jax.Array, Pair, jax.Array | int], tuple[jax.Array, Any]]:
     """`run_pair` with the rematerialisation that `compute.remat` selects; it also takes the pair's index."""
 
@@ -259,7 +277,9 @@ def _rematerialised(
 
     if compute.remat == "none":
         return run_cast
-    return jax.checkpoint(run_cast, policy=_REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll_layers)
+    # A loop of single pairs keeps the compiler from reusing forward values in place of recomputing them.
+    looped = not compute.unroll_layers and isinstance(pairs, Pair) and pairs.config.global_every == 1
+    return jax.checkpoint(run_cast, policy=_REMAT_POLICIES[compute.remat], prevent_cse=not looped)
 
 
 def in_iteration(pair: Pair, number: jax.Array | int) -> Pair:
@@ -281,9 +301,11 @@ def over_pairs(
     """`jax.lax.scan` of `body` over pairs of layers, which are stacked (see `SplitStack`) or in a list."""
     outputs = []
     if isinstance(pairs, Pair):
+        first = 0
         for part in parts_of(pairs):
-            carry, output = jax.lax.scan(body, carry, part, unroll=compute.unroll_layers)
+            carry, output = _scan(body, carry, part, first, compute)
             outputs.append(output)
+            first += _length(part)
         return carry, outputs[0] if len(outputs) == 1 else jax.tree.map(
             lambda *each: jnp.concatenate(each), *outputs
         )
@@ -291,3 +313,34 @@ def over_pairs(
         carry, output = body(carry, pair)
         outputs.append(output)
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
+
+
+def _scan(
+    body: Callable[[Any, Pair], tuple[Any, Any]], carry: Any, pairs: Pair, first: int, compute: ComputeConfig
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` of `body` over a stack of pairs, whose first one is number `first` in the model.
+
+    Windows are constants of the compiled program. So with `global_every` above 1, an iteration runs that many pairs, or
+    all pairs of a part that is not made of such groups.
+    """
+    every, length = pairs.config.global_every, _length(pairs)
+    if every == 1:
+        return jax.lax.scan(body, carry, pairs, unroll=compute.unroll_layers)
+    size = length if first % every or length % every else every
+
+    def run_group(carry: Any, group: Pair) -> tuple[Any, Any]:
+        outputs = []
+        for index in range(size):
+            carry, output = body(carry, group.taken(index, first + index))
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
+
+    groups = jax.tree.map(lambda weight: weight.reshape(length // size, size, *weight.shape[1:]), pairs)
+    carry, outputs = jax.lax.scan(run_group, carry, groups, unroll=compute.unroll_layers)
+    return carry, jax.tree.map(lambda each: each.reshape(length, *each.shape[2:]), outputs)
+
+
+def _length(pairs: Pair) -> int:
+    """The number of pairs in a stack."""
+    length: int = jax.tree.leaves(pairs)[0].shape[0]
+    return length

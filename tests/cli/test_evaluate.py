@@ -81,6 +81,18 @@ def test_formats_are_rows_with_their_bytes(run_folder, text, tmp_path, capsys):
     assert len({token - size for token, size in zip(read, sizes, strict=True)}) == 1
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("window", ["3", "null"])
+def test_windows_are_replaced(run_folder, text, tmp_path, capsys, window):
+    target = tmp_path / "evaluation.json"
+    command = ["eval", str(run_folder), "--context", "24", "--batch", "2", "--json", str(target), "--text"]
+    assert main([*command, str(text / "*.txt"), f"model.sliding_window={window}"]) == 0
+    named = "with windows of 3" if window == "3" else "without windows"
+    assert f"gemma2: evaluating {run_folder} {named} on" in capsys.readouterr().err
+    (row,) = build(EvaluationRecord, read_json(target), str(target)).rows
+    assert row.checkpoint.sliding_window == json.loads(window)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -97,6 +109,11 @@ def test_formats_are_rows_with_their_bytes(run_folder, text, tmp_path, capsys):
             ["data.folder=x"],
             "data.folder=x has no effect on an evaluation; accepted: keys of mesh, layout, compute",
         ),
+        (
+            ["model.d_model=64"],
+            "model.d_model=64 has no effect on an evaluation; accepted: keys of mesh, layout, compute",
+        ),
+        (["model.sliding_window=0"], "the configuration: model.sliding_window is 0; it must be at least 1,"),
         (["mesh.dta=2"], "the configuration: there is no key mesh.dta, did you mean data"),
         (["--limit", "0"], "--limit is 0; it must be at least 1."),
         (["no/such/run"], "no/such/run"),

@@ -354,6 +354,7 @@ def test_the_same_model_is_loaded_unchanged(teacher: RunConfig, tokenizer: Token
         (dict(num_heads=8, num_kv_heads=4), {}, r"has num_heads 4, but model.num_heads is 8; choose a source that"),
         (dict(head_dim=4), {}, r"teacher has head_dim 8, but model.head_dim is 4; both .*, since RoPE's"),
         (dict(sliding_window=4), {}, r"teacher has sliding_window 8, but model.sliding_window is 4; both must"),
+        (dict(global_every=2), {}, r"teacher has global_every 1, but model.global_every is 2; both must"),
         (dict(vocab_size=64), {}, r"teacher has vocab_size 97, but model.vocab_size is 64; both must"),
         (
             dict(num_heads=4, num_kv_heads=1),

@@ -290,7 +290,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"layers": ()}, r"distill\.match\.layers is empty"),
     ({"layers": ((0, -1),)}, r"holds \[0, -1\]; layers are counted from 0"),
     ({"layers": ((1, 1), (1, 3))}, "has the student's layer 1 more than once"),
-    ({"layers": ((1, 2),), "attention": 1.0}, r"holds \[1, 2\], a local and a global layer"),
 ]
 
 
@@ -349,9 +348,28 @@ def test_what_serves_several_students() -> None:
     assert join_captures([None, None]) is None
 
 
-def test_other_windows_are_refused(toy_config: ModelConfig) -> None:
-    other = replace(toy_config, num_layers=6, sliding_window=16)
-    with pytest.raises(UserError, match=r"model\.sliding_window is 8 and the teacher's is 16"):
-        MatchConfig(LAYERS, attention=1.0).check_teacher(toy_config, other)
-    MatchConfig(((3, 5),), attention=1.0).check_teacher(toy_config, other)
-    MatchConfig(LAYERS, hidden=1.0).check_teacher(toy_config, other)
+def test_attention_of_other_windows_is_refused(toy_config: ModelConfig) -> None:
+    longer = replace(toy_config, num_layers=8, sliding_window=16)
+    fewer_global = replace(toy_config, num_layers=8, global_every=2)
+    for pair, teacher, message in (
+        (
+            (1, 2),
+            toy_config,
+            r"holds \[1, 2\], but the student's layer 1 is global and .* 2 has a window of 8; with",
+        ),
+        (
+            (0, 2),
+            longer,
+            r"student's layer 0 has a window of 8 and the teacher's layer 2 has a window of 16; with",
+        ),
+        (
+            (1, 1),
+            fewer_global,
+            r"student's layer 1 is global and the teacher's layer 1 has a window of 8; with",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            MatchConfig((pair,), attention=1.0).check_teacher(toy_config, teacher)
+        MatchConfig((pair,), hidden=1.0).check_teacher(toy_config, teacher)
+    MatchConfig(((3, 5),), attention=1.0).check_teacher(toy_config, longer)
+    MatchConfig(((0, 1), (1, 3)), attention=1.0).check_teacher(toy_config, fewer_global)

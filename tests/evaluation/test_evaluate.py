@@ -29,6 +29,7 @@ from gemma2_jax.formats.native import write_run
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.run import RunConfig
 from tests.model.models import vivid
+from tests.parameters import mostly_thorough
 
 CONTEXT, STRIDE = 24, 7
 
@@ -96,6 +97,31 @@ def test_text_equals_a_forward_pass_for_each_token(
         assert (record.windows, record.context, record.stride) == (windows, CONTEXT, stride)
     record.save(tmp_path / "record.json")
     assert build(EvaluationRecord, read_json(tmp_path / "record.json"), "it") == record
+
+
+@mostly_thorough("window", [3, None])
+@pytest.mark.usefixtures("one_device")
+def test_another_window_is_that_of_a_model_that_has_it(
+    toy_run: RunConfig,
+    write_toy_run: Callable[[Path, Gemma2], str],
+    files: dict[str, list[str]],
+    tmp_path: Path,
+    window: int | None,
+) -> None:
+    """Of a model with 3 local layers for each global one; without windows, it has no such ratio."""
+    model = vivid(replace(toy_run.model, num_layers=4, global_every=2))
+    sizes = replace(model.config, sliding_window=window, global_every=2 if window else 1)
+    run = write_toy_run(tmp_path / "run", model)
+    other = write_toy_run(tmp_path / "other", Gemma2(sizes, model.params()))
+    config = EvaluationConfig(text=list(files)[:1], context=CONTEXT, batch=3, teacher=run)
+    (found,) = evaluate(run, replace(config, sliding_window=window)).rows
+    (expected,) = evaluate(other, config).rows
+    assert found.scores == expected.scores
+    kl = found.scores["document"].total.kl
+    assert kl is not None
+    assert kl > 1e-3  # from the teacher, which keeps its window
+    assert found.name == f"{run} with windows of 3" if window else f"{run} without windows"
+    assert (found.checkpoint.sliding_window, expected.checkpoint.sliding_window) == (window, "checkpoint")
 
 
 @pytest.mark.thorough

@@ -190,6 +190,7 @@ def test_one_tensor_is_held_at_a_time(path, model_file):
             "query_pre_attn_scalar is 16, .* llama.cpp always uses head_dim, here 24",
         ),
         ({"sliding_window": None}, "sliding_window is null"),
+        ({"num_layers": 4, "global_every": 2}, "global_every is 2, .* makes every second layer"),
         ({"num_layers": 514}, "num_layers is 514; llama.cpp loads models of at most 512 layers"),
         ({"vocab_padding": 9}, "The tokenizer has 310 tokens and the model 311"),
     ],

@@ -103,6 +103,7 @@ SAME_MODEL: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"is_causal": True}, {}),
     ({"layer_types": ["sliding_attention", "attention"] * 2}, {}),
     ({"layer_types": ["full_attention"] * 4}, {"sliding_window": None}),
+    ({"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}, {"global_every": 2}),
     ({"layer_types": ...}, {}),
     ({"head_dim": ...}, {"head_dim": 256}),
     ({"attention_dropout": 0.5, "cache_implementation": "hybrid", "max_position_embeddings": 64}, {}),
@@ -202,6 +203,14 @@ def test_transformers_computes_the_same_of_them(hf_folder, keys):
         (
             {"layer_types": ["full_attention", "sliding_attention"] * 2},
             "accepted for 4 layers: sliding_attention and full_attention alternating",
+        ),
+        ({"layer_types": ["sliding_attention"] * 4}, "the same odd number of sliding_attention before each"),
+        (
+            {
+                "num_hidden_layers": 6,
+                "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
+            },
+            "the same odd number of sliding_attention before each",
         ),
     ],
 )

@@ -60,7 +60,9 @@ def forward(
     embedding = np.asarray(params["embedder"]["embedding"], np.float64)
     x = embedding[tokens] * np.sqrt(config.d_model)
     for layer in range(config.num_layers):
-        kind, window = ("global_block", None) if layer % 2 else ("local_block", config.sliding_window)
+        kind = "global_block" if layer % 2 else "local_block"
+        is_global = layer % (2 * config.global_every) == 2 * config.global_every - 1
+        window = None if is_global else config.sliding_window
         x = _block(config, _layer(params["pairs"][kind], layer // 2), x, positions, segment_ids, window)
     final = rms_norm(x, np.asarray(params["final_norm"]["scale"], np.float64), config.norm_eps)
     return softcap(final @ embedding.T, config.final_logit_softcap)

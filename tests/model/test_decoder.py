@@ -162,7 +162,7 @@ def test_memory_of_a_long_prompt_is_that_of_a_chunk(toy_config):
 
 def test_of_more_tokens_than_slots_the_last_are_kept(toy_config):
     cache = LayerCaches.empty(
-        replace(toy_config, num_kv_heads=1, head_dim=2), rows=1, slots=4, dtype="float32"
+        replace(toy_config, num_kv_heads=1, head_dim=2), layers=2, rows=1, slots=4, dtype="float32"
     )
     keys = jnp.broadcast_to(jnp.arange(10.0)[None, :, None, None], (1, 10, 1, 2))
     used = jnp.arange(10)[None] < 9

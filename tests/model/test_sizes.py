@@ -15,6 +15,12 @@ from gemma2_jax.config import UserError
         ({"head_dim": 7}, "model.head_dim is 7; it must be even"),
         ({"sliding_window": 0}, "model.sliding_window is 0; it must be at least 1, or null"),
         (
+            {"global_every": 3},
+            r"model.global_every is 3; it must be a divisor of the number of pairs of layers \(2\)",
+        ),
+        ({"global_every": 0}, "model.global_every is 0; it must be a divisor"),
+        ({"global_every": 2, "sliding_window": None}, "model.global_every is 2, but model.sliding_window is"),
+        (
             {"vocab_padding": -1},
             "model.vocab_padding is -1; it must be at least 0 and below model.vocab_size",
         ),
