@@ -24,6 +24,11 @@ def nothing(progress):
     return []
 
 
+def refused(progress):
+    """The check of a worker that is not the first."""
+    raise AssertionError
+
+
 def test_entries_are_read_back(journal):
     with journal.joined(SWEEP, nothing):
         journal.append({"run": "a", "step": 10, "value": 2.0, "seconds": 1.5})
@@ -41,7 +46,7 @@ def test_entries_are_read_back(journal):
 def test_failures_are_tried_again_by_the_next_sweep_and_not_by_a_worker_that_joins(journal):
     with journal.joined(SWEEP, nothing):
         journal.append({"run": "b", "failed": "too hot"})
-        with Journal(journal._folder).joined(SWEEP, pytest.fail):
+        with Journal(journal._folder).joined(SWEEP, refused):
             assert journal.read().failed
     with journal.joined(SWEEP, nothing):
         assert not journal.read().failed
@@ -53,7 +58,7 @@ def test_no_worker_joins_while_the_first_one_checks_the_runs(journal):
     joining = []
 
     def join():
-        with Journal(journal._folder).joined(SWEEP, pytest.fail):
+        with Journal(journal._folder).joined(SWEEP, refused):
             return journal.read().values
 
     def check(progress):
