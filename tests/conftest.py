@@ -54,6 +54,14 @@ WORDS = """the a model teacher student learns from probability of every token in
 nothing that was said before 42 2024 attention window layer gradient""".split()  # noqa: SIM905
 
 
+# The longest files come first, so that no worker is left alone with one of them at the end.
+LONGEST = ("test_notebooks.py", "test_lora.py", "test_together.py", "test_training.py", "test_step.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def freed_programs() -> Iterator[None]:
     """Frees the compiled programs of a file after it: those of all files take 5 GB per worker."""

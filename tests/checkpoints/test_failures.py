@@ -8,6 +8,7 @@ import pytest
 
 from gemma2_jax.checkpoints.failures import reading_checkpoint, writing_checkpoint
 from gemma2_jax.config import UserError
+from tests.parameters import mostly_thorough
 
 
 class WrappedError(Exception):
@@ -37,7 +38,7 @@ def raise_from(error: Exception, cause: Exception | Callable[[], None]) -> None:
 IN_ORBAX = "/site-packages/orbax/checkpoint/_src/handlers/handler.py"
 
 
-@pytest.mark.parametrize("error", ["OSError('no')", "ValueError('no')", "TypeError('no')", "Exception('no')"])
+@mostly_thorough("error", ["OSError('no')", "ValueError('no')", "TypeError('no')", "Exception('no')"])
 def test_what_orbax_raises_is_one_sentence(error: str, tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"3 cannot be read as a checkpoint of a run: no\."),
@@ -84,6 +85,7 @@ def test_the_hook_is_given_back(error: BaseException | None, tmp_path: Path) -> 
     assert sys.unraisablehook is hook
 
 
+@pytest.mark.thorough
 def test_a_disk_that_takes_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"), writing_checkpoint(tmp_path):
         raise OSError("No space left on device")

@@ -119,6 +119,7 @@ def test_only_the_newest_are_kept(saved: tuple[Path, TrainState]) -> None:
     assert latest_step(folder) == 3
 
 
+@pytest.mark.thorough
 def test_no_thread_is_left_of_a_save(toy_run: RunConfig, data: DataConfig, tmp_path: Path) -> None:
     state, _ = new_state(toy_run, MeshConfig(2, 2, 2))
     iterator = train_batches(data)

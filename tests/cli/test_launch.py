@@ -137,6 +137,7 @@ def test_a_missing_tool_is_one_sentence(
     assert capsys.readouterr().err.startswith("gemma2: xpk, which makes jobs for GKE, is not installed")
 
 
+@pytest.mark.thorough
 def test_a_sweep_is_checked_and_shown_as_an_array(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

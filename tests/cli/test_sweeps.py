@@ -249,6 +249,7 @@ def students(described, toy_run, tmp_path):
 
 
 @pytest.mark.usefixtures("one_device")
+@pytest.mark.thorough
 def test_groups_share_data_and_teacher_and_fit_the_memory(students):
     assert with_groups(students).groups == [["0.01", "0.003", "0.001"], ["longer"]]
     configs = [run.config for run in runs_of(students)]

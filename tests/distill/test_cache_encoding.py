@@ -214,6 +214,7 @@ def test_the_tail_constrains_the_student_where_renormalising_does_not() -> None:
     assert np.abs(jax.grad(cached_loss)(jnp.asarray(teacher), sparse)).max() < 1e-3
 
 
+@pytest.mark.thorough
 def test_where_the_entries_are_all_tokens_there_is_no_tail() -> None:
     """A confident teacher with a padded vocabulary: rounding of float32 sums below 1 is not tail probability."""
     size, config = V + 24, EncodingConfig("top_k", V)
@@ -256,6 +257,7 @@ def test_full_gives_the_dense_gradient() -> None:
     np.testing.assert_allclose(gradient(student, weights)[0], softmax(student) - softmax(teacher), atol=3e-4)
 
 
+@pytest.mark.thorough
 def test_the_temperature_softens_what_is_kept() -> None:
     teacher = logits()
     weights = dense(cached(EncodingConfig("full", None, temperature=3.0, weight_bits=16), teacher, 1), V)

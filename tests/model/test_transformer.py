@@ -127,6 +127,7 @@ def test_which_kernel_attends_changes_nothing(toy_model, plain, kernel):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.thorough
 def test_remat_recomputes_what_its_policy_names(toy_model):
     """`dots` recomputes fewer products than `full`, since it keeps those with weights; `none` recomputes none."""
 

@@ -60,6 +60,7 @@ def plan(planned_run, cpus):
     return make_plan([planned_run], cpus)
 
 
+@pytest.mark.thorough
 def test_a_plan_needs_no_data_and_no_teacher(plan, planned_run):
     assert plan.fits
     assert plan.help == []

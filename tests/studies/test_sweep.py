@@ -24,6 +24,7 @@ from gemma2_jax.studies.journal import Journal
 from gemma2_jax.studies.samplers import tpe_point
 from gemma2_jax.studies.space import SweepConfig, axes
 from gemma2_jax.studies.trials import Combination, Sweep
+from tests.parameters import mostly_thorough
 
 
 def run_sweep(combinations: list[Combination], output: str, console: Console) -> bool:
@@ -62,7 +63,7 @@ def test_the_table_is_sorted_by_loss(stage, combinations):
     assert results[0]["run"] == "rate=0.1"
 
 
-@pytest.mark.parametrize("error", [UserError("too hot."), RuntimeError("out of memory")])
+@mostly_thorough("error", [RuntimeError("out of memory"), UserError("too hot.")])
 def test_the_sweep_continues_after_a_failure(stage, combinations, error):
     stage.fails["rate=0.1"] = error
     assert not run_sweep(combinations, "out", Console())
@@ -136,6 +137,7 @@ def test_seeds_are_averaged(stage, toy):
         assert Path("out", picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_the_plot_uses_the_key_with_the_most_numbers(stage, toy, monkeypatch):
     drawn: dict[str, Any] = {}
     monkeypatch.setattr(
@@ -165,6 +167,7 @@ def test_a_sweep_in_the_folder_of_a_running_study_is_refused(stage, combinations
     assert stage.calls == []
 
 
+@pytest.mark.thorough
 def test_an_interrupt_stops_the_sweep(stage, combinations):
     stage.fails["rate=0.1"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
@@ -350,6 +353,7 @@ def test_runs_of_another_sweep_in_the_folder_are_refused_before_any_training(sta
     assert stage.calls == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("workers", [1, 3])
 def test_points_drawn_from_results_do_not_depend_on_the_workers(stage, no_plots, toy, workers, monkeypatch):
     pytest.importorskip("optuna")

@@ -115,6 +115,7 @@ def test_durations(seconds, words):
     assert duration(seconds) == words
 
 
+@pytest.mark.thorough
 def test_a_run_prints_its_parts_and_its_work_before_the_first_step(toy_run, tmp_path, capsys, monkeypatch):
     first_device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first_device)

@@ -284,6 +284,7 @@ SCHEDULED = ObjectiveConfig(
 )
 
 
+@pytest.mark.thorough
 def test_a_schedule_is_followed(run: RunConfig, alone: Alone) -> None:
     rows = alone(with_teacher(run, SCHEDULED), teacher=True)
     assert [row["temperature"] for row in rows] == pytest.approx(

@@ -36,6 +36,7 @@ def points(
     ][:count]
 
 
+@pytest.mark.thorough
 def test_runs_from_scratch_have_the_supervised_law():
     fit = fit_runs(points(), "distillation", 5, seed=0)
     assert fit.law == "chinchilla"
