@@ -139,7 +139,7 @@ def test_decoding():
     assert min(figures.values()) > 0
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_asha_vs_grid(data: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path):
     keys = [
         *("data=files", f"data.source={data.source}", f"data.folder={data.folder}", "data.workers=1"),

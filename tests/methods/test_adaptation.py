@@ -85,8 +85,12 @@ def teacher(toy_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run
     params=[
         "text",
         *(
-            pytest.param(kind, marks=pytest.mark.thorough)
-            for kind in ("online", "matched", "cached", "on-policy")
+            pytest.param(kind, marks=mark)
+            for mark, kinds in (
+                (pytest.mark.thorough, ("online", "on-policy")),
+                (pytest.mark.slow, ("matched", "cached")),
+            )
+            for kind in kinds
         ),
     ],
 )

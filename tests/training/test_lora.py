@@ -56,7 +56,7 @@ def finished(lora: RunConfig) -> RunConfig:
     return lora
 
 
-@partly_slow("method", METHODS, kept=("text", "online", "on-policy"))
+@partly_slow("method", METHODS, kept=("online", "on-policy"))
 def test_an_adapter_is_trained_and_resumed_with_every_method(
     finished: RunConfig, method: str, wide_teacher: str, tmp_path: Path
 ) -> None:

@@ -56,7 +56,7 @@ def finished(run: RunConfig) -> RunConfig:
     return run
 
 
-@partly_slow("method", METHODS, kept=("text", "matched", "cached"))
+@partly_slow("method", METHODS, kept=("matched",))
 def test_a_part_is_trained_and_resumed_with_every_method(
     finished: RunConfig, method: str, wide_teacher: str, tmp_path: Path
 ) -> None:

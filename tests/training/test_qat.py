@@ -28,6 +28,7 @@ from gemma2_jax.training.metrics import read_metrics
 from gemma2_jax.training.overview import describe_runs
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
+from tests.parameters import partly_slow
 from tests.steps import take_steps
 from tests.training.methods import KL, resumed_and_whole
 
@@ -97,7 +98,7 @@ def test_int4_is_loaded_in_four_bits_unchanged(qat: RunConfig, tmp_path: Path) -
     np.testing.assert_allclose(model(tokens), arrays(tokens), atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["text", "cached", "on-policy"])
+@partly_slow("method", ("text", "cached", "on-policy"), kept=("cached",))
 def test_every_method_trains_for_a_format_and_is_resumed(
     finished: RunConfig, method: str, source: str, tmp_path: Path
 ) -> None:
