@@ -53,6 +53,9 @@ OTHERS = {
     "jupyter",
     "gcloud",
     "ollama",
+    "curl",
+    "llama-server",
+    "vllm",
 }  # their options are not checked
 
 
