@@ -1,6 +1,7 @@
 """The benchmarks run, at the smallest size, and print every row of their tables."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -125,6 +126,18 @@ def test_step_vs_transformers():
     )
     assert list(figures) == ["training, tokens/s"]
     assert min(figures.values()) > 0
+
+
+@pytest.mark.slow
+def test_gpu(tmp_path: Path):
+    """At toy size on a CPU, where memory is not counted."""
+    lines("gpu.py", "--size=toy", "--sections=train,distil", f"--output={tmp_path / 'gpu.json'}")
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    ours = {row["name"]: row for row in found["rows"] if row.get("engine") == "gemma2_jax"}
+    assert list(ours) == ["training step, toy", "distillation step, toy from toy"]
+    assert min(row["tokens_per_second"] for row in ours.values()) > 0
+    assert min(row["planned_bytes"] for row in ours.values()) > 0
+    assert [row["peak_bytes"] for row in ours.values()] == [None, None]
 
 
 @pytest.mark.slow
