@@ -45,6 +45,7 @@ SECTIONS = {
     "distil": ("distil",),
     "decode": ("decode_bfloat16", "decode_int8", "decode_int4", "decode_transformers"),
 }
+ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 NOTHING = "–"
 
@@ -103,9 +104,11 @@ def run_part(part: str, size: str, deadline: float, minutes: float) -> list[Row]
         environment["JAX_PLATFORMS"] = "cpu"  # leaves the device to torch
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        command = [sys.executable, str(Path(__file__).with_name("gpu_parts.py")), part, size, str(file)]
+        command = [sys.executable, "-m", "experiments.benchmarks.gpu_parts", part, size, str(file)]
         try:
-            ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left)
+            ran = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left
+            )
         except subprocess.TimeoutExpired:
             reason = f"stopped, since the {minutes:g} minutes were over"
         else:

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from gpu_common import LIMITS, OURS, Figures, Report, Size, run_config, timed
 
+from experiments.benchmarks.gpu_common import LIMITS, OURS, Figures, Report, Size, run_config, timed
 from gemma2_jax.kernels.blockwise_attention import blockwise_attention
 from gemma2_jax.kernels.cached_attention import cached_attention
 from gemma2_jax.kernels.lm_head import LMHead, dense_sums, lm_head_sums

@@ -1,4 +1,4 @@
-"""The parts of `gpu.py`, each run in a process of its own: `gpu_parts.py PART SIZE FILE` writes rows, as lines of JSON.
+"""The parts of `gpu.py`, each run in a process of its own: `PART SIZE FILE` writes its rows as lines of JSON.
 
 The process is new so that a peak is that of one part: the devices' counters cannot be reset. A measurement that fails
 becomes a row with the reason, and the part goes on.
@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_common import (
+
+from experiments.benchmarks.gpu_common import (
     OURS,
     SIZES,
     Figures,
@@ -29,9 +30,8 @@ from gpu_common import (
     speed,
     timed,
 )
-from gpu_kernels import kernels
-from gpu_transformers import decode_transformers, train_transformers
-
+from experiments.benchmarks.gpu_kernels import kernels
+from experiments.benchmarks.gpu_transformers import decode_transformers, train_transformers
 from gemma2_jax.chips import CHIPS, chip_of_kind
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.data.batch import Batch

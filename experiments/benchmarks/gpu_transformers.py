@@ -4,8 +4,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from gpu_common import THEIRS, Figures, Report, Size, run_config, share_of_flops, speed, timed
-
+from experiments.benchmarks.gpu_common import (
+    THEIRS,
+    Figures,
+    Report,
+    Size,
+    run_config,
+    share_of_flops,
+    speed,
+    timed,
+)
 from gemma2_jax.formats.huggingface_config import config_json
 from gemma2_jax.methods.choose import build_method
 from gemma2_jax.model.config import ModelConfig
