@@ -4,128 +4,130 @@
     pip install torch transformers                               # optional, to compare with
     python experiments/benchmarks/gpu.py --output gpu.json
 
-The sections, with random weights, so that nothing is downloaded:
+The parts, with random weights, so that nothing is downloaded:
 
     kernels   values and gradients of the attention kernels and of the LM head on the device, against the references
     train     a training step of the 2B: one sequence of 8192 tokens, compute=bfloat16, float32 weights and moments
     distil    a step that distils the 2B from a 9B in bfloat16
     decode    prefill of a prompt and greedy decoding by the 2B, with its weights in bfloat16, int8 and int4
 
-"train" and "decode" include Hugging Face transformers on the same device, where torch is installed: eager attention
+"train" and "decode" also run in Hugging Face transformers on the same device, where torch is installed: eager attention
 (its "sdpa" drops the soft cap), recomputed layers as on our side, but weights and moments in bfloat16, so its step has
 less to store and to read. The two sides have different random weights; `step_vs_transformers.py` and `decoding.py`
 check that they compute the same.
 
-Speeds are medians after a warm-up, whose compile time is reported apart. The share is that of the peak bfloat16 FLOPs
-of the device, by model FLOPs (`gemma2_jax/model/counts.py`); in decoding, that of the memory bandwidth. Peak memory is
-what JAX (or torch) has allocated at most; the plan is what `gemma2 plan` computes from the compiled step. Each part
-runs in a process of its own (`gpu_parts.py`), so that one that fails or runs out of memory is a line with the reason.
+Times are medians after a warm-up: of values and gradients for the kernels, of a whole step, of prefill, of decoding the
+further tokens. The share is that of the device's peak bfloat16 FLOPs, by model FLOPs (`gemma2_jax/model/counts.py`); in
+decoding, that of its memory bandwidth. Peak memory is the most that JAX (or torch) has allocated, for the initial
+weights, too; the plan is what `gemma2 plan` computes from the compiled step, and a step whose plan is larger than the
+device's memory is skipped.
 
-Exits with 1 if a kernel's error is above its limit, or nothing could be measured. `--size toy` tries the script on a
-CPU.
+Each part runs in a process of its own (`gpu_parts.py`), which has the whole device. One that fails, or takes longer
+than its share of the time that is left, is a line with the reason. Exits with 1 if a kernel's error is above its limit,
+or nothing could be measured. `--size toy` tries the script on a CPU.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from gemma2_jax.files import write_text
+from gemma2_jax.machine import is_installed
 
-# Parts of each section, by their names in gpu_parts.py.
-SECTIONS = {
-    "kernels": ("kernels",),
-    "train": ("train", "train_transformers"),
-    "distil": ("distil",),
-    "decode": ("decode_bfloat16", "decode_int8", "decode_int4", "decode_transformers"),
+# The parts in `gpu_parts.py`, and their shares of the time: compiling a step takes longest.
+SHARES = {
+    "kernels": 4,
+    "train": 4,
+    "train_transformers": 2,
+    "distil": 4,
+    "decode_bfloat16": 2,
+    "decode_int8": 2,
+    "decode_int4": 2,
+    "decode_transformers": 2,
 }
-ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("jax", "tokamax", "torch", "transformers")
 Row = dict[str, Any]
-NOTHING = "–"
 
 
 def main() -> None:
-    options = parse_options()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES), help="parts to run (all)")
+    parser.add_argument("--size", choices=("2b", "toy"), default="2b", help="sizes of the models (2b)")
+    parser.add_argument("--minutes", type=float, default=8, help="time for all parts together (8)")
+    parser.add_argument("--output", help="JSON file for all figures (none)")
+    options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
-    machine: Row = {}
-    rows: list[Row] = []
-    for section in options.sections:
-        for part in SECTIONS[section]:
-            found = run_part(part, options.size, deadline, options.minutes)
-            for row in found:
-                machine |= row.pop("machine", {})
-            rows += [{"section": section, "part": part, **row} for row in found if row]
-    print(", ".join([options.size, *(f"{name} {value}" for name, value in machine.items())]))
-    print_tables(rows)
-    if options.output:
-        write_text(
-            options.output, json.dumps({"size": options.size, "machine": machine, "rows": rows}, indent=2)
+
+    machine = run_part("machine", options.size, deadline - time.monotonic())[-1]
+    if "failure" in machine:
+        sys.exit(f"JAX cannot use a device here: {machine['failure']}.")
+    if machine["platform"] == "cpu" and options.size != "toy":
+        sys.exit(
+            "JAX finds no GPU here, only a CPU; install its CUDA wheels, or try the script with --size toy."
         )
+    machine |= {name: metadata.version(name) for name in PACKAGES if is_installed(name)}
+    rows: list[Row] = []
+    for number, part in enumerate(options.parts):
+        share = SHARES[part] / sum(SHARES[each] for each in options.parts[number:])
+        rows += run_part(part, options.size, share * (deadline - time.monotonic()))
+        if options.output:  # after each part, in case that this process is stopped
+            found = {"size": options.size, "machine": machine, "rows": rows}
+            write_text(options.output, json.dumps(found, indent=2))
+    print(
+        ", ".join([options.size, machine["device"], *(f"{x} {machine[x]}" for x in PACKAGES if x in machine)])
+    )
+    print_tables(rows)
     if any(is_wrong(row) for row in rows) or all("failure" in row for row in rows):
         sys.exit(1)
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-    def sections(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := [name for name in names if name not in SECTIONS]:
-            raise argparse.ArgumentTypeError(
-                f"{unknown[0]!r} is not a section; accepted: {', '.join(SECTIONS)}"
-            )
-        return names
-
-    parser.add_argument(
-        "--sections", type=sections, default=list(SECTIONS), help="sections, joined by commas (all)"
-    )
-    parser.add_argument("--size", choices=("2b", "toy"), default="2b", help="sizes of the models (2b)")
-    parser.add_argument("--minutes", type=float, default=8, help="time for all parts together (8)")
-    parser.add_argument("--output", help="JSON file for all figures (none)")
-    return parser.parse_args()
-
-
-def run_part(part: str, size: str, deadline: float, minutes: float) -> list[Row]:
-    """Runs a part in a new process until the deadline; returns its rows, the last with the reason if it failed."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        return [failure(part, f"skipped, since the {minutes:g} minutes were over")]
-    # Each process has the device for itself, and may take nearly all of its memory.
+def run_part(part: str, size: str, limit: float) -> list[Row]:
+    """Runs a part in a new process for at most `limit` seconds; returns its rows, and the reason if it failed."""
+    # It has the device to itself, so JAX may take nearly all of the memory; in torch's parts, JAX keeps off the device.
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ}
     if part.endswith("_transformers"):
-        environment["JAX_PLATFORMS"] = "cpu"  # leaves the device to torch
+        environment["JAX_PLATFORMS"] = "cpu"
+    reason = ""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        command = [sys.executable, "-m", "experiments.benchmarks.gpu_parts", part, size, str(file)]
-        try:
-            ran = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left
+        file, log = Path(folder) / "rows.jsonl", Path(folder) / "log.txt"
+        command = [sys.executable, str(Path(__file__).with_name("gpu_parts.py")), part, size, str(file)]
+        with open(log, "w") as output:
+            # A session of its own, so that its compilers end with it.
+            process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True
             )
-        except subprocess.TimeoutExpired:
-            reason = f"stopped, since the {minutes:g} minutes were over"
-        else:
-            last = (ran.stderr.strip().splitlines() or ["without a message"])[-1]
-            reason = f"its process ended with {ran.returncode}: {last}" if ran.returncode else ""
+            try:
+                if code := process.wait(max(limit, 0)):
+                    last = (log.read_text(errors="replace").strip().splitlines() or ["without a message"])[-1]
+                    reason = f"its process ended with {code}: {last}"
+            except subprocess.TimeoutExpired:
+                reason = f"stopped after {limit:.0f} s, its share of the time"
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
         lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines] + ([failure(part, reason)] if reason else [])
-
-
-def failure(name: str, reason: str) -> Row:
-    return {"name": name, "failure": reason}
+    rows = [json.loads(line) for line in lines]
+    return [*rows, {"part": part, "name": part, "failure": reason}] if reason else rows
 
 
 def is_wrong(row: Row) -> bool:
     """Whether a kernel's values or gradients differ from the reference's by more than the limit."""
     # Written so that NaN is wrong, too.
-    return "limit" in row and not max(row["values"], row["gradients"] or 0.0) <= row["limit"]
+    return "limit" in row and not (
+        row["values"] <= row["limit"] and (row["gradients"] or 0.0) <= row["limit"]
+    )
 
 
 def print_tables(rows: Sequence[Row]) -> None:
@@ -141,7 +143,7 @@ def print_tables(rows: Sequence[Row]) -> None:
         },
     )
     print_table(
-        [row for row in rows if "tokens_per_second" in row],
+        [row for row in rows if "engine" in row],
         {
             "program": lambda row: row["name"],
             "engine": lambda row: row["engine"],
@@ -149,8 +151,8 @@ def print_tables(rows: Sequence[Row]) -> None:
             "ms": lambda row: f"{1e3 * row['seconds']:.1f}",
             "share of peak": lambda row: shown(row["share"], "{:.1%}"),
             "peak GB": lambda row: shown(row["peak_bytes"], "{:.2f}", 1e-9),
-            "planned GB": lambda row: shown(row["planned_bytes"], "{:.2f}", 1e-9),
-            "compile s": lambda row: shown(row["compile_seconds"], "{:.0f}"),
+            "planned GB": lambda row: shown(row.get("planned_bytes"), "{:.2f}", 1e-9),
+            "compile s": lambda row: shown(row.get("compile_seconds"), "{:.0f}"),
         },
     )
     print_table(
@@ -168,7 +170,7 @@ def print_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]
 
 
 def shown(value: float | None, form: str, unit: float = 1.0) -> str:
-    return NOTHING if value is None else form.format(value * unit)
+    return "–" if value is None else form.format(value * unit)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The part `kernels` of `gpu.py`: values and gradients on the device against the references, in float32."""
+"""Kernels on the device against the references in float32, for the part `kernels` of `gpu.py`."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from shared import median_seconds
 
-from experiments.benchmarks.gpu_common import LIMITS, OURS, Figures, Report, Size, run_config, timed
 from gemma2_jax.kernels.blockwise_attention import blockwise_attention
 from gemma2_jax.kernels.cached_attention import cached_attention
 from gemma2_jax.kernels.lm_head import LMHead, dense_sums, lm_head_sums
@@ -17,125 +17,131 @@ from gemma2_jax.kernels.tokamax_attention import tokamax_attention
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.objectives.objective import ObjectiveConfig, build_coefficients, token_loss
 
+# Of the relative errors, norm of the difference / norm of the reference. float32 sums of up to 10^5 products differ by
+# their order; bfloat16 rounds to 8 bits, 0.4 %, several times one after another.
+LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
+Figures = dict[str, Any]
+Attention = Callable[..., jax.Array]  # of query, key, value, positions, segment ids, window, soft cap
 
-def kernels(size: Size, report: Report) -> None:
-    model = run_config(size).model
-    for window in (None, size.window):
-        for name, dtype, kernel in attention_kernels(window, model.attn_logit_softcap):
-            kind = "global" if window is None else f"window {window}"
-            report.attempt(
-                f"{name} attention, {kind}, {dtype}",
-                OURS,
-                partial(attention_errors, kernel, model, size, window, dtype),
-            )
+
+def comparisons(
+    model: ModelConfig, length: int, window: int, repetitions: int
+) -> Iterator[tuple[str, Callable[[], Figures]]]:
+    """Yields the name of each comparison and a function that computes its figures.
+
+    Args:
+        model: gives heads, widths, vocabulary and soft caps; length: tokens of a row; window: of local attention.
+    """
+    for seen in (None, window):
+        for kernel, dtype in attention_kernels():
+            name = f"{kernel.__name__.removesuffix('_attention')} attention, "
+            name += f"{'global' if seen is None else f'window {seen}'}, {dtype}"
+            yield name, partial(compare_attention, kernel, model, length, seen, dtype, repetitions)
     for dtype in LIMITS:
-        report.attempt(f"attention to a cache, {dtype}", OURS, partial(cache_errors, model, size, dtype))
-    report.attempt("LM head, cross-entropy and KL, float32", OURS, partial(head_errors, model, size))
+        yield (
+            f"attention to a cache, {dtype}",
+            partial(compare_cached_attention, model, length, dtype, repetitions),
+        )
+    yield "LM head, cross-entropy and KL, float32", partial(compare_head, model, length // 4, repetitions)
 
 
-def attention_kernels(window: int | None, cap: float) -> Iterator[tuple[str, str, Callable[..., jax.Array]]]:
-    """Yields name, dtype and function of query, key, value, positions and segment ids."""
-
-    def blockwise(*arrays: jax.Array) -> jax.Array:
-        return blockwise_attention(*arrays, window, cap)
-
-    def looped(*arrays: jax.Array) -> jax.Array:
-        query, key, value, _, segments = arrays
+def attention_kernels() -> Iterator[tuple[Attention, str]]:
+    def looped(query: Any, key: Any, value: Any, _: Any, segments: Any, window: Any, cap: float) -> jax.Array:
         indices = jnp.arange(query.shape[1])
         return looped_attention(window, cap, query, key, value, segments, segments, indices)
 
-    def tokamax(*arrays: jax.Array) -> jax.Array:
-        return tokamax_attention(*arrays, window, cap)
-
     for dtype in LIMITS:
-        yield "blockwise", dtype, blockwise
-        yield "looped", dtype, looped
-    yield "tokamax", "bfloat16", tokamax
+        yield blockwise_attention, dtype
+        yield looped, dtype
+    yield tokamax_attention, "bfloat16"
 
 
-def attention_errors(
-    kernel: Callable[..., jax.Array], model: ModelConfig, size: Size, window: int | None, dtype: str
-) -> list[Figures]:
+def compare_attention(
+    kernel: Attention, model: ModelConfig, length: int, window: int | None, dtype: str, repetitions: int
+) -> Figures:
     """Compares a kernel with the reference in float32, on the same numbers: those that `dtype` can hold."""
-    B, T = 2, size.kernel_length
-    shapes = [(B, T, heads, model.head_dim) for heads in (model.num_heads, *2 * (model.num_kv_heads,))]
+    B, T, H = 2, length, model.head_dim
+    shapes = [(B, T, heads, H) for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)]
     query, key, value, cotangent = random_arrays([*shapes, shapes[0]], dtype)
+    given = (query * H**-0.5, key, value)
     first = T // 3  # tokens of the first of two documents
     tokens = jnp.arange(T)
     positions = jnp.broadcast_to(jnp.where(tokens < first, tokens, tokens - first), (B, T))
     segments = jnp.broadcast_to(jnp.where(tokens < first, 1, 2), (B, T))
-    given = (query * model.head_dim**-0.5, key, value)
 
-    def plain(query: jax.Array, key: jax.Array, value: jax.Array, *_: jax.Array) -> jax.Array:
+    def plain(query: Any, key: Any, value: Any, *_: Any) -> jax.Array:
         visible = visible_keys(positions, positions, segments, segments, window)
         return attention(query, key, value, visible, model.attn_logit_softcap)
 
-    def results(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    def results(function: Attention) -> Callable[..., Any]:
         def loss(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-            output = function(*arrays, positions, segments)
+            output = function(*arrays, positions, segments, window, model.attn_logit_softcap)
             return jnp.sum(cotangent.astype(jnp.float32) * output), output
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
-    exact = [x.astype(jnp.float32) for x in given]
     with jax.default_matmul_precision("highest"):
-        gradients, output = results(plain)(*exact)
-    return compared(partial(results(kernel), *given), (output, *gradients), dtype, size)
+        expected = results(plain)(*(x.astype(jnp.float32) for x in given))
+    return compared(partial(results(kernel), *given), expected, dtype, repetitions)
 
 
-def cache_errors(model: ModelConfig, size: Size, dtype: str) -> list[Figures]:
-    B, S, K, H = 2, size.kernel_length, model.num_kv_heads, model.head_dim
-    query, key, value = given = random_arrays([(B, model.num_heads, H), (B, K, S, H), (B, K, S, H)], dtype)
+def compare_cached_attention(model: ModelConfig, length: int, dtype: str, repetitions: int) -> Figures:
+    B, S, K, H = 2, length, model.num_kv_heads, model.head_dim
+    given = random_arrays([(B, model.num_heads, H), (B, K, S, H), (B, K, S, H)], dtype)
     visible = jnp.broadcast_to(jnp.arange(S) < S - 5, (B, S))
-    cap = model.attn_logit_softcap
     query, key, value = (x.astype(jnp.float32) for x in given)
     with jax.default_matmul_precision("highest"):
         arrays = (query[:, None], key.swapaxes(1, 2), value.swapaxes(1, 2))
-        expected = attention(*arrays, visible[:, None], cap)[:, 0]
-    call = jax.jit(lambda *arrays: ((), cached_attention(*arrays, visible, cap)))
-    return compared(partial(call, *given), (expected,), dtype, size)
+        expected = attention(*arrays, visible[:, None], model.attn_logit_softcap)[:, 0]
+
+    @jax.jit
+    def call(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[tuple[()], jax.Array]:
+        return (), cached_attention(query, key, value, visible, model.attn_logit_softcap)
+
+    return compared(partial(call, *given), ((), expected), dtype, repetitions)
 
 
-def head_errors(model: ModelConfig, size: Size) -> list[Figures]:
-    """Compares block-wise losses over the vocabulary with those of all logits at once, and their gradients."""
+def compare_head(model: ModelConfig, length: int, repetitions: int) -> Figures:
+    """Compares block-wise losses over the vocabulary with those of all logits at once."""
     config = ObjectiveConfig(cross_entropy=0.5, forward_kl=0.5, temperature=1.0, block_tokens=64)
-    B, T, V, D = 2, size.kernel_length // 4, model.vocab_size, model.d_model
-    shapes = [(B, T, D), (V, D), (B, T, D), (V, D)]
-    arrays = [x * x.shape[-1] ** -0.25 for x in random_arrays(shapes, "float32")]
+    B, T, V, D = 2, length, model.vocab_size, model.d_model
+    arrays = [x * D**-0.25 for x in random_arrays([(B, T, D), (V, D), (B, T, D), (V, D)], "float32")]
     targets = jax.random.randint(jax.random.key(1), (B, T), 0, model.num_tokens)
+    coefficients = build_coefficients(config, steps=1)(0)
 
-    def results(sums: Callable[..., Any]) -> Callable[..., Any]:
-        def loss(hidden: Any, embedding: Any, *teacher: Any) -> tuple[jax.Array, jax.Array]:
-            constants = model.final_logit_softcap, model.vocab_padding
-            student = LMHead(hidden, embedding, *constants)
-            heads = {"model": student, "teacher": LMHead(*teacher, *constants, trained=False)}
-            coefficients = build_coefficients(config, steps=1)(0)
-            mask = jnp.ones((B, T))
-            total: jax.Array = sums(token_loss(config), heads, {"targets": targets}, mask)(coefficients)
+    def results(sums: Callable[..., Any], *settings: Any) -> Callable[..., Any]:
+        def loss(*arrays: Any) -> tuple[jax.Array, jax.Array]:
+            student, teacher = (
+                LMHead(hidden, embedding, model.final_logit_softcap, model.vocab_padding, trained)
+                for hidden, embedding, trained in ((*arrays[:2], True), (*arrays[2:], False))
+            )
+            heads = {"model": student, "teacher": teacher}
+            weighted = token_loss(config), heads, {"targets": targets}, jnp.ones((B, T))
+            total: jax.Array = sums(*weighted, *settings, coefficients)[0]
             return total, total
 
         return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
-    def dense(*arguments: Any) -> Callable[[Any], jax.Array]:
-        return lambda coefficients: dense_sums(*arguments, coefficients)[0]
-
-    def blocks(*arguments: Any) -> Callable[[Any], jax.Array]:
-        return lambda coefficients: lm_head_sums(*arguments, config.block_tokens, coefficients)[0]
-
     with jax.default_matmul_precision("highest"):
-        gradients, total = results(dense)(*arrays)
-    return compared(partial(results(blocks), *arrays), (total, *gradients), "float32", size)
+        expected = results(dense_sums)(*arrays)
+    return compared(
+        partial(results(lm_head_sums, config.block_tokens), *arrays), expected, "float32", repetitions
+    )
 
 
-def compared(call: Callable[[], Any], expected: tuple[Any, ...], dtype: str, size: Size) -> list[Figures]:
-    """Relative errors and time of a call that returns gradients (none: ()) and values; expected: values, gradients."""
+def compared(call: Callable[[], Any], expected: Any, dtype: str, repetitions: int) -> Figures:
+    """Relative errors and time of a call that returns gradients, perhaps none, and values."""
     # On GPUs, float32 products have 10 bits by default (TF32).
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
         gradients, values = call()
-        seconds, compile_seconds = timed(call, size.steps)
-    errors = [relative_error(*pair) for pair in zip((values, *gradients), expected, strict=True)]
-    row = {"values": errors[0], "gradients": max(errors[1:], default=None), "limit": LIMITS[dtype]}
-    return [row | {"seconds": seconds, "compile_seconds": compile_seconds}]
+        seconds = median_seconds(lambda: jax.block_until_ready(call()), repetitions)
+    errors = [relative_error(*pair) for pair in zip(gradients, expected[0], strict=True)]
+    return {
+        "values": relative_error(values, expected[1]),
+        "gradients": max(errors, default=None),
+        "limit": LIMITS[dtype],
+        "seconds": seconds,
+    }
 
 
 def relative_error(found: jax.Array, expected: jax.Array) -> float:

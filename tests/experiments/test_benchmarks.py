@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -25,7 +26,7 @@ def lines(script: str, *arguments: str) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(ROOT / "experiments" / "benchmarks" / script), *arguments]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     table = ran.stdout.splitlines()
     header = next(number for number, line in enumerate(table) if line.startswith((" ", "| ---")))
@@ -129,15 +130,55 @@ def test_step_vs_transformers():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("torch", "transformers")),
+    reason="compares with the extra `reference`: pip install -e '.[reference]'",
+)
 def test_gpu(tmp_path: Path):
-    """At toy size on a CPU, where memory is not counted."""
-    lines("gpu.py", "--size=toy", "--sections=train,distil", f"--output={tmp_path / 'gpu.json'}")
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    ours = {row["name"]: row for row in found["rows"] if row.get("engine") == "gemma2_jax"}
-    assert list(ours) == ["training step, toy", "distillation step, toy from toy"]
-    assert min(row["tokens_per_second"] for row in ours.values()) > 0
-    assert min(row["planned_bytes"] for row in ours.values()) > 0
-    assert [row["peak_bytes"] for row in ours.values()] == [None, None]
+    """At toy size on a CPU, where no kernel of tokamax runs."""
+    lines("gpu.py", "--size=toy", f"--output={tmp_path / 'gpu.json'}")
+    found = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    portable = [
+        f"{name} attention, {seen}, {dtype}"
+        for seen in ("global", "window 100")
+        for dtype in ("float32", "bfloat16")
+        for name in ("blockwise", "looped")
+    ]
+    tokamax = [f"tokamax attention, {seen}, bfloat16" for seen in ("global", "window 100")]
+    caches = ["attention to a cache, float32", "attention to a cache, bfloat16"]
+    kernels = [
+        *(*portable[:4], tokamax[0], *portable[4:], tokamax[1]),
+        *(*caches, "LM head, cross-entropy and KL, float32"),
+    ]
+    generation = [
+        f"{phase}, toy, weights in {weights}"
+        for weights in ("bfloat16", "int8", "int4", "bfloat16")
+        for phase in ("prefill", "decoding")
+    ]
+    steps = ["training step, toy", "training step, toy", "distillation step, toy from toy"]
+    assert [row["name"] for row in found] == [*kernels, *steps, *generation]
+    for row in found:
+        if row["name"] in tokamax:
+            assert "tokamax" in row["failure"]
+        elif row["name"] in kernels:
+            assert max(row["values"], row["gradients"] or 0.0) <= row["limit"]
+        elif "failure" not in row:
+            assert 0 < row["tokens_per_second"] < math.inf
+        else:
+            assert row["name"].startswith("decoding") and "too short" in row["failure"]
+    planned = [row["part"] for row in found if row.get("planned_bytes")]
+    assert planned == ["train", "distil"]
+
+
+@pytest.mark.thorough
+def test_gpu_reports_parts_that_do_not_end_or_fail():
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "experiments" / "benchmarks" / "gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    stopped = {"part": "kernels", "name": "kernels", "failure": "stopped after 0 s, its share of the time"}
+    assert gpu.run_part("kernels", "toy", 0.1) == [stopped]
+    (failed,) = gpu.run_part("kernels", "unknown", 60)
+    assert failed["failure"] == "its process ended with 1: KeyError: 'unknown'"
 
 
 @pytest.mark.slow
