@@ -15,17 +15,17 @@ are the same: it takes GELU from a table of 16-bit numbers, and random weights l
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
-import time
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from shared import Seconds, alternate, our_generation, their_generation, their_model, use_cores
 
 PROMPT = list(range(10, 42))
 SIZES: dict[str, dict[str, Any]] = {
@@ -40,72 +40,18 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Engine(ABC):
-    """One engine with its copy of the weights."""
+@dataclass(frozen=True)
+class Engine:
+    """An engine with its copy of the weights; `decode` returns so many of the most likely tokens after PROMPT."""
 
     name: str
-
-    @abstractmethod
-    def decode(self, new_tokens: int) -> list[int]:
-        """Returns the most likely `new_tokens` tokens after PROMPT."""
+    decode: Callable[[int], list[int]]
 
 
-class Ours(Engine):
-    name = "gemma2_jax"
-
-    def __init__(self, model: Any) -> None:
-        from gemma2_jax.model.config import ComputeConfig
-        from gemma2_jax.sampling.sampler import Sampler
-
-        # It takes and returns ids here, so it needs only the vocabulary size of a tokenizer.
-        ids_only: Any = SimpleNamespace(vocab_size=model.config.vocab_size)
-        self._sampler = Sampler(model, ids_only, ComputeConfig(unroll_layers=True))
-
-    def decode(self, new_tokens: int) -> list[int]:
-        from gemma2_jax.sampling.config import SamplingConfig
-
-        greedy = SamplingConfig(max_new_tokens=new_tokens, temperature=0.0, stop_tokens=())
-        return self._sampler.generate_tokens([PROMPT], greedy)[0]
-
-
-class Transformers(Engine):
-    name = "transformers"
-
-    def __init__(self, model: Any, tensors: dict[str, np.ndarray]) -> None:
-        import torch
-        from transformers import Gemma2Config, Gemma2ForCausalLM
-
-        sizes = model.config
-        values: dict[str, Any] = dict(
-            vocab_size=sizes.vocab_size, num_hidden_layers=sizes.num_layers, hidden_size=sizes.d_model,
-            num_attention_heads=sizes.num_heads, num_key_value_heads=sizes.num_kv_heads,
-            head_dim=sizes.head_dim, intermediate_size=sizes.d_ff, sliding_window=sizes.sliding_window,
-            query_pre_attn_scalar=sizes.query_pre_attn_scalar, attn_implementation="eager",
-            pad_token_id=0, eos_token_id=None, bos_token_id=1,
-        )  # fmt: skip
-        state = {name: torch.from_numpy(array) for name, array in tensors.items()}
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        self._model: Any = Gemma2ForCausalLM(Gemma2Config(**values))
-        self._model.load_state_dict(state)
-        self._model.eval()
-
-    def decode(self, new_tokens: int) -> list[int]:
-        import torch
-
-        prompt = torch.tensor([PROMPT])
-        with torch.inference_mode():
-            out = self._model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-            )  # fmt: skip
-        return out[0, len(PROMPT) :].tolist()
-
-
-class LlamaCpp(Engine):
-    def __init__(self, file: Path, encoding: str, threads: int) -> None:
+class LlamaCpp:
+    def __init__(self, file: Path, threads: int) -> None:
         import llama_cpp
 
-        self.name = f"llama.cpp {encoding.upper()}"
         self._library = llama_cpp
         self._llama = llama_cpp.Llama(
             str(file), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False
@@ -138,17 +84,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens to generate (128)")
     options = parser.parse_args()
 
-    # XLA sizes its thread pool at start by the cores that it may use, so set them before the imports.
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < options.threads:
-        sys.exit(f"--threads is {options.threads}, but this process may use only {len(cores)} cores.")
-    os.sched_setaffinity(0, set(cores[: options.threads]))
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        sys.exit(f"This benchmark compares with {error.name}: pip install -e '.[reference]'.")
-    torch.set_num_threads(options.threads)
+    use_cores(options.threads)
+    import torch
+    import transformers
 
     engines = build_engines(SIZES[options.size], options.threads)
     check_agreement(engines, options.new_tokens)
@@ -156,20 +94,29 @@ def main() -> None:
         f"{options.size}, {options.threads} thread(s), {options.rounds} rounds of {options.new_tokens} tokens; "
         f"transformers {transformers.__version__}, torch {torch.__version__}"
     )
-    print_table(engines, options.new_tokens, measure(engines, options.new_tokens, options.rounds))
+    seconds = alternate([partial(engine.decode, options.new_tokens) for engine in engines], options.rounds)
+    print_table(engines, options.new_tokens, seconds)
 
 
 def build_engines(sizes: dict[str, Any], threads: int) -> list[Engine]:
     """Returns the engines that are installed, ours first and transformers second, with the same random weights."""
     import jax
+    import torch
 
     from gemma2_jax.formats.layouts import GGUF, HUGGINGFACE
-    from gemma2_jax.model.config import ModelConfig
+    from gemma2_jax.model.config import ComputeConfig, ModelConfig
     from gemma2_jax.model.transformer import Gemma2
 
     config = ModelConfig(**sizes)
     model = Gemma2.init(config, jax.random.key(0))
-    engines: list[Engine] = [Ours(model), Transformers(model, tensors_of(model, HUGGINGFACE))]
+    theirs = their_model(config)
+    state = {name: torch.from_numpy(array) for name, array in tensors_of(model, HUGGINGFACE).items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    theirs.load_state_dict(state)
+    engines = [
+        Engine("gemma2_jax", partial(our_generation(model, ComputeConfig(unroll_layers=True)), PROMPT)),
+        Engine("transformers", partial(their_generation(theirs), PROMPT)),
+    ]
     try:
         import llama_cpp  # noqa: F401
     except ImportError:
@@ -182,7 +129,8 @@ def build_engines(sizes: dict[str, Any], threads: int) -> list[Engine]:
         for encoding in ("f32", "q8_0"):
             file = Path(folder) / f"{encoding}.gguf"
             write_gguf(file, config, tensors_of(model, GGUF).items(), vocabulary, encoding, "benchmark")
-            engines.append(LlamaCpp(file, encoding, threads))  # maps the file, which may then be deleted
+            llama = LlamaCpp(file, threads)  # maps the file, which may then be deleted
+            engines.append(Engine(f"llama.cpp {encoding.upper()}", llama.decode))
     return engines
 
 
@@ -233,19 +181,7 @@ def check_agreement(engines: list[Engine], new_tokens: int) -> None:
         print(f"{engine.name}: the first {same} of {new_tokens} tokens are the same")
 
 
-def measure(engines: list[Engine], new_tokens: int, rounds: int) -> list[list[tuple[float, float]]]:
-    """Returns the wall and the CPU seconds of each engine in each round."""
-    seconds: list[list[tuple[float, float]]] = [[] for _ in engines]
-    for _ in range(rounds):
-        for engine, durations in zip(engines, seconds, strict=True):
-            time.sleep(0.3)  # the other engines' threads spin for a while before they sleep
-            wall, cpu = time.perf_counter(), time.process_time()
-            engine.decode(new_tokens)
-            durations.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return seconds
-
-
-def print_table(engines: list[Engine], new_tokens: int, seconds: list[list[tuple[float, float]]]) -> None:
+def print_table(engines: list[Engine], new_tokens: int, seconds: list[list[Seconds]]) -> None:
     """Prints medians, and each engine's time as a multiple of ours: the median over the rounds and its range."""
     print(f"{'':18}{'tokens/s':>10}{'CPU ms/token':>14}{'wall / ours':>24}{'CPU / ours':>24}")
     for engine, durations in zip(engines, seconds, strict=True):

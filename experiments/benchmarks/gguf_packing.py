@@ -13,7 +13,6 @@ comparing every byte.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -22,13 +21,13 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from import_memory import parser_of, sizes, write  # type: ignore[import-not-found]  # the script beside this one
-from merge_memory import tokenizer  # type: ignore[import-not-found]
+from import_memory import parser_of, sizes, write
+from merge_memory import tokenizer
+from shared import print_peak, print_peaks
 
 from gemma2_jax.formats import k_quants
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.source import TOKENIZER_FILE
-from gemma2_jax.machine import peak_memory_gib
 
 ENCODINGS = ("q6_k", "q4_k_m")
 
@@ -54,13 +53,6 @@ def measure_packing(kind: str, rows: int, rounds: int) -> tuple[float, float, fl
     return 8 * packed.nbytes / values.size, float(relative), values.size / min(seconds) / 1e6
 
 
-def measure_conversion(folder: Path, encoding: str) -> dict[str, float]:
-    """Returns the peak memory of a conversion in GB, and its seconds."""
-    start = time.perf_counter()
-    convert(folder, folder / f"{encoding}.gguf", dtype=encoding)
-    return {"peak": peak_memory_gib() * 2**30 / 1e9, "seconds": time.perf_counter() - start}
-
-
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, default=8192, help="of 2,304 weights, in the first table")
@@ -73,7 +65,8 @@ def main() -> None:
         Path(arguments.write, TOKENIZER_FILE).write_bytes(tokenizer(config.vocab_size))
         return
     if arguments.convert:
-        print(json.dumps(measure_conversion(Path(arguments.convert[0]), arguments.convert[1])))
+        folder, encoding = arguments.convert
+        print_peak(lambda: convert(Path(folder), Path(folder, f"{encoding}.gguf"), dtype=encoding))
         return
     print(f"{'':12}{'bits':>12}{'error':>12}{'M weights/s':>14}")
     for kind in ("q4_0", *k_quants.BYTES):
@@ -82,13 +75,8 @@ def main() -> None:
     command = [sys.executable, __file__, "--model", arguments.model, "--shrink", str(arguments.shrink)]
     with tempfile.TemporaryDirectory() as name:
         subprocess.run([*command, "--write", name], check=True)
-        print(f"\n{'':12}{'peak GB':>12}{'seconds':>12}")
-        for encoding in ENCODINGS:
-            completed = subprocess.run(
-                [*command, "--convert", name, encoding], check=True, stdout=subprocess.PIPE
-            )
-            figures = json.loads(completed.stdout)
-            print(f"{encoding:12}{figures['peak']:>12.2f}{figures['seconds']:>12.1f}", flush=True)
+        print()
+        print_peaks([*command, "--convert", name], ENCODINGS)
 
 
 if __name__ == "__main__":

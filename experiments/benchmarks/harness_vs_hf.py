@@ -20,7 +20,6 @@ transformers uses its eager attention: its "sdpa" drops Gemma 2's soft cap and t
 """
 
 import argparse
-import os
 import random
 import statistics
 import sys
@@ -30,6 +29,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from shared import Seconds, alternate, use_cores
 
 # Two float32 implementations: their sums over a text differ by rounding.
 TOLERANCE = 1e-4
@@ -54,18 +55,13 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=8192, help="tokens of the vocabulary (8192)")
     options = parser.parse_args()
 
-    # XLA sizes its thread pool at start by the cores that it may use, so set them before the imports.
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < options.threads:
-        sys.exit(f"--threads is {options.threads}, but this process may use only {len(cores)} cores.")
-    os.sched_setaffinity(0, set(cores[: options.threads]))
+    use_cores(options.threads)
     try:
         import lm_eval  # noqa: F401
-        import torch
-        import transformers
-    except ImportError as error:
-        sys.exit(f"This benchmark needs {error.name}: pip install -e '.[eval,reference]'.")
-    torch.set_num_threads(options.threads)
+    except ImportError:
+        sys.exit("This benchmark needs lm_eval: pip install -e '.[eval,reference]'.")
+    import torch
+    import transformers
 
     with tempfile.TemporaryDirectory() as folder:
         documents = python_documents()
@@ -95,7 +91,7 @@ def main() -> None:
     firsts = {name: check_agreement(name, *pair) for name, pair in sides.items()}
     print(f"{'':24}{'gemma2_jax':>20}{'hf':>20}{'ratio':>8}{'CPU ratio':>11}  (of each round)")
     for (name, pair), requests in zip(sides.items(), (answers, letters, texts), strict=True):
-        print_row(name, len(requests), *alternate(pair, options.rounds))
+        print_row(name, len(requests), alternate(pair, options.rounds))
     print("first run, with compilation: " + ", ".join(f"{name} {s:.1f} s" for name, s in firsts.items()))
 
 
@@ -176,26 +172,11 @@ def check_agreement(name: str, ours: Side, theirs: Side) -> float:
     return seconds
 
 
-def alternate(sides: Sequence[Side], rounds: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Returns the elapsed and the processor seconds of each side in each round."""
-    elapsed: list[list[float]] = [[] for _ in sides]
-    processor: list[list[float]] = [[] for _ in sides]
-    for _ in range(rounds):
-        for side, walls, cpus in zip(sides, elapsed, processor, strict=True):
-            time.sleep(0.3)  # the other side's threads spin for a while before they sleep
-            start, cpu = time.perf_counter(), time.process_time()
-            side()
-            walls.append(time.perf_counter() - start)
-            cpus.append(time.process_time() - cpu)
-    return elapsed, processor
-
-
-def print_row(name: str, requests: int, elapsed: list[list[float]], processor: list[list[float]]) -> None:
-    (ours, theirs), (our_cpu, their_cpu) = (
-        tuple(map(statistics.median, seconds)) for seconds in (elapsed, processor)
-    )
-    ratios = [their / our for our, their in zip(*processor, strict=True)]
-    speeds = "".join(f"{requests / seconds:>11.1f} ({seconds:5.2f} s)" for seconds in (ours, theirs))
+def print_row(name: str, requests: int, seconds: list[list[Seconds]]) -> None:
+    ours, theirs = (statistics.median(each.wall for each in side) for side in seconds)
+    our_cpu, their_cpu = (statistics.median(each.cpu for each in side) for side in seconds)
+    ratios = [their.cpu / our.cpu for our, their in zip(*seconds, strict=True)]
+    speeds = "".join(f"{requests / median:>11.1f} ({median:5.2f} s)" for median in (ours, theirs))
     print(
         f"{name + ', requests/s':24}{speeds}"
         f"{theirs / ours:>8.2f}{their_cpu / our_cpu:>11.2f}  ({min(ratios):.2f} .. {max(ratios):.2f})"

@@ -9,20 +9,18 @@ include reading the result back.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from import_memory import parser_of, sizes, write  # type: ignore[import-not-found]  # the script beside this one
+from import_memory import parser_of, sizes, write
 from sentencepiece import sentencepiece_model_pb2
+from shared import print_peak, print_peaks
 
 from gemma2_jax.formats.merge import merge
 from gemma2_jax.formats.source import TOKENIZER_FILE
-from gemma2_jax.machine import peak_memory_gib
 
 METHODS = ("linear", "slerp", "ties")
 PIECES: Any = sentencepiece_model_pb2  # as Any, since its classes exist only once it is imported
@@ -44,15 +42,6 @@ def tokenizer(tokens: int) -> bytes:
     return content
 
 
-def measure(folder: Path, method: str) -> dict[str, float]:
-    """Returns the peak memory of a merge in GB, and its seconds."""
-    models = [folder / "0", folder / "1"]
-    base = models[0] if method == "ties" else None
-    start = time.perf_counter()
-    merge(models, folder / method, method, base=base)
-    return {"peak": peak_memory_gib() * 2**30 / 1e9, "seconds": time.perf_counter() - start}
-
-
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--merge", nargs=2, metavar=("FOLDER", "METHOD"), help=argparse.SUPPRESS)
@@ -66,18 +55,15 @@ def main() -> None:
             (folder / TOKENIZER_FILE).write_bytes(tokenizer(config.vocab_size))
         return
     if arguments.merge:
-        print(json.dumps(measure(Path(arguments.merge[0]), arguments.merge[1])))
+        name, method = arguments.merge
+        models = [Path(name, "0"), Path(name, "1")]
+        base = models[0] if method == "ties" else None
+        print_peak(lambda: merge(models, Path(name, method), method, base=base))
         return
     command = [sys.executable, __file__, "--model", arguments.model, "--shrink", str(arguments.shrink)]
     with tempfile.TemporaryDirectory() as name:
         subprocess.run([*command, "--write", name], check=True)
-        print(f"{'':12}{'peak GB':>12}{'seconds':>12}")
-        for method in METHODS:
-            completed = subprocess.run(
-                [*command, "--merge", name, method], check=True, stdout=subprocess.PIPE
-            )
-            figures = json.loads(completed.stdout)
-            print(f"{method:12}{figures['peak']:>12.2f}{figures['seconds']:>12.1f}", flush=True)
+        print_peaks([*command, "--merge", name], METHODS)
 
 
 if __name__ == "__main__":

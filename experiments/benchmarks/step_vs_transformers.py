@@ -15,15 +15,13 @@ optimizer is torch.optim.AdamW with fused=True.
 """
 
 import argparse
-import os
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from shared import Seconds, TheirTraining, alternate, their_model, use_cores
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
 # Two float32 implementations of ~10^10 operations: their mean losses differ by rounding, some 1e-7 of 9.
@@ -58,20 +56,18 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence (512)")
     options = parser.parse_args()
 
-    # XLA sizes its thread pool at start by the cores that it may use, so set them before the imports.
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < options.threads:
-        sys.exit(f"--threads is {options.threads}, but this process may use only {len(cores)} cores.")
-    os.sched_setaffinity(0, set(cores[: options.threads]))
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        sys.exit(f"This benchmark compares with {error.name}: pip install -e '.[reference]'.")
-    torch.set_num_threads(options.threads)
+    use_cores(options.threads)
+    import torch
+    import transformers
+
+    from gemma2_jax.model.config import ModelConfig
 
     work = Work(options.batch, options.length)
-    theirs = TheirSide(work)
+    tokens = torch.from_numpy(work.tokens()).long()
+    torch.manual_seed(0)
+    model = their_model(ModelConfig(**SIZES))
+    targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    theirs = TheirTraining(model, *targets, LEARNING_RATE, WEIGHT_DECAY)
     ours = OurSide(work, theirs.model.state_dict())
     print(
         f"jax {ours.version}, transformers {transformers.__version__}, torch {torch.__version__}; "
@@ -79,36 +75,23 @@ def main() -> None:
     )
     check_agreement(ours, theirs)
 
-    steps = alternate([ours.step, theirs.step], options.rounds, options.steps)
+    for step in (steps := [ours.step, theirs.step]):
+        step()  # compiles ours
+    seconds = alternate(steps, options.rounds, options.steps)
     print(f"{'':24}{'gemma2_jax':>20}{'transformers':>20}{'ratio':>8}  (of each round)")
-    print_row("training, tokens/s", work.batch * work.length, steps)
+    print_row("training, tokens/s", work.batch * work.length, seconds)
 
 
-def alternate(sides: list[Callable[[], Any]], rounds: int, repeats: int) -> list[list[float]]:
-    """Returns the seconds per call of each side in each round, after one untimed call."""
-    for side in sides:
-        side()
-    seconds: list[list[float]] = [[] for _ in sides]
-    for _ in range(rounds):
-        for side, durations in zip(sides, seconds, strict=True):
-            time.sleep(0.3)  # the other side's threads spin for a while before they sleep
-            start = time.perf_counter()
-            for _ in range(repeats):
-                side()
-            durations.append((time.perf_counter() - start) / repeats)
-    return seconds
-
-
-def print_row(name: str, tokens: int, seconds: list[list[float]]) -> None:
-    ours, theirs = (statistics.median(durations) for durations in seconds)
-    ratios = [their / our for our, their in zip(*seconds, strict=True)]
+def print_row(name: str, tokens: int, seconds: list[list[Seconds]]) -> None:
+    ours, theirs = (statistics.median(each.wall for each in durations) for durations in seconds)
+    ratios = [their.wall / our.wall for our, their in zip(*seconds, strict=True)]
     print(
         f"{name:24}{tokens / ours:>11.0f} ({ours:5.3f} s){tokens / theirs:>11.0f} ({theirs:5.3f} s)"
         f"{theirs / ours:>8.2f}  ({min(ratios):.2f} .. {max(ratios):.2f})"
     )
 
 
-def check_agreement(ours: "OurSide", theirs: "TheirSide") -> None:
+def check_agreement(ours: "OurSide", theirs: TheirTraining) -> None:
     """Exits unless both sides compute the same loss."""
     our_loss, their_loss = ours.loss(), theirs.loss()
     print(
@@ -116,45 +99,6 @@ def check_agreement(ours: "OurSide", theirs: "TheirSide") -> None:
     )
     if abs(our_loss - their_loss) > LOSS_TOLERANCE * their_loss:
         sys.exit("The two sides compute different losses.")
-
-
-class TheirSide:
-    """Hugging Face transformers."""
-
-    def __init__(self, work: Work) -> None:
-        import torch
-        from transformers import Gemma2Config, Gemma2ForCausalLM
-
-        values: dict[str, Any] = dict(
-            vocab_size=SIZES["vocab_size"], num_hidden_layers=SIZES["num_layers"], hidden_size=SIZES["d_model"],
-            num_attention_heads=SIZES["num_heads"], num_key_value_heads=SIZES["num_kv_heads"],
-            head_dim=SIZES["head_dim"], intermediate_size=SIZES["d_ff"], sliding_window=SIZES["sliding_window"],
-            query_pre_attn_scalar=SIZES["query_pre_attn_scalar"], attn_implementation="eager",
-            pad_token_id=0, eos_token_id=None, bos_token_id=1,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        self.model: Any = Gemma2ForCausalLM(Gemma2Config(**values))
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
-        )
-        tokens = torch.from_numpy(work.tokens()).long()
-        self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def _loss(self) -> Any:
-        # The targets are already shifted (shift_labels), so all positions count, as on our side.
-        return self.model(self.inputs, labels=self.targets, shift_labels=self.targets, use_cache=False).loss
-
-    def loss(self) -> float:
-        import torch
-
-        with torch.no_grad():
-            return float(self._loss())
-
-    def step(self) -> None:
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._loss().backward()
-        self.optimizer.step()
 
 
 def our_params(state: Any, config: Any) -> dict[str, Any]:

@@ -17,12 +17,11 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Compiled
+from shared import random_batch
 
 from gemma2_jax.cli.compose import compose
-from gemma2_jax.data.batch import Batch
 from gemma2_jax.methods.choose import build_method
 from gemma2_jax.methods.distillation import TEACHER
 from gemma2_jax.methods.method import BASE, Method
@@ -58,10 +57,7 @@ def main() -> None:
     ]
     config = compose([*overrides, f"data.batch_size={options.batch}", "mesh.data=1"])
     teacher_config = compose([f"model={options.teacher}"]).model
-    shape = (options.batch, config.data.seq_len)
-    ids = jax.random.randint(jax.random.key(0), shape, 0, config.model.num_tokens)
-    positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-    batch = Batch(ids, jnp.roll(ids, -1, 1), positions, jnp.ones_like(ids), jnp.ones(shape))
+    batch = random_batch(options.batch, config.data.seq_len, config.model.num_tokens)
     mesh = build_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         sizes = replace(teacher_config, vocab_size=config.model.vocab_size)

@@ -1,6 +1,9 @@
 """The benchmarks run, at the smallest size, and print every row of their tables."""
 
+import importlib
 import importlib.util
+import json
+import math
 import os
 import re
 import subprocess
@@ -24,7 +27,7 @@ def lines(script: str, *arguments: str) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(ROOT / "experiments" / "benchmarks" / script), *arguments]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     table = ran.stdout.splitlines()
     header = next(number for number, line in enumerate(table) if line.startswith((" ", "| ---")))
@@ -125,6 +128,58 @@ def test_step_vs_transformers():
     )
     assert list(figures) == ["training, tokens/s"]
     assert min(figures.values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("torch", "transformers")),
+    reason="compares with the extra `reference`: pip install -e '.[reference]'",
+)
+def test_gpu(tmp_path: Path):
+    """At toy size on a CPU, where no kernel of tokamax runs."""
+    lines("gpu.py", "--size=toy", "--minutes=19", f"--output={tmp_path / 'gpu.json'}")
+    found = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    portable = [
+        f"{name} attention, {seen}, {dtype}"
+        for seen in ("global", "window 100")
+        for dtype in ("float32", "bfloat16")
+        for name in ("blockwise", "looped")
+    ]
+    tokamax = [f"tokamax attention, {seen}, bfloat16" for seen in ("global", "window 100")]
+    caches = ["attention to a cache, float32", "attention to a cache, bfloat16"]
+    kernels = [
+        *(*portable[:4], tokamax[0], *portable[4:], tokamax[1]),
+        *(*caches, "LM head, cross-entropy and KL, float32"),
+    ]
+    generation = [
+        f"{phase}, toy, weights in {weights}"
+        for weights in ("bfloat16", "int8", "int4", "bfloat16")
+        for phase in ("prefill", "decoding")
+    ]
+    steps = ["training step, toy", "training step, toy", "distillation step, toy from toy"]
+    assert [row["name"] for row in found] == [*kernels, *steps, *generation]
+    for row in found:
+        if row["name"] in tokamax:
+            assert "tokamax" in row["failure"]
+        elif row["name"] in kernels:
+            assert max(row["values"], row["gradients"] or 0.0) <= row["limit"]
+        elif "failure" not in row:
+            assert 0 < row["tokens_per_second"] < math.inf
+        else:
+            assert row["name"].startswith("decoding")
+            assert "too short" in row["failure"]
+    planned = [row["part"] for row in found if row.get("planned_bytes")]
+    assert planned == ["train", "distil"]
+
+
+@pytest.mark.thorough
+def test_gpu_reports_parts_that_do_not_end_or_fail(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "benchmarks"))
+    gpu = importlib.import_module("gpu")
+    stopped = {"part": "kernels", "name": "kernels", "failure": "stopped after 0 s, its share of the time"}
+    assert gpu.run_part("kernels", "toy", 0.1) == [stopped]
+    (failed,) = gpu.run_part("kernels", "unknown", 60)
+    assert failed["failure"] == "its process ended with 1: KeyError: 'unknown'"
 
 
 @pytest.mark.slow
