@@ -122,7 +122,7 @@ def _in_format(model: EvaluatedModel, name: str) -> EvaluatedModel:
 
 
 def _with_window(model: EvaluatedModel, window: int | Literal["checkpoint"] | None) -> EvaluatedModel:
-    """The model with another window in its local layers, which its name then tells."""
+    """The model with another window in its local layers, named in its row."""
     if window == "checkpoint":
         return model
     named = "without windows" if window is None else f"with windows of {window}"

@@ -83,7 +83,7 @@ def rounded(weight: jax.Array, dims: str, format_: str) -> jax.Array:
     return dequantise(quantise(flat, dims.replace("NHD", "FD"), INT4), jnp.float32).reshape(weight.shape)
 
 
-def told_fallbacks(model: ModelConfig, format_: str) -> list[str]:
+def fallback_lines(model: ModelConfig, format_: str) -> list[str]:
     """A line about the matrices that the format cannot hold; none if it holds all."""
     found = {}
     for path, spec in specs_by_path(weight_specs(model)).items():

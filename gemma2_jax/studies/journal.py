@@ -13,7 +13,7 @@ folder needs a file system with locks across hosts, such as NFS version 4.
 import fcntl
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,15 +63,22 @@ class Journal:
         self._folder, self._path = folder, folder / JOURNAL
 
     @contextmanager
-    def joined(self, identity: Mapping[str, Any], may_change: Collection[str] = ()) -> Iterator[bool]:
-        """Makes this process a worker of the sweep; yields whether it is the only one so far.
+    def joined(
+        self,
+        identity: Mapping[str, Any],
+        check: Callable[[SweepProgress], Iterable[str]],
+        may_change: Collection[str] = (),
+    ) -> Iterator[None]:
+        """Makes this process a worker of the sweep.
 
         Args:
             identity: what decides which trials the sweep has, as plain values.
-            may_change: keys of it that may differ from the journal's.
+            check: returns the names of runs whose results are void. The only worker so far calls it, and others wait
+                for it: what it looks at must not be written meanwhile.
+            may_change: keys of `identity` that may differ from the journal's.
 
         Raises:
-            UserError: the journal belongs to another sweep, or a study runs in the folder.
+            UserError: the journal belongs to another sweep, or a study runs in the folder; or as `check`.
         """
         with usable("output", self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -85,9 +92,11 @@ class Journal:
                     )
                 self._check(journal, json.loads(json.dumps(identity)), may_change)
                 if first:
+                    for name in check(self.read()):
+                        _append(journal, {"missing": name})
                     _append(journal, {"begins": identity})
                     _lock(file, fcntl.LOCK_SH)
-            yield first
+            yield
 
     @contextmanager
     def claim(self, name: str, wait: bool = False) -> Iterator[bool]:

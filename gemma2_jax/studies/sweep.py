@@ -1,13 +1,15 @@
 """Sweeps: one run for each trial and seed, trained by any number of workers, and reported together."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from gemma2_jax.checkpoints.store import latest_step
 from gemma2_jax.processes.hosts import is_first
-from gemma2_jax.studies.journal import Journal
+from gemma2_jax.studies.journal import Journal, SweepProgress
 from gemma2_jax.studies.space import identity
 from gemma2_jax.studies.stages import check_unchanged, measure_run
 from gemma2_jax.studies.sweep_report import Result, write_sweep_report
@@ -34,8 +36,9 @@ def run_sweep(sweep: Sweep, console: Console | None = None) -> bool:
     console = Console(quiet=True) if console is None else console
     journal = Journal(Path(sweep.output))
     with ExitStack() as stack:
-        if is_first() and stack.enter_context(journal.joined(identity(sweep.settings), _changeable(sweep))):
-            _check_runs(sweep, journal)
+        if is_first():
+            check = partial(_void_runs, sweep)
+            stack.enter_context(journal.joined(identity(sweep.settings), check, _changeable(sweep)))
         work(sweep, journal, console)
         progress = journal.read()
         results = []
@@ -60,15 +63,14 @@ def _changeable(sweep: Sweep) -> tuple[str, ...]:
     return ("trials", "seeds") if sweep.is_drawn else ("space", "runs", "seeds")
 
 
-def _check_runs(sweep: Sweep, journal: Journal) -> None:
-    """Checks the folders of runs that were begun earlier, before any worker trains; notes those that were deleted."""
-    progress = journal.read()
+def _void_runs(sweep: Sweep, progress: SweepProgress) -> Iterator[str]:
+    """Checks the folders of runs that were begun earlier; yields the names of those that were deleted."""
     for trial in sweep.drawn(progress).values():
         for run in trial:
             check_unchanged(run.config)
             steps = progress.values.get(run.key)
             if steps and (latest_step(run.config.output) or 0) < max(steps):
-                journal.append({"missing": run.key})
+                yield run.key
 
 
 def _finished(run: Combination, seconds: float) -> Result:

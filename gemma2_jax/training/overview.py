@@ -8,7 +8,7 @@ from gemma2_jax.data.prepared_settings import cut_note
 from gemma2_jax.data.shards import read_data_manifest
 from gemma2_jax.model.adaptation import divided_specs
 from gemma2_jax.model.counts import count_parameters, count_weights
-from gemma2_jax.model.qat import told_fallbacks
+from gemma2_jax.model.qat import fallback_lines
 from gemma2_jax.run import RunConfig
 
 
@@ -18,7 +18,7 @@ def describe_adaptation(config: RunConfig) -> list[str]:
     if settings.quantize is not None:
         notes = [
             f"trained as {settings.quantize} rounds it",
-            *told_fallbacks(config.model, settings.quantize),
+            *fallback_lines(config.model, settings.quantize),
         ]
         return [f"{config.name}: {note}" for note in notes]
     if not settings.has_base:

@@ -78,7 +78,7 @@ def test_every_group_is_a_part_of_the_run_and_has_choices():
 )
 def test_the_three_gemmas_are_the_reports(name, sizes, scalar):
     shown = list(to_dict(compose([f"model={name}"]).model).values())
-    assert shown == [256128, *sizes, 4096, scalar, 50.0, 30.0, 10000.0, 1e-6, 128]
+    assert shown == [256128, *sizes, 4096, scalar, 50.0, 30.0, 10000.0, 1e-6, 128, 1]
 
 
 def test_overrides_win_over_the_experiment_and_the_experiment_over_the_groups():
@@ -138,7 +138,7 @@ def test_distilled_and_scratch_differ_in_the_objective_alone():
         (["model=gemm2_2b"], "there is no model gemm2_2b, did you mean gemma2_2b (accepted: gemma2_27b, "),
         (
             ["experiment=quickstart/teach"],
-            "did you mean quickstart/teacher (accepted: distill_2b_from_9b, ",
+            "did you mean quickstart/teacher (accepted: deep_vs_wide/model, distill_2b_from_9b, ",
         ),
         (
             ["optimizer.learning_rat=1"],

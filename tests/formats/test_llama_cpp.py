@@ -217,16 +217,13 @@ def test_coarser_encodings_predict_alike(model, tokenizer_file, documents, tmp_p
 def test_quantised_weights_predict_as_we_dequantise_them(
     model, tokenizer_file, documents, tmp_path, encoding
 ):
-    """The file as a source of ours, against llama.cpp: KL divergence and greedy text, also against the original."""
+    """The file as a source of ours, against llama.cpp: KL divergence and greedy text."""
     path = written(model, tmp_path / "model.gguf", tokenizer_file, encoding)
     llama, (ours, tokenizer) = loaded(path), load(path)
     tokens = documents[:1]
     theirs = jax.nn.log_softmax(llama_logits(llama, tokens[0].tolist()))
     own = jax.nn.log_softmax(ours(tokens)[0])
-    original = jax.nn.log_softmax(model(tokens)[0])
     assert kl(own, theirs) < 1e-3
-    # llama.cpp also rounds what enters a product, to 8 bits.
-    assert kl(original, theirs) == pytest.approx(kl(original, own), rel=0.1, abs=1e-3)
     prompt = tokens[0, :10].tolist()
     (continuation,) = Sampler(ours, tokenizer).generate_tokens(
         [prompt], SamplingConfig(max_new_tokens=NEW, temperature=0.0, stop_tokens=())
@@ -234,6 +231,22 @@ def test_quantised_weights_predict_as_we_dequantise_them(
     generated = llama.generate(prompt, temp=0.0, repeat_penalty=1.0, reset=True)
     text = llama.detokenize([token for _, token in zip(range(NEW), generated, strict=False)]).decode()
     assert text == tokenizer.decode(continuation)
+
+
+# llama.cpp also rounds what enters a product, to 8 bits: 0.01787 in llama.cpp, 0.01888 in ours.
+APART = pytest.mark.xfail(strict=True, reason="the divergences differ by 1.01e-3")
+
+
+@pytest.mark.parametrize(
+    "encoding", [pytest.param(each, marks=APART) if each == "q4_k_m" else each for each in QUANTISED]
+)
+def test_quantised_weights_are_as_far_from_the_original(model, tokenizer_file, documents, tmp_path, encoding):
+    path = written(model, tmp_path / "model.gguf", tokenizer_file, encoding)
+    llama, (ours, _) = loaded(path), load(path)
+    tokens = documents[:1]
+    theirs = jax.nn.log_softmax(llama_logits(llama, tokens[0].tolist()))
+    own, original = (jax.nn.log_softmax(each(tokens)[0]) for each in (ours, model))
+    assert kl(original, theirs) == pytest.approx(kl(original, own), abs=1e-3)
 
 
 def kl(one: jax.Array, other: jax.Array) -> float:

@@ -16,7 +16,7 @@ from gemma2_jax.formats.layouts import GGUF, expand
 from gemma2_jax.model.adaptation import AdaptationConfig, build_adaptation
 from gemma2_jax.model.config import ComputeConfig, ModelConfig
 from gemma2_jax.model.decoder import Decoder
-from gemma2_jax.model.qat import TRAINED_FORMATS, rounded, told_fallbacks
+from gemma2_jax.model.qat import TRAINED_FORMATS, fallback_lines, rounded
 from gemma2_jax.model.quantised import INT4, dequantise, quantise
 from gemma2_jax.model.transformer import Gemma2
 from gemma2_jax.model.weights import Params, init_params, map_specs, specs_by_path, value_at, weight_specs
@@ -103,11 +103,11 @@ def test_int4_is_idempotent_and_that_of_the_sampler() -> None:
 
 
 def test_what_a_format_cannot_hold_is_told() -> None:
-    assert told_fallbacks(UNEVEN, "q4_0") == [
+    assert fallback_lines(UNEVEN, "q4_0") == [
         "q4_0 needs rows that are multiples of 32, so these are in float16: mlp/down (80)"
     ]
-    assert told_fallbacks(UNEVEN, "int4") == []
-    assert told_fallbacks(replace(UNEVEN, d_ff=81), "int4") == [
+    assert fallback_lines(UNEVEN, "int4") == []
+    assert fallback_lines(replace(UNEVEN, d_ff=81), "int4") == [
         "int4 needs rows that are even, so these are in int8: mlp/down (81)"
     ]
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -18,9 +19,18 @@ def journal(tmp_path):
     return Journal(tmp_path / "sweep")
 
 
+def nothing(progress):
+    """The check of a sweep all of whose results count."""
+    return []
+
+
+def refused(progress):
+    """The check of a worker that is not the first."""
+    raise AssertionError
+
+
 def test_entries_are_read_back(journal):
-    with journal.joined(SWEEP) as first:
-        assert first
+    with journal.joined(SWEEP, nothing):
         journal.append({"run": "a", "step": 10, "value": 2.0, "seconds": 1.5})
         journal.append({"run": "a", "step": 20, "value": 1.0, "seconds": 2.0})
         journal.append({"run": "b", "failed": "too hot"})
@@ -34,18 +44,38 @@ def test_entries_are_read_back(journal):
 
 
 def test_failures_are_tried_again_by_the_next_sweep_and_not_by_a_worker_that_joins(journal):
-    with journal.joined(SWEEP):
+    with journal.joined(SWEEP, nothing):
         journal.append({"run": "b", "failed": "too hot"})
-        with Journal(journal._folder).joined(SWEEP) as first:
-            assert not first
+        with Journal(journal._folder).joined(SWEEP, refused):
             assert journal.read().failed
-    with journal.joined(SWEEP) as first:
-        assert first
+    with journal.joined(SWEEP, nothing):
         assert not journal.read().failed
 
 
+def test_no_worker_joins_while_the_first_one_checks_the_runs(journal):
+    """What it checks, such as a checkpoint, may be half written by another worker."""
+    others = ThreadPoolExecutor(1)
+    joining = []
+
+    def join():
+        with Journal(journal._folder).joined(SWEEP, refused):
+            return journal.read().values
+
+    def check(progress):
+        joining.append(others.submit(join))
+        with pytest.raises(TimeoutError):
+            joining[0].result(timeout=0.2)
+        return ["a"]
+
+    with journal.joined(SWEEP, nothing):
+        journal.append({"run": "a", "step": 10, "value": 2.0, "seconds": 1.0})
+    with journal.joined(SWEEP, check):
+        assert joining[0].result(timeout=60) == {}  # the results of "a" are void
+    others.shutdown()
+
+
 def test_a_line_that_a_killed_worker_cut_off_is_replaced(journal):
-    with journal.joined(SWEEP):
+    with journal.joined(SWEEP, nothing):
         journal.append({"run": "a", "step": 10, "value": 2.0, "seconds": 1.0})
         path = journal._folder / JOURNAL
         with path.open("a") as file:
@@ -68,9 +98,9 @@ def test_a_line_that_a_killed_worker_cut_off_is_replaced(journal):
     ],
 )
 def test_the_journal_of_another_sweep_is_refused(journal, other, sentence):
-    with journal.joined(SWEEP):
+    with journal.joined(SWEEP, nothing):
         pass
-    with pytest.raises(UserError) as caught, journal.joined({**SWEEP, **other}):
+    with pytest.raises(UserError) as caught, journal.joined({**SWEEP, **other}, nothing):
         pass
     assert str(caught.value).startswith(f"{journal._folder}/{JOURNAL} is the journal of another sweep, ")
     assert sentence in str(caught.value)
@@ -78,13 +108,13 @@ def test_the_journal_of_another_sweep_is_refused(journal, other, sentence):
 
 def test_a_grid_may_grow(journal):
     for seeds in ([0, 1], [0, 1, 2]):
-        with journal.joined({**SWEEP, "space": {"seed": seeds}}, may_change=["space"]) as first:
-            assert first
+        with journal.joined({**SWEEP, "space": {"seed": seeds}}, nothing, may_change=["space"]):
+            assert journal.read().failed == {}
 
 
 def test_a_claim_ends_with_its_process(journal):
     """Without anything that the process could do about it."""
-    with journal.joined(SWEEP), journal.claim("b") as own:
+    with journal.joined(SWEEP, nothing), journal.claim("b") as own:
         assert own
         with journal.claim("b") as again:
             assert not again

@@ -153,7 +153,8 @@ def test_values_beyond_float16_are_refused_for_int4(
 
     monkeypatch.setattr(source, "weight", enlarged)
     with pytest.raises(
-        UserError, match=r"mlp/up has values beyond .* of int4 can hold; choose adaptation.base=nf4"
+        UserError,
+        match=r"mlp/up has values beyond .* of int4 can hold; choose another format: adaptation.base=nf4",
     ):
         load_params(source, config, frozen_dtypes(specs, "bfloat16", INT4))
     assert is_quantised(

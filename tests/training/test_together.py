@@ -319,6 +319,6 @@ def test_what_any_of_them_is_to_match_has_to_be_there(students: list[RunConfig],
     assert refused(MatchConfig(((1, 5),), hidden=1.0)) == (
         "distill.match.layers names the teacher's layer 5, but the teacher has 4 layers, counted from 0 to 3."
     )
-    assert "model.sliding_window is 16 and the teacher's is 8" in refused(
+    assert "the student's layer 0 has a window of 16 and the teacher's layer 0 has a window of 8" in refused(
         MatchConfig(((0, 0),), attention=1.0), sliding_window=16
     )
