@@ -1,4 +1,4 @@
-"""Vectors in eight bits with one scale each: the keys and values of a cache that must be small."""
+"""Vectors in eight bits with one scale each: the keys and values of a small cache."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 _HIGHEST = 127
-SCALE_BYTES = 4
+SCALE_BYTES = 4  # of each vector
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=[])
@@ -28,7 +28,7 @@ Vectors = jax.Array | Int8Vectors
 
 
 def quantise_vectors(vectors: jax.Array) -> Int8Vectors:
-    """Vectors [..., H] of any float dtype in eight bits; each number gets the nearest level."""
+    """Rounds each number of vectors [..., H] of any float dtype to the nearest level; a vector of zeros stays zero."""
     numbers = vectors.astype(jnp.float32)
     scales = jnp.max(jnp.abs(numbers), axis=-1) / _HIGHEST
     codes = jnp.round(numbers / jnp.where(scales == 0, 1.0, scales)[..., None])

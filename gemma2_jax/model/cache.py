@@ -21,8 +21,8 @@ class LayerCaches:
     """Keys and values of all local, or all global, layers. The token at position p is in slot p mod S.
 
     Attributes:
-        keys, values: [P, B, K, S, H]: heads before slots, the order in which attention multiplies them. Either both are
-            arrays, or both are in eight bits.
+        keys, values: [P, B, K, S, H]: heads before slots, the order in which attention multiplies them. Both are arrays,
+            or both `Int8Vectors`.
         positions: int32 [B, S], position of the token in each slot, or EMPTY.
     """
 
@@ -64,7 +64,7 @@ class LayerCaches:
         value: Vectors,
         used: jax.Array | None = None,
     ) -> "LayerCaches":
-        """Stores the new tokens' keys and values [B, T, K, H] of one layer, as `held` gives them.
+        """Stores the new tokens' keys and values [B, T, K, H] of one layer, as `held` returns them.
 
         Other arguments as in `occupy`.
         """
@@ -121,6 +121,7 @@ class Cache:
 
 
 def _empty_vectors(shape: tuple[int, ...], dtype: Any) -> Vectors:
+    """Zeros [P, B, K, S, H]."""
     numbers = constrain(jnp.zeros(shape, dtype), "PBKSH")
     if jnp.dtype(dtype) != jnp.int8:
         return numbers

@@ -27,8 +27,8 @@ class Decoder(nnx.Module):
     Args:
         model: source of the weights, which stays unchanged.
         compute: how to execute. Build the decoder under `jax.jit`, so that only arrays that change are copied.
-        cache_dtype: dtype of keys and values in the cache, compute's by default; int8 stands for `Int8Vectors`. Tokens
-            of a prompt's first chunk attend to each other before they are rounded, all others to what the cache holds.
+        cache_dtype: "int8" for a cache of `Int8Vectors`; None for arrays of compute's dtype. Tokens of a prompt's first
+            chunk attend to each other before they are rounded, all others to what the cache holds.
     """
 
     def __init__(self, model: Gemma2, compute: ComputeConfig, cache_dtype: str | None = None):

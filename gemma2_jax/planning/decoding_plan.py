@@ -83,7 +83,7 @@ class DecodingPlan:
     Attributes:
         name: of the run whose model it is.
         weights_in: dtype or format of the matrices.
-        cache_in: dtype of keys and values.
+        cache_in: dtype of keys and values; int8 has a float32 scale for each vector.
         weights: bytes of the weights; cache: bytes of keys and values.
         ideal: bytes that a decoded token must read at least: weights and cache once (`model.counts`).
     """

@@ -92,10 +92,17 @@ def test_weights_that_a_format_cannot_hold_are_told(toy_run, tokenizer, tmp_path
     model = replace(toy_run.model, d_ff=65)
     write_run(tmp_path / "run", model, Gemma2.init(model, jax.random.key(0)).params(), toy_run.tokenizer.path)
     asked = ["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "the", "--max-new-tokens", "2"]
-    assert main([*asked, "--quantize", "int4", "--json"]) == 0
+    assert main([*asked, "--quantize", "int4", "--quantize-cache", "int8", "--json"]) == 0
     shown = capsys.readouterr()
     assert 1 <= len(json.loads(shown.out)["tokens"]) <= 2
     assert "mlp/down in int8: int4 holds no rows of odd length" in shown.err
+
+
+def test_other_formats_of_the_cache_are_refused(capsys):
+    with pytest.raises(SystemExit) as exited:
+        main([*COMMAND, "--prompt", "a", "--quantize-cache", "int4"])
+    assert exited.value.code == 2
+    assert "argument --quantize-cache: invalid choice: 'int4'" in capsys.readouterr().err
 
 
 def test_several_prompts_are_numbered(asked, capsys):
