@@ -21,8 +21,8 @@ class LayerCaches:
     """Keys and values of all local, or all global, layers. The token at position p is in slot p mod S.
 
     Attributes:
-        keys, values: [P, B, K, S, H]: heads before slots, the order in which attention multiplies them. Both are arrays,
-            or both `Int8Vectors`.
+        keys, values: [P, B, K, S, H]: heads before slots, the order in which attention multiplies them. Both are
+            arrays, or both `Int8Vectors`.
         positions: int32 [B, S], position of the token in each slot, or EMPTY.
     """
 

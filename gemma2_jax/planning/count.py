@@ -19,7 +19,10 @@ _FREE = {
     "send-done", "recv-done",
 }  # fmt: skip
 _SLICES = {"dynamic-slice", "slice", "gather"}
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that they write into the first one, in place
+_UPDATES = {
+    "dynamic-update-slice": 1,
+    "scatter": 2,
+}  # the operand that they write into the first one, in place
 Sent = tuple[str, tuple[str, ...]]  # a collective's kind, and the mesh axes that it runs along
 
 

@@ -49,13 +49,12 @@ def test_generation_is_planned_in_a_format(capsys):
     found = json.loads(capsys.readouterr().out)
     model = compose(["model=toy", "tokenizer.vocab_size=512"]).model
     slots = 2 * (8 + 32)  # of both rows, in a local and a global layer
-    one_slot = 2 * model.num_kv_heads * (model.head_dim + 4) + 4  # keys and values with their scales, and a position
+    one_slot = (
+        2 * model.num_kv_heads * (model.head_dim + 4) + 4
+    )  # keys and values with their scales, and a position
     assert (found["cache_in"], found["cache"]) == ("int8", slots * one_slot)
     assert (found["fits"], found["weights_in"], found["batch"], found["context"]) == (True, "int4", 2, 32)
-    assert (
-        4 * count_parameters(model).total
-        > 6 * found["weights"]
-    )
+    assert 4 * count_parameters(model).total > 6 * found["weights"]
     assert found["prefill"]["tokens"] == 64
     assert found["decode"]["tokens"] == 2
     assert found["prefill"]["flops"] > 8 * found["decode"]["flops"] > 0

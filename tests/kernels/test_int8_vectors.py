@@ -45,9 +45,9 @@ def test_attention_differs_by_the_rounding_of_keys_and_values_alone(several: boo
     That moves a mean of the values by (e^(2 d) - 1) times the largest, and rounding the values by half a step more.
     """
     draw = np.random.default_rng(0)
-    query = draw.normal(0, 0.3, (2, 3, 4, 8)).astype(np.float32)
-    key, value = draw.normal(0, 1, (2, 2, 2, 24, 8)).astype(np.float32)
-    visible = np.broadcast_to(np.arange(24) < np.array([[24], [9]]), (2, 24))
+    query = jnp.float32(draw.normal(0, 0.3, (2, 3, 4, 8)))
+    key, value = jnp.float32(draw.normal(0, 1, (2, 2, 2, 24, 8)))
+    visible = jnp.broadcast_to(jnp.arange(24) < jnp.array([[24], [9]]), (2, 24))
 
     @jax.jit
     def attend(key: Vectors, value: Vectors) -> jax.Array:
@@ -55,14 +55,14 @@ def test_attention_differs_by_the_rounding_of_keys_and_values_alone(several: boo
             return cached_attention(query[:, 0], key, value, visible, 50.0)
         old = jax.tree.map(lambda part: part[:, :, :21], (key, value))
         new = jax.tree.map(lambda part: part[:, :, 21:].swapaxes(1, 2), (key, value))
-        masks = np.split(np.repeat(visible[:, None], 3, axis=1), [21], axis=2)
+        masks = jnp.split(jnp.repeat(visible[:, None], 3, axis=1), [21], axis=2)
         return extended_attention(query, old, masks[0], new, masks[1], 50.0)
 
-    rounded = [quantise_vectors(jnp.asarray(each)) for each in (key, value)]
+    rounded = [quantise_vectors(each) for each in (key, value)]
     found, expected = attend(*rounded), attend(key, value)
-    exact = attend(*(np.float32(values(each)) for each in rounded))
+    exact = attend(*(jnp.float32(values(each)) for each in rounded))
     np.testing.assert_allclose(found, exact, atol=1e-6)
     steps = [float(jnp.max(each.scales)) for each in rounded]
-    d = np.abs(query).sum(axis=-1).max() * steps[0] / 2
-    bound = np.expm1(2 * d) * np.abs(value).max() + steps[1] / 2
+    d = float(jnp.max(jnp.sum(jnp.abs(query), axis=-1))) * steps[0] / 2
+    bound = np.expm1(2 * d) * float(jnp.max(jnp.abs(value))) + steps[1] / 2
     assert 0 < np.abs(found - expected).max() <= bound < 0.3

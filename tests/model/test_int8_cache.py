@@ -74,7 +74,9 @@ def test_it_computes_with_what_eight_bits_hold(
     same = logits(Decoder(model, compute))
     monkeypatch.setattr(LayerCaches, "held", in_bfloat16)
     narrow = logits(Decoder(model, compute))
-    assert np.median(np.abs(found - same)) < 2e-6  # a number on the edge of two levels may move all later logits
+    assert (
+        np.median(np.abs(found - same)) < 2e-6
+    )  # a number on the edge of two levels may move all later logits
     assert distance(found, same) < distance(found, plain) / 20
     # The spacing of levels is a 127th of the largest number, which is at most sqrt(H) times the root mean square, and
     # in bfloat16 at least a 256th of each number.

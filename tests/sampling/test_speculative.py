@@ -257,5 +257,5 @@ def test_other_tokenizers_and_numbers_are_refused(model, tokenizer):
 
 
 def test_other_formats_of_the_cache_are_refused(model, tokenizer):
-    with pytest.raises(UserError, match=r"^quantize_cache is 'int4'; it must be 'int8', or None for compute's dtype\.$"):
+    with pytest.raises(UserError, match=r"^quantize_cache is 'int4'; it must be 'int8', or None"):
         Sampler(model, tokenizer, quantize_cache="int4")
