@@ -26,10 +26,11 @@ def asked(monkeypatch):
     calls: list[tuple[list[str], SamplingConfig]] = []
 
     class Sampler:
-        def __init__(self, model, tokenizer, compute, draft, draft_tokens):
+        def __init__(self, model, tokenizer, compute, draft, draft_tokens, quantize_cache):
             assert model == "bfloat16 model of RUN"
             assert compute.dtype == "bfloat16"
             assert (draft, draft_tokens) in ((None, 4), ("bfloat16 model of SMALL", 2))
+            assert quantize_cache is None
             self.draft_statistics = DraftStatistics(tested=80, accepted=60, passes=40, tokens=100)
 
         def complete(self, prompts, config, draws=None):
