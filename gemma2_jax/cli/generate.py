@@ -121,6 +121,7 @@ def add_parser(verbs: Verbs) -> None:
         choices=("int8", "int4"),
         help="hold the matrices in this format; they are dequantised to --dtype layer by layer",
     )
+    add("--quantize-cache", choices=("int8",), help="hold keys and values in this format (--dtype)")
 
 
 _INTERACTIVE = "chat on the terminal: /reset, /quit or Ctrl-D; Ctrl-C stops a reply"
@@ -186,6 +187,7 @@ def run(arguments: argparse.Namespace) -> None:
             "compute": ComputeConfig(dtype=arguments.dtype, unroll_layers=True),
             "draft": draft,
             "draft_tokens": arguments.draft_tokens or 4,
+            "quantize_cache": arguments.quantize_cache,
         }
         if not adapters:
             sampler = Sampler(model, tokenizer, **settings)

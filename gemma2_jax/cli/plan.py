@@ -66,6 +66,7 @@ def add_parser(verbs: Verbs) -> None:
     add("--batch", type=int, metavar="N", help="rows of --decode (1)")
     add("--context", type=int, metavar="N", help="positions of each row of --decode (8192)")
     add("--quantize", choices=("int8", "int4"), help="format of all matrices of --decode (compute.dtype)")
+    add("--quantize-cache", choices=("int8",), help="format of keys and values of --decode (compute.dtype)")
     parser.add_argument(
         "--budget", type=float, default=300.0, metavar="SECONDS", help="time for --search, in seconds (300)"
     )
@@ -87,10 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"topology is missing; set it, as in topology=v5e:4x4; {ACCEPTED}.")
     rest = [text for text, key, _ in overrides if key != "topology"]
     if not arguments.decode:
-        for option in ("batch", "context", "quantize"):
+        for option in ("batch", "context", "quantize", "quantize_cache"):
             if getattr(arguments, option) is not None:
                 raise UserError(
-                    f"--{option} belongs to --decode, which plans generation; give both, or neither."
+                    f"--{option.replace('_', '-')} belongs to --decode, which plans generation; give both, or neither."
                 )
     elif arguments.student:
         raise UserError("--decode plans generation with one model; leave out --student.")
@@ -181,7 +182,12 @@ def _decode(
     )
     with activity(f"compiling prefill and decoding for {topology.name}"):
         found = plan_decoding(
-            runs[0], topology, batch, context, weight_format(arguments.quantize, "--quantize")
+            runs[0],
+            topology,
+            batch,
+            context,
+            weight_format(arguments.quantize, "--quantize"),
+            arguments.quantize_cache,
         )
     if not arguments.json:
         print_decoding(found, Console())

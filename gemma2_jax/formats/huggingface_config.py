@@ -43,9 +43,8 @@ _ABSENT = {
     "attention_bias": "no bias in its attention",
     "use_bidirectional_attention": "causal attention",
     "per_layer_config": "one configuration for all layers",
-    "quantization_config": "unquantised weights; use the checkpoint from which these were quantised",
-    "quantization": "unquantised weights; use the checkpoint from which these were quantised",  # MLX
 }
+_QUANTISED = ("quantization_config", "quantization")  # of transformers and of MLX
 _FAMILY = {
     "gemma": "Gemma 1",
     "gemma3": "Gemma 3",
@@ -139,6 +138,13 @@ def _check_same_formula(path: Path, data: Mapping[str, Any]) -> None:
     for key, accepted in _ABSENT.items():
         if data.get(key):
             raise UserError(f"{path} has {key} {shown(data[key])}; Gemma 2 has {accepted}.")
+    for key in _QUANTISED:
+        if data.get(key):
+            raise UserError(
+                f"{path} has {key} {shown(data[key])}, so its weights are quantised, which cannot be read; give the "
+                "checkpoint that they were quantised from, and to hold that one in few bits, add adaptation=qlora for "
+                "training or --quantize int4 for generation."
+            )
 
 
 def _rope_base(path: Path, data: Mapping[str, Any]) -> float:

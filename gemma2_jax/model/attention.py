@@ -96,12 +96,13 @@ class Attention(nnx.Module):
         Returns:
             [B, T, D], and the cache with this layer's new keys and values; `occupy` is yet to be called.
         """
-        query, key, value = self._project(x, positions)
+        query, *new_vectors = self._project(x, positions)
+        key, value = map(cache.held, new_vectors)  # as later tokens will find them
         before = ((cache.positions != EMPTY) & (cache.positions < positions[:, :1])).astype(jnp.int32)
         new = jnp.ones_like(positions)
         mixed = extended_attention(
             query,
-            (cache.keys[pair], cache.values[pair]),
+            cache.of_layer(pair),
             visible_keys(positions, cache.positions, new, before, self.window),
             (key, value),
             visible_keys(positions, positions, new, new, self.window),
@@ -121,11 +122,11 @@ class Attention(nnx.Module):
             [B, 1, D], and the cache with this layer's new key and value.
         """
         query, key, value = self._project(x, position)
-        cache = cache.write(pair, position, key, value)
+        cache = cache.write(pair, position, cache.held(key), cache.held(value))
         filled = (cache.positions != EMPTY).astype(jnp.int32)
         visible = visible_keys(position, cache.positions, jnp.ones_like(position), filled, self.window)
         mixed = cached_attention(
-            query[:, 0], cache.keys[pair], cache.values[pair], visible[:, 0], self.config.attn_logit_softcap
+            query[:, 0], *cache.of_layer(pair), visible[:, 0], self.config.attn_logit_softcap
         )
         return self._mix(mixed[:, None]), cache
 

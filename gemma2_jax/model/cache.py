@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma2_jax.kernels.int8_vectors import Int8Vectors, Vectors, quantise_vectors
 from gemma2_jax.model.config import ModelConfig
 from gemma2_jax.sharding.layout import constrain
 
@@ -20,19 +21,20 @@ class LayerCaches:
     """Keys and values of all local, or all global, layers. The token at position p is in slot p mod S.
 
     Attributes:
-        keys, values: [P, B, K, S, H]: heads before slots, the order in which attention multiplies them.
+        keys, values: [P, B, K, S, H]: heads before slots, the order in which attention multiplies them. Both are
+            arrays, or both `Int8Vectors`.
         positions: int32 [B, S], position of the token in each slot, or EMPTY.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Vectors
+    values: Vectors
     positions: jax.Array
 
     @classmethod
     def empty(cls, config: ModelConfig, layers: int, rows: int, slots: int, dtype: Any) -> "LayerCaches":
-        """Caches of `layers` layers and `rows` rows, with S = `slots`."""
+        """Caches of `layers` layers and `rows` rows, with S = `slots`; dtype int8 stands for `Int8Vectors`."""
         shape = (layers, rows, config.num_kv_heads, slots, config.head_dim)
-        keys, values = (constrain(jnp.zeros(shape, dtype), "PBKSH") for _ in range(2))
+        keys, values = (_empty_vectors(shape, dtype) for _ in range(2))
         return cls(keys, values, constrain(jnp.full((rows, slots), EMPTY, jnp.int32), "BS"))
 
     def occupy(self, positions: jax.Array, used: jax.Array | None = None) -> "LayerCaches":
@@ -45,20 +47,36 @@ class LayerCaches:
         rows, slots = self._slots(positions, used)
         return replace(self, positions=self.positions.at[rows, slots].set(positions, mode="drop"))
 
+    def held(self, vectors: jax.Array) -> Vectors:
+        """New keys or values [B, T, K, H] as this cache holds them."""
+        return quantise_vectors(vectors) if isinstance(self.keys, Int8Vectors) else vectors
+
+    def of_layer(self, pair: jax.Array | int) -> tuple[Vectors, Vectors]:
+        """Keys and values [B, K, S, H] of one layer."""
+        keys, values = jax.tree.map(lambda leaf: leaf[pair], (self.keys, self.values))
+        return keys, values
+
     def write(
         self,
         pair: jax.Array | int,
         positions: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
+        key: Vectors,
+        value: Vectors,
         used: jax.Array | None = None,
     ) -> "LayerCaches":
-        """Stores the new tokens' keys and values [B, T, K, H] of one layer; other arguments as in `occupy`."""
+        """Stores the new tokens' keys and values [B, T, K, H] of one layer, as `held` returns them.
+
+        Other arguments as in `occupy`.
+        """
         rows, slots = self._slots(positions, used)
+
+        def stored(leaf: jax.Array, new: jax.Array) -> jax.Array:
+            return leaf.at[pair, rows, :, slots].set(new, mode="drop")
+
         return replace(
             self,
-            keys=self.keys.at[pair, rows, :, slots].set(key, mode="drop"),
-            values=self.values.at[pair, rows, :, slots].set(value, mode="drop"),
+            keys=jax.tree.map(stored, self.keys, key),
+            values=jax.tree.map(stored, self.values, value),
         )
 
     def _slots(self, positions: jax.Array, used: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -89,6 +107,7 @@ class Cache:
             size: number of positions that it must hold.
             revocable: number of newest tokens of a row that can be replaced by others at the same positions, as
                 rejected drafts are; a local layer keeps as many older tokens in addition to its window.
+            dtype: of keys and values; int8 stands for `Int8Vectors`.
         """
         global_layers = config.num_pairs // config.global_every
         parts = (
@@ -99,6 +118,14 @@ class Cache:
 
     def map(self, function: Callable[[LayerCaches], LayerCaches]) -> "Cache":
         return Cache(function(self.local_block), function(self.global_block))
+
+
+def _empty_vectors(shape: tuple[int, ...], dtype: Any) -> Vectors:
+    """Zeros [P, B, K, S, H]."""
+    numbers = constrain(jnp.zeros(shape, dtype), "PBKSH")
+    if jnp.dtype(dtype) != jnp.int8:
+        return numbers
+    return Int8Vectors(numbers, constrain(jnp.zeros(shape[:-1], jnp.float32), "PBKS"))
 
 
 def local_size(config: ModelConfig, size: int, revocable: int = 0) -> int:

@@ -49,17 +49,17 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     return 2.0 * weights + 4.0 * config.num_heads * config.head_dim * pairs_of_scores
 
 
-def bytes_per_token(config: ModelConfig, weight_bytes: int, context: int, width: int) -> int:
+def bytes_per_token(config: ModelConfig, weight_bytes: int, context: int, width: int, scale: int = 0) -> int:
     """Bytes that a decoder reads to add one token to one row: all weights, and keys and values of the tokens before.
 
     Args:
         weight_bytes: bytes of all weights. Of the embedding, which is read as the LM head, the row that embeds the
             token is not counted again.
         context: number of tokens before.
-        width: bytes of a number in the key/value cache.
+        width: bytes of a number in the key/value cache; scale: bytes of the scale of a head's key or value.
     """
     slots = sum(min(context, window or context) for window in config.windows)
-    return weight_bytes + 2 * slots * config.num_kv_heads * config.head_dim * width
+    return weight_bytes + 2 * slots * config.num_kv_heads * (config.head_dim * width + scale)
 
 
 def training_flops_per_token(

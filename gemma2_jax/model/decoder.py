@@ -27,9 +27,11 @@ class Decoder(nnx.Module):
     Args:
         model: source of the weights, which stays unchanged.
         compute: how to execute. Build the decoder under `jax.jit`, so that only arrays that change are copied.
+        cache_dtype: "int8" for a cache of `Int8Vectors`; None for arrays of compute's dtype. Tokens of a prompt's first
+            chunk attend to each other before they are rounded, all others to what the cache holds.
     """
 
-    def __init__(self, model: Gemma2, compute: ComputeConfig):
+    def __init__(self, model: Gemma2, compute: ComputeConfig, cache_dtype: str | None = None):
         params = map_specs(
             lambda _, spec, value: cast(value, compute.dtype) if spec.fan_in else value,
             weight_specs(model.config),
@@ -37,6 +39,7 @@ class Decoder(nnx.Module):
         )
         self.config = model.config
         self.compute = compute
+        self.cache_dtype = cache_dtype or compute.dtype
         self.embedder = Embedder(params["embedder"], self.config)
         self.pairs = self._pairs(params["pairs"])
         self.final_norm = RMSNorm(params["final_norm"], self.config)
@@ -57,7 +60,7 @@ class Decoder(nnx.Module):
         B, T = tokens.shape
         chunk = min(T, CHUNK)
         tokens = jnp.pad(tokens, ((0, 0), (0, -T % chunk)))
-        cache = Cache.empty(self.config, B, cache_size, revocable, self.compute.dtype)
+        cache = Cache.empty(self.config, B, cache_size, revocable, self.cache_dtype)
 
         def update(final: jax.Array, hidden: jax.Array, left: jax.Array) -> jax.Array:
             """`final` with the hidden states [B, 1, D] of the prompts that end in the chunk, after `left` tokens."""
@@ -115,7 +118,8 @@ class Decoder(nnx.Module):
             layer: Attention, x: jax.Array, cache: LayerCaches, pair: Any
         ) -> tuple[jax.Array, LayerCaches]:
             mixed, taps = layer(x, positions, used.astype(jnp.int32), self.compute.attention)
-            return mixed, cache.write(pair, positions, taps["key"], taps["value"], used)
+            key, value = cache.held(taps["key"]), cache.held(taps["value"])
+            return mixed, cache.write(pair, positions, key, value, used)
 
         x, cache = self._run(tokens, jnp.max(count), cache, attend)
         return x, cache.map(lambda layers: layers.occupy(positions, used))

@@ -19,6 +19,10 @@ _FREE = {
     "send-done", "recv-done",
 }  # fmt: skip
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_UPDATES = {
+    "dynamic-update-slice": 1,
+    "scatter": 2,
+}  # the operand that they write into the first one, in place
 Sent = tuple[str, tuple[str, ...]]  # a collective's kind, and the mesh axes that it runs along
 
 
@@ -178,8 +182,8 @@ class _Counter:
             return input_bytes + min(_hbm(instruction), sum(_written(root, fused) for root in _roots(fused)))
         if instruction.opcode in _SLICES:
             return 2 * _hbm(instruction)
-        if instruction.opcode == "dynamic-update-slice":
-            return 2 * _hbm(computation.instructions[instruction.operands[1]])
+        if instruction.opcode in _UPDATES:
+            return 2 * _hbm(_update(instruction, computation))
         if instruction.opcode == "copy-start":  # between on-chip memory and HBM, or within HBM
             source = computation.instructions[instruction.operands[0]]
             return _hbm(source) + _hbm_of(instruction.arrays[:1])
@@ -202,7 +206,7 @@ class _Counter:
         for user in fused.users.get(value.name, []):
             if user.opcode in _SLICES and user.operands[0] == value.name:
                 total += _size(user)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            elif user.opcode in _UPDATES and user.operands[0] == value.name:
                 continue  # written in place
             elif user.opcode == "bitcast":
                 total += self._bytes_used(user, fused)
@@ -242,9 +246,12 @@ def _written(root: Instruction, fused: Computation) -> int:
     """Returns the bytes of a result that a fusion writes: the update only, if it updates the result in place."""
     while root.opcode == "bitcast" and root.operands[0] in fused.instructions:
         root = fused.instructions[root.operands[0]]
-    if root.opcode == "dynamic-update-slice":
-        return _size(fused.instructions[root.operands[1]])
-    return _size(root)
+    return _size(_update(root, fused) if root.opcode in _UPDATES else root)
+
+
+def _update(instruction: Instruction, computation: Computation) -> Instruction:
+    """Returns what an instruction of `_UPDATES` writes into its first operand."""
+    return computation.instructions[instruction.operands[_UPDATES[instruction.opcode]]]
 
 
 def _dot_flops(instruction: Instruction, computation: Computation) -> float:

@@ -1,6 +1,6 @@
 """The plan of generation on a topology: memory, and lower bounds on the time, of prefill and of decoding one token.
 
-Weights are in `compute.dtype`, or quantised; the cache is full, and in `compute.dtype`.
+Weights are in `compute.dtype`, or quantised; the cache is full, and in `compute.dtype` or int8.
 """
 
 import time
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from gemma2_jax.config import UserError
+from gemma2_jax.kernels.int8_vectors import SCALE_BYTES
 from gemma2_jax.model.cache import Cache
 from gemma2_jax.model.counts import bytes_per_token
 from gemma2_jax.model.decoder import Decoder
@@ -82,6 +83,7 @@ class DecodingPlan:
     Attributes:
         name: of the run whose model it is.
         weights_in: dtype or format of the matrices.
+        cache_in: dtype of keys and values; int8 has a float32 scale for each vector.
         weights: bytes of the weights; cache: bytes of keys and values.
         ideal: bytes that a decoded token must read at least: weights and cache once (`model.counts`).
     """
@@ -90,6 +92,7 @@ class DecodingPlan:
     topology: Topology
     mesh: dict[str, int]
     weights_in: str
+    cache_in: str
     batch: int
     context: int
     weights: int
@@ -108,7 +111,7 @@ class DecodingPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values, for JSON."""
-        names = ("name", "mesh", "weights_in", "batch", "context", "weights", "cache", "ideal")
+        names = ("name", "mesh", "weights_in", "cache_in", "batch", "context", "weights", "cache", "ideal")
         plain = {name: getattr(self, name) for name in names}
         plain |= {"prefill": self.prefill.to_dict(), "decode": self.decode.to_dict()}
         return plain | {
@@ -120,13 +123,19 @@ class DecodingPlan:
 
 
 def plan_decoding(
-    config: RunConfig, topology: Topology, batch: int, context: int, format_: Format | None = None
+    config: RunConfig,
+    topology: Topology,
+    batch: int,
+    context: int,
+    format_: Format | None = None,
+    cache_dtype: str | None = None,
 ) -> DecodingPlan:
     """Compiles prefill and decoding of the run's model for a topology, and counts their costs.
 
     Args:
         batch: rows; context: positions of each row, all of which prefill fills.
         format_: format of all matrices; None for arrays of compute.dtype.
+        cache_dtype: as in `Decoder`.
 
     Raises:
         UserError: the mesh divides neither model nor batch, or compilation fails for a reason other than memory.
@@ -141,28 +150,34 @@ def plan_decoding(
         kinds = frozen_dtypes(specs, compute.dtype, format_, whole=format_ is not None)
         params = abstract_params(specs, kinds, mesh)
 
+    def decoder(params: Any) -> Decoder:
+        return Decoder(Gemma2(model, params), compute, cache_dtype)
+
     def prefill(params: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
-        return Decoder(Gemma2(model, params), compute).prefill(tokens, lengths, context)
+        return decoder(params).prefill(tokens, lengths, context)
 
     def decode(params: Any, tokens: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        return Decoder(Gemma2(model, params), compute).decode(tokens, position, cache)
+        return decoder(params).decode(tokens, position, cache)
 
     with for_topology(config, mesh, topology):
         prompts, numbers = _placed(mesh, (batch, context), "BT"), _placed(mesh, (batch,), "B")
         shapes = jax.eval_shape(prefill, params, prompts, numbers)[1]
         cache = jax.tree.map(
-            lambda leaf: _placed(mesh, leaf.shape, "PBKSH" if leaf.ndim == 5 else "BS", leaf.dtype), shapes
+            lambda leaf: _placed(mesh, leaf.shape, _CACHE_DIMS[leaf.ndim], leaf.dtype), shapes
         )
         attention = attention_flops_per_token(model, context) * batch * context / mesh.size
         first = _phase(prefill, (params, prompts, numbers), (), batch * context, topology, mesh, attention)
         token = _phase(decode, (params, numbers, numbers, cache), (3,), batch, topology, mesh, 0.0)
     weights, held = device_bytes(params), device_bytes(cache)
-    one_row = bytes_per_token(model, 0, context, jnp.dtype(compute.dtype).itemsize)
+    cache_in = cache_dtype or compute.dtype
+    scale = SCALE_BYTES if cache_in == "int8" else 0
+    one_row = bytes_per_token(model, 0, context, jnp.dtype(cache_in).itemsize, scale)
     return DecodingPlan(
         name=config.name,
         topology=topology,
         mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
         weights_in=compute.dtype if format_ is None else format_.name,
+        cache_in=cache_in,
         batch=batch,
         context=context,
         weights=weights,
@@ -171,6 +186,9 @@ def plan_decoding(
         prefill=first,
         decode=token,
     )
+
+
+_CACHE_DIMS = {5: "PBKSH", 4: "PBKS", 2: "BS"}  # numbers, their scales and positions
 
 
 def _check_split(batch: int, mesh: Mesh) -> None:

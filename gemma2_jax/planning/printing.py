@@ -144,7 +144,7 @@ def print_decoding(plan: DecodingPlan, console: Console) -> None:
         grid.add_column(name, justify="left" if name == "per device" else "right")
     capacity, phases = plan.topology.capacity, (plan.prefill, plan.decode)
     grid.add_row("weights", *[in_units(plan.weights)] * 2)
-    grid.add_row("keys and values", *[in_units(plan.cache)] * 2)
+    grid.add_row(f"keys and values, {plan.cache_in}", *[in_units(plan.cache)] * 2)
     grid.add_row(
         "temporaries",
         *("unknown" if phase.memory.temp is None else in_units(phase.memory.temp) for phase in phases),

@@ -29,7 +29,7 @@ from gemma2_jax.sampling.speculative import Models
 _FIRST_STEPS = 8  # steps of the first dispatch, before their speed is known
 _SECONDS = 0.1  # between two pieces of streamed text, unless one step takes longer
 
-_make_decoder = jax.jit(Decoder, static_argnums=1)
+_make_decoder = jax.jit(Decoder, static_argnums=(1, 2))
 
 
 class Sampler:
@@ -41,12 +41,15 @@ class Sampler:
         compute: its dtype is that of the weights and the cache; `unroll_layers` is twice as fast on CPU.
         draft: a smaller model with the same tokenizer, for speculative decoding: it proposes `draft_tokens` tokens at a
             time, which the model verifies in one pass. The distribution of the samples stays the model's own.
+        quantize_cache: "int8" holds keys and values in eight bits, with a float32 scale per head and position, in the
+            caches of model and draft; None holds them in compute's dtype.
 
     Attributes:
         draft_statistics: what has become of the draft's tokens so far.
 
     Raises:
-        UserError: the tokenizer and a model have different numbers of tokens, or `draft_tokens` is below 1.
+        UserError: the tokenizer and a model have different numbers of tokens, `draft_tokens` is below 1, or
+            `quantize_cache` is another text.
     """
 
     def __init__(
@@ -56,12 +59,22 @@ class Sampler:
         compute: ComputeConfig = ComputeConfig(),
         draft: Gemma2 | None = None,
         draft_tokens: int = 4,
+        quantize_cache: str | None = None,
     ):
         check_tokens(model.config, tokenizer.vocab_size, "The tokenizer")
         if draft is not None:
             check_draft(model.config, draft.config, draft_tokens)
-        self._decoder: Decoder = _make_decoder(model, compute)
-        self._draft: Decoder | None = None if draft is None else _make_decoder(draft, compute)
+        if quantize_cache not in (None, "int8"):
+            raise UserError(
+                f"quantize_cache is {quantize_cache!r}; it must be 'int8', or None for compute's dtype."
+            )
+
+        def decoder(model: Gemma2) -> Decoder:
+            made: Decoder = _make_decoder(model, compute, quantize_cache)
+            return made
+
+        self._decoder = decoder(model)
+        self._draft = None if draft is None else decoder(draft)
         self._draft_tokens = draft_tokens
         self._tokenizer = tokenizer
         self.draft_statistics = DraftStatistics()

@@ -26,10 +26,11 @@ def asked(monkeypatch):
     calls: list[tuple[list[str], SamplingConfig]] = []
 
     class Sampler:
-        def __init__(self, model, tokenizer, compute, draft, draft_tokens):
+        def __init__(self, model, tokenizer, compute, draft, draft_tokens, quantize_cache):
             assert model == "bfloat16 model of RUN"
             assert compute.dtype == "bfloat16"
             assert (draft, draft_tokens) in ((None, 4), ("bfloat16 model of SMALL", 2))
+            assert quantize_cache is None
             self.draft_statistics = DraftStatistics(tested=80, accepted=60, passes=40, tokens=100)
 
         def complete(self, prompts, config, draws=None):
@@ -92,10 +93,17 @@ def test_weights_that_a_format_cannot_hold_are_told(toy_run, tokenizer, tmp_path
     model = replace(toy_run.model, d_ff=65)
     write_run(tmp_path / "run", model, Gemma2.init(model, jax.random.key(0)).params(), toy_run.tokenizer.path)
     asked = ["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "the", "--max-new-tokens", "2"]
-    assert main([*asked, "--quantize", "int4", "--json"]) == 0
+    assert main([*asked, "--quantize", "int4", "--quantize-cache", "int8", "--json"]) == 0
     shown = capsys.readouterr()
     assert 1 <= len(json.loads(shown.out)["tokens"]) <= 2
     assert "mlp/down in int8: int4 holds no rows of odd length" in shown.err
+
+
+def test_other_formats_of_the_cache_are_refused(capsys):
+    with pytest.raises(SystemExit) as exited:
+        main([*COMMAND, "--prompt", "a", "--quantize-cache", "int4"])
+    assert exited.value.code == 2
+    assert "argument --quantize-cache: invalid choice: 'int4'" in capsys.readouterr().err
 
 
 def test_several_prompts_are_numbered(asked, capsys):

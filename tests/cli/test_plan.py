@@ -44,14 +44,17 @@ def test_what_does_not_fit_has_an_exit_code_of_its_own(monkeypatch, capsys):
 
 def test_generation_is_planned_in_a_format(capsys):
     asked = ["plan", "--decode", "model=toy", "tokenizer.vocab_size=512", "topology=cpu:1", "mesh.data=1"]
-    asked += ["--batch", "2", "--context", "32", "--quantize", "int4"]
+    asked += ["--batch", "2", "--context", "32", "--quantize", "int4", "--quantize-cache", "int8"]
     assert main([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    model = compose(["model=toy", "tokenizer.vocab_size=512"]).model
+    slots = 2 * (8 + 32)  # of both rows, in a local and a global layer
+    one_slot = (
+        2 * model.num_kv_heads * (model.head_dim + 4) + 4
+    )  # keys and values with their scales, and a position
+    assert (found["cache_in"], found["cache"]) == ("int8", slots * one_slot)
     assert (found["fits"], found["weights_in"], found["batch"], found["context"]) == (True, "int4", 2, 32)
-    assert (
-        4 * count_parameters(compose(["model=toy", "tokenizer.vocab_size=512"]).model).total
-        > 6 * found["weights"]
-    )
+    assert 4 * count_parameters(model).total > 6 * found["weights"]
     assert found["prefill"]["tokens"] == 64
     assert found["decode"]["tokens"] == 2
     assert found["prefill"]["flops"] > 8 * found["decode"]["flops"] > 0
@@ -71,6 +74,7 @@ def test_a_plan_of_generation_is_printed(capsys):
     ("options", "sentence"),
     [
         (["--batch", "2"], "--batch belongs to --decode"),
+        (["--quantize-cache", "int8"], "--quantize-cache belongs to --decode"),
         (["--decode", "--context", "0"], "--context is 0; both must be at least 1"),
         (["--decode", "--batch", "3", "mesh.data=8"], "--batch is 3 rows, which"),
     ],

@@ -9,12 +9,14 @@ import pytest
 from gemma2_jax.config import UserError
 from gemma2_jax.data.chat_format import chat_template
 from gemma2_jax.data.tokenizer import Tokenizer
+from gemma2_jax.distill.initialise import InitConfig, initial_params
 from gemma2_jax.formats.convert import convert
 from gemma2_jax.formats.gguf_source import GGUFSource
 from gemma2_jax.formats.gguf_tokenizer import read_model
 from gemma2_jax.formats.load import load, load_tokenizer, open_source
 from gemma2_jax.formats.source import all_places
 from gemma2_jax.model.weights import weight_specs
+from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 from tests.parameters import mostly_thorough
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -91,6 +93,19 @@ def test_quantised_files_are_dequantised_and_described(run_folder, tmp_path, cap
         expected, found = original.weight(place).astype(np.float32), exported.weight(place)
         np.testing.assert_array_equal(found, source.weight(place))
         assert np.abs(found - expected).max() <= 0.16 * np.abs(expected).max()
+
+
+@pytest.mark.thorough
+def test_a_run_starts_from_the_dequantised_weights(run_folder, tmp_path, capsys):
+    """With a message: the run trains arrays, whatever the file holds."""
+    convert(run_folder, tmp_path / "a.gguf", dtype="q8_0")
+    expected, tokenizer = load(tmp_path / "a.gguf")
+    capsys.readouterr()
+    initialise = InitConfig(str(tmp_path / "a.gguf"))
+    mesh = build_mesh(MeshConfig(), jax.local_devices()[:1])
+    found = initial_params(initialise, expected.config, tokenizer, mesh, [])
+    assert f"the weights of {tmp_path}/a.gguf in q8_0 were dequantised." in capsys.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, found, expected.params())
 
 
 def test_the_rows_of_the_embedding_are_read_alone(run_folder, tmp_path):

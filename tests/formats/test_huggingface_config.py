@@ -189,9 +189,9 @@ def test_transformers_computes_the_same_of_them(hf_folder, keys):
         ({"per_layer_config": {"1": {}}}, 'has per_layer_config {"1": {}}; Gemma 2 has one configuration'),
         (
             {"quantization_config": {"bits": 4}},
-            'has quantization_config {"bits": 4}; Gemma 2 has unquantised',
+            'has quantization_config {"bits": 4}, so its weights are quantised, which cannot be read; give the check',
         ),
-        ({"quantization": {"bits": 4}}, 'has quantization {"bits": 4}; Gemma 2 has unquantised weights'),
+        ({"quantization": {"bits": 4}}, 'has quantization {"bits": 4}, so its weights are quantised'),
         (
             {"layer_types": 5},
             "has layer_types 5; accepted for 4 layers: sliding_attention and full_attention",

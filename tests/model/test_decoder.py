@@ -169,4 +169,5 @@ def test_of_more_tokens_than_slots_the_last_are_kept(toy_config):
     positions = jnp.arange(10)[None]
     cache = cache.occupy(positions, used).write(0, positions, keys, keys, used)
     assert cache.positions.tolist() == [[8, 5, 6, 7]]
+    assert isinstance(cache.keys, jax.Array)
     assert cache.keys[0, 0, 0, :, 0].tolist() == [8.0, 5.0, 6.0, 7.0]

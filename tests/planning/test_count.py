@@ -142,6 +142,36 @@ def test_a_counter_that_the_compiler_raises_by_two():
     assert count(read_program(begun), SHAPE).kernels == {"tpu_custom_call": 2}
 
 
+SCATTER = """
+HloModule written_in_place
+
+%add (a: s8[], b: s8[]) -> s8[] {
+  %a = s8[] parameter(0)
+  ROOT %b = s8[] parameter(1)
+}
+
+%fused (p: s8[4,1000,16], i: s32[2,2], u: s8[2,16]) -> s8[4,1000,16] {
+  %p = s8[4,1000,16]{2,1,0} parameter(0)
+  %i = s32[2,2]{1,0} parameter(1)
+  %u = s8[2,16]{1,0} parameter(2)
+  ROOT %s = s8[4,1000,16]{2,1,0} scatter(%p, %i, %u), update_window_dims={1}, to_apply=%add
+}
+
+ENTRY %main (cache: s8[4,1000,16], at: s32[2,2], new: s8[2,16]) -> s8[4,1000,16] {
+  %cache = s8[4,1000,16]{2,1,0} parameter(0)
+  %at = s32[2,2]{1,0} parameter(1)
+  %new = s8[2,16]{1,0} parameter(2)
+  %first = s8[4,1000,16]{2,1,0} fusion(%cache, %at, %new), kind=kCustom, calls=%fused
+  ROOT %second = s8[4,1000,16]{2,1,0} scatter(%first, %at, %new), update_window_dims={1}, to_apply=%add
+}
+"""
+
+
+def test_a_scatter_moves_what_it_writes():
+    """Within a fusion, it reads indices and update, and writes the update; alone, it reads and writes the update."""
+    assert count(read_program(SCATTER), {}).bytes == (16 + 32 + 32) + 2 * 32
+
+
 def test_attributes_may_span_several_lines():
     text = PROGRAM.replace(
         'custom_call_target="tpu_custom_call"', 'custom_call_target="tpu_custom_call", x={\n"y": {\n}\n}'

@@ -26,21 +26,22 @@ def on(mesh, model):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("axes", "drafting"),
+    ("axes", "drafting", "cache"),
     [
-        (MeshConfig(data=2, fsdp=2, tensor=2), True),
-        (MeshConfig(data=4, tensor=2), False),
-        (MeshConfig(data=1, fsdp=8), False),
+        (MeshConfig(data=2, fsdp=2, tensor=2), True, None),
+        (MeshConfig(data=4, tensor=2), False, "int8"),
+        (MeshConfig(data=1, fsdp=8), False, None),
     ],
     ids=str,
 )
-def test_tokens_are_those_of_one_device(model, tokenizer, axes, drafting):
+def test_tokens_are_those_of_one_device(model, tokenizer, axes, drafting, cache):
     draft = vivid(replace(model.config, sliding_window=4)) if drafting else None
     settings = replace(GREEDY, temperature=1.0) if drafting else GREEDY
-    expected = Sampler(model, tokenizer, draft=draft).generate_tokens(PROMPTS, settings)
+    expected = Sampler(model, tokenizer, draft=draft, quantize_cache=cache).generate_tokens(PROMPTS, settings)
     mesh = build_mesh(axes)
     with jax.set_mesh(mesh):
-        sampler = Sampler(on(mesh, model), tokenizer, draft=None if draft is None else on(mesh, draft))
+        placed = None if draft is None else on(mesh, draft)
+        sampler = Sampler(on(mesh, model), tokenizer, draft=placed, quantize_cache=cache)
         shards = {
             leaf.sharding.shard_shape(leaf.shape) != leaf.shape
             for leaf in jax.tree.leaves(sampler._decoder)
@@ -51,14 +52,16 @@ def test_tokens_are_those_of_one_device(model, tokenizer, axes, drafting):
 
 
 @pytest.mark.thorough
-def test_a_batch_is_split_over_the_devices(model, tokenizer):
-    """Keys and values, which take most of the memory of a large batch: by rows and by heads."""
+@pytest.mark.parametrize("cache", [None, "int8"])
+def test_a_batch_is_split_over_the_devices(model, tokenizer, cache):
+    """Keys and values, which take most of the memory of a large batch, and their scales: by rows and by heads."""
     mesh = build_mesh(MeshConfig(data=4, tensor=2))
     with jax.set_mesh(mesh):
-        sampler = Sampler(on(mesh, model), tokenizer)
+        sampler = Sampler(on(mesh, model), tokenizer, quantize_cache=cache)
         generation = sampler._generation(sampler._batch([[2, 40]] * 8, GREEDY))
         assert isinstance(generation, Plain)
         generation.first()
         keys = generation._progress.cache.global_block.keys
-    P, B, K, S, H = keys.shape
-    assert keys.sharding.shard_shape(keys.shape) == (P, B // 4, K // 2, S, H)
+    for part in jax.tree.leaves(keys):
+        P, B, K, *rest = part.shape
+        assert part.sharding.shard_shape(part.shape) == (P, B // 4, K // 2, *rest)

@@ -218,6 +218,16 @@ def test_greedy_tokens_are_the_models(model, tokenizer, greedy, name, number):
 
 
 @pytest.mark.thorough
+def test_greedy_tokens_with_a_cache_in_eight_bits(model, tokenizer):
+    """Rejected drafts leave no trace in it; the draft has one too."""
+    plain = Sampler(model, tokenizer, quantize_cache="int8").generate_tokens(PROMPTS, GREEDY)
+    draft = drafts(model)["smaller"]
+    sampler = Sampler(model, tokenizer, draft=draft, draft_tokens=3, quantize_cache="int8")
+    assert sampler.generate_tokens(PROMPTS, GREEDY) == plain
+    assert 0 < sampler.draft_statistics.accepted < sampler.draft_statistics.tested
+
+
+@pytest.mark.thorough
 def test_rows_stop_at_their_own_tokens(model, tokenizer, greedy):
     draft = drafts(model)["itself"]
     sampler = Sampler(model, tokenizer, draft=draft, draft_tokens=4)
@@ -244,3 +254,8 @@ def test_other_tokenizers_and_numbers_are_refused(model, tokenizer):
         Sampler(model, tokenizer, draft=other)
     with pytest.raises(UserError, match=r"^draft_tokens is 0; it must be at least 1\.$"):
         Sampler(model, tokenizer, draft=model, draft_tokens=0)
+
+
+def test_other_formats_of_the_cache_are_refused(model, tokenizer):
+    with pytest.raises(UserError, match=r"^quantize_cache is 'int4'; it must be 'int8', or None"):
+        Sampler(model, tokenizer, quantize_cache="int4")
