@@ -26,7 +26,7 @@ def plot_losses(runs: Mapping[str, str], target: Path) -> None:
         runs: run folders by their names in the legend.
     """
     # Using Figure without pyplot avoids global state and the search for a display.
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     curves = {name: (_curve(folder, "validation"), _curve(folder, "train")) for name, folder in runs.items()}
@@ -51,7 +51,7 @@ def plot_losses(runs: Mapping[str, str], target: Path) -> None:
     )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right upper")  # beside the curves, of which there may be many
     write_figure(figure, target)
 
 
