@@ -89,6 +89,7 @@ def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
         document = json.dumps({"root": data}, default=_to_plain)
     except TypeError as error:
         raise UserError(f"{where} holds a value that is not plain data: {error}.") from None
+    _refuse_huge(data, where)
     try:
         built: Config = _adapter(cls).validate_json(document)["root"]  # type: ignore[arg-type]  # classes are hashable
         return built
@@ -97,6 +98,19 @@ def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
         raise UserError(
             "\n  ".join([f"{where}:", *complaints]) if complaints[1:] else f"{where}: {complaints[0]}"
         ) from None
+
+
+def _refuse_huge(value: Any, where: str, key: str = "") -> None:
+    """Raises UserError for a whole number of more than 64 bits, which neither arrays nor floats hold."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{where}: {key} is a whole number of more than 18 digits; accepted: less than 2^63.")
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for name, item in items:
+        _refuse_huge(item, where, f"{key}.{name}" if key else str(name))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -129,6 +129,10 @@ def test_nested_data_becomes_nested_dataclasses():
         ({"inner": {"width": 2}, "listed": 5}, "here: listed is 5; accepted: a list of keys kind, most."),
         ({"inner": {"width": 3}}, "here: inner.width is 3; it must be even."),
         ({"inner": {"width": object()}}, "here holds a value that is not plain data"),
+        (
+            {"inner": {"width": 10**400}},
+            "here: inner.width is a whole number of more than 18 digits; accepted:",
+        ),
     ],
 )
 def test_a_mistake_is_reported_in_one_sentence(data, sentence):

@@ -9,6 +9,7 @@ checked by the dataclasses, so that a wrong key or value gives the same message 
 
 import dataclasses
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +39,7 @@ from gemma2_jax.config import (
 )
 from gemma2_jax.messages import one_line
 from gemma2_jax.run import RunConfig
+from gemma2_jax.studies.space import MOST_TRIALS
 
 ROOT = "train"  # the name of the root file, configs/train.yaml
 COMMAND_LINE = "the configuration"
@@ -115,7 +117,13 @@ def combinations(overrides: Sequence[str]) -> tuple[list[dict[str, str]], list[s
             ValueType.SIMPLE_CHOICE_SWEEP,
             ValueType.RANGE_SWEEP,
         ):
-            lists.append([(override.key_or_group, text) for text in override.sweep_string_iterator()])
+            texts = list(itertools.islice(override.sweep_string_iterator(), MOST_TRIALS + 1))
+            lists.append([(override.key_or_group, text) for text in texts])
+            if math.prod(map(len, lists)) > MOST_TRIALS:
+                raise UserError(
+                    f"the lists of values up to {override.input_line} have more than {MOST_TRIALS:,} combinations, "
+                    "which is the most of a sweep; list fewer values."
+                )
         else:
             raise UserError(
                 f"{override.input_line} is not a list of values; accepted: key=A,B or key=range(1,4)."

@@ -53,6 +53,8 @@ def _single_values(overrides: Sequence[str]) -> dict[str, Any]:
     given = dict(pairs(shared))
     if "name" in given or "name" in listed[0]:
         raise UserError("name= has no effect, since a sweep names each run by its values; leave it out.")
+    if given.get("output") == "":
+        raise UserError("output is empty; give a folder, as in output=runs/sweeps/mine.")
     if "output" in listed[0]:
         raise UserError("output= lists several values, but a sweep has one folder; give one value.")
     return given
@@ -80,6 +82,12 @@ def _described(
 ) -> tuple[SweepConfig, str, list[str]]:
     """Returns the sweep of a name, its folder, and the overrides of all its trials."""
     sweep = load_config(SweepConfig, find_sweep(name, config_dir))
+    for where, texts in {"overrides": sweep.overrides, **sweep.runs}.items():
+        if listed := combinations(texts)[0][0]:
+            raise UserError(
+                f"{where} in sweep.yaml lists several values of {next(iter(listed))}; give one value, or list them in "
+                "space."
+            )
     several = next(iter(combinations(overrides)[0][0]), None)
     if several is not None:
         raise UserError(

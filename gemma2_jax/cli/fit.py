@@ -139,6 +139,6 @@ def _positive(what: str, text: str) -> float:
 def _whole(what: str, text: str) -> int:
     from gemma2_jax.config import UserError
 
-    if not text.isdecimal():
-        raise UserError(f"{what} is {text}; accepted: a whole number, 0 or more.")
+    if not text.isdecimal() or len(text) > 18:
+        raise UserError(f"{what} is {text}; accepted: a whole number, 0 or more, of at most 18 digits.")
     return int(text)

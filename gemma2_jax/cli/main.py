@@ -138,8 +138,9 @@ def _file_problem(error: OSError) -> str | None:
     """Returns the problem with the error's file, or with the disk; None for other errors."""
     from gemma2_jax.files import reason
 
-    if isinstance(error.filename, str):
-        return f"{error.filename} cannot be used: {reason(error)}"
+    place = error.filename2 or error.filename  # the target, where a file was to replace another one
+    if isinstance(place, str):
+        return f"{place} cannot be used: {reason(error, place)}"
     return reason(error) if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else None
 
 

@@ -1,6 +1,7 @@
 """Collects what a report shows from the paths that a user gives."""
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from gemma2_jax.reports.evaluations import check_evaluation
 from gemma2_jax.reports.folders import failure, find_runs
 from gemma2_jax.reports.reported_runs import Report, Run, TextSample, setting, short_name
 from gemma2_jax.reports.sizes import read_sizes
-from gemma2_jax.training.metrics import JSON_LINES, scan_metrics
+from gemma2_jax.training.metrics import JSON_LINES, is_number, scan_metrics
 from gemma2_jax.training.start import DATA_FILE, MACHINE_FILE
 
 RESULTS_FILE = "results.json"  # of a study or sweep
@@ -61,8 +62,8 @@ def collect(paths: Sequence[str | Path]) -> Report:
 
 def _runs_below(path: Path, notes: list[str]) -> dict[Path, Run]:
     """Returns the runs at or below a path by their absolute folder, with the failed runs of sweeps there."""
+    below = Path(os.path.realpath(path))  # accepts a loop of links, which holds no run
     folders = _as_in_results([folder.resolve() for folder in find_runs(path)])
-    below = path.resolve()
     sweeps = {
         parent: _sweep_results(parent)
         for parent in dict.fromkeys([below, *(folder.parent for folder in folders)])
@@ -138,7 +139,7 @@ def _read_run(folder: Path, result: Mapping[str, Any], notes: list[str]) -> Run:
         folder,
         config,
         rows,
-        {key: value for key, value in scores.items() if _is_number(value)},
+        {key: value for key, value in scores.items() if is_number(value) and not math.isnan(value)},
         "evaluation" in evaluation,
         values,
         _samples(evaluation),
@@ -179,9 +180,9 @@ def _last_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _samples(evaluation: Mapping[str, Any]) -> list[TextSample]:
-    prompts, texts = setting(evaluation, "conditions.prompts") or [], evaluation.get("samples") or []
-    pairs = zip(prompts, texts, strict=False)
-    return [TextSample(str(prompt), str(text)) for prompt, text in pairs]
+    found = [setting(evaluation, "conditions.prompts"), evaluation.get("samples")]
+    prompts, texts = (each if isinstance(each, list) else [] for each in found)
+    return [TextSample(str(prompt), str(text)) for prompt, text in zip(prompts, texts, strict=False)]
 
 
 def _data(folder: Path) -> str | None:
@@ -231,10 +232,9 @@ def _json(path: Path, notes: list[str]) -> Any:
 
 def _title(paths: Sequence[str | Path], results: Sequence[Any], runs: int) -> str:
     """The question of the study, if the runs belong to one; else the names of the paths, or their number."""
-    titles = {results.get("title") if isinstance(results, dict) else None for results in results}
-    title = titles.pop() if len(titles) == 1 else None
-    if isinstance(title, str):
-        return title
+    titles = [results.get("title") if isinstance(results, dict) else None for results in results]
+    if titles and isinstance(titles[0], str) and titles.count(titles[0]) == len(titles):
+        return titles[0]
     names = [Path(path).resolve().name for path in paths]
     return " and ".join(names) if len(names) <= 2 or not runs else f"{runs} run{'s' * (runs > 1)}"
 
@@ -264,7 +264,3 @@ def _shortest_ends(folders: Sequence[Path]) -> dict[Path, str]:
         if len(set(ends.values())) == len(folders):
             return ends
     return {folder: str(folder) for folder in folders}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma2_jax.reports.reported_runs import Run, setting
+from gemma2_jax.reports.reported_runs import Run, count_setting
 
 AXES = {
     "steps": "optimizer steps",
@@ -86,8 +86,8 @@ def _places(run: Run) -> dict[str, dict[int, float]]:
 
 
 def _tokens_per_step(run: Run) -> float | None:
-    size, length = (setting(run.config, f"data.{key}") for key in ("batch_size", "seq_len"))
-    if isinstance(size, int) and isinstance(length, int):
+    size, length = (count_setting(run.config, f"data.{key}") for key in ("batch_size", "seq_len"))
+    if size is not None and length is not None:
         return float(size * length)
     return next(
         (row["tokens_seen"] / row["step"] for row in run.rows if row.get("tokens_seen") and row["step"]), None
@@ -110,6 +110,8 @@ def _seconds(run: Run, tokens_per_step: float | None) -> dict[int, float]:
                     return {}
                 seconds = (row["step"] - last) * tokens_per_step / speed
             elapsed, last = elapsed + seconds, row["step"]
+            if not math.isfinite(elapsed):
+                return {}
         found[row["step"]] = elapsed
     return found if elapsed else {}
 

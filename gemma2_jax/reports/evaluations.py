@@ -7,7 +7,7 @@ from typing import Any
 from gemma2_jax.config import UserError
 from gemma2_jax.reports.report_tables import Cell, Column, text_cell
 from gemma2_jax.reports.reported_runs import setting
-from gemma2_jax.training.metrics import format_number
+from gemma2_jax.training.metrics import format_number, is_number
 
 _FORMAT = 1
 _ALL = "all domains"
@@ -16,7 +16,7 @@ _ALL = "all domains"
 def check_evaluation(path: Path, content: Any) -> dict[str, Any]:
     """Returns the content of a file of `gemma2 eval`. Raises UserError if it is another file."""
     rows = content.get("rows") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
+    if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
         raise UserError(
             f"{path} is not a file of gemma2 eval; accepted: run folders, folders above them, such files."
         )
@@ -27,6 +27,24 @@ def check_evaluation(path: Path, content: Any) -> dict[str, Any]:
         )
     found: dict[str, Any] = content
     return found
+
+
+def _is_row(row: Any) -> bool:
+    """Whether the results of one checkpoint have their parts; a part that is missing or null is empty."""
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        return False
+    groups = [row.get(key) or {} for key in ("scores", "tasks", "left_out")]
+    if not all(isinstance(group, dict) for group in groups):
+        return False
+    parts = [*groups[0].values(), row.get("memorisation") or {}]
+    tasks = list(groups[1].values())
+    if not all(isinstance(part, dict) for part in [*parts, *tasks]):
+        return False
+    tables = [part.get("domains") or {} for part in parts] + [task.get("metrics") or {} for task in tasks]
+    totals = [part.get("total") or {} for part in parts]
+    if not all(isinstance(table, dict) for table in [*tables, *totals]):
+        return False
+    return all(isinstance(values or {}, dict) for table in tables for values in table.values())
 
 
 def evaluation_tables(evaluations: Mapping[str, Any]) -> Iterator[tuple[str, list[Column]]]:
@@ -55,7 +73,7 @@ def _table(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Column]:
         domains = dict(part.get("domains") or {})
         if len(domains) != 1 and part.get("total"):
             domains[_ALL] = part["total"]
-        lines += [(name, domain, dict(_numbers(values))) for domain, values in domains.items()]
+        lines += [(name, domain, dict(_numbers(values or {}))) for domain, values in domains.items()]
     columns = [
         Column("checkpoint", [text_cell(name) for name, _, _ in lines], True),
         Column("domain", [text_cell(domain) for _, domain, _ in lines], True),
@@ -72,7 +90,9 @@ def _tasks_table(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
         for task, scores in (row.get("tasks") or {}).items():
             for metric, found in (scores.get("metrics") or {}).items():
                 lines.append((row["name"], task, scores, metric, found or {}, ""))
-        lines += [(row["name"], task, {}, "", {}, why) for task, why in (row.get("left_out") or {}).items()]
+        lines += [
+            (row["name"], task, {}, "", {}, str(why)) for task, why in (row.get("left_out") or {}).items()
+        ]
     columns = [
         Column("checkpoint", [text_cell(line[0]) for line in lines], True),
         Column("task", [text_cell(line[1]) for line in lines], True),
@@ -87,11 +107,12 @@ def _tasks_table(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in values.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if is_number(value):
             yield key, value
 
 
-def _cell(value: float | None) -> Cell:
-    if value is None:
+def _cell(value: Any) -> Cell:
+    """A cell of a number; an empty one for anything else."""
+    if not is_number(value):
         return Cell()
     return Cell(f"{value:,}" if isinstance(value, int) else format_number(value, 4), value)

@@ -1,6 +1,7 @@
 """Groups of runs that differ only in their seeds."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,11 @@ def teacher_of(run: Run, runs: Sequence[Run]) -> Run | None:
     place = setting(run.config, "distill.teacher")
     if not isinstance(place, str):
         return None
-    moved = run.folder.resolve().parent / Path(place).name
-    for folder in (Path(place).resolve(), moved):
+    try:
+        given = Path(os.path.realpath(place))
+    except ValueError:  # no name of a file
+        return None
+    for folder in (given, run.folder.resolve().parent / given.name):
         for other in runs:
             if other is not run and other.folder.resolve() == folder:
                 return other

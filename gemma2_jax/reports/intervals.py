@@ -19,9 +19,9 @@ class SeedInterval:
 
     Attributes:
         mean: the mean.
-        low: lower end of the interval; None with a single value.
+        low: lower end of the interval; None with a single value, and if a value is infinite.
         high: upper end.
-        kind: what the interval is, in words; empty with a single value.
+        kind: what the interval is, in words; empty without one.
         count: number of values.
     """
 
@@ -39,7 +39,7 @@ def seed_interval(values: Sequence[float]) -> SeedInterval:
     """
     count = len(values)
     mean = statistics.fmean(values)
-    if count == 1:
+    if count == 1 or not math.isfinite(mean):
         return SeedInterval(mean, None, None, "", count)
     if count == 2:
         return SeedInterval(mean, min(values), max(values), "minimum to maximum of 2 seeds", count)

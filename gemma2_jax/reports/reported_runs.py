@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemma2_jax.training.metrics import is_count
+
 
 @dataclass(frozen=True)
 class TextSample:
@@ -49,7 +51,7 @@ class Run:
     @property
     def steps(self) -> int | None:
         """The configured number of steps; None if it is unknown."""
-        return setting(self.config, "training.steps")
+        return count_setting(self.config, "training.steps")
 
     @property
     def step(self) -> int:
@@ -102,6 +104,12 @@ def setting(config: Mapping[str, Any], key: str) -> Any:
             return None
         found = found[part]
     return found
+
+
+def count_setting(config: Mapping[str, Any], key: str) -> int | None:
+    """Returns the whole number that a dotted key has in plain data; None if it is absent or something else."""
+    value = setting(config, key)
+    return value if is_count(value) else None
 
 
 def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """How far runs are, from the files in their folders."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from gemma2_jax.checkpoints.store import CONFIG_FILE
 from gemma2_jax.config import UserError, read_yaml
 from gemma2_jax.files import is_locked
 from gemma2_jax.reports.folders import failure
-from gemma2_jax.reports.reported_runs import setting
+from gemma2_jax.reports.reported_runs import count_setting
 from gemma2_jax.training.metrics import JSON_LINES, scan_metrics
 
 _SILENCE = (
@@ -62,12 +63,12 @@ def progress_of(folder: Path, now: float | None = None) -> RunProgress:
     rows, changed = _rows(folder)
     training = [row for row in rows if row["split"] == "train"]
     validations = [row for row in rows if row["split"] == "validation"]
-    steps = setting(config, "training.steps")
+    steps = count_setting(config, "training.steps")
     step = max((row["step"] for row in rows), default=0)
     each = _seconds_per_step(training, config)
     silence = None if changed is None else max(0.0, (time.time() if now is None else now) - changed)
     is_done = steps is not None and bool(validations) and validations[-1]["step"] >= steps
-    usual = 0.0 if each is None else each * (setting(config, "training.log_every") or 1)
+    usual = 0.0 if each is None else each * (count_setting(config, "training.log_every") or 1)
     return RunProgress(
         folder,
         FINISHED if is_done else _state(folder, silence, usual),
@@ -76,7 +77,7 @@ def progress_of(folder: Path, now: float | None = None) -> RunProgress:
         training[-1].get("loss") if training else None,
         validations[-1].get("cross_entropy") if validations else None,
         training[-1].get("tokens_per_second") if training else None,
-        None if each is None or steps is None else each * max(0, steps - step),
+        None if each is None or steps is None else _finite(each * max(0, steps - step)),
         silence,
     )
 
@@ -104,10 +105,14 @@ def _seconds_per_step(training: Sequence[Mapping[str, Any]], config: Mapping[str
     row = training[-1]
     before = training[-2]["step"] if len(training) > 1 else 0
     if "seconds" in row and row["step"] > before and len(training) > 1:
-        return float(row["seconds"] / (row["step"] - before))
-    tokens = [setting(config, f"data.{key}") for key in ("batch_size", "seq_len")]
+        return _finite(row["seconds"] / (row["step"] - before))
+    rows, length = (count_setting(config, f"data.{key}") for key in ("batch_size", "seq_len"))
     speed = row.get("tokens_per_second")
-    return None if None in tokens or not speed else float(tokens[0] * tokens[1] / speed)
+    return None if rows is None or length is None or not speed else _finite(rows * length / speed)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ folder needs a file system with locks across hosts, such as NFS version 4.
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +23,10 @@ from typing import IO, Any
 from gemma2_jax.config import UserError, differences, usable
 from gemma2_jax.files import LOCK
 from gemma2_jax.messages import written
+from gemma2_jax.training.metrics import is_count, is_number
 
 JOURNAL = "journal.jsonl"
+_SHOWN = 200  # characters of a damaged line
 
 
 @dataclass
@@ -43,6 +46,7 @@ class SweepProgress:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, entry: Mapping[str, Any]) -> None:
+        """Adds an entry of the journal, which `_is_entry` accepts."""
         if "point" in entry:
             self.points[entry["trial"]] = entry["point"]
         elif "value" in entry:
@@ -139,7 +143,9 @@ class Journal:
     def _check(self, journal: IO[bytes], identity: Mapping[str, Any], may_change: Collection[str]) -> None:
         saved = next((entry["begins"] for entry in _entries(journal) if "begins" in entry), identity)
         for key, one, other in differences(saved, identity):
-            if key.split(".")[0] in may_change:
+            # A grid over the same keys may have other values; one over other keys is another sweep.
+            same_keys = not key.startswith("space.") or None not in (one, other)
+            if key.split(".")[0] in may_change and same_keys:
                 continue
             raise UserError(
                 f"{self._path} is the journal of another sweep, whose {key} is {written(one)}, but {key} is now "
@@ -167,12 +173,33 @@ def _entries(journal: IO[bytes]) -> Iterator[dict[str, Any]]:
     for line in journal:
         if line.endswith(b"\n"):
             try:
-                yield json.loads(line)
-            except ValueError:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                entry = None
+            if not _is_entry(entry):
+                shown = line.decode(errors="replace").strip()[:_SHOWN]
                 raise UserError(
-                    f"{journal.name} is damaged: {line.decode(errors='replace').strip()!r} is not JSON; restore it, "
-                    "or delete it to compare the runs again."
-                ) from None
+                    f"{journal.name} is damaged: {shown!r} is no entry of a sweep's journal; restore it, or delete it "
+                    "to compare the runs again."
+                )
+            yield entry
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a line of a journal is what a worker writes."""
+    if not isinstance(entry, dict):
+        return False
+    if "point" in entry:
+        point = entry["point"]
+        texts = isinstance(point, dict) and all(isinstance(value, str) for value in point.values())
+        return texts and is_count(entry.get("trial"))
+    if "value" in entry:
+        numbers = [entry["value"], entry.get("seconds")]
+        named = isinstance(entry.get("run"), str) and is_count(entry.get("step"))
+        return named and all(is_number(number) and math.isfinite(number) for number in numbers)
+    if "failed" in entry:
+        return isinstance(entry["failed"], str) and isinstance(entry.get("run"), str)
+    return isinstance(entry.get("begins"), dict) or isinstance(entry.get("missing"), str)
 
 
 def _append(journal: IO[bytes], entry: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ WITH_OPTUNA = ("qmc", "tpe")
 ADAPTIVE = ("tpe",)  # methods that draw a point from the results of earlier ones
 KINDS = ("range", "uniform", "log_uniform", "int")
 LARGER_IS_BETTER = {"cross_entropy": False, "perplexity": False, "kl": False, "agreement": True}  # by metric
+MOST_TRIALS = 10_000  # all are composed before the first one starts
 _MOST_CORNERS = 64
 _DIGITS = 6  # significant digits of a sampled number, which is part of its run's name
 
@@ -122,9 +123,14 @@ class SweepConfig:
         yield from self._about_rungs()
 
     def _about_names(self) -> Iterator[str]:
+        named = {f"runs.{name}": texts for name, texts in self.runs.items()}
         for name in self.runs:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 yield f"runs.{name} is not a valid name of a trial; accepted: letters, digits, _ and -."
+        for where, texts in {"overrides": self.overrides, **named}.items():
+            for text in texts:
+                if text.partition("=")[0] in ("name", "output"):
+                    yield f"{where} has {text}, which has no effect, since the sweep sets it; leave it out."
         given = [text.partition("=")[0] for text in self.overrides]
         if self.experiment is not None:
             given.append("experiment")
@@ -148,6 +154,10 @@ class SweepConfig:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 yield f"{name} is {value}; it must be at least {smallest}."
+        if self.trials is not None and self.trials > MOST_TRIALS:
+            yield f"trials is {self.trials:,}; it must be at most {MOST_TRIALS:,}."
+        if self.sampler_seed >= 2**32:
+            yield f"sampler_seed is {self.sampler_seed}; it must be below 2**32."
 
     def _about_rungs(self) -> Iterator[str]:
         if any(step < 1 for step in self.rungs) or list(self.rungs) != sorted(set(self.rungs)):
@@ -188,6 +198,12 @@ def axes(config: SweepConfig) -> dict[str, Axis]:
                 f"{', '.join(SAMPLED[:-1])} or {SAMPLED[-1]}."
             )
         found[key] = axis
+    combined = math.prod(len(axis.values) for axis in found.values() if isinstance(axis, Choices))
+    if config.method == "grid" and combined > MOST_TRIALS:
+        raise UserError(
+            f"space has {combined:,} combinations; a grid has at most {MOST_TRIALS:,}. List fewer values, or set "
+            f"method to {', '.join(SAMPLED[:-1])} or {SAMPLED[-1]}."
+        )
     return found
 
 
@@ -206,7 +222,11 @@ def _described(key: str, given: Mapping[str, tuple[int | float, ...]]) -> Axis:
             raise UserError(
                 f"{where}; accepted: [START, STOP] or [START, STOP, STEP], whole numbers without STOP."
             )
-        return Choices(tuple(str(number) for number in range(*map(int, bounds))))
+        start, stop, step = (*map(int, bounds), 1)[:3]
+        count = -((start - stop) // step)
+        if count > MOST_TRIALS:
+            raise UserError(f"{where}, which is {count:,} values; accepted: at most {MOST_TRIALS:,}.")
+        return Choices(tuple(str(number) for number in range(start, stop, step)))
     if len(bounds) != 2 or not bounds[0] < bounds[1]:
         raise UserError(f"{where}; accepted: [LOW, HIGH], the lower number first.")
     low, high = bounds

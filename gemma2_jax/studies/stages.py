@@ -28,6 +28,7 @@ from gemma2_jax.sampling.sampler import Sampler
 from gemma2_jax.screen import activity
 from gemma2_jax.studies.tables import print_line
 from gemma2_jax.training.loop import train
+from gemma2_jax.training.metrics import is_number
 from gemma2_jax.training.resume import changes, check_same_run
 from gemma2_jax.training.start import (
     check_run_folder,
@@ -134,13 +135,13 @@ def measure_run(
         "sample_tokens": sample_tokens,
         "data": data_identity(config.data),
     }
-    stored = read_json(file) if file.exists() else {}
-    then = stored.get("conditions", {})
+    stored = _stored(file)
+    then = stored["conditions"]
     if _same_reference(then.get("reference"), reference):
         then = {**then, "reference": conditions["reference"]}
     if then == conditions:
         _print_stage(console, "evaluate", config.name, "already done, skipped")
-        return Measurement(_evaluation(stored["evaluation"]), tuple(stored["samples"]))
+        return Measurement(_evaluation(stored["evaluation"], file), tuple(stored["samples"]))
     _print_stage(console, "evaluate", config.name, "on the validation split")
     # A log has the line above; a terminal also shows a clock.
     with activity(f"evaluating {config.name}", show=is_first() and sys.stderr.isatty()):
@@ -168,7 +169,9 @@ def timed(folder: Path, stage: str) -> Iterator[None]:
 def read_times(folder: Path) -> dict[str, float]:
     """Returns the seconds of each stage of the study in `folder`, summed over all commands that ran it."""
     file = folder / "times.json"
-    times: dict[str, float] = read_json(file) if file.exists() else {}
+    times = read_json(file) if file.exists() else {}
+    if not isinstance(times, dict) or not all(is_number(spent) for spent in times.values()):
+        raise UserError(f"{file} holds no times of stages; delete it, and only the times so far are lost.")
     return times
 
 
@@ -201,9 +204,32 @@ def _teacher_identity(config: RunConfig, teacher: str | None) -> Any:
     return {"teacher": teacher if record is None else record.identity}
 
 
-def _evaluation(stored: Mapping[str, Any]) -> Evaluation:
+def _stored(file: Path) -> dict[str, Any]:
+    """Returns the stored measurement of a run; one without conditions if there is none."""
+    stored = read_json(file) if file.exists() else {"conditions": {}, "evaluation": {}, "samples": []}
+    kinds = {"conditions": dict, "evaluation": dict, "samples": list}
+    if not isinstance(stored, dict) or not all(
+        isinstance(stored.get(key), kind) for key, kind in kinds.items()
+    ):
+        raise _no_measurement(file)
+    return stored
+
+
+def _evaluation(stored: Mapping[str, Any], file: Path) -> Evaluation:
     """Builds an Evaluation from stored values. Older files call the cross-entropy `loss`."""
-    return Evaluation(**{"cross_entropy" if name == "loss" else name: stored[name] for name in stored})
+    values = {"cross_entropy" if name == "loss" else name: value for name, value in stored.items()}
+    try:
+        if all(value is None or is_number(value) for value in values.values()):
+            return Evaluation(**values)
+    except TypeError:  # a name is missing, or unknown
+        pass
+    raise _no_measurement(file)
+
+
+def _no_measurement(file: Path) -> UserError:
+    return UserError(
+        f"{file} holds no scores of a run; delete it, and the same command evaluates the run again."
+    )
 
 
 def _same_reference(stored: Mapping[str, Any] | None, reference: RunConfig | None) -> bool:

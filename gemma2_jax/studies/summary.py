@@ -1,5 +1,6 @@
 """Results over several seeds: means and standard deviations, for a table and a plot."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,4 +85,6 @@ def _spread(values: Sequence[float | None], places: int) -> str:
     if not numbers:
         return "–"
     mean = format_number(statistics.mean(numbers), places)
-    return mean if len(numbers) == 1 else f"{mean} ± {format_number(statistics.stdev(numbers), places)}"
+    if len(numbers) == 1 or not all(map(math.isfinite, numbers)):  # a run that diverged
+        return mean
+    return f"{mean} ± {format_number(statistics.stdev(numbers), places)}"

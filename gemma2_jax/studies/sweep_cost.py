@@ -1,5 +1,6 @@
 """What a sweep costs: its runs, tokens and estimated time."""
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,5 +106,6 @@ def _rate(folder: str) -> float | None:
         config = load_config(RunConfig, Path(folder, CONFIG_FILE))
     except UserError:  # a run of an older version, or not a run
         return None
-    speeds = [row["tokens_per_second"] for row in rows if row["split"] == "train"]
+    found = [row.get("tokens_per_second", 0.0) for row in rows if row["split"] == "train"]
+    speeds = [speed for speed in found if math.isfinite(speed) and speed > 0]
     return statistics.median(speeds) * _parameters(config) if speeds else None

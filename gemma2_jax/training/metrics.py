@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -144,9 +145,10 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("split"), str):
-        return row
-    return None
+    if not isinstance(row, dict) or not isinstance(row.get("split"), str):
+        return None
+    numbers = {name: value for name, value in row.items() if name != "split"}
+    return row if is_count(row.get("step")) and all(map(is_number, numbers.values())) else None
 
 
 def _renamed(row: dict[str, Any]) -> dict[str, Any]:
@@ -161,6 +163,18 @@ def _renamed(row: dict[str, Any]) -> dict[str, Any]:
     if row["split"] == "validation":
         row.pop("loss", None)
     return row
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value from a file is a whole number of steps, tokens or bytes that 64 bits hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a number, perhaps NaN or infinite, that a float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 def perplexity(cross_entropy: float) -> float:

@@ -107,6 +107,10 @@ def test_a_path_below_a_file_is_reported_before_anything_is_created(
             NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x/y"),
             "/x/y cannot be used: a file is in its",
         ),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "/x/.y.tmp", None, "/x/y"),
+            "/x/y cannot be used: Is a directory.",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device."),
         (OSError(errno.EIO, "Input/output error"), "Input/output error."),
     ],

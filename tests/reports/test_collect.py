@@ -1,15 +1,20 @@
 """Runs and evaluations from paths: what is found, named, left out and refused."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gemma2_jax.config import UserError
 from gemma2_jax.reports.collect import collect
 from gemma2_jax.reports.differences import differing_keys
+from gemma2_jax.reports.intervals import seed_interval
 from gemma2_jax.reports.report_tables import state
+from gemma2_jax.reports.run_progress import progress_of
+from gemma2_jax.reports.write import write_page
 from tests.reports.conftest import WriteRun
 
 
@@ -131,6 +136,80 @@ def test_damaged_files_are_notes(write_run: WriteRun) -> None:
     assert [note.partition(" is ")[0] for note in report.notes] == [
         str(folder / "config.yaml"), str(folder / "evaluation.json"), str(folder.parent / "results.json")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"step": True},
+        {"step": -1},
+        {"step": 10**400},
+        {"step": 5, "seconds": "x"},
+        {"step": 5, "tokens_per_second": None},
+        {"step": 5, "cross_entropy": 10**400},
+    ],
+)
+def test_a_row_of_other_than_numbers_is_left_out(write_run: WriteRun, row: dict[str, Any]) -> None:
+    folder = write_run("run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"split": "train", **row}) + "\n")
+    (note,) = collect([folder]).notes
+    assert note.endswith("line 7, is not a row of metrics; it is left out.")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.jsonl", '{"step": 10, "split": "train", "seconds": NaN}\n'),
+        ("metrics.jsonl", '{"step": 10, "split": "train", "seconds": 1e308}\n' * 3),
+        ("config.yaml", "training: {steps: x, log_every: []}\ndata: {batch_size: .inf, seq_len: {}}\n"),
+        ("config.yaml", f"training: {{steps: {10**400}}}\ndata: {{batch_size: 1, seq_len: {10**400}}}\n"),
+        ("config.yaml", 'distill: {teacher: "a\\0b"}\n'),
+        (
+            "evaluation.json",
+            '{"evaluation": {"parameters": 1e400}, "conditions": {"prompts": 1}, "samples": true}',
+        ),
+        ("../results.json", '{"title": [], "machine": {}}'),
+        ("data.json", "[1]"),
+    ],
+)
+def test_files_of_other_content_end_no_report(write_run: WriteRun, file: str, content: str) -> None:
+    folder = write_run("a/run")
+    (folder / file).write_text(content)
+    output, tables = str(folder / "page.html"), str(folder / "runs.csv")
+    _, shown = write_page([folder, write_run("b")], output, tables, str(folder / "page.md"))
+    assert len(shown.report.runs) == 2
+    assert progress_of(folder).step in (0, 10, 40)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"name": 3},
+        {"scores": [1]},
+        {"scores": {"document": 1}},
+        {"scores": {"document": {"domains": "x"}}},
+        {"scores": {"document": {"domains": {"a": 1}}}},
+        {"memorisation": {"total": 1}},
+        {"tasks": {"arc": {"metrics": {"acc": 1}}}},
+        {"left_out": "arc"},
+    ],
+)
+def test_an_evaluation_of_another_shape_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "e.json").write_text(json.dumps({"format": 1, "rows": [{"name": "m", **row}]}))
+    with pytest.raises(UserError, match=r"e\.json is not a file of gemma2 eval; accepted:"):
+        collect([tmp_path / "e.json"])
+
+
+def test_a_loop_of_links_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="loop does not exist; accepted: run folders"):
+        collect([tmp_path / "loop"])
+
+
+def test_an_infinite_loss_has_no_interval() -> None:
+    found = seed_interval([1.0, 2.0, math.inf])
+    assert (found.mean, found.low, found.count) == (math.inf, None, 3)
 
 
 def test_an_evaluation_counts_until_the_run_goes_on(write_run: WriteRun) -> None:

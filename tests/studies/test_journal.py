@@ -84,7 +84,9 @@ def test_a_line_that_a_killed_worker_cut_off_is_replaced(journal):
         journal.append({"run": "c", "step": 10, "value": 3.0, "seconds": 1.0})
     assert journal.read().values == {"a": {10: 2.0}, "c": {10: 3.0}}
     path.write_text("nonsense\n")
-    with pytest.raises(UserError, match=r"journal.jsonl is damaged: 'nonsense' is not JSON; restore it, or"):
+    with pytest.raises(
+        UserError, match=r"journal.jsonl is damaged: 'nonsense' is no entry of a sweep's journal; restore"
+    ):
         journal.read()
 
 
@@ -106,10 +108,40 @@ def test_the_journal_of_another_sweep_is_refused(journal, other, sentence):
     assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "3",
+        "[1]",
+        '{"point": {}}',
+        '{"run": "a", "step": 10, "value": "x", "seconds": 1}',
+        '{"run": "a", "step": 10, "value": NaN, "seconds": 1}',
+        '{"run": [], "failed": "x"}',
+        '{"begins": [1]}',
+        '{"missing": {}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_line_that_no_worker_writes_is_refused(journal, line):
+    with journal.joined(SWEEP, nothing):
+        with (journal._folder / JOURNAL).open("a") as file:
+            file.write(f"{line}\n")
+        with pytest.raises(UserError, match=r"journal.jsonl is damaged: .* is no entry of a sweep's journal"):
+            journal.read()
+
+
 def test_a_grid_may_grow(journal):
     for seeds in ([0, 1], [0, 1, 2]):
         with journal.joined({**SWEEP, "space": {"seed": seeds}}, nothing, may_change=["space"]):
             assert journal.read().failed == {}
+    other = {**SWEEP, "space": {"rate": [1]}}
+    with (
+        pytest.raises(
+            UserError, match=r"another sweep, whose space\.rate is null, but space\.rate is now \[1\]"
+        ),
+        journal.joined(other, nothing, may_change=["space"]),
+    ):
+        pass
 
 
 def test_a_claim_ends_with_its_process(journal):

@@ -124,6 +124,21 @@ def test_only_what_decides_the_trials_identifies_a_sweep():
             "brackets is 3; it must be at most 2, one more than the number of rungs.",
         ),
         ({"reduction": 1}, "reduction is 1; it must be at least 2."),
+        ({"trials": 10**6}, "trials is 1,000,000; it must be at most 10,000."),
+        ({"sampler_seed": 2**32}, "sampler_seed is 4294967296; it must be below 2**32."),
+        ({"overrides": ["name=x"]}, "overrides has name=x, which has no effect, since the sweep sets it"),
+        (
+            {"method": "list", "trials": None, "space": {}, "runs": {"a": ["output=x"]}},
+            "runs.a has output=x, which has no effect, since the sweep sets it; leave it out.",
+        ),
+        (
+            {"space": {"a": {"range": [0, 10**15]}}},
+            "space.a.range is [0, 1000000000000000], which is 1,000,000,000,000,000 values; accepted: at most 10,000.",
+        ),
+        (
+            {"method": "grid", "trials": None, "space": {key: {"range": [0, 9999]} for key in "ab"}},
+            "space has 99,980,001 combinations; a grid has at most 10,000. List fewer values, or set method",
+        ),
     ],
 )
 def test_a_wrong_sweep_is_one_sentence(keys, sentence):

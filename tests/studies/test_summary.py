@@ -13,7 +13,7 @@ from gemma2_jax.studies.config import StudyConfig, StudyRun
 from gemma2_jax.studies.plots import plot_summary
 from gemma2_jax.studies.stages import Measurement
 from gemma2_jax.studies.study import run_study
-from gemma2_jax.studies.summary import group_by_run, summary_table
+from gemma2_jax.studies.summary import Group, group_by_run, summary_table
 
 STUDY = StudyConfig(
     "Which?",
@@ -50,6 +50,12 @@ MEASUREMENTS = {
     "taught-0": measured(15.0, 0.1),
     "taught-5": measured(16.0, 0.1),
 }
+
+
+def test_a_run_that_diverged_has_no_deviation():
+    found = tuple(measured(perplexity, None).evaluation for perplexity in (20.0, float("inf")))
+    (row,) = summary_table([Group("plain", None, None, found, 1.0)], None).rows
+    assert row[3:5] == ["3.0000 ± 0.0000", "inf"]
 
 
 def test_means_and_deviations():

@@ -9,6 +9,7 @@ from typing import Any
 from gemma2_jax.checkpoints.store import CONFIG_FILE
 from gemma2_jax.config import UserError, load_config, read_json, read_yaml
 from gemma2_jax.distill.cache.manifest import read_cache
+from gemma2_jax.messages import quoted
 from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.run import RunConfig
 from gemma2_jax.training.metrics import JSON_LINES, read_metrics
@@ -146,6 +147,8 @@ def _unsuitable(folder: Path, config: RunConfig) -> str | None:
         return "its validation has no cross-entropy"
     if not (math.isfinite(loss) and loss > 0):
         return f"its validation cross-entropy is {loss}"
+    if not math.isfinite(row.get("targets", math.nan)):
+        return "its validation has no number of targets"
     return None
 
 
@@ -162,8 +165,9 @@ def _parameters(config: RunConfig, embedding: bool) -> int:
 
 def _tokens(folder: Path, config: RunConfig) -> int:
     row = _last(folder, "train")
-    if row is not None and row["step"] == config.training.steps and "tokens_seen" in row:
-        return int(row["tokens_seen"])
+    seen = None if row is None or row["step"] != config.training.steps else row.get("tokens_seen")
+    if seen is not None and math.isfinite(seen):
+        return int(seen)
     return config.training.steps * config.data.batch_size * config.data.seq_len
 
 
@@ -178,7 +182,7 @@ def _teacher(folder: Path, config: RunConfig, embedding: bool, teacher_loss: flo
     for place in (Path(path), folder.parent / Path(path).name):
         if _is_run(place) and place.resolve() != folder.resolve():
             row, trained = _last(place, "validation"), _config(place)
-            if row is None or "cross_entropy" not in row:
+            if row is None or not math.isfinite(row.get("cross_entropy", math.nan)):
                 raise UserError(f"{place}, the teacher of {folder}, has no validation cross-entropy yet.")
             _check_same_data([str(folder), str(place)])
             return Teacher(
@@ -217,5 +221,7 @@ def _identity(folder: str) -> dict[str, Any]:
             f"{file} is missing, which identifies the data that the run was trained on; copy it there from where the "
             "run was trained, or leave that run out."
         )
-    found: dict[str, Any] = read_json(file)
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds {quoted(found)}; copy it there again from where the run was trained.")
     return found
