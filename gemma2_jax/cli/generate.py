@@ -94,7 +94,12 @@ def add_parser(verbs: Verbs) -> None:
     add("--batch-size", type=int, default=8, metavar="N", help="completions generated at a time (8)")
     # `SamplingConfig` has the defaults of these options; it is not imported here, so that --help is fast.
     add("--max-new-tokens", type=int, metavar="N", help="maximum tokens per completion (128)")
-    add("--temperature", type=float, metavar="X", help="divides the logits; 0 takes the most likely token (1.0)")
+    add(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="divides the logits; 0 takes the most likely token (1.0)",
+    )
     add("--top-k", type=int, metavar="N", help="sample only from the N most likely tokens")
     add(
         "--top-p",

@@ -21,7 +21,12 @@ PATH is a run folder, a folder above some (of a study, a sweep, or others), or a
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "report", run, "one HTML page about runs, sweeps and studies", DESCRIPTION)
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="run folders, folders above some, or files of gemma2 eval --json")
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="run folders, folders above some, or files of gemma2 eval --json",
+    )
     add(
         "--output",
         metavar="FILE",
