@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="put prompts into Gemma 2's chat format, for instruction-tuned models",
     )
     add("--tasks-folder", metavar="DIR", help="a folder with further tasks, in the harness's YAML format")
-    add("--run-code", action="store_true", help="allow tasks to run programs that the model writes")
+    add("--run-code", action="store_true", help="allow tasks to run programs that the model generates")
     add(
         "--samples", metavar="FILE", help="write each document's prompts, answers and scores to FILE as JSONL"
     )

@@ -31,7 +31,7 @@ one table.
   gemma2 eval weights/9b --text 'books/*.txt' compute=bfloat16 mesh.fsdp=8 mesh.data=1
 
   --windows document   whole documents, cut into windows of --context tokens that do not overlap; each begins with bos
-  --windows sliding    windows that overlap: each token is scored once, with at least context - stride tokens before it
+  --windows sliding    such windows, one every --stride tokens, each of which scores only the tokens not yet scored
   --windows packed     the validation split of prepared data, in rows as in training
 Numbers of different kinds of windows, contexts or strides are not comparable. Perplexity is not comparable between
 tokenizers, bits per byte is.
@@ -84,9 +84,9 @@ def add_parser(verbs: Verbs) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="give the model the first 50 tokens of up to N documents of each domain, and compare the next 50",
+        help="continue the first 50 tokens of up to N documents of each domain, and compare with their next 50 tokens",
     )
-    add("--json", metavar="FILE", help="write everything to FILE as JSON")
+    add("--json", metavar="FILE", help="write all results to FILE as JSON")
     add_config_dir(parser)
     parser.set_defaults(overrides=[])
 

@@ -16,14 +16,14 @@ PATH is a run folder, or a folder that contains runs: a sweep, a study.
   gemma2 fit runs/scaling --predict N=5e6,D=1e8 --compute 1e15      predictions, and the best N and D for some FLOPs
   gemma2 fit runs/a runs/b runs/c runs/d runs/e runs/f --output fits/mine
 
-Runs on text get L(N, D) = E + A / N^alpha + B / D^beta (Chinchilla, arXiv 2203.15556); they must be at least 6. Runs
-with a teacher get the distillation law (arXiv 2502.08606), which adds the teacher's loss and needs at least 10 runs of
-at least 2 teachers, beside the runs on text; with --law chinchilla, the runs of each teacher get a law of the first
-kind. If there are both kinds of runs, the output also shows between which FLOPs a teacher pays.
+Runs on text alone get L(N, D) = E + A / N^alpha + B / D^beta (Chinchilla, arXiv 2203.15556), which needs at least 6
+runs. Runs with a teacher get the distillation law (arXiv 2502.08606), which adds the teacher's loss and needs at least
+10 runs from at least 2 teachers, beside the runs on text. With --law chinchilla, the first law is fitted to the runs of
+each teacher instead. If there are both kinds of runs, the output also shows between which FLOPs a teacher pays off.
 
 All runs need the same data and tokenizer. Runs that are unfinished, or that started from a checkpoint, are left out.
-The fit minimises the Huber loss (delta 0.001) of log L; intervals are those of fits to resampled runs. It is written to
-PATH, or the folder given by --output, as fit.json and fit.png.
+The fit minimises the Huber loss (delta 0.001) of log L; intervals are those of fits to resampled runs. fit.json and
+fit.png are written to PATH, or to the folder given by --output.
 """
 
 

@@ -39,14 +39,14 @@ Completes prompts with a trained run or released weights, and prints tokens as t
 
 RUN is a run folder, a Hugging Face folder or its name on the hub (extra `hub`), DeepMind's Orbax checkpoint, or a GGUF
 file.
-A file or the standard input holds one prompt per line, or lines of JSON: {"prompt": "text"}. With --json each
-completion is a line of JSON: prompt, sample (counted from 0), completion, tokens (ids), stop_reason (`stop` for a stop
-token, `length` for --max-new-tokens), and adapter if one is given. Several adapters complete the prompts in turn.
-Sample k of --seed N equals the first sample of --seed N + k.
+A file of prompts, or the standard input, holds one prompt per line, or lines of JSON: {"prompt": "text"}. With --json,
+each completion is a line of JSON: prompt, sample (counted from 0), completion, tokens (ids), stop_reason (`stop` for a
+stop token or text, `length` for --max-new-tokens), and adapter if one is given. With several adapters, each completes
+all prompts in turn. Sample k of --seed N equals the first sample of --seed N + k.
 
 A draft is a smaller model with the same tokenizer: it proposes tokens, which RUN verifies several at a time. The
-samples have RUN's own distribution, and greedy tokens are RUN's own. At the end, the standard error gets the fraction
-of proposed tokens that were accepted, and the number of tokens that each pass of RUN gave.
+samples have RUN's own distribution, and greedy tokens are RUN's own. At the end, the command prints to standard error
+the fraction of proposed tokens that were accepted, and the mean number of tokens per forward pass of RUN.
 """
 EPILOG = """\
 keys: mesh and layout, as in gemma2 train; without any, generation takes one device.
@@ -94,7 +94,12 @@ def add_parser(verbs: Verbs) -> None:
     add("--batch-size", type=int, default=8, metavar="N", help="completions generated at a time (8)")
     # `SamplingConfig` has the defaults of these options; it is not imported here, so that --help is fast.
     add("--max-new-tokens", type=int, metavar="N", help="maximum tokens per completion (128)")
-    add("--temperature", type=float, metavar="X", help="0 takes the most likely token (1.0)")
+    add(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="divides the logits; 0 takes the most likely token (1.0)",
+    )
     add("--top-k", type=int, metavar="N", help="sample only from the N most likely tokens")
     add(
         "--top-p",

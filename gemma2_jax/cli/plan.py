@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 FITS, DOES_NOT_FIT = 0, 3
 
 DESCRIPTION = """\
-Compiles a training step for a topology, on any computer, and prints whether it fits, its memory and work, and a lower
-bound on its time. Needs no data, no tokenizer and no teacher weights (distill.model gives the teacher's sizes).
+Compiles a training step for a topology, on any computer, and prints whether it fits, its memory, FLOPs and traffic, and
+a lower bound on its time. Needs no data, no tokenizer and no teacher weights (distill.model gives the teacher's sizes).
 
   gemma2 plan experiment=distill_2b_from_9b topology=v5e:4x4
   gemma2 plan experiment=pretrain_27b topology=v5p:8x24x32 mesh=report_27b data.batch_size=768

@@ -6,8 +6,8 @@ from gemma2_jax.cli.parsers import Verbs, add_verb
 
 DESCRIPTION = """\
 Writes one HTML file that shows and compares runs: a table to sort and filter, loss against steps, tokens, FLOPs and
-time, the gain of students over training from scratch, samples side by side, settings that differ, and of a sweep the
-importance of its keys. The file needs no other and no network.
+time, the gain of students over training from scratch, samples side by side, settings that differ, and, for a sweep, the
+importance of its keys. The file contains everything that it shows and needs no network.
 
   gemma2 report runs/quickstart                           a study, into runs/quickstart/report.html
   gemma2 report runs/a runs/b --open                      two runs, into runs/report.html, shown in the browser
@@ -21,7 +21,12 @@ PATH is a run folder, a folder above some (of a study, a sweep, or others), or a
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "report", run, "one HTML page about runs, sweeps and studies", DESCRIPTION)
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="what the report is about")
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="run folders, folders above some, or files of gemma2 eval --json",
+    )
     add(
         "--output",
         metavar="FILE",

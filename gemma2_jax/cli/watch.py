@@ -12,8 +12,8 @@ cross-entropy, speed and time left. Ctrl-C ends it; the runs go on.
   gemma2 watch runs/sweeps/lr
   gemma2 watch --once runs/a runs/b   prints the table once; so does a pipe
 
-States: running; starting (no row of metrics yet); stalled (a process works on the run, and no row came for 5 minutes,
-or for five times the usual time); stopped (no process works on it); failed (in a sweep); finished.
+States: running; starting (no row of metrics yet); stalled (a process works on the run, but has written no row for 5
+minutes and for five times the usual time); stopped (no process works on it); failed (in a sweep); finished.
 """
 
 

@@ -1,7 +1,7 @@
 """Measures how important each input of a matrix is on data: the mean square of the activations that enter it.
 
-If activations are uncorrelated, the error of a product's output is the sum over the inputs of the weight's squared
-error, times this mean square. So the types of GGUF that are packed by us (`formats/k_quants.py`) minimise it.
+If activations are uncorrelated, the expected squared error of a product's output is the sum over the inputs of the
+weight's squared error times this mean square. The K types of GGUF (`formats/k_quants.py`) minimise this sum.
 """
 
 import re
@@ -82,7 +82,7 @@ class Calibration:
         return batches_of(windows(), _CONTEXT, _BATCH)
 
     def _named(self, call: Any) -> Any:
-        """The result of `call`, whose errors name --calibrate."""
+        """Returns the result of `call`, whose errors name --calibrate."""
         try:
             return call()
         except UserError as error:

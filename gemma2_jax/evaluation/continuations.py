@@ -1,7 +1,7 @@
 """Log-probabilities of the last tokens of many texts, such as the answers of a multiple-choice task.
 
 Texts are scored in batches sorted by length and padded to few lengths, each of which is compiled once. Only the scored
-tokens go through the LM head, a block of them at a time, so that [tokens, V] never exists. And what texts have in
+tokens go through the LM head, a block of them at a time, so an array [tokens, V] never exists. What texts have in
 common is computed once: a text that is the beginning of another needs no row of its own (the answers A, B, C and D to
 one question share one), and longer answers to one question are branches of it (`model.branches`).
 """
@@ -48,14 +48,19 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class Score:
-    """The log-probability of a window's scored tokens, and whether each of them was the most likely token."""
+    """The score of a window.
+
+    Attributes:
+        log_prob: natural log-probability of its scored tokens, their sum.
+        is_greedy: whether each of them was the most likely token.
+    """
 
     log_prob: float
     is_greedy: bool
 
 
 def continuation_window(context: Sequence[int], continuation: Sequence[int], max_length: int) -> ScoredText:
-    """The window that scores a continuation.
+    """Returns the window that scores a continuation.
 
     Args:
         context: ids that begin with the beginning-of-text id. If the model's context has no room for all of them, those
@@ -75,11 +80,11 @@ def continuation_window(context: Sequence[int], continuation: Sequence[int], max
 
 
 def rolling_windows(tokens: Sequence[int], bos: int, max_length: int) -> list[ScoredText]:
-    """Windows that together score each token of a text once.
+    """Returns windows that together score each token of a text once.
 
-    Each window begins with the beginning-of-text id, without which Gemma's predictions are useless. The first one
-    scores `max_length` tokens; each later one repeats the token before those that it scores, and the last one is as
-    long as the others, so that its few tokens have the most context.
+    Each window begins with the beginning-of-text id, without which Gemma's predictions are poor. The first one scores
+    `max_length` tokens; each later one repeats the token before those that it scores, and the last one is as long as
+    the others, so that its few tokens have the most context.
 
     Args:
         max_length: number of tokens that the model processes at a time, at least 2.
@@ -110,7 +115,7 @@ class ContinuationScorer:
     def score(
         self, windows: Sequence[ScoredText], show: Callable[[int], None] = lambda done: None
     ) -> list[Score]:
-        """The score of each window.
+        """Returns the score of each window, in the order of `windows`.
 
         Args:
             show: called with the number of windows that are scored, after each batch.
@@ -132,7 +137,7 @@ class ContinuationScorer:
         return [score for score in found if score is not None]
 
     def _run(self, batch: "_Batch") -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities and greediness of the batch's scored tokens."""
+        """Returns the log-probabilities of the batch's scored tokens, and whether each is the most likely one."""
         count = len(batch.targets)
         scored = np.zeros((2, batch.tokens.size + batch.branches.size), np.int32)
         scored[:, :count] = batch.places, batch.targets
@@ -164,7 +169,7 @@ class _Row:
 
 
 def _rows(windows: Sequence[ScoredText]) -> list[_Row]:
-    """Rows for all windows, the longest first."""
+    """Returns rows for all windows, the longest first."""
     asked = Counter(tuple(window.context) for window in windows if window.may_branch)
     inputs = [
         window.context if window.may_branch and asked[tuple(window.context)] > 1 else window.tokens[:-1]
@@ -259,7 +264,7 @@ def scores_of_tokens(
     count: jax.Array,
     compute: ComputeConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target, and whether it is the most likely token, both [R]; zeros after `count` targets.
+    """Returns each target's log-probability, and whether it is the most likely token: [R]; zeros after `count` targets.
 
     Args:
         tokens: [B, T]; branches: [A, S]; branch_rows, branch_starts: [A], as in `branch_hidden`.

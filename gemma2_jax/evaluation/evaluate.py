@@ -64,6 +64,9 @@ def evaluate(
         config: what they are evaluated on, and how; by default, the validation split of the first run's own data.
         show: whether to show progress on standard error.
 
+    Returns:
+        The record, with a row for each checkpoint, adapter and format of the weights.
+
     Raises:
         UserError: a checkpoint, an adapter or the text cannot be read; a tokenizer is another one than the teacher's or
             the prepared data's; or the batch does not fit the mesh.
@@ -173,7 +176,7 @@ class _Evaluator:
         scoring: Scoring,
         progress: EvaluationProgress,
     ) -> dict[str, Any]:
-        """The sums of the scores on one domain. Raises UserError if it has no token to score."""
+        """Returns the sums of the scores on one domain. Raises UserError if it has no token to score."""
         progress.doing(f"evaluating {opened.name} on {domain.name}")
         batches = self._batches(domain, opened.tokenizer, progress)
         first = next(batches, None)

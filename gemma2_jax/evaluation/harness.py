@@ -39,7 +39,7 @@ class Metric:
     """A metric of a task.
 
     Attributes:
-        value: over the task's documents; None if it is infinite or not a number.
+        value: the metric over the task's documents; None if it is infinite or not a number.
         stderr: its standard error; None if the harness estimates none.
     """
 
@@ -52,7 +52,7 @@ class TaskScores:
     """The scores of one task, or of a group.
 
     Attributes:
-        metrics: by name, with the filter of the answers in parentheses, if there is one.
+        metrics: by name; if the task filters the answers, the name has the filter in parentheses.
         version: of the task's definition.
         shots: examples in each prompt; None for a group.
         documents: number of documents; None for a group.
@@ -92,7 +92,7 @@ class TaskRecord:
         created: time of the end, in UTC, as in ISO 8601.
         devices: number and kind of the devices; mesh: sizes of the mesh axes above 1.
         dtype: dtype of weights and activations.
-        chat: whether prompts were chats.
+        chat: whether prompts were in Gemma 2's chat format.
         context: tokens that a model processes at a time.
         batch: texts computed at a time.
         limit: maximum number of documents per task; None for all.
@@ -135,6 +135,9 @@ def evaluate_tasks(
         config: adapters, averaged, tokenizer, compute, mesh, layout, batch (8), context (8192) and limit; its other
             settings are about text.
         show: whether to show progress on standard error.
+
+    Returns:
+        The record, with a row for each checkpoint, and the samples of all rows.
 
     Raises:
         UserError: lm-eval is not installed, a task is unknown, a checkpoint cannot be read, or there are several
@@ -224,7 +227,7 @@ class _Runner:
         )
 
     def _run(self, task: SuiteTask, model: Any) -> Mapping[str, Any] | str:
-        """The harness's results of a task, or why it cannot run."""
+        """Returns the harness's results of a task, or why it cannot run."""
         from lm_eval import evaluator
 
         settings = self._settings

@@ -36,10 +36,10 @@ class HarnessModel(TemplateLM):
     """Answers the harness's requests: log-likelihoods of continuations and of whole texts, and generated texts.
 
     Every text that the model processes begins with exactly one beginning-of-text token: Gemma's predictions without it
-    are useless (9B on LAMBADA: perplexity 2645).
+    are poor (9B on LAMBADA: perplexity 2645).
 
     Args:
-        chat: whether the tasks' prompts are chats, so that turn markers in them are control tokens.
+        chat: whether the tasks' prompts are in chat format, so that turn markers in them are control tokens.
         max_length: the model's context in tokens; longer prompts lose tokens at their beginning.
         show: called with the progress of each kind of request.
     """
@@ -79,7 +79,7 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a chat, without the beginning-of-text token, which `tok_encode` adds.
+        """Returns the text of a chat, without the beginning-of-text token, which `tok_encode` adds.
 
         Gemma 2 has no system role. As in the harness's own models, a task's description, which the harness makes a
         system message, is left out.
@@ -89,7 +89,7 @@ class HarnessModel(TemplateLM):
         return text if add_generation_prompt else text.removesuffix(f"{END_OF_TURN}\n")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text, with the beginning-of-text id in front unless `add_special_tokens` is False."""
+        """Returns the token ids of a text, after the beginning-of-text id unless `add_special_tokens` is False."""
         bos = add_special_tokens is not False
         text = string.removeprefix(self._pieces.piece(self._pieces.bos_id)) if bos else string
         return self._pieces.encode(text, bos=bos, control=self._chat)
@@ -175,7 +175,7 @@ class HarnessModel(TemplateLM):
         return ids if len(ids) <= room else [ids[0], *ids[1 - room :]]
 
     def _sampling(self, options: Mapping[str, Any]) -> SamplingConfig:
-        """The sampler's settings for a task's `generation_kwargs`.
+        """Returns the sampler's settings for a task's `generation_kwargs`.
 
         Raises:
             UserError: an option is not known.

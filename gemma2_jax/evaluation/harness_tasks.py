@@ -32,7 +32,7 @@ class TaskSettings:
         shots: examples in each prompt; null for the number that each suite or task sets. A task that sets 0 keeps it.
         chat: whether prompts are put into Gemma 2's chat format, for instruction-tuned models.
         tasks_folder: folder with further tasks, in the harness's YAML format.
-        run_code: whether to run programs that the model writes, as humaneval and mbpp need.
+        run_code: whether to run programs that the model generates, as humaneval and mbpp need.
     """
 
     tasks: Sequence[str]
@@ -92,14 +92,18 @@ class Tasks:
         refuse(self._correction(name) for name in sorted(wanted - known))
 
     def load(self, task: SuiteTask) -> list[Any]:
-        """The task with its data, or the group with its tasks. Raises anything if the data cannot be fetched."""
+        """Returns the task with its data, or the group with its tasks.
+
+        Raises:
+            Exception: the data cannot be fetched; each kind of data set has errors of its own.
+        """
         with quiet(self._run_code):
             loaded = self.manager.load([task.name])
         group = loaded["groups"].get(task.name)
         return [group] if group is not None else list(loaded["tasks"].values())
 
     def runs_code(self, task: SuiteTask) -> bool:
-        """Whether the task runs programs that a model writes; loading such a task runs one already."""
+        """Whether the task runs programs that the model generates; loading such a task already runs one."""
         path = self.manager.task_index[task.name].yaml_path
         if path is None:
             return False
@@ -114,7 +118,7 @@ class Tasks:
 
 
 def _check_yaml(folder: Path) -> None:
-    """Raises UserError for files that are not YAML; the harness would pass over them without a word."""
+    """Raises UserError for files that are not YAML; the harness would skip them without a message."""
     for path in sorted(folder.rglob("*.yaml")):
         try:
             yaml.compose(path.read_text(encoding="utf-8"))
@@ -139,7 +143,8 @@ def needs_harness() -> Iterator[None]:
 def quiet(run_code: bool = False) -> Iterator[None]:
     """Silences the harness's log, and keeps it from forking this process, in which JAX has threads.
 
-    The harness notes the commit of the working directory, and git complains on standard error where there is none.
+    The harness records the commit of the working directory; where there is none, git prints an error, so the look-up
+    is left out.
 
     Args:
         run_code: whether Hugging Face's metric for programs may run them.

@@ -38,9 +38,11 @@ class Memorisation:
 
 
 def memorised(generate: Generate, bos: int, documents: Sequence[np.ndarray], batch: int) -> Memorisation:
-    """Tests documents, `batch` at a time.
+    """Returns how many of the documents a model has memorised, tested `batch` at a time.
 
     Args:
+        generate: generates the continuations.
+        bos: the beginning-of-text id.
         documents: token ids without bos and eos, int [at least PROMPT + CONTINUATION].
     """
     greedy = SamplingConfig(max_new_tokens=CONTINUATION, temperature=0.0, stop_tokens=())
@@ -72,7 +74,7 @@ def long_enough(documents: Iterator[np.ndarray], limit: int) -> list[np.ndarray]
 
 
 def edit_distances(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Levenshtein distance of each pair of rows: int [B, n], int [B, m] to int [B]."""
+    """Returns the Levenshtein distance of each pair of rows: int [B, n], int [B, m] to int [B]."""
     (B, n), m = ours.shape, theirs.shape[1]
     above = np.tile(np.arange(m + 1), (B, 1))
     for i in range(n):

@@ -6,7 +6,8 @@
      "limit": null, "teacher": CHECKPOINT or null, "seconds": 12.3,
      "rows": [{"name": …, "checkpoint": CHECKPOINT, "seconds": …,
                "scores": {"document": {"domains": {NAME: SCORES}, "total": SCORES}},
-               "memorisation": {"domains": {NAME: {…}}, "total": {…}} or null}]}
+               "memorisation": {"domains": {NAME: {…}}, "total": {…}} or null,
+               "weight_bytes": …, "bytes_per_token": …, "fallbacks": […]}]}
 
 `scores` is keyed by the kind of windows, so that numbers of different kinds, which are not comparable, have different
 names. `build(EvaluationRecord, read_json(path), path)` reads a file back.
@@ -82,8 +83,8 @@ class EvaluationRow:
         scores: by the kind of windows.
         memorisation: None if it was not tested.
         weight_bytes: bytes of the weights as they were evaluated.
-        bytes_per_token: bytes that are read for one new token after `context` tokens (`model.counts`).
-        fallbacks: names of weights that the format cannot hold, which were in int8.
+        bytes_per_token: least bytes that generating one token after `context` tokens reads (`model.counts`).
+        fallbacks: names of the weights that the format cannot hold, which were in int8 instead.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Scores of a model's predictions over batches, alone and beside a teacher: the program, and what its sums mean.
+"""Scores of a model's predictions over batches, alone and compared with a teacher.
 
 The logits of one block of tokens exist at a time (`lm_head_sums`), so there is no array over all tokens and the
 vocabulary.
@@ -145,7 +145,7 @@ def add_sums(each: Sequence[Sums]) -> dict[str, Any]:
 
 
 def scores_of(sums: Sums) -> Scores:
-    """Returns the scores that the sums mean."""
+    """Returns the scores from the sums that `score` or `add_sums` returns."""
     tokens, nats, size = sums["targets"], sums["cross_entropy"], sums["bytes"]
     bins = np.asarray(sums["bins"])
 

@@ -20,7 +20,7 @@ SUITES: dict[str, Sequence[SuiteTask]] = {
         SuiteTask("pydoc_modules"),
     ),
     # The pre-trained models' benchmarks in the Gemma 2 report (arXiv 2408.00118), with its numbers of shots. Prompts
-    # and scoring are the harness's, which differ from the report's in details, so scores are close and not equal.
+    # and scoring are the harness's, so scores are not exactly comparable with the report's.
     "report": (
         SuiteTask("mmlu", 5),
         SuiteTask("arc_challenge", 25),
@@ -53,7 +53,7 @@ SUITES: dict[str, Sequence[SuiteTask]] = {
 
 
 def expand_suites(names: Sequence[str]) -> list[SuiteTask]:
-    """The tasks of a list of names, each once: a suite stands for its tasks, any other name for itself."""
+    """Returns the tasks of a list of names, each once: a suite stands for its tasks, any other name for itself."""
     found: dict[str, SuiteTask] = {}
     for name in names:
         for task in SUITES.get(name, (SuiteTask(name),)):

@@ -24,7 +24,7 @@ def loss_charts(groups: Sequence[RunGroup], styles: Mapping[str, str]) -> list[L
 
 
 def share_chart(rows: Sequence[tuple[str, SeedInterval]], low_name: str, high_name: str) -> Markup:
-    """A row for each student, highest first: a dot for its mean share, and its interval.
+    """Returns a chart with a row for each student, highest first: a dot for its mean share, and its interval.
 
     Args:
         low_name: what a share of 0 is.

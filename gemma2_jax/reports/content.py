@@ -1,4 +1,4 @@
-"""What a report says about its runs, computed once for the page and for Markdown."""
+"""The contents of a report about its runs, computed once for the page and for Markdown."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,7 +58,7 @@ class ReportContent:
 
     @property
     def scores_sentences(self) -> list[str]:
-        """What the scores in the table of runs are, and whether they may be compared."""
+        """Sentences on what the scores in the table of runs are, and whether they may be compared."""
         runs = self.report.runs
         scored = [run for run in runs if run.cross_entropy is not None]
         sentences = ["Cross-entropy is in nats per token on the validation split."] if scored else []
@@ -78,7 +78,7 @@ class ReportContent:
 
     @property
     def shares_sentences(self) -> list[str]:
-        """How the shares of the students are computed."""
+        """Sentences on how the shares of the students are computed."""
         sentences = [
             "Closed: (scratch - student) / (scratch - teacher), of cross-entropies on the validation split in nats, "
             "each student with the runs of its seed; 100 % is as good as the teacher. Scratch is the run without a "

@@ -53,7 +53,7 @@ def grouped_runs(runs: Sequence[Run]) -> list[RunGroup]:
 
 
 def seed_of(run: Run) -> str:
-    """The seeds of a run, by which the runs of two groups are paired."""
+    """Returns the seeds of a run as text, by which the runs of two groups are paired."""
     return json.dumps([setting(run.config, key) for key in SEEDS])
 
 
@@ -78,7 +78,7 @@ def teacher_of(run: Run, runs: Sequence[Run]) -> Run | None:
 
 
 def has_teacher(run: Run) -> bool:
-    """Whether a run learns from a teacher or from a cache of its outputs."""
+    """Whether a run is distilled, from a teacher or from a cache of its outputs."""
     return any(setting(run.config, f"distill.{key}") is not None for key in ("teacher", "cache"))
 
 

@@ -15,7 +15,7 @@ _NORMAL = 1.960
 
 @dataclass(frozen=True)
 class SeedInterval:
-    """A mean over seeds.
+    """A mean over seeds, with an interval.
 
     Attributes:
         mean: the mean.
@@ -33,9 +33,9 @@ class SeedInterval:
 
 
 def seed_interval(values: Sequence[float]) -> SeedInterval:
-    """Returns the mean with its 95 % t interval from three values on, and with minimum and maximum for two.
+    """Returns the mean with its 95 % t interval (three or more values) or with minimum and maximum (two).
 
-    With two values a t interval is wider than any finding: 12.7 standard errors.
+    With two values, a t interval spans 12.7 standard errors on each side, wider than any useful difference.
     """
     count = len(values)
     mean = statistics.fmean(values)

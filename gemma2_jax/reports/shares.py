@@ -1,4 +1,4 @@
-"""What students gain: the share of the gap between scratch and teacher that they close, and what cheaper targets keep.
+"""The gain of students: the share of the gap to the teacher that they close, and the share that other targets keep.
 
     closed = (scratch - student) / (scratch - teacher)       kept = (scratch - student) / (scratch - online student)
 

@@ -18,7 +18,7 @@ class Halving:
     Attributes:
         total: number of trials.
         stages: number of stages, one more than the number of rungs.
-        reduction: one of so many trials goes on.
+        reduction: at each rung, one of `reduction` trials continues.
         brackets: number of groups of trials; each begins one stage after the previous one.
     """
 

@@ -73,8 +73,8 @@ class SweepConfig:
         trials: number of points to draw.
         seeds: seeds (`seed` and `data.seed`) that each trial is trained with. Empty: the seeds of the configuration.
         metric: what trials are compared by: cross_entropy, perplexity, kl or agreement, on the validation split.
-        rungs: steps before the last one at which only the best trials go on (successive halving).
-        reduction: at each rung, one of so many trials goes on.
+        rungs: steps before the last one after which only the best trials continue (successive halving).
+        reduction: at each rung, one of `reduction` trials continues.
         brackets: number of groups of trials (Hyperband); the first starts at the first rung, the second at the second
             one, and so on.
         parallel: for `tpe`, a trial is drawn from the results of all trials except the last `parallel` - 1 before it,

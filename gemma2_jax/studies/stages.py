@@ -233,7 +233,7 @@ def _no_measurement(file: Path) -> UserError:
 
 
 def _same_reference(stored: Mapping[str, Any] | None, reference: RunConfig | None) -> bool:
-    """Whether the stored reference run has the same configuration as `reference`, in whatever folder."""
+    """Whether the stored reference run has the same configuration as `reference`, whatever their folders."""
     if stored is None or reference is None or "teacher" in stored:
         return False
     return not any(changes(build(RunConfig, stored, "evaluation.json"), reference))

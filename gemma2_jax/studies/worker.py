@@ -1,4 +1,4 @@
-"""A worker of a sweep: takes a run that no other worker has, trains it to its next rung, and notes the result."""
+"""A worker of a sweep: takes a run that no other worker has, trains it to its next rung, and records the result."""
 
 import math
 import time
@@ -168,7 +168,7 @@ def _prepare(journal: Journal, configs: Sequence[RunConfig], console: Console) -
 def _carry_out(
     sweep: Sweep, journal: Journal, task: Task, run: Combination, console: Console, spent: float
 ) -> bool:
-    """Trains a run to the end of a stage, and notes its metric or why it failed; returns whether it succeeded.
+    """Trains a run to the end of a stage, and records its metric or why it failed; returns whether it succeeded.
 
     Args:
         spent: seconds that were spent on it before.

@@ -1,4 +1,4 @@
-"""What a fit says about compute: the best model for a number of FLOPs, and where a teacher pays.
+"""What a fit implies for compute: the best model for a number of FLOPs, and where a teacher pays off.
 
 Training costs 6 FLOPs per parameter and token (Kaplan et al., arXiv 2001.08361, section 2.1), a teacher's forward pass
 2, with parameters counted as in the fit.
@@ -23,7 +23,7 @@ class Cost:
     """FLOPs of a run as a function of its parameters and tokens.
 
     Attributes:
-        per_token: FLOPs per token beside those of the trained model, for the teacher's forward pass.
+        per_token: FLOPs per token in addition to those of the trained model, for the teacher's forward pass.
         fixed: FLOPs before training, for the teacher's own training.
     """
 
@@ -34,7 +34,7 @@ class Cost:
         return self.fixed + (6.0 * n + self.per_token) * d
 
     def tokens(self, flops: Array, n: Array) -> Array:
-        """The tokens that the FLOPs suffice for; 0 if they do not pay the fixed cost."""
+        """Returns the tokens that the FLOPs suffice for; 0 if they are below the fixed cost."""
         return np.maximum(flops - self.fixed, 0.0) / (6.0 * n + self.per_token)
 
 
@@ -75,7 +75,7 @@ class Payoff:
 
 
 def costs(source: Source) -> dict[str, Cost]:
-    """The ways of counting the cost of a source's runs: without and with the training of the teacher."""
+    """Returns the ways of counting the cost of a source's runs: without and with the training of the teacher."""
     teacher = source.teacher
     if teacher is None:
         return {"": Cost()}
@@ -89,7 +89,7 @@ def costs(source: Source) -> dict[str, Cost]:
 
 
 def best_model(fit: Fit, name: str, cost: Cost, flops: float) -> Optimum | None:
-    """The model of the smallest loss for `flops`; None if they do not pay the cost before training."""
+    """Returns the model of the smallest loss for `flops`; None if they are below the cost before training."""
     if flops <= cost.fixed:
         return None
     n = _best_size(fit.curves[name], cost, flops)
@@ -99,7 +99,7 @@ def best_model(fit: Fit, name: str, cost: Cost, flops: float) -> Optimum | None:
 
 
 def payoff(fit: Fit, name: str, cost: Cost) -> Payoff | None:
-    """Compares the students of a teacher with models from scratch; None if no FLOPs are in the span of both."""
+    """Compares students with models from scratch at equal FLOPs; None if their spans have none in common."""
     scratch, students = fit.sources[SCRATCH], fit.sources[name]
     spans = _span(scratch, Cost()), _span(students, cost)
     low, high = max(span[0] for span in spans), min(span[1] for span in spans)

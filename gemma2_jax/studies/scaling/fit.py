@@ -38,7 +38,7 @@ class Curve:
     teacher_loss: float | None = None
 
     def loss(self, n: Array | float, d: Array | float) -> Array:
-        """Losses in nats at `n` parameters and `d` tokens, which have the same shape."""
+        """Returns the losses in nats at `n` parameters and `d` tokens, which have the same shape."""
         n, d = np.broadcast_arrays(np.asarray(n, float), np.asarray(d, float))
         teacher = None
         if self.teacher_loss is not None:
@@ -134,7 +134,7 @@ def bootstrap_distillation(
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The central interval that holds `CONFIDENCE` of the values."""
+    """Returns the central interval that holds `CONFIDENCE` of the values."""
     rest = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.asarray(values, float), [rest, 1 - rest])
     return float(low), float(high)

@@ -67,7 +67,7 @@ class Fit:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def loss(self, name: str, n: float, d: float) -> tuple[float, tuple[float, float] | None]:
-        """The loss of a source at `n` parameters and `d` tokens, and its interval; None without resampling."""
+        """Returns a source's loss in nats at `n` parameters and `d` tokens; its interval, None without resampling."""
         losses = [float(curves[name].loss(n, d)) for curves in self.resampled]
         return float(self.curves[name].loss(n, d)), interval(losses) if losses else None
 
@@ -76,7 +76,7 @@ class Fit:
         return interval(found) if found else None
 
     def with_teacher(self, name: str, loss: float) -> "Fit":
-        """The fit with one more source: a teacher of that loss, which no run had; needs the distillation law."""
+        """Returns the fit with one more source, a teacher of a loss that no run had; needs the distillation law."""
         like = next(source.name for source in self.sources.values() if source.teacher is not None)
 
         def added(curves: dict[str, Curve]) -> dict[str, Curve]:
