@@ -144,6 +144,18 @@ def _file_problem(error: OSError) -> str | None:
     return reason(error) if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else None
 
 
+def _memory_problem(error: Exception) -> str | None:
+    """Returns what to do about an error for want of memory, of this machine or of a device; None for other errors."""
+    if isinstance(error, MemoryError):
+        place, what = "this machine", str(error)
+    elif type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+        place, what = "a device", str(error).splitlines()[0]
+    else:
+        return None
+    detail = f" ({what})" if what else ""
+    return f"the memory of {place} is too small{detail}; choose smaller sizes, such as a smaller batch or fewer tokens."
+
+
 def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
     """Runs the verb; returns the exit code and the message to print, if any."""
     from gemma2_jax.config import UserError  # imports pydantic, which --help does not need
@@ -164,6 +176,8 @@ def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
             return _stopped(error)
         if isinstance(error, OSError) and (problem := _file_problem(error)):
             return 1, f"gemma2: {problem}."
+        if problem := _memory_problem(error):
+            return 1, f"gemma2: {problem}"
         ending = sys.modules.get("gemma2_jax.processes.ending")
         if ending is None or not ending.is_watched():
             raise

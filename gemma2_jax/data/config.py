@@ -108,8 +108,8 @@ class DataConfig:
             yield "data.folder is empty; it must name the folder for the prepared data."
         if not 0 <= self.validation_fraction < 1:
             yield f"data.validation_fraction is {self.validation_fraction}; accepted: at least 0, below 1."
-        if self.seq_len < 2:
-            yield f"data.seq_len is {self.seq_len}; it must be at least 2."
+        if not 2 <= self.seq_len < 2**31:
+            yield f"data.seq_len is {self.seq_len}; accepted: at least 2, below 2**31."
         if not 0 <= self.seed < 2**32:
             yield f"data.seed is {self.seed}; it must be at least 0 and below 2**32."
         if self.conversations is not None and self.sources == (PYTHON_DOCS,):
@@ -119,8 +119,8 @@ class DataConfig:
             )
         for name in ("batch_size", "workers", "shard_characters", "streams", "packing_window"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"data.{name} is {value}; it must be at least 1."
+            if value is not None and not 1 <= value < 2**31:
+                yield f"data.{name} is {value}; accepted: at least 1, below 2**31."
         if self.shuffle_buffer < 0:
             yield (
                 f"data.shuffle_buffer is {self.shuffle_buffer}; it must be a number of rows, or 0 to keep the rows in "

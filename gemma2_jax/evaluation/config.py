@@ -83,16 +83,16 @@ class EvaluationConfig:
                 "evaluation.windows is packed, which takes the rows of prepared data; choose document or sliding for "
                 "evaluation.text, or set evaluation.data."
             )
-        if self.context is not None and self.context < 2:
-            yield f"evaluation.context is {self.context}; it must be at least 2."
+        if self.context is not None and not 2 <= self.context < 2**31:
+            yield f"evaluation.context is {self.context}; accepted: at least 2, below 2**31."
         if self.stride is not None and self.windows != SLIDING:
             yield f"evaluation.stride is {self.stride}, which only evaluation.windows=sliding uses; set that, too."
         if self.stride is not None and self.stride < 1:
             yield f"evaluation.stride is {self.stride}; it must be at least 1."
         for name in ("batch", "limit", "block_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"evaluation.{name} is {value}; it must be at least 1."
+            if value is not None and not 1 <= value < 2**31:
+                yield f"evaluation.{name} is {value}; accepted: at least 1, below 2**31."
         for name in self.quantize:
             if name not in (UNQUANTISED, *WEIGHT_FORMATS):
                 yield f"evaluation.quantize has {name!r}, {suggest(name, (UNQUANTISED, *WEIGHT_FORMATS))}."

@@ -104,7 +104,7 @@ def open_models(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Ev
             f"evaluation.adapters belong to one checkpoint, but there are {len(checkpoints)}; an adapter's own folder "
             "is a checkpoint, too, and is evaluated with the base model that it names."
         )
-    for path, count in Counter([*checkpoints, *config.adapters]).items():
+    for path, count in Counter(str(Path(path)) for path in [*checkpoints, *config.adapters]).items():
         if count > 1:
             raise UserError(f"{path} is given {count} times; give it once.")
     of_run = config.averaged and not config.adapters

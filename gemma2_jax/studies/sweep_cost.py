@@ -55,7 +55,7 @@ def sweep_cost(sweep: Sweep) -> SweepCost:
 def describe_cost(sweep: Sweep, workers: int) -> str:
     """Describes the cost in one sentence, with the time by the speed of an earlier run if there is one."""
     cost = sweep_cost(sweep)
-    text = f"{cost.runs} runs, {cost.tokens:,} tokens"
+    text = f"{cost.runs} {'run' if cost.runs == 1 else 'runs'}, {cost.tokens:,} tokens"
     if sweep.settings.rungs:
         most = max(run.config.training.steps for trial in sweep.trials for run in trial)
         whole = planned_steps(sweep.halving, [most] * sweep.halving.stages) * len(sweep.trials[0])

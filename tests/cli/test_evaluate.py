@@ -115,7 +115,7 @@ def test_windows_are_replaced(run_folder, text, tmp_path, capsys, window):
         ),
         (["model.sliding_window=0"], "the configuration: model.sliding_window is 0; it must be at least 1,"),
         (["mesh.dta=2"], "the configuration: there is no key mesh.dta, did you mean data"),
-        (["--limit", "0"], "--limit is 0; it must be at least 1."),
+        (["--limit", "0"], "--limit is 0; accepted: at least 1, below 2**31."),
         (["no/such/run"], "no/such/run"),
     ],
 )

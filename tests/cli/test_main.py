@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import jax
 import pytest
 import yaml
 
@@ -264,6 +265,27 @@ def test_a_signal_unwinds_and_exits_with_its_number(monkeypatch, capsys, number)
     assert unwound == [True]
     assert "the same command resumes" in capsys.readouterr().err
     assert signal.getsignal(number) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), "the memory of this machine is too small; choose smaller sizes,"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: ..."),
+            "the memory of a device is too small (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); choose",
+        ),
+    ],
+)
+def test_too_little_memory_is_one_sentence(trained, monkeypatch, capsys, error, expected):
+    def fails(arguments):
+        raise error
+
+    monkeypatch.setattr(train_verb, "run", fails)
+    assert main(["train"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"gemma2: {expected}")
+    assert message.count("\n") == 1
 
 
 def test_an_ignored_signal_stays_ignored(monkeypatch):

@@ -400,7 +400,7 @@ def test_tokenizer_is_trained_on_the_training_split(data: DataConfig, texts: lis
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"seq_len": 1}, r"data\.seq_len is 1; it must be at least 2"),
+        ({"seq_len": 1}, r"data\.seq_len is 1; accepted: at least 2"),
         ({"batch_size": 0}, r"data\.batch_size is 0"),
         ({"validation_fraction": 1.0}, r"data\.validation_fraction is 1\.0"),
         ({"seed": -1}, r"data\.seed is -1"),
