@@ -41,7 +41,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def beside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, making its folder if needed; a file or folder there is removed at the end."""
+    """Yields a temporary path beside `path`, making its folder if needed; what is there at the end is removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # The random part separates writers of the same file, even on different hosts; the last one to finish wins.

@@ -20,8 +20,8 @@ folder, a GGUF file, or a LoRA adapter: a run folder of adaptation=lora or PEFT'
   Hugging Face    if SOURCE is a run folder: a folder for transformers' AutoModelForCausalLM and AutoTokenizer
   run folder      otherwise: for train (initialise.source), distill.teacher and generate
 unless --to chooses another. Weights are copied bit for bit unless --dtype names another dtype; a SOURCE with several
-dtypes becomes float32, which represents them all exactly. A LiteRT-LM file holds float32, or the format of --quantize. An adapter becomes PEFT's with --to peft, or with --merge a
-complete model, in the dtype of its base model.
+dtypes becomes float32, which represents them all exactly. A LiteRT-LM file holds float32, or the format of --quantize.
+An adapter becomes PEFT's with --to peft, or with --merge a complete model, in the dtype of its base model.
 
   gemma2 convert google/gemma-2-2b-it weights/2b-it
   gemma2 convert downloads/gemma2-9b weights/9b --tokenizer downloads/tokenizer.model
@@ -50,7 +50,9 @@ def add_parser(verbs: Verbs) -> None:
         help="text files or prepared data on which the K types measure the importance of weights",
     )
     litert = parser.add_argument_group("a LiteRT-LM file")
-    litert.add_argument("--quantize", choices=("int8", "int4"), help="format of all matrices (default: float32)")
+    litert.add_argument(
+        "--quantize", choices=("int8", "int4"), help="format of all matrices (default: float32)"
+    )
     litert.add_argument(
         "--prefill",
         metavar="T,...",
@@ -80,8 +82,8 @@ def _litert(arguments: argparse.Namespace) -> "LiteRTSettings | None":
             given["prefill"] = tuple(int(part) for part in given["prefill"].split(","))
         except ValueError:
             raise UserError(
-                f"--prefill is {given['prefill']!r}; accepted: numbers of tokens with commas between, such as --prefill "
-                "128,1024."
+                f"--prefill is {given['prefill']!r}; accepted: numbers of tokens with commas between, such as "
+                "--prefill 128,1024."
             ) from None
     return LiteRTSettings(**given)
 

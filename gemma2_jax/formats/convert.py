@@ -96,8 +96,8 @@ def convert(
     kind = check_arguments(target, kind, dtype, tokenizer_path)
     if litert is not None and kind != "litert":
         raise UserError(
-            f"--quantize, --prefill and --context belong to a LiteRT-LM file, which {target} is not; leave them out, or "
-            "choose a target that ends in .litertlm."
+            f"--quantize, --prefill and --context belong to a LiteRT-LM file, which {target} is not; leave them out, "
+            "or choose a target that ends in .litertlm."
         )
     if calibrate is not None and dtype not in CALIBRATED:
         raise UserError(

@@ -61,7 +61,9 @@ def check_extra() -> None:
         import litert_converter  # noqa: F401
         import litert_lm_builder  # noqa: F401
     except ImportError:
-        raise UserError("A LiteRT-LM file needs the extra litert: pip install 'gemma2_jax[litert]'.") from None
+        raise UserError(
+            "A LiteRT-LM file needs the extra litert: pip install 'gemma2_jax[litert]'."
+        ) from None
 
 
 class LiteRTFile:
@@ -118,9 +120,7 @@ class LiteRTFile:
             builder = LitertLmFileBuilder()
             builder.add_llm_metadata(str(metadata))
             builder.add_sentencepiece_tokenizer(str(tokenizer))
-            builder.add_tflite_model(
-                str(model), TfLiteModelType.PREFILL_DECODE, additional_metadata=float32
-            )
+            builder.add_tflite_model(str(model), TfLiteModelType.PREFILL_DECODE, additional_metadata=float32)
             with temporary.open("wb") as bundle:
                 builder.build(bundle)
 

@@ -1,11 +1,10 @@
 """The two functions of a LiteRT-LM file, `prefill` and `decode`, with weights and cache as explicit arguments.
 
-The engine runs a prompt in pieces of fixed lengths, then one token at a time. It holds the cache of each layer: keys and
-values [1, K, S, H], where S is the context, and the token at position p has slot p. Both functions run our own blocks,
-so that soft caps, windows, norms and positions are those of the model.
+The engine runs a prompt in pieces of fixed lengths, then one token at a time. It holds the cache of each layer: keys
+and values [1, K, S, H], where S is the context, and the token at position p has slot p. Both functions run our own
+blocks, so that soft caps, windows, norms and positions are those of the model.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +112,10 @@ class _LayerCache(LayerCaches):
         self, pair: Any, positions: jax.Array, key: jax.Array, value: jax.Array, used: jax.Array | None = None
     ) -> "_LayerCache":
         return _LayerCache(
-            *((_updated(old, new, positions[0, 0]),) for old, new in ((self.keys[0], key), (self.values[0], value))),
+            *(
+                (_updated(old, new, positions[0, 0]),)
+                for old, new in ((self.keys[0], key), (self.values[0], value))
+            ),
             self.positions,
         )
 

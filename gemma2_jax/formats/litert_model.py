@@ -26,7 +26,9 @@ _ALIGNMENT = 64  # bytes; the engine's products need 16
 
 def exported(graph: Graph, lengths: Sequence[int]) -> list[Function]:
     """The functions `prefill_T` for each length T, and `decode`, in StableHLO; their last inputs are the weights."""
-    return [_exported(graph, f"prefill_{T}", T, False) for T in lengths] + [_exported(graph, "decode", 1, True)]
+    return [_exported(graph, f"prefill_{T}", T, False) for T in lengths] + [
+        _exported(graph, "decode", 1, True)
+    ]
 
 
 def _exported(graph: Graph, name: str, T: int, has_logits: bool) -> Function:

@@ -18,7 +18,10 @@ from gemma2_jax.model.quantised import INT8, quantise
 
 FORMATS = ("int8", "int4")
 BLOCK = 32  # numbers of a row that share a scale in int4
-_SMALLEST, _LARGEST = 2.0**-14, 65280.0  # scales that float16 and bfloat16 both hold exactly: 7 bits after the point
+_SMALLEST, _LARGEST = (
+    2.0**-14,
+    65280.0,
+)  # scales that float16 and bfloat16 both hold exactly: 7 bits after the point
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ def encode(weight: np.ndarray, format_: str | None, name: str) -> tuple[np.ndarr
     """
     weight = np.asarray(weight, np.float32)
     if not np.isfinite(weight).all():
-        raise UserError(f"{name} holds a number that is not finite, with which a model gives no text; check the source.")
+        raise UserError(
+            f"{name} holds a number that is not finite, with which a model gives no text; check the source."
+        )
     if format_ is None:
         return weight, None
     return _int8(weight) if format_ == "int8" else _int4(weight, name)

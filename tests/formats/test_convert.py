@@ -75,7 +75,7 @@ def test_a_source_without_tokenizer(hf_folder, tokenizer_config, tmp_path):
             {"dtype": "q8_0"},
             "dtype is 'q8_0'; accepted for a run or huggingface target: float32, bfloat16, float16.",
         ),
-        ({"kind": "gguff"}, "kind is 'gguff'; accepted: run, huggingface, gguf, peft."),
+        ({"kind": "gguff"}, "kind is 'gguff'; accepted: run, huggingface, gguf, litert, peft."),
         (
             {"kind": "gguf", "dtype": "q4_k"},
             "dtype is 'q4_k'; accepted for a gguf target: float32, bfloat16, float16, q8_0, q6_k, q5_k_m, q4_k_m, "
