@@ -101,23 +101,30 @@ class Graph:
 
 @dataclass(frozen=True)
 class _LayerCache(LayerCaches):
-    """The cache of one layer, P = 1, which holds every position."""
+    """The cache of one layer, which holds every position.
+
+    Attributes:
+        keys, values: a list of one array [1, K, S, H], in place of the axis P.
+    """
+
+    keys: Any
+    values: Any
 
     @classmethod
     def of(cls, keys: jax.Array, values: jax.Array) -> "_LayerCache":
         """The cache of keys and values [1, K, S, H]."""
-        return cls((keys,), (values,), jnp.arange(keys.shape[2], dtype=jnp.int32)[None])
+        return cls([keys], [values], jnp.arange(keys.shape[2], dtype=jnp.int32)[None])
 
     def write(
-        self, pair: Any, positions: jax.Array, key: jax.Array, value: jax.Array, used: jax.Array | None = None
+        self,
+        pair: Any,
+        positions: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        used: jax.Array | None = None,
     ) -> "_LayerCache":
-        return _LayerCache(
-            *(
-                (_updated(old, new, positions[0, 0]),)
-                for old, new in ((self.keys[0], key), (self.values[0], value))
-            ),
-            self.positions,
-        )
+        start = positions[0, 0]
+        return self.of(_updated(self.keys[0], key, start), _updated(self.values[0], value, start))
 
 
 def _updated(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:

@@ -50,7 +50,7 @@ class Storage:
         return self.shape[:1] if self.format == "int8" else ()
 
 
-def encode(weight: np.ndarray, format_: str | None, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+def encode(weight: np.ndarray, format_: str | None, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the numbers of a weight, or of some of its rows, as the file stores them, and their scales.
 
     Args:
@@ -59,7 +59,7 @@ def encode(weight: np.ndarray, format_: str | None, name: str) -> tuple[np.ndarr
 
     Returns:
         float32, int8 [rows, in], or uint8 [rows, in / 2] with an even number of a row in the lower half of a byte; and
-        float32 [rows], float16 [rows, in / 32], or None.
+        float32 [rows], float16 [rows, in / 32], or none.
 
     Raises:
         UserError: the weight holds a number that is not finite, or too large for int4.
@@ -70,7 +70,7 @@ def encode(weight: np.ndarray, format_: str | None, name: str) -> tuple[np.ndarr
             f"{name} holds a number that is not finite, with which a model gives no text; check the source."
         )
     if format_ is None:
-        return weight, None
+        return weight, np.empty(0, np.float32)
     return _int8(weight) if format_ == "int8" else _int4(weight, name)
 
 

@@ -1,9 +1,8 @@
 """Products of activations and weights: the only file that depends on how a weight is represented.
 
 A weight is an array, a `RoundedWeight`, a `QuantisedWeight`, an `OutputFirstWeight`, or an `AdaptedWeight` of an array
-or a quantised weight.
-Another tree in its place passes through models unchanged, and is interpreted by a branch in `for_use`, or in
-`_base_product` if the product itself differs.
+or a quantised weight. Another tree in its place passes through models unchanged, and is interpreted by a branch in
+`for_use`, or in `_base_product` if the product itself differs.
 """
 
 from dataclasses import dataclass, replace

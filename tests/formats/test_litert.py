@@ -70,7 +70,8 @@ def test_int8_is_the_packages_own():
     weight = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32)
     weight[2] = 0
     codes, scales = encode(weight, "int8", "w")
-    assert (codes.dtype, scales.dtype, codes.shape, scales.shape) == (np.int8, np.float32, (6, 40), (6,))
+    assert (codes.dtype.name, codes.shape) == ("int8", (6, 40))
+    assert (scales.dtype.name, scales.shape) == ("float32", (6,))
     own = dequantise(quantise(jnp.asarray(weight), "VD", INT8), jnp.float32)
     np.testing.assert_array_equal(codes * scales[:, None], own)
     assert (scales > 0).all()  # the engine refuses 0
@@ -80,9 +81,8 @@ def test_int4_chooses_the_nearest_codes_of_scales_that_the_engine_does_not_round
     weight = np.random.default_rng(0).normal(size=(6, 4 * BLOCK)).astype(np.float32)
     weight[2], weight[3] = 0, weight[3] * 1e-3
     pairs, scales = encode(weight, "int4", "w")
-    assert (pairs.dtype, scales.dtype, pairs.shape, scales.shape) == (
-        np.uint8, np.float16, (6, 2 * BLOCK), (6, 4),
-    )  # fmt: skip
+    assert (pairs.dtype.name, pairs.shape) == ("uint8", (6, 2 * BLOCK))
+    assert (scales.dtype.name, scales.shape) == ("float16", (6, 4))
     np.testing.assert_array_equal(scales.astype(np.float32).astype(ml_dtypes.bfloat16), scales)
     assert (scales > 0).all()
     codes = np.stack([pairs << 4, pairs & 0xF0], -1).view(np.int8).reshape(weight.shape) >> 4
