@@ -53,6 +53,8 @@ OTHERS = {
     "jupyter",
     "gcloud",
     "ollama",
+    "adb",
+    "litert-lm",
 }  # their options are not checked
 
 
