@@ -17,7 +17,7 @@ from gemma2_jax.config import UserError
 from gemma2_jax.formats.layouts import EMBEDDING
 from gemma2_jax.formats.litert_graph import Graph
 from gemma2_jax.formats.litert_private import Function, flatbuffer
-from gemma2_jax.formats.litert_quantise import BLOCK, Storage, encode
+from gemma2_jax.formats.litert_quantise import BLOCK, LiteRTStorage, encode_rows
 
 Blocks = np.ndarray | Iterable[np.ndarray]  # a weight, whole or in blocks of rows
 
@@ -57,7 +57,7 @@ def _exported(graph: Graph, name: str, T: int, has_logits: bool) -> Function:
     return Function(name, whole.mlir_module_serialized, names, outputs)
 
 
-def storages(graph: Graph, quantize: str | None) -> dict[str, Storage]:
+def storages(graph: Graph, quantize: str | None) -> dict[str, LiteRTStorage]:
     """How each weight is stored, by name.
 
     Args:
@@ -76,7 +76,7 @@ def storages(graph: Graph, quantize: str | None) -> dict[str, Storage]:
                 f"{name} has rows of {entry.shape[1]} numbers, and int4 stores whole blocks of {BLOCK}; choose "
                 "--quantize int8."
             )
-        found[name] = Storage(entry.shape, format_)
+        found[name] = LiteRTStorage(entry.shape, format_)
     return found
 
 
@@ -87,7 +87,7 @@ class ModelFile:
         functions: `exported(…)`; weights: how each of their weights is stored.
     """
 
-    def __init__(self, functions: Sequence[Function], weights: dict[str, Storage]) -> None:
+    def __init__(self, functions: Sequence[Function], weights: dict[str, LiteRTStorage]) -> None:
         from litert_converter import schema_py_generated as schema
 
         self._schema: Any = schema
@@ -128,7 +128,7 @@ class ModelFile:
         self._look_up(subgraph, table)
         self._shrink(subgraph)
 
-    def _quantization(self, subgraph: Any, name: str, storage: Storage) -> Any:
+    def _quantization(self, subgraph: Any, name: str, storage: LiteRTStorage) -> Any:
         schema, found = self._schema, self._schema.QuantizationParametersT()
         if storage.format == "int8":
             found.scale = np.ones(storage.scales, np.float32)
@@ -220,7 +220,7 @@ class ModelFile:
             assert given == name
             place, scales = self._numbers[name].offset, []
             for block in [blocks] if isinstance(blocks, np.ndarray) else blocks:
-                numbers, scale = encode(block, storage.format, name)
+                numbers, scale = encode_rows(block, storage.format, name)
                 yield name, place, numbers
                 place += numbers.nbytes
                 scales.append(scale)

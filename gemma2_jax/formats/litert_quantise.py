@@ -25,7 +25,7 @@ _SMALLEST, _LARGEST = (
 
 
 @dataclass(frozen=True)
-class Storage:
+class LiteRTStorage:
     """How one weight is stored.
 
     Attributes:
@@ -50,7 +50,7 @@ class Storage:
         return self.shape[:1] if self.format == "int8" else ()
 
 
-def encode(weight: np.ndarray, format_: str | None, name: str) -> tuple[np.ndarray, np.ndarray]:
+def encode_rows(weight: np.ndarray, format_: str | None, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the numbers of a weight, or of some of its rows, as the file stores them, and their scales.
 
     Args:

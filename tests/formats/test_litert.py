@@ -18,7 +18,7 @@ from gemma2_jax.formats.layouts import WeightPlace
 from gemma2_jax.formats.litert import LiteRTSettings, template, template_note
 from gemma2_jax.formats.litert_graph import Graph
 from gemma2_jax.formats.litert_model import storages
-from gemma2_jax.formats.litert_quantise import BLOCK, encode
+from gemma2_jax.formats.litert_quantise import BLOCK, encode_rows
 from gemma2_jax.formats.metadata import Metadata
 from gemma2_jax.model.quantised import INT8, dequantise, quantise
 from gemma2_jax.model.transformer import Gemma2
@@ -69,7 +69,7 @@ def test_a_prompt_in_pieces_and_single_tokens_give_the_models_logits(toy_config,
 def test_int8_is_the_packages_own():
     weight = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32)
     weight[2] = 0
-    codes, scales = encode(weight, "int8", "w")
+    codes, scales = encode_rows(weight, "int8", "w")
     assert (codes.dtype.name, codes.shape) == ("int8", (6, 40))
     assert (scales.dtype.name, scales.shape) == ("float32", (6,))
     own = dequantise(quantise(jnp.asarray(weight), "VD", INT8), jnp.float32)
@@ -80,7 +80,7 @@ def test_int8_is_the_packages_own():
 def test_int4_chooses_the_nearest_codes_of_scales_that_the_engine_does_not_round():
     weight = np.random.default_rng(0).normal(size=(6, 4 * BLOCK)).astype(np.float32)
     weight[2], weight[3] = 0, weight[3] * 1e-3
-    pairs, scales = encode(weight, "int4", "w")
+    pairs, scales = encode_rows(weight, "int4", "w")
     assert (pairs.dtype.name, pairs.shape) == ("uint8", (6, 2 * BLOCK))
     assert (scales.dtype.name, scales.shape) == ("float16", (6, 4))
     np.testing.assert_array_equal(scales.astype(np.float32).astype(ml_dtypes.bfloat16), scales)
@@ -108,7 +108,7 @@ def test_what_cannot_be_stored_is_refused(format_, value, sentence):
     weight = np.ones((2, BLOCK), np.float32)
     weight[1, 3] = value
     with pytest.raises(UserError, match=sentence):
-        encode(weight, format_, "w")
+        encode_rows(weight, format_, "w")
 
 
 def test_matrices_are_quantised_and_norms_are_not(toy_config):

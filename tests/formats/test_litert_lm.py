@@ -1,6 +1,6 @@
 """LiteRT-LM, which is what our files are for, runs them: the same token ids, chats, greedy text, and divergences.
 
-    pip install -e '.[litert]' ai-edge-litert
+    pip install -e '.[litert]' litert-lm ai-edge-litert
     pytest -m slow tests/formats/test_litert_lm.py tests/formats/test_litert_private.py -s
 
 `ai-edge-litert`, the engine's interpreter alone, gives the logits, which the engine does not. With -s, the tests print
@@ -37,7 +37,7 @@ from gemma2_jax.sampling.config import SamplingConfig
 from gemma2_jax.sampling.sampler import Sampler
 from tests.model.models import vivid
 
-litert_lm = pytest.importorskip("litert_lm", reason="the extra litert is not installed")
+litert_lm = pytest.importorskip("litert_lm", reason="litert-lm is not installed")
 pytest.importorskip("litert_converter", reason="the extra litert is not installed")
 interpreter = pytest.importorskip("ai_edge_litert.interpreter", reason="ai-edge-litert is not installed")
 
