@@ -166,9 +166,12 @@ def is_half_way(process: subprocess.Popen[str]) -> bool:
         pytest.param("run", marks=pytest.mark.thorough),
         "hf --to huggingface",
         pytest.param("new.gguf", marks=pytest.mark.thorough),
+        pytest.param("new.litertlm", marks=pytest.mark.thorough),
     ],
 )
 def test_a_full_disk(exported, tmp_path, target):
+    if target.endswith("litertlm"):
+        pytest.importorskip("litert_converter", reason="needs the extra `litert`: pip install -e '.[litert]'")
     if target.endswith("gguf"):
         pytest.importorskip("gguf", reason="needs the extra `gguf`: pip install -e '.[gguf]'")
     name, *options = target.split()
