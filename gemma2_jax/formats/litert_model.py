@@ -100,23 +100,28 @@ class ModelFile:
             if storage.format == "int4"
         }
         self._tensors: dict[str, list[Any]] = {name: [] for name in weights}  # of each subgraph
-        for subgraph, signature in zip(self.model.subgraphs, self.model.signatureDefs, strict=True):
-            self._bind(subgraph, signature)
+        for signature in self.model.signatureDefs:
+            self._bind(self.model.subgraphs[signature.subgraphIndex], signature)
         self._drop_unused()
         self._place()
 
-    def _add_buffer(self, size: int) -> Any:
-        # Numbers of 0 would be left out of the description, which would then grow.
-        buffer = self._schema.BufferT(offset=1, size=size)
-        self.model.buffers.append(buffer)
-        return buffer
+    def _add_buffer(self, size: int) -> int:
+        """Adds a buffer outside the description, and returns its number; `_place` chooses its place."""
+        # A place of 0 would be left out of the description, which would then grow.
+        self.model.buffers.append(self._schema.BufferT(offset=1, size=size))
+        return len(self.model.buffers) - 1
+
+    def _offset(self, buffer: int) -> int:
+        """The place of a buffer, in bytes from the beginning of the model."""
+        offset: int = self.model.buffers[buffer].offset
+        return offset
 
     def _bind(self, subgraph: Any, signature: Any) -> None:
         """Turns the arguments that are weights into constants."""
         inputs = {each.name.decode(): each.tensorIndex for each in signature.inputs}
         for name, storage in self.weights.items():
             tensor = subgraph.tensors[inputs[name]]
-            tensor.buffer = self.model.buffers.index(self._numbers[name])
+            tensor.buffer = self._numbers[name]
             kind = {None: "FLOAT32", "int8": "INT8", "int4": "INT4"}[storage.format]
             tensor.type = getattr(self._schema.TensorType, kind)
             tensor.quantization = self._quantization(subgraph, name, storage)
@@ -137,7 +142,7 @@ class ModelFile:
             scales = schema.TensorT(
                 shape=np.array(storage.scales, np.int32),
                 type=schema.TensorType.FLOAT16,
-                buffer=self.model.buffers.index(self._scales[name]),
+                buffer=self._scales[name],
                 name=f"{name}_scales".encode(),
                 hasRank=True,
             )
@@ -165,7 +170,8 @@ class ModelFile:
         found = [number for number, code in enumerate(codes) if code.builtinCode == lookup]
         if not found:
             found = [len(codes)]
-            codes.append(self._schema.OperatorCodeT(lookup, None, 4, lookup))
+            version = 4  # with a scale for each row
+            codes.append(self._schema.OperatorCodeT(lookup, None, version, lookup))
         gather.opcodeIndex = found[0]
 
     def _shrink(self, subgraph: Any) -> None:
@@ -195,10 +201,10 @@ class ModelFile:
     def _place(self) -> None:
         """Assigns each buffer its place behind the description, from the beginning of the model."""
         end = len(self._packed())
-        for buffer in (*self._numbers.values(), *self._scales.values()):
+        for number in (*self._numbers.values(), *self._scales.values()):
+            buffer = self.model.buffers[number]
             buffer.offset = math.ceil(end / _ALIGNMENT) * _ALIGNMENT
             end = buffer.offset + buffer.size
-        self.size = end
 
     def _packed(self) -> bytes:
         import flatbuffers
@@ -218,17 +224,17 @@ class ModelFile:
         """
         for (name, storage), (given, blocks) in zip(self.weights.items(), tensors, strict=True):
             assert given == name
-            place, scales = self._numbers[name].offset, []
+            place, scales = self._offset(self._numbers[name]), []
             for block in [blocks] if isinstance(blocks, np.ndarray) else blocks:
                 numbers, scale = encode_rows(block, storage.format, name)
                 yield name, place, numbers
                 place += numbers.nbytes
                 scales.append(scale)
             if storage.format == "int4":
-                yield name, self._scales[name].offset, np.concatenate(scales)
+                yield name, self._offset(self._scales[name]), np.concatenate(scales)
             elif storage.format == "int8":
                 for tensor in self._tensors[name]:
                     tensor.quantization.scale = np.concatenate(scales)
         description = np.frombuffer(self._packed(), np.uint8)
-        assert len(description) <= next(iter(self._numbers.values())).offset
+        assert len(description) <= self._offset(next(iter(self._numbers.values())))
         yield "the description of the model", 0, description
