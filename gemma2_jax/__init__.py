@@ -38,6 +38,7 @@ _MODULES = {
     "Sampler": "sampling.sampler",
     "SamplingConfig": "sampling.config",
     "convert": "formats.convert",
+    "LiteRTSettings": "formats.litert",
     "merge": "formats.merge",  # several models into one
     "compose_sweep": "cli.compose_sweep",  # a sweep from key=value,value overrides, or from sweep.yaml
     "run_sweep": "studies.sweep",

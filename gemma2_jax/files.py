@@ -34,13 +34,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Makes the folder of `path` if needed. After an exception, `path` is unchanged and the temporary file or folder is
     removed. A folder can replace only an empty folder.
     """
+    with beside(path) as temporary:
+        yield temporary
+        os.replace(temporary, path)
+
+
+@contextmanager
+def beside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, making its folder if needed; what is there at the end is removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # The random part separates writers of the same file, even on different hosts; the last one to finish wins.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     with cleanup(partial(_remove, temporary)):
         yield temporary
-        os.replace(temporary, target)
 
 
 @contextmanager

@@ -56,6 +56,8 @@ OTHERS = {
     "curl",
     "llama-server",
     "vllm",
+    "adb",
+    "litert-lm",
 }  # their options are not checked
 
 

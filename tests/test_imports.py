@@ -169,7 +169,18 @@ def test_what_is_imported_is_required_and_the_other_way_round():
     lines = setup["options"]["install_requires"]
     lines += "".join(
         setup["options.extras_require"][extra]
-        for extra in ("parquet", "wandb", "trackio", "hub", "gguf", "cuda12", "slurm", "eval", "sweep")
+        for extra in (
+            "parquet",
+            "wandb",
+            "trackio",
+            "hub",
+            "gguf",
+            "litert",
+            "cuda12",
+            "slurm",
+            "eval",
+            "sweep",
+        )
     )
     required = {re.split(r"[^A-Za-z0-9_.-]", line)[0].replace("-", "_") for line in lines.split("\n") if line}
     named_otherwise = {

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "gemma2_jax"
 FILES = {
     "cli/hydra_private.py": "hydra",
     "formats/gguf_private.py": "gguf",
+    "formats/litert_private.py": "litert_converter",
     "launching/submitit_private.py": "submitit",
     "processes/jax_private.py": "jax",
 }

@@ -67,7 +67,7 @@ def add_config_dir(parser: argparse.ArgumentParser) -> None:
 def add_format(parser: argparse.ArgumentParser, to: str, dtype: str) -> None:
     """Adds the options --to and --dtype of a checkpoint to write; `to` and `dtype` complete their help."""
     parser.add_argument(
-        "--to", choices=("run", "huggingface", "gguf", "peft"), help=f"the format of TARGET{to}"
+        "--to", choices=("run", "huggingface", "gguf", "litert", "peft"), help=f"the format of TARGET{to}"
     )
     parser.add_argument(
         "--dtype",

@@ -19,6 +19,7 @@ from gemma2_jax.formats.gguf_tokenizer import read_model
 from gemma2_jax.formats.huggingface import HuggingFaceSource
 from gemma2_jax.formats.huggingface_config import CONFIG_FILE, config_json
 from gemma2_jax.formats.layouts import EMBEDDING, GGUF, HUGGINGFACE, Entry, WeightPlace, expand
+from gemma2_jax.formats.litert import LiteRTFile, LiteRTSettings, check_extra, template_note
 from gemma2_jax.formats.load import load_params, load_tokenizer, open_source
 from gemma2_jax.formats.metadata import GENERATION_FILE
 from gemma2_jax.formats.modelfile import Modelfile
@@ -31,9 +32,10 @@ from gemma2_jax.model.vocabulary import without_padding
 from gemma2_jax.model.weights import weight_specs
 from gemma2_jax.sharding.mesh import MeshConfig, build_mesh
 
-KINDS = ("run", "huggingface", "gguf", "peft")
+KINDS = ("run", "huggingface", "gguf", "litert", "peft")
 SHARD_BYTES = 2 * 10**9  # bytes of a safetensors shard
 
+_SUFFIXES = {".gguf": "gguf", ".litertlm": "litert"}
 _ENCODINGS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # GGUF's names
 
 Progress = Callable[[str, int, int], None]  # called with the stage, the number of items done, and their total
@@ -66,6 +68,7 @@ def convert(
     base: str | Path | None = None,
     averaged: bool = False,
     calibrate: Calibrate | None = None,
+    litert: LiteRTSettings | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Conversion:
     """Writes the checkpoint at `source_path` as another kind at `target_path`, and verifies the result.
@@ -73,15 +76,17 @@ def convert(
     Args:
         source_path: checkpoint of any kind that `open_source` accepts.
         target_path: path that must not exist yet; it appears only once everything is written and compared.
-        kind: one of KINDS; `peft` for an adapter alone. By default a target that ends in `.gguf` becomes GGUF, one of
-            our runs becomes a Hugging Face folder, and anything else becomes a run folder.
-        dtype: one of DTYPES, or of QUANTISED for GGUF; by default the source's dtype.
+        kind: one of KINDS; `peft` for an adapter alone. By default a target that ends in `.gguf` or `.litertlm` becomes
+            such a file, one of our runs becomes a Hugging Face folder, and anything else becomes a run folder.
+        dtype: one of DTYPES, or of QUANTISED for GGUF; by default the source's dtype. A LiteRT-LM file has none: its
+            weights are float32, or in the format of its settings.
         tokenizer_path: SentencePiece model file, for a source without one.
         merge: whether to write the complete model W + s A B of an adapter and its base. Without it, an adapter can
             only become PEFT's.
         base: checkpoint of an adapter's base model, in place of the one that the adapter names.
         averaged: whether to take a run's average of the weights (`training.ema`).
         calibrate: for the dtypes `CALIBRATED`, such as `evaluation.calibration.Calibration(DATA)`.
+        litert: settings of a LiteRT-LM file, the defaults if None.
 
     Raises:
         UserError: an argument is invalid (raised before anything is downloaded); the source is incomplete; the target
@@ -89,6 +94,11 @@ def convert(
     """
     target = Path(target_path)
     kind = check_arguments(target, kind, dtype, tokenizer_path)
+    if litert is not None and kind != "litert":
+        raise UserError(
+            f"--quantize, --prefill and --context belong to a LiteRT-LM file, which {target} is not; leave them out, "
+            "or choose a target that ends in .litertlm."
+        )
     if calibrate is not None and dtype not in CALIBRATED:
         raise UserError(
             f"--calibrate chooses the grids of {', '.join(CALIBRATED)}, but the dtype is "
@@ -100,7 +110,7 @@ def convert(
         _check_adapter(source, kind, merge)
         return source
 
-    return write_checkpoint(open_it, target, kind, dtype, progress, calibrate)
+    return write_checkpoint(open_it, target, kind, dtype, progress, calibrate, litert)
 
 
 def write_checkpoint(
@@ -110,6 +120,7 @@ def write_checkpoint(
     dtype: str | None,
     progress: Progress,
     calibrate: Calibrate | None = None,
+    litert: LiteRTSettings | None = None,
 ) -> Conversion:
     """Writes the checkpoint that `open_it` returns; other arguments and errors as in `convert`."""
     try:
@@ -135,6 +146,10 @@ def write_checkpoint(
             elif kind == "huggingface":
                 _write_huggingface(source, temporary, dtype, tokenizer, progress)
                 _compare(source, HuggingFaceSource(temporary), dtype, progress)
+            elif kind == "litert":
+                settings = litert or LiteRTSettings()
+                dtype = settings.quantize or "float32"
+                notes += _write_litert(source, temporary, settings, progress)
             else:
                 beside = Modelfile.of(target, tokenizer, source.metadata)
                 if beside is not None:
@@ -193,10 +208,10 @@ def check_arguments(
     target: Path, kind: str | None, dtype: str | None, tokenizer: str | Path | None
 ) -> str | None:
     """Returns the kind of the target; None if it depends on the source. Raises UserError for an invalid argument."""
-    kind = kind or ("gguf" if target.suffix == ".gguf" else None)
+    kind = kind or _SUFFIXES.get(target.suffix)
     if kind not in (*KINDS, None):
         raise UserError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}.")
-    accepted = DTYPES + QUANTISED if kind == "gguf" else DTYPES
+    accepted = {"gguf": DTYPES + QUANTISED, "litert": ("float32",)}.get(kind or "", DTYPES)
     if dtype not in (*accepted, None):
         raise UserError(
             f"dtype is {dtype!r}; accepted for a {kind or 'run or huggingface'} target: {', '.join(accepted)}."
@@ -205,6 +220,8 @@ def check_arguments(
         Tokenizer.load(tokenizer)
     if kind == "gguf":
         gguf.package()
+    elif kind == "litert":
+        check_extra()
     return kind
 
 
@@ -274,6 +291,19 @@ def _write_gguf(
     )
     written = _tensors(source, config, entries, progress, "verifying")
     gguf.compare_gguf(path, config, written, encoding, importance)
+    return () if note is None else (note,)
+
+
+def _write_litert(
+    source: WeightSource, path: Path, settings: LiteRTSettings, progress: Progress
+) -> tuple[str, ...]:
+    """Writes and compares a LiteRT-LM file; returns notes."""
+    config = without_padding(source.config)
+    entries = expand(HUGGINGFACE, weight_specs(config))
+    file = LiteRTFile(config, settings, read_model(_tokenizer_file(source)), source.metadata)
+    file.write(path, _tensors(source, config, entries, progress, "writing"))
+    file.compare(path, _tensors(source, config, entries, progress, "verifying"))
+    note = template_note(source.metadata)
     return () if note is None else (note,)
 
 

@@ -1,8 +1,8 @@
 """Products of activations and weights: the only file that depends on how a weight is represented.
 
-A weight is an array, a `RoundedWeight`, a `QuantisedWeight`, or an `AdaptedWeight` of an array or a quantised weight.
-Another tree in its place passes through models unchanged, and is interpreted by a branch in `for_use`, or in
-`_base_product` if the product itself differs.
+A weight is an array, a `RoundedWeight`, a `QuantisedWeight`, an `OutputFirstWeight`, or an `AdaptedWeight` of an array
+or a quantised weight. Another tree in its place passes through models unchanged, and is interpreted by a branch in
+`for_use`, or in `_base_product` if the product itself differs.
 """
 
 from dataclasses import dataclass, replace
@@ -48,6 +48,26 @@ class AdaptedWeight:
     scale: float
     dropout: float = 0.0
     dropout_key: Any = None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["out"])
+@dataclass(frozen=True)
+class OutputFirstWeight:
+    """A matrix in the layout that runtimes of exported models need: one row per output.
+
+    Attributes:
+        rows: [out, in]; out and in are merged axes of outputs and of inputs.
+        out: sizes of the axes of outputs.
+    """
+
+    rows: Any
+    out: tuple[int, ...]
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """x [B, T, in…] to [B, T, out…]."""
+        batch = x.shape[:2]
+        product = jax.lax.dot_general(x.reshape(*batch, -1), self.rows, (((2,), (1,)), ((), ())))
+        return product.reshape(*batch, *self.out)
 
 
 def linear(spec: str, x: jax.Array, weight: Any, dims: str) -> jax.Array:
@@ -181,6 +201,8 @@ def _adapter_product(spec: str, x: jax.Array, weight: AdaptedWeight, dims: str) 
 
 def _base_product(spec: str, x: jax.Array, weight: Any, dims: str) -> jax.Array:
     """The product with a weight that has no adapter."""
+    if isinstance(weight, OutputFirstWeight):
+        return weight.product(x)
     if isinstance(weight, QuantisedWeight):
         return _quantised_product(spec, dims, x, weight)
     return _product(spec, x, for_use(weight, dims, x.dtype))

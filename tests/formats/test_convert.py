@@ -75,7 +75,7 @@ def test_a_source_without_tokenizer(hf_folder, tokenizer_config, tmp_path):
             {"dtype": "q8_0"},
             "dtype is 'q8_0'; accepted for a run or huggingface target: float32, bfloat16, float16.",
         ),
-        ({"kind": "gguff"}, "kind is 'gguff'; accepted: run, huggingface, gguf, peft."),
+        ({"kind": "gguff"}, "kind is 'gguff'; accepted: run, huggingface, gguf, litert, peft."),
         (
             {"kind": "gguf", "dtype": "q4_k"},
             "dtype is 'q4_k'; accepted for a gguf target: float32, bfloat16, float16, q8_0, q6_k, q5_k_m, q4_k_m, "
@@ -166,9 +166,12 @@ def is_half_way(process: subprocess.Popen[str]) -> bool:
         pytest.param("run", marks=pytest.mark.thorough),
         "hf --to huggingface",
         pytest.param("new.gguf", marks=pytest.mark.thorough),
+        pytest.param("new.litertlm", marks=pytest.mark.thorough),
     ],
 )
 def test_a_full_disk(exported, tmp_path, target):
+    if target.endswith("litertlm"):
+        pytest.importorskip("litert_converter", reason="needs the extra `litert`: pip install -e '.[litert]'")
     if target.endswith("gguf"):
         pytest.importorskip("gguf", reason="needs the extra `gguf`: pip install -e '.[gguf]'")
     name, *options = target.split()
