@@ -76,7 +76,7 @@ class Graph:
                     return attention.extend_cache(x, positions, None, cache, 0)
 
                 x, _, cache = block(x, attend)
-                outputs.update(zip(names, (cache.keys[0], cache.values[0]), strict=True))
+                outputs.update(zip(names, (cache.keys, cache.values), strict=True))
                 layer += 1
         if has_logits:
             outputs["logits"] = embedder.decode(RMSNorm(model["final_norm"], self.config)(x))
@@ -104,30 +104,30 @@ class _LayerCache(LayerCaches):
     """The cache of one layer, which holds every position.
 
     Attributes:
-        keys, values: a list of one array [1, K, S, H], in place of the axis P.
+        keys, values: [1, K, S, H], without the axis P.
     """
-
-    keys: Any
-    values: Any
 
     @classmethod
     def of(cls, keys: jax.Array, values: jax.Array) -> "_LayerCache":
         """The cache of keys and values [1, K, S, H]."""
-        return cls([keys], [values], jnp.arange(keys.shape[2], dtype=jnp.int32)[None])
+        return cls(keys, values, jnp.arange(keys.shape[2], dtype=jnp.int32)[None])
+
+    def of_layer(self, pair: Any) -> tuple[Any, Any]:
+        return self.keys, self.values
 
     def write(
         self,
         pair: Any,
         positions: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
+        key: Any,  # [1, T, K, H]
+        value: Any,
         used: jax.Array | None = None,
     ) -> "_LayerCache":
         start = positions[0, 0]
-        return self.of(_updated(self.keys[0], key, start), _updated(self.values[0], value, start))
+        return self.of(*(_updated(*each, start) for each in ((self.keys, key), (self.values, value))))
 
 
-def _updated(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+def _updated(cache: Any, new: Any, start: jax.Array) -> jax.Array:
     """The cache [1, K, S, H] with new entries [1, T, K, H] from slot `start` on; those behind slot S are dropped."""
     S, T = cache.shape[2], new.shape[1]
     # Without room for T entries behind the last slot, those of a padded prompt near it would be moved to earlier slots.
