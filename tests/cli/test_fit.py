@@ -66,8 +66,11 @@ def test_a_fit_tells_where_a_teacher_pays(taught: Runs, tmp_path, capsys):
         (["--predict", "N=-5,D=6"], "N of --predict N=-5,D=6 is -5; accepted: a number above 0"),
         (["--compute", "much"], "--compute is much; accepted: a number above 0, as in 2.5e6."),
         (["--compute", "nan"], "--compute is nan; accepted: a number above 0"),
-        (["--bootstrap", "-1"], "--bootstrap is -1; accepted: a whole number, 0 or more."),
-        (["--seed", "x"], "--seed is x; accepted: a whole number, 0 or more."),
+        (
+            ["--bootstrap", "-1"],
+            "--bootstrap is -1; accepted: a whole number, 0 or more, of at most 18 digits.",
+        ),
+        (["--seed", "x"], "--seed is x; accepted: a whole number, 0 or more, of at most 18 digits."),
         (["other"], "several PATHs are given, so the folder for the fit is not clear; add --output DIR."),
         ([], "missing is not a folder; give run folders, or folders of sweeps or studies."),
     ],

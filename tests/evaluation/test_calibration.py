@@ -106,6 +106,7 @@ def test_data_that_is_missing_is_refused(run_folder, tmp_path, data: DataConfig)
 
 
 def test_other_dtypes_take_no_calibration(run_folder, corpus, tmp_path):
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
     for dtype, shown in (("q8_0", "q8_0"), (None, "that of the source")):
         with pytest.raises(
             UserError, match=f"--calibrate chooses the grids of .*, but the dtype is {shown};"

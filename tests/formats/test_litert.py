@@ -161,8 +161,8 @@ def test_prefill_is_sorted_and_within_the_context():
             "--prefill is '1,b'; accepted: numbers of tokens with commas between, such as",
         ),
         (
-            "new.gguf --quantize int8",
-            "--quantize, --prefill and --context belong to a LiteRT-LM file, which new.gguf ",
+            "new --quantize int8",
+            "--quantize, --prefill and --context belong to a LiteRT-LM file, which new is not;",
         ),
         (
             "new --context 9",

@@ -165,7 +165,7 @@ def test_a_folder_of_prepared_data(data):
 def test_quantised_weights_of_mlx(hf_folder):
     config = json.loads((hf_folder / "config.json").read_text())
     (hf_folder / "config.json").write_text(json.dumps(config | {"quantization": {"bits": 4}}))
-    assert refusal(hf_folder).endswith("use the checkpoint from which these were quantised.")
+    assert refusal(hf_folder).endswith("add adaptation=qlora for training or --quantize int4 for generation.")
 
 
 def test_arrays_in_a_numpy_file_are_not_loaded(tmp_path):
