@@ -103,17 +103,18 @@ def compare_gguf(
     gguf = package()
     storage = _plan(gguf, config, encoding)
     found = {tensor.name: tensor for tensor in open_reader(path).tensors}
-    for name, blocks in tensors:
-        expected = encode_tensor(gguf, name, blocks, storage[name], importance.get(name))
-        stored = found[name].data
-        # In blocks: the result of a comparison is an array, too.
-        if stored.shape != expected.shape or not all(
-            np.array_equal(stored[rows].view(np.uint8), expected[rows].view(np.uint8))
-            for rows in row_blocks(expected.shape)
-        ):
-            raise UserError(
-                f"{path} does not hold {name} as it was written; check the disk and convert again."
-            )
+    # Read block by block, since all of a mapped file would stay in memory.
+    with open(path, "rb") as file:
+        for name, blocks in tensors:
+            expected = encode_tensor(gguf, name, blocks, storage[name], importance.get(name))
+            file.seek(int(found[name].data_offset))
+            if found[name].data.shape != expected.shape or not all(
+                file.read(block.nbytes) == block.tobytes()
+                for block in (expected[rows] for rows in row_blocks(expected.shape))
+            ):
+                raise UserError(
+                    f"{path} does not hold {name} as it was written; check the disk and convert again."
+                )
 
 
 def _plan(gguf: Any, config: ModelConfig, encoding: str) -> dict[str, Storage]:
