@@ -3,8 +3,8 @@
     python experiments/benchmarks/asha_vs_grid.py --output runs/benchmarks/asha_vs_grid
 
 Trains the `toy` model on the documentation of Python at every point of a grid of --rates learning rates and four
-values of AdamW's beta2 for --steps steps; then the same points with rungs at a ninth and four ninths of the steps, at
-which one trial of three goes on; both for --seeds seeds. All are sweeps, so the same command resumes an
+values of AdamW's beta2 for --steps steps; then the same points with rungs at a ninth, two ninths and two thirds of the
+steps, at each of which the better half goes on; both for --seeds seeds. All are sweeps, so the same command resumes an
 interrupted comparison. The table gives the best point of each, its final validation cross-entropy, and the tokens of
 all its runs.
 """
@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     ratio = (HIGHEST / LOWEST) ** (1 / max(1, options.rates - 1))
     rates = tuple(float(f"{LOWEST * ratio**number:.3g}") for number in range(options.rates))
-    rungs = (options.steps // 9, 4 * (options.steps // 9))
+    rungs = tuple(ninths * (options.steps // 9) for ninths in (1, 2, 6))
     shared = [
         *("model=toy", f"training.steps={options.steps}", f"training.eval_every={rungs[0]}"),
         *(f"training.log_every={rungs[0]}", f"checkpoint.every={rungs[0]}", "optimizer.warmup_steps=0.1"),
@@ -64,7 +64,7 @@ def main() -> None:
 
 def sweep_of(output: str, rates: tuple[float, ...], rungs: tuple[int, ...], shared: list[str]) -> Sweep:
     settings = SweepConfig(
-        "grid", space={"optimizer.learning_rate": rates, "optimizer.beta2": BETAS}, rungs=rungs, reduction=3
+        "grid", space={"optimizer.learning_rate": rates, "optimizer.beta2": BETAS}, rungs=rungs, reduction=2
     )
     trials = []
     for number, point in enumerate(grid(axes(settings))):
