@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from shared import median_seconds
 
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.data.pipeline import train_batches
@@ -65,17 +66,6 @@ ENCODINGS = {
     "top-p, p = 0.9, k = 50": EncodingConfig("top_p", 50, p=0.9),
 }
 FULL = {"full": EncodingConfig("full", None)}
-
-
-def median_seconds(run: Callable[[], Any], repetitions: int) -> float:
-    """Returns the median seconds of `run`, after one untimed call."""
-    run()
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def synthetic_logits(vocab_size: int, tokens: int, steepest: float) -> tuple[np.ndarray, float]:

@@ -50,7 +50,7 @@ def _exported(graph: Graph, name: str, T: int, has_logits: bool) -> Function:
         found = graph.run(given, given, has_logits)
         return [found[output] for output in outputs]
 
-    # `keep_unused`: prefill of the last layer needs no queries, but arguments are told by their places.
+    # `keep_unused`: arguments get their names by position, and prefill does not use the last layer's queries.
     whole = jax.export.export(jax.jit(function, keep_unused=True), platforms=["cpu"])(
         *inputs.values(), *weights.values()
     )

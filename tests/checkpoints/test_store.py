@@ -208,7 +208,9 @@ def test_a_grace_that_is_none(seconds: float) -> None:
 
 
 # When one of its reads fails, Orbax does not await the others, whose errors Python then reports by a warning.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <coroutine object _read_array:pytest.PytestUnraisableExceptionWarning"
+)
 def test_a_damaged_checkpoint_is_not_resumed(saved, toy_run, data, tmp_path):
     folder = Path(shutil.copytree(saved[0], tmp_path / "run"))
     for file in (folder / "checkpoints" / "3" / "params").glob("ocdbt.process_0/d/*"):
