@@ -1,7 +1,7 @@
 """LiteRT-LM, which is what our files are for, runs them: the same token ids, chats, greedy text, and divergences.
 
     pip install -e '.[litert]' litert-lm ai-edge-litert
-    pytest -m slow tests/formats/test_litert_lm.py tests/formats/test_litert_private.py -s
+    pytest -m thorough tests/formats/test_litert_lm.py tests/formats/test_litert_private.py -s
 
 `ai-edge-litert`, the engine's interpreter alone, gives the logits, which the engine does not. With -s, the tests print
 divergences, and the peak of memory of the 2B's conversion.
@@ -41,7 +41,7 @@ litert_lm = pytest.importorskip("litert_lm", reason="litert-lm is not installed"
 pytest.importorskip("litert_converter", reason="the extra litert is not installed")
 interpreter = pytest.importorskip("ai_edge_litert.interpreter", reason="ai-edge-litert is not installed")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).parents[2]
 WINDOW = 16
