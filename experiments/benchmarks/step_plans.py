@@ -25,13 +25,13 @@ class Row:
     """One row of the table.
 
     Attributes:
-        goal: target for the peak, in bytes per chip; None where the step only has to fit.
+        limit: upper bound that was set for the peak, in bytes per chip; None where the step only has to fit.
         maxtext: MaxText's published figure for the same step, as text.
     """
 
     experiment: str
     topology: str
-    goal: float | None
+    limit: float | None
     maxtext: str
 
 
@@ -68,7 +68,7 @@ def cells(row: Row, topology: str, found: dict[str, Any]) -> list[str]:
         str(found["devices"]),
         "yes" if found["fits"] else "no",
         f"{memory['peak_bytes'] / 1e9:.2f}",
-        "-" if row.goal is None else f"{row.goal / 1e9:.1f}",
+        "-" if row.limit is None else f"{row.limit / 1e9:.1f}",
         f"{memory['capacity_bytes'] / 1e9:.1f}",
         row.maxtext,
         f"{found['compile_seconds']:.0f}",
@@ -89,7 +89,7 @@ def main() -> None:
     options = parser.parse_args()
 
     print(f"{cores()} cores; GB are 10^9 bytes, per chip")
-    header = ["run", "topology", "chips", "fits", "peak GB", "goal GB", "capacity GB", "MaxText"]
+    header = ["run", "topology", "chips", "fits", "peak GB", "limit GB", "capacity GB", "MaxText"]
     print(f"| {' | '.join([*header, 'compile s', 'minimum step s (estimate)'])} |")
     print("|" + " --- |" * (len(header) + 2), flush=True)
     for row in ROWS:

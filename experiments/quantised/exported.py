@@ -4,7 +4,7 @@
 
 Each run in runs/quantised (or --runs) that was trained for q4_0 is exported to GGUF, and the tensors of that file, read
 by the package gguf, are scored; those for int4 are loaded in four bits. The same is done with the unquantised student
-("naive"). Recovered is 1 - KL / KL of naive.
+("not trained"). Recovered is 1 - KL / KL of that one.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
     print("| format | run | KL to the student | perplexity | agreement % | recovered % |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for name, scores in naive.items():
-        print(f"| {name} | naive | {numbers([scores], name, naive)} |")
+        print(f"| {name} | not trained | {numbers([scores], name, naive)} |")
     for (name, kind), each in found.items():
         print(f"| {name} | {kind} | {numbers(each, name, naive)} |")
 

@@ -24,7 +24,7 @@ one table.
   gemma2 eval runs/a runs/b google/gemma-2-2b --text books='books/*.txt' code='src/*.md'
   gemma2 eval runs/student --teacher runs/teacher --text notes.jsonl --windows sliding --stride 256
   gemma2 eval weights/2b --adapter runs/lora --adapter hub/adapter --data data/chats --json evaluation.json
-  gemma2 eval runs/student --quantize none,int8,int4 --teacher runs/student    what a model loses in fewer bits
+  gemma2 eval runs/student --quantize none,int8,int4 --teacher runs/student    what quantisation costs
   gemma2 eval runs/student --memorisation 1000
   gemma2 eval runs/student --tasks offline                   benchmarks: tasks of the evaluation harness, in one process
   gemma2 eval google/gemma-2-2b --tasks arc_easy,gsm8k --limit 100 --samples samples.jsonl

@@ -153,7 +153,9 @@ def plan_decoding(
     def decoder(params: Any) -> Decoder:
         return Decoder(Gemma2(model, params), compute, cache_dtype)
 
-    def prefill(params: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+    def prefill(params: Any, tokens: jax.Array) -> tuple[jax.Array, Cache]:
+        # Constant lengths: the compiled program then states how many chunks it runs, and all of them are counted.
+        lengths = jnp.full((batch,), context, jnp.int32)
         return decoder(params).prefill(tokens, lengths, context)
 
     def decode(params: Any, tokens: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -161,12 +163,12 @@ def plan_decoding(
 
     with for_topology(config, mesh, topology):
         prompts, numbers = _placed(mesh, (batch, context), "BT"), _placed(mesh, (batch,), "B")
-        shapes = jax.eval_shape(prefill, params, prompts, numbers)[1]
+        shapes = jax.eval_shape(prefill, params, prompts)[1]
         cache = jax.tree.map(
             lambda leaf: _placed(mesh, leaf.shape, _CACHE_DIMS[leaf.ndim], leaf.dtype), shapes
         )
         attention = attention_flops_per_token(model, context) * batch * context / mesh.size
-        first = _phase(prefill, (params, prompts, numbers), (), batch * context, topology, mesh, attention)
+        first = _phase(prefill, (params, prompts), (), batch * context, topology, mesh, attention)
         token = _phase(decode, (params, numbers, numbers, cache), (3,), batch, topology, mesh, 0.0)
     weights, held = device_bytes(params), device_bytes(cache)
     cache_in = cache_dtype or compute.dtype

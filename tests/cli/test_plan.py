@@ -12,6 +12,7 @@ from gemma2_jax.model.counts import count_parameters
 from gemma2_jax.planning import topologies
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
+from tests.parameters import mostly_thorough
 
 TOY = ["plan", "model=toy", "tokenizer.vocab_size=512", "data.batch_size=8", "data.seq_len=32", "mesh.data=8"]
 
@@ -60,6 +61,17 @@ def test_generation_is_planned_in_a_format(capsys):
     assert found["prefill"]["flops"] > 8 * found["decode"]["flops"] > 0
     assert found["decode"]["memory_per_device"]["argument_bytes"] >= found["weights"] + found["cache"]
     assert found["weights"] < found["ideal"] <= found["weights"] + found["cache"]
+
+
+@mostly_thorough("mesh", [["mesh.data=1"], ["mesh.data=2", "mesh.tensor=2"]])
+def test_a_plan_counts_every_chunk_of_a_prompt(mesh, capsys):
+    devices = 2 ** len([each for each in mesh if each.endswith("2")])
+    keys = ["model=toy", "tokenizer.vocab_size=512", "model.num_kv_heads=2"]
+    asked = ["plan", "--decode", *keys, f"topology=cpu:{devices}", *mesh, "--batch", "2", "--context", "1024"]
+    assert main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["prefill"]
+    counts = count_parameters(compose(keys).model)
+    assert devices * found["flops"] > 2 * counts.non_embedding * 2 * 1024
 
 
 def test_a_plan_of_generation_is_printed(capsys):
