@@ -80,7 +80,7 @@ def plan_storage(gguf: Any, shapes: Mapping[str, tuple[int, ...]], encoding: str
 
 
 def fallback_note(gguf: Any, storage: Mapping[str, Storage]) -> str | None:
-    """Returns a sentence on the tensors whose rows do not fit the usual type; None if there are none."""
+    """Returns a clause on the tensors whose rows do not fit the usual type; None if there are none."""
     groups: dict[tuple[int, str, str], list[str]] = {}
     for name, found in storage.items():
         if found.type != found.usual:
