@@ -93,8 +93,12 @@ def _pack_affine(x: jax.Array, weights: jax.Array, bits: int) -> jax.Array:
     n, top = len(x), float(2**bits - 1)
     columns, w = _columns(x, 32), _columns(weights, 32)
     spacing, offset = (found.reshape(n, 8) for found in _search_affine(columns, w, top))
-    d, dmin = _float16(spacing.max(axis=1) / 63), _float16(offset.max(axis=1) / 63)
+    d = _unit(spacing.max(axis=1) / 63)
     scales = jnp.clip(jnp.round(spacing * _inverse(d)[:, None]), 0, 63)
+    # Of a sub-block whose scale is 0, all numbers become its offset: the best one is their mean.
+    mean = _by_block(w * columns, 8) / _by_block(w, 8)
+    offset = jnp.where(scales == 0, jnp.maximum(-mean, 0.0), offset)
+    dmin = _unit(offset.max(axis=1) / 63)
     mins = jnp.clip(jnp.round(offset * _inverse(dmin)[:, None]), 0, 63)
 
     def rounded(d: jax.Array, dmin: jax.Array) -> jax.Array:
@@ -134,13 +138,15 @@ def _search_affine(x: jax.Array, w: jax.Array, top: float) -> tuple[jax.Array, j
         offset = jnp.where(is_inside, offset, 0.0)
         error = sum_xx + spacing * (spacing * sum_qq - 2 * sum_qx)
         error += offset * (offset * sum_w + 2 * sum_x - 2 * spacing * sum_q)
-        # If all numbers q are the same, neither is determined, and the first spacing is exact.
+        # If all numbers q are the same, neither is determined.
         is_better = (error < best[0]) & (spacing >= 0) & (determinant > _DETERMINED * sum_w * sum_qq)
         return tuple(
             jnp.where(is_better, new, old) for new, old in zip((error, spacing, offset), best, strict=True)
         )
 
-    start = (jnp.full_like(low, jnp.inf), extent / top, -low)
+    spacing = extent / top
+    error = (w * (jnp.round((x - low) / spacing) * spacing + low - x) ** 2).sum(axis=0)
+    start = (error, spacing, -low)
     _, spacing, offset = jax.lax.fori_loop(0, _SPACINGS, attempt, start)
     return spacing, offset
 
@@ -183,7 +189,7 @@ def _pack_symmetric(x: jax.Array, weights: jax.Array) -> jax.Array:
     n = len(x)
     columns, w = _columns(x, 16), _columns(weights, 16)
     spacing = _search_symmetric(columns, w).reshape(n, 16)
-    d = _float16(jnp.abs(spacing).max(axis=1) / 127)
+    d = _unit(jnp.abs(spacing).max(axis=1) / 127)
     scales = jnp.clip(jnp.round(spacing * _inverse(d)[:, None]), -127, 127)
 
     def rounded(d: jax.Array) -> jax.Array:
@@ -247,6 +253,11 @@ def _inverse(x: jax.Array) -> jax.Array:
 def _float16(x: jax.Array) -> jax.Array:
     """Rounded to float16, as float32."""
     return x.astype(jnp.float16).astype(jnp.float32)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """A unit of scales, at least 0: rounded to float16, but up where that has few digits, so that scales suffice."""
+    return jnp.where(x < 2.0**-14, jnp.ceil(x * 2.0**24) / 2.0**24, _float16(x))
 
 
 def _bytes(x: jax.Array) -> jax.Array:

@@ -43,6 +43,25 @@ def test_the_error_does_not_depend_on_the_scale(kind, scale):
     )
 
 
+@mostly_thorough(("kind", "most"), [("q5_k", 0.04), ("q6_k", 0.025), ("q4_k", 0.075)])
+def test_small_numbers_whose_unit_has_few_digits_in_float16(kind, most):
+    assert relative_error(gaussians(64, 512) * np.float32(1e-5), kind) < most
+
+
+@mostly_thorough(("kind", "most"), [("q5_k", 0.005), ("q6_k", 0.005), ("q4_k", 0.005)])
+def test_numbers_far_from_zero(kind, most):
+    assert relative_error(10 + gaussians(64, 512) * np.float32(0.01), kind) < most
+
+
+@mostly_thorough("kind", KINDS)
+def test_a_sub_block_that_is_small_beside_another_becomes_its_mean(kind):
+    values = gaussians(64, 256)
+    values[:, :128] = np.abs(values[:, :128]) * 50  # without an offset
+    values[:, 128:] *= 0.1
+    error = (values - unpacked(k_quants.pack(values, kind), kind))[:, 128:]
+    assert np.sqrt((error**2).mean()) < 0.11
+
+
 @mostly_thorough("kind", KINDS)
 def test_important_inputs_have_smaller_errors(kind):
     values = gaussians(64, 512)
