@@ -233,13 +233,7 @@ def test_quantised_weights_predict_as_we_dequantise_them(
     assert text == tokenizer.decode(continuation)
 
 
-# llama.cpp also rounds what enters a product, to 8 bits: 0.01787 in llama.cpp, 0.01888 in ours.
-APART = pytest.mark.xfail(strict=True, reason="the divergences differ by 1.01e-3")
-
-
-@pytest.mark.parametrize(
-    "encoding", [pytest.param(each, marks=APART) if each == "q4_k_m" else each for each in QUANTISED]
-)
+@pytest.mark.parametrize("encoding", QUANTISED)
 def test_quantised_weights_are_as_far_from_the_original(model, tokenizer_file, documents, tmp_path, encoding):
     path = written(model, tmp_path / "model.gguf", tokenizer_file, encoding)
     llama, (ours, _) = loaded(path), load(path)
