@@ -52,7 +52,7 @@ class Tokenizer:
         ids of the checkpoint that it belongs to, by default the end-of-text and end-of-turn ids."""
         try:
             self._pieces = SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):
             raise UserError(f"{name} is not a SentencePiece model file.") from None
         for piece in ("bos", "eos"):
             if not model or getattr(self._pieces, f"{piece}_id")() < 0:

@@ -91,7 +91,7 @@ class PreparedDomain:
         if prepared != tokenizer.fingerprint:
             raise UserError(
                 f"{checkpoint} has the tokenizer {tokenizer.fingerprint[:12]}, but {self.data.folder} was prepared "
-                f"with {prepared[:12]}; give evaluation.text, which each checkpoint reads with its own tokenizer."
+                f"with {prepared[:12]}; give text files, evaluation.text."
             )
         stored_documents(self.data, "validation")
 

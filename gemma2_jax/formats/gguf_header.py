@@ -80,7 +80,11 @@ def open_reader(path: str | Path) -> "GGUFReader":
         raise UserError(f"{path} cannot be read: {reason(error, path)}.") from None
     except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError, struct.error):
         # The errors that the package raises for invalid bytes.
-        raise UserError(f"{path} is not a GGUF file, or is truncated or damaged.") from None
+        raise _damaged(path) from None
+
+
+def _damaged(path: str | Path) -> UserError:
+    return UserError(f"{path} is not a GGUF file, or is truncated or damaged.")
 
 
 def package() -> Any:
@@ -126,12 +130,18 @@ def header_of(path: Path, reader: "GGUFReader") -> Header:
 
 
 def read_values(reader: "GGUFReader") -> dict[str, Any]:
-    """Returns the keys and values of a file; of a list its length."""
-    return {key: _value(field) for key, field in reader.fields.items()}
+    """Returns the keys and values of a file; of a list its length. Raises UserError if a text is not UTF-8."""
+    try:
+        return {key: _value(field) for key, field in reader.fields.items()}
+    except UnicodeDecodeError:
+        raise _damaged(reader.data.filename) from None
 
 
 def read_list(reader: "GGUFReader", key: str) -> list[str] | np.ndarray | None:
-    """Returns a list of texts or numbers in a little-endian file's metadata; None if there is no such list."""
+    """Returns a list of texts or numbers in a little-endian file's metadata; None if there is no such list.
+
+    Raises UserError if a text is not UTF-8.
+    """
     gguf, field = package(), reader.fields.get(key)
     if field is None or field.parts[2][0] != gguf.GGUFValueType.ARRAY:
         return None
@@ -145,7 +155,10 @@ def read_list(reader: "GGUFReader", key: str) -> list[str] | np.ndarray | None:
     for _ in range(length):
         (size,) = struct.unpack_from("<Q", data, place)
         place += 8
-        texts.append(str(data[place : place + size], "utf-8"))
+        try:
+            texts.append(str(data[place : place + size], "utf-8"))
+        except UnicodeDecodeError:
+            raise _damaged(reader.data.filename) from None
         place += size
     return texts
 

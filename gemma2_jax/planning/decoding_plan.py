@@ -35,6 +35,8 @@ from gemma2_jax.sharding.layout import (
 )
 from gemma2_jax.sharding.mesh import build_mesh
 
+_MOST_POSITIONS = 2**30  # far more than devices hold, and few enough for the compiler's sizes
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -142,6 +144,10 @@ def plan_decoding(
     """
     if min(batch, context) < 1:
         raise UserError(f"--batch is {batch} and --context is {context}; both must be at least 1.")
+    if batch * context > _MOST_POSITIONS:
+        raise UserError(
+            f"--batch is {batch} and --context is {context}; their product must be at most {_MOST_POSITIONS}."
+        )
     model, compute, mesh = config.model, config.compute, build_mesh(config.mesh, topology.devices)
     specs = weight_specs(model)
     with laid_out(config.layout):

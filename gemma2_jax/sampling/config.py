@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from gemma2_jax.config import refuse
 
+_MOST_TOKENS = 2**30  # so that positions are int32, also those of a cache that is larger than needed
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -35,6 +37,8 @@ class SamplingConfig:
     def _complaints(self) -> Iterator[str]:
         if self.max_new_tokens < 1:
             yield f"sampling.max_new_tokens is {self.max_new_tokens}; it must be at least 1."
+        if self.max_new_tokens > _MOST_TOKENS:
+            yield f"sampling.max_new_tokens is {self.max_new_tokens}; it must be at most {_MOST_TOKENS}."
         if not 0 <= self.temperature < float("inf"):
             yield f"sampling.temperature is {self.temperature}; it must be a number from 0 (greedy) upwards."
         if self.top_k is not None and self.top_k < 1:

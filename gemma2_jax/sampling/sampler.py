@@ -195,8 +195,9 @@ class Sampler:
     def _generation(self, batch: PromptBatch) -> Generation:
         if self._draft is None:
             return Plain(self._decoder, batch, bucket(batch.positions))
-        models = Models(self._decoder, self._draft, self._draft_tokens)
-        size = bucket(batch.positions + self._draft_tokens)
+        useful = max(1, batch.max_new_tokens - 1)  # more proposals than tokens to come would only take memory
+        models = Models(self._decoder, self._draft, min(self._draft_tokens, useful))
+        size = bucket(batch.positions + models.draft_tokens)
         return Speculative(models, batch, size, self.draft_statistics)
 
     def _check_chosen(self, rows: Sequence[Sequence[int]]) -> None:

@@ -341,6 +341,10 @@ def test_a_folder_without_a_checkpoint_is_reported(capsys, tmp_path):
     ("options", "sentence"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1."),
+        (
+            ["--max-new-tokens", "3000000000"],
+            "--max-new-tokens is 3000000000; it must be at most 1073741824.",
+        ),
         (["--temperature", "-1"], "--temperature is -1.0; it must be a number from 0 (greedy) upwards."),
         (["--top-k", "0"], "--top-k is 0; it must be at least 1, or left out for all tokens."),
         (["--top-p", "2"], "--top-p is 2.0; it must be above 0 and at most 1, or left out for all tokens."),

@@ -88,6 +88,7 @@ def test_a_plan_of_generation_is_printed(capsys):
         (["--batch", "2"], "--batch belongs to --decode"),
         (["--quantize-cache", "int8"], "--quantize-cache belongs to --decode"),
         (["--decode", "--context", "0"], "--context is 0; both must be at least 1"),
+        (["--decode", "--context", f"{10**20}"], "their product must be at most 1073741824"),
         (["--decode", "--batch", "3", "mesh.data=8"], "--batch is 3 rows, which"),
     ],
 )

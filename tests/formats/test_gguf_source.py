@@ -174,6 +174,15 @@ def test_a_truncated_file_is_refused(file, tmp_path):
         open_source(tmp_path / "a.gguf")
 
 
+@mostly_thorough("key", [b"general.architecture", b"tokenizer.chat_template"])
+def test_a_text_that_is_not_utf_8_is_damage(file, tmp_path, key):
+    content = file.read_bytes()
+    place = content.index(key) + len(key) + 4 + 8  # behind the type and the length
+    (tmp_path / "a.gguf").write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+    with pytest.raises(UserError, match=r"a.gguf is not a GGUF file, or is truncated or damaged"):
+        open_source(tmp_path / "a.gguf")
+
+
 def test_a_damaged_copy_of_the_tokenizer_is_refused(file, tmp_path):
     content = file.read_bytes()
     place = content.index(b"gemma2_jax.tokenizer_model") + 60

@@ -248,6 +248,13 @@ def test_a_row_samples_the_same_alone_and_in_a_batch(model, tokenizer):
     assert "".join(sampler.stream("the model", config)) == sampler.generate(["the model"], config)[0]
 
 
+@pytest.mark.thorough
+def test_more_drafts_than_tokens_to_come_are_not_proposed(model, tokenizer, greedy):
+    sampler = Sampler(model, tokenizer, draft=drafts(model)["itself"], draft_tokens=10**20)
+    assert sampler.generate_tokens(PROMPTS, GREEDY) == greedy
+    assert sampler.draft_statistics.passes == len(PROMPTS)
+
+
 def test_other_tokenizers_and_numbers_are_refused(model, tokenizer):
     other = Gemma2(replace(model.config, vocab_padding=9), model.params())
     with pytest.raises(UserError, match=r"^The draft has 311 tokens and the model 310; a draft must have"):
