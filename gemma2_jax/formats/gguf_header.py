@@ -83,7 +83,7 @@ def open_reader(path: str | Path) -> "GGUFReader":
         raise _damaged(path) from None
 
 
-def _damaged(path: str | Path) -> UserError:
+def _damaged(path: str | Path | None) -> UserError:
     return UserError(f"{path} is not a GGUF file, or is truncated or damaged.")
 
 
