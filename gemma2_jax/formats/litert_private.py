@@ -32,9 +32,8 @@ class Function:
 
 def flatbuffer(functions: Sequence[Function]) -> bytes:
     """Returns one TFLite model (schema.fbs of LiteRT) with a subgraph and a signature for each function."""
-    os.environ.setdefault(
-        "TF_ENABLE_ONEDNN_OPTS", "0"
-    )  # else the converter prints that its numbers could differ
+    # Without it, importing the converter prints that its numbers could differ.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     from litert_converter.mlir import ir, passmanager
     from litert_converter.mlir._mlir_libs import converter_api_ext as converter
 
