@@ -70,6 +70,7 @@ class Phase:
             found |= {
                 "flops": self.cost.flops,
                 "bytes": self.cost.bytes,
+                "loops_without_trip_count": self.cost.uncounted,
                 "bounds_seconds": self.bounds.all,
                 "bound_by": self.bounds.binding,
                 "seconds_at_least": self.bounds.seconds,

@@ -155,6 +155,11 @@ def print_decoding(plan: DecodingPlan, console: Console) -> None:
     )
     for name, cell in _DECODING_CELLS.items():
         grid.add_row(name, *(_cell(phase, cell) for phase in phases))
+    if any(phase.cost is not None and phase.cost.uncounted for phase in phases):
+        grid.add_row(
+            "loops counted once",  # since the program does not state how often they run
+            *(_cell(phase, lambda phase, cost, least: str(cost.uncounted)) for phase in phases),
+        )
     console.print(grid)
     _print_line(
         console, f"A token reads at least {in_units(plan.ideal)}: all weights, keys and values once.", "dim"

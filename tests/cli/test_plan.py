@@ -9,6 +9,7 @@ import pytest
 from gemma2_jax.cli.compose import compose
 from gemma2_jax.cli.main import main
 from gemma2_jax.model.counts import count_parameters
+from gemma2_jax.model.decoder import CHUNK
 from gemma2_jax.planning import topologies
 from tests.distill.test_cache import write_teacher
 from tests.model.models import vivid
@@ -65,13 +66,17 @@ def test_generation_is_planned_in_a_format(capsys):
 
 @mostly_thorough("mesh", [["mesh.data=1"], ["mesh.data=2", "mesh.tensor=2"]])
 def test_a_plan_counts_every_chunk_of_a_prompt(mesh, capsys):
+    """Of twice as many chunks, the products with weights are twice as large, and those of attention larger still."""
     devices = 2 ** len([each for each in mesh if each.endswith("2")])
-    keys = ["model=toy", "tokenizer.vocab_size=512", "model.num_kv_heads=2"]
-    asked = ["plan", "--decode", *keys, f"topology=cpu:{devices}", *mesh, "--batch", "2", "--context", "1024"]
-    assert main([*asked, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["prefill"]
-    counts = count_parameters(compose(keys).model)
-    assert devices * found["flops"] > 2 * counts.non_embedding * 2 * 1024
+    keys = ["model=toy", "tokenizer.vocab_size=512", "model.num_kv_heads=2", f"topology=cpu:{devices}", *mesh]
+
+    def prefill(context: int) -> dict[str, float]:
+        assert main(["plan", "--decode", *keys, "--batch", "2", "--context", str(context), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["prefill"]
+
+    half, whole = prefill(2 * CHUNK), prefill(4 * CHUNK)
+    assert whole["flops"] > 2 * half["flops"]
+    assert whole["loops_without_trip_count"] == 0
 
 
 def test_a_plan_of_generation_is_printed(capsys):
